@@ -1,0 +1,213 @@
+"""Thin verbs over peft: add, activate, freeze, copy, save and load adapters by name."""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from clpet.backbones import Backbone
+from clpet.config import require
+from clpet.errors import ModelError, suggest
+
+
+@dataclass
+class Adapter:
+    """A peft group option. This one means full fine-tuning: every weight of the backbone is trained."""
+
+    name: str = "none"
+
+    def peft_config(self, backbone: Backbone) -> peft.PeftConfig | None:
+        """What peft needs to know, or None for full fine-tuning."""
+        return None
+
+
+@dataclass
+class Lora(Adapter):
+    """Low-rank increments: h = W x + (alpha / r) B A x with A Kaiming-uniform and B = 0 (Hu et al., 2021)."""
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "peft.r", self.r, "at least 1")
+        require(0 <= self.dropout < 1, "peft.dropout", self.dropout, "in [0, 1)")
+
+    def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
+        return peft.LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=list(self.targets or backbone.targets),
+            task_type="FEATURE_EXTRACTION",
+        )
+
+
+@dataclass
+class Ia3(Adapter):
+    """Learned rescaling of the outputs of chosen layers (Liu et al., 2022)."""
+
+    targets: list[str] | None = None
+    feedforward: list[str] = field(default_factory=list)
+
+    def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
+        return peft.IA3Config(
+            target_modules=list(self.targets or backbone.targets) + list(self.feedforward),
+            feedforward_modules=list(self.feedforward),
+            task_type="FEATURE_EXTRACTION",
+        )
+
+
+@dataclass
+class Prompt(Adapter):
+    """Virtual tokens before the text (Lester et al., 2021), or before every layer's keys and values (`prefix`)."""
+
+    tokens: int = 20
+    every_layer: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, "peft.tokens", self.tokens, "at least 1")
+
+    def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
+        kind = peft.PrefixTuningConfig if self.every_layer else peft.PromptTuningConfig
+        return kind(num_virtual_tokens=self.tokens, task_type="FEATURE_EXTRACTION")
+
+
+class Adapters:
+    """The backbone with its named adapters. With full fine-tuning there is one, and it is the backbone itself."""
+
+    def __init__(self, model: nn.Module, backbone: Backbone, adapter: Adapter) -> None:
+        self.config = adapter.peft_config(backbone)
+        self.model, self.kind = model, adapter.name
+        self.names: list[str] = []
+        self.active: tuple[str, bool] | None = None
+        self.base_parameters = sum(p.numel() for p in model.parameters())
+        model.requires_grad_(False)
+
+    def add(self, name: str, seed: int) -> None:
+        """A fresh adapter, initialised from `seed`, active and trainable. Raises ModelError for a wrong target."""
+        torch.manual_seed(seed)
+        if self.config is None:
+            if self.names:
+                raise ModelError("peft=none trains the backbone itself and cannot hold a second adapter: use peft=lora")
+        elif not self.names:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    self.model = peft.get_peft_model(self.model, self.config, adapter_name=name)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ModelError(self._wrong_target(error)) from error
+        else:
+            self.model.add_adapter(name, self.config)  # type: ignore[operator]
+        self.names.append(name)
+        self.activate(name, train=True)
+
+    def activate(self, name: str, train: bool = False) -> None:
+        """Routes every forward through one adapter; its tensors get gradients only when `train`."""
+        if self.config is not None:
+            self.model.set_adapter(name)  # type: ignore[operator]
+        for parameter in self.tensors(name).values():
+            parameter.requires_grad_(train)
+        self.active = (name, train)
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Forwards inside go through one frozen adapter; afterwards the one that was active is so again."""
+        before = self.active
+        if before and before[0] == name:
+            yield
+            return
+        self.activate(name)
+        try:
+            yield
+        finally:
+            if before is not None:
+                self.activate(*before)
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """The backbone as it was before any adapter."""
+        if self.config is None or not self.names:
+            yield
+        else:
+            with self.model.disable_adapter():  # type: ignore[operator]
+                yield
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """The tensors of one adapter, by their name in the model without the adapter's own name."""
+        named = dict(self.model.named_parameters())
+        if self.config is None:
+            return named
+        return {key.replace(f".{name}", ""): value for key, value in named.items() if name in key.split(".")}
+
+    def copy(self, source: str, target: str) -> None:
+        """Gives one adapter the values of another."""
+        self.load(target, {key: value.detach() for key, value in self.tensors(source).items()})
+
+    @torch.no_grad()
+    def load(self, name: str, values: dict[str, Tensor]) -> None:
+        """Sets an adapter's tensors in place; adds the adapter if it is not there."""
+        if name not in self.names:
+            self.add(name, 0)
+        for key, parameter in self.tensors(name).items():
+            parameter.copy_(values[key])
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Every adapter's tensors by adapter name."""
+        return {name: {k: v.detach() for k, v in self.tensors(name).items()} for name in self.names}
+
+    def count(self, name: str) -> int:
+        """Number of scalars in one adapter."""
+        return sum(parameter.numel() for parameter in self.tensors(name).values())
+
+    def save(self, folder: Path) -> None:
+        """Writes every adapter in peft's format, readable by PeftModel.from_pretrained; full weights as safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.config is None:
+            self.model.save_pretrained(folder / "model")  # type: ignore[operator]
+            return
+        for name in self.names:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.model.save_pretrained(folder, selected_adapters=[name])  # type: ignore[operator]
+            if name == "default":
+                (folder / name).mkdir(exist_ok=True)
+                for file in ("adapter_config.json", "adapter_model.safetensors"):
+                    (folder / file).replace(folder / name / file)
+            _plain_config(folder / name / "adapter_config.json")
+        (folder / "README.md").unlink(missing_ok=True)
+
+    def _wrong_target(self, error: ValueError) -> str:
+        targets = list(getattr(self.config, "target_modules", None) or [])
+        layers = {name.rpartition(".")[2] for name, module in self.model.named_modules() if hasattr(module, "weight")}
+        missing = [target for target in targets if target.rpartition(".")[2] not in layers]
+        if missing:
+            return f"peft.targets names the layer {missing[0]}, which the model does not have{suggest('', layers)}"
+        return f"peft={self.kind} does not fit this model: {str(error).splitlines()[0]}"
+
+
+def _plain_config(path: Path) -> None:
+    """Sorts the sets that peft writes in arbitrary order, so that equal adapters are equal files."""
+    values = json.loads(path.read_text())
+    for key, value in values.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            values[key] = sorted(value)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def parameter_ratio(trainable: int, total: int) -> dict[str, Any]:
+    """Trainable and total parameters, the share in percent and the inverse ratio (how many times fewer)."""
+    return {
+        "trainable": trainable,
+        "total": total,
+        "percent": 100 * trainable / total,
+        "times_fewer": total / trainable if trainable else None,
+    }

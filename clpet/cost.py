@@ -1,0 +1,72 @@
+"""What learning costs: examples and tokens through the network, time and memory, task by task."""
+
+import resource
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from clpet.text import Batch
+
+
+@dataclass
+class Cost:
+    """Counters of one task. A forward with gradients counts as forward and backward; evaluation counts apart."""
+
+    seconds: float = 0.0
+    forward_examples: int = 0
+    backward_examples: int = 0
+    forward_tokens: int = 0
+    backward_tokens: int = 0
+    evaluated_examples: int = 0
+    peak_memory_mb: float = 0.0
+
+
+class Meter:
+    """Counts what goes through the network since the last `take`."""
+
+    def __init__(self) -> None:
+        self.evaluating = False
+        self._restart()
+
+    def _restart(self) -> None:
+        self.cost = Cost()
+        self._since = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def count(self, batch: Batch, gradient: bool) -> None:
+        """Adds one pass of a batch; places of padding count as tokens, since they are computed."""
+        if self.evaluating:
+            self.cost.evaluated_examples += len(batch)
+            return
+        self.cost.forward_examples += len(batch)
+        self.cost.forward_tokens += batch.tokens
+        if gradient:
+            self.cost.backward_examples += len(batch)
+            self.cost.backward_tokens += batch.tokens
+
+    def take_learning(self) -> dict[str, Any]:
+        """The counters of training since the last call, and starts anew."""
+        self.cost.seconds = time.perf_counter() - self._since
+        self.cost.peak_memory_mb = peak_memory_mb()
+        taken = asdict(self.cost)
+        self._restart()
+        return taken
+
+    def take_evaluation(self) -> dict[str, Any]:
+        """Seconds and examples of the evaluation since the last call, and starts anew."""
+        taken = {
+            "evaluation_seconds": time.perf_counter() - self._since,
+            "evaluated_examples": self.cost.evaluated_examples,
+        }
+        self._restart()
+        return taken
+
+
+def peak_memory_mb() -> float:
+    """Peak device memory since the last task on a GPU; the process's peak resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,56 @@
+"""dry_run=true: what a run would be, one step of it, and no more."""
+
+import time
+
+import numpy as np
+from rich.console import Console
+
+from clpet.adapters import parameter_ratio
+from clpet.config import Config
+from clpet.cost import peak_memory_mb
+from clpet.methods.base import Method
+from clpet.tasks import Benchmark
+from clpet.training import Trainer
+
+
+def dry_run(console: Console, config: Config, method: Method, benchmark: Benchmark, trainer: Trainer) -> None:
+    """Prints one encoded example, the labels, parameters, steps per task and a memory estimate; does one step."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    objective, pool = method.objective, method.data.train
+    row = int(pool.rows_of(0)[0])
+    example = objective.tokenizer.decode(pool.tokens(row))
+    say(f"benchmark {benchmark.name}: {len(benchmark)} tasks, {len(benchmark.labels)} labels")
+    for task in benchmark.tasks:
+        sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test"
+        say(f"  {task.name}: {sizes}; labels {', '.join(task.labels)}")
+    say(f"example  {example}")
+    say(f"tokens   {' '.join(map(str, pool.tokens(row)))}")
+    say(f"label    {benchmark.labels[pool.labels[row]]} (representation: {objective.representation.value})")
+    say(f"device   {objective.device}, {str(objective.dtype).removeprefix('torch.')}")
+    say(f"steps    {steps_per_task(method, config.train.epochs)}")
+    index, task = method.curriculum()[0]
+    trainer.trial = True
+    start = time.perf_counter()
+    trainer.begin_task(index)
+    method.learn(task, index, trainer)
+    seconds = time.perf_counter() - start
+    ratio = parameter_ratio(method.trainable_parameters(), objective.adapters.base_parameters)
+    say(
+        f"trainable parameters {ratio['trainable']:,} of {ratio['total']:,}: {ratio['percent']:.3f} %, "
+        f"{ratio['times_fewer']:.1f} times fewer"
+    )
+    say(f"one step of {config.train.global_batch_size} examples: {seconds:.2f} s, peak memory {peak_memory_mb():.0f} MB")
+
+
+def steps_per_task(method: Method, epochs: int) -> str:
+    """Optimiser steps of every task and stage, counted on a trial memory that is thrown away again."""
+    rng, counts = np.random.default_rng(0), []
+    for index, task in method.curriculum():
+        stages = [f"{name} {plan.steps * epochs}".strip() for name, plan in method.stages(index).items()]
+        counts.append(f"{task.name} {' + '.join(stages)}")
+        method.replay.remember(index, lambda rows: rng.normal(size=(len(rows), 8)))
+    method.replay.setup(method.data.train, method.seed, method.replay.batch_size)
+    return "; ".join(counts)

@@ -1,0 +1,37 @@
+"""Errors a person can act on: one sentence on what was wrong, where, and what would be right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ClpetError(Exception):
+    """Wrong input. The command line prints the message alone and leaves with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(ClpetError):
+    """A knob is unknown, of the wrong type, out of range, or does not go with another."""
+
+
+class DataError(ClpetError):
+    """A benchmark's data is missing, incomplete or contradicts itself."""
+
+
+class ModelError(ClpetError):
+    """A backbone is not there or cannot do what is asked of it."""
+
+
+class HostError(ClpetError):
+    """The machine is at fault, not the input: no space, no right to write, numbers that blew up."""
+
+    exit_code = 1
+
+
+def suggest(word: str, options: Iterable[str]) -> str:
+    """'; did you mean X?' when one of the options looks like the word, else the options themselves."""
+    options = sorted({str(option) for option in options})
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; there are: {', '.join(options)}" if options else ""

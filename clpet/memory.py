@@ -1,0 +1,274 @@
+"""Replay: which old examples come back, and how they are mixed with the new task's.
+
+A replay component keeps row numbers of the train pool, never text. `plan` gives the batches of one task;
+`remember` is called after it. The rng streams come from (seed, task, epoch): nothing depends on what
+another component drew.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clpet.config import derive, require
+from clpet.text import EncodedDataset
+
+Rows = np.ndarray
+
+
+@dataclass
+class Plan:
+    """The batches of one fit: `epoch(e)` lists row arrays into `pool`, `steps` of them in every epoch.
+
+    `keep` marks the rows of a batch that can give a gradient: only they are computed, while the loss stays a
+    mean over the whole batch.
+    """
+
+    pool: EncodedDataset
+    steps: int
+    epoch: Callable[[int], list[Rows]]
+    keep: Callable[[Rows], np.ndarray] | None = None
+
+
+@dataclass
+class NoReplay:
+    """The new task alone."""
+
+    name: str = "none"
+
+    def setup(self, pool: EncodedDataset, seed: int, batch_size: int) -> None:
+        """Called once, before the first task."""
+        self.pool, self.seed, self.batch_size = pool, seed, batch_size
+        self.memory: dict[int, Rows] = {}  # task -> rows of the pool that may come back
+
+    def rng(self, *names: object) -> np.random.Generator:
+        """A generator for one purpose."""
+        return np.random.default_rng(derive(self.seed, "replay", *names))
+
+    def plan(self, index: int, stage: str = "") -> Plan:
+        """Batches for task `index`; two stages of one task draw differently."""
+        return self._shuffled(self.pool.rows_of(index), index, stage)
+
+    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        """Keeps what this component keeps of task `index`; `features` gives [n, dim] vectors of train rows."""
+
+    def state(self) -> dict[str, Any]:
+        """What a later task needs, as lists."""
+        return {"memory": {str(task): rows.tolist() for task, rows in self.memory.items()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.memory = {int(task): np.array(rows, dtype=np.int64) for task, rows in state["memory"].items()}
+
+    def stored(self) -> int:
+        """Number of old examples kept."""
+        return sum(len(rows) for rows in self.memory.values())
+
+    def _shuffled(self, rows: Rows, index: int, stage: str, extra: Rows | None = None) -> Plan:
+        rows = rows if extra is None else np.concatenate([rows, extra])
+        return Plan(
+            self.pool,
+            -(-len(rows) // self.batch_size),
+            lambda epoch: self.pool.shuffled(rows, self.batch_size, self.rng(index, stage, epoch)),
+        )
+
+
+@dataclass
+class AllReplay(NoReplay):
+    """All data of all tasks so far, shuffled: the cost of a task grows with the tasks before it."""
+
+    name: str = "all"
+
+    def plan(self, index: int, stage: str = "") -> Plan:
+        return self._shuffled(self.pool.rows_of(*range(index + 1)), index, stage)
+
+    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        self.memory[index] = self.pool.rows_of(index)
+
+
+def split_batch(size: int, ratio: float) -> tuple[int, int]:
+    """(new, old) places of a batch: ratio r > 0 is new:old, r < 0 is old:new = |r| (ConPET, section 3.1)."""
+    if ratio > 0:
+        new = int(size * ratio / (ratio + 1))
+        return new, size - new
+    old = int(size * -ratio / (1 - ratio))
+    return size - old, old
+
+
+def split_limit(limit: int) -> tuple[int, int]:
+    """(training steps, validation batches) per epoch of ConPET's limit L: 80 % and 20 %, in integers."""
+    return 4 * limit // 5, limit // 5
+
+
+@dataclass
+class DrawnReplay(NoReplay):
+    """Every step mixes new examples with old ones drawn anew; what may be drawn is a subclass's `memory`.
+
+    `limit` = L gives 4L // 5 steps an epoch; null as many as show every new example about once. Task 1 is an
+    ordinary shuffled epoch.
+    """
+
+    name: str = "drawn"
+    ratio: float = 1.0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.ratio != 0, "replay.ratio", self.ratio, "positive (new:old) or negative (old:new)")
+        require(self.limit is None or self.limit >= 2, "replay.limit", self.limit, "at least 2, or null")
+
+    def plan(self, index: int, stage: str = "") -> Plan:
+        if not self.memory:
+            return super().plan(index, stage)
+        new = self.pool.rows_of(index)
+        new_places, _ = split_batch(self.batch_size, self.ratio)
+        steps = -(-len(new) // max(1, new_places)) if self.limit is None else split_limit(self.limit)[0]
+        return Plan(self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(index, stage, epoch)))
+
+    def draw(self, new: Rows, steps: int, rng: np.random.Generator) -> list[Rows]:
+        """`steps` batches, the new rows first: distinct new examples, independent old draws (task, then example)."""
+        n_new, n_old = split_batch(self.batch_size, self.ratio)
+        old = [self.memory[task] for task in sorted(self.memory)]
+        sizes = np.array([len(rows) for rows in old])
+        batches = []
+        for _ in range(steps):
+            fresh = rng.choice(new, n_new, replace=len(new) < n_new)
+            tasks = rng.integers(len(old), size=n_old)
+            places = rng.integers(sizes[tasks])
+            drawn = np.array([old[task][place] for task, place in zip(tasks, places, strict=True)], dtype=np.int64)
+            batches.append(np.concatenate([fresh, drawn]))
+        return batches
+
+
+@dataclass
+class DynamicReplay(DrawnReplay):
+    """Dynamic sampling (ConPET, section 3.1): old draws are uniform over tasks, then over a task's examples.
+
+    `kind=history` keeps all old examples (storage grows, compute does not); `fixed` draws from a memory chosen
+    per class by k-means.
+    """
+
+    name: str = "dynamic"
+    kind: str = "history"
+    per_class: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.kind in ("history", "fixed"), "replay.kind", self.kind, "history or fixed")
+        require(self.per_class >= 1, "replay.per_class", self.per_class, "at least 1")
+
+    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        rows = self.pool.rows_of(index)
+        if self.kind == "fixed":
+            rows = select_per_class(self.pool, rows, self.per_class, "kmeans", features, self.seed, self.rng(index))
+        self.memory[index] = rows
+
+
+@dataclass
+class FixedReplay(NoReplay):
+    """A small memory chosen once per task, mixed into the new data as `copies` of itself (ConPET, 3.2 and 3.3).
+
+    copies=null gives every step of an epoch about as many old as new examples, at most `max_copies`.
+    """
+
+    name: str = "fixed"
+    selection: str = "kmeans"
+    per_class: int = 20
+    copies: int | None = None
+    max_copies: int = 5
+
+    def __post_init__(self) -> None:
+        known = ("kmeans", "random", "herding")
+        require(self.selection in known, "replay.selection", self.selection, " or ".join(known))
+        require(self.per_class >= 1, "replay.per_class", self.per_class, "at least 1")
+        require(self.copies is None or self.copies >= 1, "replay.copies", self.copies, "at least 1, or null")
+
+    def plan(self, index: int, stage: str = "") -> Plan:
+        new = self.pool.rows_of(index)
+        if not self.memory:
+            return super().plan(index, stage)
+        old = np.concatenate([self.memory[task] for task in sorted(self.memory)])
+        copies = self.copies or max(1, min(self.max_copies, round(len(new) / len(old))))
+        return self._shuffled(new, index, stage, extra=np.tile(old, copies))
+
+    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        rows = self.pool.rows_of(index)
+        self.memory[index] = select_per_class(
+            self.pool, rows, self.per_class, self.selection, features, self.seed, self.rng(index)
+        )
+
+
+@dataclass
+class ReservoirReplay(DrawnReplay):
+    """A uniform sample of everything seen, of constant size (Vitter, 1985); drawn from uniformly at every step."""
+
+    name: str = "reservoir"
+    capacity: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.capacity >= 1, "replay.capacity", self.capacity, "at least 1")
+
+    def setup(self, pool: EncodedDataset, seed: int, batch_size: int) -> None:
+        super().setup(pool, seed, batch_size)
+        self.passed = 0
+
+    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        kept = self.memory.get(0, np.empty(0, dtype=np.int64)).tolist()
+        rng = self.rng("reservoir", index)
+        for row in rng.permutation(self.pool.rows_of(index)):
+            self.passed += 1
+            if len(kept) < self.capacity:
+                kept.append(row)
+            elif (place := int(rng.integers(self.passed))) < self.capacity:
+                kept[place] = row
+        self.memory = {0: np.array(kept, dtype=np.int64)}
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "passed": self.passed}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.passed = int(state["passed"])
+
+
+def select_per_class(
+    pool: EncodedDataset,
+    rows: Rows,
+    most: int,
+    how: str,
+    features: Callable[[Rows], np.ndarray],
+    seed: int,
+    rng: np.random.Generator,
+) -> Rows:
+    """At most `most` rows of each class: nearest to the k-means centres, at random, or by herding."""
+    kept: list[int] = []
+    for label in np.unique(pool.labels[rows]):
+        own = rows[pool.labels[rows] == label]
+        count = min(most, len(own))
+        if how == "random":
+            kept += rng.choice(own, count, replace=False).tolist()
+        else:
+            vectors = features(own)
+            chosen = kmeans_nearest(vectors, count, seed) if how == "kmeans" else herding(vectors, count)
+            kept += own[chosen].tolist()
+    return np.array(sorted(kept), dtype=np.int64)
+
+
+def kmeans_nearest(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
+    """The example nearest to each of k centres, each once: duplicates collapse (ConPET, section 3.2)."""
+    from sklearn.cluster import KMeans
+
+    distances = KMeans(n_clusters=clusters, random_state=seed, n_init=1).fit_transform(vectors)
+    return sorted(set(distances.argmin(0).tolist()))
+
+
+def herding(vectors: np.ndarray, count: int) -> list[int]:
+    """Greedy choice that keeps the mean of the chosen close to the class mean (Rebuffi et al., 2017)."""
+    mean, total, chosen = vectors.mean(0), np.zeros(vectors.shape[1]), []
+    for step in range(1, count + 1):
+        distance = np.linalg.norm(mean - (total + vectors) / step, axis=1)
+        distance[chosen] = np.inf
+        chosen.append(int(distance.argmin()))
+        total = total + vectors[chosen[-1]]
+    return chosen

@@ -1,0 +1,103 @@
+"""Methods that keep a module (adapter and head) per task and route each input to one or more of them."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clpet.config import derive
+from clpet.methods.base import Method
+from clpet.objectives.classification import MISSING, Head
+from clpet.tasks import Task
+from clpet.text import Batch
+from clpet.training import Trainer
+
+
+def module_name(index: int) -> str:
+    """The adapter of task `index`."""
+    return f"task{index:03d}"
+
+
+@dataclass
+class Modular(Method):
+    """Module j = {adapter_j, head_j over the labels of task j}, frozen after task j."""
+
+    needs_adapter: ClassVar[bool] = True
+
+    def first_adapter(self) -> None:
+        """Nothing to attach before the first task: row 0 is the bare backbone."""
+        self.modules: list[Head] = []
+
+    def add_module(self, index: int) -> None:
+        """A fresh module for task `index`, active and trainable."""
+        self.objective.adapters.add(module_name(index), derive(self.seed, "adapter", index))
+        head = self.objective.new_head(self.seed)
+        head.grow(self.benchmark.task_labels(index))
+        self.modules.append(head)
+
+    def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        self.add_module(index)
+        self.fit(trainer, index)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy inside the current task's own labels."""
+        head = self.modules[-1]
+        columns = torch.as_tensor(head.labels, device=batch.labels.device)
+        return F.cross_entropy(head(self.objective.features(batch)), torch.searchsorted(columns, batch.labels))
+
+    def parameters(self) -> list[nn.Parameter]:
+        index = len(self.modules) - 1
+        return [*self.objective.adapters.tensors(module_name(index)).values(), *self.modules[index].parameters()]
+
+    def route(self, batch: Batch, selected: Tensor) -> Tensor:
+        """[batch, all labels]: raw logits of the selected modules [batch, K], MISSING elsewhere.
+
+        Each module runs once, on the examples that selected it. Labels of tasks without a module yet are scored
+        by the rows their head would start from; a task without a module reads the bare backbone.
+        """
+        adapters, start = self.objective.adapters, self.objective.head.start
+        scores = torch.full((len(batch), len(start)), MISSING, device=batch.labels.device)
+        unseen = sorted(set(range(len(start))) - {label for head in self.modules for label in head.labels})
+        for index in selected.unique().tolist():
+            keep = (selected == index).any(1).nonzero().squeeze(1)
+            part = batch if len(keep) == len(batch) else batch.select(keep)
+            with adapters.using(module_name(index)) if index < len(self.modules) else adapters.off():
+                h = self.objective.features(part)
+            found = [(unseen, F.linear(h, start[unseen, :-1], start[unseen, -1]))]
+            if index < len(self.modules):
+                found.append((self.modules[index].labels, self.modules[index](h)))
+            for labels, logits in found:
+                place = keep[:, None], torch.as_tensor(labels, device=keep.device, dtype=torch.long)
+                scores[place] = torch.maximum(scores[place], logits)  # a label in two modules: the better one
+        return scores
+
+    def predict_known_task(self, batch: Batch, scores: Tensor) -> Tensor:
+        """Every example through its own task's module; only examples that were routed elsewhere run again."""
+        own = torch.zeros(len(self.benchmark), scores.shape[1], dtype=torch.bool)
+        for index in range(len(self.benchmark)):
+            own[index, self.benchmark.task_labels(index)] = True
+        answered = scores.masked_fill(~own.to(scores.device)[batch.tasks], MISSING).amax(1)
+        missed = (answered <= MISSING).nonzero().squeeze(1)
+        if len(missed):
+            scores = scores.clone()
+            part = batch if len(missed) == len(batch) else batch.select(missed)
+            scores[missed] = self.route(part, batch.tasks[missed][:, None])
+        return scores
+
+    def stored_parameters(self) -> int:
+        return super().stored_parameters() + sum(p.numel() for head in self.modules for p in head.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "modules": [head.state() for head in self.modules]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for saved in state["modules"]:
+            head = self.objective.new_head(self.seed)
+            head.load(saved)
+            self.modules.append(head)
+
+    def heads(self) -> dict[str, nn.Module]:
+        return {module_name(index): head for index, head in enumerate(self.modules)}

@@ -1,0 +1,1 @@
+"""What a model is asked to do with a benchmark's text."""

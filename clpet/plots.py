@@ -1,0 +1,70 @@
+"""Pictures of a run: the transfer matrix as a heat map, accuracy over time as curves."""
+
+from pathlib import Path
+
+import numpy as np
+
+from clpet.results import TransferMatrix
+
+
+def transfer_heatmap(matrix: TransferMatrix, path: Path, title: str) -> Path:
+    """Rows are training time from top to bottom, columns are tasks; a frame marks the task just learned."""
+    figure, axes = _figure(1.6 + 0.75 * len(matrix), 1.5 + 0.5 * (len(matrix) + 1))
+    scores = matrix.scores
+    low, high = (0, 100) if matrix.direction == "higher" else (np.nanmin(scores), np.nanmax(scores))
+    colours = "viridis" if matrix.direction == "higher" else "viridis_r"
+    image = axes.imshow(np.ma.masked_invalid(scores), vmin=low, vmax=high, cmap=colours, aspect="auto")
+    middle = (low + high) / 2
+    for (row, column), value in np.ndenumerate(scores):
+        if value == value:
+            bright = (value > middle) == (matrix.direction == "higher")
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color="black" if bright else "white")
+    for index in range(len(matrix)):
+        axes.add_patch(_frame(index - 0.5, index + 0.5))
+    axes.set_xticks(range(len(matrix)), matrix.tasks, rotation=30, ha="right")
+    axes.set_yticks(range(len(matrix) + 1), ["before", *matrix.tasks])
+    axes.set_xlabel("tested on")
+    axes.set_ylabel("after learning")
+    axes.set_title(title, fontsize=11)
+    figure.colorbar(image, ax=axes, label="accuracy, %" if matrix.direction == "higher" else "perplexity")
+    return _save(figure, path)
+
+
+def accuracy_curves(matrix: TransferMatrix, path: Path, title: str) -> Path:
+    """Each task's score from the moment it is learned, and the average over the tasks seen so far."""
+    figure, axes = _figure(7, 4.2)
+    steps = np.arange(1, len(matrix) + 1)
+    for index, name in enumerate(matrix.tasks):
+        axes.plot(steps[index:], matrix.scores[index + 1 :, index], marker="o", markersize=4, label=name)
+    average = [matrix.average(row, row) for row in steps]
+    values = [np.nan if value is None else value for value in average]
+    axes.plot(steps, values, color="black", linewidth=2.5, label="average of seen")
+    axes.set_xticks(steps)
+    axes.set_xlabel("tasks learned")
+    axes.set_ylabel("accuracy, %" if matrix.direction == "higher" else "perplexity")
+    if matrix.direction == "higher":
+        axes.set_ylim(0, 102)
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float):  # type: ignore[no-untyped-def]
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _frame(x: float, y: float):  # type: ignore[no-untyped-def]
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), 1, 1, fill=False, edgecolor="crimson", linewidth=2)
+
+
+def _save(figure, path: Path) -> Path:  # type: ignore[no-untyped-def]
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,134 @@
+"""Rows from files, from the hub, and from the Python standard library."""
+
+import ast
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clpet.errors import DataError, suggest
+
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+
+
+@dataclass
+class Rows:
+    """The rows of one split and where they came from."""
+
+    where: str
+    columns: set[str]
+    values: list[dict[str, Any]]
+
+    def need(self, *columns: str) -> None:
+        """Raises DataError when a column is missing."""
+        for column in columns:
+            if column not in self.columns:
+                raise DataError(f"{self.where} has no column {column}{suggest(column, self.columns)}")
+
+
+def read_local(folder: Path, splits: dict[str, str]) -> dict[str, Rows]:
+    """{split: rows} of a folder's train, validation and test files; a single data file counts as train.
+
+    Raises DataError when the folder or its train file is not there, or a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not there: a folder with {splits['train']}.parquet (or .jsonl, .csv) is expected")
+    found = {split: path for split, stem in splits.items() if (path := _find(folder, stem))}
+    if "train" not in found:
+        single = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
+        if len(single) != 1:
+            raise DataError(f"{folder} has no {splits['train']}{{{','.join(SUFFIXES)}}}, nor a single data file")
+        found = {"train": single[0]}
+    return {split: _read_file(path) for split, path in found.items()}
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    return next((path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None)
+
+
+def _read_file(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.json
+    import pyarrow.parquet
+
+    reader = {".parquet": pyarrow.parquet.read_table, ".csv": pyarrow.csv.read_csv}.get(
+        path.suffix, pyarrow.json.read_json
+    )
+    try:
+        table = reader(str(path))
+        return Rows(str(path), set(table.column_names), table.to_pylist())
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+
+
+def read_hub(
+    name: str, config: str | None, revision: str | None, splits: dict[str, str], columns: dict[str, str]
+) -> dict[str, Rows]:
+    """{split: rows} of a data set on the Hugging Face hub (or a local folder in its layout); label ids become names."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"data set {name} cannot be loaded from the hub ({reason}); download it where there is a network, "
+            "or say data_dir=FOLDER with its files"
+        ) from error
+    first = next(iter(splits.values()))
+    if first not in found:
+        raise DataError(f"data set {name} has no split {first}{suggest(first, found)}")
+    rows = {}
+    for split, hub_split in splits.items():
+        if hub_split in found:
+            part = found[hub_split].rename_columns({theirs: ours for ours, theirs in columns.items()})
+            values = part.to_list()
+            for column, feature in part.features.items():
+                if isinstance(feature, datasets.ClassLabel):
+                    for row in values:
+                        row[column] = feature.int2str(row[column]) if row[column] >= 0 else None
+            rows[split] = Rows(f"{name}/{hub_split}", set(part.column_names), values)
+    return rows
+
+
+def stdlib_docstrings(modules: list[str]) -> dict[str, list[str]]:
+    """First paragraphs of the docstrings of standard-library modules, in an order that only their text decides.
+
+    A module is a top-level file or package; `decimal` and the like, whose Python text lives in `_pydecimal`,
+    are read there. Paragraphs of under four words, repeats, and texts found in two of the modules are left out.
+    Raises DataError when a module's source is not installed.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = {module: _module_paragraphs(root, module) for module in modules}
+    seen: dict[str, int] = {}
+    for texts in found.values():
+        for text in texts:
+            seen[text] = seen.get(text, 0) + 1
+    return {
+        module: sorted((text for text in texts if seen[text] == 1), key=_stable_key) for module, texts in found.items()
+    }
+
+
+def _stable_key(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+def _module_paragraphs(root: Path, module: str) -> set[str]:
+    places = [root / module, root / f"_py{module}.py", root / f"{module}.py"]
+    place = next((path for path in places if path.exists()), None)
+    if place is None:
+        raise DataError(f"the standard library at {root} has no source of the module {module}")
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    paragraphs: set[str] = set()
+    for file in files:
+        if {"test", "tests"} & set(file.relative_to(root).parts):
+            continue
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = (ast.get_docstring(node) or "").strip().split("\n\n")[0].split()
+                if len(first) >= 4:
+                    paragraphs.add(" ".join(first))
+    return paragraphs

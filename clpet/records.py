@@ -1,0 +1,202 @@
+"""The run directory: what a run writes at its start and its end, and how a finished one is recognised."""
+
+import csv
+import io
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from safetensors.torch import save_file
+
+from clpet import __version__
+from clpet.adapters import parameter_ratio
+from clpet.console import matrix_table
+from clpet.cost import Meter
+from clpet.methods.base import Method
+from clpet.results import TransferMatrix, round2, tolist
+from clpet.state import RunState, write_atomic
+from clpet.tasks import Benchmark
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "omegaconf", "numpy", "wandb")
+MADE = ("results.json", "transfer.csv", "transfer.png", "accuracy.png", "metrics.jsonl", "run.json")
+
+
+def finished(out: Path) -> dict[str, Any] | None:
+    """The results of a finished run; results.json is written last, so its presence means that all is there."""
+    path = out / "results.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def clear(out: Path) -> None:
+    """Removes what an earlier run left in its directory."""
+    for name in MADE:
+        (out / name).unlink(missing_ok=True)
+    for name in ("state", "predictions", "adapters", "heads", "wandb"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def start(out: Path, cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchmark: Benchmark) -> None:
+    """Writes run.json: what is run, on what, with which versions."""
+    record = {
+        **_who(cfg, overrides, identity, benchmark),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "data": benchmark.data_record,
+    }
+    write_atomic(out / "run.json", json.dumps(record, indent=1))
+
+
+def finish(
+    out: Path,
+    cfg: DictConfig,
+    overrides: list[str],
+    identity: dict[str, str],
+    method: Method,
+    benchmark: Benchmark,
+    state: RunState,
+) -> dict[str, Any]:
+    """Writes adapters, heads, transfer.csv and, last, results.json; returns what it holds."""
+    method.objective.adapters.save(out / "adapters")
+    (out / "heads").mkdir(exist_ok=True)
+    for name, head in method.heads().items():
+        tensors = {key: value.detach().cpu().contiguous() for key, value in head.named_parameters()}
+        labels = json.dumps([benchmark.labels[label] for label in head.labels] if name != "selector" else benchmark.names)
+        save_file(tensors, out / "heads" / f"{name}.safetensors", metadata={"labels": labels})
+    write_atomic(out / "transfer.csv", transfer_csv(state.matrix))
+    results = {
+        **_who(cfg, overrides, identity, benchmark),
+        **state.matrix.to_json(),
+        "backward": tolist(state.matrix.backward),
+        "forward": tolist(state.matrix.forward),
+        "task_scores": tolist(state.own.scores),
+        "task_backward": tolist(state.own.backward),
+        "task_forward": tolist(state.own.forward),
+        "task_id_at_test": method.task_id_at_test,
+        **headline(state.matrix),
+        "metrics": state.matrix.metrics(),
+        "task_metrics": state.own.metrics(),
+        "diagnostics": state.diagnostics,
+        "parameters": parameter_ratio(method.trainable_parameters(), method.objective.adapters.base_parameters),
+        "cost": state.costs,
+        "data": benchmark.data_record,
+    }
+    write_atomic(out / "results.json", json.dumps(results, indent=1))
+    return results
+
+
+def headline(matrix: TransferMatrix) -> dict[str, float | None]:
+    """The figures that scripts read by name."""
+    return {
+        "average": matrix.average(),
+        "whole": matrix.whole(),
+        "backward_transfer": matrix.backward_transfer(),
+        "forward_transfer": matrix.forward_transfer(),
+        "forgetting": matrix.forgetting(),
+        "learning_accuracy": matrix.learning_accuracy(),
+    }
+
+
+def pictures(out: Path, state: RunState, method: str, benchmark: str) -> list[Path]:
+    """Draws the matrix and the curves."""
+    from clpet.plots import accuracy_curves, transfer_heatmap
+
+    title = f"{method} on {benchmark}"
+    return [
+        transfer_heatmap(state.matrix, out / "transfer.png", title),
+        accuracy_curves(state.matrix, out / "accuracy.png", title),
+    ]
+
+
+def transfer_csv(matrix: TransferMatrix) -> str:
+    """Header after,<task>,...; rows 0 to T; an empty cell was not measured."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["after", *matrix.tasks])
+    for index, values in enumerate(matrix.scores):
+        writer.writerow([index, *("" if v != v else repr(float(v)) for v in values)])
+    return text.getvalue()
+
+
+def task_cost(method: Method, meter: Meter) -> dict[str, Any]:
+    """What learning the last task cost, with the parameters it trained and what is kept."""
+    return {
+        **meter.take_learning(),
+        "trainable_parameters": method.trainable_parameters(),
+        "stored_parameters": method.stored_parameters(),
+        "replay_examples": method.replay.stored(),
+    }
+
+
+def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
+    """The final table, where the run lies, and what to try next."""
+    matrix = TransferMatrix.from_json(results)
+
+    def say(text: str = "") -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    say(f"{results['method']} on {results['benchmark']}, seed {results['seed']}: accuracy in % after each task (rows)")
+    say(matrix_table(matrix))
+    say()
+    for name in ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy"):
+        say(f"{name.replace('_', ' '):18} {round2(results[name]):>7}")
+    for name, value in results["diagnostics"][-1].items():
+        if name != "row":
+            say(f"{name.replace('_', ' '):18} {round2(value):>7}")
+    ratio = results["parameters"]
+    say(f"trained per task   {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.2f} %)")
+    say()
+    say(f"run   {out}")
+    say(f"next  clpet show {out}")
+    other = "dynamic_conpet" if results["method"] in ("sequential", "joint", "independent") else "sequential"
+    kept = [o for o in results["overrides"] if not o.startswith(("method", "replay", "output_dir=", "fresh", "hydra"))]
+    say(f"      clpet train {' '.join([f'method={other}', *kept])}")
+
+
+def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchmark: Benchmark) -> dict[str, Any]:
+    return {
+        "method": cfg.method.name,
+        "model": cfg.model.name,
+        "benchmark": cfg.benchmark.name,
+        "replay": cfg.replay.name,
+        "peft": cfg.peft.name,
+        "seed": cfg.seed,
+        "signature": identity["signature"],
+        "setting": identity["setting"],
+        "tasks": benchmark.names,
+        "overrides": overrides,
+        "versions": versions(),
+        "git": git_revision(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, clpet and the packages that results depend on."""
+    found = {"python": platform.python_version(), "clpet": __version__, "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout clpet runs from, with + when it has changes; None outside a checkout."""
+    here = Path(sys.modules["clpet"].__file__ or "").resolve().parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", "run.py")
+    revision = git("rev-parse", "HEAD") if tracked else None
+    return revision and revision + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

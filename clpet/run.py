@@ -1,0 +1,154 @@
+"""The experiment on one page: learn the tasks one after the other, evaluate every task after every task."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from clpet import records
+from clpet.adapters import Adapters
+from clpet.config import Config, Matrix, build, derive, setting, signature, typed
+from clpet.console import Display
+from clpet.data import inspect_data
+from clpet.dry import dry_run
+from clpet.evaluation import Evaluator
+from clpet.methods.base import Method
+from clpet.objectives.classification import Classification
+from clpet.results import TransferMatrix
+from clpet.state import Lock, RunState
+from clpet.tasks import Benchmark
+from clpet.text import Encoded, encode_benchmark
+from clpet.tracking import Tracker, write_predictions
+from clpet.training import Trainer, quiet_libraries
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
+    """Runs, resumes or, if it is finished, just shows the experiment that `cfg` describes, in the folder `out`."""
+    config = typed(cfg)
+    console = Console()
+    identity = {"signature": signature(cfg), "setting": setting(cfg), "seed": str(config.seed)}
+    if not (config.fresh or config.dry_run) and (done := records.finished(out)):
+        records.show_finished(console, out, done)
+        return TransferMatrix.from_json(done)
+    method, parts = assemble(config)
+    with Lock(out), quiet_libraries():
+        if config.fresh:
+            records.clear(out)
+        benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
+        objective, data = load_objective(config, parts, benchmark)
+        benchmark.data_record = inspect_data(benchmark, data)
+        for warning in benchmark.data_record["warnings"]:
+            log.warning(warning)
+        parts["replay"].setup(data.train, config.seed, config.train.global_batch_size)
+        method.setup(objective, benchmark, data, parts["replay"], config.seed)
+        display = Display(console, len(method.curriculum()))
+        trainer = Trainer(config.train, parts["hardware"], objective.meter, display, config.seed)
+        if config.dry_run:
+            dry_run(console, config, method, benchmark, trainer)
+            return None
+        records.start(out, cfg, overrides, identity, benchmark)
+        identity["data"] = benchmark.data_record["fingerprint"]
+        with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
+            state = learn(config, out, identity, method, benchmark, data, trainer, track)
+            results = records.finish(out, cfg, overrides, identity, method, benchmark, state)
+            track.finished(results, records.pictures(out, state, method.name, benchmark.name))
+        records.show_finished(console, out, results)
+    return state.matrix
+
+
+def learn(
+    config: Config,
+    out: Path,
+    identity: dict[str, str],
+    method: Method,
+    benchmark: Benchmark,
+    data: Encoded,
+    trainer: Trainer,
+    track: Tracker,
+) -> RunState:
+    """The loop. A checkpoint follows every task; a run that was killed goes on after the last one."""
+    evaluator = Evaluator(benchmark, data, trainer.hardware.eval_batch_size)
+    saved = RunState.resume(out / "state", identity)
+    if saved is None:
+        state = RunState(TransferMatrix(benchmark.names), TransferMatrix(benchmark.names))
+        track.forget_after(-1)
+        evaluate(config, out, method, benchmark, evaluator, state, 0, track)
+    else:
+        state, method_state = saved
+        method.load_state_dict(method_state)
+        track.forget_after(state.done)
+        track.display.print(f"resuming after {state.done} of {len(method.curriculum())} tasks")
+    for position, (index, task) in enumerate(method.curriculum()):
+        if position < state.done:
+            continue
+        track.display.task(position + 1, task.name)
+        trainer.begin_task(index)
+        method.learn(task, index, trainer)
+        method.after_task(task, index)
+        state.costs.append(records.task_cost(method, trainer.meter))
+        state.done = position + 1
+        evaluate(config, out, method, benchmark, evaluator, state, index + 1, track)
+        state.save(out / "state", method.state_dict(), identity)
+        track.display.task_done()
+    return state
+
+
+def evaluate(
+    config: Config,
+    out: Path,
+    method: Method,
+    benchmark: Benchmark,
+    evaluator: Evaluator,
+    state: RunState,
+    row: int,
+    track: Tracker,
+) -> None:
+    """Measures row `row` of the matrix, as much of it as evaluation.matrix asks for."""
+    last = row == len(benchmark)
+    kind = config.evaluation.matrix
+    tasks = list(range(len(benchmark) if kind is Matrix.full or last else row if kind is Matrix.seen else 0))
+    if not tasks:
+        return
+    found = evaluator(method, row, tasks)
+    for index in tasks:
+        for matrix, scores in ((state.matrix, found.seen), (state.own, found.own)):
+            matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)
+    state.diagnostics.append({"row": row, **found.diagnostics})
+    if state.costs:
+        state.costs[-1] |= method.objective.meter.take_evaluation()
+    if config.evaluation.predictions:
+        write_predictions(out / "predictions", row, found, benchmark.names, benchmark.labels)
+    track.evaluated(state, row, found)
+
+
+def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
+    """The method and the other parts, built and checked against each other before anything is loaded."""
+    parts = {name: build(getattr(config, name), name) for name in ("replay", "model", "peft", "benchmark", "hardware", "tracking")}
+    method = build(config.method, "method")
+    method.check(Classification.name, parts["replay"].name, parts["peft"].name)
+    return method, parts
+
+
+def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) -> tuple[Classification, Encoded]:
+    """The backbone with its tokenizer, and the benchmark's splits tokenised once."""
+    backbone, hardware, peft = parts["model"], parts["hardware"], parts["peft"]
+    frozen = peft.peft_config(backbone) is not None
+    dtype = hardware.torch_dtype if frozen else _fp32()
+    model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed)
+    adapters = Adapters(model, backbone, peft)
+    objective = Classification(benchmark, backbone, adapters, tokenizer, derive(config.seed, "head"), hardware)
+    return objective, encode_benchmark(benchmark, objective.template)
+
+
+def _fp32() -> Any:
+    import torch
+
+    return torch.float32
+
+
+def _plain(cfg: DictConfig) -> dict:
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]

@@ -1,0 +1,401 @@
+"""Where examples come from: the hub, local tables, and what each benchmark makes of them."""
+
+import random
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clpet.config import derive, require
+from clpet.errors import DataError, suggest
+from clpet.readers import Rows, read_hub, read_local, stdlib_docstrings
+from clpet.tasks import SPLITS, Benchmark, Example, Task, order_names
+
+Splits = dict[str, list[Example]]
+
+
+@dataclass
+class Source:
+    """Knobs every benchmark has. A subclass says how to `read` its tasks; order, sizes and checks are here."""
+
+    name: str = ""
+    folder: str | None = None
+    tasks: list[str] | None = None
+    order: Any = "listed"
+    order_seed: int = 0
+    orders: dict[str, list[str]] = field(default_factory=dict)
+    max_train: int | None = None
+    max_test: int | None = None
+    validation_share: float = 0.1
+    template: str = "{text}"
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        for key in ("max_train", "max_test"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"benchmark.{key}", value, "at least 1, or null for all")
+        require(self.max_length >= 8, "benchmark.max_length", self.max_length, "at least 8 tokens")
+        require(0 <= self.validation_share < 1, "benchmark.validation_share", self.validation_share, "in [0, 1)")
+        require("{text}" in self.template, "benchmark.template", repr(self.template), "a text that contains {text}")
+
+    def read(self, data_dir: Path | None) -> dict[str, Splits]:
+        """The splits of every task, in listed order."""
+        raise DataError(f"{type(self).__name__} does not say how to read its tasks")
+
+    def place(self, data_dir: Path) -> Path:
+        """The benchmark's own folder inside data_dir, or data_dir itself."""
+        inner = data_dir / (self.folder or self.name)
+        return inner if inner.is_dir() else data_dir
+
+    def load(self, data_dir: str | None) -> Benchmark:
+        """The benchmark in training order, limited, with a validation part in every task. Raises DataError."""
+        folder = Path(data_dir).expanduser() if data_dir else None
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"data_dir={data_dir} is not a folder")
+        splits = self.read(folder)
+        chosen = list(splits) if self.tasks is None else [str(name) for name in self.tasks]
+        for name in chosen:
+            if name not in splits:
+                raise DataError(f"benchmark.tasks names {name}, which {self.name} does not have{suggest(name, splits)}")
+        names = order_names(chosen, self.order, self.orders, self.order_seed)
+        benchmark = Benchmark(
+            self.name, [self._task(name, splits[name]) for name in names], self.template, self.max_length
+        )
+        benchmark.check()
+        return benchmark
+
+    def _task(self, name: str, splits: Splits) -> Task:
+        train, validation, test = (list(splits.get(split, [])) for split in SPLITS)
+        if not validation:
+            train, validation = split_off(train, self.validation_share)
+        train = sample(train, self.max_train)
+        validation = sample(validation, self.max_train and max(1, self.max_train // 5))
+        labels = {str(example.target) for example in train if example.target is not None}
+        return Task(name, train, validation, sample(test, self.max_test), tuple(sorted(labels)))
+
+
+def sample(examples: list[Example], most: int | None) -> list[Example]:
+    """At most `most` examples, spread evenly over the labels; the same ones whatever the run's seed."""
+    if most is None or len(examples) <= most:
+        return examples
+    rng = np.random.default_rng(derive(0, "sample", len(examples)))
+    turns: dict[str | None, int] = {}
+    ranked = []
+    for index in rng.permutation(len(examples)):
+        target = examples[index].target
+        turns[target] = turns.get(target, 0) + 1
+        ranked.append((turns[target], len(ranked), index))
+    return [examples[index] for index in sorted(index for _, _, index in sorted(ranked)[:most])]
+
+
+def split_off(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """(rest, part): `part` is about `share` of each label's examples, never a label's last one."""
+    if share == 0:
+        return examples, []
+    by_label: dict[str | None, list[int]] = {}
+    for index, example in enumerate(examples):
+        by_label.setdefault(example.target, []).append(index)
+    rng = np.random.default_rng(derive(0, "split", len(examples)))
+    part: set[int] = set()
+    for rows in by_label.values():
+        count = min(len(rows) - 1, max(1, round(share * len(rows))))
+        part.update(rng.permutation(rows)[:count].tolist())
+    rest = [example for index, example in enumerate(examples) if index not in part]
+    return rest, [examples[index] for index in sorted(part)]
+
+
+def by_label(splits: Splits, groups: dict[str, list[str]]) -> dict[str, Splits]:
+    """One task per group of labels. Raises DataError unless the groups are disjoint and cover the train labels."""
+    owner: dict[str, str] = {}
+    for task, labels in groups.items():
+        for label in labels:
+            if label in owner:
+                raise DataError(f"label {label!r} is in two tasks, {owner[label]} and {task}")
+            owner[label] = task
+    present = {str(example.target) for examples in splits.values() for example in examples}
+    missing = sorted(present - owner.keys())
+    if missing:
+        raise DataError(f"the label partition does not cover {len(missing)} labels of the data, e.g. {missing[0]!r}")
+    absent = sorted(owner.keys() - present)
+    if absent:
+        raise DataError(f"the label partition names {len(absent)} labels the data lacks, e.g. {absent[0]!r}")
+    tasks: dict[str, Splits] = {task: {split: [] for split in splits} for task in groups}
+    for split, examples in splits.items():
+        for example in examples:
+            tasks[owner[str(example.target)]][split].append(example)
+    return tasks
+
+
+def partition(labels: Iterable[str], sizes: list[int], seed: int) -> list[list[str]]:
+    """ConPET's label partition: shuffle the ids with Python's generator, cut, sort each part (spec of its release)."""
+    names = sorted(labels)
+    if sum(sizes) != len(names):
+        raise DataError(f"the label partition has {sum(sizes)} places for {len(names)} labels")
+    ids = list(range(len(names)))
+    random.Random(seed).shuffle(ids)
+    parts, start = [], 0
+    for size in sizes:
+        parts.append([names[i] for i in sorted(ids[start : start + size])])
+        start += size
+    return parts
+
+
+@dataclass
+class Table(Source):
+    """Labelled rows from the hub or from local parquet, jsonl or csv; tasks are groups of labels or a column.
+
+    Tasks come from, in this order: `task` (a column), `task_labels` (task -> labels), `classes_per_task`
+    (labels in string order, or shuffled by `partition_seed`).
+    """
+
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_revision: str | None = None
+    hub_columns: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
+    text: str = "text"
+    label: str = "label"
+    task: str | None = None
+    task_labels: dict[str, list[str]] | None = None
+    classes_per_task: int | None = None
+    partition_seed: int | None = None
+    drop_labels: list[str] = field(default_factory=list)
+    where: dict[str, Any] = field(default_factory=dict)
+    test_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.classes_per_task
+        require(size is None or size >= 1, "benchmark.classes_per_task", size, "at least 1")
+        require(0 < self.test_share < 1, "benchmark.test_share", self.test_share, "in (0, 1)")
+
+    def read(self, data_dir: Path | None) -> dict[str, Splits]:
+        rows = self._rows(data_dir)
+        if self.task is not None:
+            return self._by_column(rows)
+        splits = {split: [self.example(row) for row in self._kept(part, split)] for split, part in rows.items()}
+        if not splits.get("test"):
+            splits["train"], splits["test"] = split_off(splits["train"], self.test_share)
+        return by_label(splits, self._groups(splits))
+
+    def _rows(self, data_dir: Path | None) -> dict[str, Rows]:
+        if data_dir is not None:
+            return read_local(self.place(data_dir), self.splits)
+        if self.hub is None:
+            raise DataError(f"benchmark {self.name} is read from local files: say data_dir=FOLDER")
+        return read_hub(self.hub, self.hub_config, self.hub_revision, self.splits, self.hub_columns)
+
+    def _kept(self, rows: Rows, split: str) -> Iterable[dict[str, Any]]:
+        columns = [self.text, self.label] + ([self.task] if self.task else [])
+        rows.need(*(name for column in columns for name in slots(column)))
+        if split == "train":
+            rows.need(*self.where)
+        for number, row in enumerate(rows.values):
+            if split == "train" and any(row[column] != value for column, value in self.where.items()):
+                continue
+            label, text = row[self.label], fill(self.text, row)
+            if label is None or not isinstance(label, str | int | bool):
+                raise DataError(f"{rows.where}: row {number} has the label {label!r}; a name or a number is needed")
+            if not text.strip():
+                raise DataError(f"{rows.where}: row {number} has an empty text")
+            if str(label) not in self.drop_labels:
+                yield row
+
+    def example(self, row: dict[str, Any]) -> Example:
+        """One row as an Example."""
+        return Example(fill(self.text, row), str(row[self.label]))
+
+    def _groups(self, splits: Splits) -> dict[str, list[str]]:
+        if self.task_labels is not None:
+            return self.task_labels
+        labels = sorted({str(example.target) for example in splits["train"]})
+        size = self.classes_per_task or len(labels)
+        sizes = [size] * (len(labels) // size) + ([len(labels) % size] if len(labels) % size else [])
+        if self.partition_seed is None:
+            parts = [labels[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+        else:
+            parts = partition(labels, sizes, self.partition_seed)
+        return {f"task{i + 1:02d}": part for i, part in enumerate(parts)}
+
+    def _by_column(self, rows: dict[str, Rows]) -> dict[str, Splits]:
+        tasks: dict[str, Splits] = {}
+        for split, part in rows.items():
+            for row in self._kept(part, split):
+                tasks.setdefault(str(row[self.task]), {}).setdefault(split, []).append(self.example(row))
+        for splits in tasks.values():
+            if not splits.get("test"):
+                splits["train"], splits["test"] = split_off(splits.get("train", []), self.test_share)
+        return tasks
+
+
+def slots(column: str) -> list[str]:
+    """Column names in a column knob: a bare name, or a text with {name} slots."""
+    return re.findall(r"\{(\w+)\}", column) or [column]
+
+
+def fill(column: str, row: dict[str, Any]) -> str:
+    """The text of a row: one column, or several put into a text with {name} slots."""
+    if "{" in column:
+        return re.sub(r"\{(\w+)\}", lambda slot: str(row[slot.group(1)]), column)
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"column {column} holds {value!r} where a text is needed")
+    return value
+
+
+@dataclass
+class Relations(Table):
+    """Relation extraction: head wrapped in [m0] [m1], tail in [m2] [m3], every listed mention (ConPET, section 2)."""
+
+    tokens: str = "tokens"
+    head: str = "head_pos"
+    tail: str = "tail_pos"
+    hub_parts: list[str] = field(default_factory=list)
+
+    def example(self, row: dict[str, Any]) -> Example:
+        """The marked sentence; the template's {head} and {tail} are the first mentions."""
+        for column in (self.tokens, self.head, self.tail):
+            if row.get(column) is None:
+                raise DataError(f"benchmark {self.name}: column {column} is missing or empty; found {sorted(row)}")
+        tokens = [str(token) for token in row[self.tokens]]
+        return mark_entities(tokens, mentions(row[self.head]), mentions(row[self.tail]), str(row[self.label]))
+
+    def read(self, data_dir: Path | None) -> dict[str, Splits]:
+        if data_dir is not None or not self.hub_parts:
+            return super().read(data_dir)
+        parts = {part: part for part in self.hub_parts}
+        found = read_hub(str(self.hub), self.hub_config, self.hub_revision, parts, self.hub_columns)
+        pooled = [self.example(flat(row)) for part in parts for row in found[part].values]
+        groups = self._groups({"train": pooled})
+        return pooled_split(pooled, groups, self.partition_seed or 0)
+
+    def _kept(self, rows: Rows, split: str) -> Iterable[dict[str, Any]]:
+        rows.need(self.tokens, self.head, self.tail)
+        for row in rows.values:
+            row.setdefault(self.text, " ".join(map(str, row[self.tokens])))
+        rows.columns.add(self.text)
+        return super()._kept(rows, split)
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the published FewRel with its entities' token positions as columns."""
+    return {**row, "head_pos": row["head"]["indices"], "tail_pos": row["tail"]["indices"]}
+
+
+def pooled_split(examples: list[Example], groups: dict[str, list[str]], seed: int) -> dict[str, Splits]:
+    """80/10/10 per label with the generator that shuffled the labels going on, as ConPET splits FewRel."""
+    rng = random.Random(seed)
+    rng.shuffle(list(range(sum(len(labels) for labels in groups.values()))))
+    tasks: dict[str, Splits] = {}
+    for task, labels in groups.items():
+        tasks[task] = {split: [] for split in SPLITS}
+        for label in labels:
+            own = [example for example in examples if example.target == label]
+            rng.shuffle(own)
+            cuts = int(0.8 * len(own)), int(0.8 * len(own)) + int(0.1 * len(own))
+            for split, part in zip(SPLITS, (own[: cuts[0]], own[cuts[0] : cuts[1]], own[cuts[1] :]), strict=True):
+                tasks[task][split] += part
+    return tasks
+
+
+def mentions(positions: Any) -> list[tuple[int, int]]:
+    """[first, last] token positions of each mention, from a flat list of positions or a list of lists."""
+    flat = [list(part) if hasattr(part, "__len__") else [part] for part in positions]
+    spans: list[tuple[int, int]] = []
+    for part in flat:
+        for position in map(int, part):
+            if spans and position == spans[-1][1] + 1:
+                spans[-1] = (spans[-1][0], position)
+            else:
+                spans.append((position, position))
+    return spans
+
+
+def mark_entities(tokens: list[str], heads: list[tuple[int, int]], tails: list[tuple[int, int]], target: str) -> Example:
+    """The sentence with markers around every mention; `focus` covers the first head and the first tail."""
+    opening: dict[int, list[str]] = {}
+    closing: dict[int, list[str]] = {}
+    for spans, left, right in ((heads, "[m0]", "[m1]"), (tails, "[m2]", "[m3]")):
+        for first, last in spans:
+            opening.setdefault(first, []).append(left)
+            closing.setdefault(last, []).insert(0, right)
+    pieces, length, starts, ends = [], 0, {}, {}
+    for index, token in enumerate(tokens):
+        piece = " ".join([*opening.get(index, []), token, *closing.get(index, [])])
+        starts[index] = length
+        pieces.append(piece)
+        length += len(piece) + 1
+        ends[index] = length - 1
+    fields = {"head": " ".join(tokens[heads[0][0] : heads[0][1] + 1])}
+    fields["tail"] = " ".join(tokens[tails[0][0] : tails[0][1] + 1])
+    focus = tuple((starts[first], ends[last]) for first, last in (heads[0], tails[0]))
+    return Example(" ".join(pieces), target, fields, focus)
+
+
+@dataclass
+class Folders(Source):
+    """One folder per task with train, validation and test files; from the hub, one data set per task.
+
+    `label_space=task` keeps the labels of different tasks apart, `union` lets equal names be one label;
+    `label_sets` names tasks that share their labels (task -> set).
+    """
+
+    folders: list[str] = field(default_factory=list)
+    text: str = "text"
+    label: str = "label"
+    label_space: str = "task"
+    label_sets: dict[str, str] = field(default_factory=dict)
+    hub_tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.label_space in ("task", "union"), "benchmark.label_space", self.label_space, "task or union")
+
+    def read(self, data_dir: Path | None) -> dict[str, Splits]:
+        wanted = [str(name) for name in self.tasks or self.folders if name in self.folders]
+        return {name: self._read_task(name, data_dir) for name in wanted or self.folders}
+
+    def _read_task(self, name: str, data_dir: Path | None) -> Splits:
+        table = Table(name=name, text=self.text, label=self.label)
+        names: list[str] = []
+        if data_dir is not None:
+            rows = read_local(self.place(data_dir) / name, table.splits)
+        else:
+            if name not in self.hub_tasks:
+                raise DataError(f"task {name} of {self.name} has no hub id in its YAML: say data_dir=FOLDER")
+            spec = dict(self.hub_tasks[name])
+            names = spec.pop("label_names", [])
+            table = Table(name=name, **spec)
+            rows = read_hub(str(table.hub), table.hub_config, table.hub_revision, table.splits, {})
+        label = self._labeller(name, names)
+        return {
+            split: [Example(fill(table.text, row), label(row[table.label])) for row in table._kept(part, split)]
+            for split, part in rows.items()
+        }
+
+    def _labeller(self, task: str, names: list[str]) -> Callable[[Any], str]:
+        prefix = "" if self.label_space == "union" else f"{self.label_sets.get(task, task)}: "
+        return lambda value: prefix + (names[int(value)] if names else str(value))
+
+
+@dataclass
+class PythonStdlib(Source):
+    """First paragraphs of the standard library's docstrings; the label is the module they document.
+
+    The text is read from the running Python's own files with `ast` and nothing is imported, so it differs a
+    little between Python versions: the benchmark's fingerprint says which text a result is about.
+    """
+
+    modules: dict[str, list[str]] = field(default_factory=dict)
+    per_label: int = 100
+    test_share: float = 0.25
+
+    def read(self, data_dir: Path | None) -> dict[str, Splits]:
+        chosen = [module for group in self.modules.values() for module in group]
+        texts = stdlib_docstrings(chosen)
+        examples = [Example(text, module) for module in chosen for text in texts[module][: self.per_label]]
+        train, test = split_off(examples, self.test_share)
+        return by_label({"train": train, "test": test}, self.modules)

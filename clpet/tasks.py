@@ -1,0 +1,130 @@
+"""What is learned: examples, tasks and the ordered benchmark."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from clpet.config import derive
+from clpet.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One piece of text and what is asked of it.
+
+    `target` is a label name, an answer text, or None for plain text. `fields` fill the template's other
+    slots. `focus` are character spans of the text that a window cut must keep (entities).
+    """
+
+    text: str
+    target: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    focus: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass
+class Task:
+    """One step of the sequence. No labels and metric perplexity: language modelling."""
+
+    name: str
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    labels: tuple[str, ...] = ()
+    metric: str = "accuracy"
+
+    def split(self, name: str) -> list[Example]:
+        """The examples of one of SPLITS."""
+        return getattr(self, name)
+
+
+@dataclass
+class Benchmark:
+    """The ordered tasks; label ids are positions in `labels`, which lists them in order of first appearance."""
+
+    name: str
+    tasks: list[Task]
+    template: str = "{text}"
+    max_length: int = 128
+    data_record: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.labels: list[str] = list(dict.fromkeys(label for task in self.tasks for label in task.labels))
+        self.label_ids = {label: index for index, label in enumerate(self.labels)}
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def names(self) -> list[str]:
+        """Task names in training order."""
+        return [task.name for task in self.tasks]
+
+    def task_labels(self, index: int) -> list[int]:
+        """Label ids of one task."""
+        return [self.label_ids[label] for label in self.tasks[index].labels]
+
+    def seen_labels(self, learned: int) -> list[int]:
+        """Label ids of the first `learned` tasks."""
+        return sorted({label for index in range(learned) for label in self.task_labels(index)})
+
+    def fingerprint(self) -> str:
+        """Hash of every text and target in order: it changes when the data does."""
+        hasher = hashlib.sha256()
+        for task in self.tasks:
+            for split in SPLITS:
+                hasher.update(f"\x1e{task.name}\x1e{split}".encode())
+                for example in task.split(split):
+                    parts = (example.text, str(example.target), *example.fields.values())
+                    hasher.update("\x1f".join(parts).encode(errors="surrogatepass"))
+        return hasher.hexdigest()[:16]
+
+    def check(self) -> None:
+        """Raises DataError for a task that cannot be learned or tested as given."""
+        if not self.tasks:
+            raise DataError(f"benchmark {self.name} has no tasks")
+        for task in self.tasks:
+            for split in ("train", "test"):
+                if not task.split(split):
+                    raise DataError(f"task {task.name} of benchmark {self.name} has no {split} examples")
+            trained = {example.target for example in task.train}
+            for split, example in _labelled(task):
+                if example.target not in trained:
+                    raise DataError(
+                        f"task {task.name} of benchmark {self.name}: label {example.target!r} occurs in {split} "
+                        "but not in train, so it cannot be learned"
+                    )
+
+
+def _labelled(task: Task) -> Iterator[tuple[str, Example]]:
+    if task.labels:
+        for split in ("validation", "test"):
+            for example in task.split(split):
+                yield split, example
+
+
+def order_names(names: list[str], order: Any, orders: Mapping[str, list[str]], seed: int) -> list[str]:
+    """Task names in training order.
+
+    `order` is listed, reversed, random (a permutation drawn from `seed`), the name of one of the benchmark's
+    published `orders`, or an explicit list. Raises DataError when it names tasks that are not there.
+    """
+    if isinstance(order, str) and order in orders:
+        order = [name for name in orders[order] if name in names]
+    if isinstance(order, list | tuple):
+        if sorted(map(str, order)) != sorted(names):
+            raise DataError(f"benchmark.order must list every task once; the tasks are: {', '.join(names)}")
+        return [str(name) for name in order]
+    if order == "listed":
+        return list(names)
+    if order == "reversed":
+        return list(reversed(names))
+    if order == "random":
+        return [names[i] for i in np.random.default_rng(derive(seed, "task order")).permutation(len(names))]
+    known = ["listed", "reversed", "random", *orders]
+    raise DataError(f"benchmark.order={order} is none of {', '.join(known)}, nor a list of tasks")

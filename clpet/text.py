@@ -1,0 +1,241 @@
+"""Text to tokens, once per split: templates, entity windows, pooled splits and length-bucketed batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clpet.errors import ConfigError, DataError
+from clpet.tasks import Benchmark, Example
+
+# Reserved vocabulary entries that can stand for the markers [m0] to [m3] and, last, for a missing mask token.
+RESERVED = (
+    [f"[unused{i}]" for i in range(5)],
+    ["<0x00>", "<0x01>", "<0x02>", "<0x03>", "<0x05>"],
+    [f"<|reserved_special_token_{i}|>" for i in range(5)],
+    [f"madeupword000{i}" for i in range(3)] + ["<unk>", "<unk>"],
+    [f"<extra_id_{i}>" for i in range(5)],
+)
+PLAIN = ["#", "#", "@", "@", "_"]  # a vocabulary without reserved entries marks entities with signs
+
+
+class Template:
+    """Turns an Example into token ids: `{text}` may be cut, what stands around it never is.
+
+    `{mask}` becomes the tokenizer's mask token, or a reserved token where there is none; it must occur exactly
+    once when the representation is read there. [m0] to [m3] in a text become reserved tokens.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, max_length: int, needs_mask: bool) -> None:
+        if template.count("{text}") != 1:
+            raise ConfigError(f"benchmark.template must hold {{text}} once: {template!r}")
+        if needs_mask and template.count("{mask}") != 1:
+            raise ConfigError(
+                f"model.representation=mask needs a benchmark.template with {{mask}} once, not {template!r}; "
+                "or take model.representation=mean, cls or last"
+            )
+        self.tokenizer, self.max_length, self.needs_mask = tokenizer, max_length, needs_mask
+        self.before, self.after = template.split("{text}")
+        vocabulary = tokenizer.get_vocab()
+        reserved = next((names for names in RESERVED if all(name in vocabulary for name in names)), PLAIN)
+        self.markers = {f"[m{i}]": name for i, name in enumerate(reserved[:4])}
+        self.mask = tokenizer.mask_token or reserved[4]
+        special = sorted({self.mask, *self.markers.values()} - {*PLAIN, *tokenizer.all_special_tokens})
+        if special:
+            tokenizer.add_special_tokens({"additional_special_tokens": special}, replace_extra_special_tokens=False)
+        self.mask_id = tokenizer.convert_tokens_to_ids(self.mask)
+        self.head, self.tail = _frame(tokenizer)
+
+    def encode(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Token ids of each example, at most `max_length`. Raises DataError when the template alone is too long."""
+        befores = self._tokens([self._fill(self.before, example) for example in examples])
+        afters = self._tokens([self._fill(self.after, example) for example in examples])
+        marked = [self._mark(example) for example in examples]
+        texts = self._tokens([text for text, _ in marked], offsets=True)
+        rows = []
+        for before, text, after, (_, focus) in zip(befores, texts, afters, marked, strict=True):
+            room = self.max_length - len(self.head) - len(self.tail) - len(before["ids"]) - len(after["ids"])
+            if room < 1:
+                raise DataError(f"benchmark.max_length={self.max_length} leaves no room beside the template")
+            window = window_rows(text["offsets"], focus, room)
+            ids = [text["ids"][row] for row in window]
+            row = [*self.head, *before["ids"], *ids, *after["ids"], *self.tail]
+            if self.needs_mask and row.count(self.mask_id) != 1:
+                raise DataError(f"an example holds the mask token {row.count(self.mask_id)} times, not once")
+            rows.append(row)
+        return rows
+
+    def _fill(self, part: str, example: Example) -> str:
+        text = part.replace("{mask}", self.mask)
+        for name, value in example.fields.items():
+            text = text.replace(f"{{{name}}}", value)
+        return text
+
+    def _mark(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
+        text, focus = example.text, list(example.focus)
+        if "[m" in text:
+            for marker, token in self.markers.items():
+                while (place := text.find(marker)) >= 0:
+                    text = text[:place] + token + text[place + len(marker) :]
+                    shift = len(token) - len(marker)
+                    focus = [(a + shift * (place < a), b + shift * (place < b)) for a, b in focus]
+        return text, focus
+
+    def _tokens(self, texts: list[str], offsets: bool = False) -> list[dict[str, Any]]:
+        if not any(texts):
+            return [{"ids": [], "offsets": []}] * len(texts)
+        out = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=offsets, return_attention_mask=False, verbose=False
+        )
+        spans = out["offset_mapping"] if offsets else [[]] * len(texts)
+        return [{"ids": ids, "offsets": span} for ids, span in zip(out["input_ids"], spans, strict=True)]
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens a tokenizer puts before and after one text."""
+    probe = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(full)) if full[i : i + len(probe)] == probe), 0)
+    return full[:start], full[start + len(probe) :]
+
+
+def window_rows(offsets: Sequence[tuple[int, int]], focus: Sequence[tuple[int, int]], room: int) -> list[int]:
+    """Which tokens of a text to keep when only `room` fit: the head of it, or a window around its entities.
+
+    The window is centred on the span of all entities; entities too far apart get half of the room each
+    (ConPET, section 2 of its input template).
+    """
+    total = len(offsets)
+    if total <= room:
+        return list(range(total))
+    spans = []
+    for first, last in focus:
+        rows = [row for row, (a, b) in enumerate(offsets) if b > first and a < last]
+        if rows:
+            spans.append((rows[0], rows[-1] + 1))
+    if not spans:
+        return list(range(room))
+    start, end = min(a for a, _ in spans), max(b for _, b in spans)
+    if end - start <= room:
+        return _centred(start, end, room, total)
+    part = room // len(spans)
+    kept = {row for a, b in spans for row in _centred(a, b, part, total)}
+    return sorted(kept)
+
+
+def _centred(start: int, end: int, room: int, total: int) -> list[int]:
+    left = max(0, min(start - max(0, room - (end - start)) // 2, total - room))
+    return list(range(left, min(total, left + room)))
+
+
+@dataclass
+class Batch:
+    """Padded token ids [batch, length] with what is needed to score them; `rows` index the pool they came from."""
+
+    rows: np.ndarray
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    labels: Tensor
+    tasks: Tensor
+    padded: bool = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Token places computed on, padding included."""
+        return self.input_ids.numel()
+
+    def select(self, keep: Tensor) -> "Batch":
+        """The examples at the given positions, re-padded to the longest of them."""
+        mask = self.attention_mask[keep]
+        width = int(mask.sum(1).max())
+        return Batch(
+            self.rows[keep.cpu().numpy()],
+            self.input_ids[keep][:, :width],
+            mask[:, :width],
+            self.positions[keep],
+            self.labels[keep],
+            self.tasks[keep],
+        )
+
+
+class EncodedDataset:
+    """One split of all tasks, tokenised: flat token ids with offsets, a label id and a task number per row."""
+
+    def __init__(
+        self, tokens: list[list[int]], labels: Sequence[int], tasks: Sequence[int], pad_id: int, mask_id: int
+    ) -> None:
+        self.lengths = np.array([len(row) for row in tokens], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.flat = np.fromiter((token for row in tokens for token in row), dtype=np.int32, count=int(self.starts[-1]))
+        self.labels = np.array(labels, dtype=np.int64)
+        self.tasks = np.array(tasks, dtype=np.int64)
+        self.pad_id, self.mask_id = pad_id, mask_id
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rows_of(self, *tasks: int) -> np.ndarray:
+        """Row numbers of the given tasks, in order."""
+        return np.flatnonzero(np.isin(self.tasks, tasks))
+
+    def tokens(self, row: int) -> np.ndarray:
+        """Token ids of one row."""
+        return self.flat[self.starts[row] : self.starts[row + 1]]
+
+    def batch(self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Batch:
+        """The rows, right-padded to the longest."""
+        rows = np.asarray(rows, dtype=np.int64)
+        width = int(self.lengths[rows].max())
+        inside = np.arange(width) < self.lengths[rows][:, None]
+        ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
+        ids[inside] = np.concatenate([self.tokens(row) for row in rows])
+        positions = np.argmax(ids == self.mask_id, axis=1)
+        arrays = (ids, inside.astype(np.int64), positions, self.labels[rows], self.tasks[rows])
+        tensors = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
+        return Batch(rows, *tensors, padded=not inside.all())
+
+    def by_length(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
+        """The rows in batches of `size`, longest first, so that padding is next to nothing."""
+        ordered = rows[np.argsort(-self.lengths[rows], kind="stable")]
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    def shuffled(self, rows: np.ndarray, size: int, rng: np.random.Generator, chunk: int = 4) -> list[np.ndarray]:
+        """One epoch: the rows shuffled, batches formed inside chunks of a few batches sorted by length."""
+        order = rng.permutation(rows)
+        batches: list[np.ndarray] = []
+        for start in range(0, len(order), size * chunk):
+            batches += self.by_length(order[start : start + size * chunk], size)
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@dataclass
+class Encoded:
+    """A benchmark's splits, each one pool over all tasks."""
+
+    train: EncodedDataset
+    validation: EncodedDataset
+    test: EncodedDataset
+
+
+def encode_benchmark(benchmark: Benchmark, template: Template) -> Encoded:
+    """Tokenises every split once; labels become ids (-1 for examples without)."""
+    pools = {}
+    for split in ("train", "validation", "test"):
+        pairs = [(index, example) for index, task in enumerate(benchmark.tasks) for example in task.split(split)]
+        pools[split] = EncodedDataset(
+            template.encode([example for _, example in pairs]),
+            [benchmark.label_ids.get(str(example.target), -1) for _, example in pairs],
+            [index for index, _ in pairs],
+            template.tokenizer.pad_token_id,
+            template.mask_id,
+        )
+    return Encoded(**pools)
+
+

@@ -1,0 +1,192 @@
+"""Where figures go while a run goes on: the screen, metrics.jsonl, and wandb (online when it can, else offline)."""
+
+import json
+import logging
+import netrc
+import os
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clpet.config import require
+from clpet.console import Display, matrix_table, summary_line
+from clpet.evaluation import Evaluation
+from clpet.results import TransferMatrix
+from clpet.state import RunState, write_atomic
+
+log = logging.getLogger(__name__)
+
+
+class Mode(Enum):
+    """auto tries wandb's server once and goes on offline; off writes nothing for wandb."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    off = "off"
+
+
+@dataclass
+class Tracking:
+    """A tracking group option."""
+
+    name: str = "auto"
+    mode: Mode = Mode.auto
+    project: str = "clpet"
+    entity: str | None = None
+    timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        require(self.timeout > 0, "tracking.timeout", self.timeout, "more than 0 seconds")
+
+
+class Tracker:
+    """Writes one run's figures. Use as a context; `display` is its Progress."""
+
+    def __init__(self, settings: Tracking, out: Path, display: Display, config: dict, identity: dict[str, str]) -> None:
+        self.settings, self.out, self.display = settings, out, display
+        self.config, self.identity = config, identity
+        self.run: Any = None
+
+    def __enter__(self) -> "Tracker":
+        if self.settings.mode is not Mode.off:
+            self.run = self._start_wandb()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.display.close()
+        if self.run is not None:
+            self._safely("finish", lambda: self.run.finish(exit_code=0 if kind is None else 1))
+
+    def forget_after(self, done: int) -> None:
+        """Drops the lines of entries that will be learned again after a resume."""
+        path = self.out / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["done"] <= done]
+            write_atomic(path, "".join(f"{line}\n" for line in lines))
+
+    def evaluated(self, state: RunState, row: int, evaluation: Evaluation) -> None:
+        """Records one row of the matrix: lines, table on the screen, wandb scalars on the task axis."""
+        names = state.matrix.tasks
+        tasks = {
+            names[index]: {"score": score.value, "correct": score.correct, "total": score.total,
+                           "own_labels": evaluation.own[index].value}
+            for index, score in evaluation.seen.items()
+        }  # fmt: skip
+        line = {"done": state.done, "row": row, "tasks": tasks, **evaluation.diagnostics}
+        line |= {"average": state.matrix.average(row, row), "whole": state.matrix.whole(row, row)} if row else {}
+        line |= {"cost": state.costs[-1]} if state.costs else {}
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._show(state, row, evaluation)
+        if self.run is not None:
+            scalars = {f"score/{name}": value["score"] for name, value in tasks.items()}
+            scalars |= {f"own_labels/{name}": value["own_labels"] for name, value in tasks.items()}
+            scalars |= {key: line[key] for key in ("average", "whole", *evaluation.diagnostics) if line.get(key) is not None}
+            cost = {f"cost/{key}": value for key, value in line.get("cost", {}).items()}  # type: ignore[union-attr]
+            self._safely("log", lambda: self.run.log({"task": row, **scalars, **cost}))
+
+    def finished(self, results: dict[str, Any], pictures: list[Path]) -> None:
+        """Writes the final table, pictures and summary to wandb."""
+        if self.run is None:
+            return
+        import wandb
+
+        def write() -> None:
+            matrix = TransferMatrix.from_json(results)
+            views = {"transfer": results["scores"], "backward": results["backward"], "forward": results["forward"],
+                     "own_labels": results["task_scores"]}  # fmt: skip
+            rows = [
+                [view, row, matrix.tasks[row - 1] if row else "", task, values[row][column]]
+                for view, values in views.items()
+                for row in range(len(values))
+                for column, task in enumerate(matrix.tasks)
+                if values[row][column] is not None
+            ]
+            table = wandb.Table(columns=["matrix", "row", "after", "task", "value"], data=rows)
+            self.run.log({"transfer": table, **{path.stem: wandb.Image(str(path)) for path in pictures}})
+            self.run.summary.update({key: value for key, value in results["metrics"].items() if value is not None})
+
+        self._safely("log", write)
+
+    def _show(self, state: RunState, row: int, evaluation: Evaluation) -> None:
+        self.display.print()
+        self.display.print(matrix_table(state.matrix, row))
+        if row:
+            extra = "".join(f" · {key.replace('_', ' ')} {value:.2f}" for key, value in evaluation.diagnostics.items())
+            self.display.print(summary_line(state.matrix, row) + extra)
+        self.display.print()
+
+    def _start_wandb(self) -> Any:
+        import wandb
+
+        mode = self._mode()
+        for attempt in dict.fromkeys([mode, "offline"]):
+            try:
+                run = wandb.init(
+                    project=self.settings.project,
+                    entity=self.settings.entity,
+                    dir=str(self.out),
+                    mode=attempt,  # type: ignore[arg-type]
+                    config=self.config,
+                    id=f"{self.identity['signature']}-s{self.identity['seed']}",
+                    resume="allow" if attempt == "online" else None,
+                    name=f"{self.config['method']['name']}-s{self.identity['seed']}",
+                    group=f"{self.config['benchmark']['name']}/{self.config['method']['name']}/{self.identity['signature']}",
+                    job_type=self.config["method"]["name"],
+                    settings=wandb.Settings(silent=True, console="off", init_timeout=self.settings.timeout),
+                )
+                run.define_metric("*", step_metric="task")
+                return run
+            except Exception as error:
+                log.warning("wandb does not start %s (%s); the run goes on without", attempt, str(error).split("\n")[0])
+        return None
+
+    def _mode(self) -> str:
+        """The mode to try first: a server is asked only where there is a key to log in with."""
+        if self.settings.mode is not Mode.auto:
+            return self.settings.mode.value
+        named = os.environ.get("WANDB_MODE")
+        if named in ("online", "offline", "disabled"):
+            return named
+        return "online" if _has_key() else "offline"
+
+    def _safely(self, what: str, action: Any) -> None:
+        """Tracking never stops a run."""
+        try:
+            action()
+        except Exception as error:
+            log.warning("wandb cannot %s (%s); the run goes on without it", what, str(error).split("\n")[0])
+            self.run = None
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def write_predictions(folder: Path, row: int, evaluation: Evaluation, names: list[str], labels: list[str]) -> None:
+    """One parquet file per evaluation, one row per test example; a prediction is null where no label was seen yet."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(exist_ok=True)
+    table = evaluation.rows
+
+    def spell(ids: np.ndarray, words: list[str]) -> pyarrow.Array:
+        return pyarrow.DictionaryArray.from_arrays(pyarrow.array(ids, pyarrow.int32(), mask=ids < 0), words)
+
+    columns: dict[str, Any] = {"example": table["row"], "task": spell(table["task"], names)}
+    columns |= {name: spell(table[name], labels) for name in ("label", "prediction", "own_prediction")}
+    columns |= {"selected": spell(table["selected"], names)} if "selected" in table else {}
+    temporary = folder / f".after-{row:03d}.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
+    temporary.replace(folder / f"after-{row:03d}.parquet")
