@@ -1,27 +1,23 @@
 """What a benchmark's data is like: counts, balance, lengths, repeats, and text that occurs where it should not."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from clpet.tasks import SPLITS, Benchmark, Example
+from clpet.tasks import SPLITS, Benchmark, Example, normalised
 from clpet.text import Encoded
 
-_NOT_WORD = re.compile(r"[\W_]+")
-
-
-def normalised(example: Example) -> str:
-    """Lower-case letters and digits only: texts that differ in case and punctuation are the same."""
-    return _NOT_WORD.sub(" ", " ".join([example.text, *example.fields.values()]).lower()).strip()
+def key(example: Example) -> str:
+    """What is compared: the normalised text with its template fields."""
+    return normalised(" ".join([example.text, *example.fields.values()]))
 
 
 def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str, Any]:
     """Counts per task and split, label balance, token lengths, repeats, overlaps and warnings; a plain dict."""
     keys = {
-        (task.name, split): [normalised(example) for example in task.split(split)]
+        (task.name, split): [key(example) for example in task.split(split)]
         for task in benchmark.tasks
         for split in SPLITS
     }
@@ -62,20 +58,20 @@ def _overlaps(benchmark: Benchmark, keys: dict[tuple[str, str], list[str]]) -> d
     """Number of texts that two splits, or two tasks' train parts, share (only pairs that share any)."""
     pooled = {split: _union(keys[name, split] for name in benchmark.names) for split in SPLITS}
     found = {
-        "test in train": sum(key in pooled["train"] for name in benchmark.names for key in keys[name, "test"]),
+        "test in train": sum(text in pooled["train"] for name in benchmark.names for text in keys[name, "test"]),
         "test in validation": sum(
-            key in pooled["validation"] for name in benchmark.names for key in keys[name, "test"]
+            text in pooled["validation"] for name in benchmark.names for text in keys[name, "test"]
         ),
-        "validation in train": sum(key in pooled["train"] for n in benchmark.names for key in keys[n, "validation"]),
+        "validation in train": sum(text in pooled["train"] for n in benchmark.names for text in keys[n, "validation"]),
     }
     sets = {name: set(keys[name, "train"]) for name in benchmark.names}
-    owners = Counter(key for texts in sets.values() for key in texts)
+    owners = Counter(text for texts in sets.values() for text in texts)
     found["train texts in several tasks"] = sum(count > 1 for count in owners.values())
     return {pair: count for pair, count in found.items() if count}
 
 
 def _union(groups: Iterable[list[str]]) -> set[str]:
-    return {key for group in groups for key in group}
+    return {text for group in groups for text in group}
 
 
 def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
@@ -85,3 +81,32 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
         for pair in ("test in train", "test in validation")
         if pair in overlaps
     ]
+
+
+def report(cfg: Any) -> str:
+    """What `clpet data` prints: the tables of a benchmark composed in `cfg`, with the model's tokenizer."""
+    import torch
+
+    from clpet.backbones import representation
+    from clpet.config import build, typed
+    from clpet.console import table
+    from clpet.text import Template, encode_benchmark
+
+    config = typed(cfg)
+    benchmark = build(config.benchmark, "benchmark").load(config.data_dir)
+    backbone = build(config.model, "model")
+    _, tokenizer = backbone.load(torch.float32, torch.device("cpu"), 0)
+    needs_mask = representation(backbone, benchmark.template).value == "mask"
+    template = Template(tokenizer, benchmark.template, benchmark.max_length, needs_mask)
+    found = inspect_data(benchmark, encode_benchmark(benchmark, template))
+    header = ["task", *SPLITS, "labels", "label sizes", "tokens median", "p95", "max", "repeats"]
+    rows = [
+        [name, *(str(t[split]) for split in SPLITS), str(t["labels"]), f"{t['smallest_label']}-{t['largest_label']}",
+         str(t["tokens"]["median"]), str(t["tokens"]["p95"]), str(t["tokens"]["max"]),
+         "/".join(str(t["repeats"][split]) for split in SPLITS)]
+        for name, t in found["tasks"].items()
+    ]  # fmt: skip
+    lines = [table(header, rows), "", f"repeats: train/validation/test, texts equal to an earlier one (letters and digits only)"]
+    lines += [f"overlap: {pair}: {count}" for pair, count in found["overlaps"].items()] or ["overlap: none"]
+    lines += [f"warning: {warning}" for warning in found["warnings"]]
+    return "\n".join([*lines, f"fingerprint: {found['fingerprint']}"])

@@ -3,11 +3,13 @@
 import ast
 import hashlib
 import sysconfig
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clpet.errors import DataError, suggest
+from clpet.tasks import normalised
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 
@@ -103,12 +105,10 @@ def stdlib_docstrings(modules: list[str]) -> dict[str, list[str]]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found = {module: _module_paragraphs(root, module) for module in modules}
-    seen: dict[str, int] = {}
-    for texts in found.values():
-        for text in texts:
-            seen[text] = seen.get(text, 0) + 1
+    owners = Counter(key for texts in found.values() for key in texts)
     return {
-        module: sorted((text for text in texts if seen[text] == 1), key=_stable_key) for module, texts in found.items()
+        module: sorted((text for key, text in texts.items() if owners[key] == 1), key=_stable_key)
+        for module, texts in found.items()
     }
 
 
@@ -116,13 +116,13 @@ def _stable_key(text: str) -> str:
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
-def _module_paragraphs(root: Path, module: str) -> set[str]:
+def _module_paragraphs(root: Path, module: str) -> dict[str, str]:
     places = [root / module, root / f"_py{module}.py", root / f"{module}.py"]
     place = next((path for path in places if path.exists()), None)
     if place is None:
         raise DataError(f"the standard library at {root} has no source of the module {module}")
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
-    paragraphs: set[str] = set()
+    paragraphs: dict[str, str] = {}
     for file in files:
         if {"test", "tests"} & set(file.relative_to(root).parts):
             continue
@@ -130,5 +130,5 @@ def _module_paragraphs(root: Path, module: str) -> set[str]:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 first = (ast.get_docstring(node) or "").strip().split("\n\n")[0].split()
                 if len(first) >= 4:
-                    paragraphs.add(" ".join(first))
+                    paragraphs.setdefault(normalised(" ".join(first)), " ".join(first))
     return paragraphs

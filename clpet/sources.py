@@ -26,7 +26,7 @@ class Source:
     tasks: list[str] | None = None
     order: Any = "listed"
     order_seed: int = 0
-    orders: dict[str, list[str]] = field(default_factory=dict)
+    orders: dict[str, list[str]] | None = None
     max_train: int | None = None
     max_test: int | None = None
     validation_share: float = 0.1
@@ -60,7 +60,7 @@ class Source:
         for name in chosen:
             if name not in splits:
                 raise DataError(f"benchmark.tasks names {name}, which {self.name} does not have{suggest(name, splits)}")
-        names = order_names(chosen, self.order, self.orders, self.order_seed)
+        names = order_names(chosen, self.order, self.orders or {}, self.order_seed)
         benchmark = Benchmark(
             self.name, [self._task(name, splits[name]) for name in names], self.template, self.max_length
         )
@@ -154,7 +154,7 @@ class Table(Source):
     hub: str | None = None
     hub_config: str | None = None
     hub_revision: str | None = None
-    hub_columns: dict[str, str] = field(default_factory=dict)
+    hub_columns: dict[str, str] | None = None
     splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
     text: str = "text"
     label: str = "label"
@@ -163,7 +163,7 @@ class Table(Source):
     classes_per_task: int | None = None
     partition_seed: int | None = None
     drop_labels: list[str] = field(default_factory=list)
-    where: dict[str, Any] = field(default_factory=dict)
+    where: dict[str, Any] | None = None
     test_share: float = 0.25
 
     def __post_init__(self) -> None:
@@ -186,15 +186,15 @@ class Table(Source):
             return read_local(self.place(data_dir), self.splits)
         if self.hub is None:
             raise DataError(f"benchmark {self.name} is read from local files: say data_dir=FOLDER")
-        return read_hub(self.hub, self.hub_config, self.hub_revision, self.splits, self.hub_columns)
+        return read_hub(self.hub, self.hub_config, self.hub_revision, self.splits, self.hub_columns or {})
 
     def _kept(self, rows: Rows, split: str) -> Iterable[dict[str, Any]]:
         columns = [self.text, self.label] + ([self.task] if self.task else [])
         rows.need(*(name for column in columns for name in slots(column)))
-        if split == "train":
-            rows.need(*self.where)
+        where = (self.where or {}).items() if split == "train" else ()
+        rows.need(*(column for column, _ in where))
         for number, row in enumerate(rows.values):
-            if split == "train" and any(row[column] != value for column, value in self.where.items()):
+            if any(row[column] != value for column, value in where):
                 continue
             label, text = row[self.label], fill(self.text, row)
             if label is None or not isinstance(label, str | int | bool):
@@ -267,7 +267,7 @@ class Relations(Table):
         if data_dir is not None or not self.hub_parts:
             return super().read(data_dir)
         parts = {part: part for part in self.hub_parts}
-        found = read_hub(str(self.hub), self.hub_config, self.hub_revision, parts, self.hub_columns)
+        found = read_hub(str(self.hub), self.hub_config, self.hub_revision, parts, self.hub_columns or {})
         pooled = [self.example(flat(row)) for part in parts for row in found[part].values]
         groups = self._groups({"train": pooled})
         return pooled_split(pooled, groups, self.partition_seed or 0)
@@ -347,7 +347,7 @@ class Folders(Source):
     text: str = "text"
     label: str = "label"
     label_space: str = "task"
-    label_sets: dict[str, str] = field(default_factory=dict)
+    label_sets: dict[str, str] | None = None
     hub_tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -377,7 +377,7 @@ class Folders(Source):
         }
 
     def _labeller(self, task: str, names: list[str]) -> Callable[[Any], str]:
-        prefix = "" if self.label_space == "union" else f"{self.label_sets.get(task, task)}: "
+        prefix = "" if self.label_space == "union" else f"{(self.label_sets or {}).get(task, task)}: "
         return lambda value: prefix + (names[int(value)] if names else str(value))
 
 

@@ -1,6 +1,7 @@
 """What is learned: examples, tasks and the ordered benchmark."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,14 @@ from clpet.config import derive
 from clpet.errors import DataError
 
 SPLITS = ("train", "validation", "test")
+
+
+_NOT_WORD = re.compile(r"[\W_]+")
+
+
+def normalised(text: str) -> str:
+    """Lower-case letters and digits only: texts that differ in case and punctuation are the same."""
+    return _NOT_WORD.sub(" ", text.lower()).strip()
 
 
 @dataclass(frozen=True)

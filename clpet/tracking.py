@@ -107,7 +107,7 @@ class Tracker:
                 if values[row][column] is not None
             ]
             table = wandb.Table(columns=["matrix", "row", "after", "task", "value"], data=rows)
-            self.run.log({"transfer": table, **{path.stem: wandb.Image(str(path)) for path in pictures}})
+            self.run.log({"transfer": table, **{f"{path.stem}_picture": wandb.Image(str(path)) for path in pictures}})
             self.run.summary.update({key: value for key, value in results["metrics"].items() if value is not None})
 
         self._safely("log", write)

@@ -61,6 +61,7 @@ class DynamicConPET(Modular):
         self.ranking = np.full((len(pool), self.top_k), -1)
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        self.ranking[:] = -1  # what the selector chose for train rows holds within one task
         if index > 0 and self.top_k < len(self.benchmark):
             self.learn_selector(index, trainer)
         self.add_module(index)
@@ -78,7 +79,6 @@ class DynamicConPET(Modular):
             adapters.add("selector", derive(self.seed, "adapter", "selector"))
         adapters.activate("selector", train=True)
         self.selector.grow([index])
-        self.ranking[:] = -1
         trainer.fit(
             self.replay.plan(index, "selector"),
             self.selector_loss,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.adapters import Adapters
-from clpet.backbones import Architecture, Backbone, Representation
+from clpet.backbones import Backbone, Representation, representation
 from clpet.config import derive
 from clpet.cost import Meter
 from clpet.errors import ModelError
@@ -132,15 +132,6 @@ class Classification:
         for name, tensors in state["adapters"].items():
             self.adapters.load(name, tensors)
         self.head.load(state["head"])
-
-
-def representation(backbone: Backbone, template: str) -> Representation:
-    """The position to read: the mask if the template has one, else mean for encoders and last for decoders."""
-    if backbone.representation is not Representation.auto:
-        return backbone.representation
-    if "{mask}" in template:
-        return Representation.mask
-    return Representation.last if backbone.architecture is Architecture.decoder else Representation.mean
 
 
 def pool(hidden: Tensor, batch: Batch, how: Representation) -> Tensor:

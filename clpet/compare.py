@@ -1,0 +1,266 @@
+"""Finished runs read back: lists, one run in full, and comparisons over seeds with a paired test."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clpet.console import matrix_table, table
+from clpet.errors import ConfigError, DataError, suggest
+from clpet.results import CONVENTIONS, NEEDS, TransferMatrix, round2
+
+DRAWS = 2000  # bootstrap resamples
+
+
+def find_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, results) of every finished run below a folder, by path. A file that is no result is passed over."""
+    found = []
+    for path in sorted(folder.glob("*/*/s*-*/results.json")):
+        try:
+            found.append((path.parent, json.loads(path.read_text())))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def report(folder: Path, key: str | None, metrics: Sequence[str], benchmark: str | None, form: str) -> str:
+    """What `clpet runs` prints."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; runs go to outputs/ unless output_dir says otherwise")
+    runs = [(path, run) for path, run in find_runs(folder) if benchmark in (None, run["benchmark"])]
+    if not key:
+        return _listing(folder, runs, form)
+    if not runs:
+        raise DataError(f"{folder} holds no finished runs to compare")
+    for metric in metrics:
+        if metric not in CONVENTIONS:
+            raise ConfigError(f"there is no metric {metric}{suggest(metric, CONVENTIONS)}")
+    parts = []
+    for name in dict.fromkeys(run["benchmark"] for _, run in runs):
+        own = [(path, run) for path, run in runs if run["benchmark"] == name]
+        groups = group_by(own, key)
+        header = [key, "seeds", *metrics]
+        rows = [[value, str(len(group)), *(spread(group, metric, own) for metric in metrics)] for value, group in groups.items()]
+        parts.append((f"{name}: mean ± standard deviation over seeds" if form == "text" else "") + "\n" * (form == "text")
+                     + formatted(header, rows, form))  # fmt: skip
+        if form in ("text", "md") and (tests := significance(groups)):
+            parts.append(tests)
+    return "\n\n".join(part.strip("\n") for part in parts)
+
+
+def _listing(folder: Path, runs: list[tuple[Path, dict[str, Any]]], form: str) -> str:
+    rows = [
+        [run["benchmark"], run["method"], run["replay"], run["model"], str(run["seed"]), round2(run["average"]),
+         round2(run["backward_transfer"]), f"{sum(cost['seconds'] for cost in run['cost']):.0f}", str(path)]
+        for path, run in runs
+    ]  # fmt: skip
+    started = [path.parent for path in sorted(folder.glob("*/*/s*-*/run.json")) if not (path.parent / "results.json").exists()]
+    rows += [[*path.parts[-3:-1], "", "", path.name.split("-")[0][1:], "unfinished", "", "", str(path)] for path in started]
+    if not rows:
+        return f"no runs in {folder} yet; start one with `clpet train`"
+    return formatted(["benchmark", "method", "replay", "model", "seed", "average", "bwt", "train s", "run"], rows, form)
+
+
+def lookup(run: dict[str, Any], path: Path, key: str) -> str:
+    """The value of a key: of the results, else of the run's recorded config."""
+    if key in ("method", "model", "benchmark", "replay", "peft", "seed"):
+        return str(run[key])
+    node: Any = json.loads((path / "run.json").read_text())["config"]
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            raise ConfigError(f"{path} has no key {key} in its configuration")
+        node = node[part]
+    return str(node)
+
+
+Group = list[tuple[Path, dict[str, Any]]]
+
+
+def group_by(runs: Group, key: str) -> dict[str, Group]:
+    """Runs by the value of a key. Runs of one value that differ in more than their seed become several groups."""
+    groups: dict[str, Group] = {}
+    for path, run in runs:
+        groups.setdefault(f"{lookup(run, path, key)}\0{run['signature']}", []).append((path, run))
+    values = [name.split("\0")[0] for name in groups]
+    return {
+        value if values.count(value) == 1 else f"{value} ({name.split(chr(0))[1]})": group
+        for (name, group), value in zip(groups.items(), values, strict=True)
+    }
+
+
+def spread(group: Group, metric: str, runs: Group) -> str:
+    """mean ± standard deviation (n - 1) of a metric over a group's seeds."""
+    values = [value for path, run in group if (value := figures(run, runs)[metric]) is not None]
+    if not values or len(values) < len(group):
+        return "-"
+    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{deviation}"
+
+
+def figures(run: dict[str, Any], runs: Group) -> dict[str, float | None]:
+    """Every convention of a run, those that need a joint or independent run taken from `runs` where it is there."""
+    matrix = TransferMatrix.from_json(run)
+    return matrix.metrics(**{name: reference(run, runs, name) for name in ("independent", "joint")})
+
+
+def reference(run: dict[str, Any], runs: Group, method: str) -> TransferMatrix | None:
+    """The matrix of the reference run of the same setting and seed: any method of a sweep finds the same one."""
+    for _, other in runs:
+        if (other["method"], other["setting"], other["seed"]) == (method, run["setting"], run["seed"]):
+            return TransferMatrix.from_json(other)
+    return None
+
+
+def formatted(header: Sequence[str], rows: Sequence[Sequence[str]], form: str) -> str:
+    """A table as text, Markdown, CSV or LaTeX."""
+    if form == "csv":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        return text.getvalue().rstrip("\n")
+    if form == "md":
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if form == "tex":
+        body = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in rows]
+        head = " & ".join(_tex(cell) for cell in header) + r" \\"
+        columns = "l" + "r" * (len(header) - 1)
+        return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}"])
+    return table(header, rows)
+
+
+def _tex(cell: str) -> str:
+    return cell.replace("_", r"\_").replace("%", r"\%").replace("±", r"$\pm$")
+
+
+def significance(groups: dict[str, Group]) -> str:
+    """Paired bootstrap of the final average accuracy between the best group and each other one."""
+    hits = {name: final_hits(group) for name, group in groups.items()}
+    known = {name: value for name, value in hits.items() if value}
+    if len(known) < 2:
+        return ""
+    means = {name: np.mean([task.mean() for run in value.values() for task in run.values()]) for name, value in known.items()}
+    best = max(means, key=lambda name: means[name])
+    rows = []
+    for name in known:
+        if name != best and (found := paired_bootstrap(known[best], known[name])):
+            difference, low, high, p, seeds = found
+            rows.append([name, f"{difference:+.2f}", f"[{low:+.2f}, {high:+.2f}]", f"{p:.4f}", str(seeds)])
+    if not rows:
+        return ""
+    head = f"{best} minus each other, final average accuracy: paired bootstrap over test examples and seeds ({DRAWS} draws)"
+    return head + "\n" + table(["other", "difference", "95 % interval", "p", "paired seeds"], rows)
+
+
+Hits = dict[int, dict[str, np.ndarray]]  # seed -> task -> 0/1 per test example
+
+
+def final_hits(group: Group) -> Hits:
+    """Right or wrong per test example after the last task, read from the kept predictions."""
+    import pyarrow.parquet
+
+    found: Hits = {}
+    for path, run in group:
+        file = path / "predictions" / f"after-{len(run['tasks']):03d}.parquet"
+        if file.is_file():
+            rows = pyarrow.parquet.read_table(file).to_pydict()
+            task, right = np.array(rows["task"]), np.array(rows["label"]) == np.array(rows["prediction"])
+            found[run["seed"]] = {name: right[task == name].astype(float) for name in run["tasks"]}
+    return found
+
+
+def paired_bootstrap(a: Hits, b: Hits, draws: int = DRAWS) -> tuple[float, float, float, float, int] | None:
+    """(difference in percent, 2.5 % and 97.5 % quantiles, two-sided p, number of seeds both have).
+
+    Each draw resamples the seeds both have and, inside every task, the test examples, the same ones for a and
+    b; the statistic is the mean over tasks of the accuracy difference. None when nothing can be paired.
+    """
+    seeds = [s for s in sorted(a.keys() & b.keys()) if all(len(a[s][t]) == len(b[s].get(t, ())) for t in a[s])]
+    if not seeds:
+        return None
+    rng = np.random.default_rng(0)
+    differences = {seed: {task: a[seed][task] - b[seed][task] for task in a[seed]} for seed in seeds}
+    observed = 100 * np.mean([d.mean() for s in seeds for d in differences[s].values()])
+    statistics = np.empty(draws)
+    for draw in range(draws):
+        chosen = rng.choice(seeds, len(seeds))
+        means = []
+        for task in differences[seeds[0]]:
+            size = len(differences[seeds[0]][task])
+            places = rng.integers(size, size=size)
+            means += [differences[seed][task][places].mean() for seed in chosen]
+        statistics[draw] = 100 * np.mean(means)
+    low, high = np.quantile(statistics, [0.025, 0.975])
+    tail = min((statistics <= 0).mean(), (statistics >= 0).mean())
+    return float(observed), float(low), float(high), float(min(1.0, 2 * tail + 1 / draws)), len(seeds)
+
+
+def show(path: Path, every_metric: bool) -> str:
+    """What `clpet show` prints of one run."""
+    file = path / "results.json" if path.is_dir() else path
+    if not file.is_file():
+        state = "is not finished" if (path / "run.json").exists() else "is not a run directory"
+        raise DataError(f"{path} {state}: no results.json there")
+    try:
+        run = json.loads(file.read_text())
+        matrix = TransferMatrix.from_json(run)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is not the result of a run: {error}") from error
+    others = find_runs(file.parents[3]) if len(file.resolve().parents) > 3 else []
+    parts = [_head(run), "accuracy among all labels seen so far\n" + matrix_table(matrix)]
+    own = TransferMatrix.from_json({**run, "scores": run["task_scores"]})
+    parts.append("accuracy among each task's own labels (task-incremental view)\n" + matrix_table(own))
+    backward = TransferMatrix.from_json({**run, "scores": run["backward"]})
+    if (backward.scores == backward.scores).any():
+        parts.append("backward transfer B[i,j] = R[i,j] - R[j,j]\n" + matrix_table(backward))
+    forward = TransferMatrix.from_json({**run, "scores": run["task_forward"]})
+    if (forward.scores == forward.scores).any():
+        parts.append("forward transfer F[i,j] = R[i,j] - R[0,j], own labels\n" + matrix_table(forward))
+    parts += [_metrics(run, others, every_metric), _costs(run)]
+    return "\n\n".join(parts)
+
+
+def _head(run: dict[str, Any]) -> str:
+    label = " (task given at test: task-incremental)" if run["task_id_at_test"] else ""
+    ratio = run["parameters"]
+    return (
+        f"{run['method']} on {run['benchmark']} with {run['model']}, seed {run['seed']}{label}\n"
+        f"trained per task {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.3f} %)\n"
+        f"clpet train {' '.join(run['overrides'])}"
+    )
+
+
+def _metrics(run: dict[str, Any], others: Group, every: bool) -> str:
+    values = figures(run, others)
+    rows = []
+    for name, formula in CONVENTIONS.items():
+        value = round2(values[name])
+        if values[name] is None and name in NEEDS:
+            value = "-"
+            formula += f"; needs: clpet train {' '.join([f'method={NEEDS[name]}', *_kept(run)])}"
+        if every or values[name] is not None:
+            rows.append([name, value, *([formula] if every else [])])
+    if not every:
+        return table(["metric", "value"], rows)
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{name:{width}}  {value:>8}  {formula}" for name, value, formula in rows)
+
+
+def _kept(run: dict[str, Any]) -> list[str]:
+    """The overrides of a run that a reference run of the same setting shares."""
+    return [word for word in run["overrides"] if not word.startswith(("method", "replay", "fresh"))]
+
+
+def _costs(run: dict[str, Any]) -> str:
+    header = ["cost of", "seconds", "forward", "backward", "tokens", "evaluated", "peak MB", "trainable", "stored", "replay"]
+    names = run["tasks"] if len(run["cost"]) == len(run["tasks"]) else ["all tasks"] * len(run["cost"])
+    rows = [
+        [name, f"{c['seconds']:.1f}", f"{c['forward_examples']:,}", f"{c['backward_examples']:,}",
+         f"{c['forward_tokens']:,}", f"{c.get('evaluated_examples', 0):,}", f"{c['peak_memory_mb']:.0f}",
+         f"{c['trainable_parameters']:,}", f"{c['stored_parameters']:,}", f"{c['replay_examples']:,}"]
+        for name, c in zip(names, run["cost"], strict=True)
+    ]  # fmt: skip
+    return table(header, rows)

@@ -1,0 +1,219 @@
+"""Speed of clpet beside what people would write by hand, interleaved in one process on the same data.
+
+    python scripts/bench.py                 five rounds on python_stdlib with minilm
+    python scripts/bench.py rounds=7 train.epochs=2 benchmark=clinc150 data_dir=FOLDER
+
+Prints medians over the rounds of
+  loop     training examples per second: clpet's Trainer.fit against the shortest PyTorch + peft loop, over
+           the very same batches, and against that loop with its own random batches;
+  whole    seconds to learn the tasks one after the other and test all of them after each: clpet against a
+           script around the Hugging Face Trainer, with the Trainer's default test batch of 8 and with clpet's.
+Model, adapters, precision, attention, training batch size, epochs and test sets are the same for all.
+"""
+
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+from clpet.adapters import Adapters
+from clpet.config import conf_dir, register_resolvers, typed
+from clpet.evaluation import Evaluator
+from clpet.memory import Plan
+from clpet.run import assemble, load_objective
+from clpet.text import EncodedDataset, encode_benchmark
+from clpet.training import Trainer, quiet_libraries
+
+
+class Silent:
+    """A progress display that shows nothing."""
+
+    def fit(self, stage: str, epochs: int, steps: int) -> None: ...
+    def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None: ...
+    def validated(self, epoch: int, score: float) -> None: ...
+
+
+class Bench:
+    """One composed setting; every contender starts from a fresh model."""
+
+    def __init__(self, overrides: list[str]) -> None:
+        register_resolvers()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            self.cfg = compose("train", ["method=sequential", "tracking=off", "train.epochs=1", *overrides])
+        self.config = typed(self.cfg)
+        _, self.parts = assemble(self.config)
+        self.benchmark = self.parts["benchmark"].load(self.config.data_dir)
+        self.batch, self.epochs, self.lr = self.config.train.global_batch_size, self.config.train.epochs, self.config.train.lr
+
+    def method(self) -> Any:
+        """clpet's sequential method, set up as `clpet train` does."""
+        method, parts = assemble(self.config)
+        objective, data = load_objective(self.config, parts, self.benchmark)
+        parts["replay"].setup(data.train, 0, self.batch)
+        method.setup(objective, self.benchmark, data, parts["replay"], 0)
+        method.objective.head.grow(range(len(self.benchmark.labels)))
+        return method
+
+    def by_hand(self) -> tuple["ByHand", Any]:
+        """The same network as a plain module: backbone, peft adapter, mean pooling, linear head."""
+        hardware, backbone = self.parts["hardware"], self.parts["model"]
+        model, tokenizer = backbone.load(hardware.torch_dtype, hardware.torch_device, 0)
+        adapters = Adapters(model, backbone, self.parts["peft"])
+        adapters.add("default", 0)
+        return ByHand(adapters.model, len(self.benchmark.labels)).to(hardware.torch_device), tokenizer
+
+    # training loop alone
+
+    def clpet_loop(self, batches: list[np.ndarray]) -> float:
+        """Examples per second of Trainer.fit."""
+        method = self.method()
+        trainer = Trainer(self.config.train, self.parts["hardware"], method.objective.meter, Silent(), 0)
+        plan = Plan(method.data.train, len(batches), lambda epoch: batches)
+        start = time.perf_counter()
+        trainer.fit(plan, method.loss, method.parameters())
+        return self.epochs * sum(map(len, batches)) / (time.perf_counter() - start)
+
+    def hand_loop(self, batches: Iterator[list[int]] | list[np.ndarray], pool: EncodedDataset) -> float:
+        """Examples per second of the shortest loop."""
+        model, tokenizer = self.by_hand()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01)
+        rows = [pool.tokens(row).tolist() for row in range(len(pool))]
+        seen = 0
+        start = time.perf_counter()
+        for _ in range(self.epochs):
+            for part in batches:
+                batch = tokenizer.pad({"input_ids": [rows[row] for row in part]}, return_tensors="pt")
+                loss = model(**batch, labels=torch.from_numpy(pool.labels[part]))["loss"]
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                seen += len(part)
+        return seen / (time.perf_counter() - start)
+
+    # tasks one after the other, tested after each
+
+    def clpet_whole(self) -> float:
+        """Seconds of tokenising, training and testing with clpet."""
+        method = self.method()
+        start = time.perf_counter()
+        objective = method.objective
+        data = encode_benchmark(self.benchmark, objective.template)
+        evaluator = Evaluator(self.benchmark, data, self.parts["hardware"].eval_batch_size)
+        trainer = Trainer(self.config.train, self.parts["hardware"], objective.meter, Silent(), 0)
+        for index, task in enumerate(self.benchmark.tasks):
+            trainer.begin_task(index)
+            method.learn(task, index, trainer)
+            method.after_task(task, index)
+            evaluator(method, index + 1, list(range(len(self.benchmark))))
+        return time.perf_counter() - start
+
+    def trainer_whole(self, eval_batch: int) -> float:
+        """Seconds of the same with the Hugging Face Trainer."""
+        from datasets import Dataset
+        from transformers import DataCollatorWithPadding, TrainingArguments
+        from transformers import Trainer as HFTrainer
+
+        model, tokenizer = self.by_hand()
+        start = time.perf_counter()
+
+        def encode(task: Any, split: str) -> Dataset:
+            examples = task.split(split)
+            out = tokenizer([e.text for e in examples], truncation=True, max_length=self.benchmark.max_length)
+            out["labels"] = [self.benchmark.label_ids[e.target] for e in examples]
+            return Dataset.from_dict(dict(out))
+
+        trains = [encode(task, "train") for task in self.benchmark.tasks]
+        tests = [encode(task, "test") for task in self.benchmark.tasks]
+        arguments = TrainingArguments(
+            output_dir="/tmp/clpet-bench", per_device_train_batch_size=self.batch, per_device_eval_batch_size=eval_batch,
+            num_train_epochs=self.epochs, learning_rate=self.lr, weight_decay=0.01, lr_scheduler_type="constant",
+            report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
+            use_cpu=self.parts["hardware"].torch_device.type == "cpu", label_names=["labels"],
+        )  # fmt: skip
+        for train in trains:
+            trainer = HFTrainer(model, arguments, DataCollatorWithPadding(tokenizer), train_dataset=train)
+            trainer.train()
+            for test in tests:
+                found = trainer.predict(test)
+                assert found.predictions.argmax(1).shape == found.label_ids.shape
+        return time.perf_counter() - start
+
+
+class ByHand(nn.Module):
+    """Encoder, mean pooling, linear head."""
+
+    def __init__(self, encoder: nn.Module, labels: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, labels)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any) -> dict[str, Tensor]:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        logits = self.head((hidden * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def medians(name: str, contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Runs the contenders in turn, `rounds` times after one warm-up, and prints the medians."""
+    found: dict[str, list[float]] = {key: [] for key in contenders}
+    for turn in range(rounds + 1):
+        for key, run in contenders.items():
+            value = run()
+            if turn:
+                found[key].append(value)
+    for key, values in found.items():
+        print(f"{name}  {key:28} median {statistics.median(values):8.2f}   min {min(values):.2f}  max {max(values):.2f}")
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def main(arguments: list[str]) -> None:
+    """The two comparisons."""
+    rounds = next((int(word.split("=")[1]) for word in arguments if word.startswith("rounds=")), 5)
+    bench = Bench([word for word in arguments if not word.startswith("rounds=")])
+    with quiet_libraries():
+        warnings.simplefilter("ignore")
+        pool = bench.method().data.train
+        rows = np.arange(len(pool))
+        bucketed = pool.shuffled(rows, bench.batch, np.random.default_rng(0))
+        shuffled = np.random.default_rng(0).permutation(rows)
+        random = [shuffled[i : i + bench.batch] for i in range(0, len(rows), bench.batch)]
+        print(f"{len(rows)} train examples, batch {bench.batch}, {bench.epochs} epochs, {rounds} rounds, "
+              f"{torch.get_num_threads()} threads, {bench.parts['hardware'].torch_dtype}")  # fmt: skip
+        loop = medians(
+            "loop  examples/s",
+            {
+                "clpet": lambda: bench.clpet_loop(bucketed),
+                "by hand, same batches": lambda: bench.hand_loop(bucketed, pool),
+                "by hand, random batches": lambda: bench.hand_loop(random, pool),
+            },
+            rounds,
+        )
+        whole = medians(
+            "whole seconds   ",
+            {
+                "clpet": bench.clpet_whole,
+                "HF Trainer, test batch 8": lambda: bench.trainer_whole(8),
+                f"HF Trainer, test batch {bench.parts['hardware'].eval_batch_size}": lambda: bench.trainer_whole(
+                    bench.parts["hardware"].eval_batch_size
+                ),
+            },
+            rounds,
+        )
+    ours, *others = loop.items()
+    for key, value in others:
+        print(f"training loop: clpet / {key}: {ours[1] / value:.2f}")
+    ours, *others = whole.items()
+    for key, value in others:
+        print(f"end to end: {key} / clpet: {value / ours[1]:.2f} times the time")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,115 @@
+"""Shared fixtures: a small benchmark, a method set up on the tiny model, and the command line in process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SHARED = Path(os.environ.get("CLPET_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def shared(*parts: str) -> Path:
+    """A folder of real data beside the checkout; the test is skipped where it is absent."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"real data {'/'.join(parts)} is not here")
+    return path
+
+
+WORDS = {
+    "fruit": ["apple", "pear", "plum", "fig"],
+    "metal": ["iron", "gold", "zinc", "tin"],
+    "river": ["rhine", "nile", "oder", "elbe"],
+}
+
+
+def write_words(folder: Path, copies: int = 6) -> Path:
+    """A jsonl benchmark of 12 labels that a tiny model can learn: the label's own word, repeated."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {"train": [], "validation": [], "test": []}
+    for task, labels in WORDS.items():
+        for label in labels:
+            for index in range(copies + 4):
+                split = "train" if index < copies else "validation" if index < copies + 2 else "test"
+                text = " ".join([label] * (1 + index % 3) + [f"n{index}"])
+                rows[split].append({"text": text, "label": label, "task": task})
+    for split, lines in rows.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the words benchmark."""
+    return write_words(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture
+def clpet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Runs `clpet ...` in this process, in an empty folder; returns code, out and err."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from clpet import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["clpet", *map(str, words)])
+        GlobalHydra.instance().clear()
+        code = cli.guarded(sys.argv[1:])
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    yield call
+    GlobalHydra.instance().clear()
+    os.environ.pop("CLPET_CONFIG_DIR", None)
+
+
+def tiny_args(words: Path, *more: str) -> list[str]:
+    """Overrides of a run that takes about a second."""
+    return ["model=tiny", "tracking=off", "hardware=cpu", "hardware.threads=1", "benchmark=files", f"data_dir={words}", "benchmark.task=task",
+            "benchmark.max_length=24", "train.epochs=2", *more]  # fmt: skip
+
+
+@pytest.fixture
+def make(words: Path):
+    """A method set up on the words benchmark with the tiny model: (method, trainer, benchmark)."""
+    from hydra import compose, initialize_config_dir
+
+    from clpet.config import conf_dir, register_resolvers, typed
+    from clpet.run import assemble, load_objective
+    from clpet.training import Trainer
+
+    def build(*overrides: str) -> SimpleNamespace:
+        register_resolvers()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("train", tiny_args(words, *overrides))
+        config = typed(cfg)
+        method, parts = assemble(config)
+        benchmark = parts["benchmark"].load(config.data_dir)
+        objective, data = load_objective(config, parts, benchmark)
+        parts["replay"].setup(data.train, config.seed, config.train.global_batch_size)
+        method.setup(objective, benchmark, data, parts["replay"], config.seed)
+        trainer = Trainer(config.train, parts["hardware"], objective.meter, Silent(), config.seed)
+
+        def learn(index: int) -> None:
+            trainer.begin_task(index)
+            method.learn(benchmark.tasks[index], index, trainer)
+            method.after_task(benchmark.tasks[index], index)
+
+        return SimpleNamespace(method=method, trainer=trainer, benchmark=benchmark, data=data, learn=learn, config=config)
+
+    return build
+
+
+class Silent:
+    """A progress display that shows nothing."""
+
+    def fit(self, stage: str, epochs: int, steps: int) -> None: ...
+    def step(self, epoch: int, step: int, examples: int, loss: torch.Tensor) -> None: ...
+    def validated(self, epoch: int, score: float) -> None: ...

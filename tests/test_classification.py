@@ -1,0 +1,99 @@
+"""Heads, adapters and representations."""
+
+import pytest
+import torch
+
+from clpet.adapters import Adapters, Lora
+from clpet.backbones import Backbone
+from clpet.objectives.classification import Head
+
+
+def test_growing_a_head_keeps_old_rows_and_logits() -> None:
+    """ConPET oracle 34: old rows are copied bit for bit, and logits do not depend on labels to come."""
+    h = torch.randn(5, 8)
+    head = Head(8, ["a", "b", "c", "d"], seed=0)
+    head.grow([0, 1])
+    before, weight, bias = head(h), head.weight.detach().clone(), head.bias.detach().clone()
+    head.grow([2, 3])
+    assert torch.equal(head.weight[:2], weight)
+    assert torch.equal(head.bias[:2], bias)
+    assert torch.allclose(head(h)[:, :2], before, atol=1e-6)
+
+
+def test_a_row_starts_the_same_whatever_the_other_labels() -> None:
+    one, two = Head(8, ["a", "b"], seed=0), Head(8, ["x", "b", "y"], seed=0)
+    one.grow([1])
+    two.grow([0, 1])
+    assert torch.equal(one.weight[0], two.weight[1])
+    assert not torch.equal(two.weight[0], two.weight[1])
+
+
+def test_scatter_scores_labels_without_a_row_by_their_start() -> None:
+    h = torch.randn(3, 8)
+    head = Head(8, ["a", "b"], seed=0)
+    before = head.scatter(h)
+    head.grow([1])
+    assert torch.allclose(head.scatter(h), before)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(7)
+    assert torch.equal(head.scatter(h)[:, 1], torch.full((3,), 7.0))
+    assert torch.equal(head.scatter(h)[:, 0], before[:, 0])
+
+
+def test_a_fresh_adapter_changes_nothing(make) -> None:
+    """ConPET oracle 2: B = 0 at the start, the output equals the base model's bit for bit."""
+    run = make("method=sequential", "peft.r=4", "peft.alpha=1")
+    objective = run.method.objective
+    batch = run.data.train.batch([0, 1, 2])
+    with torch.inference_mode():
+        adapted = objective.features(batch)
+        with objective.adapters.off():
+            base = objective.features(batch)
+    assert torch.equal(adapted, base)
+    layers = [module for module in objective.adapters.model.modules() if hasattr(module, "lora_A")]
+    assert {layer.scaling["default"] for layer in layers} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("name", "r", "expected"), [("llama2_7b", 4, 2_097_152), ("bert_large", 4, 393_216), ("minilm_shape", 8, 73_728)]
+)
+def test_lora_parameter_counts(name: str, r: int, expected: int) -> None:
+    """ConPET oracle 1: layers * targets * r * (d_in + d_out), counted on networks without weights."""
+    shapes = {
+        "llama2_7b": ("decoder", ["q_proj", "k_proj"],
+                      {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
+                       "num_attention_heads": 32, "intermediate_size": 11008}),
+        "bert_large": ("encoder", ["query", "value"],
+                       {"model_type": "bert", "vocab_size": 30522, "hidden_size": 1024, "num_hidden_layers": 24,
+                        "num_attention_heads": 16, "intermediate_size": 4096}),
+        "minilm_shape": ("encoder", ["query", "value"],
+                         {"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+                          "intermediate_size": 1536}),
+    }  # fmt: skip
+    architecture, targets, config = shapes[name]
+    backbone = Backbone(name=name, hub="none", config=config, targets=targets)
+    with torch.device("meta"):
+        adapters = Adapters(backbone.skeleton(), backbone, Lora(r=r))
+        adapters.add("default", 0)
+    assert adapters.count("default") == expected
+
+
+@pytest.mark.parametrize("how", ["mean", "cls", "last"])
+def test_padding_does_not_change_a_representation(make, how: str) -> None:
+    run = make("method=sequential", f"model.representation={how}")
+    pool, objective = run.data.train, run.method.objective
+    shortest, longest = int(pool.lengths.argmin()), int(pool.lengths.argmax())
+    with torch.inference_mode():
+        alone = objective.features(pool.batch([shortest]))
+        padded = objective.features(pool.batch([shortest, longest]))[:1]
+    assert torch.allclose(alone, padded, atol=1e-5)
+
+
+@pytest.mark.parametrize("peft", ["lora", "ia3", "prompt", "none"])
+def test_every_kind_of_adapter_learns(make, peft: str) -> None:
+    run = make("method=sequential", f"peft={peft}", "train.lr=1e-2", "train.epochs=1")
+    before = [p.detach().clone() for p in run.method.objective.adapters.tensors("default").values()]
+    run.learn(0)
+    after = run.method.objective.adapters.tensors("default").values()
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

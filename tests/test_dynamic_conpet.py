@@ -1,0 +1,299 @@
+"""Dynamic ConPET against the oracles of its specification (numbers in the test names' docstrings)."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clpet.methods.base import Choices
+from clpet.methods.dynamic_conpet import force
+from clpet.methods.modular import module_name
+from clpet.objectives.classification import MISSING
+
+
+def test_masked_cross_entropy_and_its_gradient(make) -> None:
+    """Oracles 11 and 30: the K = 1 batch loss by the full formula, and by computing the new half only."""
+    new = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    gap = torch.full((2,), MISSING, dtype=torch.float64)
+    z = torch.stack([torch.cat([gap, new]), torch.cat([old, gap])])
+    losses = F.cross_entropy(z, torch.tensor([2, 0]), reduction="none")
+    assert losses.tolist() == pytest.approx([0.3132617, 0.1269280], abs=1e-7)
+    losses.mean().backward()
+    assert losses.mean().item() == pytest.approx(0.2200948, abs=1e-7)
+    assert new.grad.tolist() == pytest.approx([-0.1344707, 0.1344707], abs=1e-7)
+    full, new.grad = new.grad.clone(), None
+    short = F.cross_entropy(new[None], torch.tensor([0])) * (1 / 2)
+    short.backward()
+    assert short.item() == pytest.approx(0.1566309, abs=1e-7)
+    assert torch.allclose(new.grad, full, rtol=1e-12, atol=0)
+
+
+def test_a_missed_gold_label_costs_a_hundred() -> None:
+    """Oracle 12."""
+    z = torch.tensor([[1.0, 0.0, MISSING]], dtype=torch.float64)
+    assert F.cross_entropy(z, torch.tensor([2])).item() == pytest.approx(101.3132617, abs=1e-7)
+
+
+def test_union_of_two_modules() -> None:
+    """Oracle 13."""
+    z = torch.tensor([2.0, 0.0, 1.0, 3.0])
+    assert z.softmax(0).tolist() == pytest.approx([0.23688, 0.03206, 0.08714, 0.64391], abs=1e-5)
+    assert z.argmax().item() == 3
+
+
+def learned(make, *overrides: str, tasks: int = 3):
+    run = make("method=dynamic_conpet", *overrides)
+    for index in range(tasks):
+        run.learn(index)
+    return run
+
+
+def batch_of(run, rows=None):
+    pool = run.data.test
+    return pool.batch(np.arange(len(pool)) if rows is None else rows)
+
+
+def test_frozen_modules_keep_their_bits(make) -> None:
+    """Oracle 19: parameters of module j < k are bitwise unchanged by task k, their logits equal the cached ones."""
+    run = learned(make, "method.top_k=2", tasks=2)
+    method = run.method
+    before = {k: v.clone() for k, v in method.objective.adapters.tensors(module_name(0)).items()}
+    head = method.modules[0].weight.detach().clone()
+    cached = method.cache.values[0].copy(), method.cache.valid[0].copy()
+    run.learn(2)
+    after = method.objective.adapters.tensors(module_name(0))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(head, method.modules[0].weight)
+    rows = np.flatnonzero(cached[1])
+    assert len(rows)
+    with torch.no_grad(), method.objective.adapters.using(module_name(0)):
+        now = method.logits(run.data.train.batch(rows), 0)
+    np.testing.assert_allclose(cached[0][rows], now.numpy(), atol=1e-5)
+
+
+def test_an_oracle_selector_forgets_nothing(make, monkeypatch) -> None:
+    """Oracle 20: with the true task selected and K = 1, what is predicted for task j never changes."""
+    run = make("method=dynamic_conpet")
+    monkeypatch.setattr(run.method, "select", lambda batch: batch.tasks.clamp(max=len(run.method.modules) - 1)[:, None])
+    answers = []
+    for index in range(3):
+        run.learn(index)
+        pool = run.data.test
+        batch = pool.batch(pool.rows_of(0))
+        with torch.inference_mode():
+            labels = run.benchmark.seen_labels(index + 1)
+            choices = Choices(labels)
+            answers.append(choices.mask(run.method.predict(batch, choices).scores).argmax(1))
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+
+
+def test_correct_needs_correctly_selected(make) -> None:
+    """Oracle 21: with K = 1, #correct <= #correctly selected."""
+    run = learned(make)
+    batch, choices = batch_of(run), Choices(range(12))
+    with torch.inference_mode():
+        found = run.method.predict(batch, choices)
+    correct = (choices.mask(found.scores).argmax(1) == batch.labels).sum()
+    assert correct <= (found.trace["selected"] == batch.tasks).sum()
+
+
+def test_as_many_modules_as_tasks_need_no_selector(make) -> None:
+    """Oracle 22: K >= number of tasks equals concatenating all heads, and the selector is not there."""
+    run = learned(make, "method.top_k=3")
+    method, batch = run.method, batch_of(run)
+    assert "selector" not in method.objective.adapters.names
+    with torch.inference_mode():
+        scores = method.predict(batch, Choices(range(12))).scores
+        parts = []
+        for index in range(3):
+            with method.objective.adapters.using(module_name(index)):
+                parts.append(method.logits(batch, index))
+    labels = [label for head in method.modules for label in head.labels]
+    assert torch.allclose(scores[:, labels], torch.cat(parts, 1), atol=1e-6)
+
+
+def test_selector_head_growth_keeps_old_rows(make) -> None:
+    """Oracle 23: old rows and biases are identical right after the expansion."""
+    run = learned(make, tasks=2)
+    selector = run.method.selector
+    weight, bias = selector.weight.detach().clone(), selector.bias.detach().clone()
+    h = torch.randn(50, run.method.objective.dim)
+    before = selector(h)[:, :2].argmax(1)
+    selector.grow([2])
+    assert torch.equal(selector.weight[:2], weight)
+    assert torch.equal(selector.bias[:2], bias)
+    assert torch.equal(selector(h)[:, :2].argmax(1), before)
+
+
+def test_teacher_forcing_replaces_the_last_selected() -> None:
+    """Oracle 24: the true task is always in the set, whose size stays K."""
+    selected = torch.tensor([[0, 1], [2, 0], [1, 2]])
+    forced = force(selected, torch.tensor([3, 0, 1]))
+    assert forced.tolist() == [[0, 3], [2, 0], [1, 2]]
+
+
+def test_teacher_forcing_is_for_training_only(make) -> None:
+    """Oracle 24: at test the selection is the selector's own."""
+    run = learned(make, "method.top_k=2")
+    method, pool = run.method, run.data.train
+    batch = pool.batch(np.arange(len(pool)))
+    assert (method.select_training(batch) == batch.tasks[:, None]).any(1).all()
+    with torch.inference_mode(), method.objective.adapters.using("selector"):
+        own = method.selector(method.objective.features(batch)).topk(2, 1).indices
+    with torch.inference_mode():
+        assert torch.equal(method.select(batch), own)
+
+
+def test_answers_are_labels_seen_so_far(make) -> None:
+    """Oracle 25."""
+    run = learned(make, tasks=2)
+    with torch.inference_mode():
+        choices = Choices(run.benchmark.seen_labels(2))
+        answers = choices.mask(run.method.predict(batch_of(run), choices).scores).argmax(1)
+    assert set(answers.tolist()) <= set(run.benchmark.seen_labels(2))
+
+
+def test_switching_adapters_and_back_is_exact(make) -> None:
+    """Oracle 26."""
+    run = learned(make, tasks=2)
+    adapters, batch = run.method.objective.adapters, batch_of(run)
+    with torch.inference_mode():
+        adapters.activate(module_name(0))
+        first = run.method.objective.features(batch)
+        adapters.activate(module_name(1))
+        other = run.method.objective.features(batch)
+        adapters.activate(module_name(0))
+        again = run.method.objective.features(batch)
+    assert not torch.equal(first, other)
+    assert torch.equal(first, again)
+
+
+def test_cached_logits_are_computed_once_per_example_and_module(make) -> None:
+    """Oracle 27: valid rows are the distinct (example, module) pairs asked for, and equal the uncached logits."""
+    run = learned(make, "method.top_k=2", tasks=2)
+    method = run.method
+    computed: list[tuple[int, int]] = []
+    original = method.cache.get
+
+    def spy(module, width, rows, compute):
+        def counted(missing):
+            computed.extend((module, int(row)) for row in missing)
+            return compute(missing)
+
+        return original(module, width, rows, counted)
+
+    already = {(m, int(r)) for m, valid in method.cache.valid.items() for r in np.flatnonzero(valid)}
+    method.cache.get = spy
+    run.learn(2)
+    assert len(computed) == len(set(computed))
+    assert not already & set(computed)
+    held = {(m, int(r)) for m, valid in method.cache.valid.items() for r in np.flatnonzero(valid)}
+    assert held == already | set(computed)
+
+
+def test_a_cache_does_not_change_what_is_learned(make) -> None:
+    """Oracle 27: cached and uncached runs end in the same predictions."""
+    cached = learned(make, "method.top_k=2")
+    fresh = make("method=dynamic_conpet", "method.top_k=2")
+
+    def uncached(module, width, rows, compute):
+        return compute(np.asarray(rows))
+
+    fresh.method.cache.get = uncached
+    for index in range(3):
+        fresh.learn(index)
+    with torch.inference_mode():
+        a = cached.method.predict(batch_of(cached), Choices(range(12))).scores
+        b = fresh.method.predict(batch_of(fresh), Choices(range(12))).scores
+    assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_cost_of_a_task_is_constant(make) -> None:
+    """Oracle 29: S E B selector examples and half as many module examples, whatever k; decision (d): 1.5 S E B."""
+    run = make("method=dynamic_conpet", "replay.limit=10")
+    costs = []
+    for index in range(3):
+        run.learn(index)
+        costs.append(run.method.objective.meter.take_learning())
+    for cost in costs[1:]:
+        assert cost["forward_examples"] == cost["backward_examples"] == 8 * 2 * (16 + 8)
+
+
+def test_the_module_stage_forwards_the_new_half_only(make) -> None:
+    """Decision (d): neither old examples nor the selector nor frozen modules are run for module k when K = 1."""
+    run = learned(make, tasks=2)
+    seen: list[int] = []
+    features = run.method.objective.features
+
+    def spy(batch):
+        if run.method.objective.adapters.active == (module_name(2), True):
+            seen.extend(batch.tasks.tolist())
+        return features(batch)
+
+    run.method.objective.features = spy
+    run.learn(2)
+    assert set(seen) == {2}
+
+
+def test_skipping_the_old_half_gives_the_full_gradient(make) -> None:
+    """Oracle 30: gradients of module k from the skipped computation equal those of the full batch, in fp64."""
+    run = learned(make, "method.top_k=1")
+    method = run.method
+    method.objective.adapters.model.double()
+    method.modules = [head.double() for head in method.modules]
+    method.objective.adapters.activate(module_name(2), train=True)
+    pool = run.data.train
+    rows = np.concatenate([pool.rows_of(2)[:4], pool.rows_of(0)[:2], pool.rows_of(1)[:2]])
+    features = method.objective.features
+    method.objective.features = lambda batch: _double_features(method.objective, batch)
+    parameters = method.parameters()
+    batch = pool.batch(rows)
+    z = torch.full((8, 12), MISSING, dtype=torch.float64)
+    for index in range(3):
+        keep = (batch.tasks == index).nonzero().squeeze(1)
+        with method.objective.adapters.using(module_name(index)):
+            logits = method.logits(batch.select(keep), index)
+        z = z.index_put((keep[:, None], torch.as_tensor(method.modules[index].labels)), logits)
+    full = torch.autograd.grad(F.cross_entropy(z, batch.labels), parameters)
+    short = torch.autograd.grad(method.loss(pool.batch(rows[:4])) * (4 / 8), parameters)
+    method.objective.features = features
+    for a, b in zip(full, short, strict=True):
+        assert (a - b).abs().max() <= 1e-12 * a.abs().max().clamp(min=1e-30)
+
+
+def _double_features(objective, batch):
+    hidden = objective.adapters.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    weights = batch.attention_mask / batch.attention_mask.sum(1, keepdim=True)
+    return torch.einsum("bl,bld->bd", weights.double(), hidden)
+
+
+@pytest.mark.parametrize("start", ["scratch", "previous", "selector"])
+def test_warm_start(make, start: str, monkeypatch) -> None:
+    """A new module's adapter starts where it is told to."""
+    run = learned(make, f"method.warm_start={start}", tasks=1)
+    seen = {}
+
+    def spy(trainer, index):
+        seen.update({k: v.detach().clone() for k, v in run.method.objective.adapters.tensors(module_name(index)).items()})
+
+    monkeypatch.setattr(run.method, "fit", spy)
+    run.trainer.begin_task(1)
+    run.method.learn(run.benchmark.tasks[1], 1, run.trainer)
+    source = {"previous": module_name(0), "selector": "selector"}.get(start)
+    if source:
+        assert all(torch.equal(seen[key], value) for key, value in run.method.objective.adapters.tensors(source).items())
+    else:
+        assert all((value == 0).all() for key, value in seen.items() if "lora_B" in key)
+
+
+def test_limitless_learns_from_everything(make) -> None:
+    """replay=all: the selector stage sees every example of every task so far."""
+    run = make("method=dynamic_conpet", "replay=all")
+    run.learn(0)
+    run.learn(1)
+    run.method.objective.meter.take_learning()
+    run.learn(2)
+    cost = run.method.objective.meter.take_learning()
+    assert cost["forward_examples"] == 2 * (72 + 24)

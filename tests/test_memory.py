@@ -1,0 +1,190 @@
+"""Replay against the counts and distributions of ConPET's specification."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from clpet.errors import ConfigError
+from clpet.memory import (
+    AllReplay,
+    DynamicReplay,
+    FixedReplay,
+    NoReplay,
+    ReservoirReplay,
+    herding,
+    kmeans_nearest,
+    split_batch,
+    split_limit,
+)
+from clpet.text import EncodedDataset
+
+
+def pool(sizes: list[int], classes: int = 2) -> EncodedDataset:
+    """A pool with `sizes[j]` one-token examples of task j."""
+    tasks = np.repeat(np.arange(len(sizes)), sizes)
+    labels = [task * classes + i % classes for i, task in enumerate(tasks)]
+    return EncodedDataset([[1]] * len(tasks), labels, tasks.tolist(), 0, -1)
+
+
+def set_up(replay, sizes: list[int], batch: int = 8, learned: int | None = None):
+    """A component that remembers the first `learned` tasks."""
+    found = pool(sizes)
+    replay.setup(found, 0, batch)
+    for index in range(len(sizes) - 1 if learned is None else learned):
+        replay.remember(index, lambda rows: np.random.default_rng(1).normal(size=(len(rows), 3)))
+    return replay
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "expected"), [(8, 1, (4, 4)), (8, 3, (6, 2)), (8, 0.5, (2, 6)), (8, -3, (2, 6)), (32, 1, (16, 16)), (9, 1, (4, 5))]
+)
+def test_batch_shares(size: int, ratio: float, expected: tuple[int, int]) -> None:
+    """Oracle 5."""
+    assert split_batch(size, ratio) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(2500, (2000, 500)), (1250, (1000, 250)), (500, (400, 100)), (400, (320, 80)), (100, (80, 20))]
+)
+def test_steps_and_validation_batches(limit: int, expected: tuple[int, int]) -> None:
+    """Oracle 6."""
+    assert split_limit(limit) == expected
+
+
+def test_steps_do_not_depend_on_task_or_its_size() -> None:
+    """Oracle 6: the same S for every k >= 2 and any |D_k|, and constant replay per step."""
+    for sizes in ([50, 5, 900], [50, 900, 5, 70]):
+        replay = set_up(DynamicReplay(limit=100), sizes)
+        plan = replay.plan(len(sizes) - 1)
+        batches = plan.epoch(0)
+        assert plan.steps == len(batches) == 80
+        old = {int((plan.pool.tasks[rows] < len(sizes) - 1).sum()) for rows in batches}
+        assert old == {4}
+
+
+def test_old_draws_are_uniform_over_tasks() -> None:
+    """Oracle 7: S * n_old / (k-1) expected per old task; chi-square rejects 'proportional to size' on BBN's sizes."""
+    bbn = [4822, 6210, 2738, 5120, 46199, 7373, 5260, 6751, 2264, 2628]
+    replay = set_up(DynamicReplay(limit=400), bbn)
+    batches = replay.plan(9).epoch(0)
+    tasks = Counter(replay.pool.tasks[np.concatenate([rows[4:] for rows in batches])].tolist())
+    observed = [tasks[task] for task in range(9)]
+    assert sum(observed) == 320 * 4
+    assert sum(observed) / 9 == pytest.approx(142.2, abs=0.1)
+    assert stats.chisquare(observed).pvalue > 0.001
+    share = np.array(bbn[:9]) / sum(bbn[:9])
+    assert stats.chisquare(observed, share * sum(observed)).pvalue < 1e-12
+
+
+def test_new_examples_of_a_batch_are_distinct() -> None:
+    """Oracle 8."""
+    for rows in set_up(DynamicReplay(limit=50), [20, 6]).plan(1).epoch(0):
+        assert len(set(rows[:4].tolist())) == 4
+
+
+def test_first_task_is_an_ordinary_epoch() -> None:
+    """Oracle 8: every example once, ceil(|D_1| / B) steps; FewNERD 3802."""
+    replay = set_up(DynamicReplay(limit=50), [35, 10], learned=0)
+    plan = replay.plan(0)
+    rows = np.concatenate(plan.epoch(0))
+    assert plan.steps == len(plan.epoch(0)) == 5
+    assert sorted(rows.tolist()) == list(range(35))
+    assert -(-30415 // 8) == set_up(DynamicReplay(), [30415], learned=0).plan(0).steps == 3802
+
+
+def test_same_seed_same_batches_other_epoch_others() -> None:
+    """Oracle 9."""
+    first, again = (set_up(DynamicReplay(limit=50), [40, 40]).plan(1) for _ in range(2))
+    for epoch in range(2):
+        for a, b in zip(first.epoch(epoch), again.epoch(epoch), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert not all(np.array_equal(a, b) for a, b in zip(first.epoch(0), first.epoch(1), strict=True))
+
+
+def test_stages_of_one_task_draw_differently() -> None:
+    replay = set_up(DynamicReplay(limit=50), [40, 40])
+    assert not np.array_equal(replay.plan(1, "selector").epoch(0)[0], replay.plan(1, "module").epoch(0)[0])
+
+
+def test_too_few_new_examples_are_drawn_again() -> None:
+    rows = set_up(DynamicReplay(limit=10), [20, 2]).plan(1).epoch(0)[0]
+    assert (rows[:4] >= 20).all()
+    assert len(rows) == 8
+
+
+def test_none_gives_the_new_task_alone() -> None:
+    replay = set_up(NoReplay(), [10, 12])
+    assert sorted(np.concatenate(replay.plan(1).epoch(0)).tolist()) == list(range(10, 22))
+    assert replay.stored() == 0
+
+
+def test_all_gives_every_task_once() -> None:
+    replay = set_up(AllReplay(), [10, 12])
+    assert sorted(np.concatenate(replay.plan(1).epoch(0)).tolist()) == list(range(22))
+
+
+def test_fixed_memory_keeps_at_most_m_of_each_class() -> None:
+    """Oracle 10, first part: <= m per class."""
+    replay = set_up(FixedReplay(per_class=3), [40, 40])
+    kept = replay.pool.labels[replay.memory[0]]
+    assert max(Counter(kept.tolist()).values()) <= 3
+    assert set(kept.tolist()) == {0, 1}
+
+
+def test_kmeans_keeps_the_example_nearest_to_each_centre() -> None:
+    """Oracle 10: two tight groups, their middles are kept."""
+    vectors = np.array([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]])
+    assert kmeans_nearest(vectors, 2, seed=0) == [1, 4]
+
+
+def test_kmeans_duplicates_collapse() -> None:
+    assert kmeans_nearest(np.zeros((5, 2)), 1, seed=0) == [0]
+
+
+def test_herding_follows_the_mean() -> None:
+    """Mean 1: first 1, then the pair (0, 2) keeps it: ties go to the lower row."""
+    assert herding(np.array([[0.0], [1.0], [2.0]]), 3) == [1, 0, 2]
+
+
+def test_fixed_memory_is_mixed_in_as_copies() -> None:
+    replay = set_up(FixedReplay(per_class=2, copies=3, selection="random"), [40, 10])
+    rows = np.concatenate(replay.plan(1).epoch(0))
+    counts = Counter(rows.tolist())
+    assert all(counts[row] == 3 for row in replay.memory[0])
+    assert all(counts[row] == 1 for row in range(40, 50))
+
+
+def test_reservoir_is_a_uniform_sample_of_all_seen() -> None:
+    """Each of 300 examples stays with probability 60/300, whatever its task."""
+    stays = np.zeros(300)
+    for seed in range(200):
+        replay = ReservoirReplay(capacity=60)
+        replay.setup(pool([100, 100, 100]), seed, 8)
+        for index in range(3):
+            replay.remember(index, lambda rows: rows)
+        assert replay.stored() == 60
+        stays[replay.memory[0]] += 1
+    assert stats.chisquare(stays.reshape(3, 100).sum(1)).pvalue > 0.001
+    assert stays.mean() == 200 * 60 / 300
+
+
+@pytest.mark.parametrize("replay", [AllReplay(), DynamicReplay(), FixedReplay(per_class=2), ReservoirReplay(capacity=9)])
+def test_state_round_trip_gives_the_same_batches(replay) -> None:
+    before = set_up(replay, [20, 20, 20])
+    state = before.state()
+    after = type(replay)(**{k: v for k, v in vars(replay).items() if k in type(replay).__dataclass_fields__})
+    after.setup(before.pool, 0, 8)
+    after.load(state)
+    for a, b in zip(before.plan(2).epoch(0), after.plan(2).epoch(0), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DynamicReplay(ratio=0), lambda: DynamicReplay(kind="all"), lambda: DynamicReplay(limit=1),
+             lambda: FixedReplay(per_class=0), lambda: FixedReplay(selection="best"), lambda: ReservoirReplay(capacity=0)]
+)  # fmt: skip
+def test_senseless_settings_are_refused(make) -> None:
+    with pytest.raises(ConfigError):
+        make()

@@ -1,0 +1,205 @@
+"""Every method on a tiny model: it runs, and a run that was killed ends as one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clpet.cli import options
+
+from .conftest import tiny_args
+
+METHODS = sorted(options("method"))
+KILL = """
+import os, signal, sys
+from clpet import state
+from clpet.cli import main
+save = state.RunState.save
+def save_and_die(self, folder, method_state, identity):
+    save(self, folder, method_state, identity)
+    if self.done == {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+state.RunState.save = save_and_die
+sys.argv[0] = "clpet"
+main()
+"""
+
+
+def results(folder: Path) -> dict:
+    (path,) = folder.glob("*/*/s*/results.json")
+    return json.loads(path.read_text())
+
+
+def four_tasks(words: Path) -> list[str]:
+    """The words benchmark in 4 tasks of 3 labels."""
+    return [*tiny_args(words), "benchmark.task=null", "benchmark.classes_per_task=3"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(method: str, words: Path, clpet, tmp_path: Path) -> None:
+    """kill -9 after task 3 (joint: after its only fit), the same command again: same matrices, adapters, predictions."""
+    args = ["train", f"method={method}", *four_tasks(words)]
+    assert clpet(*args, "output_dir=whole").code == 0
+    after = 1 if method == "joint" else 3
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL.format(after=after), *args, "output_dir=cut"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert not list((tmp_path / "cut").glob("*/*/s*/results.json"))
+    again = clpet(*args, "output_dir=cut")
+    assert again.code == 0
+    assert f"resuming after {after} of" in again.out
+    whole, cut = results(tmp_path / "whole"), results(tmp_path / "cut")
+    for key in ("scores", "correct", "task_scores", "backward", "forward", "diagnostics"):
+        assert whole[key] == cut[key], key
+    (one,), (two,) = ((tmp_path / name).glob("*/*/s*") for name in ("whole", "cut"))
+    for file in one.glob("adapters/*/adapter_model.safetensors"):
+        a, b = load_file(file), load_file(two / file.relative_to(one))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    for file in one.glob("predictions/*.parquet"):
+        assert pyarrow.parquet.read_table(file).equals(pyarrow.parquet.read_table(two / file.relative_to(one)))
+    lines = [(json.loads(line)["row"]) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    assert lines == sorted(set(lines))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_learns_the_words(method: str, make) -> None:
+    """After training on a task, its own labels are told apart better than by chance among four."""
+    run = make(f"method={method}", "train.lr=2e-2", "train.epochs=6")
+    from clpet.evaluation import Evaluator
+
+    index, task = run.method.curriculum()[0]
+    run.trainer.begin_task(index)
+    run.method.learn(task, index, run.trainer)
+    found = Evaluator(run.benchmark, run.data, 32)(run.method, index + 1, [0])
+    assert found.own[0].value > 50
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trained_parameters_are_those_that_change(method: str, make) -> None:
+    """No tensor outside `parameters()` moves while a task is learned."""
+    run = make(f"method={method}")
+    model = run.method.objective.adapters.model
+    base = {name: value.detach().clone() for name, value in model.named_parameters() if "lora" not in name}
+    index, task = run.method.curriculum()[0]
+    run.trainer.begin_task(index)
+    run.method.learn(task, index, run.trainer)
+    after = {name.removeprefix("base_model.model.").replace(".base_layer", ""): v
+             for name, v in run.method.objective.adapters.model.named_parameters()}  # fmt: skip
+    for name, value in base.items():
+        assert torch.equal(value, after[name.removeprefix("base_model.model.").replace(".base_layer", "")]), name
+
+
+def test_best_epoch_is_kept_by_validation(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train.select=best keeps the state of the best validation score, not the last one."""
+    run = make("method=sequential", "train.select=best", "train.epochs=3")
+    scores = iter([0.1, 0.5, 0.9, 0.3])
+    states = []
+
+    def validate(index: int) -> float:
+        states.append(run.method.objective.head.weight.detach().clone())
+        return next(scores)
+
+    monkeypatch.setattr(run.method, "validate", validate)
+    run.learn(0)
+    assert torch.equal(run.method.objective.head.weight, states[2])
+    assert not torch.equal(states[2], states[3])
+
+
+def test_first_state_stays_without_a_better_epoch(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make("method=sequential", "train.select=best", "train.epochs=2")
+    monkeypatch.setattr(run.method, "validate", lambda index: 0.5)
+    before = [p.detach().clone() for p in run.method.objective.adapters.tensors("default").values()]
+    run.learn(0)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.method.objective.adapters.tensors("default").values(), strict=True))
+
+
+def test_micro_batches_give_the_same_gradients(make) -> None:
+    """16 at once and 4 times 4 end in the same weights."""
+    weights = []
+    for size in ("null", "4"):
+        run = make("method=sequential", f"hardware.micro_batch_size={size}")
+        run.learn(0)
+        weights.append(run.method.objective.head.weight.detach())
+    assert torch.allclose(*weights, atol=1e-5)
+
+
+def test_a_finished_run_returns_at_once_and_fresh_starts_over(words: Path, clpet, tmp_path: Path) -> None:
+    args = ["train", "method=sequential", *tiny_args(words)]
+    assert clpet(*args).code == 0
+    (path,) = (tmp_path / "outputs").glob("*/*/s*/results.json")
+    first = path.stat().st_mtime_ns
+    again = clpet(*args)
+    assert again.code == 0
+    assert "average" in again.out
+    assert path.stat().st_mtime_ns == first
+    assert clpet(*args, "fresh=true").code == 0
+    assert path.stat().st_mtime_ns != first
+
+
+def test_a_damaged_checkpoint_is_passed_over(words: Path, clpet, tmp_path: Path) -> None:
+    args = ["train", "method=replay", *four_tasks(words)]
+    assert clpet(*args).code == 0
+    (folder,) = (tmp_path / "outputs").glob("*/*/s*")
+    whole = json.loads((folder / "results.json").read_text())["scores"]
+    (folder / "results.json").unlink()
+    newest = max(folder.glob("state/[0-9]*")) / "tensors.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    again = clpet(*args)
+    assert "resuming after 3 of 4" in again.out
+    assert json.loads((folder / "results.json").read_text())["scores"] == whole
+
+
+def test_changed_data_is_not_resumed(tmp_path: Path, clpet) -> None:
+    from .conftest import write_words
+
+    data = write_words(tmp_path / "data")
+    args = ["train", "method=sequential", *tiny_args(data)]
+    assert clpet(*args).code == 0
+    (path,) = (tmp_path / "outputs").glob("*/*/s*/results.json")
+    path.unlink()
+    write_words(data, copies=7)
+    found = clpet(*args)
+    assert found.code == 2
+    assert "fresh=true" in found.err
+
+
+def test_two_processes_do_not_share_a_run_directory(words: Path, clpet, tmp_path: Path) -> None:
+    from clpet.state import Lock
+
+    args = ["train", "method=sequential", *tiny_args(words)]
+    assert clpet(*args).code == 0
+    (folder,) = (tmp_path / "outputs").glob("*/*/s*")
+    (folder / "results.json").unlink()
+    with Lock(folder):
+        found = clpet(*args)
+    assert found.code == 1
+    assert "another process" in found.err
+
+
+@pytest.mark.parametrize("matrix", ["full", "seen", "last"])
+def test_how_much_of_the_matrix_is_measured(matrix: str, words: Path, clpet, tmp_path: Path) -> None:
+    assert clpet("train", "method=sequential", *tiny_args(words), f"evaluation.matrix={matrix}").code == 0
+    scores = results(tmp_path / "outputs")["scores"]
+    measured = [[value is not None for value in row] for row in scores]
+    expected = {
+        "full": [[True] * 3] * 4,
+        "seen": [[False] * 3, [True, False, False], [True, True, False], [True] * 3],
+        "last": [[False] * 3] * 3 + [[True] * 3],
+    }
+    assert measured == expected[matrix]
+
+
+def test_a_diverging_loss_stops_the_task_and_says_where(words: Path, clpet) -> None:
+    found = clpet("train", "method=sequential", *tiny_args(words), "train.lr=1e30")
+    assert found.code == 1
+    assert "the loss of task 1" in found.err
+    assert "train.lr" in found.err
+    assert os.linesep.join(found.err.splitlines()[-1:]).count("\n") == 0
