@@ -118,15 +118,27 @@ def train(argv: list[str]) -> int:
     arguments = normalised(argv)
     check_group_options(arguments)
 
+    failures: list[ClpetError] = []
+
     def job(cfg: Any) -> float | None:
         from clpet.run import run
 
         found = HydraConfig.get()
-        matrix = run(cfg, Path(found.runtime.output_dir), list(found.overrides.task))
+        try:
+            matrix = run(cfg, Path(found.runtime.output_dir), list(found.overrides.task))
+        except ClpetError as error:
+            if "BasicLauncher" not in found.launcher._target_:
+                raise  # on a cluster the job itself has to fail
+            failures.append(error)  # the other runs of a sweep go on
+            return None
         return matrix.average() if matrix is not None else None
 
     sys.argv = ["clpet train", *arguments]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(job)()
+    for error in failures[:-1]:
+        _fail(str(error), error.exit_code)
+    if failures:
+        raise failures[-1]
     return 0
 
 
@@ -269,7 +281,7 @@ def data(argv: list[str]) -> int:
 
 def hydra_message(error: BaseException) -> str | None:
     """One line for the mistakes Hydra and OmegaConf find in what was typed; None for anything else."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     chain: list[BaseException] = []
@@ -283,6 +295,9 @@ def hydra_message(error: BaseException) -> str | None:
     if not any(isinstance(link, HydraException | OmegaConfBaseException) for link in chain):
         return None
     text = str(error).strip()
+    broken = next((link for link in chain if isinstance(link, OverrideParseException)), None)
+    if broken is not None:
+        return f"cannot read {broken.override}: {broken.message.splitlines()[0]}"
     missing = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if missing:
         return f"there is no key {missing.group(1)}{suggest_key(missing.group(1))}"

@@ -115,7 +115,11 @@ def by_label(splits: Splits, groups: dict[str, list[str]]) -> dict[str, Splits]:
             if label in owner:
                 raise DataError(f"label {label!r} is in two tasks, {owner[label]} and {task}")
             owner[label] = task
-    present = {str(example.target) for examples in splits.values() for example in examples}
+    present = {str(example.target) for example in splits["train"]}
+    for split, examples in splits.items():
+        for example in examples:
+            if str(example.target) not in present:
+                raise DataError(f"label {example.target!r} occurs in {split} but not in train, so it cannot be learned")
     missing = sorted(present - owner.keys())
     if missing:
         raise DataError(f"the label partition does not cover {len(missing)} labels of the data, e.g. {missing[0]!r}")

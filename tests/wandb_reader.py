@@ -52,4 +52,11 @@ def read_wandb(path: Path) -> dict[str, Any]:
 
 
 def _items(items: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+    found: dict[str, Any] = {}
+    for item in items:
+        *parents, last = [item.key] if item.key else item.nested_key
+        node = found
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = json.loads(item.value_json)
+    return found
