@@ -102,7 +102,7 @@ class Adapters:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    self.model = peft.get_peft_model(self.model, self.config, adapter_name=name)  # type: ignore[arg-type]
+                    self.model = peft.get_peft_model(self.model, self.config, adapter_name=name)
             except ValueError as error:
                 raise ModelError(self._wrong_target(error)) from error
         else:

@@ -61,7 +61,7 @@ class Backbone:
             torch.manual_seed(derive(seed, "backbone"))
             return self._from_config(device).to(device, dtype).eval(), byte_tokenizer()
         place = self._place()
-        kwargs = {"trust_remote_code": self.trust_remote_code} if self.trust_remote_code else {}
+        kwargs: dict[str, Any] = {"trust_remote_code": self.trust_remote_code} if self.trust_remote_code else {}
         if place == self.hub and self.revision:
             kwargs["revision"] = self.revision
         from transformers import AutoTokenizer

@@ -22,8 +22,8 @@ COMMANDS = {
 GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
 # Short spellings of knobs that are typed often.
 SHORT = {key: f"benchmark.{key}" for key in ("tasks", "order", "text", "label", "max_train", "max_test")}
-HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i", "--config-name", "-cn",
-                          "--config-path", "-cp", "--experimental-rerun")  # fmt: skip
+HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i", "--config-name",
+                          "-cn", "--config-path", "-cp", "--experimental-rerun")  # fmt: skip
 
 
 def main() -> None:
@@ -197,7 +197,9 @@ def options(group: str) -> dict[str, Path]:
 def listing(argv: list[str]) -> int:
     """`clpet list methods` prints each option's first comment; `clpet list method NAME` prints the YAML."""
     parser = argparse.ArgumentParser("clpet list", description="What there is to choose from.")
-    parser.add_argument("group", nargs="?", help="methods, models, benchmarks, hardware, pefts, replays, experiments, ...")
+    parser.add_argument(
+        "group", nargs="?", help="methods, models, benchmarks, hardware, pefts, replays, experiments, ..."
+    )
     parser.add_argument("name", nargs="?", help="print this option's YAML")
     parser.add_argument("--config-dir", help="a folder with your own configs")
     arguments = parser.parse_args(argv)
@@ -218,7 +220,11 @@ def listing(argv: list[str]) -> int:
             print(f"{group}:")
         width = max((len(name) for name in known), default=0)
         for name, path in known.items():
-            print(f"  {name:{width}}  {first_comment(path)}" if not arguments.group else f"{name:{width}}  {first_comment(path)}")
+            print(
+                f"  {name:{width}}  {first_comment(path)}"
+                if not arguments.group
+                else f"{name:{width}}  {first_comment(path)}"
+            )
     return 0
 
 
@@ -234,8 +240,12 @@ def runs(argv: list[str]) -> int:
     """`clpet runs`: list, or compare by a key."""
     parser = argparse.ArgumentParser("clpet runs", description="Runs in the output folder.")
     parser.add_argument("folder", nargs="?", default="outputs", help="output folder (default: outputs)")
-    parser.add_argument("--compare", metavar="KEY", help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ...")
-    parser.add_argument("--metrics", default="average,whole,bwt,fwt,forgetting,learning_accuracy", help="columns to compare")
+    parser.add_argument(
+        "--compare", metavar="KEY", help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ..."
+    )
+    parser.add_argument(
+        "--metrics", default="average,whole,bwt,fwt,forgetting,learning_accuracy", help="columns to compare"
+    )
     parser.add_argument("--benchmark", help="only runs of this benchmark")
     parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
     arguments = parser.parse_args(argv)
@@ -260,7 +270,9 @@ def show(argv: list[str]) -> int:
 
 def data(argv: list[str]) -> int:
     """`clpet data BENCHMARK key=value ...`: a report on the data, without training."""
-    parser = argparse.ArgumentParser("clpet data", description="Counts, balance, lengths, repeats and overlaps of a benchmark.")
+    parser = argparse.ArgumentParser(
+        "clpet data", description="Counts, balance, lengths, repeats and overlaps of a benchmark."
+    )
     parser.add_argument("benchmark")
     parser.add_argument("overrides", nargs="*", help="such as data_dir=FOLDER model=bert_base benchmark.max_train=100")
     arguments = parser.parse_args(argv)
@@ -321,9 +333,9 @@ def suggest_key(key: str) -> str:
     keys: list[str] = []
 
     def walk(node: DictConfig, prefix: str) -> None:
-        for name in node:
+        for name in map(str, node):
             keys.append(f"{prefix}{name}")
-            child = OmegaConf.select(node, str(name))
+            child = OmegaConf.select(node, name)
             if isinstance(child, DictConfig):
                 walk(child, f"{prefix}{name}.")
 

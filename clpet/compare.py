@@ -44,9 +44,12 @@ def report(folder: Path, key: str | None, metrics: Sequence[str], benchmark: str
         own = [(path, run) for path, run in runs if run["benchmark"] == name]
         groups = group_by(own, key)
         header = [key, "seeds", *metrics]
-        rows = [[value, str(len(group)), *(spread(group, metric, own) for metric in metrics)] for value, group in groups.items()]
-        parts.append((f"{name}: mean ± standard deviation over seeds" if form == "text" else "") + "\n" * (form == "text")
-                     + formatted(header, rows, form))  # fmt: skip
+        rows = [
+            [value, str(len(group)), *(spread(group, metric, own) for metric in metrics)]
+            for value, group in groups.items()
+        ]
+        title = f"{name}: mean ± standard deviation over seeds\n" if form == "text" else ""
+        parts.append(title + formatted(header, rows, form))
         if form in ("text", "md") and (tests := significance(groups)):
             parts.append(tests)
     return "\n\n".join(part.strip("\n") for part in parts)
@@ -58,8 +61,12 @@ def _listing(folder: Path, runs: list[tuple[Path, dict[str, Any]]], form: str) -
          round2(run["backward_transfer"]), f"{sum(cost['seconds'] for cost in run['cost']):.0f}", str(path)]
         for path, run in runs
     ]  # fmt: skip
-    started = [path.parent for path in sorted(folder.glob("*/*/s*-*/run.json")) if not (path.parent / "results.json").exists()]
-    rows += [[*path.parts[-3:-1], "", "", path.name.split("-")[0][1:], "unfinished", "", "", str(path)] for path in started]
+    started = [
+        path.parent for path in sorted(folder.glob("*/*/s*-*/run.json")) if not (path.parent / "results.json").exists()
+    ]
+    rows += [
+        [*path.parts[-3:-1], "", "", path.name.split("-")[0][1:], "unfinished", "", "", str(path)] for path in started
+    ]
     if not rows:
         return f"no runs in {folder} yet; start one with `clpet train`"
     return formatted(["benchmark", "method", "replay", "model", "seed", "average", "bwt", "train s", "run"], rows, form)
@@ -128,7 +135,9 @@ def formatted(header: Sequence[str], rows: Sequence[Sequence[str]], form: str) -
         body = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in rows]
         head = " & ".join(_tex(cell) for cell in header) + r" \\"
         columns = "l" + "r" * (len(header) - 1)
-        return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}"])
+        return "\n".join(
+            [rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}"]
+        )
     return table(header, rows)
 
 
@@ -142,7 +151,9 @@ def significance(groups: dict[str, Group]) -> str:
     known = {name: value for name, value in hits.items() if value}
     if len(known) < 2:
         return ""
-    means = {name: np.mean([task.mean() for run in value.values() for task in run.values()]) for name, value in known.items()}
+    means = {
+        name: np.mean([task.mean() for run in value.values() for task in run.values()]) for name, value in known.items()
+    }
     best = max(means, key=lambda name: means[name])
     rows = []
     for name in known:
@@ -151,7 +162,10 @@ def significance(groups: dict[str, Group]) -> str:
             rows.append([name, f"{difference:+.2f}", f"[{low:+.2f}, {high:+.2f}]", f"{p:.4f}", str(seeds)])
     if not rows:
         return ""
-    head = f"{best} minus each other, final average accuracy: paired bootstrap over test examples and seeds ({DRAWS} draws)"
+    head = (
+        f"{best} minus each other, final average accuracy: "
+        f"paired bootstrap over test examples and seeds ({DRAWS} draws)"
+    )
     return head + "\n" + table(["other", "difference", "95 % interval", "p", "paired seeds"], rows)
 
 
@@ -209,7 +223,7 @@ def show(path: Path, every_metric: bool) -> str:
         matrix = TransferMatrix.from_json(run)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not the result of a run: {error}") from error
-    others = find_runs(file.parents[3]) if len(file.resolve().parents) > 3 else []
+    others = find_runs(file.resolve().parents[3])
     parts = [_head(run), "accuracy among all labels seen so far\n" + matrix_table(matrix)]
     own = TransferMatrix.from_json({**run, "scores": run["task_scores"]})
     parts.append("accuracy among each task's own labels (task-incremental view)\n" + matrix_table(own))
@@ -255,7 +269,18 @@ def _kept(run: dict[str, Any]) -> list[str]:
 
 
 def _costs(run: dict[str, Any]) -> str:
-    header = ["cost of", "seconds", "forward", "backward", "tokens", "evaluated", "peak MB", "trainable", "stored", "replay"]
+    header = [
+        "cost of",
+        "seconds",
+        "forward",
+        "backward",
+        "tokens",
+        "evaluated",
+        "peak MB",
+        "trainable",
+        "stored",
+        "replay",
+    ]
     names = run["tasks"] if len(run["cost"]) == len(run["tasks"]) else ["all tasks"] * len(run["cost"])
     rows = [
         [name, f"{c['seconds']:.1f}", f"{c['forward_examples']:,}", f"{c['backward_examples']:,}",

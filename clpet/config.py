@@ -7,6 +7,7 @@ holds the values and a comment per knob. `build` merges the two: there is no sec
 import dataclasses
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -123,7 +124,7 @@ class Config:
 
 def typed(cfg: DictConfig) -> Config:
     """The composed config with every top-level knob checked; raises ConfigError on an unknown key or wrong type."""
-    plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return _merge(Config, OmegaConf.to_container(plain, resolve=True), "")
 
 
@@ -161,7 +162,7 @@ def _find_class(target: str, where: str) -> type:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{where}._target_ names {target}, which cannot be imported: {error}") from error
-    if not dataclasses.is_dataclass(found):
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise ConfigError(f"{where}._target_ names {target}, which is not a dataclass")
     return found
 

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -8,6 +9,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor
 
 from clpet.results import TransferMatrix, round2
+
+log = logging.getLogger(__name__)
 
 PLAIN_EVERY = 15.0  # seconds between plain lines
 LIVE_EVERY = 0.2
@@ -69,7 +72,8 @@ class Display:
         self.print(f"{self._title(epoch)} · validation {100 * score:.2f}")
 
     def print(self, text: str = "") -> None:
-        """A line that stays."""
+        """A line that stays, on the screen and in train.log."""
+        log.info(text)
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _title(self, epoch: int) -> str:

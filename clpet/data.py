@@ -9,6 +9,7 @@ import numpy as np
 from clpet.tasks import SPLITS, Benchmark, Example, normalised
 from clpet.text import Encoded
 
+
 def key(example: Example) -> str:
     """What is compared: the normalised text with its template fields."""
     return normalised(" ".join([example.text, *example.fields.values()]))
@@ -106,7 +107,11 @@ def report(cfg: Any) -> str:
          "/".join(str(t["repeats"][split]) for split in SPLITS)]
         for name, t in found["tasks"].items()
     ]  # fmt: skip
-    lines = [table(header, rows), "", f"repeats: train/validation/test, texts equal to an earlier one (letters and digits only)"]
+    lines = [
+        table(header, rows),
+        "",
+        "repeats: train/validation/test, texts equal to an earlier one (letters and digits only)",
+    ]
     lines += [f"overlap: {pair}: {count}" for pair, count in found["overlaps"].items()] or ["overlap: none"]
     lines += [f"warning: {warning}" for warning in found["warnings"]]
     return "\n".join([*lines, f"fingerprint: {found['fingerprint']}"])

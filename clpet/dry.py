@@ -42,7 +42,9 @@ def dry_run(console: Console, config: Config, method: Method, benchmark: Benchma
         f"trainable parameters {ratio['trainable']:,} of {ratio['total']:,}: {ratio['percent']:.3f} %, "
         f"{ratio['times_fewer']:.1f} times fewer"
     )
-    say(f"one step of {config.train.global_batch_size} examples: {seconds:.2f} s, peak memory {peak_memory_mb():.0f} MB")
+    say(
+        f"one step of {config.train.global_batch_size} examples: {seconds:.2f} s, peak memory {peak_memory_mb():.0f} MB"
+    )
 
 
 def steps_per_task(method: Method, epochs: int) -> str:

@@ -265,7 +265,8 @@ def kmeans_nearest(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
 
 def herding(vectors: np.ndarray, count: int) -> list[int]:
     """Greedy choice that keeps the mean of the chosen close to the class mean (Rebuffi et al., 2017)."""
-    mean, total, chosen = vectors.mean(0), np.zeros(vectors.shape[1]), []
+    mean, total = vectors.mean(0), np.zeros(vectors.shape[1])
+    chosen: list[int] = []
     for step in range(1, count + 1):
         distance = np.linalg.norm(mean - (total + vectors) / step, axis=1)
         distance[chosen] = np.inf

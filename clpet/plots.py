@@ -1,6 +1,7 @@
 """Pictures of a run: the transfer matrix as a heat map, accuracy over time as curves."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,9 @@ def transfer_heatmap(matrix: TransferMatrix, path: Path, title: str) -> Path:
     for (row, column), value in np.ndenumerate(scores):
         if value == value:
             bright = (value > middle) == (matrix.direction == "higher")
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color="black" if bright else "white")
+            axes.text(
+                column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color="black" if bright else "white"
+            )
     for index in range(len(matrix)):
         axes.add_patch(_frame(index - 0.5, index + 0.5))
     axes.set_xticks(range(len(matrix)), matrix.tasks, rotation=30, ha="right")
@@ -36,7 +39,7 @@ def accuracy_curves(matrix: TransferMatrix, path: Path, title: str) -> Path:
     steps = np.arange(1, len(matrix) + 1)
     for index, name in enumerate(matrix.tasks):
         axes.plot(steps[index:], matrix.scores[index + 1 :, index], marker="o", markersize=4, label=name)
-    average = [matrix.average(row, row) for row in steps]
+    average = [matrix.average(row, row) for row in range(1, len(matrix) + 1)]
     values = [np.nan if value is None else value for value in average]
     axes.plot(steps, values, color="black", linewidth=2.5, label="average of seen")
     axes.set_xticks(steps)
@@ -50,7 +53,7 @@ def accuracy_curves(matrix: TransferMatrix, path: Path, title: str) -> Path:
     return _save(figure, path)
 
 
-def _figure(width: float, height: float):  # type: ignore[no-untyped-def]
+def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,12 +62,12 @@ def _figure(width: float, height: float):  # type: ignore[no-untyped-def]
     return figure, figure.subplots()
 
 
-def _frame(x: float, y: float):  # type: ignore[no-untyped-def]
+def _frame(x: float, y: float) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y), 1, 1, fill=False, edgecolor="crimson", linewidth=2)
 
 
-def _save(figure, path: Path) -> Path:  # type: ignore[no-untyped-def]
+def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=110)
     return path

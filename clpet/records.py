@@ -66,7 +66,9 @@ def finish(
     (out / "heads").mkdir(exist_ok=True)
     for name, head in method.heads().items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in head.named_parameters()}
-        labels = json.dumps([benchmark.labels[label] for label in head.labels] if name != "selector" else benchmark.names)
+        labels = json.dumps(
+            [benchmark.labels[label] for label in head.labels] if name != "selector" else benchmark.names
+        )
         save_file(tensors, out / "heads" / f"{name}.safetensors", metadata={"labels": labels})
     write_atomic(out / "transfer.csv", transfer_csv(state.matrix))
     results = {
@@ -165,6 +167,7 @@ def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchm
         "benchmark": cfg.benchmark.name,
         "replay": cfg.replay.name,
         "peft": cfg.peft.name,
+        "batch": batch_record(cfg),
         "seed": cfg.seed,
         "signature": identity["signature"],
         "setting": identity["setting"],
@@ -173,6 +176,13 @@ def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchm
         "versions": versions(),
         "git": git_revision(),
     }
+
+
+def batch_record(cfg: DictConfig) -> dict[str, int]:
+    """How the configured global batch is carried out: examples per forward pass, and passes per step."""
+    whole = cfg.train.global_batch_size
+    micro = min(whole, cfg.hardware.micro_batch_size or whole)
+    return {"global": whole, "per_device": micro, "accumulation": -(-whole // micro), "devices": 1}
 
 
 def versions() -> dict[str, str]:
@@ -192,7 +202,9 @@ def git_revision() -> str | None:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -127,7 +127,10 @@ def evaluate(
 
 def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
     """The method and the other parts, built and checked against each other before anything is loaded."""
-    parts = {name: build(getattr(config, name), name) for name in ("replay", "model", "peft", "benchmark", "hardware", "tracking")}
+    parts = {
+        name: build(getattr(config, name), name)
+        for name in ("replay", "model", "peft", "benchmark", "hardware", "tracking")
+    }
     method = build(config.method, "method")
     method.check(Classification.name, parts["replay"].name, parts["peft"].name)
     return method, parts

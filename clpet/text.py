@@ -198,8 +198,9 @@ class EncodedDataset:
         ids[inside] = np.concatenate([self.tokens(row) for row in rows])
         positions = np.argmax(ids == self.mask_id, axis=1)
         arrays = (ids, inside.astype(np.int64), positions, self.labels[rows], self.tasks[rows])
-        tensors = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
-        return Batch(rows, *tensors, padded=not inside.all())
+        moved = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+        input_ids, mask, places, labels, tasks = moved
+        return Batch(rows, input_ids, mask, places, labels, tasks, padded=not inside.all())
 
     def by_length(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """The rows in batches of `size`, longest first, so that padding is next to nothing."""
@@ -237,5 +238,3 @@ def encode_benchmark(benchmark: Benchmark, template: Template) -> Encoded:
             template.mask_id,
         )
     return Encoded(**pools)
-
-

@@ -76,7 +76,7 @@ class Tracker:
                            "own_labels": evaluation.own[index].value}
             for index, score in evaluation.seen.items()
         }  # fmt: skip
-        line = {"done": state.done, "row": row, "tasks": tasks, **evaluation.diagnostics}
+        line: dict[str, Any] = {"done": state.done, "row": row, "tasks": tasks, **evaluation.diagnostics}
         line |= {"average": state.matrix.average(row, row), "whole": state.matrix.whole(row, row)} if row else {}
         line |= {"cost": state.costs[-1]} if state.costs else {}
         with (self.out / "metrics.jsonl").open("a") as file:
@@ -85,8 +85,10 @@ class Tracker:
         if self.run is not None:
             scalars = {f"score/{name}": value["score"] for name, value in tasks.items()}
             scalars |= {f"own_labels/{name}": value["own_labels"] for name, value in tasks.items()}
-            scalars |= {key: line[key] for key in ("average", "whole", *evaluation.diagnostics) if line.get(key) is not None}
-            cost = {f"cost/{key}": value for key, value in line.get("cost", {}).items()}  # type: ignore[union-attr]
+            scalars |= {
+                key: line[key] for key in ("average", "whole", *evaluation.diagnostics) if line.get(key) is not None
+            }
+            cost = {f"cost/{key}": value for key, value in line.get("cost", {}).items()}
             self._safely("log", lambda: self.run.log({"task": row, **scalars, **cost}))
 
     def finished(self, results: dict[str, Any], pictures: list[Path]) -> None:

@@ -143,8 +143,9 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
                 self.progress.step(epoch, step + 1, (step + 1) * len(rows), total / (step + 1))
             if not torch.isfinite(total):
+                where = f"task {self.task + 1}{stage and f' ({stage})'}"
                 raise HostError(
-                    f"the loss of task {self.task + 1}{stage and f' ({stage})'} is {total.item()} in epoch {epoch + 1}: "
+                    f"the loss of {where} is {total.item()} in epoch {epoch + 1}: "
                     "lower train.lr or set train.clip; the tasks before it are saved"
                 )
             if best:

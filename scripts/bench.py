@@ -51,7 +51,11 @@ class Bench:
         self.config = typed(self.cfg)
         _, self.parts = assemble(self.config)
         self.benchmark = self.parts["benchmark"].load(self.config.data_dir)
-        self.batch, self.epochs, self.lr = self.config.train.global_batch_size, self.config.train.epochs, self.config.train.lr
+        self.batch, self.epochs, self.lr = (
+            self.config.train.global_batch_size,
+            self.config.train.epochs,
+            self.config.train.lr,
+        )
 
     def method(self) -> Any:
         """clpet's sequential method, set up as `clpet train` does."""
@@ -170,7 +174,9 @@ def medians(name: str, contenders: dict[str, Callable[[], float]], rounds: int) 
             if turn:
                 found[key].append(value)
     for key, values in found.items():
-        print(f"{name}  {key:28} median {statistics.median(values):8.2f}   min {min(values):.2f}  max {max(values):.2f}")
+        print(
+            f"{name}  {key:28} median {statistics.median(values):8.2f}   min {min(values):.2f}  max {max(values):.2f}"
+        )
     return {key: statistics.median(values) for key, values in found.items()}
 
 

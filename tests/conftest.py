@@ -102,7 +102,9 @@ def make(words: Path):
             method.learn(benchmark.tasks[index], index, trainer)
             method.after_task(benchmark.tasks[index], index)
 
-        return SimpleNamespace(method=method, trainer=trainer, benchmark=benchmark, data=data, learn=learn, config=config)
+        return SimpleNamespace(
+            method=method, trainer=trainer, benchmark=benchmark, data=data, learn=learn, config=config
+        )
 
     return build
 

@@ -61,17 +61,17 @@ def test_a_fresh_adapter_changes_nothing(make) -> None:
 def test_lora_parameter_counts(name: str, r: int, expected: int) -> None:
     """ConPET oracle 1: layers * targets * r * (d_in + d_out), counted on networks without weights."""
     shapes = {
-        "llama2_7b": ("decoder", ["q_proj", "k_proj"],
+        "llama2_7b": (["q_proj", "k_proj"],
                       {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
                        "num_attention_heads": 32, "intermediate_size": 11008}),
-        "bert_large": ("encoder", ["query", "value"],
+        "bert_large": (["query", "value"],
                        {"model_type": "bert", "vocab_size": 30522, "hidden_size": 1024, "num_hidden_layers": 24,
                         "num_attention_heads": 16, "intermediate_size": 4096}),
-        "minilm_shape": ("encoder", ["query", "value"],
+        "minilm_shape": (["query", "value"],
                          {"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
                           "intermediate_size": 1536}),
     }  # fmt: skip
-    architecture, targets, config = shapes[name]
+    targets, config = shapes[name]
     backbone = Backbone(name=name, hub="none", config=config, targets=targets)
     with torch.device("meta"):
         adapters = Adapters(backbone.skeleton(), backbone, Lora(r=r))
@@ -90,7 +90,7 @@ def test_padding_does_not_change_a_representation(make, how: str) -> None:
     assert torch.allclose(alone, padded, atol=1e-5)
 
 
-@pytest.mark.parametrize("peft", ["lora", "ia3", "prompt", "none"])
+@pytest.mark.parametrize("peft", ["lora", "ia3", "prompt", "prefix", "none"])
 def test_every_kind_of_adapter_learns(make, peft: str) -> None:
     run = make("method=sequential", f"peft={peft}", "train.lr=1e-2", "train.epochs=1")
     before = [p.detach().clone() for p in run.method.objective.adapters.tensors("default").values()]

@@ -39,7 +39,13 @@ def test_config_is_printed_quickly(tmp_path: Path) -> None:
 
 def test_lists(clpet) -> None:
     found = clpet("list", "methods")
-    assert {line.split()[0] for line in found.out.splitlines()} == {"dynamic_conpet", "independent", "joint", "replay", "sequential"}
+    assert {line.split()[0] for line in found.out.splitlines()} == {
+        "dynamic_conpet",
+        "independent",
+        "joint",
+        "replay",
+        "sequential",
+    }
     assert "top_k: 1" in clpet("list", "method", "dynamic_conpet").out
     for group in ("models", "benchmarks", "hardware", "pefts", "replays", "trackings"):
         assert clpet("list", group).code == 0
@@ -65,7 +71,9 @@ def test_flags_may_stand_anywhere(clpet) -> None:
 )  # fmt: skip
 def test_shell_completion_goes_through_the_subcommand(line: str, expected: str, tmp_path: Path) -> None:
     env = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
-    found = subprocess.run([*CLPET, "-sc", "query=bash"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [*CLPET, "-sc", "query=bash"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert expected in found.stdout.split()
 
 
@@ -119,7 +127,9 @@ def test_own_method_is_one_python_file_and_one_yaml(clpet, words: Path, tmp_path
         "        for parameter in self.parameters():\n"
         "            parameter.grad *= self.factor\n"
     )
-    (mine / "method" / "gentle.yaml").write_text("# Halves gradients.\n_target_: gentle.Gentle\nname: gentle\nfactor: 0.25\n")
+    (mine / "method" / "gentle.yaml").write_text(
+        "# Halves gradients.\n_target_: gentle.Gentle\nname: gentle\nfactor: 0.25\n"
+    )
     found = clpet("train", "--config-dir", mine, "method=gentle", *tiny_args(words))
     assert found.code == 0, found.err
     assert list(tmp_path.glob("outputs/files/gentle/s0-*/results.json"))

@@ -53,10 +53,19 @@ def test_top_level_knobs_are_those_of_the_dataclasses() -> None:
 
 def knob_lines(path: Path) -> list[str]:
     """Top-level `key: value` lines of a YAML that are no defaults."""
-    return [line for line in path.read_text().splitlines() if re.match(r"^[a-z_]+:", line) and not line.startswith("defaults:")]
+    return [
+        line
+        for line in path.read_text().splitlines()
+        if re.match(r"^[a-z_]+:", line) and not line.startswith("defaults:")
+    ]
 
 
-@pytest.mark.parametrize("path", sorted(conf_dir().glob("**/base/*.yaml")) + [options(g)[n] for g, n in CHOICES if g in ("method", "replay", "peft", "hardware", "tracking")], ids=str)
+@pytest.mark.parametrize(
+    "path",
+    sorted(conf_dir().glob("**/base/*.yaml"))
+    + [options(g)[n] for g, n in CHOICES if g in ("method", "replay", "peft", "hardware", "tracking")],
+    ids=str,
+)
 def test_every_knob_has_a_comment(path: Path) -> None:
     for line in knob_lines(path):
         if not line.startswith("_target_"):
@@ -74,7 +83,12 @@ def test_signature_ignores_what_cannot_change_a_result() -> None:
     same = [composed(), composed("seed=3"), composed("hardware=cpu"), composed("tracking=off"), composed("output_dir=x"),
             composed("dry_run=true"), composed("fresh=true"), composed("train.save_minutes=1")]  # fmt: skip
     assert len({signature(cfg) for cfg in same}) == 1
-    other = [composed("train.lr=2e-3"), composed("method.top_k=2"), composed("peft.r=4"), composed("benchmark.order=reversed")]
+    other = [
+        composed("train.lr=2e-3"),
+        composed("method.top_k=2"),
+        composed("peft.r=4"),
+        composed("benchmark.order=reversed"),
+    ]
     assert len({signature(cfg) for cfg in [same[0], *other]}) == 5
 
 

@@ -276,14 +276,18 @@ def test_warm_start(make, start: str, monkeypatch) -> None:
     seen = {}
 
     def spy(trainer, index):
-        seen.update({k: v.detach().clone() for k, v in run.method.objective.adapters.tensors(module_name(index)).items()})
+        seen.update(
+            {k: v.detach().clone() for k, v in run.method.objective.adapters.tensors(module_name(index)).items()}
+        )
 
     monkeypatch.setattr(run.method, "fit", spy)
     run.trainer.begin_task(1)
     run.method.learn(run.benchmark.tasks[1], 1, run.trainer)
     source = {"previous": module_name(0), "selector": "selector"}.get(start)
     if source:
-        assert all(torch.equal(seen[key], value) for key, value in run.method.objective.adapters.tensors(source).items())
+        assert all(
+            torch.equal(seen[key], value) for key, value in run.method.objective.adapters.tensors(source).items()
+        )
     else:
         assert all((value == 0).all() for key, value in seen.items() if "lora_B" in key)
 

@@ -38,7 +38,8 @@ def set_up(replay, sizes: list[int], batch: int = 8, learned: int | None = None)
 
 
 @pytest.mark.parametrize(
-    ("size", "ratio", "expected"), [(8, 1, (4, 4)), (8, 3, (6, 2)), (8, 0.5, (2, 6)), (8, -3, (2, 6)), (32, 1, (16, 16)), (9, 1, (4, 5))]
+    ("size", "ratio", "expected"),
+    [(8, 1, (4, 4)), (8, 3, (6, 2)), (8, 0.5, (2, 6)), (8, -3, (2, 6)), (32, 1, (16, 16)), (9, 1, (4, 5))],
 )
 def test_batch_shares(size: int, ratio: float, expected: tuple[int, int]) -> None:
     """Oracle 5."""
@@ -46,7 +47,8 @@ def test_batch_shares(size: int, ratio: float, expected: tuple[int, int]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("limit", "expected"), [(2500, (2000, 500)), (1250, (1000, 250)), (500, (400, 100)), (400, (320, 80)), (100, (80, 20))]
+    ("limit", "expected"),
+    [(2500, (2000, 500)), (1250, (1000, 250)), (500, (400, 100)), (400, (320, 80)), (100, (80, 20))],
 )
 def test_steps_and_validation_batches(limit: int, expected: tuple[int, int]) -> None:
     """Oracle 6."""
@@ -170,7 +172,9 @@ def test_reservoir_is_a_uniform_sample_of_all_seen() -> None:
     assert stays.mean() == 200 * 60 / 300
 
 
-@pytest.mark.parametrize("replay", [AllReplay(), DynamicReplay(), FixedReplay(per_class=2), ReservoirReplay(capacity=9)])
+@pytest.mark.parametrize(
+    "replay", [AllReplay(), DynamicReplay(), FixedReplay(per_class=2), ReservoirReplay(capacity=9)]
+)
 def test_state_round_trip_gives_the_same_batches(replay) -> None:
     before = set_up(replay, [20, 20, 20])
     state = before.state()

@@ -43,13 +43,18 @@ def four_tasks(words: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(method: str, words: Path, clpet, tmp_path: Path) -> None:
+def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
+    method: str, words: Path, clpet, tmp_path: Path
+) -> None:
     """kill -9 after task 3 (joint: after its only fit), the same command again: same matrices, adapters, predictions."""
     args = ["train", f"method={method}", *four_tasks(words)]
     assert clpet(*args, "output_dir=whole").code == 0
     after = 1 if method == "joint" else 3
     killed = subprocess.run(
-        [sys.executable, "-c", KILL.format(after=after), *args, "output_dir=cut"], cwd=tmp_path, capture_output=True, check=False
+        [sys.executable, "-c", KILL.format(after=after), *args, "output_dir=cut"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     assert not list((tmp_path / "cut").glob("*/*/s*/results.json"))
@@ -97,6 +102,28 @@ def test_trained_parameters_are_those_that_change(method: str, make) -> None:
         assert torch.equal(value, after[name.removeprefix("base_model.model.").replace(".base_layer", "")]), name
 
 
+@pytest.mark.parametrize("replay", ["dynamic", "fixed", "reservoir", "all"])
+@pytest.mark.parametrize("method", ["replay", "dynamic_conpet"])
+def test_every_memory_goes_with_every_method_that_replays(method: str, replay: str, make) -> None:
+    run = make(f"method={method}", f"replay={replay}")
+    for index in range(3):
+        run.learn(index)
+    assert run.method.replay.stored() > 0
+
+
+@pytest.mark.parametrize("peft", ["ia3", "prompt"])
+def test_a_module_per_task_with_other_adapters(peft: str, make) -> None:
+    """Each task has its own adapter of any kind; the first one keeps its bits while the second learns."""
+    run = make("method=independent", f"peft={peft}", "train.lr=1e-2")
+    run.learn(0)
+    adapters = run.method.objective.adapters
+    before = {key: value.detach().clone() for key, value in adapters.tensors("task000").items()}
+    run.learn(1)
+    assert before
+    assert all(torch.equal(before[key], value) for key, value in adapters.tensors("task000").items())
+    assert any(not torch.equal(before[key], value) for key, value in adapters.tensors("task001").items())
+
+
 def test_best_epoch_is_kept_by_validation(make, monkeypatch: pytest.MonkeyPatch) -> None:
     """train.select=best keeps the state of the best validation score, not the last one."""
     run = make("method=sequential", "train.select=best", "train.epochs=3")
@@ -118,7 +145,10 @@ def test_first_state_stays_without_a_better_epoch(make, monkeypatch: pytest.Monk
     monkeypatch.setattr(run.method, "validate", lambda index: 0.5)
     before = [p.detach().clone() for p in run.method.objective.adapters.tensors("default").values()]
     run.learn(0)
-    assert all(torch.equal(a, b) for a, b in zip(before, run.method.objective.adapters.tensors("default").values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, run.method.objective.adapters.tensors("default").values(), strict=True)
+    )
 
 
 def test_micro_batches_give_the_same_gradients(make) -> None:

@@ -31,7 +31,7 @@ def test_the_run_directory_holds_everything(finished: Path) -> None:
 
 def test_results_json_has_the_promised_keys(finished: Path) -> None:
     found = json.loads((finished / "results.json").read_text())
-    for key in ("method", "model", "benchmark", "seed", "signature", "tasks", "direction", "scores", "backward", "forward",
+    for key in ("method", "model", "benchmark", "seed", "signature", "batch", "tasks", "direction", "scores", "backward", "forward",
                 "task_scores", "average", "whole", "backward_transfer", "forward_transfer", "forgetting",
                 "learning_accuracy", "metrics", "cost", "versions", "git"):  # fmt: skip
         assert key in found, key
@@ -98,7 +98,9 @@ def test_an_offline_wandb_run_reads_back(finished: Path) -> None:
     table = run["tables"]["transfer"]
     assert table["columns"] == ["matrix", "row", "after", "task", "value"]
     for matrix, row, after, task, value in table["data"]:
-        source = {"transfer": "scores", "backward": "backward", "forward": "forward", "own_labels": "task_scores"}[matrix]
+        source = {"transfer": "scores", "backward": "backward", "forward": "forward", "own_labels": "task_scores"}[
+            matrix
+        ]
         assert value == found[source][row][found["tasks"].index(task)]
         assert after == ("" if row == 0 else found["tasks"][row - 1])
     assert sum(line[0] == "transfer" for line in table["data"]) == 12

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from clpet.results import CONVENTIONS, TransferMatrix
 from clpet.records import transfer_csv
+from clpet.results import CONVENTIONS, TransferMatrix
 
 
 def matrix(rows: list[list[float]], direction: str = "higher") -> TransferMatrix:

@@ -9,8 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from clpet.data import inspect_data
+from clpet.entities import Relations, pooled_split
 from clpet.errors import DataError
-from clpet.sources import PythonStdlib, Relations, Table, by_label, partition, pooled_split, sample, split_off
+from clpet.sources import PythonStdlib, Table, by_label, partition, sample, split_off
 from clpet.tasks import Example, normalised, order_names
 
 from .conftest import shared
@@ -97,7 +98,9 @@ def test_long_sequence_order_is_the_published_one() -> None:
     published = json.loads((folder / "orders.json").read_text())
     for name, order in published.items():
         if name.startswith("long"):
-            benchmark = from_yaml("long_sequence", folder, f"benchmark.order={name}", "benchmark.max_train=20", "benchmark.max_test=20")
+            benchmark = from_yaml(
+                "long_sequence", folder, f"benchmark.order={name}", "benchmark.max_train=20", "benchmark.max_test=20"
+            )
             assert benchmark.names == order
 
 
@@ -189,12 +192,18 @@ def test_a_data_set_in_the_hubs_layout(tmp_path: Path) -> None:
     """Label ids become names, renamed columns are found, oos is dropped: read by `datasets` itself."""
     import datasets
 
-    features = datasets.Features({"text": datasets.Value("string"), "intent": datasets.ClassLabel(names=["x", "oos", "y"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "intent": datasets.ClassLabel(names=["x", "oos", "y"])}
+    )
     rows = {"text": [f"t{i}" for i in range(30)], "intent": [i % 3 for i in range(30)]}
     for split in ("train", "test"):
         (tmp_path / "data").mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
-    source = Table(name="hubbed", hub=str(tmp_path), hub_columns={"label": "intent"}, drop_labels=["oos"], classes_per_task=2)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(
+            tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        )
+    source = Table(
+        name="hubbed", hub=str(tmp_path), hub_columns={"label": "intent"}, drop_labels=["oos"], classes_per_task=2
+    )
     benchmark = source.load(None)
     assert benchmark.labels == ["x", "y"]
     assert len(benchmark.tasks[0].test) == 20
@@ -223,7 +232,9 @@ def test_fewrel_in_the_hubs_layout(tmp_path: Path) -> None:
 
 
 def test_repeats_and_overlaps_are_counted(words: Path, tmp_path: Path) -> None:
-    lines = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(["One!", "one", "two", "three", "four", "five"])]
+    lines = [
+        {"text": text, "label": "ab"[i % 2]} for i, text in enumerate(["One!", "one", "two", "three", "four", "five"])
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "test.jsonl").write_text(json.dumps({"text": "TWO.", "label": "a"}) + "\n")
     benchmark = Table(name="files", validation_share=0).load(str(tmp_path))

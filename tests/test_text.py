@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from clpet.backbones import byte_tokenizer
+from clpet.entities import mark_entities, mentions
 from clpet.errors import ConfigError, DataError
-from clpet.sources import mark_entities, mentions
 from clpet.tasks import Example
 from clpet.text import EncodedDataset, Template, window_rows
 
@@ -23,7 +23,7 @@ def spans(n: int) -> list[tuple[int, int]]:
 
 def test_markers_wrap_every_mention() -> None:
     """Head in [m0] [m1], tail in [m2] [m3]; the template's fields are the first mentions."""
-    tokens = "Paris is in France and Paris is big".split()
+    tokens = ["Paris", "is", "in", "France", "and", "Paris", "is", "big"]
     found = mark_entities(tokens, [(3, 3)], [(0, 0), (5, 5)], "capital")
     assert found.text == "[m2] Paris [m3] is in [m0] France [m1] and [m2] Paris [m3] is big"
     assert found.fields == {"head": "France", "tail": "Paris"}
@@ -43,9 +43,11 @@ def test_mentions_from_flat_or_nested_positions() -> None:
 
 def test_template_reads_tail_first_and_holds_one_mask() -> None:
     found = template()
-    example = mark_entities("Paris is in France".split(), [(3, 3)], [(0, 0)], "x")
+    example = mark_entities(["Paris", "is", "in", "France"], [(3, 3)], [(0, 0)], "x")
     text = found.tokenizer.decode(found.encode([example])[0])
-    assert "In this sentence, Paris is the[MASK] of France." in text.replace("[MASK] of", "[MASK] of").replace(" [MASK]", "[MASK]")
+    assert "In this sentence, Paris is the[MASK] of France." in text.replace("[MASK] of", "[MASK] of").replace(
+        " [MASK]", "[MASK]"
+    )
     assert text.count("[MASK]") == 1
     assert text.count("[unused0]") == text.count("[unused3]") == 1
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clpet.config import derive
 from clpet.errors import ConfigError
 from clpet.memory import NoReplay, Plan
-from clpet.objectives.classification import Classification
+from clpet.objectives.classification import Classification, Head
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, Encoded
 from clpet.training import Trainer
@@ -148,13 +148,21 @@ class Method:
     @torch.inference_mode()
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """[n, labels so far]: class logits of train rows, what a fixed memory is chosen on (ConPET, section 3.2)."""
-        pool, objective, out = self.data.train, self.objective, np.empty((len(rows), len(self.objective.head.labels)))
+        pool, objective = self.data.train, self.objective
+        found: list[tuple[np.ndarray, np.ndarray]] = []
         order = np.argsort(-pool.lengths[rows], kind="stable")
         for start in range(0, len(rows), 64):
             part = order[start : start + 64]
-            logits = objective.head(objective.features(pool.batch(rows[part], objective.device)))
-            out[part] = logits.float().cpu().numpy()
+            logits = self.class_logits(pool.batch(rows[part], objective.device))
+            found.append((part, logits.float().cpu().numpy()))
+        out = np.empty((len(rows), found[0][1].shape[1]))
+        for part, values in found:
+            out[part] = values
         return out
+
+    def class_logits(self, batch: Batch) -> Tensor:
+        """[batch, labels]: logits of the model as it has just been trained."""
+        return self.objective.head(self.objective.features(batch))
 
     def trainable_parameters(self) -> int:
         """Number of scalars trained in the current task."""
@@ -175,6 +183,6 @@ class Method:
         self.objective.load(state["objective"])
         self.replay.load(state["replay"])
 
-    def heads(self) -> dict[str, nn.Module]:
+    def heads(self) -> dict[str, Head]:
         """Heads by name, saved as safetensors at the end of the run."""
         return {"default": self.objective.head}

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from clpet.config import derive, require
 from clpet.errors import ConfigError
 from clpet.memory import Plan
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.modular import Modular, module_name
-from clpet.objectives.classification import MISSING
+from clpet.objectives.classification import MISSING, Head
 from clpet.tasks import Task
 from clpet.text import Batch
 from clpet.training import Trainer
@@ -197,7 +197,7 @@ class DynamicConPET(Modular):
         super().load_state_dict(state)
         self.selector.load(state["selector"])
 
-    def heads(self) -> dict[str, nn.Module]:
+    def heads(self) -> dict[str, Head]:
         return {**super().heads(), "selector": self.selector}
 
 

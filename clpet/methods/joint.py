@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from clpet.memory import AllReplay, Plan
 from clpet.methods.base import Method
-from clpet.tasks import Task
+from clpet.tasks import SPLITS, Task
 from clpet.training import Trainer
 
 
@@ -13,8 +13,8 @@ class Joint(Method):
     """Learns once; only rows 0 and T of the matrix exist."""
 
     def curriculum(self) -> list[tuple[int, Task]]:
-        last = len(self.benchmark) - 1
-        return [(last, Task("all tasks", *(sum((t.split(s) for t in self.benchmark.tasks), []) for s in _SPLITS)))]
+        train, validation, test = ([e for t in self.benchmark.tasks for e in t.split(split)] for split in SPLITS)
+        return [(len(self.benchmark) - 1, Task("all tasks", train, validation, test, tuple(self.benchmark.labels)))]
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.objective.head.grow(range(len(self.benchmark.labels)))
@@ -22,6 +22,3 @@ class Joint(Method):
 
     def plan(self, index: int) -> Plan:
         return AllReplay.plan(self.replay, index)  # type: ignore[arg-type]
-
-
-_SPLITS = ("train", "validation", "test")

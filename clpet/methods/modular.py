@@ -51,6 +51,10 @@ class Modular(Method):
         index = len(self.modules) - 1
         return [*self.objective.adapters.tensors(module_name(index)).values(), *self.modules[index].parameters()]
 
+    def class_logits(self, batch: Batch) -> Tensor:
+        """[batch, labels of the newest task]: its module's logits."""
+        return self.modules[-1](self.objective.features(batch))
+
     def route(self, batch: Batch, selected: Tensor) -> Tensor:
         """[batch, all labels]: raw logits of the selected modules [batch, K], MISSING elsewhere.
 
@@ -99,5 +103,5 @@ class Modular(Method):
             head.load(saved)
             self.modules.append(head)
 
-    def heads(self) -> dict[str, nn.Module]:
+    def heads(self) -> dict[str, Head]:
         return {module_name(index): head for index, head in enumerate(self.modules)}

@@ -92,9 +92,7 @@ class Classification:
         self.head = self.new_head(seed)
         self.meter = Meter()
         full = adapters.config is None and self.dtype is not torch.float32
-        self.autocast = (
-            torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
-        )
+        self.autocast = torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
 
     def new_head(self, seed: int, names: Sequence[str] | None = None) -> Head:
         """An empty head over the benchmark's labels (or over other names, such as task names)."""
