@@ -91,7 +91,8 @@ def group_by(runs: Group, key: str) -> dict[str, Group]:
     """Runs by the value of a key. Runs of one value that differ in more than their seed become several groups."""
     groups: dict[str, Group] = {}
     for path, run in runs:
-        groups.setdefault(f"{lookup(run, path, key)}\0{run['signature']}", []).append((path, run))
+        value = lookup(run, path, key) + (" (task given)" if run["task_id_at_test"] else "")
+        groups.setdefault(f"{value}\0{run['signature']}", []).append((path, run))
     values = [name.split("\0")[0] for name in groups]
     return {
         value if values.count(value) == 1 else f"{value} ({name.split(chr(0))[1]})": group
@@ -146,8 +147,11 @@ def _tex(cell: str) -> str:
 
 
 def significance(groups: dict[str, Group]) -> str:
-    """Paired bootstrap of the final average accuracy between the best group and each other one."""
-    hits = {name: final_hits(group) for name, group in groups.items()}
+    """Paired bootstrap of the final average accuracy between the best group and each other one.
+
+    Runs that were given the task at test answer an easier question and are left out.
+    """
+    hits = {name: final_hits(group) for name, group in groups.items() if not group[0][1]["task_id_at_test"]}
     known = {name: value for name, value in hits.items() if value}
     if len(known) < 2:
         return ""

@@ -98,6 +98,7 @@ def test_a_sweep_compares_with_a_paired_test(clpet, words: Path) -> None:
     assert "±" in rows["sequential"]
     assert rows["sequential"].split().count("-") == 0  # both reference runs were found
     assert "95 % interval" in found.out
+    assert "independent (task given)" in found.out
     for form, mark in (("md", "| --- |"), ("csv", "method,seeds,average"), ("tex", r"\begin{tabular}")):
         assert mark in clpet("runs", "--compare", "method", "--format", form).out
     assert "0.02" in clpet("runs", "--compare", "train.lr").out
