@@ -89,6 +89,7 @@ class Adapters:
         self.model, self.kind = model, adapter.name
         self.names: list[str] = []
         self.active: tuple[str, bool] | None = None
+        self.training = False
         self.base_parameters = sum(p.numel() for p in model.parameters())
         model.requires_grad_(False)
 
@@ -109,6 +110,7 @@ class Adapters:
             self.model.add_adapter(name, self.config)  # type: ignore[operator]
         self.names.append(name)
         self.activate(name, train=True)
+        self.train_mode(self.training)
 
     def activate(self, name: str, train: bool = False) -> None:
         """Routes every forward through one adapter; its tensors get gradients only when `train`."""
@@ -121,16 +123,18 @@ class Adapters:
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[None]:
         """Forwards inside go through one frozen adapter; afterwards the one that was active is so again."""
-        before = self.active
-        if before and before[0] == name:
+        before, training = self.active, self.training
+        if before == (name, False) and not training:
             yield
             return
         self.activate(name)
+        self.train_mode(False)
         try:
             yield
         finally:
             if before is not None:
                 self.activate(*before)
+            self.train_mode(training)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -140,6 +144,16 @@ class Adapters:
         else:
             with self.model.disable_adapter():  # type: ignore[operator]
                 yield
+
+    def train_mode(self, on: bool) -> None:
+        """Switches the dropout of adapters; a frozen backbone never drops, a trained one does so as a whole."""
+        self.training = on
+        if self.config is None:
+            self.model.train(on)
+            return
+        for name, module in self.model.named_modules():
+            if "lora_dropout" in name:
+                module.train(on)
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The tensors of one adapter, by their name in the model without the adapter's own name."""
@@ -205,6 +219,7 @@ def _plain_config(path: Path) -> None:
 
 def parameter_ratio(trainable: int, total: int) -> dict[str, Any]:
     """Trainable and total parameters, the share in percent and the inverse ratio (how many times fewer)."""
+    total = max(total, trainable)  # full fine-tuning trains the head on top of all of the backbone
     return {
         "trainable": trainable,
         "total": total,

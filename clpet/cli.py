@@ -4,6 +4,8 @@ import argparse
 import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from clpet import __version__
 from clpet.errors import ClpetError, ConfigError, suggest
+from clpet.mistakes import GROUPS, composed, hydra_message
 
 COMMANDS = {
     "train": "learn a benchmark task by task and write its transfer matrix (also resumes, and sweeps with -m)",
@@ -19,11 +22,11 @@ COMMANDS = {
     "list": "what there is: methods, models, benchmarks, hardware, ...",
     "data": "look at a benchmark's data: counts, balance, lengths, repeats, overlaps",
 }
-GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
 # Short spellings of knobs that are typed often.
 SHORT = {key: f"benchmark.{key}" for key in ("tasks", "order", "text", "label", "max_train", "max_test")}
 HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i", "--config-name",
-                          "-cn", "--config-path", "-cp", "--experimental-rerun")  # fmt: skip
+                          "-cn", "--config-path", "-cp", "--experimental-rerun", "-sc")  # fmt: skip
+HYDRA_FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--resolve", "--version", "-r", "--run")
 
 
 def main() -> None:
@@ -42,13 +45,23 @@ def guarded(argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2)
     except Exception as error:
-        message = hydra_message(error)
-        if message is None:
-            raise
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """One line for an error that is no ClpetError; what nobody foresaw leaves its traceback in a file."""
+    message = hydra_message(error)
+    if message is not None:
         return _fail(message, 2)
+    if isinstance(error, OSError):
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2)
+    if os.environ.get("CLPET_DEBUG"):
+        raise error
+    with tempfile.NamedTemporaryFile("w", prefix="clpet-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    text = (str(error).splitlines() or [""])[0]
+    return _fail(f"internal error, please report it with {file.name}: {type(error).__name__}: {text}", 1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -118,7 +131,7 @@ def train(argv: list[str]) -> int:
     arguments = normalised(argv)
     check_group_options(arguments)
 
-    failures: list[ClpetError] = []
+    failures: list[Exception] = []
 
     def job(cfg: Any) -> float | None:
         from clpet.run import run
@@ -126,7 +139,7 @@ def train(argv: list[str]) -> int:
         found = HydraConfig.get()
         try:
             matrix = run(cfg, Path(found.runtime.output_dir), list(found.overrides.task))
-        except ClpetError as error:
+        except Exception as error:
             if "BasicLauncher" not in found.launcher._target_:
                 raise  # on a cluster the job itself has to fail
             failures.append(error)  # the other runs of a sweep go on
@@ -135,11 +148,8 @@ def train(argv: list[str]) -> int:
 
     sys.argv = ["clpet train", *arguments]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(job)()
-    for error in failures[:-1]:
-        _fail(str(error), error.exit_code)
-    if failures:
-        raise failures[-1]
-    return 0
+    codes = [_fail(str(e), e.exit_code) if isinstance(e, ClpetError) else _report(e) for e in failures]
+    return max(codes, default=0)
 
 
 def normalised(argv: list[str]) -> list[str]:
@@ -148,9 +158,15 @@ def normalised(argv: list[str]) -> list[str]:
     overrides: list[str] = []
     words = iter(argv)
     for word in words:
-        if word in HYDRA_FLAGS_WITH_VALUE or word == "-sc":
-            flags += [word, next(words, "")]
+        if word in HYDRA_FLAGS_WITH_VALUE:
+            value = next(words, "")
+            if not value:
+                raise ConfigError(f"{word} needs a value")
+            flags += [word, value]
         elif word.startswith("-"):
+            name = word.partition("=")[0]
+            if name not in (*HYDRA_FLAGS, *HYDRA_FLAGS_WITH_VALUE):
+                raise ConfigError(f"unknown flag {name}{suggest(name, (*HYDRA_FLAGS, *HYDRA_FLAGS_WITH_VALUE))}")
             flags.append(word)
         else:
             overrides.append(word)
@@ -177,7 +193,7 @@ def check_group_options(arguments: list[str]) -> None:
         if equals and key in GROUPS and re.fullmatch(r"[\w,./-]+", value):
             known = options(key)
             for choice in value.split(","):
-                if choice not in known and choice != "null":
+                if choice not in known and not (choice == "null" and key in ("experiment", "debug")):
                     raise ConfigError(f"{key}={choice}: there is no such {key}{suggest(choice, known)}")
 
 
@@ -205,8 +221,8 @@ def listing(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.config_dir:
         normalised(["--config-dir", arguments.config_dir])
-    groups = [arguments.group] if arguments.group else list(GROUPS)
-    for named in groups:
+    indent = "" if arguments.group else "  "
+    for named in [arguments.group] if arguments.group else GROUPS:
         group = named if named in GROUPS else named.removesuffix("s")
         if group not in GROUPS:
             raise ConfigError(f"there is no group {named}{suggest(named, GROUPS)}")
@@ -220,11 +236,7 @@ def listing(argv: list[str]) -> int:
             print(f"{group}:")
         width = max((len(name) for name in known), default=0)
         for name, path in known.items():
-            print(
-                f"  {name:{width}}  {first_comment(path)}"
-                if not arguments.group
-                else f"{name:{width}}  {first_comment(path)}"
-            )
+            print(f"{indent}{name:{width}}  {first_comment(path)}")
     return 0
 
 
@@ -270,76 +282,17 @@ def show(argv: list[str]) -> int:
 
 def data(argv: list[str]) -> int:
     """`clpet data BENCHMARK key=value ...`: a report on the data, without training."""
-    parser = argparse.ArgumentParser(
-        "clpet data", description="Counts, balance, lengths, repeats and overlaps of a benchmark."
-    )
+    description = "Counts, balance, lengths, repeats and overlaps of a benchmark, without training."
+    parser = argparse.ArgumentParser("clpet data", description=description)
     parser.add_argument("benchmark")
     parser.add_argument("overrides", nargs="*", help="such as data_dir=FOLDER model=bert_base benchmark.max_train=100")
+    parser.add_argument("--config-dir", help="a folder with your own configs")
     arguments = parser.parse_args(argv)
-    words = normalised([f"benchmark={arguments.benchmark}", *arguments.overrides])
+    folder = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
+    words = normalised([*folder, f"benchmark={arguments.benchmark}", *arguments.overrides])[len(folder) :]
     check_group_options(words)
-    from hydra import compose, initialize_config_dir
-
-    from clpet.config import conf_dir, register_resolvers
-
-    register_resolvers()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("train", words)
+    cfg = composed(words)
     from clpet.data import report
 
     print(report(cfg))
     return 0
-
-
-def hydra_message(error: BaseException) -> str | None:
-    """One line for the mistakes Hydra and OmegaConf find in what was typed; None for anything else."""
-    from hydra.errors import HydraException, OverrideParseException
-    from omegaconf.errors import OmegaConfBaseException
-
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        if isinstance(link, ClpetError):
-            return str(link)
-    if not any(isinstance(link, HydraException | OmegaConfBaseException) for link in chain):
-        return None
-    text = str(error).strip()
-    broken = next((link for link in chain if isinstance(link, OverrideParseException)), None)
-    if broken is not None:
-        return f"cannot read {broken.override}: {broken.message.splitlines()[0]}"
-    missing = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if missing:
-        return f"there is no key {missing.group(1)}{suggest_key(missing.group(1))}"
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def suggest_key(key: str) -> str:
-    """A suggestion among the keys of the composed default run and of the options named on the command line."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import DictConfig, OmegaConf
-
-    from clpet.config import conf_dir, register_resolvers
-
-    register_resolvers()
-    choices = [word for word in sys.argv[1:] if word.partition("=")[0] in GROUPS and "," not in word]
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("train", choices)
-    except Exception:
-        return ""
-    keys: list[str] = []
-
-    def walk(node: DictConfig, prefix: str) -> None:
-        for name in map(str, node):
-            keys.append(f"{prefix}{name}")
-            child = OmegaConf.select(node, name)
-            if isinstance(child, DictConfig):
-                walk(child, f"{prefix}{name}.")
-
-    walk(cfg, "")
-    parent = key.rpartition(".")[0]
-    near = [name for name in keys if name.rpartition(".")[0] == parent]
-    return suggest(key, keys) if suggest(key, keys).startswith("; did") else suggest(key, near)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from clpet.console import matrix_table, table
 from clpet.errors import ConfigError, DataError, suggest
+from clpet.records import command
 from clpet.results import CONVENTIONS, NEEDS, TransferMatrix, round2
 
 DRAWS = 2000  # bootstrap resamples
@@ -247,7 +249,7 @@ def _head(run: dict[str, Any]) -> str:
     return (
         f"{run['method']} on {run['benchmark']} with {run['model']}, seed {run['seed']}{label}\n"
         f"trained per task {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.3f} %)\n"
-        f"clpet train {' '.join(run['overrides'])}"
+        f"clpet train {shlex.join(run['overrides'])}"
     )
 
 
@@ -258,18 +260,13 @@ def _metrics(run: dict[str, Any], others: Group, every: bool) -> str:
         value = round2(values[name])
         if values[name] is None and name in NEEDS:
             value = "-"
-            formula += f"; needs: clpet train {' '.join([f'method={NEEDS[name]}', *_kept(run)])}"
+            formula += f"; needs: {command(run, NEEDS[name])}"
         if every or values[name] is not None:
             rows.append([name, value, *([formula] if every else [])])
     if not every:
         return table(["metric", "value"], rows)
     width = max(len(row[0]) for row in rows)
     return "\n".join(f"{name:{width}}  {value:>8}  {formula}" for name, value, formula in rows)
-
-
-def _kept(run: dict[str, Any]) -> list[str]:
-    """The overrides of a run that a reference run of the same setting shares."""
-    return [word for word in run["overrides"] if not word.startswith(("method", "replay", "fresh"))]
 
 
 def _costs(run: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
@@ -82,7 +83,9 @@ class Training:
         require(self.lr >= 0, "train.lr", self.lr, "0 or more")
         require(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "at least 1")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
-        require(len(self.betas) == 2, "train.betas", self.betas, "two numbers")
+        inside = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(inside, "train.betas", self.betas, "two numbers in [0, 1)")
+        require(self.eps > 0, "train.eps", self.eps, "more than 0")
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
         require(self.clip >= 0, "train.clip", self.clip, "0 (off) or more")
         require(self.save_minutes > 0, "train.save_minutes", self.save_minutes, "more than 0")
@@ -120,6 +123,9 @@ class Config:
         for group in GROUPS:
             node = getattr(self, group)
             require(isinstance(node, dict) and "_target_" in node, group, node, f"an option of the group conf/{group}")
+        for group in ("method", "benchmark"):  # they name the run directory
+            name = str(getattr(self, group).get("name", ""))
+            require(bool(re.fullmatch(r"[\w.-]+", name)), f"{group}.name", repr(name), "letters, digits, _, - and .")
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -190,9 +196,19 @@ def _identity(cfg: Any, without: tuple[str, ...]) -> dict:
     identity: dict = OmegaConf.to_container(plain, resolve=True)  # type: ignore[assignment]
     if identity.get("train"):
         identity["train"].pop("save_minutes", None)
-    if identity.get("data_dir"):
-        identity["data_dir"] = os.path.abspath(os.path.expanduser(identity["data_dir"]))
-    return identity
+    for place, key in ((identity, "data_dir"), (identity.get("model") or {}, "path")):
+        if place.get(key):
+            place[key] = os.path.abspath(os.path.expanduser(place[key]))
+    return _numbers(identity)
+
+
+def _numbers(node: Any) -> Any:
+    """1 and 1.0 are the same setting."""
+    if isinstance(node, dict):
+        return {key: _numbers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_numbers(value) for value in node]
+    return float(node) if isinstance(node, int) and not isinstance(node, bool) else node
 
 
 def signature(cfg: Any) -> str:

@@ -19,6 +19,7 @@ class Cost:
     backward_examples: int = 0
     forward_tokens: int = 0
     backward_tokens: int = 0
+    validated_examples: int = 0
     evaluated_examples: int = 0
     peak_memory_mb: float = 0.0
 
@@ -27,10 +28,11 @@ class Meter:
     """Counts what goes through the network since the last `take`."""
 
     def __init__(self) -> None:
-        self.evaluating = False
-        self._restart()
+        self.kind = "learned"  # learned | validated | evaluated: what the passes are for
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forgets what was counted so far."""
         self.cost = Cost()
         self._since = time.perf_counter()
         if torch.cuda.is_available():
@@ -38,8 +40,9 @@ class Meter:
 
     def count(self, batch: Batch, gradient: bool) -> None:
         """Adds one pass of a batch; places of padding count as tokens, since they are computed."""
-        if self.evaluating:
-            self.cost.evaluated_examples += len(batch)
+        if self.kind != "learned":
+            name = f"{self.kind}_examples"
+            setattr(self.cost, name, getattr(self.cost, name) + len(batch))
             return
         self.cost.forward_examples += len(batch)
         self.cost.forward_tokens += batch.tokens
@@ -52,7 +55,7 @@ class Meter:
         self.cost.seconds = time.perf_counter() - self._since
         self.cost.peak_memory_mb = peak_memory_mb()
         taken = asdict(self.cost)
-        self._restart()
+        self.restart()
         return taken
 
     def take_evaluation(self) -> dict[str, Any]:
@@ -61,7 +64,7 @@ class Meter:
             "evaluation_seconds": time.perf_counter() - self._since,
             "evaluated_examples": self.cost.evaluated_examples,
         }
-        self._restart()
+        self.restart()
         return taken
 
 

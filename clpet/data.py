@@ -86,8 +86,6 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
 
 def report(cfg: Any) -> str:
     """What `clpet data` prints: the tables of a benchmark composed in `cfg`, with the model's tokenizer."""
-    import torch
-
     from clpet.backbones import representation
     from clpet.config import build, typed
     from clpet.console import table
@@ -96,9 +94,8 @@ def report(cfg: Any) -> str:
     config = typed(cfg)
     benchmark = build(config.benchmark, "benchmark").load(config.data_dir)
     backbone = build(config.model, "model")
-    _, tokenizer = backbone.load(torch.float32, torch.device("cpu"), 0)
     needs_mask = representation(backbone, benchmark.template).value == "mask"
-    template = Template(tokenizer, benchmark.template, benchmark.max_length, needs_mask)
+    template = Template(backbone.tokenizer(), benchmark.template, benchmark.max_length, needs_mask)
     found = inspect_data(benchmark, encode_benchmark(benchmark, template))
     header = ["task", *SPLITS, "labels", "label sizes", "tokens median", "p95", "max", "repeats"]
     rows = [

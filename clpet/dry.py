@@ -54,5 +54,5 @@ def steps_per_task(method: Method, epochs: int) -> str:
         stages = [f"{name} {plan.steps * epochs}".strip() for name, plan in method.stages(index).items()]
         counts.append(f"{task.name} {' + '.join(stages)}")
         method.replay.remember(index, lambda rows: rng.normal(size=(len(rows), 8)))
-    method.replay.setup(method.data.train, method.seed, method.replay.batch_size)
+    method.replay.setup(method.data, method.seed, method.replay.batch_size)
     return "; ".join(counts)

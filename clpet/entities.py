@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from clpet.errors import DataError
 from clpet.readers import Rows, read_hub
@@ -20,6 +20,8 @@ class Relations(Table):
     head: str = "head_pos"
     tail: str = "tail_pos"
     hub_parts: list[str] = field(default_factory=list)
+
+    fields: ClassVar[tuple[str, ...]] = ("head", "tail")
 
     def example(self, row: dict[str, Any]) -> Example:
         """The marked sentence; the template's {head} and {tail} are the first mentions."""

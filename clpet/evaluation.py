@@ -50,25 +50,25 @@ class Evaluator:
         device = method.objective.device
         own_mask = self.own.to(device)
         labels = self.benchmark.seen_labels(learned)
-        method.objective.meter.evaluating = True
+        method.objective.meter.kind = "evaluated"
         table: dict[str, list[Any]] = {}
         for part in self.pool.by_length(rows, self.batch_size):
             batch = self.pool.batch(part, device)
             choices = Choices(labels, batch.tasks if method.task_id_at_test else None)
             found = method.predict(batch, choices)
-            known = method.predict_known_task(batch, found.scores)
-            best = choices.mask(found.scores).argmax(1) if labels else torch.full_like(batch.labels, -1)
+            known = method.predict_known_task(batch, found)
+            best = _best(choices.mask(found.scores))
             columns = {
                 "row": torch.as_tensor(part),
                 "task": batch.tasks,
                 "label": batch.labels,
                 "prediction": best,
-                "own_prediction": (known + own_mask[batch.tasks]).argmax(1),
+                "own_prediction": _best(known + own_mask[batch.tasks]),
                 **found.trace,
             }
             for name, values in columns.items():
                 table.setdefault(name, []).append(values.cpu())
-        method.objective.meter.evaluating = False
+        method.objective.meter.kind = "learned"
         return self._summary({name: torch.cat(parts).numpy() for name, parts in table.items()}, tasks, learned)
 
     def _summary(self, table: dict[str, np.ndarray], tasks: list[int], learned: int) -> Evaluation:
@@ -88,3 +88,9 @@ class Evaluator:
                 "selector_whole": 100 * float(hits[table["task"] < learned].mean()),
             }
         return result
+
+
+def _best(scores: torch.Tensor) -> torch.Tensor:
+    """[batch]: the label with the highest score, the lowest one of a tie; -1 where no label can be answered."""
+    value, label = scores.max(1)
+    return torch.where(value == float("-inf"), -1, label)

@@ -5,6 +5,8 @@ A replay component keeps row numbers of the train pool, never text. `plan` gives
 another component drew.
 """
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,14 @@ from typing import Any
 import numpy as np
 
 from clpet.config import derive, require
-from clpet.text import EncodedDataset
+from clpet.errors import ConfigError
+from clpet.text import Encoded, EncodedDataset
+
+log = logging.getLogger(__name__)
 
 Rows = np.ndarray
+Held = list[tuple[EncodedDataset, Rows]]  # validation examples: pools and rows
+EVAL_BATCH = 32  # examples of a validation batch in ConPET's counts
 
 
 @dataclass
@@ -37,9 +44,9 @@ class NoReplay:
 
     name: str = "none"
 
-    def setup(self, pool: EncodedDataset, seed: int, batch_size: int) -> None:
+    def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         """Called once, before the first task."""
-        self.pool, self.seed, self.batch_size = pool, seed, batch_size
+        self.pool, self.held, self.seed, self.batch_size = data.train, data.validation, seed, batch_size
         self.memory: dict[int, Rows] = {}  # task -> rows of the pool that may come back
 
     def rng(self, *names: object) -> np.random.Generator:
@@ -49,6 +56,10 @@ class NoReplay:
     def plan(self, index: int, stage: str = "") -> Plan:
         """Batches for task `index`; two stages of one task draw differently."""
         return self._shuffled(self.pool.rows_of(index), index, stage)
+
+    def validation(self, index: int) -> Held:
+        """What the best epoch of task `index` is chosen on: the new task's validation part."""
+        return [(self.held, self.held.rows_of(index))]
 
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         """Keeps what this component keeps of task `index`; `features` gives [n, dim] vectors of train rows."""
@@ -83,17 +94,18 @@ class AllReplay(NoReplay):
     def plan(self, index: int, stage: str = "") -> Plan:
         return self._shuffled(self.pool.rows_of(*range(index + 1)), index, stage)
 
+    def validation(self, index: int) -> Held:
+        return [(self.held, self.held.rows_of(*range(index + 1)))]
+
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         self.memory[index] = self.pool.rows_of(index)
 
 
 def split_batch(size: int, ratio: float) -> tuple[int, int]:
     """(new, old) places of a batch: ratio r > 0 is new:old, r < 0 is old:new = |r| (ConPET, section 3.1)."""
-    if ratio > 0:
-        new = int(size * ratio / (ratio + 1))
-        return new, size - new
-    old = int(size * -ratio / (1 - ratio))
-    return size - old, old
+    share = abs(ratio) / (abs(ratio) + 1)
+    part = int(size * share + 1e-9)  # a share such as 3/8 must not lose a place to rounding
+    return (part, size - part) if ratio > 0 else (size - part, part)
 
 
 def split_limit(limit: int) -> tuple[int, int]:
@@ -117,13 +129,36 @@ class DrawnReplay(NoReplay):
         require(self.ratio != 0, "replay.ratio", self.ratio, "positive (new:old) or negative (old:new)")
         require(self.limit is None or self.limit >= 2, "replay.limit", self.limit, "at least 2, or null")
 
+    def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
+        super().setup(data, seed, batch_size)
+        new, old = split_batch(batch_size, self.ratio)
+        if new < 1 or old < 1:
+            raise ConfigError(
+                f"replay.ratio={self.ratio} splits train.global_batch_size={batch_size} into {new} new and {old} old "
+                "examples: both must be at least 1"
+            )
+
     def plan(self, index: int, stage: str = "") -> Plan:
         if not self.memory:
             return super().plan(index, stage)
         new = self.pool.rows_of(index)
         new_places, _ = split_batch(self.batch_size, self.ratio)
-        steps = -(-len(new) // max(1, new_places)) if self.limit is None else split_limit(self.limit)[0]
+        if len(new) < new_places:
+            log.warning(
+                "task %d has %d examples for %d places of a batch: they repeat", index + 1, len(new), new_places
+            )
+        steps = -(-len(new) // new_places) if self.limit is None else split_limit(self.limit)[0]
         return Plan(self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(index, stage, epoch)))
+
+    def validation(self, index: int) -> Held:
+        """L // 5 batches of 32, half new and half old, drawn once per task; all validation parts without a limit."""
+        if not self.memory or self.limit is None:
+            return [(self.held, self.held.rows_of(*range(index + 1) if self.memory else [index]))]
+        rng, size = self.rng(index, "validation"), split_limit(self.limit)[1] * EVAL_BATCH
+        new, old = self.held.rows_of(index), [self.held.rows_of(task) for task in range(index)]
+        fresh = rng.choice(new, size - size // 2, replace=True)
+        drawn = [rng.choice(old[task]) for task in rng.integers(len(old), size=size // 2)]
+        return [(self.held, np.concatenate([fresh, np.array(drawn, dtype=np.int64)]))]
 
     def draw(self, new: Rows, steps: int, rng: np.random.Generator) -> list[Rows]:
         """`steps` batches, the new rows first: distinct new examples, independent old draws (task, then example)."""
@@ -168,19 +203,24 @@ class DynamicReplay(DrawnReplay):
 class FixedReplay(NoReplay):
     """A small memory chosen once per task, mixed into the new data as `copies` of itself (ConPET, 3.2 and 3.3).
 
-    copies=null gives every step of an epoch about as many old as new examples, at most `max_copies`.
+    `train_share` of the kept examples are trained on, the rest is for validation. copies=null takes the f of
+    ConPET that equals the compute of dynamic sampling at `limit` = L, at most `max_copies`; without a limit
+    about as many old as new examples an epoch.
     """
 
     name: str = "fixed"
     selection: str = "kmeans"
     per_class: int = 20
+    train_share: float = 0.8
     copies: int | None = None
     max_copies: int = 5
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         known = ("kmeans", "random", "herding")
         require(self.selection in known, "replay.selection", self.selection, " or ".join(known))
         require(self.per_class >= 1, "replay.per_class", self.per_class, "at least 1")
+        require(0 < self.train_share <= 1, "replay.train_share", self.train_share, "in (0, 1]")
         require(self.copies is None or self.copies >= 1, "replay.copies", self.copies, "at least 1, or null")
 
     def plan(self, index: int, stage: str = "") -> Plan:
@@ -188,14 +228,42 @@ class FixedReplay(NoReplay):
         if not self.memory:
             return super().plan(index, stage)
         old = np.concatenate([self.memory[task] for task in sorted(self.memory)])
-        copies = self.copies or max(1, min(self.max_copies, round(len(new) / len(old))))
-        return self._shuffled(new, index, stage, extra=np.tile(old, copies))
+        return self._shuffled(new, index, stage, extra=np.tile(old, self._copies(len(new), old)))
+
+    def _copies(self, new: int, old: Rows) -> int:
+        if self.copies is not None:
+            return self.copies
+        if self.limit is None:
+            return max(1, min(self.max_copies, round(new / len(old))))
+        classes = len(np.unique(self.pool.labels[old]))
+        return equal_compute(new, classes, self.per_class, self.limit, self.batch_size, self.max_copies)
+
+    def validation(self, index: int) -> Held:
+        """The new task's validation part and the validation share of the memories."""
+        kept = [self.spare[task] for task in sorted(self.spare)]
+        return [(self.held, self.held.rows_of(index)), *([(self.pool, np.concatenate(kept))] if kept else [])]
+
+    def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
+        super().setup(data, seed, batch_size)
+        self.spare: dict[int, Rows] = {}  # task -> kept rows that only validate
 
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        rng = self.rng(index)
         rows = self.pool.rows_of(index)
-        self.memory[index] = select_per_class(
-            self.pool, rows, self.per_class, self.selection, features, self.seed, self.rng(index)
-        )
+        parts = []
+        for label in np.unique(self.pool.labels[rows]):
+            own = rows[self.pool.labels[rows] == label]
+            kept = select_per_class(self.pool, own, self.per_class, self.selection, features, self.seed, rng)
+            parts.append(np.split(rng.permutation(kept), [math.ceil(round(len(kept) * self.train_share, 9))]))
+        self.memory[index] = np.sort(np.concatenate([train for train, _ in parts]))
+        self.spare[index] = np.sort(np.concatenate([spare for _, spare in parts]))
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "spare": {str(task): rows.tolist() for task, rows in self.spare.items()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.spare = {int(task): np.array(rows, dtype=np.int64) for task, rows in state["spare"].items()}
 
 
 @dataclass
@@ -209,8 +277,8 @@ class ReservoirReplay(DrawnReplay):
         super().__post_init__()
         require(self.capacity >= 1, "replay.capacity", self.capacity, "at least 1")
 
-    def setup(self, pool: EncodedDataset, seed: int, batch_size: int) -> None:
-        super().setup(pool, seed, batch_size)
+    def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
+        super().setup(data, seed, batch_size)
         self.passed = 0
 
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
@@ -230,6 +298,12 @@ class ReservoirReplay(DrawnReplay):
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self.passed = int(state["passed"])
+
+
+def equal_compute(new: int, classes: int, per_class: int, limit: int, batch: int, most: int) -> int:
+    """f copies of the memory that fill an epoch up to ceil(0.8 L) B examples (ConPET, section 3.3)."""
+    room = -(-4 * limit // 5) * batch - new
+    return most if room <= 0 else -(-room // (-(-4 * per_class // 5) * classes))
 
 
 def select_per_class(
@@ -259,7 +333,7 @@ def kmeans_nearest(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
     """The example nearest to each of k centres, each once: duplicates collapse (ConPET, section 3.2)."""
     from sklearn.cluster import KMeans
 
-    distances = KMeans(n_clusters=clusters, random_state=seed, n_init=1).fit_transform(vectors)
+    distances = KMeans(n_clusters=clusters, random_state=seed % 2**32, n_init=1).fit_transform(vectors)
     return sorted(set(distances.argmin(0).tolist()))
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import json
 import sysconfig
 from collections import Counter
 from dataclasses import dataclass
@@ -55,13 +56,18 @@ def _read_file(path: Path) -> Rows:
     import pyarrow.json
     import pyarrow.parquet
 
-    reader = {".parquet": pyarrow.parquet.read_table, ".csv": pyarrow.csv.read_csv}.get(
-        path.suffix, pyarrow.json.read_json
-    )
+    def read_json(name: str) -> pyarrow.Table:
+        text = path.read_text()
+        return pyarrow.Table.from_pylist(json.loads(text)) if text[:1] == "[" else pyarrow.json.read_json(name)
+
+    def read_csv(name: str) -> pyarrow.Table:
+        return pyarrow.csv.read_csv(name, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+
+    reader = {".parquet": pyarrow.parquet.read_table, ".csv": read_csv}.get(path.suffix, read_json)
     try:
         table = reader(str(path))
         return Rows(str(path), set(table.column_names), table.to_pylist())
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from safetensors.torch import save_file
 from clpet import __version__
 from clpet.adapters import parameter_ratio
 from clpet.console import matrix_table
-from clpet.cost import Meter
 from clpet.methods.base import Method
 from clpet.results import TransferMatrix, round2, tolist
 from clpet.state import RunState, write_atomic
@@ -30,8 +30,10 @@ MADE = ("results.json", "transfer.csv", "transfer.png", "accuracy.png", "metrics
 
 def finished(out: Path) -> dict[str, Any] | None:
     """The results of a finished run; results.json is written last, so its presence means that all is there."""
-    path = out / "results.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads((out / "results.json").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def clear(out: Path) -> None:
@@ -52,7 +54,7 @@ def start(out: Path, cfg: DictConfig, overrides: list[str], identity: dict[str, 
     write_atomic(out / "run.json", json.dumps(record, indent=1))
 
 
-def finish(
+def collect(
     out: Path,
     cfg: DictConfig,
     overrides: list[str],
@@ -61,7 +63,7 @@ def finish(
     benchmark: Benchmark,
     state: RunState,
 ) -> dict[str, Any]:
-    """Writes adapters, heads, transfer.csv and, last, results.json; returns what it holds."""
+    """Writes adapters, heads and transfer.csv; returns what results.json will hold."""
     method.objective.adapters.save(out / "adapters")
     (out / "heads").mkdir(exist_ok=True)
     for name, head in method.heads().items():
@@ -71,7 +73,7 @@ def finish(
         )
         save_file(tensors, out / "heads" / f"{name}.safetensors", metadata={"labels": labels})
     write_atomic(out / "transfer.csv", transfer_csv(state.matrix))
-    results = {
+    return {
         **_who(cfg, overrides, identity, benchmark),
         **state.matrix.to_json(),
         "backward": tolist(state.matrix.backward),
@@ -88,8 +90,11 @@ def finish(
         "cost": state.costs,
         "data": benchmark.data_record,
     }
+
+
+def finish(out: Path, results: dict[str, Any]) -> None:
+    """Writes results.json, after all else: from now on the run is finished."""
     write_atomic(out / "results.json", json.dumps(results, indent=1))
-    return results
 
 
 def headline(matrix: TransferMatrix) -> dict[str, float | None]:
@@ -125,10 +130,10 @@ def transfer_csv(matrix: TransferMatrix) -> str:
     return text.getvalue()
 
 
-def task_cost(method: Method, meter: Meter) -> dict[str, Any]:
+def task_cost(method: Method) -> dict[str, Any]:
     """What learning the last task cost, with the parameters it trained and what is kept."""
     return {
-        **meter.take_learning(),
+        **method.objective.meter.take_learning(),
         "trainable_parameters": method.trainable_parameters(),
         "stored_parameters": method.stored_parameters(),
         "replay_examples": method.replay.stored(),
@@ -156,8 +161,13 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     say(f"run   {out}")
     say(f"next  clpet show {out}")
     other = "dynamic_conpet" if results["method"] in ("sequential", "joint", "independent") else "sequential"
-    kept = [o for o in results["overrides"] if not o.startswith(("method", "replay", "output_dir=", "fresh", "hydra"))]
-    say(f"      clpet train {' '.join([f'method={other}', *kept])}")
+    say(f"      {command(results, other)}")
+
+
+def command(results: dict[str, Any], method: str) -> str:
+    """The command that runs another method in the setting of a run."""
+    kept = [word for word in results["overrides"] if not word.startswith(("method", "replay", "fresh", "hydra"))]
+    return f"clpet train {shlex.join([f'method={method}', *kept])}"
 
 
 def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchmark: Benchmark) -> dict[str, Any]:

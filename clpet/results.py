@@ -56,9 +56,8 @@ class TransferMatrix:
     @property
     def backward(self) -> np.ndarray:
         """B[i,j] = R[i,j] - R[j,j] for j < i: what learning later tasks did to task j."""
-        own = np.append(self._diagonal(), np.nan)[:-1]
         rows, columns = np.indices(self.scores.shape)
-        return np.where(columns < rows - 1, self.scores - own, np.nan)
+        return np.where(columns < rows - 1, self.scores - self._diagonal(), np.nan)
 
     @property
     def forward(self) -> np.ndarray:

@@ -9,10 +9,11 @@ from rich.console import Console
 
 from clpet import records
 from clpet.adapters import Adapters
-from clpet.config import Config, Matrix, build, derive, setting, signature, typed
+from clpet.config import Config, Matrix, Select, build, derive, setting, signature, typed
 from clpet.console import Display
 from clpet.data import inspect_data
 from clpet.dry import dry_run
+from clpet.errors import ConfigError
 from clpet.evaluation import Evaluator
 from clpet.methods.base import Method
 from clpet.objectives.classification import Classification
@@ -36,26 +37,28 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
     with Lock(out), quiet_libraries():
-        if config.fresh:
-            records.clear(out)
         benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
         objective, data = load_objective(config, parts, benchmark)
+        check_validation(config, benchmark)
         benchmark.data_record = inspect_data(benchmark, data)
         for warning in benchmark.data_record["warnings"]:
             log.warning(warning)
-        parts["replay"].setup(data.train, config.seed, config.train.global_batch_size)
+        parts["replay"].setup(data, config.seed, config.train.global_batch_size)
         method.setup(objective, benchmark, data, parts["replay"], config.seed)
         display = Display(console, len(method.curriculum()))
-        trainer = Trainer(config.train, parts["hardware"], objective.meter, display, config.seed)
+        trainer = Trainer(config.train, parts["hardware"], objective, display, config.seed)
         if config.dry_run:
             dry_run(console, config, method, benchmark, trainer)
             return None
+        if config.fresh:
+            records.clear(out)
         records.start(out, cfg, overrides, identity, benchmark)
         identity["data"] = benchmark.data_record["fingerprint"]
         with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
             state = learn(config, out, identity, method, benchmark, data, trainer, track)
-            results = records.finish(out, cfg, overrides, identity, method, benchmark, state)
+            results = records.collect(out, cfg, overrides, identity, method, benchmark, state)
             track.finished(results, records.pictures(out, state, method.name, benchmark.name))
+            records.finish(out, results)
         records.show_finished(console, out, results)
     return state.matrix
 
@@ -89,7 +92,7 @@ def learn(
         trainer.begin_task(index)
         method.learn(task, index, trainer)
         method.after_task(task, index)
-        state.costs.append(records.task_cost(method, trainer.meter))
+        state.costs.append(records.task_cost(method))
         state.done = position + 1
         evaluate(config, out, method, benchmark, evaluator, state, index + 1, track)
         state.save(out / "state", method.state_dict(), identity)
@@ -134,6 +137,13 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
     method = build(config.method, "method")
     method.check(Classification.name, parts["replay"].name, parts["peft"].name)
     return method, parts
+
+
+def check_validation(config: Config, benchmark: Benchmark) -> None:
+    """The best epoch needs something to be chosen on."""
+    for task in benchmark.tasks:
+        if config.train.select is Select.best and not task.validation:
+            raise ConfigError(f"train.select=best, but task {task.name} has no validation examples")
 
 
 def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) -> tuple[Classification, Encoded]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class Source:
     template: str = "{text}"
     max_length: int = 128
 
+    fields: ClassVar[tuple[str, ...]] = ()  # slots that examples fill beside {text} and {mask}
+
     def __post_init__(self) -> None:
         for key in ("max_train", "max_test"):
             value = getattr(self, key)
@@ -40,10 +42,18 @@ class Source:
         require(self.max_length >= 8, "benchmark.max_length", self.max_length, "at least 8 tokens")
         require(0 <= self.validation_share < 1, "benchmark.validation_share", self.validation_share, "in [0, 1)")
         require("{text}" in self.template, "benchmark.template", repr(self.template), "a text that contains {text}")
+        known = ("text", "mask", *self.fields)
+        fits = all(slot in known for slot in re.findall(r"\{(\w+)\}", self.template))
+        slots_there = ", ".join(f"{{{slot}}}" for slot in known)
+        require(fits, "benchmark.template", repr(self.template), f"a text whose slots are among {slots_there}")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
         """The splits of every task, in listed order."""
         raise DataError(f"{type(self).__name__} does not say how to read its tasks")
+
+    def named_order(self) -> list[str] | None:
+        """The tasks of the published order that `order` names, if it names one."""
+        return (self.orders or {}).get(self.order) if isinstance(self.order, str) else None
 
     def place(self, data_dir: Path) -> Path:
         """The benchmark's own folder inside data_dir, or data_dir itself."""
@@ -56,11 +66,14 @@ class Source:
         if folder is not None and not folder.is_dir():
             raise DataError(f"data_dir={data_dir} is not a folder")
         splits = self.read(folder)
-        chosen = list(splits) if self.tasks is None else [str(name) for name in self.tasks]
+        orders = self.orders or {}
+        chosen = [str(name) for name in self.tasks or self.named_order() or splits]
+        if len(set(chosen)) < len(chosen):
+            raise DataError(f"benchmark.tasks names a task twice: {', '.join(chosen)}")
         for name in chosen:
             if name not in splits:
                 raise DataError(f"benchmark.tasks names {name}, which {self.name} does not have{suggest(name, splits)}")
-        names = order_names(chosen, self.order, self.orders or {}, self.order_seed)
+        names = order_names(chosen, self.order, orders, self.order_seed)
         benchmark = Benchmark(
             self.name, [self._task(name, splits[name]) for name in names], self.template, self.max_length
         )
@@ -71,6 +84,9 @@ class Source:
         train, validation, test = (list(splits.get(split, [])) for split in SPLITS)
         if not validation:
             train, validation = split_off(train, self.validation_share)
+        count = len({example.target for example in train})
+        if self.max_train is not None and self.max_train < count:
+            raise DataError(f"benchmark.max_train={self.max_train} is too few for the {count} labels of task {name}")
         train = sample(train, self.max_train)
         validation = sample(validation, self.max_train and max(1, self.max_train // 5))
         labels = {str(example.target) for example in train if example.target is not None}
@@ -201,6 +217,8 @@ class Table(Source):
             if any(row[column] != value for column, value in where):
                 continue
             label, text = row[self.label], fill(self.text, row)
+            if isinstance(label, float) and label.is_integer():
+                label = row[self.label] = int(label)  # a column of whole numbers with a hole is read as floats
             if label is None or not isinstance(label, str | int | bool):
                 raise DataError(f"{rows.where}: row {number} has the label {label!r}; a name or a number is needed")
             if not text.strip():
@@ -270,7 +288,7 @@ class Folders(Source):
         require(self.label_space in ("task", "union"), "benchmark.label_space", self.label_space, "task or union")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
-        wanted = [str(name) for name in self.tasks or self.folders if name in self.folders]
+        wanted = [str(name) for name in self.tasks or self.named_order() or self.folders if name in self.folders]
         return {name: self._read_task(name, data_dir) for name in wanted or self.folders}
 
     def _read_task(self, name: str, data_dir: Path | None) -> Splits:
@@ -307,6 +325,11 @@ class PythonStdlib(Source):
     modules: dict[str, list[str]] = field(default_factory=dict)
     per_label: int = 100
     test_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.per_label >= 4, "benchmark.per_label", self.per_label, "at least 4")
+        require(0 < self.test_share < 1, "benchmark.test_share", self.test_share, "in (0, 1)")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
         chosen = [module for group in self.modules.values() for module in group]

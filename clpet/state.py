@@ -41,7 +41,7 @@ class RunState:
             "method": method_state,
         }
         write_tree(folder / f"{self.done:03d}", value)
-        for old in checkpoints(folder)[:-2]:
+        for old in [*checkpoints(folder)[:-2], *folder.glob(".*")]:  # what starts with a dot was cut off in writing
             shutil.rmtree(old)
 
     @classmethod

@@ -65,7 +65,7 @@ class Tracker:
         """Drops the lines of entries that will be learned again after a resume."""
         path = self.out / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["done"] <= done]
+            lines = [line for line in path.read_text().splitlines() if _done(line) <= done]
             write_atomic(path, "".join(f"{line}\n" for line in lines))
 
     def evaluated(self, state: RunState, row: int, evaluation: Evaluation) -> None:
@@ -163,6 +163,14 @@ class Tracker:
         except Exception as error:
             log.warning("wandb cannot %s (%s); the run goes on without it", what, str(error).split("\n")[0])
             self.run = None
+
+
+def _done(line: str) -> float:
+    """How many entries were learned when a line was written; infinity for a line that was cut off."""
+    try:
+        return json.loads(line)["done"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _has_key() -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import Schedule, Select, Training, derive, require
-from clpet.cost import Meter
 from clpet.errors import HostError
 from clpet.memory import Plan
+from clpet.objectives.classification import Classification
 from clpet.text import Batch
 
 
@@ -48,6 +48,7 @@ class Hardware:
         size = self.micro_batch_size
         require(size is None or size >= 1, "hardware.micro_batch_size", size, "at least 1, or null")
         require(self.eval_batch_size >= 1, "hardware.eval_batch_size", self.eval_batch_size, "at least 1")
+        require(self.threads is None or self.threads >= 1, "hardware.threads", self.threads, "at least 1, or null")
         if self.device is Device.cuda and not torch.cuda.is_available():
             raise HostError("hardware.device=cuda, but this machine has no CUDA device: use hardware=cpu or auto")
         if self.threads:
@@ -90,16 +91,24 @@ class Progress(Protocol):
 class Trainer:
     """Fits parameters on a plan's batches; fresh optimiser and schedule in every fit."""
 
-    def __init__(self, settings: Training, hardware: Hardware, meter: Meter, progress: Progress, seed: int) -> None:
-        self.settings, self.hardware, self.meter = settings, hardware, meter
+    def __init__(
+        self,
+        settings: Training,
+        hardware: Hardware,
+        objective: Classification,
+        progress: Progress,
+        seed: int,
+    ) -> None:
+        self.settings, self.hardware, self.objective = settings, hardware, objective
         self.progress, self.seed = progress, seed
         self.task = 0
         self.trial = False  # one backward pass, no step
 
     def begin_task(self, index: int) -> None:
-        """Seeds torch for a task, so that a resumed run draws what an uninterrupted one draws."""
+        """Seeds torch for a task, so that a resumed run draws what an uninterrupted one draws; starts its meter."""
         self.task = index
         torch.manual_seed(derive(self.seed, "task", index))
+        self.objective.meter.restart()
 
     def fit(
         self,
@@ -129,7 +138,8 @@ class Trainer:
             self._backward(plan, plan.epoch(0)[0], loss, parameters)
             return
         for epoch in range(settings.epochs):
-            total = torch.zeros((), device=self.hardware.torch_device)
+            self.objective.adapters.train_mode(True)
+            total, seen = torch.zeros((), device=self.hardware.torch_device), 0
             for step, rows in enumerate(plan.epoch(epoch)):
                 total += self._backward(plan, rows, loss, parameters)
                 if adjust_gradients:
@@ -141,7 +151,9 @@ class Trainer:
                 if after_step:
                     after_step()
                 optimizer.zero_grad(set_to_none=True)
-                self.progress.step(epoch, step + 1, (step + 1) * len(rows), total / (step + 1))
+                seen += len(rows)
+                self.progress.step(epoch, step + 1, seen, total / (step + 1))
+            self.objective.adapters.train_mode(False)
             if not torch.isfinite(total):
                 where = f"task {self.task + 1}{stage and f' ({stage})'}"
                 raise HostError(

@@ -61,7 +61,7 @@ class Bench:
         """clpet's sequential method, set up as `clpet train` does."""
         method, parts = assemble(self.config)
         objective, data = load_objective(self.config, parts, self.benchmark)
-        parts["replay"].setup(data.train, 0, self.batch)
+        parts["replay"].setup(data, 0, self.batch)
         method.setup(objective, self.benchmark, data, parts["replay"], 0)
         method.objective.head.grow(range(len(self.benchmark.labels)))
         return method
@@ -70,6 +70,9 @@ class Bench:
         """The same network as a plain module: backbone, peft adapter, mean pooling, linear head."""
         hardware, backbone = self.parts["hardware"], self.parts["model"]
         model, tokenizer = backbone.load(hardware.torch_dtype, hardware.torch_device, 0)
+        for module in model.modules():  # clpet never drops units of a frozen backbone; nor shall the others
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         adapters = Adapters(model, backbone, self.parts["peft"])
         adapters.add("default", 0)
         return ByHand(adapters.model, len(self.benchmark.labels)).to(hardware.torch_device), tokenizer
@@ -79,7 +82,7 @@ class Bench:
     def clpet_loop(self, batches: list[np.ndarray]) -> float:
         """Examples per second of Trainer.fit."""
         method = self.method()
-        trainer = Trainer(self.config.train, self.parts["hardware"], method.objective.meter, Silent(), 0)
+        trainer = Trainer(self.config.train, self.parts["hardware"], method.objective, Silent(), 0)
         plan = Plan(method.data.train, len(batches), lambda epoch: batches)
         start = time.perf_counter()
         trainer.fit(plan, method.loss, method.parameters())
@@ -91,12 +94,13 @@ class Bench:
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01)
         rows = [pool.tokens(row).tolist() for row in range(len(pool))]
-        seen = 0
+        seen, device = 0, self.parts["hardware"].torch_device
         start = time.perf_counter()
         for _ in range(self.epochs):
             for part in batches:
                 batch = tokenizer.pad({"input_ids": [rows[row] for row in part]}, return_tensors="pt")
-                loss = model(**batch, labels=torch.from_numpy(pool.labels[part]))["loss"]
+                labels = torch.from_numpy(pool.labels[part]).to(device)
+                loss = model(**batch.to(device), labels=labels)["loss"]
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -112,7 +116,7 @@ class Bench:
         objective = method.objective
         data = encode_benchmark(self.benchmark, objective.template)
         evaluator = Evaluator(self.benchmark, data, self.parts["hardware"].eval_batch_size)
-        trainer = Trainer(self.config.train, self.parts["hardware"], objective.meter, Silent(), 0)
+        trainer = Trainer(self.config.train, self.parts["hardware"], objective, Silent(), 0)
         for index, task in enumerate(self.benchmark.tasks):
             trainer.begin_task(index)
             method.learn(task, index, trainer)

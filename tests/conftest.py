@@ -93,9 +93,9 @@ def make(words: Path):
         method, parts = assemble(config)
         benchmark = parts["benchmark"].load(config.data_dir)
         objective, data = load_objective(config, parts, benchmark)
-        parts["replay"].setup(data.train, config.seed, config.train.global_batch_size)
+        parts["replay"].setup(data, config.seed, config.train.global_batch_size)
         method.setup(objective, benchmark, data, parts["replay"], config.seed)
-        trainer = Trainer(config.train, parts["hardware"], objective.meter, Silent(), config.seed)
+        trainer = Trainer(config.train, parts["hardware"], objective, Silent(), config.seed)
 
         def learn(index: int) -> None:
             trainer.begin_task(index)

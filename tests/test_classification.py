@@ -79,6 +79,22 @@ def test_lora_parameter_counts(name: str, r: int, expected: int) -> None:
     assert adapters.count("default") == expected
 
 
+def test_dropout_is_on_in_training_only(make) -> None:
+    """Two evaluations agree, before and after training; inside a fit the adapter drops units."""
+    run = make("method=sequential", "peft.dropout=0.5", "train.lr=1e-2")
+    objective, batch = run.method.objective, run.data.test.batch([0, 1, 2])
+    inside = []
+
+    def twice() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.stack([objective.features(batch), objective.features(batch)])
+
+    run.method.after_step = lambda: inside.append(twice())
+    run.learn(0)
+    assert any(not torch.equal(a, b) for a, b in inside)
+    assert torch.equal(*twice())
+
+
 @pytest.mark.parametrize("how", ["mean", "cls", "last"])
 def test_padding_does_not_change_a_representation(make, how: str) -> None:
     run = make("method=sequential", f"model.representation={how}")

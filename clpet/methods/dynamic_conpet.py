@@ -46,6 +46,7 @@ class DynamicConPET(Modular):
 
     def __post_init__(self) -> None:
         require(self.top_k >= 1, "method.top_k", self.top_k, "at least 1")
+        require(self.selector_clip >= 0, "method.selector_clip", self.selector_clip, "0 (off) or more")
 
     def check(self, objective: str, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
@@ -54,6 +55,8 @@ class DynamicConPET(Modular):
 
     def first_adapter(self) -> None:
         super().first_adapter()
+        if self.warm_start is WarmStart.selector and self.top_k >= len(self.benchmark):
+            raise ConfigError(f"method.warm_start=selector, but with top_k={self.top_k} there is no selector")
         self.selector = self.objective.new_head(self.seed, [f"task {name}" for name in self.benchmark.names])
         self.selector.grow([0])
         pool = self.data.train
@@ -100,17 +103,13 @@ class DynamicConPET(Modular):
         with self.objective.adapters.using("selector"):
             return self.selector(self.objective.features(batch)).topk(self.top_k, dim=1).indices
 
-    @torch.inference_mode()
     def selector_accuracy(self, index: int) -> float:
         """Average over tasks of the share of validation examples sent to their own task."""
-        pool = self.data.validation
-        shares = []
-        for task in range(index + 1):
-            rows = pool.rows_of(task)
-            batches = [pool.batch(part, self.objective.device) for part in pool.by_length(rows, 64)]
-            hits = [self.selector(self.objective.features(b)).argmax(1).eq(b.tasks).sum().item() for b in batches]
-            shares.append(sum(hits) / max(1, len(rows)))
-        return float(np.mean(shares))
+
+        def scores(batch: Batch) -> Tensor:
+            return self.selector(self.objective.features(batch))
+
+        return self.average_accuracy(self.replay.validation(index), scores, range(index + 1), lambda batch: batch.tasks)
 
     # Module k: logits of the selected modules over Y_{1:k}, -100 elsewhere; cross-entropy.
 
@@ -141,13 +140,9 @@ class DynamicConPET(Modular):
             keep = (selected == index).any(1).nonzero().squeeze(1)
             part = batch.select(keep)
             place = keep[:, None], torch.as_tensor(self.modules[index].labels, device=keep.device)
-            logits = self.frozen_logits(part, index) if index < newest else self.logits(part, index)
+            logits = self.frozen_logits(part, index) if index < newest else self.logits(part)
             z = z.index_put(place, torch.maximum(z[place], logits))
         return z
-
-    def logits(self, batch: Batch, index: int) -> Tensor:
-        """Raw logits of module `index`, which must be active."""
-        return self.modules[index](self.objective.features(batch))
 
     @torch.no_grad()
     def frozen_logits(self, batch: Batch, index: int) -> Tensor:
@@ -156,7 +151,7 @@ class DynamicConPET(Modular):
         def compute(missing: np.ndarray) -> np.ndarray:
             with self.objective.adapters.using(module_name(index)):
                 part = self.data.train.batch(missing, self.objective.device)
-                return self.logits(part, index).cpu().numpy()
+                return self.modules[index](self.objective.features(part)).cpu().numpy()
 
         found = self.cache.get(index, len(self.modules[index].labels), batch.rows, compute)
         return torch.from_numpy(found).to(batch.labels.device)
@@ -178,24 +173,34 @@ class DynamicConPET(Modular):
             return Predictions(self.route(batch, torch.zeros_like(batch.tasks)[:, None]))
         selected = self.select(batch)
         trace = {} if self.top_k >= len(self.modules) else {"selected": selected[:, 0]}
-        return Predictions(self.route(batch, selected), trace)
+        return Predictions(self.route(batch, selected), selected, trace)
 
     def validate(self, index: int) -> float:
         """K = 1: only the new task decides, since the accuracy on old tasks cannot change while module k learns."""
         if self.top_k > 1:
             return super().validate(index)
+        pool = self.data.validation
+        own = [(pool, pool.rows_of(index))]
         labels = self.benchmark.task_labels(index)
-        return self._validation_accuracy(index, labels, lambda batch: self.route(batch, batch.tasks[:, None]))
+        return self.average_accuracy(own, lambda batch: self.route(batch, batch.tasks[:, None]), labels)
+
+    def trainable_parameters(self) -> int:
+        """Module k and, from task 2 on, the selector."""
+        count = super().trainable_parameters()
+        if "selector" in self.objective.adapters.names:
+            count += self.objective.adapters.count("selector") + sum(p.numel() for p in self.selector.parameters())
+        return count
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(p.numel() for p in self.selector.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "selector": self.selector.state()}
+        return {**super().state_dict(), "selector": self.selector.state(), "cache": self.cache.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.selector.load(state["selector"])
+        self.cache.load(state["cache"])
 
     def heads(self) -> dict[str, Head]:
         return {**super().heads(), "selector": self.selector}
@@ -215,6 +220,25 @@ class LogitCache:
         self.rows = rows
         self.values: dict[int, np.ndarray] = {}
         self.valid: dict[int, np.ndarray] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Valid rows and their logits by module."""
+        return {
+            str(module): {
+                "rows": torch.from_numpy(np.flatnonzero(valid)),
+                "logits": torch.from_numpy(self.values[module][valid]),
+            }
+            for module, valid in self.valid.items()
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        for module, found in state.items():
+            rows, logits = found["rows"].numpy(), found["logits"].numpy()
+            self.values[int(module)] = np.zeros((self.rows, logits.shape[1]), dtype=np.float32)
+            self.valid[int(module)] = np.zeros(self.rows, dtype=bool)
+            self.values[int(module)][rows] = logits
+            self.valid[int(module)][rows] = True
 
     def get(self, module: int, width: int, rows: np.ndarray, compute: Any) -> np.ndarray:
         """[len(rows), width] fp32; `compute` is called with the distinct rows that are not known yet."""

@@ -16,4 +16,5 @@ class Independent(Modular):
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         assert choices.tasks is not None
-        return Predictions(self.route(batch, choices.tasks[:, None]))
+        modules = choices.tasks[:, None]
+        return Predictions(self.route(batch, modules), modules)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from clpet.memory import AllReplay, Plan
+from clpet.memory import AllReplay, Held, Plan
 from clpet.methods.base import Method
 from clpet.tasks import SPLITS, Task
 from clpet.training import Trainer
@@ -19,6 +19,9 @@ class Joint(Method):
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.objective.head.grow(range(len(self.benchmark.labels)))
         self.fit(trainer, index)
+
+    def validation(self, index: int) -> Held:
+        return AllReplay.validation(self.replay, index)  # type: ignore[arg-type]
 
     def plan(self, index: int) -> Plan:
         return AllReplay.plan(self.replay, index)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive
-from clpet.methods.base import Method
+from clpet.methods.base import Method, Predictions
 from clpet.objectives.classification import MISSING, Head
 from clpet.tasks import Task
 from clpet.text import Batch
@@ -43,16 +43,14 @@ class Modular(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy inside the current task's own labels."""
-        head = self.modules[-1]
-        columns = torch.as_tensor(head.labels, device=batch.labels.device)
-        return F.cross_entropy(head(self.objective.features(batch)), torch.searchsorted(columns, batch.labels))
+        return F.cross_entropy(self.logits(batch), self.modules[-1].columns(batch.labels))
 
     def parameters(self) -> list[nn.Parameter]:
         index = len(self.modules) - 1
         return [*self.objective.adapters.tensors(module_name(index)).values(), *self.modules[index].parameters()]
 
-    def class_logits(self, batch: Batch) -> Tensor:
-        """[batch, labels of the newest task]: its module's logits."""
+    def logits(self, batch: Batch) -> Tensor:
+        """[batch, labels of the newest task]: its module's logits, which must be active."""
         return self.modules[-1](self.objective.features(batch))
 
     def route(self, batch: Batch, selected: Tensor) -> Tensor:
@@ -77,13 +75,13 @@ class Modular(Method):
                 scores[place] = torch.maximum(scores[place], logits)  # a label in two modules: the better one
         return scores
 
-    def predict_known_task(self, batch: Batch, scores: Tensor) -> Tensor:
+    def predict_known_task(self, batch: Batch, found: Predictions) -> Tensor:
         """Every example through its own task's module; only examples that were routed elsewhere run again."""
-        own = torch.zeros(len(self.benchmark), scores.shape[1], dtype=torch.bool)
-        for index in range(len(self.benchmark)):
-            own[index, self.benchmark.task_labels(index)] = True
-        answered = scores.masked_fill(~own.to(scores.device)[batch.tasks], MISSING).amax(1)
-        missed = (answered <= MISSING).nonzero().squeeze(1)
+        if found.modules is None:
+            return found.scores
+        routed = (found.modules == batch.tasks[:, None]).any(1)
+        missed = (~routed & (batch.tasks < len(self.modules))).nonzero().squeeze(1)
+        scores = found.scores
         if len(missed):
             scores = scores.clone()
             part = batch if len(missed) == len(batch) else batch.select(missed)

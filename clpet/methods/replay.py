@@ -1,4 +1,8 @@
-"""Experience replay: sequential fine-tuning on new data mixed with old (EMR's loss in ConPET, section 3.3)."""
+"""Experience replay: sequential fine-tuning on new data mixed with old.
+
+With replay=fixed this is EMR, with replay=dynamic EMR* of static ConPET (Song et al., 2023, arXiv 2309.14763;
+specification, section 3.3): cross-entropy on the mixed batches, nothing else.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +12,19 @@ from clpet.methods.base import Method
 
 
 @dataclass
-class Replay(Method):
+class Static(Method):
+    """One adapter and one head. future_labels=true gives the head, and its softmax, all labels from the start."""
+
+    future_labels: bool = False
+
+    def grow_head(self, index: int) -> None:
+        if self.future_labels:
+            self.objective.head.grow(range(len(self.benchmark.labels)))
+        super().grow_head(index)
+
+
+@dataclass
+class Replay(Static):
     """What is kept and how it is mixed is the `replay` group's choice: dynamic, fixed, reservoir or all."""
 
     uses_replay: ClassVar[bool] = True
@@ -16,4 +32,4 @@ class Replay(Method):
     def check(self, objective: str, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
         if replay == "none":
-            raise ConfigError("method=replay needs a memory: replay=dynamic, fixed, reservoir or all")
+            raise ConfigError(f"method={self.name} needs a memory: replay=dynamic, fixed, reservoir or all")

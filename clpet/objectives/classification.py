@@ -49,6 +49,12 @@ class Head(nn.Module):
         """[batch, dim] -> [batch, rows], columns in the order of `labels`."""
         return F.linear(h, self.weight, self.bias)
 
+    def columns(self, labels: Tensor) -> Tensor:
+        """Columns of this head for label ids; every id must have a row."""
+        lookup = torch.full((len(self.start),), -1, dtype=torch.long)
+        lookup[self.labels] = torch.arange(len(self.labels))
+        return lookup.to(labels.device, non_blocking=True)[labels]
+
     def scatter(self, h: Tensor) -> Tensor:
         """[batch, dim] -> [batch, all labels]; a label without a row is scored by the row it would start from."""
         logits = F.linear(h, self.start[:, :-1], self.start[:, -1])
@@ -89,6 +95,11 @@ class Classification:
         vocabulary = int(adapters.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
         if len(tokenizer) > vocabulary:
             raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {vocabulary}")
+        longest = longest_input(adapters)
+        if longest is not None and benchmark.max_length > longest:
+            raise ModelError(
+                f"benchmark.max_length={benchmark.max_length}, but this model reads at most {longest} tokens"
+            )
         self.head = self.new_head(seed)
         self.meter = Meter()
         full = adapters.config is None and self.dtype is not torch.float32
@@ -107,20 +118,6 @@ class Classification:
         hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompt tuning puts virtual tokens in front
         return pool(hidden, batch, self.representation)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy over the labels seen so far, mean over the batch."""
-        return F.cross_entropy(self.head(self.features(batch)), self.columns(batch.labels))
-
-    def columns(self, labels: Tensor) -> Tensor:
-        """Head columns of global label ids."""
-        lookup = torch.empty(len(self.benchmark.labels), dtype=torch.long)
-        lookup[self.head.labels] = torch.arange(len(self.head.labels))
-        return lookup.to(labels.device, non_blocking=True)[labels]
-
-    def scores(self, batch: Batch) -> Tensor:
-        """[batch, all labels]: logits, unseen labels by the row they would start from."""
-        return self.head.scatter(self.features(batch))
-
     def state(self) -> dict[str, Any]:
         """Adapters and head."""
         return {"adapters": self.adapters.state(), "head": self.head.state()}
@@ -130,6 +127,16 @@ class Classification:
         for name, tensors in state["adapters"].items():
             self.adapters.load(name, tensors)
         self.head.load(state["head"])
+
+
+def longest_input(adapters: Adapters) -> int | None:
+    """Tokens the backbone has positions for, less the virtual tokens of prompt tuning; None without a limit."""
+    config: Any = adapters.model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return positions - offset - (getattr(adapters.config, "num_virtual_tokens", 0) or 0)
 
 
 def pool(hidden: Tensor, batch: Batch, how: Representation) -> Tensor:

@@ -1,0 +1,240 @@
+"""CRL: contrastive learning over a bank of representations, with distillation of class relations.
+
+ConPET's baseline and, with replay=dynamic, its starred version (specification, section 3.5). Notation:
+h features, z = normalise(W2 relu(W1 h)), s_ia = z_i . z_a / tau.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clpet.config import derive, require
+from clpet.errors import ConfigError
+from clpet.memory import DrawnReplay, FixedReplay, Plan, split_batch
+from clpet.methods.base import Choices, Method, Predictions
+from clpet.tasks import Task
+from clpet.text import Batch
+from clpet.training import Trainer
+
+
+@dataclass
+class CRL(Method):
+    """Answers by the nearest class mean in h space; it has no linear head."""
+
+    tau: float = 0.1
+    temperature: float = 10.0
+    dim: int = 64
+    sample: int = 500
+    min_per_class: int = 10
+    eps: float = 1e-4
+    clip: float = 10.0
+
+    uses_replay: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(self.tau > 0, "method.tau", self.tau, "more than 0")
+        require(self.dim >= 1, "method.dim", self.dim, "at least 1")
+        require(self.sample >= 1, "method.sample", self.sample, "at least 1")
+
+    def check(self, objective: str, replay: str, peft: str) -> None:
+        super().check(objective, replay, peft)
+        if replay not in ("fixed", "dynamic", "all"):
+            raise ConfigError(f"method=crl needs replay=fixed, dynamic or all, not {replay}")
+
+    def first_adapter(self) -> None:
+        super().first_adapter()
+        width, device = self.objective.dim, self.objective.device
+        torch.manual_seed(derive(self.seed, "projection"))
+        layers = nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, self.dim, bias=False)
+        self.projection = nn.Sequential(*layers).to(device)
+        self.prototypes = torch.zeros(len(self.benchmark.labels), width, device=device)
+        self.known: list[int] = []  # labels that have a prototype
+
+    def project(self, h: Tensor) -> Tensor:
+        """[batch, dim of h] -> [batch, dim of z], of length one."""
+        return F.normalize(self.projection(h), dim=1)
+
+    def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        self.old = list(self.known)
+        self.starred = not isinstance(self.replay, FixedReplay)
+        drawn = self.data.train.rows_of(index)
+        self.stage(trainer, index, "contrast", self.shuffled(drawn, index, "contrast"), drawn)
+        if index > 0:
+            if not self.starred:
+                self.replay.remember(index, self.vectors)
+            plan, drawn = self.second(index, trainer.settings.epochs)
+            self.stage(trainer, index, "replay", plan, drawn)
+        self.drawn = drawn
+
+    def stage(self, trainer: Trainer, index: int, name: str, plan: Plan, rows: np.ndarray) -> None:
+        """One fit with a fresh bank over `rows`."""
+        z = self.embed(rows, lambda batch: self.project(self.objective.features(batch)))
+        labels = torch.from_numpy(self.data.train.labels[rows]).to(z.device)
+        self.bank = Bank(z, labels, rows, len(self.data.train), len(self.benchmark.labels))
+        self.distil = name == "replay" and bool(self.old)
+        self.rng = np.random.default_rng(derive(self.seed, "bank", index, name))
+        self.fresh: list[tuple[np.ndarray, Tensor]] = []
+        parameters = self.parameters()
+        trainer.fit(plan, self.loss, parameters, stage=name, clip=self.clip, after_step=self.refresh)
+
+    def second(self, index: int, epochs: int) -> tuple[Plan, np.ndarray]:
+        """Batches of stage 2 and the examples in them: the memory (fixed), or drawn once for one pass (starred)."""
+        pool = self.data.train
+        if isinstance(self.replay, FixedReplay):
+            kept = [*self.replay.memory.values(), *self.replay.spare.values()]
+            rows = np.concatenate(kept)
+            return self.shuffled(rows, index, "replay"), rows
+        if not isinstance(self.replay, DrawnReplay):
+            rows = pool.rows_of(*range(index + 1))
+            return self.replay.plan(index, "replay"), rows
+        steps = self.replay.limit or self.replay.plan(index).steps
+        rng = self.replay.rng(index, "crl")
+        n_new, n_old = split_batch(self.replay.batch_size, self.replay.ratio)
+        olds = [self.replay.memory[task] for task in sorted(self.replay.memory)]
+        old = self.draw(olds, n_old * steps * epochs, rng)
+        new = self.draw([pool.rows_of(index)], n_new * steps * epochs, rng)
+        batches = [
+            np.concatenate([new[i * n_new : (i + 1) * n_new], old[i * n_old : (i + 1) * n_old]])
+            for i in range(steps * epochs)
+        ]
+        plan = Plan(pool, steps, lambda epoch: batches[epoch * steps : (epoch + 1) * steps])
+        return plan, np.unique(np.concatenate(batches))
+
+    def draw(self, tasks: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
+        """`count` rows: first up to min_per_class of every class, then draws uniform over tasks; shuffled."""
+        labels = self.data.train.labels
+        every = np.concatenate(tasks)
+        seeds = [
+            rng.permutation(every[labels[every] == label])[: self.min_per_class] for label in np.unique(labels[every])
+        ]
+        picked = rng.integers(len(tasks), size=count)
+        drawn = np.array([rng.choice(tasks[task]) for task in picked], dtype=np.int64)
+        return rng.permutation(np.concatenate([*seeds, drawn])[:count])
+
+    def shuffled(self, rows: np.ndarray, index: int, stage: str) -> Plan:
+        """Ordinary epochs over `rows`."""
+        size = self.replay.batch_size
+        rng = self.replay.rng
+        return Plan(
+            self.data.train,
+            -(-len(rows) // size),
+            lambda epoch: self.data.train.shuffled(rows, size, rng(index, stage, epoch)),
+        )
+
+    def stages(self, index: int) -> dict[str, Plan]:
+        return {"contrast": self.shuffled(self.data.train.rows_of(index), index, "contrast")}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """L_CL + L_KD of the examples of old classes in stage 2."""
+        z = self.project(self.objective.features(batch))
+        self.fresh.append((batch.rows, z.detach()))
+        inside = self.bank.sample(batch.labels, self.sample, self.rng) if self.starred else slice(None)
+        loss = contrastive(z, batch.labels, self.bank.z[inside], self.bank.labels[inside], self.tau, self.eps)
+        if self.distil:
+            old = torch.as_tensor(self.old, device=z.device)
+            mine = torch.isin(batch.labels, old)
+            if mine.any():
+                place = torch.searchsorted(old, batch.labels[mine])
+                means = self.bank.means()[old]
+                loss = loss + relation_distillation(z[mine], place, self.prototypes[old], means, self.temperature)
+        return loss
+
+    def refresh(self) -> None:
+        """The bank takes the representations of the step's examples."""
+        for rows, z in self.fresh:
+            self.bank.update(rows, z)
+        self.fresh = []
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.objective.adapters.tensors("default").values(), *self.projection.parameters()]
+
+    def memory_vector(self, batch: Batch) -> Tensor:
+        """CRL clusters h, not logits."""
+        return self.objective.features(batch)
+
+    def after_task(self, task: Task, index: int) -> None:
+        """Selects memory anew and recomputes the prototypes: means of h over the memory or the drawn examples."""
+        super().after_task(task, index)
+        rows = self.drawn
+        if isinstance(self.replay, FixedReplay):
+            rows = np.concatenate([*self.replay.memory.values(), *self.replay.spare.values()])
+        h = self.embed(rows, self.objective.features)
+        labels = torch.from_numpy(self.data.train.labels[rows]).to(h.device)
+        self.known = labels.unique().tolist()
+        for label in self.known:
+            self.prototypes[label] = h[labels == label].mean(0)
+
+    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+        """Minus the squared distance to each prototype; a class without one cannot be answered."""
+        h = self.objective.features(batch)
+        scores = torch.full((len(h), len(self.prototypes)), float("-inf"), device=h.device)
+        if self.known:
+            scores[:, self.known] = -torch.cdist(h, self.prototypes[self.known]).square()
+        return Predictions(scores)
+
+    def stored_parameters(self) -> int:
+        extra = sum(p.numel() for p in self.projection.parameters())
+        return super().stored_parameters() + extra + len(self.known) * self.objective.dim
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"prototypes": self.prototypes, "known": self.known, "projection": dict(self.projection.state_dict())}
+        return {**super().state_dict(), "crl": own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        own = state["crl"]
+        self.prototypes.copy_(own["prototypes"])
+        self.known = list(own["known"])
+        self.projection.load_state_dict(own["projection"])
+
+
+def contrastive(z: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, tau: float, eps: float) -> Tensor:
+    """mean_i (1/|P_i|) sum_{a in P_i} -log(e_ia / sum_b e_ib), e_ia = exp(s_ia - max_a s_ia) + eps."""
+    s = z @ bank.T / tau
+    e = (s - s.amax(1, keepdim=True)).exp() + eps
+    terms = -(e / e.sum(1, keepdim=True)).log()
+    positive = (labels[:, None] == bank_labels[None]).float()
+    return ((terms * positive).sum(1) / positive.sum(1)).mean()
+
+
+def relation_distillation(z: Tensor, place: Tensor, prototypes: Tensor, means: Tensor, t: float) -> Tensor:
+    """KL(softmax(t G[y]) || softmax(t z C^T)), batch mean; G = P P^T of the previous task's normalised prototypes."""
+    p = F.normalize(prototypes, dim=1)
+    target = (t * (p @ p.T)[place]).softmax(1)
+    return F.kl_div((t * z @ means.T).log_softmax(1), target, reduction="batchmean")
+
+
+class Bank:
+    """One z per drawn example; sums and counts per class are kept up to date with every refreshed entry."""
+
+    def __init__(self, z: Tensor, labels: Tensor, rows: np.ndarray, pool: int, classes: int) -> None:
+        self.z, self.labels = z.clone(), labels
+        self.place = np.full(pool, -1, dtype=np.int64)
+        self.place[rows] = np.arange(len(rows))
+        self.sums = torch.zeros(classes, z.shape[1], device=z.device).index_add_(0, labels, z)
+
+    def update(self, rows: np.ndarray, z: Tensor) -> None:
+        """Replaces the entries of `rows`; of a row drawn twice in a batch the first one counts."""
+        distinct, first = np.unique(rows, return_index=True)
+        places = torch.from_numpy(self.place[distinct]).to(z.device)
+        new = z[torch.from_numpy(first).to(z.device)]
+        self.sums.index_add_(0, self.labels[places], new - self.z[places])
+        self.z[places] = new
+
+    def means(self) -> Tensor:
+        """[classes, dim]: class means, normalised."""
+        return F.normalize(self.sums, dim=1)
+
+    def sample(self, labels: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+        """Places of `count` random entries, drawn again until every label of the batch is among them."""
+        wanted = labels.unique()
+        while True:
+            places = torch.from_numpy(rng.permutation(len(self.z))[:count]).to(labels.device)
+            if torch.isin(wanted, self.labels[places]).all():
+                return places
+            if count < len(self.z):
+                count = min(len(self.z), count + 1)  # a class of one example would never be met otherwise

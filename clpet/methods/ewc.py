@@ -1,0 +1,113 @@
+"""EWC as ConPET's no-replay baseline (specification, section 3.6).
+
+After task j: F_j = (1/#batches) sum_batches sum_c w_c (grad of the batch-mean NLL of label c)^2, w = batch-mean
+softmax. Penalty lambda * sum_{j<k} 0.5 sum F_j (theta - theta_j)^2 over adapter and head rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clpet.config import require
+from clpet.methods.replay import Static
+from clpet.tasks import Task
+from clpet.text import Batch
+
+
+@dataclass
+class EWC(Static):
+    """The sum over tasks is kept as one quadratic: S = sum F_j, M = sum F_j theta_j, Q = sum F_j theta_j^2.
+
+    sum_j F_j (theta - theta_j)^2 = S (theta - M/S)^2 + (Q - M^2/S): memory and time do not grow with the tasks.
+    """
+
+    strength: float = 1.0
+    fisher_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.strength >= 0, "method.strength", self.strength, "0 or more")
+        count = self.fisher_batches
+        require(count is None or count >= 1, "method.fisher_batches", count, "at least 1, or null for all")
+
+    def first_adapter(self) -> None:
+        super().first_adapter()
+        self.quadratic: dict[str, Triple] = {}  # name -> S, M, Q in fp64
+
+    def named(self) -> dict[str, Tensor]:
+        """The penalised tensors."""
+        return {**self.objective.adapters.tensors("default"), **dict(self.objective.head.named_parameters())}
+
+    def loss(self, batch: Batch) -> Tensor:
+        loss = super().loss(batch)
+        return loss + self.penalty() if self.quadratic and self.strength else loss
+
+    def penalty(self) -> Tensor:
+        """lambda * sum_j 0.5 sum F_j (theta - theta_j)^2; rows added after task j are not in F_j."""
+        total = torch.zeros((), device=self.objective.device)
+        for name, (s, centre, rest) in self.centres.items():
+            theta = self.named_now[name][: len(s)]
+            total = total + (s * (theta - centre).square()).sum() + rest
+        return 0.5 * self.strength * total
+
+    def learn(self, task: Task, index: int, trainer: Any) -> None:
+        self.prepare(index)
+        super().learn(task, index, trainer)
+
+    def prepare(self, index: int) -> None:
+        """Completes the square once per task."""
+        self.grow_head(index)
+        self.named_now = self.named()
+        self.centres = {}
+        for name, (s, m, q) in self.quadratic.items():
+            centre = torch.where(s > 0, m / s.clamp(min=1e-300), m)
+            self.centres[name] = (s.float(), centre.float(), (q - s * centre.square()).sum().clamp(min=0).float())
+
+    def after_task(self, task: Task, index: int) -> None:
+        super().after_task(task, index)
+        for name, value in self.fisher(index).items():
+            theta = self.named()[name].detach().double()
+            added = (value, value * theta, value * theta.square())
+            old = self.quadratic.get(name)
+            self.quadratic[name] = added if old is None else _sum(old, added)
+
+    def fisher(self, index: int) -> dict[str, Tensor]:
+        """F_k of the task just learned, in fp64; between fits dropout is off."""
+        named = self.named()
+        pool, size = self.data.train, self.replay.batch_size
+        batches = pool.shuffled(pool.rows_of(index), size, self.replay.rng(index, "fisher"))[: self.fisher_batches]
+        total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in named.items()}
+        for rows in batches:
+            batch = pool.batch(rows, self.objective.device)
+            nll = -self.logits(batch).log_softmax(1)
+            weights = (-nll).exp().mean(0).detach().double()
+            for column, weight in enumerate(weights):
+                grads = torch.autograd.grad(nll[:, column].mean(), list(named.values()), retain_graph=True)
+                for name, grad in zip(named, grads, strict=True):
+                    total[name] += weight * grad.double().square() / len(batches)
+            self.objective.meter.cost.backward_examples += len(batch) * (len(weights) - 1)
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "quadratic": {name: list(value) for name, value in self.quadratic.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        device = self.objective.device
+        self.quadratic = {name: tuple(t.to(device) for t in value) for name, value in state["quadratic"].items()}
+
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def _sum(old: Triple, new: Triple) -> Triple:
+    s, m, q = (_grown(a, b) + b for a, b in zip(old, new, strict=True))
+    return s, m, q
+
+
+def _grown(old: Tensor, new: Tensor) -> Tensor:
+    """`old` with zeros for the rows that `new` has more."""
+    if len(old) == len(new):
+        return old
+    return torch.cat([old, old.new_zeros(len(new) - len(old), *old.shape[1:])])

@@ -1,0 +1,72 @@
+"""What Hydra and OmegaConf say about mistyped words, put into one line with a suggestion. Imports no torch."""
+
+import re
+import sys
+from typing import Any
+
+from clpet.errors import ClpetError, suggest
+
+GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
+
+
+def composed(words: list[str]) -> Any:
+    """The configuration that overrides give, the user's --config-dir included."""
+    from hydra import compose, initialize_config_dir
+
+    from clpet.config import conf_dir, plugin_dirs, register_resolvers
+
+    register_resolvers()
+    paths = ",".join(f"file://{folder}" for folder in plugin_dirs())
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("train", [*words, *([f"hydra.searchpath=[{paths}]"] if paths else [])])
+
+
+def hydra_message(error: BaseException) -> str | None:
+    """One line for the mistakes Hydra and OmegaConf find in what was typed; None for anything else."""
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, ClpetError):
+            return str(link)
+    if not any(isinstance(link, HydraException | OmegaConfBaseException) for link in chain):
+        return None
+    text = str(error).strip()
+    broken = next((link for link in chain if isinstance(link, OverrideParseException)), None)
+    if broken is not None:
+        return f"cannot read {broken.override}: {broken.message.splitlines()[0]}"
+    if "Ambiguous value" in text:
+        return f"{text.splitlines()[0].rstrip('.')}: to sweep over the values, add -m"
+    missing = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if missing:
+        return f"there is no key {missing.group(1)}{suggest_key(missing.group(1))}"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def suggest_key(key: str) -> str:
+    """A suggestion among the keys of the composed default run and of the options named on the command line."""
+    from omegaconf import DictConfig, OmegaConf
+
+    choices = [word for word in sys.argv[1:] if word.partition("=")[0] in GROUPS and "," not in word]
+    try:
+        cfg = composed(choices)
+    except Exception:
+        return ""
+    keys: list[str] = []
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for name in map(str, node):
+            keys.append(f"{prefix}{name}")
+            child = OmegaConf.select(node, name)
+            if isinstance(child, DictConfig):
+                walk(child, f"{prefix}{name}.")
+
+    walk(cfg, "")
+    parent = key.rpartition(".")[0]
+    near = [name for name in keys if name.rpartition(".")[0] == parent]
+    return suggest(key, keys) if suggest(key, keys).startswith("; did") else suggest(key, near)
