@@ -12,7 +12,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from clpet.backbones import Backbone
+from clpet.backbones import Architecture, Backbone
 from clpet.config import require
 from clpet.errors import ModelError, suggest
 
@@ -90,7 +90,7 @@ class Adapters:
         self.names: list[str] = []
         self.active: tuple[str, bool] | None = None
         self.training = False
-        self.base_parameters = sum(p.numel() for p in model.parameters())
+        self.base_parameters = pretrained_parameters(model, backbone)
         model.requires_grad_(False)
 
     def add(self, name: str, seed: int) -> None:
@@ -215,6 +215,15 @@ def _plain_config(path: Path) -> None:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             values[key] = sorted(value)
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def pretrained_parameters(model: nn.Module, backbone: Backbone) -> int:
+    """Scalars of the pretrained model as papers count them: a decoder's output embedding belongs to it."""
+    count = sum(p.numel() for p in model.parameters())
+    config: Any = model.config
+    if backbone.architecture is Architecture.decoder and not config.tie_word_embeddings:
+        count += config.vocab_size * config.hidden_size
+    return count
 
 
 def parameter_ratio(trainable: int, total: int) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """dry_run=true: what a run would be, one step of it, and no more."""
 
 import time
+from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
-from clpet.adapters import parameter_ratio
+from clpet.adapters import Adapter, Adapters, parameter_ratio
+from clpet.backbones import Backbone
 from clpet.config import Config
 from clpet.cost import peak_memory_mb
 from clpet.methods.base import Method
@@ -37,14 +40,33 @@ def dry_run(console: Console, config: Config, method: Method, benchmark: Benchma
     trainer.begin_task(index)
     method.learn(task, index, trainer)
     seconds = time.perf_counter() - start
-    ratio = parameter_ratio(method.trainable_parameters(), objective.adapters.base_parameters)
-    say(
-        f"trainable parameters {ratio['trainable']:,} of {ratio['total']:,}: {ratio['percent']:.3f} %, "
-        f"{ratio['times_fewer']:.1f} times fewer"
-    )
+    say(_ratio(method.trainable_parameters(), objective.adapters.base_parameters))
     say(
         f"one step of {config.train.global_batch_size} examples: {seconds:.2f} s, peak memory {peak_memory_mb():.0f} MB"
     )
+
+
+def count_parameters(console: Console, backbone: Backbone, peft: Adapter, benchmark: Benchmark, why: str) -> None:
+    """Parameter counts from the model's config alone, for a machine that lacks the weights."""
+    with torch.device("meta"):
+        adapters = Adapters(backbone.skeleton(), backbone, peft)
+        adapters.add("default", 0)
+    config: Any = adapters.model.config
+    labels, total = len(benchmark.labels), adapters.base_parameters
+    adapter = adapters.count("default")
+    head = (config.hidden_size + 1) * labels
+    for line in (
+        why,
+        f"adapter: {_ratio(adapter, total)}",
+        f"adapter and a head of {labels} labels: {_ratio(adapter + head, total)}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _ratio(trainable: int, total: int) -> str:
+    ratio = parameter_ratio(trainable, total)
+    times = f"{ratio['times_fewer']:.1f} times fewer"
+    return f"trainable parameters {ratio['trainable']:,} of {ratio['total']:,}: {ratio['percent']:.3f} %, {times}"
 
 
 def steps_per_task(method: Method, epochs: int) -> str:

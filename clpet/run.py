@@ -12,8 +12,8 @@ from clpet.adapters import Adapters
 from clpet.config import Config, Matrix, Select, build, derive, setting, signature, typed
 from clpet.console import Display
 from clpet.data import inspect_data
-from clpet.dry import dry_run
-from clpet.errors import ConfigError
+from clpet.dry import count_parameters, dry_run
+from clpet.errors import ConfigError, ModelError
 from clpet.evaluation import Evaluator
 from clpet.methods.base import Method
 from clpet.objectives.classification import Classification
@@ -38,7 +38,13 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     method, parts = assemble(config)
     with Lock(out), quiet_libraries():
         benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
-        objective, data = load_objective(config, parts, benchmark)
+        try:
+            objective, data = load_objective(config, parts, benchmark)
+        except ModelError as error:
+            if not (config.dry_run and parts["model"].config):
+                raise
+            count_parameters(console, parts["model"], parts["peft"], benchmark, str(error))
+            return None
         check_validation(config, benchmark)
         benchmark.data_record = inspect_data(benchmark, data)
         for warning in benchmark.data_record["warnings"]:

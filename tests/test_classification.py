@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clpet.adapters import Adapters, Lora
+from clpet.adapters import Adapters, Lora, parameter_ratio
 from clpet.backbones import Backbone
 from clpet.objectives.classification import Head
 
@@ -53,6 +53,15 @@ def test_a_fresh_adapter_changes_nothing(make) -> None:
     assert torch.equal(adapted, base)
     layers = [module for module in objective.adapters.model.modules() if hasattr(module, "lora_A")]
     assert {layer.scaling["default"] for layer in layers} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("labels", "ratio"), [(66, 2846.2), (86, 2750.9), (46, 2948.2), (80, 2778.8), (41, 2974.8), (18, 3104.0)]
+)
+def test_ratios_with_a_full_head(labels: int, ratio: float) -> None:
+    """ConPET oracle 1: LLaMA-7B over LoRA r = 4 on q and k with the head of each data set."""
+    trained = 2_097_152 + labels * 4097
+    assert parameter_ratio(trained, 6_738_415_616)["times_fewer"] == pytest.approx(ratio, abs=0.05)
 
 
 @pytest.mark.parametrize(

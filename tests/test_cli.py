@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from .conftest import tiny_args, write_words
+from .conftest import shared, tiny_args, write_words
 
 CLPET = [sys.executable, "-m", "clpet"]
 
@@ -84,6 +84,16 @@ def test_dry_run_shows_what_a_run_would_be_and_leaves_nothing(clpet, words: Path
                  "steps    fruit module 4", "selector 6 + module 6", "peak memory"):  # fmt: skip
         assert part in found.out, part
     assert not list(tmp_path.glob("outputs/files"))
+
+
+def test_parameters_of_a_model_whose_weights_are_not_here(clpet) -> None:
+    """Counted from the config alone: 3213 times fewer without a head (ConPET oracle 1)."""
+    found = clpet("train", "model=llama_7b", "peft.r=4", "dry_run=true", "tracking=off")
+    assert found.code == 0, found.err
+    assert "trainable parameters 2,097,152 of 6,738,415,616: 0.031 %, 3213.1 times fewer" in found.out
+    assert f"{2_097_152 + 20 * 4097:,}" in found.out
+    fewrel = ["benchmark=fewrel", f"data_dir={shared('data')}"]
+    assert "2778.8 times fewer" in clpet("train", "model=llama_7b", "peft.r=4", "dry_run=true", *fewrel).out
 
 
 def test_a_sweep_compares_with_a_paired_test(clpet, words: Path) -> None:
