@@ -1,6 +1,7 @@
 """The experiment on one page: learn the tasks one after the other, evaluate every task after every task."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         records.start(out, cfg, overrides, identity, benchmark)
         identity["data"] = benchmark.data_record["fingerprint"]
         with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
-            state = learn(config, out, identity, method, benchmark, data, trainer, track)
+            state = Experiment(config, out, identity, method, benchmark, data, trainer, track).learn()
             results = records.collect(out, cfg, overrides, identity, method, benchmark, state)
             track.finished(results, records.pictures(out, state, method.name, benchmark.name))
             records.finish(out, results)
@@ -69,69 +70,68 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     return state.matrix
 
 
-def learn(
-    config: Config,
-    out: Path,
-    identity: dict[str, str],
-    method: Method,
-    benchmark: Benchmark,
-    data: Encoded,
-    trainer: Trainer,
-    track: Tracker,
-) -> RunState:
-    """The loop. A checkpoint follows every task; a run that was killed goes on after the last one."""
-    evaluator = Evaluator(benchmark, data, trainer.hardware.eval_batch_size)
-    saved = RunState.resume(out / "state", identity)
-    if saved is None:
-        state = RunState(TransferMatrix(benchmark.names), TransferMatrix(benchmark.names))
-        track.forget_after(-1)
-        evaluate(config, out, method, benchmark, evaluator, state, 0, track)
-    else:
+@dataclass
+class Experiment:
+    """Everything the loop works with."""
+
+    config: Config
+    out: Path
+    identity: dict[str, str]
+    method: Method
+    benchmark: Benchmark
+    data: Encoded
+    trainer: Trainer
+    track: Tracker
+
+    def learn(self) -> RunState:
+        """The loop. A checkpoint follows every task; a run that was killed goes on after the last one."""
+        method, track, curriculum = self.method, self.track, self.method.curriculum()
+        state = self.resume()
+        for position, (index, task) in enumerate(curriculum):
+            if position < state.done:
+                continue
+            track.display.task(position + 1, task.name)
+            self.trainer.begin_task(index)
+            method.learn(task, index, self.trainer)
+            method.after_task(task, index)
+            state.costs.append(records.task_cost(method))
+            state.done = position + 1
+            self.evaluate(state, index + 1)
+            state.save(self.out / "state", method.state_dict(), self.identity)
+            track.display.task_done()
+        return state
+
+    def resume(self) -> RunState:
+        """The state after the last finished task, or a new one with row 0 measured."""
+        saved = RunState.resume(self.out / "state", self.identity)
+        if saved is None:
+            state = RunState(TransferMatrix(self.benchmark.names), TransferMatrix(self.benchmark.names))
+            self.track.forget_after(-1)
+            self.evaluate(state, 0)
+            return state
         state, method_state = saved
-        method.load_state_dict(method_state)
-        track.forget_after(state.done)
-        track.display.print(f"resuming after {state.done} of {len(method.curriculum())} tasks")
-    for position, (index, task) in enumerate(method.curriculum()):
-        if position < state.done:
-            continue
-        track.display.task(position + 1, task.name)
-        trainer.begin_task(index)
-        method.learn(task, index, trainer)
-        method.after_task(task, index)
-        state.costs.append(records.task_cost(method))
-        state.done = position + 1
-        evaluate(config, out, method, benchmark, evaluator, state, index + 1, track)
-        state.save(out / "state", method.state_dict(), identity)
-        track.display.task_done()
-    return state
+        self.method.load_state_dict(method_state)
+        self.track.forget_after(state.done)
+        self.track.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks")
+        return state
 
-
-def evaluate(
-    config: Config,
-    out: Path,
-    method: Method,
-    benchmark: Benchmark,
-    evaluator: Evaluator,
-    state: RunState,
-    row: int,
-    track: Tracker,
-) -> None:
-    """Measures row `row` of the matrix, as much of it as evaluation.matrix asks for."""
-    last = row == len(benchmark)
-    kind = config.evaluation.matrix
-    tasks = list(range(len(benchmark) if kind is Matrix.full or last else row if kind is Matrix.seen else 0))
-    if not tasks:
-        return
-    found = evaluator(method, row, tasks)
-    for index in tasks:
+    def evaluate(self, state: RunState, row: int) -> None:
+        """Measures row `row` of the matrix, as much of it as evaluation.matrix asks for."""
+        kind, total = self.config.evaluation.matrix, len(self.benchmark)
+        tasks = range(total if kind is Matrix.full or row == total else row if kind is Matrix.seen else 0)
+        if not tasks:
+            return
+        evaluator = Evaluator(self.benchmark, self.data, self.trainer.hardware.eval_batch_size)
+        found = evaluator(self.method, row, list(tasks))
         for matrix, scores in ((state.matrix, found.seen), (state.own, found.own)):
-            matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)
-    state.diagnostics.append({"row": row, **found.diagnostics})
-    if state.costs:
-        state.costs[-1] |= method.objective.meter.take_evaluation()
-    if config.evaluation.predictions:
-        write_predictions(out / "predictions", row, found, benchmark.names, benchmark.labels)
-    track.evaluated(state, row, found)
+            for index in tasks:
+                matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)
+        state.diagnostics.append({"row": row, **found.diagnostics})
+        if state.costs:
+            state.costs[-1] |= self.method.objective.meter.take_evaluation()
+        if self.config.evaluation.predictions:
+            write_predictions(self.out / "predictions", row, found, self.benchmark.names, self.benchmark.labels)
+        self.track.evaluated(state, row, found)
 
 
 def assemble(config: Config) -> tuple[Method, dict[str, Any]]:

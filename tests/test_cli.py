@@ -302,12 +302,12 @@ def test_a_benchmark_of_ones_own_is_inspected(clpet, words: Path, tmp_path: Path
 
 
 def test_what_nobody_foresaw_is_one_line_and_a_file(clpet, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clpet import run as module
+    from clpet.run import Experiment
 
     def broken(*_: object) -> None:
         raise RuntimeError("out of cheese\nsecond line")
 
-    monkeypatch.setattr(module, "learn", broken)
+    monkeypatch.setattr(Experiment, "learn", broken)
     found = clpet("train", "method=sequential", *tiny_args(words))
     assert found.code == 1
     assert found.err.count("\n") == 1
