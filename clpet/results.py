@@ -4,7 +4,6 @@ Rows are training time (row 0 before any training), columns are tasks; R[i, j] i
 task i, in percent for accuracies. A figure whose entries were not measured is None.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,8 +140,7 @@ def _nan(value: float | None) -> float:
 
 def tolist(array: np.ndarray) -> list:
     """Nested lists with None for NaN."""
-    convert: Callable[[Any], Any] = lambda x: [convert(v) for v in x] if isinstance(x, list) else None if x != x else x  # noqa: E731
-    return convert(array.tolist())
+    return [tolist(row) if row.ndim else None if row != row else row.item() for row in array]
 
 
 def round2(value: float | None) -> str:

@@ -13,6 +13,7 @@ Model, adapters, precision, attention, training batch size, epochs and test sets
 
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -142,7 +143,7 @@ class Bench:
         trains = [encode(task, "train") for task in self.benchmark.tasks]
         tests = [encode(task, "test") for task in self.benchmark.tasks]
         arguments = TrainingArguments(
-            output_dir="/tmp/clpet-bench", per_device_train_batch_size=self.batch, per_device_eval_batch_size=eval_batch,
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=self.batch, per_device_eval_batch_size=eval_batch,
             num_train_epochs=self.epochs, learning_rate=self.lr, weight_decay=0.01, lr_scheduler_type="constant",
             report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
             use_cpu=self.parts["hardware"].torch_device.type == "cpu", label_names=["labels"],
