@@ -18,8 +18,8 @@ _NOT_WORD = re.compile(r"[\W_]+")
 
 
 def normalised(text: str) -> str:
-    """Lower-case letters and digits only: texts that differ in case and punctuation are the same."""
-    return _NOT_WORD.sub(" ", text.lower()).strip()
+    """Lower-case letters and digits only: texts that differ in case, spaces and punctuation are the same."""
+    return _NOT_WORD.sub("", text.lower())
 
 
 @dataclass(frozen=True)
