@@ -54,6 +54,9 @@ def _report(error: Exception) -> int:
     message = hydra_message(error)
     if message is not None:
         return _fail(message, 2)
+    if type(error).__name__ == "OutOfMemoryError":
+        hint = "lower hardware.micro_batch_size (training) or hardware.eval_batch_size (tests)"
+        return _fail(f"the device is out of memory: {hint}; finished tasks are saved", 1)
     if isinstance(error, OSError):
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2)
     if os.environ.get("CLPET_DEBUG"):

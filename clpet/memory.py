@@ -15,6 +15,7 @@ import numpy as np
 
 from clpet.config import derive, require
 from clpet.errors import ConfigError
+from clpet.selection import select_per_class
 from clpet.text import Encoded, EncodedDataset
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,13 @@ class NoReplay:
 
     name: str = "none"
 
+    def check(self, batch_size: int) -> None:
+        """Raises ConfigError for a batch this component cannot mix, before anything is loaded."""
+
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         """Called once, before the first task."""
         self.pool, self.held, self.seed, self.batch_size = data.train, data.validation, seed, batch_size
+        self.cluster_seed = seed % 2**32
         self.memory: dict[int, Rows] = {}  # task -> rows of the pool that may come back
 
     def rng(self, *names: object) -> np.random.Generator:
@@ -125,12 +130,16 @@ class DrawnReplay(NoReplay):
     ratio: float = 1.0
     limit: int | None = None
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the whole history may come back."""
+        return False
+
     def __post_init__(self) -> None:
         require(self.ratio != 0, "replay.ratio", self.ratio, "positive (new:old) or negative (old:new)")
         require(self.limit is None or self.limit >= 2, "replay.limit", self.limit, "at least 2, or null")
 
-    def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
-        super().setup(data, seed, batch_size)
+    def check(self, batch_size: int) -> None:
         new, old = split_batch(batch_size, self.ratio)
         if new < 1 or old < 1:
             raise ConfigError(
@@ -152,8 +161,10 @@ class DrawnReplay(NoReplay):
 
     def validation(self, index: int) -> Held:
         """L // 5 batches of 32, half new and half old, drawn once per task; all validation parts without a limit."""
-        if not self.memory or self.limit is None:
-            return [(self.held, self.held.rows_of(*range(index + 1) if self.memory else [index]))]
+        if not self.keeps_all or not self.memory:
+            return super().validation(index)  # a small memory has no old validation examples
+        if self.limit is None:
+            return [(self.held, self.held.rows_of(*range(index + 1)))]
         rng, size = self.rng(index, "validation"), split_limit(self.limit)[1] * EVAL_BATCH
         new, old = self.held.rows_of(index), [self.held.rows_of(task) for task in range(index)]
         fresh = rng.choice(new, size - size // 2, replace=True)
@@ -192,10 +203,16 @@ class DynamicReplay(DrawnReplay):
         require(self.kind in ("history", "fixed"), "replay.kind", self.kind, "history or fixed")
         require(self.per_class >= 1, "replay.per_class", self.per_class, "at least 1")
 
+    @property
+    def keeps_all(self) -> bool:
+        return self.kind == "history"
+
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         rows = self.pool.rows_of(index)
         if self.kind == "fixed":
-            rows = select_per_class(self.pool, rows, self.per_class, "kmeans", features, self.seed, self.rng(index))
+            rows = select_per_class(
+                self.pool, rows, self.per_class, "kmeans", features, self.cluster_seed, self.rng(index)
+            )
         self.memory[index] = rows
 
 
@@ -204,8 +221,8 @@ class FixedReplay(NoReplay):
     """A small memory chosen once per task, mixed into the new data as `copies` of itself (ConPET, 3.2 and 3.3).
 
     `train_share` of the kept examples are trained on, the rest is for validation. copies=null takes the f of
-    ConPET that equals the compute of dynamic sampling at `limit` = L, at most `max_copies`; without a limit
-    about as many old as new examples an epoch.
+    ConPET that equals the compute of dynamic sampling at `limit` = L, and `max_copies` where the new data alone
+    fill an epoch; without a limit about as many old as new examples an epoch.
     """
 
     name: str = "fixed"
@@ -221,6 +238,7 @@ class FixedReplay(NoReplay):
         require(self.selection in known, "replay.selection", self.selection, " or ".join(known))
         require(self.per_class >= 1, "replay.per_class", self.per_class, "at least 1")
         require(0 < self.train_share <= 1, "replay.train_share", self.train_share, "in (0, 1]")
+        require(self.max_copies >= 1, "replay.max_copies", self.max_copies, "at least 1")
         require(self.copies is None or self.copies >= 1, "replay.copies", self.copies, "at least 1, or null")
 
     def plan(self, index: int, stage: str = "") -> Plan:
@@ -253,7 +271,7 @@ class FixedReplay(NoReplay):
         parts = []
         for label in np.unique(self.pool.labels[rows]):
             own = rows[self.pool.labels[rows] == label]
-            kept = select_per_class(self.pool, own, self.per_class, self.selection, features, self.seed, rng)
+            kept = select_per_class(self.pool, own, self.per_class, self.selection, features, self.cluster_seed, rng)
             parts.append(np.split(rng.permutation(kept), [math.ceil(round(len(kept) * self.train_share, 9))]))
         self.memory[index] = np.sort(np.concatenate([train for train, _ in parts]))
         self.spare[index] = np.sort(np.concatenate([spare for _, spare in parts]))
@@ -304,46 +322,3 @@ def equal_compute(new: int, classes: int, per_class: int, limit: int, batch: int
     """f copies of the memory that fill an epoch up to ceil(0.8 L) B examples (ConPET, section 3.3)."""
     room = -(-4 * limit // 5) * batch - new
     return most if room <= 0 else -(-room // (-(-4 * per_class // 5) * classes))
-
-
-def select_per_class(
-    pool: EncodedDataset,
-    rows: Rows,
-    most: int,
-    how: str,
-    features: Callable[[Rows], np.ndarray],
-    seed: int,
-    rng: np.random.Generator,
-) -> Rows:
-    """At most `most` rows of each class: nearest to the k-means centres, at random, or by herding."""
-    kept: list[int] = []
-    for label in np.unique(pool.labels[rows]):
-        own = rows[pool.labels[rows] == label]
-        count = min(most, len(own))
-        if how == "random":
-            kept += rng.choice(own, count, replace=False).tolist()
-        else:
-            vectors = features(own)
-            chosen = kmeans_nearest(vectors, count, seed) if how == "kmeans" else herding(vectors, count)
-            kept += own[chosen].tolist()
-    return np.array(sorted(kept), dtype=np.int64)
-
-
-def kmeans_nearest(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
-    """The example nearest to each of k centres, each once: duplicates collapse (ConPET, section 3.2)."""
-    from sklearn.cluster import KMeans
-
-    distances = KMeans(n_clusters=clusters, random_state=seed % 2**32, n_init=1).fit_transform(vectors)
-    return sorted(set(distances.argmin(0).tolist()))
-
-
-def herding(vectors: np.ndarray, count: int) -> list[int]:
-    """Greedy choice that keeps the mean of the chosen close to the class mean (Rebuffi et al., 2017)."""
-    mean, total = vectors.mean(0), np.zeros(vectors.shape[1])
-    chosen: list[int] = []
-    for step in range(1, count + 1):
-        distance = np.linalg.norm(mean - (total + vectors) / step, axis=1)
-        distance[chosen] = np.inf
-        chosen.append(int(distance.argmin()))
-        total = total + vectors[chosen[-1]]
-    return chosen

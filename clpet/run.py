@@ -39,6 +39,8 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     method, parts = assemble(config)
     with Lock(out), quiet_libraries():
         benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
+        method.check_benchmark(benchmark)
+        check_validation(config, method, benchmark)
         try:
             objective, data = load_objective(config, parts, benchmark)
         except ModelError as error:
@@ -46,7 +48,6 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
                 raise
             count_parameters(console, parts["model"], parts["peft"], benchmark, str(error))
             return None
-        check_validation(config, benchmark)
         benchmark.data_record = inspect_data(benchmark, data)
         for warning in benchmark.data_record["warnings"]:
             log.warning(warning)
@@ -141,14 +142,15 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
         for name in ("replay", "model", "peft", "benchmark", "hardware", "tracking")
     }
     method = build(config.method, "method")
+    parts["replay"].check(config.train.global_batch_size)
     method.check(Classification.name, parts["replay"].name, parts["peft"].name)
     return method, parts
 
 
-def check_validation(config: Config, benchmark: Benchmark) -> None:
+def check_validation(config: Config, method: Method, benchmark: Benchmark) -> None:
     """The best epoch needs something to be chosen on."""
     for task in benchmark.tasks:
-        if config.train.select is Select.best and not task.validation:
+        if method.validates and config.train.select is Select.best and not task.validation:
             raise ConfigError(f"train.select=best, but task {task.name} has no validation examples")
 
 

@@ -142,6 +142,7 @@ class Batch:
     labels: Tensor
     tasks: Tensor
     padded: bool = True
+    share: float = 1.0  # of the optimiser step's examples, where a step is made of several batches
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -179,7 +179,9 @@ class Trainer:
         mean = torch.zeros((), device=self.hardware.torch_device)
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            value = loss(plan.pool.batch(part, self.hardware.torch_device)) * (len(part) / full)
+            batch = plan.pool.batch(part, self.hardware.torch_device)
+            batch.share = len(part) / full
+            value = loss(batch) * batch.share
             value.backward()
             mean += value.detach()
         return mean

@@ -14,11 +14,10 @@ from clpet.memory import (
     NoReplay,
     ReservoirReplay,
     equal_compute,
-    herding,
-    kmeans_nearest,
     split_batch,
     split_limit,
 )
+from clpet.selection import herding, kmeans_nearest
 from clpet.text import Encoded, EncodedDataset
 
 

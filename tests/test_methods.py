@@ -50,6 +50,7 @@ VARIANTS = [
     ["crl", "replay=dynamic"],
     ["ea_emr", "replay=dynamic"],
     ["sequential", "peft=none", "train.lr=1e-4"],
+    ["ewc", "peft=none", "train.lr=1e-4", "method.fisher_batches=1"],
 ]
 
 
@@ -164,13 +165,15 @@ def test_first_state_stays_without_a_better_epoch(make, monkeypatch: pytest.Monk
     )
 
 
-def test_micro_batches_give_the_same_gradients(make) -> None:
-    """16 at once and 4 times 4 end in the same weights."""
+@pytest.mark.parametrize("method", ["sequential", "lwf", "ewc", "dynamic_conpet"])
+def test_micro_batches_give_the_same_gradients(method: str, make) -> None:
+    """16 at once and 4 times 4 end in the same weights, penalties and distillation included."""
     weights = []
     for size in ("null", "4"):
-        run = make("method=sequential", f"hardware.micro_batch_size={size}")
+        run = make(f"method={method}", f"hardware.micro_batch_size={size}", "train.lr=1e-4")
         run.learn(0)
-        weights.append(run.method.objective.head.weight.detach())
+        run.learn(1)
+        weights.append(torch.cat([value.detach().flatten() for value in run.method.parameters()]))
     assert torch.allclose(*weights, atol=1e-5)
 
 

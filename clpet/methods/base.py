@@ -51,6 +51,7 @@ class Method:
     uses_replay: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False  # more than one adapter: refuses peft=none
     task_id_at_test: ClassVar[bool] = False  # results are task-incremental
+    validates: ClassVar[bool] = True  # chooses an epoch where train.select=best
 
     def check(self, objective: str, replay: str, peft: str) -> None:
         """Raises ConfigError for a combination that makes no sense, before anything is loaded."""
@@ -60,6 +61,9 @@ class Method:
             raise ConfigError(f"method={self.name} replays nothing: leave out replay={replay}, or take method=replay")
         if peft == "none" and self.needs_adapter:
             raise ConfigError(f"method={self.name} keeps an adapter per task and cannot run with peft=none")
+
+    def check_benchmark(self, benchmark: Benchmark) -> None:
+        """Raises ConfigError where the tasks do not allow what the knobs ask for, before the backbone is loaded."""
 
     def setup(
         self, objective: Classification, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int
@@ -166,7 +170,7 @@ class Method:
         meter = self.objective.meter
         meter.kind = "validated"
         for pool, rows in parts:
-            for part in pool.by_length(rows, 64):
+            for part in pool.by_length(rows, self.objective.eval_batch_size):
                 batch = pool.batch(part, self.objective.device)
                 right = Choices(labels).mask(scores(batch)).argmax(1) == target(batch)
                 for task in np.unique(pool.tasks[part]).tolist():
@@ -183,7 +187,8 @@ class Method:
         """[n, size] fp32: a vector of each train row under the present model."""
         pool = self.data.train
         order = np.argsort(-pool.lengths[rows], kind="stable")
-        parts = [order[start : start + 64] for start in range(0, len(rows), 64)]
+        size = self.objective.eval_batch_size
+        parts = [order[start : start + size] for start in range(0, len(rows), size)]
         found = torch.cat([vector(pool.batch(rows[part], self.objective.device)).float() for part in parts])
         return found[torch.from_numpy(np.argsort(np.concatenate(parts))).to(found.device)]
 

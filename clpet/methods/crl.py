@@ -34,6 +34,7 @@ class CRL(Method):
     clip: float = 10.0
 
     uses_replay: ClassVar[bool] = True
+    validates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.tau > 0, "method.tau", self.tau, "more than 0")
@@ -47,6 +48,7 @@ class CRL(Method):
 
     def first_adapter(self) -> None:
         super().first_adapter()
+        self.replay.cluster_seed = 0
         width, device = self.objective.dim, self.objective.device
         torch.manual_seed(derive(self.seed, "projection"))
         layers = nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, self.dim, bias=False)
@@ -107,13 +109,12 @@ class CRL(Method):
     def draw(self, tasks: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
         """`count` rows: first up to min_per_class of every class, then draws uniform over tasks; shuffled."""
         labels = self.data.train.labels
-        every = np.concatenate(tasks)
-        seeds = [
-            rng.permutation(every[labels[every] == label])[: self.min_per_class] for label in np.unique(labels[every])
-        ]
+        every = rng.permutation(np.concatenate(tasks))
+        turns = [every[labels[every] == label][: self.min_per_class] for label in np.unique(labels[every])]
+        seeds = [turn[place] for place in range(self.min_per_class) for turn in turns if place < len(turn)]
         picked = rng.integers(len(tasks), size=count)
         drawn = np.array([rng.choice(tasks[task]) for task in picked], dtype=np.int64)
-        return rng.permutation(np.concatenate([*seeds, drawn])[:count])
+        return rng.permutation(np.concatenate([np.array(seeds, dtype=np.int64), drawn])[:count])
 
     def shuffled(self, rows: np.ndarray, index: int, stage: str) -> Plan:
         """Ordinary epochs over `rows`."""
@@ -140,7 +141,8 @@ class CRL(Method):
             if mine.any():
                 place = torch.searchsorted(old, batch.labels[mine])
                 means = self.bank.means()[old]
-                loss = loss + relation_distillation(z[mine], place, self.prototypes[old], means, self.temperature)
+                kl = relation_distillation(z[mine], place, self.prototypes[old], means, self.temperature)
+                loss = loss + kl * (mine.sum() / len(batch))  # mean over the whole batch
         return loss
 
     def refresh(self) -> None:
@@ -164,8 +166,9 @@ class CRL(Method):
             rows = np.concatenate([*self.replay.memory.values(), *self.replay.spare.values()])
         h = self.embed(rows, self.objective.features)
         labels = torch.from_numpy(self.data.train.labels[rows]).to(h.device)
-        self.known = labels.unique().tolist()
-        for label in self.known:
+        present = labels.unique().tolist()
+        self.known = sorted({*self.known, *present})
+        for label in present:
             self.prototypes[label] = h[labels == label].mean(0)
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:

@@ -20,7 +20,7 @@ from clpet.memory import Plan
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.modular import Modular, module_name
 from clpet.objectives.classification import MISSING, Head
-from clpet.tasks import Task
+from clpet.tasks import Benchmark, Task
 from clpet.text import Batch
 from clpet.training import Trainer
 
@@ -53,10 +53,12 @@ class DynamicConPET(Modular):
         if replay == "none":
             raise ConfigError("method=dynamic_conpet trains its selector on old examples: replay=dynamic or replay=all")
 
+    def check_benchmark(self, benchmark: Benchmark) -> None:
+        if self.warm_start is WarmStart.selector and self.top_k >= len(benchmark):
+            raise ConfigError(f"method.warm_start=selector, but with top_k={self.top_k} there is no selector")
+
     def first_adapter(self) -> None:
         super().first_adapter()
-        if self.warm_start is WarmStart.selector and self.top_k >= len(self.benchmark):
-            raise ConfigError(f"method.warm_start=selector, but with top_k={self.top_k} there is no selector")
         self.selector = self.objective.new_head(self.seed, [f"task {name}" for name in self.benchmark.names])
         self.selector.grow([0])
         pool = self.data.train
@@ -176,7 +178,7 @@ class DynamicConPET(Modular):
         return Predictions(self.route(batch, selected), selected, trace)
 
     def validate(self, index: int) -> float:
-        """K = 1: only the new task decides, since the accuracy on old tasks cannot change while module k learns."""
+        """K = 1: the new task inside its own module decides; neither the selector nor old tasks change meanwhile."""
         if self.top_k > 1:
             return super().validate(index)
         pool = self.data.validation

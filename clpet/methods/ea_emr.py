@@ -79,7 +79,7 @@ class EAEMR(Replay):
         self.align.requires_grad_(False)
 
     def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(p.numel() for p in self.align.parameters())
+        return super().stored_parameters() + self.held.numel() + sum(p.numel() for p in self.align.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         own = {"weight": self.align.weight, "bias": self.align.bias, "rows": self.rows.tolist(), "held": self.held}

@@ -82,12 +82,18 @@ class EWC(Static):
             batch = pool.batch(rows, self.objective.device)
             nll = -self.logits(batch).log_softmax(1)
             weights = (-nll).exp().mean(0).detach().double()
+            tensors = list(named.values())
             for column, weight in enumerate(weights):
-                grads = torch.autograd.grad(nll[:, column].mean(), list(named.values()), retain_graph=True)
+                grads = torch.autograd.grad(nll[:, column].mean(), tensors, retain_graph=True, allow_unused=True)
                 for name, grad in zip(named, grads, strict=True):
+                    if grad is None:  # such as a pooler that no representation reads
+                        continue
                     total[name] += weight * grad.double().square() / len(batches)
             self.objective.meter.cost.backward_examples += len(batch) * (len(weights) - 1)
         return total
+
+    def stored_parameters(self) -> int:
+        return super().stored_parameters() + sum(t.numel() for triple in self.quadratic.values() for t in triple)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "quadratic": {name: list(value) for name, value in self.quadratic.items()}}

@@ -43,7 +43,7 @@ class LwF(Static):
         if not self.old:
             return loss
         teacher = self.teacher[self.place[torch.from_numpy(batch.rows)].to(self.teacher.device)]
-        return loss + self.strength * distillation(teacher, self.old_logits(logits))
+        return loss + self.strength * distillation(teacher, self.old_logits(logits)) / batch.share  # a sum, no mean
 
 
 def distillation(teacher: Tensor, student: Tensor) -> Tensor:

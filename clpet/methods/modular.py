@@ -29,6 +29,7 @@ class Modular(Method):
     def first_adapter(self) -> None:
         """Nothing to attach before the first task: row 0 is the bare backbone."""
         self.modules: list[Head] = []
+        self.start = self.objective.new_head(self.seed).start  # rows that a module's head would start from
 
     def add_module(self, index: int) -> None:
         """A fresh module for task `index`, active and trainable."""
@@ -59,7 +60,7 @@ class Modular(Method):
         Each module runs once, on the examples that selected it. Labels of tasks without a module yet are scored
         by the rows their head would start from; a task without a module reads the bare backbone.
         """
-        adapters, start = self.objective.adapters, self.objective.head.start
+        adapters, start = self.objective.adapters, self.start
         scores = torch.full((len(batch), len(start)), MISSING, device=batch.labels.device)
         unseen = sorted(set(range(len(start))) - {label for head in self.modules for label in head.labels})
         for index in selected.unique().tolist():

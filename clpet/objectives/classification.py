@@ -87,6 +87,7 @@ class Classification:
         self, benchmark: Benchmark, backbone: Backbone, adapters: Adapters, tokenizer: Any, seed: int, hardware: Any
     ) -> None:
         self.benchmark, self.adapters, self.tokenizer, self.seed = benchmark, adapters, tokenizer, seed
+        self.eval_batch_size = hardware.eval_batch_size
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
         self.dim = int(adapters.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self.representation = representation(backbone, benchmark.template)

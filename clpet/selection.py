@@ -1,0 +1,52 @@
+"""Which examples of a class a small memory keeps."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from clpet.text import EncodedDataset
+
+Rows = np.ndarray
+
+
+def select_per_class(
+    pool: EncodedDataset,
+    rows: Rows,
+    most: int,
+    how: str,
+    features: Callable[[Rows], np.ndarray],
+    seed: int,
+    rng: np.random.Generator,
+) -> Rows:
+    """At most `most` rows of each class: nearest to the k-means centres, at random, or by herding."""
+    kept: list[int] = []
+    for label in np.unique(pool.labels[rows]):
+        own = rows[pool.labels[rows] == label]
+        count = min(most, len(own))
+        if how == "random":
+            kept += rng.choice(own, count, replace=False).tolist()
+        else:
+            vectors = features(own)
+            chosen = kmeans_nearest(vectors, count, seed) if how == "kmeans" else herding(vectors, count)
+            kept += own[chosen].tolist()
+    return np.array(sorted(kept), dtype=np.int64)
+
+
+def kmeans_nearest(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
+    """The example nearest to each of k centres, each once: duplicates collapse (ConPET, section 3.2)."""
+    from sklearn.cluster import KMeans
+
+    distances = KMeans(n_clusters=clusters, random_state=seed, n_init=1).fit_transform(vectors)
+    return sorted(set(distances.argmin(0).tolist()))
+
+
+def herding(vectors: np.ndarray, count: int) -> list[int]:
+    """Greedy choice that keeps the mean of the chosen close to the class mean (Rebuffi et al., 2017)."""
+    mean, total = vectors.mean(0), np.zeros(vectors.shape[1])
+    chosen: list[int] = []
+    for step in range(1, count + 1):
+        distance = np.linalg.norm(mean - (total + vectors) / step, axis=1)
+        distance[chosen] = np.inf
+        chosen.append(int(distance.argmin()))
+        total = total + vectors[chosen[-1]]
+    return chosen
