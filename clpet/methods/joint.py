@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
-from clpet.memory import AllReplay, Held, Plan
+from clpet.memory import AllReplay, NoReplay
 from clpet.methods.base import Method
-from clpet.tasks import SPLITS, Task
+from clpet.objectives.classification import Classification
+from clpet.tasks import SPLITS, Benchmark, Task
+from clpet.text import Encoded
 from clpet.training import Trainer
 
 
@@ -16,12 +18,16 @@ class Joint(Method):
         train, validation, test = ([e for t in self.benchmark.tasks for e in t.split(split)] for split in SPLITS)
         return [(len(self.benchmark) - 1, Task("all tasks", train, validation, test, tuple(self.benchmark.labels)))]
 
+    def setup(
+        self, objective: Classification, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int
+    ) -> None:
+        everything = AllReplay()
+        everything.setup(data, seed, replay.batch_size)
+        super().setup(objective, benchmark, data, everything, seed)
+
+    def after_task(self, task: Task, index: int) -> None:
+        """Nothing comes after the only fit that would need a memory."""
+
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.objective.head.grow(range(len(self.benchmark.labels)))
         self.fit(trainer, index)
-
-    def validation(self, index: int) -> Held:
-        return AllReplay.validation(self.replay, index)  # type: ignore[arg-type]
-
-    def plan(self, index: int) -> Plan:
-        return AllReplay.plan(self.replay, index)  # type: ignore[arg-type]

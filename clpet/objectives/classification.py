@@ -89,13 +89,15 @@ class Classification:
         self.benchmark, self.adapters, self.tokenizer, self.seed = benchmark, adapters, tokenizer, seed
         self.eval_batch_size = hardware.eval_batch_size
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
-        self.dim = int(adapters.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        config: Any = adapters.model.config
+        self.dim = int(config.hidden_size)
         self.representation = representation(backbone, benchmark.template)
         needs_mask = self.representation is Representation.mask
         self.template = Template(tokenizer, benchmark.template, benchmark.max_length, needs_mask)
-        vocabulary = int(adapters.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        if len(tokenizer) > vocabulary:
-            raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {vocabulary}")
+        if len(tokenizer) > config.vocab_size:
+            raise ModelError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {config.vocab_size}"
+            )
         longest = longest_input(adapters)
         if longest is not None and benchmark.max_length > longest:
             raise ModelError(
