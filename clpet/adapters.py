@@ -16,6 +16,11 @@ from clpet.backbones import Architecture, Backbone
 from clpet.config import require
 from clpet.errors import ModelError, suggest
 
+TASK_TYPES = {
+    Architecture.decoder: peft.TaskType.CAUSAL_LM,
+    Architecture.encoder_decoder: peft.TaskType.SEQ_2_SEQ_LM,
+}
+
 
 @dataclass
 class Adapter:
@@ -84,8 +89,10 @@ class Prompt(Adapter):
 class Adapters:
     """The backbone with its named adapters. With full fine-tuning there is one, and it is the backbone itself."""
 
-    def __init__(self, model: nn.Module, backbone: Backbone, adapter: Adapter) -> None:
+    def __init__(self, model: nn.Module, backbone: Backbone, adapter: Adapter, generates: bool = False) -> None:
         self.config = adapter.peft_config(backbone)
+        if self.config is not None and generates:
+            self.config.task_type = TASK_TYPES[backbone.architecture]
         self.model, self.kind = model, adapter.name
         self.names: list[str] = []
         self.active: tuple[str, bool] | None = None
@@ -221,7 +228,8 @@ def pretrained_parameters(model: nn.Module, backbone: Backbone) -> int:
     """Scalars of the pretrained model as papers count them: a decoder's output embedding belongs to it."""
     count = sum(p.numel() for p in model.parameters())
     config: Any = model.config
-    if backbone.architecture is Architecture.decoder and not config.tie_word_embeddings:
+    headless = getattr(model, "lm_head", None) is None
+    if headless and backbone.architecture is Architecture.decoder and not config.tie_word_embeddings:
         count += config.vocab_size * config.hidden_size
     return count
 

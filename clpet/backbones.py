@@ -55,18 +55,28 @@ class Backbone:
         require(bool(some), "model.path", self.path, wanted)
         require(not self.random_weights or bool(self.config), "model.config", self.config, "a model config")
 
-    def load(self, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[torch.nn.Module, Any]:
-        """(model without a task head, tokenizer), the model in eval mode. Raises ModelError when it is not there."""
+    def load(
+        self, dtype: torch.dtype, device: torch.device, seed: int, generates: bool = False
+    ) -> tuple[torch.nn.Module, Any]:
+        """(model, tokenizer), the model in eval mode; with its output layer only where it `generates`.
+
+        Raises ModelError when it is not there or cannot generate.
+        """
+        if generates and self.architecture is Architecture.encoder:
+            raise ModelError(
+                f"model {self.name} is an encoder and cannot write an answer: take a decoder or encoder-decoder"
+                " (or say model.architecture=decoder, if it is one)"
+            )
         if self.random_weights:
             torch.manual_seed(derive(seed, "backbone"))
             try:
-                return self._from_config(device).to(device, dtype).eval(), byte_tokenizer()
+                return self._from_config(device, generates).to(device, dtype).eval(), byte_tokenizer()
             except (ValueError, TypeError, KeyError, ImportError) as error:
                 raise ModelError(f"model {self.name} cannot be made from model.config: {first_line(error)}") from error
         place, kwargs = self._place()
         tokenizer = self.tokenizer()
         try:
-            model = self._class().from_pretrained(
+            model = self._class(generates).from_pretrained(
                 place, dtype=dtype, attn_implementation=self.attention_on(device), use_safetensors=True, **kwargs
             )
         except (OSError, ValueError, ImportError) as error:
@@ -89,12 +99,12 @@ class Backbone:
         tokenizer.padding_side = "right"
         return tokenizer
 
-    def skeleton(self) -> torch.nn.Module:
+    def skeleton(self, generates: bool = False) -> torch.nn.Module:
         """The network on the meta device: parameter counts without weights. Raises ModelError without `config`."""
         if not self.config:
             raise ModelError(f"model {self.name} has no config in its YAML to count parameters from")
         with torch.device("meta"):
-            return self._from_config(torch.device("meta"))
+            return self._from_config(torch.device("meta"), generates)
 
     def attention_on(self, device: torch.device) -> str:
         """On a CPU plain attention trains up to twice as fast as torch's fused one, whose bf16 backward is slow."""
@@ -102,18 +112,23 @@ class Backbone:
             return self.attention
         return "eager" if device.type == "cpu" else "sdpa"
 
-    def _from_config(self, device: torch.device) -> torch.nn.Module:
+    def _from_config(self, device: torch.device, generates: bool) -> torch.nn.Module:
         from transformers import AutoConfig
 
         values = dict(self.config)
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         config._attn_implementation = self.attention_on(device)
-        return self._class().from_config(config)
+        return self._class(generates).from_config(config)
 
-    def _class(self) -> Any:
-        from transformers import AutoModel, AutoModelForTextEncoding
+    def _class(self, generates: bool) -> Any:
+        import transformers
 
-        return AutoModelForTextEncoding if self.architecture is Architecture.encoder_decoder else AutoModel
+        names = {
+            Architecture.encoder: ("AutoModel", "AutoModel"),
+            Architecture.decoder: ("AutoModel", "AutoModelForCausalLM"),
+            Architecture.encoder_decoder: ("AutoModelForTextEncoding", "AutoModelForSeq2SeqLM"),
+        }
+        return getattr(transformers, names[self.architecture][generates])
 
     def _place(self) -> tuple[str | Path, dict[str, Any]]:
         """Where the files are, and what from_pretrained has to be told about them."""

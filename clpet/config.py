@@ -91,12 +91,25 @@ class Training:
         require(self.save_minutes > 0, "train.save_minutes", self.save_minutes, "more than 0")
 
 
+class Decode(Enum):
+    """How a text_to_text model answers."""
+
+    generate = "generate"
+    rank = "rank"
+
+
 @dataclass
 class Evaluation:
-    """Which tasks are scored when."""
+    """Which tasks are scored when, and how answers are found."""
 
     matrix: Matrix = Matrix.full
     predictions: bool = True
+    decode: Decode = Decode.generate
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        most = self.max_new_tokens
+        require(most is None or most >= 1, "evaluation.max_new_tokens", most, "at least 1, or null")
 
 
 @dataclass

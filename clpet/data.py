@@ -86,17 +86,16 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
 
 def report(cfg: Any) -> str:
     """What `clpet data` prints: the tables of a benchmark composed in `cfg`, with the model's tokenizer."""
-    from clpet.backbones import representation
     from clpet.config import build, typed
     from clpet.console import table
-    from clpet.text import Template, encode_benchmark
+    from clpet.objectives import load
+    from clpet.text import encode_benchmark
 
     config = typed(cfg)
-    benchmark = build(config.benchmark, "benchmark").load(config.data_dir)
-    backbone = build(config.model, "model")
-    needs_mask = representation(backbone, benchmark.template).value == "mask"
-    template = Template(backbone.tokenizer(), benchmark.template, benchmark.max_length, needs_mask)
-    found = inspect_data(benchmark, encode_benchmark(benchmark, template))
+    source = build(config.benchmark, "benchmark")
+    benchmark, backbone = source.load(config.data_dir), build(config.model, "model")
+    encode = load(source.objective.value).encoder(benchmark, backbone, backbone.tokenizer())
+    found = inspect_data(benchmark, encode_benchmark(benchmark, encode))
     header = ["task", *SPLITS, "labels", "label sizes", "tokens median", "p95", "max", "repeats"]
     rows = [
         [name, *(str(t[split]) for split in SPLITS), str(t["labels"]), f"{t['smallest_label']}-{t['largest_label']}",

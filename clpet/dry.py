@@ -28,10 +28,10 @@ def dry_run(console: Console, config: Config, method: Method, benchmark: Benchma
     say(f"benchmark {benchmark.name}: {len(benchmark)} tasks, {len(benchmark.labels)} labels")
     for task in benchmark.tasks:
         sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test"
-        say(f"  {task.name}: {sizes}; labels {', '.join(task.labels)}")
+        say(f"  {task.name}: {sizes}" + (f"; labels {', '.join(task.labels)}" if task.labels else ""))
     say(f"example  {example}")
     say(f"tokens   {' '.join(map(str, pool.tokens(row)))}")
-    say(f"label    {benchmark.labels[pool.labels[row]]} (representation: {objective.representation.value})")
+    say(objective.describe(pool, row))
     say(f"device   {objective.device}, {str(objective.dtype).removeprefix('torch.')}")
     say(f"steps    {steps_per_task(method, config.train.epochs)}")
     index, task = method.curriculum()[0]

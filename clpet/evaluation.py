@@ -6,18 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from clpet.methods.base import Choices, Method
+from clpet.methods.base import Method
+from clpet.objectives.base import TaskScore
 from clpet.tasks import Benchmark
 from clpet.text import Encoded
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """value in percent, and the counts behind it."""
-
-    value: float
-    correct: int
-    total: int
 
 
 @dataclass
@@ -33,53 +25,40 @@ class Evaluation:
 class Evaluator:
     """Scores a method on the test sets of a benchmark, all tasks in one pass of large batches sorted by length.
 
-    The class-incremental view lets all labels seen so far compete: an unseen label can never win, so a task
-    not yet learned scores 0. The task-incremental view takes the same predictions among the task's own labels.
+    What a prediction is and how right it is are the objective's to say. Where labels are answered there are two
+    views of the same predictions: class-incremental (all labels seen so far compete) and task-incremental (a
+    task's own labels only).
     """
 
     def __init__(self, benchmark: Benchmark, data: Encoded, batch_size: int) -> None:
         self.benchmark, self.pool, self.batch_size = benchmark, data.test, batch_size
-        self.own = torch.full((len(benchmark), len(benchmark.labels)), float("-inf"))
-        for index in range(len(benchmark)):
-            self.own[index, benchmark.task_labels(index)] = 0
 
     @torch.inference_mode()
     def __call__(self, method: Method, learned: int, tasks: list[int]) -> Evaluation:
         """Scores of `tasks` after the first `learned` tasks."""
-        rows = self.pool.rows_of(*tasks)
-        device = method.objective.device
-        own_mask = self.own.to(device)
-        labels = self.benchmark.seen_labels(learned)
-        method.objective.meter.kind = "evaluated"
+        objective, labels = method.objective, self.benchmark.seen_labels(learned)
+        objective.meter.kind = "evaluated"
         table: dict[str, list[Any]] = {}
-        for part in self.pool.by_length(rows, self.batch_size):
-            batch = self.pool.batch(part, device)
-            choices = Choices(labels, batch.tasks if method.task_id_at_test else None)
+        for part in self.pool.by_length(self.pool.rows_of(*tasks), self.batch_size):
+            batch = self.pool.batch(part, objective.device)
+            choices = method.choices(batch, labels)
             found = method.predict(batch, choices)
-            known = method.predict_known_task(batch, found)
-            best = _best(choices.mask(found.scores))
-            columns = {
-                "row": torch.as_tensor(part),
-                "task": batch.tasks,
-                "label": batch.labels,
-                "prediction": best,
-                "own_prediction": _best(known + own_mask[batch.tasks]),
-                **found.trace,
-            }
+            columns = objective.table(batch, found, method.predict_known_task(batch, found), choices)
+            columns = {"row": part, "task": batch.tasks, **columns, **found.trace}
             for name, values in columns.items():
-                table.setdefault(name, []).append(values.cpu())
-        method.objective.meter.kind = "learned"
-        return self._summary({name: torch.cat(parts).numpy() for name, parts in table.items()}, tasks, learned)
+                table.setdefault(name, []).append(values.cpu() if torch.is_tensor(values) else np.asarray(values))
+        objective.meter.kind = "learned"
+        rows = {name: np.concatenate([np.asarray(part) for part in parts]) for name, parts in table.items()}
+        return self._summary(method, rows, tasks, learned)
 
-    def _summary(self, table: dict[str, np.ndarray], tasks: list[int], learned: int) -> Evaluation:
+    def _summary(self, method: Method, table: dict[str, np.ndarray], tasks: list[int], learned: int) -> Evaluation:
         order = np.argsort(table["row"])
         table = {name: values[order] for name, values in table.items()}
         result = Evaluation(rows=table)
         for index in tasks:
             inside = table["task"] == index
-            for view, column in ((result.seen, "prediction"), (result.own, "own_prediction")):
-                hits = table[column][inside] == table["label"][inside]
-                view[index] = TaskScore(100 * float(hits.mean()), int(hits.sum()), int(hits.size))
+            for view, column in ((result.seen, "score"), (result.own, "own_score")):
+                view[index] = method.objective.summary(table[column][inside])
         if "selected" in table:
             hits = table["selected"] == table["task"]
             shares = [hits[table["task"] == index].mean() for index in tasks if index < learned]
@@ -88,9 +67,3 @@ class Evaluator:
                 "selector_whole": 100 * float(hits[table["task"] < learned].mean()),
             }
         return result
-
-
-def _best(scores: torch.Tensor) -> torch.Tensor:
-    """[batch]: the label with the highest score, the lowest one of a tie; -1 where no label can be answered."""
-    value, label = scores.max(1)
-    return torch.where(value == float("-inf"), -1, label)

@@ -23,6 +23,12 @@ class Rows:
     columns: set[str]
     values: list[dict[str, Any]]
 
+    def fill(self, column: str, value: Any) -> None:
+        """Adds a column that holds one value."""
+        self.columns.add(column)
+        for row in self.values:
+            row[column] = value
+
     def need(self, *columns: str) -> None:
         """Raises DataError when a column is missing."""
         for column in columns:

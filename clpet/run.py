@@ -17,11 +17,12 @@ from clpet.dry import count_parameters, dry_run
 from clpet.errors import ConfigError, ModelError
 from clpet.evaluation import Evaluator
 from clpet.methods.base import Method
-from clpet.objectives.classification import Classification
+from clpet.objectives import load as load_objective_class
+from clpet.objectives.base import Objective
 from clpet.results import TransferMatrix
 from clpet.state import Lock, RunState
 from clpet.tasks import Benchmark
-from clpet.text import Encoded, encode_benchmark
+from clpet.text import Encoded
 from clpet.tracking import Tracker, write_predictions
 from clpet.training import Trainer, quiet_libraries
 
@@ -143,7 +144,7 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
     }
     method = build(config.method, "method")
     parts["replay"].check(config.train.global_batch_size)
-    method.check(Classification.name, parts["replay"].name, parts["peft"].name)
+    method.check(parts["benchmark"].objective.value, parts["replay"].name, parts["peft"].name)
     return method, parts
 
 
@@ -154,15 +155,17 @@ def check_validation(config: Config, method: Method, benchmark: Benchmark) -> No
             raise ConfigError(f"train.select=best, but task {task.name} has no validation examples")
 
 
-def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) -> tuple[Classification, Encoded]:
+def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) -> tuple[Objective, Encoded]:
     """The backbone with its tokenizer, and the benchmark's splits tokenised once."""
     backbone, hardware, peft = parts["model"], parts["hardware"], parts["peft"]
+    kind = load_objective_class(parts["benchmark"].objective.value)
     frozen = peft.peft_config(backbone) is not None
     dtype = hardware.torch_dtype if frozen else _fp32()
-    model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed)
-    adapters = Adapters(model, backbone, peft)
-    objective = Classification(benchmark, backbone, adapters, tokenizer, derive(config.seed, "head"), hardware)
-    return objective, encode_benchmark(benchmark, objective.template)
+    model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, kind.generates)
+    adapters = Adapters(model, backbone, peft, kind.generates)
+    seed = derive(config.seed, "head")
+    objective = kind(benchmark, backbone, adapters, tokenizer, seed, hardware, config.evaluation)
+    return objective, objective.encode()
 
 
 def _fp32() -> Any:

@@ -1,9 +1,11 @@
 """Where examples come from: the hub, local tables, and what each benchmark makes of them."""
 
+import dataclasses
 import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +17,14 @@ from clpet.readers import Rows, read_hub, read_local, stdlib_docstrings
 from clpet.tasks import SPLITS, Benchmark, Example, Task, order_names
 
 Splits = dict[str, list[Example]]
+METRICS = ("accuracy", "exact_match", "rouge_l")
+
+
+class Kind(Enum):
+    """What is asked of the model: one of the objectives."""
+
+    classification = "classification"
+    text_to_text = "text_to_text"
 
 
 @dataclass
@@ -32,6 +42,11 @@ class Source:
     validation_share: float = 0.1
     template: str = "{text}"
     max_length: int = 128
+    objective: Kind = Kind.classification
+    prompt: str = "{text}"
+    max_target: int = 50
+    metric: str = "exact_match"
+    metrics: dict[str, str] = field(default_factory=dict)
 
     fields: ClassVar[tuple[str, ...]] = ()  # slots that examples fill beside {text} and {mask}
 
@@ -40,8 +55,13 @@ class Source:
             value = getattr(self, key)
             require(value is None or value >= 1, f"benchmark.{key}", value, "at least 1, or null for all")
         require(self.max_length >= 8, "benchmark.max_length", self.max_length, "at least 8 tokens")
+        require(self.max_target >= 1, "benchmark.max_target", self.max_target, "at least 1 token")
+        for metric in (self.metric, *self.metrics.values()):
+            require(metric in METRICS, "benchmark.metric", metric, " or ".join(METRICS))
         require(0 <= self.validation_share < 1, "benchmark.validation_share", self.validation_share, "in [0, 1)")
-        require("{text}" in self.template, "benchmark.template", repr(self.template), "a text that contains {text}")
+        for key in ("template", "prompt"):
+            value = getattr(self, key)
+            require(value.count("{text}") == 1, f"benchmark.{key}", repr(value), "a text that contains {text} once")
         known = ("text", "mask", *self.fields)
         fits = all(slot in known for slot in re.findall(r"\{(\w+)\}", self.template))
         slots_there = ", ".join(f"{{{slot}}}" for slot in known)
@@ -50,6 +70,16 @@ class Source:
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
         """The splits of every task, in listed order."""
         raise DataError(f"{type(self).__name__} does not say how to read its tasks")
+
+    @property
+    def answers(self) -> bool:
+        """Whether targets are answers to be written, not labels to be told apart."""
+        return self.objective is Kind.text_to_text
+
+    @property
+    def prompt_columns(self) -> list[str]:
+        """Columns that the prompt reads beside {text}."""
+        return [slot for slot in slots(self.prompt) if slot != "text"] if self.answers else []
 
     def named_order(self) -> list[str] | None:
         """The tasks of the published order that `order` names, if it names one."""
@@ -74,46 +104,50 @@ class Source:
             if name not in splits:
                 raise DataError(f"benchmark.tasks names {name}, which {self.name} does not have{suggest(name, splits)}")
         names = order_names(chosen, self.order, orders, self.order_seed)
-        benchmark = Benchmark(
-            self.name, [self._task(name, splits[name]) for name in names], self.template, self.max_length
-        )
+        tasks = [self._task(name, splits[name]) for name in names]
+        template = self.prompt.rstrip() if self.answers else self.template
+        benchmark = Benchmark(self.name, tasks, template, self.max_length, self.max_target if self.answers else 0)
         benchmark.check()
         return benchmark
 
     def _task(self, name: str, splits: Splits) -> Task:
         train, validation, test = (list(splits.get(split, [])) for split in SPLITS)
+        metric = self.metrics.get(name, self.metric) if self.answers else "accuracy"
+        labelled = metric != "rouge_l"
         if not validation:
-            train, validation = split_off(train, self.validation_share)
-        count = len({example.target for example in train})
-        if self.max_train is not None and self.max_train < count:
-            raise DataError(f"benchmark.max_train={self.max_train} is too few for the {count} labels of task {name}")
-        train = sample(train, self.max_train)
-        validation = sample(validation, self.max_train and max(1, self.max_train // 5))
-        labels = {str(example.target) for example in train if example.target is not None}
-        return Task(name, train, validation, sample(test, self.max_test), tuple(sorted(labels)))
+            train, validation = split_off(train, self.validation_share, labelled)
+        labels = {str(example.target) for example in train if example.target is not None} if labelled else set()
+        if self.max_train is not None and self.max_train < len(labels):
+            raise DataError(
+                f"benchmark.max_train={self.max_train} is too few for the {len(labels)} labels of task {name}"
+            )
+        train = sample(train, self.max_train, labelled)
+        validation = sample(validation, self.max_train and max(1, self.max_train // 5), labelled)
+        test = sample(test, self.max_test, labelled)
+        return Task(name, train, validation, test, tuple(sorted(labels)), metric)
 
 
-def sample(examples: list[Example], most: int | None) -> list[Example]:
-    """At most `most` examples, spread evenly over the labels; the same ones whatever the run's seed."""
+def sample(examples: list[Example], most: int | None, labelled: bool = True) -> list[Example]:
+    """At most `most` examples, spread evenly over the labels if any; the same ones whatever the run's seed."""
     if most is None or len(examples) <= most:
         return examples
     rng = np.random.default_rng(derive(0, "sample", len(examples)))
     turns: dict[str | None, int] = {}
     ranked: list[tuple[int, int, int]] = []
     for index in rng.permutation(len(examples)):
-        target = examples[index].target
+        target = examples[index].target if labelled else None
         turns[target] = turns.get(target, 0) + 1
         ranked.append((turns[target], len(ranked), index))
     return [examples[index] for index in sorted(index for _, _, index in sorted(ranked)[:most])]
 
 
-def split_off(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
+def split_off(examples: list[Example], share: float, labelled: bool = True) -> tuple[list[Example], list[Example]]:
     """(rest, part): `part` is about `share` of each label's examples, never a label's last one."""
     if share == 0:
         return examples, []
     by_label: dict[str | None, list[int]] = {}
     for index, example in enumerate(examples):
-        by_label.setdefault(example.target, []).append(index)
+        by_label.setdefault(example.target if labelled else None, []).append(index)
     rng = np.random.default_rng(derive(0, "split", len(examples)))
     part: set[int] = set()
     for rows in by_label.values():
@@ -197,6 +231,8 @@ class Table(Source):
         if self.task is not None:
             return self._by_column(rows, self.task)
         splits = {split: [self.example(row) for row in self._kept(part, split)] for split, part in rows.items()}
+        if self.answers:
+            return {self.name: splits}
         if not splits.get("test"):
             splits["train"], splits["test"] = split_off(splits["train"], self.test_share)
         return by_label(splits, self._groups(splits))
@@ -209,7 +245,7 @@ class Table(Source):
         return read_hub(self.hub, self.hub_config, self.hub_revision, self.splits, self.hub_columns or {})
 
     def _kept(self, rows: Rows, split: str) -> Iterable[dict[str, Any]]:
-        columns = [self.text, self.label] + ([self.task] if self.task else [])
+        columns = [self.text, self.label, *self.prompt_columns] + ([self.task] if self.task else [])
         rows.need(*(name for column in columns for name in slots(column)))
         where = (self.where or {}).items() if split == "train" else ()
         rows.need(*(column for column, _ in where))
@@ -227,8 +263,10 @@ class Table(Source):
                 yield row
 
     def example(self, row: dict[str, Any]) -> Example:
-        """One row as an Example."""
-        return Example(fill(self.text, row), str(row[self.label]))
+        """One row as an Example; what the prompt needs beside the text becomes its fields."""
+        fields = {name: str(row[name]) for name in self.prompt_columns}
+        references = tuple(map(str, row.get("references") or ())) if self.answers else ()
+        return Example(fill(self.text, row), str(row[self.label]), fields, references=references)
 
     def _groups(self, splits: Splits) -> dict[str, list[str]]:
         if self.task_labels is not None:
@@ -273,7 +311,8 @@ class Folders(Source):
     """One folder per task with train, validation and test files; from the hub, one data set per task.
 
     `label_space=task` keeps the labels of different tasks apart, `union` lets equal names be one label;
-    `label_sets` names tasks that share their labels (task -> set).
+    `label_sets` names tasks that share their labels (task -> set). `instructions` (task -> text) fill the
+    prompt's {instruction} where the rows have no such column.
     """
 
     folders: list[str] = field(default_factory=list)
@@ -281,7 +320,9 @@ class Folders(Source):
     label: str = "label"
     label_space: str = "task"
     label_sets: dict[str, str] | None = None
+    splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
     hub_tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    instructions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,7 +333,8 @@ class Folders(Source):
         return {name: self._read_task(name, data_dir) for name in wanted or self.folders}
 
     def _read_task(self, name: str, data_dir: Path | None) -> Splits:
-        table = Table(name=name, text=self.text, label=self.label)
+        kept: dict[str, Any] = {"objective": self.objective, "prompt": self.prompt}
+        table = Table(name=name, text=self.text, label=self.label, splits=self.splits, **kept)
         names: list[str] = []
         if data_dir is not None:
             rows = read_local(self.place(data_dir) / name, table.splits)
@@ -301,16 +343,19 @@ class Folders(Source):
                 raise DataError(f"task {name} of {self.name} has no hub id in its YAML: say data_dir=FOLDER")
             spec = dict(self.hub_tasks[name])
             names = spec.pop("label_names", [])
-            table = Table(name=name, **spec)
+            table = Table(name=name, **{**kept, **spec})
             rows = read_hub(str(table.hub), table.hub_config, table.hub_revision, table.splits, {})
         label = self._labeller(name, names)
-        return {
-            split: [Example(fill(table.text, row), label(row[table.label])) for row in table._kept(part, split)]
-            for split, part in rows.items()
-        }
+        splits = {}
+        for split, part in rows.items():
+            if "instruction" in table.prompt_columns and "instruction" not in part.columns:
+                part.fill("instruction", self.instructions.get(name, ""))
+            examples = [(table.example(row), row[table.label]) for row in table._kept(part, split)]
+            splits[split] = [dataclasses.replace(example, target=label(value)) for example, value in examples]
+        return splits
 
     def _labeller(self, task: str, names: list[str]) -> Callable[[Any], str]:
-        prefix = "" if self.label_space == "union" else f"{(self.label_sets or {}).get(task, task)}: "
+        prefix = "" if self.answers or self.label_space == "union" else f"{(self.label_sets or {}).get(task, task)}: "
         return lambda value: prefix + (names[int(value)] if names else str(value))
 
 

@@ -27,13 +27,15 @@ class Example:
     """One piece of text and what is asked of it.
 
     `target` is a label name, an answer text, or None for plain text. `fields` fill the template's other
-    slots. `focus` are character spans of the text that a window cut must keep (entities).
+    slots. `focus` are character spans of the text that a window cut must keep (entities). `references` are all
+    answers that count as right, where there is more than `target`.
     """
 
     text: str
     target: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     focus: tuple[tuple[int, int], ...] = ()
+    references: tuple[str, ...] = ()
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Benchmark:
     tasks: list[Task]
     template: str = "{text}"
     max_length: int = 128
+    max_target: int = 0
     data_record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,7 +92,7 @@ class Benchmark:
             for split in SPLITS:
                 hasher.update(f"\x1e{task.name}\x1e{split}".encode())
                 for example in task.split(split):
-                    parts = (example.text, str(example.target), *example.fields.values())
+                    parts = (example.text, str(example.target), *example.fields.values(), *example.references)
                     hasher.update("\x1f".join(parts).encode(errors="surrogatepass"))
         return hasher.hexdigest()[:16]
 

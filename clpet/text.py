@@ -1,6 +1,7 @@
 """Text to tokens, once per split: templates, entity windows, pooled splits and length-bucketed batches."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clpet.errors import ConfigError, DataError
-from clpet.tasks import Benchmark, Example
+from clpet.tasks import SPLITS, Benchmark, Example
 
 # Reserved vocabulary entries that can stand for the markers [m0] to [m3] and, last, for a missing mask token.
 RESERVED = (
@@ -19,6 +20,7 @@ RESERVED = (
     [f"madeupword000{i}" for i in range(3)] + ["<unk>", "<unk>"],
     [f"<extra_id_{i}>" for i in range(5)],
 )
+IGNORED = -100  # target id of a place that is not learned
 PLAIN = ["#", "#", "@", "@", "_"]  # a vocabulary without reserved entries marks entities with signs
 
 
@@ -29,7 +31,9 @@ class Template:
     once when the representation is read there. [m0] to [m3] in a text become reserved tokens.
     """
 
-    def __init__(self, tokenizer: Any, template: str, max_length: int, needs_mask: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str, max_length: int, needs_mask: bool = False, end: bool = True
+    ) -> None:
         if template.count("{text}") != 1:
             raise ConfigError(f"benchmark.template must hold {{text}} once: {template!r}")
         if needs_mask and template.count("{mask}") != 1:
@@ -47,7 +51,9 @@ class Template:
         if special:
             tokenizer.add_special_tokens({"additional_special_tokens": special}, replace_extra_special_tokens=False)
         self.mask_id = tokenizer.convert_tokens_to_ids(self.mask)
-        self.head, self.tail = _frame(tokenizer)
+        self.head, self.tail = frame(tokenizer)
+        if not end:  # a text that will be continued
+            self.tail = []
 
     def encode(self, examples: Sequence[Example]) -> list[list[int]]:
         """Token ids of each example, at most `max_length`. Raises DataError when the template alone is too long."""
@@ -69,10 +75,8 @@ class Template:
         return rows
 
     def _fill(self, part: str, example: Example) -> str:
-        text = part.replace("{mask}", self.mask)
-        for name, value in example.fields.items():
-            text = text.replace(f"{{{name}}}", value)
-        return text
+        values = {"mask": self.mask, **example.fields}
+        return re.sub(r"\{(\w+)\}", lambda slot: values.get(slot.group(1), slot.group(0)), part)
 
     def _mark(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
         text, focus = example.text, list(example.focus)
@@ -94,7 +98,7 @@ class Template:
         return [{"ids": ids, "offsets": span} for ids, span in zip(out["input_ids"], spans, strict=True)]
 
 
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens a tokenizer puts before and after one text."""
     probe = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
@@ -133,7 +137,11 @@ def _centred(start: int, end: int, room: int, total: int) -> list[int]:
 
 @dataclass
 class Batch:
-    """Padded token ids [batch, length] with what is needed to score them; `rows` index the pool they came from."""
+    """Padded token ids [batch, length] with what is needed to score them; `rows` index the pool they came from.
+
+    Where an answer is to be learned, `targets` [batch, answer length] holds its tokens, IGNORED at padding, and
+    `references` the answers that count as right.
+    """
 
     rows: np.ndarray
     input_ids: Tensor
@@ -142,7 +150,10 @@ class Batch:
     labels: Tensor
     tasks: Tensor
     padded: bool = True
-    share: float = 1.0  # of the optimiser step's examples, where a step is made of several batches
+    left: bool = False  # padded on the left, for texts that are continued
+    share: float = 1.0  # of the optimiser step's mean, where a step is made of several batches
+    targets: Tensor | None = None
+    references: list[tuple[str, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,31 +161,70 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Token places computed on, padding included."""
-        return self.input_ids.numel()
+        return self.input_ids.numel() + (0 if self.targets is None else self.targets.numel())
 
     def select(self, keep: Tensor) -> "Batch":
         """The examples at the given positions, re-padded to the longest of them."""
         mask = self.attention_mask[keep]
         width = int(mask.sum(1).max())
+        inside = slice(-width, None) if self.left else slice(width)
+        chosen = keep.tolist()
         return Batch(
-            self.rows[keep.cpu().numpy()],
-            self.input_ids[keep][:, :width],
-            mask[:, :width],
+            self.rows[chosen],
+            self.input_ids[keep][:, inside],
+            mask[:, inside],
             self.positions[keep],
             self.labels[keep],
             self.tasks[keep],
+            left=self.left,
+            targets=None if self.targets is None else self.targets[keep],
+            references=self.references and [self.references[row] for row in chosen],
         )
 
 
+class Ragged:
+    """Rows of token ids of any length, as one flat array with offsets."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(self.starts[-1]))
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.flat[self.starts[row] : self.starts[row + 1]]
+
+    def padded(self, rows: np.ndarray, fill: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [rows, longest], whether a place is inside its row)."""
+        lengths = self.lengths[rows][:, None]
+        places = np.arange(int(lengths.max()))
+        inside = places >= places.size - lengths if left else places < lengths
+        ids = np.full(inside.shape, fill, dtype=np.int64)
+        ids[inside] = np.concatenate([self[row] for row in rows])
+        return ids, inside
+
+
 class EncodedDataset:
-    """One split of all tasks, tokenised: flat token ids with offsets, a label id and a task number per row."""
+    """One split of all tasks, tokenised: a label id and a task number per row, and an answer where there is one.
+
+    `lengths` [rows] is what batches are sorted by; `weights` [rows] how many terms of a mean loss a row has.
+    """
 
     def __init__(
-        self, tokens: list[list[int]], labels: Sequence[int], tasks: Sequence[int], pad_id: int, mask_id: int
+        self,
+        tokens: list[list[int]],
+        labels: Sequence[int],
+        tasks: Sequence[int],
+        pad_id: int,
+        mask_id: int = -1,
+        answers: list[list[int]] | None = None,
+        references: list[tuple[str, ...]] | None = None,
+        left: bool = False,
     ) -> None:
-        self.lengths = np.array([len(row) for row in tokens], dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.flat = np.fromiter((token for row in tokens for token in row), dtype=np.int32, count=int(self.starts[-1]))
+        self.source = Ragged(tokens)
+        self.answer = None if answers is None else Ragged(answers)
+        self.references, self.left = references, left
+        self.lengths = self.source.lengths + (0 if self.answer is None else self.answer.lengths)
+        self.weights = np.ones(len(tokens)) if self.answer is None else self.answer.lengths.astype(float)
         self.labels = np.array(labels, dtype=np.int64)
         self.tasks = np.array(tasks, dtype=np.int64)
         self.pad_id, self.mask_id = pad_id, mask_id
@@ -187,21 +237,24 @@ class EncodedDataset:
         return np.flatnonzero(np.isin(self.tasks, tasks))
 
     def tokens(self, row: int) -> np.ndarray:
-        """Token ids of one row."""
-        return self.flat[self.starts[row] : self.starts[row + 1]]
+        """Token ids of one row, without its answer."""
+        return self.source[row]
 
     def batch(self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Batch:
-        """The rows, right-padded to the longest."""
+        """The rows, padded to the longest."""
         rows = np.asarray(rows, dtype=np.int64)
-        width = int(self.lengths[rows].max())
-        inside = np.arange(width) < self.lengths[rows][:, None]
-        ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
-        ids[inside] = np.concatenate([self.tokens(row) for row in rows])
+        ids, inside = self.source.padded(rows, self.pad_id, self.left)
         positions = np.argmax(ids == self.mask_id, axis=1)
-        arrays = (ids, inside.astype(np.int64), positions, self.labels[rows], self.tasks[rows])
-        moved = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-        input_ids, mask, places, labels, tasks = moved
-        return Batch(rows, input_ids, mask, places, labels, tasks, padded=not inside.all())
+        arrays = [ids, inside.astype(np.int64), positions, self.labels[rows], self.tasks[rows]]
+        if self.answer is not None:
+            arrays.append(self.answer.padded(rows, IGNORED)[0])
+        input_ids, mask, places, labels, tasks, *answers = (
+            torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
+        )
+        batch = Batch(rows, input_ids, mask, places, labels, tasks, padded=not inside.all(), left=self.left)
+        batch.targets = answers[0] if answers else None
+        batch.references = self.references and [self.references[row] for row in rows]
+        return batch
 
     def by_length(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """The rows in batches of `size`, longest first, so that padding is next to nothing."""
@@ -226,16 +279,13 @@ class Encoded:
     test: EncodedDataset
 
 
-def encode_benchmark(benchmark: Benchmark, template: Template) -> Encoded:
-    """Tokenises every split once; labels become ids (-1 for examples without)."""
+def encode_benchmark(
+    benchmark: Benchmark, encode: Callable[[list[Example], list[int], list[int]], EncodedDataset]
+) -> Encoded:
+    """Encodes every split once; `encode` gets examples, their label ids (-1 without) and their task numbers."""
     pools = {}
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         pairs = [(index, example) for index, task in enumerate(benchmark.tasks) for example in task.split(split)]
-        pools[split] = EncodedDataset(
-            template.encode([example for _, example in pairs]),
-            [benchmark.label_ids.get(str(example.target), -1) for _, example in pairs],
-            [index for index, _ in pairs],
-            template.tokenizer.pad_token_id,
-            template.mask_id,
-        )
+        labels = [benchmark.label_ids.get(str(example.target), -1) for _, example in pairs]
+        pools[split] = encode([example for _, example in pairs], labels, [index for index, _ in pairs])
     return Encoded(**pools)

@@ -195,7 +195,10 @@ def write_predictions(folder: Path, row: int, evaluation: Evaluation, names: lis
         return pyarrow.DictionaryArray.from_arrays(pyarrow.array(ids, pyarrow.int32(), mask=ids < 0), words)
 
     columns: dict[str, Any] = {"example": table["row"], "task": spell(table["task"], names)}
-    columns |= {name: spell(table[name], labels) for name in ("label", "prediction", "own_prediction")}
+    for name in ("label", "prediction", "own_prediction", "score"):
+        if name in table:
+            words = np.issubdtype(table[name].dtype, np.integer)
+            columns[name] = spell(table[name], labels) if words else pyarrow.array(table[name].tolist())
     columns |= {"selected": spell(table["selected"], names)} if "selected" in table else {}
     temporary = folder / f".after-{row:03d}.parquet"
     pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")

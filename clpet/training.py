@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clpet.config import Schedule, Select, Training, derive, require
 from clpet.errors import HostError
 from clpet.memory import Plan
-from clpet.objectives.classification import Classification
+from clpet.objectives.base import Objective
 from clpet.text import Batch
 
 
@@ -95,7 +95,7 @@ class Trainer:
         self,
         settings: Training,
         hardware: Hardware,
-        objective: Classification,
+        objective: Objective,
         progress: Progress,
         seed: int,
     ) -> None:
@@ -168,8 +168,8 @@ class Trainer:
     def _backward(
         self, plan: Plan, rows: Any, loss: Callable[[Batch], Tensor], parameters: list[nn.Parameter]
     ) -> Tensor:
-        """Gradients of the batch's mean loss, in micro-batches; returns that mean, detached."""
-        full = len(rows)
+        """Gradients of the batch's mean loss over all its terms, in micro-batches; returns that mean, detached."""
+        full = plan.pool.weights[rows].sum()
         if plan.keep is not None:
             rows = rows[plan.keep(rows)]
         if len(rows) == 0:
@@ -180,7 +180,7 @@ class Trainer:
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             batch = plan.pool.batch(part, self.hardware.torch_device)
-            batch.share = len(part) / full
+            batch.share = float(plan.pool.weights[part].sum() / full)
             value = loss(batch) * batch.share
             value.backward()
             mean += value.detach()

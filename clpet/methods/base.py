@@ -1,44 +1,21 @@
 """Method: the hooks of a continual-learning method. Every default is plain sequential fine-tuning."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive
 from clpet.errors import ConfigError
 from clpet.memory import Held, NoReplay, Plan
-from clpet.objectives.classification import Classification, Head
+from clpet.objectives.base import Choices, Predictions
+from clpet.objectives.classification import Head
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, Encoded
 from clpet.training import Trainer
-
-
-@dataclass
-class Choices:
-    """What may be answered: label ids, and each example's task only where the method is given it."""
-
-    labels: Sequence[int]
-    tasks: Tensor | None = None
-
-    def mask(self, scores: Tensor) -> Tensor:
-        """The scores with every label that may not be answered at minus infinity."""
-        allowed = torch.full((scores.shape[1],), float("-inf"), device=scores.device)
-        allowed[torch.as_tensor(self.labels, device=scores.device, dtype=torch.long)] = 0
-        return scores + allowed
-
-
-@dataclass
-class Predictions:
-    """[batch, all labels] scores; [batch, K] modules that gave them; per-example facts worth keeping, by name."""
-
-    scores: Tensor
-    modules: Tensor | None = None
-    trace: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,7 +24,7 @@ class Method:
 
     name: str = ""
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification",)
+    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
     uses_replay: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False  # more than one adapter: refuses peft=none
     task_id_at_test: ClassVar[bool] = False  # results are task-incremental
@@ -65,9 +42,7 @@ class Method:
     def check_benchmark(self, benchmark: Benchmark) -> None:
         """Raises ConfigError where the tasks do not allow what the knobs ask for, before the backbone is loaded."""
 
-    def setup(
-        self, objective: Classification, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int
-    ) -> None:
+    def setup(self, objective: Any, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int) -> None:
         """Attaches the first adapter; called once, before any evaluation."""
         self.objective, self.benchmark, self.data = objective, benchmark, data
         self.replay, self.seed = replay, seed
@@ -88,7 +63,7 @@ class Method:
 
     def grow_head(self, index: int) -> None:
         """Gives the labels of a task their rows."""
-        self.objective.head.grow(self.benchmark.task_labels(index))
+        self.objective.add_labels(self.benchmark.task_labels(index))
 
     def fit(self, trainer: Trainer, index: int) -> None:
         """The usual stage: this method's plan, loss and hooks on its trainable parameters."""
@@ -109,17 +84,13 @@ class Method:
         """The plans of a task's fits by stage name, to say beforehand how many steps it takes."""
         return {"": self.plan(index)}
 
-    def represent(self, batch: Batch) -> Tensor:
-        """[batch, dim]: what the head reads."""
-        return self.objective.features(batch)
-
     def logits(self, batch: Batch) -> Tensor:
-        """[batch, head rows]: what the softmax of the loss is taken over."""
-        return self.objective.head(self.represent(batch))
+        """[terms, classes]: what the softmax of the loss is taken over."""
+        return self.objective.logits(batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy over the head's labels, mean over the batch; penalties and distillation are added here."""
-        return F.cross_entropy(self.logits(batch), self.objective.head.columns(batch.labels))
+        """The objective's cross-entropy, mean over its terms; penalties and distillation are added here."""
+        return self.objective.loss(batch)
 
     def adjust_gradients(self) -> None:
         """Projections and the like: after backward, before the optimiser's step."""
@@ -134,49 +105,48 @@ class Method:
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser moves."""
         adapter = self.objective.adapters.tensors("default").values()
-        return [*adapter, *self.objective.head.parameters()]
+        return [*adapter, *self.objective.parameters().values()]
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
-        """Scores over all labels; those outside `choices` are masked by the caller."""
-        return Predictions(self.objective.head.scatter(self.represent(batch)))
+        """Scores over all labels (those outside `choices` are masked by the caller), or texts."""
+        return self.objective.predict(batch, choices)
 
-    def predict_known_task(self, batch: Batch, found: Predictions) -> Tensor:
-        """Scores for the task-incremental view; `found` is what `predict` gave, reused where it serves."""
-        return found.scores
+    def predict_known_task(self, batch: Batch, found: Predictions) -> Predictions:
+        """Predictions for the task-incremental view; `found` is what `predict` gave, reused where it serves."""
+        return found
+
+    def choices(self, batch: Batch, labels: Sequence[int]) -> Choices:
+        """What may be answered to a batch."""
+        return Choices(labels, batch.tasks if self.task_id_at_test else None)
 
     def validate(self, index: int) -> float:
-        """Average accuracy over the tasks of the memory's validation examples, for train.select=best."""
+        """Average score over the tasks of the memory's validation examples, for train.select=best."""
         labels = self.benchmark.seen_labels(index + 1)
 
-        def scores(batch: Batch) -> Tensor:
-            return self.predict(batch, Choices(labels, batch.tasks if self.task_id_at_test else None)).scores
+        def score(batch: Batch) -> Tensor:
+            choices = self.choices(batch, labels)
+            return self.objective.judge(batch, self.predict(batch, choices), choices)
 
-        return self.average_accuracy(self.validation(index), scores, labels)
+        return self.average_score(self.validation(index), score)
 
     def validation(self, index: int) -> Held:
         """What the best epoch of task `index` is chosen on."""
         return self.replay.validation(index)
 
     @torch.inference_mode()
-    def average_accuracy(
-        self,
-        parts: Held,
-        scores: Callable[[Batch], Tensor],
-        labels: Sequence[int],
-        target: Callable[[Batch], Tensor] = lambda batch: batch.labels,
-    ) -> float:
-        """Mean over tasks of the share of examples whose best allowed score is the target's."""
+    def average_score(self, parts: Held, score: Callable[[Batch], Tensor]) -> float:
+        """Mean over tasks of the mean of `score`, which gives [batch] values."""
         hits: dict[int, list[Tensor]] = {}
         meter = self.objective.meter
         meter.kind = "validated"
         for pool, rows in parts:
             for part in pool.by_length(rows, self.objective.eval_batch_size):
                 batch = pool.batch(part, self.objective.device)
-                right = Choices(labels).mask(scores(batch)).argmax(1) == target(batch)
+                right = score(batch).float()
                 for task in np.unique(pool.tasks[part]).tolist():
                     hits.setdefault(task, []).append(right[batch.tasks == task])
         meter.kind = "learned"
-        return float(np.mean([torch.cat(found).float().mean().item() for found in hits.values()]))
+        return float(np.mean([torch.cat(found).mean().item() for found in hits.values()]))
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """[n, size]: `memory_vector` of train rows, what a fixed memory is chosen on."""
@@ -204,7 +174,7 @@ class Method:
         """Number of scalars this method must keep beside the frozen backbone."""
         adapters = self.objective.adapters
         held = sum(adapters.count(name) for name in adapters.names)
-        return held + sum(parameter.numel() for parameter in self.objective.head.parameters())
+        return held + sum(parameter.numel() for parameter in self.objective.parameters().values())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later task needs: nested dicts of tensors, numbers, strings and lists."""
@@ -217,4 +187,4 @@ class Method:
 
     def heads(self) -> dict[str, Head]:
         """Heads by name, saved as safetensors at the end of the run."""
-        return {"default": self.objective.head}
+        return {"default": self.objective.head} if hasattr(self.objective, "head") else {}

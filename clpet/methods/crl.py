@@ -33,6 +33,7 @@ class CRL(Method):
     eps: float = 1e-4
     clip: float = 10.0
 
+    objectives: ClassVar[tuple[str, ...]] = ("classification",)
     uses_replay: ClassVar[bool] = True
     validates: ClassVar[bool] = False
 

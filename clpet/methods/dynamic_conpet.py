@@ -108,10 +108,10 @@ class DynamicConPET(Modular):
     def selector_accuracy(self, index: int) -> float:
         """Average over tasks of the share of validation examples sent to their own task."""
 
-        def scores(batch: Batch) -> Tensor:
-            return self.selector(self.objective.features(batch))
+        def right(batch: Batch) -> Tensor:
+            return self.selector(self.objective.features(batch)).argmax(1) == batch.tasks
 
-        return self.average_accuracy(self.replay.validation(index), scores, range(index + 1), lambda batch: batch.tasks)
+        return self.average_score(self.replay.validation(index), right)
 
     # Module k: logits of the selected modules over Y_{1:k}, -100 elsewhere; cross-entropy.
 
@@ -183,8 +183,13 @@ class DynamicConPET(Modular):
             return super().validate(index)
         pool = self.data.validation
         own = [(pool, pool.rows_of(index))]
-        labels = self.benchmark.task_labels(index)
-        return self.average_accuracy(own, lambda batch: self.route(batch, batch.tasks[:, None]), labels)
+        choices = Choices(self.benchmark.task_labels(index))
+
+        def right(batch: Batch) -> Tensor:
+            found = Predictions(self.route(batch, batch.tasks[:, None]))
+            return self.objective.judge(batch, found, choices)
+
+        return self.average_score(own, right)
 
     def trainable_parameters(self) -> int:
         """Module k and, from task 2 on, the selector."""

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive, require
 from clpet.memory import FixedReplay
+from clpet.methods.base import Choices, Predictions
 from clpet.methods.replay import Replay
 from clpet.tasks import Task
 from clpet.text import Batch
@@ -42,7 +44,17 @@ class EAEMR(Replay):
         self.held = torch.empty(0, dim, device=device)
 
     def represent(self, batch: Batch) -> Tensor:
+        """[batch, dim]: A h, what the head reads."""
         return self.align(self.objective.features(batch))
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self.objective.head(self.represent(batch))
+
+    def loss(self, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.logits(batch), self.objective.targets(batch))
+
+    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+        return Predictions(self.objective.head.scatter(self.represent(batch)))
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         if not isinstance(self.replay, FixedReplay):  # the same drawn examples before and after training

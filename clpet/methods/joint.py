@@ -1,10 +1,10 @@
 """Joint training on the union of all tasks at once: the upper bound without a task order."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from clpet.memory import AllReplay, NoReplay
 from clpet.methods.base import Method
-from clpet.objectives.classification import Classification
 from clpet.tasks import SPLITS, Benchmark, Task
 from clpet.text import Encoded
 from clpet.training import Trainer
@@ -18,9 +18,7 @@ class Joint(Method):
         train, validation, test = ([e for t in self.benchmark.tasks for e in t.split(split)] for split in SPLITS)
         return [(len(self.benchmark) - 1, Task("all tasks", train, validation, test, tuple(self.benchmark.labels)))]
 
-    def setup(
-        self, objective: Classification, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int
-    ) -> None:
+    def setup(self, objective: Any, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int) -> None:
         everything = AllReplay()
         everything.setup(data, seed, replay.batch_size)
         super().setup(objective, benchmark, data, everything, seed)
@@ -29,5 +27,5 @@ class Joint(Method):
         """Nothing comes after the only fit that would need a memory."""
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
-        self.objective.head.grow(range(len(self.benchmark.labels)))
+        self.objective.add_labels(range(len(self.benchmark.labels)))
         self.fit(trainer, index)

@@ -24,6 +24,7 @@ def module_name(index: int) -> str:
 class Modular(Method):
     """Module j = {adapter_j, head_j over the labels of task j}, frozen after task j."""
 
+    objectives: ClassVar[tuple[str, ...]] = ("classification",)
     needs_adapter: ClassVar[bool] = True
 
     def first_adapter(self) -> None:
@@ -76,10 +77,10 @@ class Modular(Method):
                 scores[place] = torch.maximum(scores[place], logits)  # a label in two modules: the better one
         return scores
 
-    def predict_known_task(self, batch: Batch, found: Predictions) -> Tensor:
+    def predict_known_task(self, batch: Batch, found: Predictions) -> Predictions:
         """Every example through its own task's module; only examples that were routed elsewhere run again."""
-        if found.modules is None:
-            return found.scores
+        if found.modules is None or found.scores is None:
+            return found
         routed = (found.modules == batch.tasks[:, None]).any(1)
         missed = (~routed & (batch.tasks < len(self.modules))).nonzero().squeeze(1)
         scores = found.scores
@@ -87,7 +88,7 @@ class Modular(Method):
             scores = scores.clone()
             part = batch if len(missed) == len(batch) else batch.select(missed)
             scores[missed] = self.route(part, batch.tasks[missed][:, None])
-        return scores
+        return Predictions(scores)
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(p.numel() for head in self.modules for p in head.parameters())

@@ -17,6 +17,8 @@ class Static(Method):
 
     future_labels: bool = False
 
+    objectives: ClassVar[tuple[str, ...]] = ("classification",)
+
     def grow_head(self, index: int) -> None:
         if self.future_labels:
             self.objective.head.grow(range(len(self.benchmark.labels)))

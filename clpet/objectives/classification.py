@@ -1,6 +1,5 @@
 """Classification: a linear head on a representation of the text, growing with the labels seen so far."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.adapters import Adapters
 from clpet.backbones import Backbone, Representation, representation
 from clpet.config import derive
-from clpet.cost import Meter
-from clpet.errors import ModelError
-from clpet.tasks import Benchmark
-from clpet.text import Batch, Template
+from clpet.objectives.base import Choices, Encode, Objective, Predictions
+from clpet.tasks import Benchmark, Example
+from clpet.text import Batch, EncodedDataset, Template
 
 MISSING = -100.0  # logit of a label that no selected module scores (ConPET, section 3.7)
 
@@ -78,35 +75,31 @@ def _initial_row(dim: int, seed: int, name: str) -> Tensor:
     return (torch.rand(dim + 1, generator=generator) * 2 - 1) / dim**0.5
 
 
-class Classification:
-    """A backbone with adapters, its head, and the losses and predictions a method builds on."""
+class Classification(Objective):
+    """A head on a representation of the text: all labels seen so far compete."""
 
     name = "classification"
 
-    def __init__(
-        self, benchmark: Benchmark, backbone: Backbone, adapters: Adapters, tokenizer: Any, seed: int, hardware: Any
-    ) -> None:
-        self.benchmark, self.adapters, self.tokenizer, self.seed = benchmark, adapters, tokenizer, seed
-        self.eval_batch_size = hardware.eval_batch_size
-        self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
-        config: Any = adapters.model.config
-        self.dim = int(config.hidden_size)
+    def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
         self.representation = representation(backbone, benchmark.template)
-        needs_mask = self.representation is Representation.mask
-        self.template = Template(tokenizer, benchmark.template, benchmark.max_length, needs_mask)
-        if len(tokenizer) > config.vocab_size:
-            raise ModelError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {config.vocab_size}"
-            )
-        longest = longest_input(adapters)
-        if longest is not None and benchmark.max_length > longest:
-            raise ModelError(
-                f"benchmark.max_length={benchmark.max_length}, but this model reads at most {longest} tokens"
-            )
-        self.head = self.new_head(seed)
-        self.meter = Meter()
-        full = adapters.config is None and self.dtype is not torch.float32
-        self.autocast = torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
+        super().__init__(benchmark, backbone, *rest)
+        config: Any = self.adapters.model.config
+        self.dim = int(config.hidden_size)
+        self.head = self.new_head(self.seed)
+        own = torch.full((len(benchmark), len(benchmark.labels)), float("-inf"))
+        for index in range(len(benchmark)):
+            own[index, benchmark.task_labels(index)] = 0
+        self.own = own.to(self.device)  # [tasks, labels]: minus infinity at the labels of other tasks
+
+    @classmethod
+    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
+        needs_mask = representation(backbone, benchmark.template) is Representation.mask
+        template = Template(tokenizer, benchmark.template, benchmark.max_length, needs_mask)
+
+        def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:
+            return EncodedDataset(template.encode(examples), labels, tasks, tokenizer.pad_token_id, template.mask_id)
+
+        return encode
 
     def new_head(self, seed: int, names: Sequence[str] | None = None) -> Head:
         """An empty head over the benchmark's labels (or over other names, such as task names)."""
@@ -121,25 +114,56 @@ class Classification:
         hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompt tuning puts virtual tokens in front
         return pool(hidden, batch, self.representation)
 
+    def logits(self, batch: Batch) -> Tensor:
+        """[batch, head rows]."""
+        return self.head(self.features(batch))
+
+    def targets(self, batch: Batch) -> Tensor:
+        """[batch]: the label's column of the head."""
+        return self.head.columns(batch.labels)
+
+    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+        return Predictions(self.head.scatter(self.features(batch)))
+
+    def judge(self, batch: Batch, found: Predictions, choices: Choices) -> Tensor:
+        """[batch]: 1 where the best of the labels that may be answered is the right one; a tie takes the lowest."""
+        assert found.scores is not None
+        return (choices.mask(found.scores).argmax(1) == batch.labels).float()
+
+    def table(self, batch: Batch, found: Predictions, known: Predictions, choices: Choices) -> dict[str, Any]:
+        """Two views: all seen labels compete, where a task not learned yet scores 0; or a task's own labels only."""
+        assert found.scores is not None
+        assert known.scores is not None
+        best, own = _best(choices.mask(found.scores)), _best(known.scores + self.own[batch.tasks])
+        return {
+            "label": batch.labels,
+            "prediction": best,
+            "own_prediction": own,
+            "score": best == batch.labels,
+            "own_score": own == batch.labels,
+        }
+
+    def describe(self, pool: EncodedDataset, row: int) -> str:
+        return f"label    {self.benchmark.labels[pool.labels[row]]} (representation: {self.representation.value})"
+
+    def add_labels(self, labels: Sequence[int]) -> None:
+        self.head.grow(labels)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.head.named_parameters())
+
     def state(self) -> dict[str, Any]:
-        """Adapters and head."""
-        return {"adapters": self.adapters.state(), "head": self.head.state()}
+        return {**super().state(), "head": self.head.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        for name, tensors in state["adapters"].items():
-            self.adapters.load(name, tensors)
+        super().load(state)
         self.head.load(state["head"])
 
 
-def longest_input(adapters: Adapters) -> int | None:
-    """Tokens the backbone has positions for, less the virtual tokens of prompt tuning; None without a limit."""
-    config: Any = adapters.model.config
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        return None
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    return positions - offset - (getattr(adapters.config, "num_virtual_tokens", 0) or 0)
+def _best(scores: Tensor) -> Tensor:
+    """[batch]: the label with the highest score, the lowest one of a tie; -1 where no label can be answered."""
+    value, label = scores.max(1)
+    return torch.where(value == float("-inf"), -1, label)
 
 
 def pool(hidden: Tensor, batch: Batch, how: Representation) -> Tensor:

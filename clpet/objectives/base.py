@@ -1,0 +1,162 @@
+"""Objective: a backbone with adapters and what it is asked to do; the losses and predictions methods build on."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clpet.adapters import Adapters
+from clpet.backbones import Backbone
+from clpet.config import Evaluation
+from clpet.cost import Meter
+from clpet.errors import ModelError
+from clpet.tasks import Benchmark, Example
+from clpet.text import Batch, Encoded, EncodedDataset, encode_benchmark
+
+Encode = Callable[[list[Example], list[int], list[int]], EncodedDataset]
+
+
+@dataclass
+class Choices:
+    """What may be answered: label ids, and each example's task only where the method is given it."""
+
+    labels: Sequence[int]
+    tasks: Tensor | None = None
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """The scores with every label that may not be answered at minus infinity."""
+        allowed = torch.full((scores.shape[1],), float("-inf"), device=scores.device)
+        allowed[torch.as_tensor(self.labels, device=scores.device, dtype=torch.long)] = 0
+        return scores + allowed
+
+
+@dataclass
+class Predictions:
+    """[batch, all labels] scores, or answers as texts; [batch, K] modules that gave them; facts worth keeping."""
+
+    scores: Tensor | None = None
+    modules: Tensor | None = None
+    trace: dict[str, Tensor] = field(default_factory=dict)
+    texts: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """value (percent where scores are shares of right answers), and the sums behind it."""
+
+    value: float
+    correct: float
+    total: float
+
+
+class Objective:
+    """Holds the network, its adapters, the tokenizer and the meter; subclasses say what a loss and an answer are."""
+
+    name: ClassVar[str] = ""
+    generates: ClassVar[bool] = False  # needs the backbone's own output layer
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        backbone: Backbone,
+        adapters: Adapters,
+        tokenizer: Any,
+        seed: int,
+        hardware: Any,
+        evaluation: Evaluation,
+    ) -> None:
+        self.benchmark, self.backbone, self.adapters = benchmark, backbone, adapters
+        self.tokenizer, self.seed, self.evaluation = tokenizer, seed, evaluation
+        self.eval_batch_size = hardware.eval_batch_size
+        self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
+        self.meter = Meter()
+        self._check_lengths()
+        self.encode_split = self.encoder(benchmark, backbone, tokenizer)
+        full = adapters.config is None and self.dtype is not torch.float32
+        self.autocast = torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
+
+    def _check_lengths(self) -> None:
+        config: Any = self.adapters.model.config
+        if len(self.tokenizer) > config.vocab_size:
+            raise ModelError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model's embedding only {config.vocab_size}"
+            )
+        longest, wanted = longest_input(self.adapters), self.longest_wanted()
+        if longest is not None and wanted > longest:
+            raise ModelError(f"benchmark.max_length={wanted}, but this model reads at most {longest} tokens")
+
+    def longest_wanted(self) -> int:
+        """Tokens of the longest input that the benchmark's settings allow."""
+        return self.benchmark.max_length
+
+    @classmethod
+    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
+        """What turns examples into an EncodedDataset; needs no weights."""
+        raise NotImplementedError
+
+    def encode(self) -> Encoded:
+        """The benchmark's splits, tokenised once."""
+        return encode_benchmark(self.benchmark, self.encode_split)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[terms, classes]: what the loss takes a softmax of, one row per term of its mean."""
+        raise NotImplementedError
+
+    def targets(self, batch: Batch) -> Tensor:
+        """[terms]: the class of each row of `logits`."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy, mean over the terms of the batch."""
+        return F.cross_entropy(self.logits(batch), self.targets(batch))
+
+    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+        """Scores over all labels (those outside `choices` are masked by `judge`), or texts."""
+        raise NotImplementedError
+
+    def judge(self, batch: Batch, found: Predictions, choices: Choices) -> Tensor:
+        """[batch]: how right each prediction is, from 0 to 1."""
+        raise NotImplementedError
+
+    def table(self, batch: Batch, found: Predictions, known: Predictions, choices: Choices) -> dict[str, Any]:
+        """Columns of an evaluation, one value per example: `score`, `own_score` and what was answered."""
+        raise NotImplementedError
+
+    def summary(self, scores: np.ndarray) -> TaskScore:
+        """One task's score from its examples' scores."""
+        return TaskScore(100 * float(scores.mean()), float(scores.sum()), int(scores.size))
+
+    def describe(self, pool: EncodedDataset, row: int) -> str:
+        """What is expected of one example, for a person to read."""
+        raise NotImplementedError
+
+    def add_labels(self, labels: Sequence[int]) -> None:
+        """Makes room for new labels; old ones keep their bits."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained beside the adapter, by name."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Adapters, and what a subclass adds."""
+        return {"adapters": self.adapters.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        for name, tensors in state["adapters"].items():
+            self.adapters.load(name, tensors)
+
+
+def longest_input(adapters: Adapters) -> int | None:
+    """Tokens the backbone has positions for, less the virtual tokens of prompt tuning; None without a limit."""
+    config: Any = adapters.model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return positions - offset - (getattr(adapters.config, "num_virtual_tokens", 0) or 0)

@@ -1,0 +1,222 @@
+"""text_to_text: the model reads an instruction and writes the answer; encoder-decoder and decoder-only backbones.
+
+A decoder reads [prompt; answer] with the prompt padded on the left, so that training, generation and ranking
+see the same positions; an encoder-decoder reads the prompt, padded on the right, and writes the answer.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clpet.backbones import Architecture, Backbone
+from clpet.config import Decode
+from clpet.errors import DataError
+from clpet.metrics import METRICS
+from clpet.objectives.base import Choices, Encode, Objective, Predictions
+from clpet.tasks import Benchmark, Example
+from clpet.text import IGNORED, Batch, EncodedDataset, Ragged, Template
+
+
+class TextToText(Objective):
+    """The loss is the cross-entropy of the answer's tokens, its end included, mean over all of a batch's."""
+
+    name = "text_to_text"
+    generates = True
+
+    def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
+        self.causal = backbone.architecture is Architecture.decoder
+        super().__init__(benchmark, backbone, *rest)
+        self.end = end_token(self.tokenizer)
+        config: Any = self.adapters.model.config
+        self.start = None if self.causal else config.decoder_start_token_id
+        answers = encode_answers(self.tokenizer, benchmark.labels, benchmark.max_target)
+        self.label_tokens = Ragged(answers)
+
+    def longest_wanted(self) -> int:
+        return self.benchmark.max_length + (self.benchmark.max_target if self.causal else 0)
+
+    @classmethod
+    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
+        causal = backbone.architecture is Architecture.decoder
+        template = Template(tokenizer, benchmark.template, benchmark.max_length, end=not causal)
+
+        def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:
+            answers = encode_answers(tokenizer, [str(example.target) for example in examples], benchmark.max_target)
+            references = [example.references or (str(example.target),) for example in examples]
+            prompts, pad = template.encode(examples), tokenizer.pad_token_id
+            return EncodedDataset(prompts, labels, tasks, pad, answers=answers, references=references, left=causal)
+
+        return encode
+
+    # Learning
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[answer tokens of the batch, vocabulary] fp32; the output layer sees only places that are learned."""
+        self.meter.count(batch, torch.is_grad_enabled())
+        assert batch.targets is not None
+        with self.autocast:
+            return self.answer_logits(batch, batch.targets)[batch.targets != IGNORED].float()
+
+    def targets(self, batch: Batch) -> Tensor:
+        """[answer tokens of the batch]: their ids."""
+        assert batch.targets is not None
+        return batch.targets[batch.targets != IGNORED]
+
+    def answer_logits(self, batch: Batch, targets: Tensor) -> Tensor:
+        """[batch, answer length, vocabulary]: scores of each token of `targets`, given the prompt and those before."""
+        model: Any = self.adapters.model
+        written = targets.clamp(min=0)
+        if self.causal:
+            ids = torch.cat([batch.input_ids, written[:, :-1]], 1)
+            mask = torch.cat([batch.attention_mask, (targets[:, :-1] != IGNORED).long()], 1)
+            places = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
+            return model(input_ids=ids, logits_to_keep=targets.shape[1], **places).logits
+        before = torch.cat([written.new_full((len(written), 1), self.start or 0), written[:, :-1]], 1)
+        read = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        return model(decoder_input_ids=before, **read).logits
+
+    # Answering
+
+    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+        """Greedy answers; with evaluation.decode=rank the likeliest label of each example's task, if it has labels.
+
+        An instruction names the labels to choose from, so a task's own labels are its candidates.
+        """
+        self.meter.count(batch, torch.is_grad_enabled())
+        texts = np.full(len(batch), "", dtype=object)
+        groups: dict[int, list[int]] = {}  # task to rank in, or -1: rows
+        ranks = self.evaluation.decode is Decode.rank
+        for row, task in enumerate(batch.tasks.tolist()):
+            groups.setdefault(task if ranks and self.benchmark.tasks[task].labels else -1, []).append(row)
+        for task, rows in groups.items():
+            whole = len(rows) == len(batch)
+            part = batch if whole else batch.select(torch.tensor(rows, device=batch.input_ids.device))
+            if task < 0:
+                texts[rows] = self.generate(part)
+            else:
+                labels = self.benchmark.task_labels(task)
+                best = self.rank(part, labels).argmax(1).tolist()
+                texts[rows] = [self.benchmark.labels[labels[choice]] for choice in best]
+        return Predictions(texts=texts.tolist())
+
+    def generate(self, batch: Batch) -> list[str]:
+        """Greedy decoding with a key-value cache, up to the end token."""
+        from transformers import GenerationConfig
+
+        most = self.evaluation.max_new_tokens or self.benchmark.max_target
+        settings = GenerationConfig(
+            max_new_tokens=most, do_sample=False, num_beams=1, eos_token_id=self.end,
+            pad_token_id=self.tokenizer.pad_token_id, decoder_start_token_id=self.start,
+        )  # fmt: skip
+        model: Any = self.adapters.model
+        with self.autocast:
+            found = model.generate(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=settings
+            )
+        new = found[:, batch.input_ids.shape[1] :] if self.causal else found[:, 1:]
+        return [text.strip() for text in self.tokenizer.batch_decode(until(new, self.end), skip_special_tokens=True)]
+
+    def rank(self, batch: Batch, labels: list[int]) -> Tensor:
+        """[batch, labels] log-likelihood of each label and its end: one pass over the prompts, one over the labels."""
+        count, device = len(labels), batch.input_ids.device
+        ids, inside = self.label_tokens.padded(np.asarray(labels), 0)
+        answers = torch.from_numpy(ids).to(device).repeat(len(batch), 1)  # [batch * labels, length]
+        places = torch.from_numpy(inside).to(device).repeat(len(batch), 1)
+        with self.autocast:
+            logits = (self._rank_causal if self.causal else self._rank_pair)(batch, answers, places, count)
+        scores = logits.float().log_softmax(-1).gather(2, answers[..., None]).squeeze(2)
+        return (scores * places).sum(1).view(len(batch), count)
+
+    def _rank_causal(self, batch: Batch, answers: Tensor, places: Tensor, count: int) -> Tensor:
+        model: Any = self.adapters.model
+        mask = batch.attention_mask
+        prompt = model(
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        first = prompt.logits.repeat_interleave(count, 0)
+        if answers.shape[1] == 1:
+            return first
+        prompt.past_key_values.batch_repeat_interleave(count)
+        mask = torch.cat([mask.repeat_interleave(count, 0), places[:, :-1].long()], 1)
+        rest = model(
+            input_ids=answers[:, :-1],
+            attention_mask=mask,
+            position_ids=positions(mask)[:, -answers.shape[1] + 1 :],
+            past_key_values=prompt.past_key_values,
+            use_cache=True,
+        )
+        return torch.cat([first, rest.logits], 1)
+
+    def _rank_pair(self, batch: Batch, answers: Tensor, places: Tensor, count: int) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        model: Any = self.adapters.model
+        read = model.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        states = BaseModelOutput(last_hidden_state=read.last_hidden_state.repeat_interleave(count, 0))
+        before = torch.cat([answers.new_full((len(answers), 1), self.start or 0), answers[:, :-1]], 1)
+        mask = batch.attention_mask.repeat_interleave(count, 0)
+        return model(encoder_outputs=states, attention_mask=mask, decoder_input_ids=before, use_cache=False).logits
+
+    # Judging
+
+    def judge(self, batch: Batch, found: Predictions, choices: Choices) -> Tensor:
+        """[batch]: the task's metric."""
+        assert found.texts is not None
+        assert batch.references is not None
+        metrics = [METRICS[self.benchmark.tasks[task].metric] for task in batch.tasks.tolist()]
+        rows = zip(metrics, found.texts, batch.references, strict=True)
+        return torch.tensor([metric(text, references) for metric, text, references in rows], dtype=torch.float64)
+
+    def table(self, batch: Batch, found: Predictions, known: Predictions, choices: Choices) -> dict[str, Any]:
+        """One view: an instruction says what is asked, there is no competition of labels between tasks."""
+        scores, own = self.judge(batch, found, choices), None
+        if known is not found:
+            own = self.judge(batch, known, choices)
+        assert batch.references is not None
+        return {
+            "label": np.array([references[0] for references in batch.references], dtype=object),
+            "prediction": np.array(found.texts, dtype=object),
+            "score": scores,
+            "own_score": scores if own is None else own,
+        }
+
+    def describe(self, pool: EncodedDataset, row: int) -> str:
+        assert pool.answer is not None
+        return f"answer   {self.tokenizer.decode(pool.answer[row])}"
+
+
+def positions(mask: Tensor) -> Tensor:
+    """[batch, length]: the place of each token among its row's real ones."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def end_token(tokenizer: Any) -> int:
+    """Id of the token that ends an answer. Raises DataError for a tokenizer without one."""
+    found = next((id for id in (tokenizer.eos_token_id, tokenizer.sep_token_id) if id is not None), None)
+    if found is None:
+        raise DataError("the tokenizer has no end token, so a text_to_text answer could not end")
+    return found
+
+
+def encode_answers(tokenizer: Any, texts: list[str], most: int) -> list[list[int]]:
+    """Token ids of answers, each with the end token, at most `most`.
+
+    A byte-level vocabulary writes the space that separates answer and prompt into the answer's first token.
+    """
+    if not texts:
+        return []
+    spaced = len(tokenizer(" a", add_special_tokens=False)["input_ids"]) == 1
+    lead = " " if spaced and len(tokenizer("a", add_special_tokens=False)["input_ids"]) == 1 else ""
+    found = tokenizer([lead + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    return [[*ids[: most - 1], end_token(tokenizer)] for ids in found]
+
+
+def until(ids: Tensor, end: int) -> list[list[int]]:
+    """Each row up to its first `end`."""
+    return [row[: row.index(end)] if end in row else row for row in ids.tolist()]
