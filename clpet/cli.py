@@ -23,7 +23,7 @@ COMMANDS = {
     "data": "look at a benchmark's data: counts, balance, lengths, repeats, overlaps",
 }
 # Short spellings of knobs that are typed often.
-SHORT = {key: f"benchmark.{key}" for key in ("tasks", "order", "text", "label", "max_train", "max_test")}
+SHORT = {key: f"benchmark.{key}" for key in ("tasks", "order", "objective", "text", "label", "max_train", "max_test")}
 HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i", "--config-name",
                           "-cn", "--config-path", "-cp", "--experimental-rerun", "-sc")  # fmt: skip
 HYDRA_FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--resolve", "--version", "-r", "--run")

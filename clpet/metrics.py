@@ -2,6 +2,7 @@
 
 import functools
 import string
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +31,10 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 
 @functools.cache
 def _scorer() -> Any:
+    from absl import logging
     from rouge_score.rouge_scorer import RougeScorer
 
+    logging.get_absl_handler().python_handler.stream = sys.__stderr__  # it closes any other stream it was made on
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
