@@ -1,72 +1,172 @@
-"""Benchmarks about entities in a sentence: markers around mentions, ConPET's splits."""
+"""Benchmarks about entities in a sentence: markers around mentions, ConPET's label partitions and splits."""
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+from clpet.config import require
 from clpet.errors import DataError
-from clpet.readers import Rows, read_hub
-from clpet.sources import Splits, Table
+from clpet.formats import LAYOUTS, Row, read_published, tidy
+from clpet.readers import Rows, read_hub, read_local
+from clpet.sources import Splits, Table, named_tasks
 from clpet.tasks import SPLITS, Example
 
 
 @dataclass
-class Relations(Table):
-    """Relation extraction: head wrapped in [m0] [m1], tail in [m2] [m3], every listed mention (ConPET, section 2)."""
+class Entities(Table):
+    """A table of sentences as tokens with marked mentions.
+
+    A folder with train.parquet is read as it stands. Published files, and the hub's rows, go through `layout`
+    and are then cut anew where `resplit` says so.
+    """
 
     tokens: str = "tokens"
-    head: str = "head_pos"
-    tail: str = "tail_pos"
-    hub_parts: list[str] = field(default_factory=list)
+    template_words: int | None = None
+    label_order: list[str] | None = None
+    task_ids: list[list[int]] | None = None
+    layout: str | None = None
+    published: dict[str, str] | None = None
+    hub_splits: dict[str, str] | None = None
+    resplit: str | None = None
+    obtain: str | None = None
 
-    fields: ClassVar[tuple[str, ...]] = ("head", "tail")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        words = self.template_words
+        require(words is None or words >= 1, "benchmark.template_words", words, "at least 1, or null")
+        known = self.layout is None or self.layout in LAYOUTS
+        require(known, "benchmark.layout", self.layout, f"{', '.join(LAYOUTS)} or null")
+        require(self.resplit in (None, "label", "all"), "benchmark.resplit", self.resplit, "label, all or null")
 
-    def example(self, row: dict[str, Any]) -> Example:
-        """The marked sentence; the template's {head} and {tail} are the first mentions."""
-        for column in (self.tokens, self.head, self.tail):
+    def read(self, data_dir: Path | None) -> dict[str, Splits]:
+        tasks = super().read(data_dir)
+        if self.template_words is not None:
+            for splits in tasks.values():
+                splits["train"] = [e for e in splits["train"] if self.words_around(e) <= self.template_words]
+        return tasks
+
+    def words_around(self, example: Example) -> int:
+        """Words of the filled template without the text."""
+        part = self.template.replace("{text}", " ")
+        for slot, value in example.fields.items():
+            part = part.replace(f"{{{slot}}}", value)
+        return len(part.split())
+
+    def rows(self, data_dir: Path | None) -> dict[str, Rows]:
+        if data_dir is None:
+            return self._cut(self._from_hub())
+        folder = self.place(data_dir)
+        if not self.published or (folder / f"{self.splits['train']}.parquet").is_file():
+            return read_local(folder, self.splits)
+        missing = [name for name in self.published.values() if not (folder / name).is_file()]
+        if missing:
+            raise DataError(f"{folder} lacks {', '.join(missing)}: {self._wanted()}")
+        layout = str(self.layout)
+        return self._cut({part: read_published(folder / name, layout) for part, name in self.published.items()})
+
+    def _wanted(self) -> str:
+        files = ", ".join((self.published or {}).values())
+        place = f"FOLDER/{self.folder or self.name}"
+        return f"put {files} of {self.obtain} into {place} and say data_dir=FOLDER"
+
+    def _from_hub(self) -> dict[str, list[Row]]:
+        if self.hub is None:
+            raise DataError(f"benchmark {self.name} is read from your own files: {self._wanted()}")
+        splits = self.hub_splits or self.splits
+        found = read_hub(self.hub, self.hub_config, self.hub_revision, splits, self.hub_columns or {})
+        if self.layout is None:
+            return {part: rows.values for part, rows in found.items()}
+        return {part: tidy(rows.values, self.layout, rows.where) for part, rows in found.items()}
+
+    def _cut(self, parts: dict[str, list[Row]]) -> dict[str, Rows]:
+        """The parts without dropped labels, as published or cut anew."""
+        parts = {
+            part: [row for row in rows if str(row.get(self.label)) not in self.drop_labels]
+            for part, rows in parts.items()
+        }
+        if self.resplit is not None:
+            pooled = [row for rows in parts.values() for row in rows]
+            rng = random.Random(self.partition_seed or 0)
+            parts = cut_anew(self._pools(pooled, rng), rng)
+        return {part: Rows(f"{self.name}/{part}", set(rows[0] if rows else ()), rows) for part, rows in parts.items()}
+
+    def _pools(self, rows: list[Row], rng: random.Random) -> list[list[Row]]:
+        """What is cut 80/10/10 on its own: all rows, or each label's, task by task.
+
+        Label by label, the generator has shuffled the labels before (ConPET splits FewRel with the generator
+        of its label partition going on).
+        """
+        if self.resplit == "all":
+            return [rows]
+        by_label: dict[str, list[Row]] = {}
+        for row in rows:
+            by_label.setdefault(str(row.get(self.label)), []).append(row)
+        groups = self.groups(sorted(by_label))
+        rng.shuffle(list(range(len(by_label))))
+        return [by_label[label] for labels in groups.values() for label in labels]
+
+    def groups(self, labels: list[str]) -> dict[str, list[str]]:
+        names = self.label_order or labels
+        if self.task_ids is None:
+            return super().groups(names)
+        if sorted(label for ids in self.task_ids for label in ids) != list(range(len(names))):
+            count = sum(map(len, self.task_ids))
+            raise DataError(f"the label partition has {count} places for {len(names)} labels: see benchmark.task_ids")
+        return named_tasks([[names[label] for label in ids] for ids in self.task_ids])
+
+    def example(self, row: Row) -> Example:
+        """The marked sentence; the template's slots are the first mentions."""
+        for column in (self.tokens, *self._columns()):
             if row.get(column) is None:
                 raise DataError(f"benchmark {self.name}: column {column} is missing or empty; found {sorted(row)}")
         tokens = [str(token) for token in row[self.tokens]]
-        return mark_entities(tokens, mentions(row[self.head]), mentions(row[self.tail]), str(row[self.label]))
+        spans = {role: mentions(row[column]) for role, column in zip(self.fields, self._columns(), strict=True)}
+        for role, found in spans.items():
+            if not found or not all(0 <= first <= last < len(tokens) for first, last in found):
+                raise DataError(f"benchmark {self.name}: {role} is at {found} in a sentence of {len(tokens)} tokens")
+        return mark_entities(tokens, spans, str(row[self.label]))
 
-    def read(self, data_dir: Path | None) -> dict[str, Splits]:
-        if data_dir is not None or not self.hub_parts:
-            return super().read(data_dir)
-        parts = {part: part for part in self.hub_parts}
-        found = read_hub(str(self.hub), self.hub_config, self.hub_revision, parts, self.hub_columns or {})
-        pooled = [self.example(flat(row)) for part in parts for row in found[part].values]
-        groups = self._groups({"train": pooled})
-        return pooled_split(pooled, groups, self.partition_seed or 0)
+    def _columns(self) -> list[str]:
+        return [getattr(self, role) for role in self.fields]
 
-    def _kept(self, rows: Rows, split: str) -> Iterable[dict[str, Any]]:
-        rows.need(self.tokens, self.head, self.tail)
+    def _kept(self, rows: Rows, split: str) -> Iterable[Row]:
+        rows.need(self.tokens, *self._columns())
         for row in rows.values:
             row.setdefault(self.text, " ".join(map(str, row[self.tokens])))
         rows.columns.add(self.text)
         return super()._kept(rows, split)
 
 
-def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the published FewRel with its entities' token positions as columns."""
-    return {**row, "head_pos": row["head"]["indices"], "tail_pos": row["tail"]["indices"]}
+@dataclass
+class Relations(Entities):
+    """Relation extraction: head wrapped in [m0] [m1], tail in [m2] [m3], every listed mention (ConPET, section 2)."""
+
+    head: str = "head_pos"
+    tail: str = "tail_pos"
+
+    fields = ("head", "tail")
 
 
-def pooled_split(examples: list[Example], groups: dict[str, list[str]], seed: int) -> dict[str, Splits]:
-    """80/10/10 per label with the generator that shuffled the labels going on, as ConPET splits FewRel."""
-    rng = random.Random(seed)
-    rng.shuffle(list(range(sum(len(labels) for labels in groups.values()))))
-    tasks: dict[str, Splits] = {}
-    for task, labels in groups.items():
-        tasks[task] = {split: [] for split in SPLITS}
-        for label in labels:
-            own = [example for example in examples if example.target == label]
-            rng.shuffle(own)
-            cuts = int(0.8 * len(own)), int(0.8 * len(own)) + int(0.1 * len(own))
-            for split, part in zip(SPLITS, (own[: cuts[0]], own[cuts[0] : cuts[1]], own[cuts[1] :]), strict=True):
-                tasks[task][split] += part
-    return tasks
+@dataclass
+class Typing(Entities):
+    """Entity typing: one example per mention, wrapped in [m0] [m1] (ConPET, section 2)."""
+
+    entity: str = "entity_pos"
+
+    fields = ("entity",)
+
+
+def cut_anew(pools: Iterable[list[Row]], rng: random.Random) -> dict[str, list[Row]]:
+    """Each pool shuffled and cut: the first int(0.8 n) train, the next int(0.1 n) validation, the rest test."""
+    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for pool in pools:
+        rng.shuffle(pool)
+        cuts = int(0.8 * len(pool)), int(0.8 * len(pool)) + int(0.1 * len(pool))
+        for split, part in zip(SPLITS, (pool[: cuts[0]], pool[cuts[0] : cuts[1]], pool[cuts[1] :]), strict=True):
+            parts[split] += part
+    return parts
 
 
 def mentions(positions: Any) -> list[tuple[int, int]]:
@@ -82,16 +182,14 @@ def mentions(positions: Any) -> list[tuple[int, int]]:
     return spans
 
 
-def mark_entities(
-    tokens: list[str], heads: list[tuple[int, int]], tails: list[tuple[int, int]], target: str
-) -> Example:
-    """The sentence with markers around every mention; `focus` covers the first head and the first tail."""
+def mark_entities(tokens: list[str], roles: dict[str, list[tuple[int, int]]], target: str) -> Example:
+    """The sentence with a pair of markers per role around its mentions; `focus` covers each role's first one."""
     opening: dict[int, list[str]] = {}
     closing: dict[int, list[str]] = {}
-    for spans, left, right in ((heads, "[m0]", "[m1]"), (tails, "[m2]", "[m3]")):
+    for number, spans in enumerate(roles.values()):
         for first, last in spans:
-            opening.setdefault(first, []).append(left)
-            closing.setdefault(last, []).insert(0, right)
+            opening.setdefault(first, []).append(f"[m{2 * number}]")
+            closing.setdefault(last, []).insert(0, f"[m{2 * number + 1}]")
     pieces, length, starts, ends = [], 0, {}, {}
     for index, token in enumerate(tokens):
         piece = " ".join([*opening.get(index, []), token, *closing.get(index, [])])
@@ -99,7 +197,7 @@ def mark_entities(
         pieces.append(piece)
         length += len(piece) + 1
         ends[index] = length - 1
-    fields = {"head": " ".join(tokens[heads[0][0] : heads[0][1] + 1])}
-    fields["tail"] = " ".join(tokens[tails[0][0] : tails[0][1] + 1])
-    focus = tuple((starts[first], ends[last]) for first, last in (heads[0], tails[0]))
+    firsts = {role: spans[0] for role, spans in roles.items()}
+    fields = {role: " ".join(tokens[first : last + 1]) for role, (first, last) in firsts.items()}
+    focus = tuple((starts[first], ends[last]) for first, last in firsts.values())
     return Example(" ".join(pieces), target, fields, focus)

@@ -80,12 +80,18 @@ def _read_file(path: Path) -> Rows:
 def read_hub(
     name: str, config: str | None, revision: str | None, splits: dict[str, str], columns: dict[str, str]
 ) -> dict[str, Rows]:
-    """{split: rows} of a data set on the Hugging Face hub (or a local folder in its layout); label ids become names."""
+    """{split: rows} of a data set on the Hugging Face hub (or a local folder in its layout); label ids become names.
+
+    Of the hub's own parquet conversion (revision refs/convert/parquet) the configuration is a folder.
+    """
     import datasets
 
     datasets.disable_progress_bars()
+    files = None
+    if revision == "refs/convert/parquet":
+        files = {split: f"{config or 'default'}/{split}/*.parquet" for split in splits.values()}
     try:
-        found = datasets.load_dataset(name, config, revision=revision)
+        found = datasets.load_dataset(name, None if files else config, revision=revision, data_files=files)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -101,11 +107,18 @@ def read_hub(
             part = found[hub_split].rename_columns({theirs: ours for ours, theirs in columns.items()})
             values = part.to_list()
             for column, feature in part.features.items():
-                if isinstance(feature, datasets.ClassLabel):
+                label = getattr(feature, "feature", feature)  # a list of labels, or one
+                if isinstance(label, datasets.ClassLabel):
                     for row in values:
-                        row[column] = feature.int2str(row[column]) if row[column] >= 0 else None
+                        row[column] = _named(row[column], label.names)
             rows[split] = Rows(f"{name}/{hub_split}", set(part.column_names), values)
     return rows
+
+
+def _named(ids: Any, names: list[str]) -> Any:
+    if isinstance(ids, list):
+        return [_named(number, names) for number in ids]
+    return names[ids] if ids >= 0 else None
 
 
 def stdlib_docstrings(modules: list[str]) -> dict[str, list[str]]:

@@ -183,13 +183,16 @@ def by_label(splits: Splits, groups: dict[str, list[str]]) -> dict[str, Splits]:
     return tasks
 
 
-def partition(labels: Iterable[str], sizes: list[int], seed: int) -> list[list[str]]:
-    """ConPET's label partition: shuffle the ids with Python's generator, cut, sort each part (spec of its release)."""
-    names = sorted(labels)
+def partition(names: list[str], sizes: list[int], seed: int | None) -> list[list[str]]:
+    """ConPET's label partition: ids, the places in `names`, shuffled with Python's generator, cut, each part sorted.
+
+    Without a seed they are cut as they stand. Raises DataError unless the sizes add up to all names.
+    """
     if sum(sizes) != len(names):
         raise DataError(f"the label partition has {sum(sizes)} places for {len(names)} labels")
     ids = list(range(len(names)))
-    random.Random(seed).shuffle(ids)
+    if seed is not None:
+        random.Random(seed).shuffle(ids)
     parts, start = [], 0
     for size in sizes:
         parts.append([names[i] for i in sorted(ids[start : start + size])])
@@ -197,12 +200,17 @@ def partition(labels: Iterable[str], sizes: list[int], seed: int) -> list[list[s
     return parts
 
 
+def named_tasks(parts: list[list[str]]) -> dict[str, list[str]]:
+    """task01, task02, ...: groups of labels that have no names of their own."""
+    return {f"task{i + 1:02d}": part for i, part in enumerate(parts)}
+
+
 @dataclass
 class Table(Source):
     """Labelled rows from the hub or from local parquet, jsonl or csv; tasks are groups of labels or a column.
 
     Tasks come from, in this order: `task` (a column), `task_labels` (task -> labels), `classes_per_task`
-    (labels in string order, or shuffled by `partition_seed`).
+    (a number or one a task; labels in string order, or shuffled by `partition_seed`).
     """
 
     hub: str | None = None
@@ -214,7 +222,7 @@ class Table(Source):
     label: str = "label"
     task: str | None = None
     task_labels: dict[str, list[str]] | None = None
-    classes_per_task: int | None = None
+    classes_per_task: Any = None
     partition_seed: int | None = None
     drop_labels: list[str] = field(default_factory=list)
     where: dict[str, Any] | None = None
@@ -222,12 +230,14 @@ class Table(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size = self.classes_per_task
-        require(size is None or size >= 1, "benchmark.classes_per_task", size, "at least 1")
+        sizes = self.classes_per_task
+        counts = sizes if isinstance(sizes, list) else [1 if sizes is None else sizes]
+        fits = all(type(count) is int and count >= 1 for count in counts)
+        require(fits, "benchmark.classes_per_task", sizes, "at least 1, or a list of such numbers")
         require(0 < self.test_share < 1, "benchmark.test_share", self.test_share, "in (0, 1)")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
-        rows = self._rows(data_dir)
+        rows = self.rows(data_dir)
         if self.task is not None:
             return self._by_column(rows, self.task)
         splits = {split: [self.example(row) for row in self._kept(part, split)] for split, part in rows.items()}
@@ -235,9 +245,10 @@ class Table(Source):
             return {self.name: splits}
         if not splits.get("test"):
             splits["train"], splits["test"] = split_off(splits["train"], self.test_share)
-        return by_label(splits, self._groups(splits))
+        return by_label(splits, self.groups(sorted({str(example.target) for example in splits["train"]})))
 
-    def _rows(self, data_dir: Path | None) -> dict[str, Rows]:
+    def rows(self, data_dir: Path | None) -> dict[str, Rows]:
+        """The rows of every split, before they are checked and made into examples."""
         if data_dir is not None:
             return read_local(self.place(data_dir), self.splits)
         if self.hub is None:
@@ -268,17 +279,15 @@ class Table(Source):
         references = tuple(map(str, row.get("references") or ())) if self.answers else ()
         return Example(fill(self.text, row), str(row[self.label]), fields, references=references)
 
-    def _groups(self, splits: Splits) -> dict[str, list[str]]:
+    def groups(self, labels: list[str]) -> dict[str, list[str]]:
+        """{task: its labels} of labels in the order of their ids."""
         if self.task_labels is not None:
             return self.task_labels
-        labels = sorted({str(example.target) for example in splits["train"]})
-        size = self.classes_per_task or len(labels)
-        sizes = [size] * (len(labels) // size) + ([len(labels) % size] if len(labels) % size else [])
-        if self.partition_seed is None:
-            parts = [labels[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
-        else:
-            parts = partition(labels, sizes, self.partition_seed)
-        return {f"task{i + 1:02d}": part for i, part in enumerate(parts)}
+        sizes = self.classes_per_task or len(labels)
+        if not isinstance(sizes, list):
+            rest = len(labels) % sizes
+            sizes = [sizes] * (len(labels) // sizes) + ([rest] if rest else [])
+        return named_tasks(partition(labels, sizes, self.partition_seed))
 
     def _by_column(self, rows: dict[str, Rows], column: str) -> dict[str, Splits]:
         tasks: dict[str, Splits] = {}

@@ -9,9 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from clpet.data import inspect_data
-from clpet.entities import Relations, pooled_split
 from clpet.errors import DataError
-from clpet.sources import PythonStdlib, Table, by_label, partition, sample, split_off
+from clpet.sources import PythonStdlib, Table, by_label, sample, split_off
 from clpet.tasks import Example, normalised, order_names
 
 from .conftest import shared
@@ -27,47 +26,6 @@ def from_yaml(name: str, data_dir: Path | None = None, *overrides: str):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", [f"benchmark={name}", *overrides])
     return build(typed(cfg).benchmark, "benchmark").load(str(data_dir) if data_dir else None)
-
-
-def test_label_partitions_of_conpet() -> None:
-    """Oracle 3: first and last parts reproduce by the recipe; parts are disjoint and exhaustive."""
-    published = {
-        (18, 100, (4, 4, 4, 3, 3)): ({3, 7, 9, 13}, {4, 14, 16}),
-        (46, 200, (5,) * 6 + (4,) * 4): ({4, 5, 16, 21, 41}, {1, 2, 9, 13}),
-        (41, 100, (5,) + (4,) * 9): ({0, 24, 26, 28, 30}, {9, 11, 29, 39}),
-        (80, 100, (8,) * 10): ({2, 3, 27, 30, 31, 51, 63, 79}, {18, 22, 44, 50, 55, 58, 64, 78}),
-    }
-    for (count, seed, sizes), (first, last) in published.items():
-        names = [f"{i:03d}" for i in range(count)]
-        parts = partition(names, list(sizes), seed)
-        assert {int(name) for name in parts[0]} == first
-        assert {int(name) for name in parts[-1]} == last
-        assert sorted(name for part in parts for name in part) == names
-
-
-def test_pooled_split_counts() -> None:
-    """Oracle 4: 700 examples of each of 80 relations give 4480 / 560 / 560 per task of 8."""
-    examples = [Example(str(i), f"{label:02d}") for label in range(16) for i in range(700)]
-    groups = {"t1": [f"{i:02d}" for i in range(8)], "t2": [f"{i:02d}" for i in range(8, 16)]}
-    tasks = pooled_split(examples, groups, 100)
-    for splits in tasks.values():
-        assert [len(splits[name]) for name in ("train", "validation", "test")] == [4480, 560, 560]
-
-
-def test_fewrel_has_the_published_partition() -> None:
-    """ConPET's task of each relation, as recorded with the data."""
-    folder = shared("data", "fewrel80")
-    benchmark = from_yaml("fewrel", folder.parent)
-    listed = json.loads((folder / "labels.json").read_text())["relations"]
-    for index, task in enumerate(benchmark.tasks):
-        assert set(task.labels) == {item["pid"] for item in listed if item["task"] == index}
-    assert len(benchmark.labels) == 80
-    assert sum(len(task.train) for task in benchmark.tasks) == 14593
-
-
-def test_fewrel_balanced_part() -> None:
-    benchmark = from_yaml("fewrel", shared("data"), "benchmark.where={balanced: true}")
-    assert [len(task.train) for task in benchmark.tasks] == [640] * 10
 
 
 def test_clinc150_is_ten_domains_of_fifteen() -> None:
@@ -223,28 +181,6 @@ def test_a_data_set_in_the_hubs_layout(tmp_path: Path) -> None:
     benchmark = source.load(None)
     assert benchmark.labels == ["x", "y"]
     assert len(benchmark.tasks[0].test) == 20
-
-
-def test_fewrel_in_the_hubs_layout(tmp_path: Path) -> None:
-    """The published columns: relation, tokens, head and tail with nested indices."""
-    import datasets
-
-    def row(i: int) -> dict:
-        return {"relation": f"P{i % 2}", "tokens": ["Paris", "in", "France"],
-                "head": {"text": "france", "type": "Q", "indices": [[2]]},
-                "tail": {"text": "paris", "type": "Q", "indices": [[0]]}}  # fmt: skip
-
-    for part in ("train_wiki", "val_wiki"):
-        datasets.Dataset.from_list([row(i) for i in range(20)]).to_parquet(tmp_path / f"{part}.parquet")
-    (tmp_path / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train_wiki\n    path: train_wiki.parquet\n"
-        "  - split: val_wiki\n    path: val_wiki.parquet\n---\n"
-    )
-    source = Relations(name="fewrel", hub=str(tmp_path), hub_columns={"pid": "relation"}, label="pid", text="text",
-                       hub_parts=["train_wiki", "val_wiki"], classes_per_task=1, partition_seed=100)  # fmt: skip
-    benchmark = source.load(None)
-    assert [len(t.train) for t in benchmark.tasks] == [16, 16]
-    assert benchmark.tasks[0].train[0].text == "[m2] Paris [m3] in [m0] France [m1]"
 
 
 def test_repeats_and_overlaps_are_counted(words: Path, tmp_path: Path) -> None:

@@ -24,14 +24,14 @@ def spans(n: int) -> list[tuple[int, int]]:
 def test_markers_wrap_every_mention() -> None:
     """Head in [m0] [m1], tail in [m2] [m3]; the template's fields are the first mentions."""
     tokens = ["Paris", "is", "in", "France", "and", "Paris", "is", "big"]
-    found = mark_entities(tokens, [(3, 3)], [(0, 0), (5, 5)], "capital")
+    found = mark_entities(tokens, {"head": [(3, 3)], "tail": [(0, 0), (5, 5)]}, "capital")
     assert found.text == "[m2] Paris [m3] is in [m0] France [m1] and [m2] Paris [m3] is big"
     assert found.fields == {"head": "France", "tail": "Paris"}
     assert [found.text[a:b] for a, b in found.focus] == ["[m0] France [m1]", "[m2] Paris [m3]"]
 
 
 def test_entities_may_nest_and_touch() -> None:
-    found = mark_entities(["the", "old", "bridge"], [(0, 2)], [(2, 2)], "part")
+    found = mark_entities(["the", "old", "bridge"], {"head": [(0, 2)], "tail": [(2, 2)]}, "part")
     assert found.text == "[m0] the old [m2] bridge [m3] [m1]"
 
 
@@ -43,7 +43,7 @@ def test_mentions_from_flat_or_nested_positions() -> None:
 
 def test_template_reads_tail_first_and_holds_one_mask() -> None:
     found = template()
-    example = mark_entities(["Paris", "is", "in", "France"], [(3, 3)], [(0, 0)], "x")
+    example = mark_entities(["Paris", "is", "in", "France"], {"head": [(3, 3)], "tail": [(0, 0)]}, "x")
     text = found.tokenizer.decode(found.encode([example])[0])
     assert "In this sentence, Paris is the[MASK] of France." in text.replace("[MASK] of", "[MASK] of").replace(
         " [MASK]", "[MASK]"
@@ -54,7 +54,7 @@ def test_template_reads_tail_first_and_holds_one_mask() -> None:
 
 def test_markers_are_single_reserved_tokens() -> None:
     found = template()
-    ids = found.encode([mark_entities(["a", "b"], [(0, 0)], [(1, 1)], "x")])[0]
+    ids = found.encode([mark_entities(["a", "b"], {"head": [(0, 0)], "tail": [(1, 1)]}, "x")])[0]
     for marker in ("[unused0]", "[unused1]", "[unused2]", "[unused3]"):
         assert ids.count(found.tokenizer.convert_tokens_to_ids(marker)) == 1
 
@@ -73,7 +73,7 @@ def test_the_template_part_is_always_whole() -> None:
     """A long sentence is cut, the template and both entities stay."""
     tokens = ["word"] * 60 + ["Paris"] + ["word"] * 60 + ["France"] + ["word"] * 60
     found = template(length=200)
-    ids = found.encode([mark_entities(tokens, [(121, 121)], [(60, 60)], "x")])[0]
+    ids = found.encode([mark_entities(tokens, {"head": [(121, 121)], "tail": [(60, 60)]}, "x")])[0]
     text = found.tokenizer.decode(ids)
     assert len(ids) <= 200
     for part in ("[unused0] France [unused1]", "[unused2] Paris [unused3]", "In this sentence, Paris is the"):
