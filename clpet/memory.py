@@ -15,7 +15,8 @@ import numpy as np
 
 from clpet.config import derive, require
 from clpet.errors import ConfigError
-from clpet.selection import select_per_class
+from clpet.mixing import equal_compute, split_batch, split_limit
+from clpet.selection import select_per_class, select_stratified
 from clpet.text import Encoded, EncodedDataset
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,19 @@ class NoReplay:
 
     def plan(self, index: int, stage: str = "") -> Plan:
         """Batches for task `index`; two stages of one task draw differently."""
+        return self.alone(index, stage)
+
+    def alone(self, index: int, stage: str = "") -> Plan:
+        """The new task's examples without any old ones."""
         return self._shuffled(self.pool.rows_of(index), index, stage)
+
+    def recall(self, index: int) -> Plan:
+        """The memory's examples without any new ones."""
+        return self._shuffled(self.old(), index, "recall")
+
+    def old(self) -> Rows:
+        """All rows of the memory, task by task."""
+        return np.concatenate([self.memory[task] for task in sorted(self.memory)])
 
     def validation(self, index: int) -> Held:
         """What the best epoch of task `index` is chosen on: the new task's validation part."""
@@ -104,18 +117,6 @@ class AllReplay(NoReplay):
 
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         self.memory[index] = self.pool.rows_of(index)
-
-
-def split_batch(size: int, ratio: float) -> tuple[int, int]:
-    """(new, old) places of a batch: ratio r > 0 is new:old, r < 0 is old:new = |r| (ConPET, section 3.1)."""
-    share = abs(ratio) / (abs(ratio) + 1)
-    part = int(size * share + 1e-9)  # a share such as 3/8 must not lose a place to rounding
-    return (part, size - part) if ratio > 0 else (size - part, part)
-
-
-def split_limit(limit: int) -> tuple[int, int]:
-    """(training steps, validation batches) per epoch of ConPET's limit L: 80 % and 20 %, in integers."""
-    return 4 * limit // 5, limit // 5
 
 
 @dataclass
@@ -245,7 +246,7 @@ class FixedReplay(NoReplay):
         new = self.pool.rows_of(index)
         if not self.memory:
             return super().plan(index, stage)
-        old = np.concatenate([self.memory[task] for task in sorted(self.memory)])
+        old = self.old()
         return self._shuffled(new, index, stage, extra=np.tile(old, self._copies(len(new), old)))
 
     def _copies(self, new: int, old: Rows) -> int:
@@ -285,6 +286,26 @@ class FixedReplay(NoReplay):
 
 
 @dataclass
+class ShareReplay(NoReplay):
+    """A share of every task, spread over its labels, mixed into the new data once an epoch (MixReplay)."""
+
+    name: str = "share"
+    share: float = 0.02
+
+    def __post_init__(self) -> None:
+        require(0 <= self.share <= 1, "replay.share", self.share, "in [0, 1]")
+
+    def plan(self, index: int, stage: str = "") -> Plan:
+        return self._shuffled(self.pool.rows_of(index), index, stage, extra=self.old() if self.memory else None)
+
+    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        rows = self.pool.rows_of(index)
+        if self.share:
+            count = max(1, int(self.share * len(rows) + 1e-9))  # 0.29 * 100 must not lose one to rounding
+            self.memory[index] = select_stratified(self.pool.labels, rows, count, self.rng(index))
+
+
+@dataclass
 class ReservoirReplay(DrawnReplay):
     """A uniform sample of everything seen, of constant size (Vitter, 1985); drawn from uniformly at every step."""
 
@@ -316,9 +337,3 @@ class ReservoirReplay(DrawnReplay):
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self.passed = int(state["passed"])
-
-
-def equal_compute(new: int, classes: int, per_class: int, limit: int, batch: int, most: int) -> int:
-    """f copies of the memory that fill an epoch up to ceil(0.8 L) B examples (ConPET, section 3.3)."""
-    room = -(-4 * limit // 5) * batch - new
-    return most if room <= 0 else -(-room // (-(-4 * per_class // 5) * classes))

@@ -32,6 +32,16 @@ def select_per_class(
     return np.array(sorted(kept), dtype=np.int64)
 
 
+def select_stratified(labels: np.ndarray, rows: Rows, count: int, rng: np.random.Generator) -> Rows:
+    """`count` rows at random: equally many of each label, the rest from any; from any where labels outnumber them."""
+    order = rng.permutation(rows)
+    known = np.unique(labels[rows])
+    quota = count // len(known)
+    first = np.concatenate([order[labels[order] == label][:quota] for label in known])
+    rest = order[~np.isin(order, first)]
+    return np.sort(np.concatenate([first, rest[: count - len(first)]]))
+
+
 def kmeans_nearest(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
     """The example nearest to each of k centres, each once: duplicates collapse (ConPET, section 3.2)."""
     from sklearn.cluster import KMeans

@@ -13,10 +13,9 @@ from clpet.memory import (
     FixedReplay,
     NoReplay,
     ReservoirReplay,
-    equal_compute,
-    split_batch,
-    split_limit,
+    ShareReplay,
 )
+from clpet.mixing import equal_compute, split_batch, split_limit
 from clpet.selection import herding, kmeans_nearest
 from clpet.text import Encoded, EncodedDataset
 
@@ -200,6 +199,44 @@ def test_fixed_memory_is_mixed_in_as_copies() -> None:
     assert all(counts[row] == 1 for row in range(40, 50))
 
 
+SUPERNI = [142, 126, 1000, 338, 1000, 1000, 1000, 975, 1000, 1000, 1000, 160, 1000, 1000, 1000]
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "kept"),
+    [(1000, 14, 20), (250, 3, 5), (160, 1, 3), (126, 1, 2), (338, 1, 6), (142, 1, 2), (975, 1, 19), (1000, 1000, 20), (9, 2, 1)],
+)  # fmt: skip
+def test_a_share_of_a_task_is_kept_with_all_its_labels(size: int, classes: int, kept: int) -> None:
+    """MixReplay: max(1, floor(0.02 n)) examples, every label among them where there are no more labels than places."""
+    found = pool([size, 5], classes)
+    replay = ShareReplay()
+    replay.setup(Encoded(found, found, found), 0, 8)
+    replay.remember(0, lambda rows: rows)
+    labels = Counter(found.labels[replay.memory[0]].tolist())
+    assert len(set(replay.memory[0].tolist())) == sum(labels.values()) == kept
+    if classes <= kept:
+        assert len(labels) == classes
+        assert min(labels.values()) >= kept // classes
+
+
+def test_the_share_of_superni_is_232_examples() -> None:
+    replay = set_up(ShareReplay(), SUPERNI, learned=15)
+    assert replay.stored() == 232
+
+
+def test_a_share_comes_back_once_an_epoch() -> None:
+    replay = set_up(ShareReplay(share=0.1), [40, 20, 30])
+    rows = np.concatenate(replay.plan(2).epoch(0))
+    assert sorted(rows.tolist()) == sorted([*replay.memory[0], *replay.memory[1], *range(60, 90)])
+    assert sorted(np.concatenate(replay.recall(2).epoch(0)).tolist()) == sorted(replay.old().tolist())
+
+
+def test_no_share_gives_the_batches_of_no_replay() -> None:
+    replay, none = set_up(ShareReplay(share=0), [40, 40]), set_up(NoReplay(), [40, 40])
+    for a, b in zip(replay.plan(1).epoch(3), none.plan(1).epoch(3), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_reservoir_is_a_uniform_sample_of_all_seen() -> None:
     """Each of 300 examples stays with probability 60/300, whatever its task."""
     stays = np.zeros(300)
@@ -216,7 +253,7 @@ def test_reservoir_is_a_uniform_sample_of_all_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    "replay", [AllReplay(), DynamicReplay(), FixedReplay(per_class=2), ReservoirReplay(capacity=9)]
+    "replay", [AllReplay(), DynamicReplay(), FixedReplay(per_class=2), ReservoirReplay(capacity=9), ShareReplay()]
 )
 def test_state_round_trip_gives_the_same_batches(replay) -> None:
     before = set_up(replay, [20, 20, 20])
@@ -230,7 +267,7 @@ def test_state_round_trip_gives_the_same_batches(replay) -> None:
 
 @pytest.mark.parametrize(
     "make", [lambda: DynamicReplay(ratio=0), lambda: DynamicReplay(kind="all"), lambda: DynamicReplay(limit=1),
-             lambda: FixedReplay(per_class=0), lambda: FixedReplay(selection="best"), lambda: ReservoirReplay(capacity=0)]
+             lambda: FixedReplay(per_class=0), lambda: FixedReplay(selection="best"), lambda: ReservoirReplay(capacity=0), lambda: ShareReplay(share=2)]
 )  # fmt: skip
 def test_senseless_settings_are_refused(make) -> None:
     with pytest.raises(ConfigError):

@@ -116,7 +116,7 @@ def test_trained_parameters_are_those_that_change(method: str, make) -> None:
         assert torch.equal(value, after[name.removeprefix("base_model.model.").replace(".base_layer", "")]), name
 
 
-@pytest.mark.parametrize("replay", ["dynamic", "fixed", "reservoir", "all"])
+@pytest.mark.parametrize("replay", ["dynamic", "fixed", "share", "reservoir", "all"])
 @pytest.mark.parametrize("method", ["replay", "dynamic_conpet"])
 def test_every_memory_goes_with_every_method_that_replays(method: str, replay: str, make) -> None:
     run = make(f"method={method}", f"replay={replay}")

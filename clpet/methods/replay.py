@@ -27,11 +27,11 @@ class Static(Method):
 
 @dataclass
 class Replay(Static):
-    """What is kept and how it is mixed is the `replay` group's choice: dynamic, fixed, reservoir or all."""
+    """What is kept and how it is mixed is the `replay` group's choice: dynamic, fixed, share, reservoir or all."""
 
     uses_replay: ClassVar[bool] = True
 
     def check(self, objective: str, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
         if replay == "none":
-            raise ConfigError(f"method={self.name} needs a memory: replay=dynamic, fixed, reservoir or all")
+            raise ConfigError(f"method={self.name} needs a memory: replay=dynamic, fixed, share, reservoir or all")

@@ -1,0 +1,19 @@
+"""How many new and old examples a batch and an epoch hold: ConPET's arithmetic."""
+
+
+def split_batch(size: int, ratio: float) -> tuple[int, int]:
+    """(new, old) places of a batch: ratio r > 0 is new:old, r < 0 is old:new = |r| (ConPET, section 3.1)."""
+    share = abs(ratio) / (abs(ratio) + 1)
+    part = int(size * share + 1e-9)  # a share such as 3/8 must not lose a place to rounding
+    return (part, size - part) if ratio > 0 else (size - part, part)
+
+
+def split_limit(limit: int) -> tuple[int, int]:
+    """(training steps, validation batches) per epoch of ConPET's limit L: 80 % and 20 %, in integers."""
+    return 4 * limit // 5, limit // 5
+
+
+def equal_compute(new: int, classes: int, per_class: int, limit: int, batch: int, most: int) -> int:
+    """f copies of the memory that fill an epoch up to ceil(0.8 L) B examples (ConPET, section 3.3)."""
+    room = -(-4 * limit // 5) * batch - new
+    return most if room <= 0 else -(-room // (-(-4 * per_class // 5) * classes))
