@@ -60,6 +60,7 @@ class Benchmark:
     tasks: list[Task]
     template: str = "{text}"
     max_length: int = 128
+    reserved: int = 0  # positions of the model that a method's prompts take, at most
     data_record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

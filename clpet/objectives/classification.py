@@ -1,7 +1,7 @@
 """Classification: a linear head on a representation of the text, growing with the labels seen so far."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,19 +93,15 @@ class Classification:
         self.dim = int(config.hidden_size)
         self.representation = representation(backbone, benchmark.template)
         needs_mask = self.representation is Representation.mask
-        self.template = Template(tokenizer, benchmark.template, benchmark.max_length, needs_mask)
+        self.template = Template(tokenizer, benchmark.template, text_length(benchmark, adapters), needs_mask)
         if len(tokenizer) > config.vocab_size:
             raise ModelError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {config.vocab_size}"
             )
-        longest = longest_input(adapters)
-        if longest is not None and benchmark.max_length > longest:
-            raise ModelError(
-                f"benchmark.max_length={benchmark.max_length}, but this model reads at most {longest} tokens"
-            )
         self.head = self.new_head(seed)
         self.meter = Meter()
-        full = adapters.config is None and self.dtype is not torch.float32
+        self.prompt: Callable[[Batch], Tensor] | None = None  # [batch, p, dim] put before the text's embeddings
+        full = adapters.full and self.dtype is not torch.float32
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
 
     def new_head(self, seed: int, names: Sequence[str] | None = None) -> Head:
@@ -115,11 +111,21 @@ class Classification:
     def features(self, batch: Batch) -> Tensor:
         """[batch, dim] fp32: the last hidden state after the final norm, read at the representation's position."""
         self.meter.count(batch, torch.is_grad_enabled())
-        mask = batch.attention_mask if batch.padded else None
         with self.autocast:
-            hidden = self.adapters.model(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
-        hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompt tuning puts virtual tokens in front
+            hidden = self.adapters.model(**self.inputs(batch)).last_hidden_state
+        hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompts stand in front
         return pool(hidden, batch, self.representation)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
+        """What the backbone is given: token ids, or a prompt and the embeddings of the tokens."""
+        mask = batch.attention_mask if batch.padded else None
+        if self.prompt is None:
+            return {"input_ids": batch.input_ids, "attention_mask": mask}
+        text = self.adapters.model.get_input_embeddings()(batch.input_ids)  # type: ignore[operator]
+        prompt = self.prompt(batch).to(text.dtype)
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(prompt.shape[:2]), mask], dim=1)
+        return {"inputs_embeds": torch.cat([prompt, text], dim=1), "attention_mask": mask}
 
     def state(self) -> dict[str, Any]:
         """Adapters and head."""
@@ -130,6 +136,18 @@ class Classification:
         for name, tensors in state["adapters"].items():
             self.adapters.load(name, tensors)
         self.head.load(state["head"])
+
+
+def text_length(benchmark: Benchmark, adapters: Adapters) -> int:
+    """Tokens a text may have: the benchmark's limit, or what a method's prompts leave of the model's positions."""
+    longest = longest_input(adapters)
+    if longest is None:
+        return benchmark.max_length
+    if benchmark.max_length > longest:
+        raise ModelError(f"benchmark.max_length={benchmark.max_length}, but this model reads at most {longest} tokens")
+    if benchmark.reserved >= longest:
+        raise ModelError(f"prompts of {benchmark.reserved} vectors leave no room: this model reads {longest} tokens")
+    return min(benchmark.max_length, longest - benchmark.reserved)
 
 
 def longest_input(adapters: Adapters) -> int | None:
