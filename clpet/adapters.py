@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
@@ -28,6 +28,8 @@ class Adapter:
 
     name: str = "none"
 
+    full: ClassVar[bool] = True  # the backbone's own weights are moved, and held in fp32
+
     def peft_config(self, backbone: Backbone) -> peft.PeftConfig | None:
         """What peft needs to know, or None for full fine-tuning."""
         return None
@@ -41,6 +43,8 @@ class Lora(Adapter):
     alpha: float = 16
     dropout: float = 0.0
     targets: list[str] | None = None
+
+    full: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.r >= 1, "peft.r", self.r, "at least 1")
@@ -63,6 +67,8 @@ class Ia3(Adapter):
     targets: list[str] | None = None
     feedforward: list[str] = field(default_factory=list)
 
+    full: ClassVar[bool] = False
+
     def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
         return peft.IA3Config(
             target_modules=list(self.targets or backbone.targets) + list(self.feedforward),
@@ -72,11 +78,43 @@ class Ia3(Adapter):
 
 
 @dataclass
+class Osf(Adapter):
+    """Training only in the singular directions of small weight, orthogonal to the others (Nayak et al., 2025)."""
+
+    effective_rank: float = 0.5
+    targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        require(0 < self.effective_rank < 1, "peft.effective_rank", self.effective_rank, "between 0 and 1")
+
+    def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
+        return peft.OSFConfig(
+            effective_rank=self.effective_rank,
+            target_modules=list(self.targets or backbone.targets),
+            task_type="FEATURE_EXTRACTION",
+        )
+
+
+@dataclass
+class Frozen(Adapter):
+    """The backbone stays as it is: the method trains vectors of its own."""
+
+    name: str = "frozen"
+
+    full: ClassVar[bool] = False
+
+    def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
+        return peft.PeftConfig(task_type="FEATURE_EXTRACTION")
+
+
+@dataclass
 class Prompt(Adapter):
     """Virtual tokens before the text (Lester et al., 2021), or before every layer's keys and values (`prefix`)."""
 
     tokens: int = 20
     every_layer: bool = False
+
+    full: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, "peft.tokens", self.tokens, "at least 1")
@@ -93,7 +131,7 @@ class Adapters:
         self.config = adapter.peft_config(backbone)
         if self.config is not None and generates:
             self.config.task_type = TASK_TYPES[backbone.architecture]
-        self.model, self.kind = model, adapter.name
+        self.full, self.kind, self.model = adapter.full, adapter.name, model
         self.names: list[str] = []
         self.active: tuple[str, bool] | None = None
         self.training = False
@@ -112,12 +150,17 @@ class Adapters:
                     warnings.simplefilter("ignore")
                     self.model = peft.get_peft_model(self.model, self.config, adapter_name=name)
             except ValueError as error:
-                raise ModelError(self._wrong_target(error)) from error
+                raise ModelError(self.wrong_target(str(error))) from error
         else:
             self.model.add_adapter(name, self.config)  # type: ignore[operator]
         self.names.append(name)
         self.activate(name, train=True)
         self.train_mode(self.training)
+
+    def remove(self, merge: bool) -> None:
+        """The backbone without adapters, with what they learned merged into its weights or dropped."""
+        self.model = self.model.merge_and_unload() if merge else self.model.unload()  # type: ignore[operator]
+        self.names, self.active = [], None
 
     def activate(self, name: str, train: bool = False) -> None:
         """Routes every forward through one adapter; its tensors get gradients only when `train`."""
@@ -203,19 +246,20 @@ class Adapters:
                 (folder / name).mkdir(exist_ok=True)
                 for file in ("adapter_config.json", "adapter_model.safetensors"):
                     (folder / file).replace(folder / name / file)
-            _plain_config(folder / name / "adapter_config.json")
+            plain_config(folder / name / "adapter_config.json")
         (folder / "README.md").unlink(missing_ok=True)
 
-    def _wrong_target(self, error: ValueError) -> str:
+    def wrong_target(self, error: str) -> str:
+        """What to tell a person whose targets do not fit the model."""
         targets = list(getattr(self.config, "target_modules", None) or [])
         layers = {name.rpartition(".")[2] for name, module in self.model.named_modules() if hasattr(module, "weight")}
         missing = [target for target in targets if target.rpartition(".")[2] not in layers]
         if missing:
             return f"peft.targets names the layer {missing[0]}, which the model does not have{suggest('', layers)}"
-        return f"peft={self.kind} does not fit this model: {str(error).splitlines()[0]}"
+        return f"peft={self.kind} does not fit this model: {error.splitlines()[0]}"
 
 
-def _plain_config(path: Path) -> None:
+def plain_config(path: Path) -> None:
     """Sorts the sets that peft writes in arbitrary order, so that equal adapters are equal files."""
     values = json.loads(path.read_text())
     for key, value in values.items():

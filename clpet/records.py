@@ -64,7 +64,7 @@ def collect(
     state: RunState,
 ) -> dict[str, Any]:
     """Writes adapters, heads and transfer.csv; returns what results.json will hold."""
-    method.objective.adapters.save(out / "adapters")
+    method.save(out / "adapters")
     (out / "heads").mkdir(exist_ok=True)
     for name, head in method.heads().items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in head.named_parameters()}
@@ -136,7 +136,7 @@ def task_cost(method: Method) -> dict[str, Any]:
         **method.objective.meter.take_learning(),
         "trainable_parameters": method.trainable_parameters(),
         "stored_parameters": method.stored_parameters(),
-        "replay_examples": method.replay.stored(),
+        "replay_examples": method.stored_examples(),
     }
 
 

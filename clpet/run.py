@@ -159,8 +159,7 @@ def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) 
     """The backbone with its tokenizer, and the benchmark's splits tokenised once."""
     backbone, hardware, peft = parts["model"], parts["hardware"], parts["peft"]
     kind = load_objective_class(parts["benchmark"].objective.value)
-    frozen = peft.peft_config(backbone) is not None
-    dtype = hardware.torch_dtype if frozen else _fp32()
+    dtype = _fp32() if peft.full else hardware.torch_dtype
     model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, kind.generates)
     adapters = Adapters(model, backbone, peft, kind.generates)
     seed = derive(config.seed, "head")

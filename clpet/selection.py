@@ -60,3 +60,20 @@ def herding(vectors: np.ndarray, count: int) -> list[int]:
         chosen.append(int(distance.argmin()))
         total = total + vectors[chosen[-1]]
     return chosen
+
+
+def stratified(labels: np.ndarray, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
+    """max(1, floor(share n)) rows: equally many of each label, topped up at random; none for a share of 0.
+
+    With more labels than places, as with free text, a uniform draw.
+    """
+    if share == 0:
+        return rows[:0]
+    size, distinct = max(1, int(share * len(rows) + 1e-9)), np.unique(labels)
+    kept: list[int] = []
+    if len(distinct) <= size:
+        for label in distinct:
+            own = rows[labels == label]
+            kept += rng.choice(own, min(len(own), size // len(distinct)), replace=False).tolist()
+    kept += rng.choice(np.setdiff1d(rows, kept), size - len(kept), replace=False).tolist()
+    return np.array(sorted(kept), dtype=np.int64)

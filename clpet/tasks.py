@@ -63,6 +63,7 @@ class Benchmark:
     template: str = "{text}"
     max_length: int = 128
     max_target: int = 0
+    reserved: int = 0  # positions of the model that a method's prompts take, at most
     data_record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

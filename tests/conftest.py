@@ -92,6 +92,7 @@ def make(words: Path):
         config = typed(cfg)
         method, parts = assemble(config)
         benchmark = parts["benchmark"].load(config.data_dir)
+        method.check_benchmark(benchmark)
         objective, data = load_objective(config, parts, benchmark)
         parts["replay"].setup(data, config.seed, config.train.global_batch_size)
         method.setup(objective, benchmark, data, parts["replay"], config.seed)

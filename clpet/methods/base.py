@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +28,8 @@ class Method:
     objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
     uses_replay: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False  # more than one adapter: refuses peft=none
-    task_id_at_test: ClassVar[bool] = False  # results are task-incremental
+    pefts: ClassVar[tuple[str, ...]] = ()  # the peft options it goes with; empty: any that trains something
+    task_id_at_test = False  # results are task-incremental; a subclass may make it a knob
     validates: ClassVar[bool] = True  # chooses an epoch where train.select=best
 
     def check(self, objective: str, replay: str, peft: str) -> None:
@@ -38,6 +40,10 @@ class Method:
             raise ConfigError(f"method={self.name} replays nothing: leave out replay={replay}, or take method=replay")
         if peft == "none" and self.needs_adapter:
             raise ConfigError(f"method={self.name} keeps an adapter per task and cannot run with peft=none")
+        if self.pefts and peft not in self.pefts:
+            raise ConfigError(f"method={self.name} needs peft={' or '.join(self.pefts)}, not peft={peft}")
+        if peft == "frozen" and peft not in self.pefts:
+            raise ConfigError(f"method={self.name} trains the model, and peft=frozen leaves nothing of it to train")
 
     def check_benchmark(self, benchmark: Benchmark) -> None:
         """Raises ConfigError where the tasks do not allow what the knobs ask for, before the backbone is loaded."""
@@ -175,6 +181,14 @@ class Method:
         adapters = self.objective.adapters
         held = sum(adapters.count(name) for name in adapters.names)
         return held + sum(parameter.numel() for parameter in self.objective.parameters().values())
+
+    def stored_examples(self) -> int:
+        """Number of old examples kept."""
+        return self.replay.stored()
+
+    def save(self, folder: Path) -> None:
+        """Writes what was trained of the backbone, for use without clpet."""
+        self.objective.adapters.save(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later task needs: nested dicts of tensors, numbers, strings and lists."""

@@ -44,6 +44,17 @@ class Predictions:
     trace: dict[str, Tensor] = field(default_factory=dict)
     texts: list[str] | None = None
 
+    @classmethod
+    def joined(cls, parts: "list[tuple[Tensor, Predictions]]") -> "Predictions":
+        """The predictions of a batch from those of its parts, each with its rows."""
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        scores = [found.scores for _, found in parts if found.scores is not None]
+        texts = [text for _, found in parts for text in found.texts or []]
+        return cls(
+            scores=torch.cat(scores)[order] if scores else None,
+            texts=[texts[place] for place in order.tolist()] if texts else None,
+        )
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -75,9 +86,10 @@ class Objective:
         self.eval_batch_size = hardware.eval_batch_size
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
         self.meter = Meter()
+        self.prompt: Callable[[Batch], Tensor] | None = None  # [batch, p, dim] put before the text's embeddings
         self._check_lengths()
         self.encode_split = self.encoder(benchmark, backbone, tokenizer)
-        full = adapters.config is None and self.dtype is not torch.float32
+        full = adapters.full and self.dtype is not torch.float32
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
 
     def _check_lengths(self) -> None:
@@ -87,8 +99,15 @@ class Objective:
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model's embedding only {config.vocab_size}"
             )
         longest, wanted = longest_input(self.adapters), self.longest_wanted()
-        if longest is not None and wanted > longest:
+        if longest is None:
+            return
+        if wanted > longest:
             raise ModelError(f"benchmark.max_length={wanted}, but this model reads at most {longest} tokens")
+        reserved = self.benchmark.reserved
+        room = longest - reserved - (wanted - self.benchmark.max_length)
+        if room < 1:
+            raise ModelError(f"prompts of {reserved} vectors leave no room: this model reads {longest} tokens")
+        self.benchmark.max_length = min(self.benchmark.max_length, room)  # it is the text that is cut
 
     def longest_wanted(self) -> int:
         """Tokens of the longest input that the benchmark's settings allow."""
@@ -102,6 +121,17 @@ class Objective:
     def encode(self) -> Encoded:
         """The benchmark's splits, tokenised once."""
         return encode_benchmark(self.benchmark, self.encode_split)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
+        """What the backbone is given: token ids, or a prompt and the embeddings of the tokens."""
+        mask = batch.attention_mask if batch.padded else None
+        if self.prompt is None:
+            return {"input_ids": batch.input_ids, "attention_mask": mask}
+        text = self.adapters.model.get_input_embeddings()(batch.input_ids)  # type: ignore[operator]
+        prompt = self.prompt(batch).to(text.dtype)
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(prompt.shape[:2]), mask], dim=1)
+        return {"inputs_embeds": torch.cat([prompt, text], dim=1), "attention_mask": mask}
 
     def logits(self, batch: Batch) -> Tensor:
         """[terms, classes]: what the loss takes a softmax of, one row per term of its mean."""

@@ -108,10 +108,9 @@ class Classification(Objective):
     def features(self, batch: Batch) -> Tensor:
         """[batch, dim] fp32: the last hidden state after the final norm, read at the representation's position."""
         self.meter.count(batch, torch.is_grad_enabled())
-        mask = batch.attention_mask if batch.padded else None
         with self.autocast:
-            hidden = self.adapters.model(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
-        hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompt tuning puts virtual tokens in front
+            hidden = self.adapters.model(**self.inputs(batch)).last_hidden_state
+        hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompts stand in front
         return pool(hidden, batch, self.representation)
 
     def logits(self, batch: Batch) -> Tensor:

@@ -67,15 +67,29 @@ class TextToText(Objective):
     def answer_logits(self, batch: Batch, targets: Tensor) -> Tensor:
         """[batch, answer length, vocabulary]: scores of each token of `targets`, given the prompt and those before."""
         model: Any = self.adapters.model
-        written = targets.clamp(min=0)
-        if self.causal:
-            ids = torch.cat([batch.input_ids, written[:, :-1]], 1)
-            mask = torch.cat([batch.attention_mask, (targets[:, :-1] != IGNORED).long()], 1)
-            places = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
-            return model(input_ids=ids, logits_to_keep=targets.shape[1], **places).logits
-        before = torch.cat([written.new_full((len(written), 1), self.start or 0), written[:, :-1]], 1)
-        read = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-        return model(decoder_input_ids=before, **read).logits
+        written, read = targets.clamp(min=0), self.inputs(batch)
+        if not self.causal:
+            before = torch.cat([written.new_full((len(written), 1), self.start or 0), written[:, :-1]], 1)
+            return model(decoder_input_ids=before, use_cache=False, **read).logits
+        places = self.continued(read, written[:, :-1], targets[:, :-1] != IGNORED)
+        return model(logits_to_keep=targets.shape[1], use_cache=False, **places).logits
+
+    def continued(self, read: dict[str, Any], answer: Tensor, inside: Tensor) -> dict[str, Tensor]:
+        """A decoder's inputs with the tokens of an answer behind them."""
+        mask = torch.cat([read["attention_mask"], inside.long()], 1)
+        places = {"attention_mask": mask, "position_ids": positions(mask)}
+        if "input_ids" in read:
+            return {"input_ids": torch.cat([read["input_ids"], answer], 1), **places}
+        text = self.adapters.model.get_input_embeddings()(answer)  # type: ignore[operator]
+        return {"inputs_embeds": torch.cat([read["inputs_embeds"], text.to(read["inputs_embeds"].dtype)], 1), **places}
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The mask is always there: it also gives the positions of what follows."""
+        read = super().inputs(batch)
+        if read["attention_mask"] is None:
+            width = read.get("inputs_embeds", batch.input_ids).shape[1]
+            read["attention_mask"] = batch.attention_mask.new_ones(len(batch), width)
+        return read
 
     # Answering
 
@@ -112,10 +126,10 @@ class TextToText(Objective):
         )  # fmt: skip
         model: Any = self.adapters.model
         with self.autocast:
-            found = model.generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=settings
-            )
-        new = found[:, batch.input_ids.shape[1] :] if self.causal else found[:, 1:]
+            read = self.inputs(batch)
+            found = model.generate(generation_config=settings, **read)
+        skip = read["input_ids"].shape[1] if "input_ids" in read else 0  # embeddings are not given back
+        new = found[:, skip:] if self.causal else found[:, 1:]
         return [text.strip() for text in self.tokenizer.batch_decode(until(new, self.end), skip_special_tokens=True)]
 
     def rank(self, batch: Batch, labels: list[int]) -> Tensor:
@@ -131,14 +145,9 @@ class TextToText(Objective):
 
     def _rank_causal(self, batch: Batch, answers: Tensor, places: Tensor, count: int) -> Tensor:
         model: Any = self.adapters.model
-        mask = batch.attention_mask
-        prompt = model(
-            input_ids=batch.input_ids,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        read = self.inputs(batch)
+        mask = read["attention_mask"]
+        prompt = model(position_ids=positions(mask), use_cache=True, logits_to_keep=1, **read)
         first = prompt.logits.repeat_interleave(count, 0)
         if answers.shape[1] == 1:
             return first
@@ -157,10 +166,11 @@ class TextToText(Objective):
         from transformers.modeling_outputs import BaseModelOutput
 
         model: Any = self.adapters.model
-        read = model.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        states = BaseModelOutput(last_hidden_state=read.last_hidden_state.repeat_interleave(count, 0))
+        read = self.inputs(batch)
+        encoded = model.get_encoder()(**read).last_hidden_state
+        states = BaseModelOutput(last_hidden_state=encoded.repeat_interleave(count, 0))
         before = torch.cat([answers.new_full((len(answers), 1), self.start or 0), answers[:, :-1]], 1)
-        mask = batch.attention_mask.repeat_interleave(count, 0)
+        mask = read["attention_mask"].repeat_interleave(count, 0)
         return model(encoder_outputs=states, attention_mask=mask, decoder_input_ids=before, use_cache=False).logits
 
     # Judging

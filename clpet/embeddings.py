@@ -1,0 +1,39 @@
+"""Vectors of a text that no training changes: what routers read of the frozen backbone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clpet.text import Batch
+
+
+def vocabulary(model: nn.Module) -> Tensor:
+    """[tokens, dim]: the input embeddings."""
+    network: Any = model
+    return network.get_input_embeddings().weight
+
+
+@torch.no_grad()
+def token_embeddings(model: nn.Module, batch: Batch) -> Tensor:
+    """[batch, length, dim] fp32: the input embeddings of a text, before any layer."""
+    network: Any = model
+    return network.get_input_embeddings()(batch.input_ids).float()
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """[batch, length, dim] fp32: the last hidden states; those of the encoder where there is one."""
+    network: Any = model
+    trunk = network.get_encoder() if network.config.is_encoder_decoder else network.base_model
+    return trunk(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.float()
+
+
+def mean_pool(x: Tensor, mask: Tensor) -> Tensor:
+    """[batch, length, dim] -> [batch, dim]: the mean where `mask` is 1."""
+    return torch.einsum("bl,bld->bd", mask / mask.sum(1, keepdim=True), x)
+
+
+def max_pool(x: Tensor, mask: Tensor) -> Tensor:
+    """[batch, length, dim] -> [batch, dim]: the largest value of each component where `mask` is 1."""
+    return x.masked_fill(mask[:, :, None] == 0, float("-inf")).amax(1)

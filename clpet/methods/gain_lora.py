@@ -1,0 +1,147 @@
+"""GainLoRA: a gate per task scales its branch, and is trained where old inputs do not see it (Liang et al., 2025).
+
+h = W x + sum_i a_i(x) s B_i A_i x, a_i = |2 sigmoid(4 cos(key_i, g_i)) - 1| = |tanh(2 cos(key_i, g_i))|,
+g_i = SiLU(W2 SiLU(W1 x')), x' the mean token embedding. The branches are InfLoRA's with design=svd.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clpet.config import derive, require
+from clpet.embeddings import mean_pool, token_embeddings, vocabulary
+from clpet.methods.inf_lora import Design, InfLoRA
+from clpet.subspace import Covariance, leading, without
+from clpet.tasks import Task
+from clpet.text import Batch
+
+READS = {"down": "x", "up": "hidden", "key": "gate"}  # which basis each of a gate's tensors must stay outside of
+
+
+class Gate(nn.Module):
+    """W1 [hidden, d], W2 [d, hidden] and key [1, d] of one task."""
+
+    def __init__(self, dim: int, hidden: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(bound: float, *shape: int) -> nn.Parameter:
+            return nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) * bound)
+
+        self.down, self.up = uniform(dim**-0.5, hidden, dim), uniform(hidden**-0.5, dim, hidden)
+        self.key = uniform(1.0, 1, dim)
+
+    def stages(self, x: Tensor) -> dict[str, Tensor]:
+        """x' and what is computed of it: SiLU(W1 x') and g(x')."""
+        hidden = F.silu(x @ self.down.T)
+        return {"x": x, "hidden": hidden, "gate": F.silu(hidden @ self.up.T)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, dim] -> [batch]: a(x)."""
+        return opening(F.cosine_similarity(self.stages(x)["gate"], self.key))
+
+
+@dataclass
+class GainLoRA(InfLoRA):
+    """Trained in task t: B_t and gate_t, which starts from gate_{t-1}; all older gates are frozen.
+
+    rescale=true gives every projected row of the gate the norm that the plain step gave it, as published; false
+    keeps the gate's updates exactly outside the span of old inputs.
+    """
+
+    design: Design = Design.svd
+    hidden: int = 100
+    rescale: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.hidden >= 1, "method.hidden", self.hidden, "at least 1")
+
+    def first_adapter(self) -> None:
+        super().first_adapter()
+        self.gates: list[Gate] = []
+        self.before: dict[str, Tensor] = {}  # the newest gate's tensors before the step, from task 2 on
+
+    def new_gate(self, index: int | str) -> Gate:
+        """A gate drawn for a task."""
+        dim = vocabulary(self.objective.adapters.model).shape[1]
+        return Gate(dim, self.hidden, derive(self.seed, "gate", index)).to(self.objective.device)
+
+    def add_branch(self, index: int) -> None:
+        super().add_branch(index)
+        gate = self.new_gate(index)
+        for old in self.gates[-1:]:
+            old.requires_grad_(False)
+            with torch.no_grad():
+                gate.down.copy_(old.down)
+                gate.up.copy_(old.up)
+        self.gates.append(gate)
+        covariance = self.gate_covariances(index)["gate"]
+        direction = leading(covariance, self.basis("gate", covariance))[:, 0]
+        with torch.no_grad():
+            gate.key.copy_(direction * gate.key.norm())
+
+    def pool(self, batch: Batch) -> Tensor:
+        """[batch, dim]: the mean token embedding."""
+        return mean_pool(token_embeddings(self.objective.adapters.model, batch), self.mask(batch))
+
+    def route(self, batch: Batch) -> Tensor:
+        pooled = self.pool(batch)
+        return torch.stack([gate(pooled) for gate in self.gates], dim=1)
+
+    @torch.no_grad()
+    def gate_covariances(self, index: int) -> dict[str, Tensor]:
+        """C of the inputs of W1, W2 and of the key in the newest gate, over the task's train part."""
+        found: dict[str, Covariance] = {}
+        pool, size = self.data.train, self.objective.eval_batch_size
+        for rows in pool.by_length(pool.rows_of(index), size):
+            batch = pool.batch(rows, self.objective.device)
+            for name, x in self.gates[-1].stages(self.pool(batch)).items():
+                found.setdefault(name, Covariance(x.shape[1], x.device)).add(x)
+        return {name: covariance.mean() for name, covariance in found.items()}
+
+    def adjust_gradients(self) -> None:
+        if len(self.gates) > 1:
+            self.before = {name: tensor.detach().clone() for name, tensor in self.gates[-1].named_parameters()}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Takes from the gate's update what inputs of earlier tasks would notice."""
+        for name, before in self.before.items():
+            tensor = self.gates[-1].get_parameter(name)
+            tensor.copy_(projected_step(before, tensor, self.bases[READS[name]], self.rescale))
+
+    def after_task(self, task: Task, index: int) -> None:
+        super().after_task(task, index)
+        for name, covariance in self.gate_covariances(index).items():
+            self.extend(name, covariance, index)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*super().parameters(), *(p for gate in self.gates[-1:] for p in gate.parameters())]
+
+    def stored_parameters(self) -> int:
+        return super().stored_parameters() + sum(p.numel() for gate in self.gates for p in gate.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "gates": [gate.state_dict() for gate in self.gates]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.gates = [self.new_gate("loaded") for _ in state["gates"]]
+        for gate, saved in zip(self.gates, state["gates"], strict=True):
+            gate.load_state_dict(saved)
+            gate.requires_grad_(False)
+
+
+def opening(cosine: Tensor) -> Tensor:
+    """a = |2 sigmoid(4 c) - 1| = |tanh(2 c)|."""
+    return (2 * cosine).tanh().abs()
+
+
+def projected_step(before: Tensor, after: Tensor, basis: Tensor, rescale: bool) -> Tensor:
+    """W + dW (I - M M^T); with `rescale` every row has the norm of W + dW."""
+    moved = before + without(after - before, basis)
+    return moved * (after.norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)) if rescale else moved

@@ -1,0 +1,71 @@
+"""IncLoRA: a new low-rank branch per task beside the frozen ones, h = W x + s sum_{i <= t} B_i A_i x."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from clpet.config import derive
+from clpet.increments import Increments
+from clpet.methods.base import Choices, Method, Predictions
+from clpet.methods.modular import module_name
+from clpet.tasks import Task
+from clpet.text import Batch
+from clpet.training import Trainer
+
+
+@dataclass
+class IncLoRA(Method):
+    """Branches of stacked rank; subclasses weigh them in `route`. Rank, alpha and targets are those of peft=lora."""
+
+    pefts: ClassVar[tuple[str, ...]] = ("lora",)
+
+    def first_adapter(self) -> None:
+        """Row 0 is the bare backbone."""
+        self.increments = Increments(self.objective.adapters)
+
+    def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        self.add_branch(index)
+        super().learn(task, index, trainer)
+
+    def add_branch(self, index: int) -> None:
+        """What task `index` trains; everything of the earlier tasks is frozen."""
+        self.increments.add(derive(self.seed, "adapter", index))
+
+    def route(self, batch: Batch) -> Tensor | None:
+        """Weights of the branches, [n] or [batch, n], newest last; None adds them up."""
+        return None
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.mixed_loss(batch, self.route(batch))
+
+    def mixed_loss(self, batch: Batch, weights: Tensor | None) -> Tensor:
+        """Cross-entropy of the model with the branches weighed."""
+        with self.increments.weighted(weights):
+            return super().loss(batch)
+
+    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+        weights = self.route(batch) if self.increments.branches else None
+        with self.increments.weighted(weights):
+            found = super().predict(batch, choices)
+        if weights is not None and weights.dim() == 2:
+            found.trace["selected"] = weights.argmax(1)
+        return found
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.increments.current().values(), *self.objective.parameters().values()]
+
+    def stored_parameters(self) -> int:
+        return super().stored_parameters() + self.increments.count()
+
+    def save(self, folder: Path) -> None:
+        """Each branch as a LoRA of its own; those that are not simply added up need the router's weights too."""
+        self.increments.save(folder, [module_name(index) for index in range(self.increments.branches)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "increments": self.increments.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.increments.load(state["increments"])

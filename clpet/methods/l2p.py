@@ -1,0 +1,72 @@
+"""L2P: a pool of prompts, each text led by those whose keys are nearest to it (Wang et al., 2022, arXiv 2112.08654).
+
+q(x): mean token embedding. The k keys of highest cosine give k L vectors; L = CE - pull mean sum_chosen cos(q, key).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clpet.config import require
+from clpet.embeddings import mean_pool, token_embeddings
+from clpet.methods.prompts import Prompts
+from clpet.tasks import Benchmark
+from clpet.text import Batch
+
+
+@dataclass
+class L2P(Prompts):
+    """One pool for all tasks. A key starts as the mean of its prompt, a prompt as random token embeddings."""
+
+    pool: int = 10
+    length: int = 5
+    top_k: int = 3
+    pull: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(1 <= self.top_k <= self.pool, "method.top_k", self.top_k, f"from 1 to method.pool={self.pool}")
+        require(self.pull >= 0, "method.pull", self.pull, "0 (off) or more")
+
+    def longest(self, benchmark: Benchmark) -> int:
+        return self.top_k * self.length
+
+    def first_adapter(self) -> None:
+        super().first_adapter()
+        start = self.from_vocabulary(self.pool * self.length).unflatten(0, (self.pool, self.length))
+        self.prompts, self.keys = nn.Parameter(start), nn.Parameter(start.mean(1))
+
+    def nearest(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cosines and numbers [batch, k] of the chosen keys, nearest first."""
+        query = mean_pool(token_embeddings(self.objective.adapters.model, batch), batch.attention_mask)
+        return nearest(query, self.keys, self.top_k)
+
+    def prompt(self, batch: Batch) -> Tensor:
+        return self.prompts[self.nearest(batch)[1]].flatten(1, 2)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) - self.pull * self.nearest(batch)[0].sum(1).mean()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.prompts, self.keys, *self.objective.parameters().values()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"prompts": self.prompts, "keys": self.keys}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "pool": self.tensors()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(state["pool"][name])
+
+
+def nearest(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest cosines of query [batch, d] and keys [M, d], and which keys they are."""
+    found = (F.normalize(query, dim=1) @ F.normalize(keys, dim=1).T).topk(k, dim=1)
+    return found.values, found.indices

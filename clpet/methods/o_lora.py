@@ -1,0 +1,70 @@
+"""O-LoRA: branches whose row spaces stay orthogonal (Wang et al., 2023, arXiv 2310.14152).
+
+L = CE + l1 sum_layers sum_ij |A_{1:t-1} A_t^T|_ij + l2 sum_layers (||A_t|| + ||B_t||), norms not squared.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clpet.config import require
+from clpet.errors import ConfigError
+from clpet.methods.inc_lora import IncLoRA
+from clpet.tasks import Benchmark, Task
+from clpet.text import Batch
+from clpet.training import Trainer
+
+
+@dataclass
+class OLoRA(IncLoRA):
+    """All branches add up. `orthogonality` = l1 and `decay` = l2 are one number, or a list with one per task.
+
+    A_t -> 0 is a trivial optimum of the first term: a large l1 buys orthogonality with a branch that learns nothing.
+    """
+
+    orthogonality: Any = 0.5
+    decay: Any = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("orthogonality", "decay"):
+            value = getattr(self, key)
+            numbers = value if isinstance(value, list) else [value]
+            right = bool(numbers) and all(isinstance(v, int | float) and v >= 0 for v in numbers)
+            require(right, f"method.{key}", value, "a number of 0 or more, or a list of one per task")
+
+    def check_benchmark(self, benchmark: Benchmark) -> None:
+        for key in ("orthogonality", "decay"):
+            value = getattr(self, key)
+            if isinstance(value, list) and len(value) != len(benchmark):
+                raise ConfigError(f"method.{key} lists {len(value)} values for {len(benchmark)} tasks")
+
+    def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        self.strengths = of_task(self.orthogonality, index), of_task(self.decay, index)
+        super().learn(task, index, trainer)
+
+    def loss(self, batch: Batch) -> Tensor:
+        loss = super().loss(batch)
+        for strength, term in zip(self.strengths, (self.overlap, self.norms), strict=True):
+            if strength:
+                loss = loss + strength * term()
+        return loss
+
+    def overlap(self) -> Tensor:
+        """sum |A_{1:t-1} A_t^T| over the layers; B does not enter."""
+        return torch.stack([overlap(layer.A, layer.a) for layer in self.increments.layers.values()]).sum()
+
+    def norms(self) -> Tensor:
+        """Frobenius norms of the branch that is trained."""
+        return torch.stack([tensor.norm() for tensor in self.increments.current().values()]).sum()
+
+
+def of_task(value: Any, index: int) -> float:
+    """A knob that is one number for all tasks, or a list."""
+    return float(value[index] if isinstance(value, list) else value)
+
+
+def overlap(old: Tensor, new: Tensor) -> Tensor:
+    """sum_ij |old new^T|_ij."""
+    return (old @ new.T).abs().sum()

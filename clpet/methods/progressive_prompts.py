@@ -1,0 +1,95 @@
+"""Progressive Prompts: a new prompt before those of the earlier tasks (Razdaibiedina et al., 2023, arXiv 2301.12314).
+
+Task t reads [P_t; P_{t-1}; ...; P_1; e(x)] and trains P_t; optionally P + MLP(P) stands for P while it is trained.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clpet.config import derive, require
+from clpet.methods.base import Choices, Predictions
+from clpet.methods.prompts import Prompts
+from clpet.tasks import Benchmark, Task
+from clpet.text import Batch
+from clpet.training import Trainer
+
+
+@dataclass
+class ProgressivePrompts(Prompts):
+    """At test all prompts, or with task_id_at_test=true those of the example's own task and of the ones before it.
+
+    The paper trains with Adam at 0.3, weight decay 1e-5, batches of 8 and 10 epochs.
+    """
+
+    length: int = 10
+    mlp: int = 0
+    task_id_at_test: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.mlp >= 0, "method.mlp", self.mlp, "0 (off) or the width of its hidden layer")
+
+    def longest(self, benchmark: Benchmark) -> int:
+        return self.length * len(benchmark)
+
+    def first_adapter(self) -> None:
+        super().first_adapter()
+        self.frozen: list[Tensor] = []  # earlier tasks' prompts
+        self.new = nn.Parameter(self.from_vocabulary(0))
+        self.reparametrisation: nn.Module | None = None
+        self.shown: int | None = None  # how many prompts, the oldest first; None is all
+
+    def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        if len(self.new):
+            self.frozen.append(self.newest().detach())
+        self.new = nn.Parameter(self.from_vocabulary(self.length, index))
+        self.reparametrisation = self.network(index) if self.mlp else None
+        super().learn(task, index, trainer)
+
+    def network(self, index: int) -> nn.Module:
+        """The MLP of a task, d -> mlp -> d."""
+        torch.manual_seed(derive(self.seed, "mlp", index))
+        dim = self.new.shape[1]
+        return nn.Sequential(nn.Linear(dim, self.mlp), nn.ReLU(), nn.Linear(self.mlp, dim)).to(self.objective.device)
+
+    def newest(self) -> Tensor:
+        """P_t, or P_t + MLP(P_t)."""
+        return self.new if self.reparametrisation is None else self.new + self.reparametrisation(self.new)
+
+    def prompt(self, batch: Batch) -> Tensor:
+        oldest_first = [*self.frozen, self.newest()][: self.shown]
+        return torch.cat(oldest_first[::-1]).expand(len(batch), -1, -1)
+
+    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+        if choices.tasks is None:
+            return super().predict(batch, choices)
+        parts = []
+        for index in choices.tasks.unique().tolist():
+            rows = (choices.tasks == index).nonzero().squeeze(1)
+            self.shown = index + 1
+            parts.append((rows, super().predict(batch.select(rows), choices)))
+        self.shown = None
+        return Predictions.joined(parts)
+
+    def parameters(self) -> list[nn.Parameter]:
+        mlp = [] if self.reparametrisation is None else self.reparametrisation.parameters()
+        return [self.new, *mlp, *self.objective.parameters().values()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"task{index:03d}": prompt for index, prompt in enumerate([*self.frozen, self.newest()])}
+
+    def state_dict(self) -> dict[str, Any]:
+        mlp = {} if self.reparametrisation is None else self.reparametrisation.state_dict()
+        return {**super().state_dict(), "prompts": {"frozen": self.frozen, "new": self.new, "mlp": mlp}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        own, device = state["prompts"], self.objective.device
+        self.frozen = [prompt.to(device) for prompt in own["frozen"]]
+        self.new = nn.Parameter(own["new"].to(device))
+        if own["mlp"]:
+            self.reparametrisation = self.network(len(self.frozen))
+            self.reparametrisation.load_state_dict(own["mlp"])

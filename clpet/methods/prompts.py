@@ -1,0 +1,60 @@
+"""Methods that leave the backbone as it is and learn vectors before the text's embeddings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clpet.config import derive, require
+from clpet.embeddings import vocabulary
+from clpet.methods.base import Method
+from clpet.tasks import Benchmark
+from clpet.text import Batch
+
+
+@dataclass
+class Prompts(Method):
+    """Subclasses say in `prompt` what stands before each text; it is the text that is cut to make room."""
+
+    length: int = 10
+
+    pefts: ClassVar[tuple[str, ...]] = ("frozen",)
+
+    def __post_init__(self) -> None:
+        require(self.length >= 1, "method.length", self.length, "at least 1")
+
+    def check_benchmark(self, benchmark: Benchmark) -> None:
+        benchmark.reserved = self.longest(benchmark)
+
+    def longest(self, benchmark: Benchmark) -> int:
+        """Most vectors that ever stand before a text."""
+        raise NotImplementedError
+
+    def first_adapter(self) -> None:
+        self.objective.prompt = self.prompt
+
+    def prompt(self, batch: Batch) -> Tensor:
+        """[batch, p, dim]: what stands before each text."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was learned, by name."""
+        raise NotImplementedError
+
+    def from_vocabulary(self, count: int, *names: object) -> Tensor:
+        """[count, dim] fp32: embeddings of tokens drawn at random for one purpose."""
+        weight = vocabulary(self.objective.adapters.model)
+        generator = torch.Generator().manual_seed(derive(self.seed, "prompt", *names))
+        return weight[torch.randint(len(weight), (count,), generator=generator).to(weight.device)].float()
+
+    def stored_parameters(self) -> int:
+        return super().stored_parameters() + sum(tensor.numel() for tensor in self.tensors().values())
+
+    def save(self, folder: Path) -> None:
+        """Writes the prompts as safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        save_file(tensors, folder / "prompts.safetensors")

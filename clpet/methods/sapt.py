@@ -1,0 +1,141 @@
+"""SAPT-LoRA: one softmax over task keys weighs the branches, in training and at test (Zhao et al., 2024, 2401.08295).
+
+x' = LayerNorm(SiLU(W2 W1 max_pool(embeddings))), w = softmax(k_i . x' / sqrt(d)), h = W x + sum_i w_i s B_i A_i x.
+Stored inputs of each old task i keep the router where it was: + kl_ratio KL(w_i after task i || w now).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clpet.config import derive, require
+from clpet.embeddings import max_pool, token_embeddings, vocabulary
+from clpet.methods.inc_lora import IncLoRA
+from clpet.selection import stratified
+from clpet.tasks import Task
+from clpet.text import Batch, EncodedDataset
+from clpet.training import Trainer
+
+
+class Query(nn.Module):
+    """x' = LayerNorm(SiLU(W2 W1 x)), d -> hidden -> d, no bias; drawn from `seed`."""
+
+    def __init__(self, dim: int, hidden: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.down, self.up = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(nn.functional.silu(self.up(self.down(x))))
+
+
+@dataclass
+class SAPT(IncLoRA):
+    """Old branches and keys are frozen; A_t, B_t, k_t and the query net are trained.
+
+    Of an old task a share of its inputs is kept (row numbers, labels unused) and its mean weights on validation.
+    All of them enter every step: the embeddings are frozen, so that their pooled vectors are computed once.
+    """
+
+    kl_ratio: float = 0.5
+    share: float = 0.02
+    hidden: int = 100
+    faithful_padding: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.kl_ratio >= 0, "method.kl_ratio", self.kl_ratio, "0 (off) or more")
+        require(0 <= self.share <= 1, "method.share", self.share, "in [0, 1]")
+        require(self.hidden >= 1, "method.hidden", self.hidden, "at least 1")
+
+    def first_adapter(self) -> None:
+        super().first_adapter()
+        device, self.dim = self.objective.device, vocabulary(self.objective.adapters.model).shape[1]
+        self.query = Query(self.dim, self.hidden, derive(self.seed, "query")).to(device)
+        self.keys = [torch.empty(0, self.dim, device=device)]  # those of earlier tasks, then the one being trained
+        self.memory: dict[int, np.ndarray] = {}
+        self.means: list[Tensor] = []  # after task i: its mean weights of the branches 0 .. i
+        self.held: list[Tensor] = []
+
+    def add_branch(self, index: int) -> None:
+        super().add_branch(index)
+        generator = torch.Generator().manual_seed(derive(self.seed, "key", index))
+        key = torch.rand(1, self.dim, generator=generator) * 2 - 1
+        self.keys = [torch.cat(self.keys).detach(), nn.Parameter(key.to(self.objective.device))]
+
+    def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        self.held = [self.pooled(self.data.train, rows) for rows in self.memory.values()] if self.kl_ratio else []
+        super().learn(task, index, trainer)
+
+    def pool(self, batch: Batch) -> Tensor:
+        """[batch, dim]: the elementwise maximum of the token embeddings."""
+        mask = torch.ones_like(batch.attention_mask) if self.faithful_padding else batch.attention_mask
+        return max_pool(token_embeddings(self.objective.adapters.model, batch), mask)
+
+    def pooled(self, pool: EncodedDataset, rows: np.ndarray) -> Tensor:
+        """[n, dim]: `pool` of rows, longest first."""
+        parts = pool.by_length(rows, self.objective.eval_batch_size)
+        return torch.cat([self.pool(pool.batch(part, self.objective.device)) for part in parts])
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        """[batch, n]: k_i . x' / sqrt(d)."""
+        return scores(self.query(pooled), torch.cat(self.keys))
+
+    def route(self, batch: Batch) -> Tensor:
+        return self.scores(self.pool(batch)).softmax(1)
+
+    def loss(self, batch: Batch) -> Tensor:
+        loss = super().loss(batch)
+        for mean, pooled in zip(self.means, self.held, strict=False):
+            loss = loss + self.kl_ratio * divergence(mean, self.scores(pooled))
+        return loss
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*super().parameters(), *self.query.parameters(), *(k for k in self.keys if k.requires_grad)]  # type: ignore[list-item]
+
+    def after_task(self, task: Task, index: int) -> None:
+        super().after_task(task, index)
+        rows, rng = self.data.train.rows_of(index), self.replay.rng(index, "inputs")
+        self.memory[index] = stratified(self.data.train.labels[rows], rows, self.share, rng)
+        pool = self.data.validation if len(self.data.validation.rows_of(index)) else self.data.train
+        with torch.no_grad():
+            self.means.append(self.scores(self.pooled(pool, pool.rows_of(index))).softmax(1).mean(0))
+
+    def stored_examples(self) -> int:
+        """Inputs without their labels."""
+        return super().stored_examples() + sum(len(rows) for rows in self.memory.values())
+
+    def stored_parameters(self) -> int:
+        router = [*self.query.parameters(), *self.keys, *self.means]
+        return super().stored_parameters() + sum(tensor.numel() for tensor in router)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {
+            "query": self.query.state_dict(),
+            "keys": torch.cat(self.keys),
+            "memory": {str(task): rows.tolist() for task, rows in self.memory.items()},
+            "means": self.means,
+        }
+        return {**super().state_dict(), "router": own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        own, device = state["router"], self.objective.device
+        self.query.load_state_dict(own["query"])
+        self.keys = [own["keys"].to(device)]
+        self.memory = {int(task): np.array(rows, dtype=np.int64) for task, rows in own["memory"].items()}
+        self.means = [mean.to(device) for mean in own["means"]]
+
+
+def scores(x: Tensor, keys: Tensor) -> Tensor:
+    """[batch, n]: k_i . x / sqrt(d)."""
+    return x @ keys.T / keys.shape[1] ** 0.5
+
+
+def divergence(mean: Tensor, scores: Tensor) -> Tensor:
+    """KL(mean, then zeros for branches added since || softmax(scores)), averaged over the batch; 0 log 0 = 0."""
+    target = nn.functional.pad(mean, (0, scores.shape[1] - len(mean)))
+    return (torch.xlogy(target, target) - target * scores.log_softmax(1)).sum(1).mean()
