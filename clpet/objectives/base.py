@@ -85,6 +85,7 @@ class Objective:
         self.tokenizer, self.seed, self.evaluation = tokenizer, seed, evaluation
         self.eval_batch_size = hardware.eval_batch_size
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
+        self.dim = int(adapters.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self.meter = Meter()
         self.prompt: Callable[[Batch], Tensor] | None = None  # [batch, p, dim] put before the text's embeddings
         self._check_lengths()

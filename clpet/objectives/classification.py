@@ -83,8 +83,6 @@ class Classification(Objective):
     def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
         self.representation = representation(backbone, benchmark.template)
         super().__init__(benchmark, backbone, *rest)
-        config: Any = self.adapters.model.config
-        self.dim = int(config.hidden_size)
         self.head = self.new_head(self.seed)
         own = torch.full((len(benchmark), len(benchmark.labels)), float("-inf"))
         for index in range(len(benchmark)):

@@ -85,9 +85,10 @@ class TextToText(Objective):
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The mask is always there: it also gives the positions of what follows."""
-        read = super().inputs(batch)
+        read: dict[str, Any] = super().inputs(batch)
         if read["attention_mask"] is None:
-            width = read.get("inputs_embeds", batch.input_ids).shape[1]
+            text = read["inputs_embeds"] if "inputs_embeds" in read else batch.input_ids
+            width = text.shape[1]
             read["attention_mask"] = batch.attention_mask.new_ones(len(batch), width)
         return read
 
