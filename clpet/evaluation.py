@@ -30,8 +30,8 @@ class Evaluator:
     task's own labels only).
     """
 
-    def __init__(self, benchmark: Benchmark, data: Encoded, batch_size: int) -> None:
-        self.benchmark, self.pool, self.batch_size = benchmark, data.test, batch_size
+    def __init__(self, benchmark: Benchmark, data: Encoded) -> None:
+        self.benchmark, self.pool = benchmark, data.test
 
     @torch.inference_mode()
     def __call__(self, method: Method, learned: int, tasks: list[int]) -> Evaluation:
@@ -39,7 +39,7 @@ class Evaluator:
         objective, labels = method.objective, self.benchmark.seen_labels(learned)
         objective.meter.kind = "evaluated"
         table: dict[str, list[Any]] = {}
-        for part in self.pool.by_length(self.pool.rows_of(*tasks), self.batch_size):
+        for part in objective.batches(self.pool, self.pool.rows_of(*tasks)):
             batch = self.pool.batch(part, objective.device)
             choices = method.choices(batch, labels)
             found = method.predict(batch, choices)

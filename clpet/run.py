@@ -123,7 +123,7 @@ class Experiment:
         tasks = range(total if kind is Matrix.full or row == total else row if kind is Matrix.seen else 0)
         if not tasks:
             return
-        evaluator = Evaluator(self.benchmark, self.data, self.trainer.hardware.eval_batch_size)
+        evaluator = Evaluator(self.benchmark, self.data)
         found = evaluator(self.method, row, list(tasks))
         for matrix, scores in ((state.matrix, found.seen), (state.own, found.own)):
             for index in tasks:

@@ -116,7 +116,7 @@ class Bench:
         start = time.perf_counter()
         objective = method.objective
         data = encode_benchmark(self.benchmark, objective.template)
-        evaluator = Evaluator(self.benchmark, data, self.parts["hardware"].eval_batch_size)
+        evaluator = Evaluator(self.benchmark, data)
         trainer = Trainer(self.config.train, self.parts["hardware"], objective, Silent(), 0)
         for index, task in enumerate(self.benchmark.tasks):
             trainer.begin_task(index)

@@ -97,7 +97,7 @@ def test_a_method_learns_the_words(method: str, make) -> None:
     run.trainer.begin_task(index)
     run.method.learn(task, index, run.trainer)
     run.method.after_task(task, index)
-    found = Evaluator(run.benchmark, run.data, 32)(run.method, index + 1, [0])
+    found = Evaluator(run.benchmark, run.data)(run.method, index + 1, [0])
     assert found.own[0].value > 50
 
 

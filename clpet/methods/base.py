@@ -146,7 +146,7 @@ class Method:
         meter = self.objective.meter
         meter.kind = "validated"
         for pool, rows in parts:
-            for part in pool.by_length(rows, self.objective.eval_batch_size):
+            for part in self.objective.batches(pool, rows):
                 batch = pool.batch(part, self.objective.device)
                 right = score(batch).float()
                 for task in np.unique(pool.tasks[part]).tolist():

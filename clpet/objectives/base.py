@@ -134,6 +134,10 @@ class Objective:
             mask = torch.cat([mask.new_ones(prompt.shape[:2]), mask], dim=1)
         return {"inputs_embeds": torch.cat([prompt, text], dim=1), "attention_mask": mask}
 
+    def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
+        """Rows in the batches they are to be predicted in, sorted by length."""
+        return pool.by_length(rows, self.eval_batch_size)
+
     def logits(self, batch: Batch) -> Tensor:
         """[terms, classes]: what the loss takes a softmax of, one row per term of its mean."""
         raise NotImplementedError

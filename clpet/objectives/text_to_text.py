@@ -87,8 +87,7 @@ class TextToText(Objective):
         """The mask is always there: it also gives the positions of what follows."""
         read: dict[str, Any] = super().inputs(batch)
         if read["attention_mask"] is None:
-            text = read["inputs_embeds"] if "inputs_embeds" in read else batch.input_ids
-            width = text.shape[1]
+            width = read.get("inputs_embeds", batch.input_ids).shape[1]
             read["attention_mask"] = batch.attention_mask.new_ones(len(batch), width)
         return read
 
@@ -100,21 +99,16 @@ class TextToText(Objective):
         An instruction names the labels to choose from, so a task's own labels are its candidates.
         """
         self.meter.count(batch, torch.is_grad_enabled())
-        texts = np.full(len(batch), "", dtype=object)
-        groups: dict[int, list[int]] = {}  # task to rank in, or -1: rows
-        ranks = self.evaluation.decode is Decode.rank
-        for row, task in enumerate(batch.tasks.tolist()):
-            groups.setdefault(task if ranks and self.benchmark.tasks[task].labels else -1, []).append(row)
-        for task, rows in groups.items():
-            whole = len(rows) == len(batch)
-            part = batch if whole else batch.select(torch.tensor(rows, device=batch.input_ids.device))
-            if task < 0:
-                texts[rows] = self.generate(part)
-            else:
-                labels = self.benchmark.task_labels(task)
-                best = self.rank(part, labels).argmax(1).tolist()
-                texts[rows] = [self.benchmark.labels[labels[choice]] for choice in best]
-        return Predictions(texts=texts.tolist())
+        labels = self.benchmark.task_labels(int(batch.tasks[0]))
+        if self.evaluation.decode is Decode.rank and labels:
+            best = self.rank(batch, labels).argmax(1).tolist()
+            return Predictions(texts=[self.benchmark.labels[labels[choice]] for choice in best])
+        return Predictions(texts=self.generate(batch))
+
+    def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
+        """Batches of one task each: a task has its own labels to choose from."""
+        tasks = [rows[pool.tasks[rows] == task] for task in np.unique(pool.tasks[rows])]
+        return [part for own in tasks for part in super(TextToText, self).batches(pool, own)]
 
     def generate(self, batch: Batch) -> list[str]:
         """Greedy decoding with a key-value cache, up to the end token."""
