@@ -207,9 +207,9 @@ def options(group: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in (conf_dir(), *plugin_dirs()):
         for path in sorted((folder / group).glob("**/*.yaml")):
-            name = path.relative_to(folder / group).with_suffix("").as_posix()
-            if not name.startswith("base/"):
-                found[name] = path
+            name = path.relative_to(folder / group).with_suffix("")
+            if "base" not in name.parts[:-1]:
+                found[name.as_posix()] = path
     return found
 
 

@@ -67,7 +67,7 @@ class Training:
     """How one task is trained, the same for every method."""
 
     epochs: int = 3
-    lr: float = 1e-3
+    lr: Any = 1e-3  # or a list
     global_batch_size: int = 16
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -80,7 +80,9 @@ class Training:
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
-        require(self.lr >= 0, "train.lr", self.lr, "0 or more")
+        rates = self.lr if isinstance(self.lr, list) and self.lr else [self.lr]
+        fits = all(type(rate) in (int, float) and rate >= 0 for rate in rates)
+        require(fits, "train.lr", self.lr, "0 or more, or a list of such numbers, one a task")
         require(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "at least 1")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
         inside = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
@@ -89,6 +91,10 @@ class Training:
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
         require(self.clip >= 0, "train.clip", self.clip, "0 (off) or more")
         require(self.save_minutes > 0, "train.save_minutes", self.save_minutes, "more than 0")
+
+    def lr_of(self, task: int) -> float:
+        """The learning rate of a task, counted from 0; the last one of a list is for all that follow."""
+        return self.lr[min(task, len(self.lr) - 1)] if isinstance(self.lr, list) else self.lr
 
 
 class Decode(Enum):

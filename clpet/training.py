@@ -188,9 +188,9 @@ class Trainer:
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         s = self.settings
-        betas = (s.betas[0], s.betas[1])
+        lr, betas = s.lr_of(self.task), (s.betas[0], s.betas[1])
         return torch.optim.AdamW(
-            parameters, lr=s.lr, betas=betas, eps=s.eps, weight_decay=s.weight_decay, fused=bool(parameters)
+            parameters, lr=lr, betas=betas, eps=s.eps, weight_decay=s.weight_decay, fused=bool(parameters)
         )
 
     def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:

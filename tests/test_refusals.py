@@ -90,6 +90,11 @@ BAD = [
     ("batch without room for old", ["train", "train.global_batch_size=1"], "both must be at least 1"),
     ("best without validation", ["train", "model=tiny", "train.select=best", "benchmark.validation_share=0"], "no validation examples"),
     ("data of an unknown", ["data", "nosuch"], "there is no such benchmark"),
+    ("licensed data", ["train", "benchmark=tacred"], "put train.json, dev.json, test.json of TACRED (LDC2018T24"),
+    ("licensed data elsewhere", ["train", "benchmark=ace2005", "data_dir=."], "lacks train.json, dev.json, test.json: put"),
+    ("unknown layout", ["train", "benchmark=bbn", "benchmark.layout=conll"], "benchmark.layout must be fewrel, fewnerd, spans"),
+    ("no classes", ["train", "benchmark=bbn", "benchmark.classes_per_task=[5,0]"], "benchmark.classes_per_task must be at least 1"),
+    ("rates by task", ["train", "train.lr=[1e-3,-1]"], "train.lr must be 0 or more, or a list"),
 ]  # fmt: skip
 
 

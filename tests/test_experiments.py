@@ -1,0 +1,119 @@
+"""The overlays of ConPET's published rows: what each one sets, and learning rates that differ by task."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from clpet.cli import options
+from clpet.config import Config, Training, build, typed
+from clpet.errors import ConfigError
+from clpet.memory import equal_compute
+from clpet.mistakes import composed
+
+ROWS = ["emr", "ea_emr", "crl", "emr_star", "ea_emr_star", "crl_star", "dynamic", "limitless", "ewc", "lwf"]
+REPLAY = ["fixed"] * 3 + ["dynamic"] * 4 + ["all", "none", "none"]
+LATER = [5e-4, 5e-4, 5e-4]
+# epochs, learning rate of Dynamic, of EMR, of CRL, L, m, most copies of the memory
+SETTINGS = {
+    "fewnerd": (10, [5e-4, 5e-4, 1e-4], 2e-5, 1e-4, 2500, 100, 10),
+    "ontonotes": (10, [*LATER, 1e-4], [*LATER, 1e-4], [*LATER, 2e-4], 1250, 100, 10),
+    "bbn": (10, 2e-4, 2e-4, [2e-4, 2e-4, 2e-4, 1e-4], 500, 50, 5),
+    "fewrel": (10, 2e-4, 2e-4, 2e-4, 400, 50, 5),
+    "tacred": (20, 2e-4, 2e-4, 2e-4, 100, 20, 5),
+    "ace2005": (20, 2e-4, 2e-4, 2e-4, 100, 20, 5),
+}
+LAMBDAS = {"bbn": (1000, 0.1), "fewnerd": (1000, 0.1), "ontonotes": (1, 0.1), "fewrel": (5000, 0.01)}
+TRAIN_SIZES = {
+    "fewnerd": [30415, 24780, 51816, 101875, 34443, 29988, 12912, 24075, 15163, 14916],
+    "ontonotes": [17932, 27842, 16288, 34221, 21156, 25248, 31235, 7818, 18138, 11645],
+    "bbn": [4822, 6210, 2738, 5120, 46199, 7373, 5260, 6751, 2264, 2628],
+    "fewrel": [4480] * 10,
+    "tacred": [651, 341, 2313, 2509, 667, 976, 1083, 248, 1469, 2755],
+    "ace2005": [2507, 1013, 724, 777, 627],
+}
+COPIES = {
+    "fewnerd": [10, 10, 10, 10, 10, 1, 10, 1, 1],
+    "ontonotes": [10, 10, 10, 10, 10, 10, 1, 10, 10],
+    "bbn": [5, 2, 5, 5, 5, 5, 5, 1, 1],
+    "fewrel": [5] * 9,
+    "tacred": [4, 5, 5, 5, 5, 5, 1, 5, 5],
+    "ace2005": [5, 5, 5, 1],
+}
+
+
+@cache
+def overlay(name: str) -> Config:
+    return typed(composed([f"experiment=conpet/{name}"]))
+
+
+def test_every_published_row_has_its_overlay() -> None:
+    """Six data sets by ten methods, and the BERT-large runs; what they share is not listed."""
+    rows = {f"conpet/{data}_{row}" for data in SETTINGS for row in ROWS}
+    logged = {f"conpet/tacred_bert_{row}" for row in ("dynamic", "emr_star", "limitless")}
+    assert set(options("experiment")) == rows | logged
+
+
+@pytest.mark.parametrize("data", SETTINGS)
+def test_settings_of_the_published_rows(data: str) -> None:
+    epochs, dynamic, emr, crl, limit, per_class, most = SETTINGS[data]
+    for row, replay in zip(ROWS, REPLAY, strict=True):
+        config = overlay(f"{data}_{row}")
+        rate = emr if "emr" in row else crl if "crl" in row else dynamic
+        assert (config.train.epochs, config.train.lr) == (epochs, rate), row
+        assert (config.train.global_batch_size, config.train.select.value) == (8, "best")
+        assert (config.model["name"], config.benchmark["name"]) == ("llama_7b", data)
+        assert (config.peft["r"], config.peft["alpha"], config.peft["dropout"]) == (4, 1, 0)
+        assert config.replay["name"] == replay
+        for group in ("method", "replay", "benchmark"):
+            build(getattr(config, group), group)
+        if replay in ("fixed", "dynamic"):
+            assert config.replay["limit"] == limit
+        if replay == "fixed":
+            assert config.replay["per_class"] == per_class
+            assert "crl" in row or config.replay["max_copies"] == most
+    strengths = tuple(overlay(f"{data}_{row}").method["strength"] for row in ("ewc", "lwf"))
+    assert strengths == LAMBDAS.get(data, (1, 1))
+
+
+@pytest.mark.parametrize("data", SETTINGS)
+def test_copies_of_the_memory_equal_the_compute_of_dynamic_replay(data: str) -> None:
+    """f of tasks 2 to n, from the published sizes and the overlay's L, m and most copies."""
+    replay, benchmark = overlay(f"{data}_emr").replay, overlay(f"{data}_emr").benchmark
+    classes = [len(ids) for ids in benchmark["task_ids"]] if benchmark["task_ids"] else benchmark["classes_per_task"]
+    knobs = replay["per_class"], replay["limit"], 8, replay["max_copies"]
+    sizes = TRAIN_SIZES[data]
+    found = [equal_compute(new, sum(classes[:k]), *knobs) for k, new in enumerate(sizes) if k]
+    assert found == COPIES[data]
+
+
+def test_logged_runs_with_bert_large() -> None:
+    for row, method, replay in (("dynamic", "dynamic_conpet", "dynamic"), ("emr_star", "emr", "dynamic"),
+                                ("limitless", "dynamic_conpet", "all")):  # fmt: skip
+        config = overlay(f"tacred_bert_{row}")
+        assert (config.model["name"], config.method["name"], config.replay["name"]) == ("bert_large", method, replay)
+        assert (config.train.epochs, config.train.lr, config.train.global_batch_size) == (20, 1e-3, 16)
+        assert replay == "all" or config.replay["limit"] == 50
+
+
+def test_learning_rates_by_task() -> None:
+    rates = Training(lr=[5e-4, 5e-4, 1e-4])
+    assert [rates.lr_of(task) for task in range(5)] == [5e-4, 5e-4, 1e-4, 1e-4, 1e-4]
+    assert Training(lr=2e-4).lr_of(7) == 2e-4
+    for wrong in ([], [1e-3, -1], ["fast"], [True]):
+        with pytest.raises(ConfigError, match=r"train\.lr must be 0 or more, or a list"):
+            Training(lr=wrong)
+
+
+def test_a_task_is_trained_at_its_own_rate(make) -> None:
+    """With rate 0 from the second task on, what the first has learned stays bit for bit."""
+    run = make("method=sequential", "train.lr=[1e-3, 0]", "train.epochs=1")
+    states = []
+    for task in range(3):
+        run.learn(task)
+        states.append(
+            {name: tensor.clone() for name, tensor in run.method.objective.adapters.tensors("default").items()}
+        )
+    assert any(tensor.any() for name, tensor in states[0].items() if "lora_B" in name)
+    for state in states[1:]:
+        assert all(torch.equal(state[name], tensor) for name, tensor in states[0].items())
