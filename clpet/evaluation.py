@@ -51,6 +51,7 @@ class Evaluator:
         own_mask = self.own.to(device)
         labels = self.benchmark.seen_labels(learned)
         method.objective.meter.kind = "evaluated"
+        method.before_evaluation(self.pool, rows)
         table: dict[str, list[Any]] = {}
         for part in self.pool.by_length(rows, self.batch_size):
             batch = self.pool.batch(part, device)

@@ -1,7 +1,9 @@
 """Text to tokens, once per split: templates, entity windows, pooled splits and length-bucketed batches."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -143,6 +145,7 @@ class Batch:
     tasks: Tensor
     padded: bool = True
     share: float = 1.0  # of the optimiser step's examples, where a step is made of several batches
+    pool: "EncodedDataset | None" = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -163,6 +166,7 @@ class Batch:
             self.positions[keep],
             self.labels[keep],
             self.tasks[keep],
+            pool=self.pool,
         )
 
 
@@ -186,14 +190,24 @@ class EncodedDataset:
         """Row numbers of the given tasks, in order."""
         return np.flatnonzero(np.isin(self.tasks, tasks))
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that a network is given of this split."""
+        found = hashlib.sha256(f"{self.pad_id} {self.mask_id}".encode())
+        for array in (self.flat, self.starts):
+            found.update(array.tobytes())
+        return found.hexdigest()
+
     def tokens(self, row: int) -> np.ndarray:
         """Token ids of one row."""
         return self.flat[self.starts[row] : self.starts[row + 1]]
 
-    def batch(self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Batch:
-        """The rows, right-padded to the longest."""
+    def batch(
+        self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu", width: int | None = None
+    ) -> Batch:
+        """The rows, right-padded to the longest, or to `width`."""
         rows = np.asarray(rows, dtype=np.int64)
-        width = int(self.lengths[rows].max())
+        width = width or int(self.lengths[rows].max())
         inside = np.arange(width) < self.lengths[rows][:, None]
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         ids[inside] = np.concatenate([self.tokens(row) for row in rows])
@@ -201,7 +215,7 @@ class EncodedDataset:
         arrays = (ids, inside.astype(np.int64), positions, self.labels[rows], self.tasks[rows])
         moved = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
         input_ids, mask, places, labels, tasks = moved
-        return Batch(rows, input_ids, mask, places, labels, tasks, padded=not inside.all())
+        return Batch(rows, input_ids, mask, places, labels, tasks, padded=not inside.all(), pool=self)
 
     def by_length(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """The rows in batches of `size`, longest first, so that padding is next to nothing."""

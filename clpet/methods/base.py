@@ -14,7 +14,7 @@ from clpet.errors import ConfigError
 from clpet.memory import Held, NoReplay, Plan
 from clpet.objectives.classification import Classification, Head
 from clpet.tasks import Benchmark, Task
-from clpet.text import Batch, Encoded
+from clpet.text import Batch, Encoded, EncodedDataset
 from clpet.training import Trainer
 
 
@@ -52,6 +52,7 @@ class Method:
     needs_adapter: ClassVar[bool] = False  # more than one adapter: refuses peft=none
     task_id_at_test: ClassVar[bool] = False  # results are task-incremental
     validates: ClassVar[bool] = True  # chooses an epoch where train.select=best
+    cache_dir: ClassVar[str | None] = None  # set by the run: a folder for what other runs can use
 
     def check(self, objective: str, replay: str, peft: str) -> None:
         """Raises ConfigError for a combination that makes no sense, before anything is loaded."""
@@ -139,6 +140,9 @@ class Method:
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         """Scores over all labels; those outside `choices` are masked by the caller."""
         return Predictions(self.objective.head.scatter(self.represent(batch)))
+
+    def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
+        """All rows of an evaluation that is about to begin, for a method that computes something in its own order."""
 
     def predict_known_task(self, batch: Batch, found: Predictions) -> Tensor:
         """Scores for the task-incremental view; `found` is what `predict` gave, reused where it serves."""
