@@ -50,3 +50,8 @@ def herding(vectors: np.ndarray, count: int) -> list[int]:
         chosen.append(int(distance.argmin()))
         total = total + vectors[chosen[-1]]
     return chosen
+
+
+def stand_in(rows: np.ndarray) -> np.ndarray:
+    """[n, 8] vectors without a meaning, for a memory that is only counted."""
+    return np.random.default_rng(0).normal(size=(len(rows), 8))
