@@ -24,7 +24,7 @@ from clpet.errors import ConfigError, suggest
 
 GROUPS = ("method", "replay", "model", "peft", "benchmark", "hardware", "tracking")
 # What does not change a run's result, or only says where it goes, is no part of its identity.
-NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "fresh", "dry_run", "seed")
+NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fresh", "dry_run", "seed")
 
 
 def conf_dir() -> Path:
@@ -133,6 +133,7 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
     output_dir: str = "outputs"
+    cache_dir: str | None = None
     data_dir: str | None = None
     fresh: bool = False
     dry_run: bool = False

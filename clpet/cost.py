@@ -12,7 +12,10 @@ from clpet.text import Batch
 
 @dataclass
 class Cost:
-    """Counters of one task. A forward with gradients counts as forward and backward; evaluation counts apart."""
+    """Counters of one task. A forward with gradients counts as forward and backward; evaluation counts apart.
+
+    `cached_examples` are forwards of training that an earlier run has done: their logits were read from cache_dir.
+    """
 
     seconds: float = 0.0
     forward_examples: int = 0
@@ -21,6 +24,7 @@ class Cost:
     backward_tokens: int = 0
     validated_examples: int = 0
     evaluated_examples: int = 0
+    cached_examples: int = 0
     peak_memory_mb: float = 0.0
 
 
@@ -49,6 +53,11 @@ class Meter:
         if gradient:
             self.cost.backward_examples += len(batch)
             self.cost.backward_tokens += batch.tokens
+
+    def cached(self, examples: int) -> None:
+        """Notes forwards that need not be done because an earlier run has done them."""
+        if self.kind == "learned":
+            self.cost.cached_examples += examples
 
     def take_learning(self) -> dict[str, Any]:
         """The counters of training since the last call, and starts anew."""

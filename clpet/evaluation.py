@@ -37,9 +37,11 @@ class Evaluator:
     def __call__(self, method: Method, learned: int, tasks: list[int]) -> Evaluation:
         """Scores of `tasks` after the first `learned` tasks."""
         objective, labels = method.objective, self.benchmark.seen_labels(learned)
+        asked = self.pool.rows_of(*tasks)
         objective.meter.kind = "evaluated"
+        method.before_evaluation(self.pool, asked)
         table: dict[str, list[Any]] = {}
-        for part in objective.batches(self.pool, self.pool.rows_of(*tasks)):
+        for part in objective.batches(self.pool, asked):
             batch = self.pool.batch(part, objective.device)
             choices = method.choices(batch, labels)
             found = method.predict(batch, choices)

@@ -142,7 +142,7 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
         name: build(getattr(config, name), name)
         for name in ("replay", "model", "peft", "benchmark", "hardware", "tracking")
     }
-    method = build(config.method, "method")
+    method = build(config.method, "method", cache_dir=config.cache_dir)
     parts["replay"].check(config.train.global_batch_size)
     method.check(parts["benchmark"].objective.value, parts["replay"].name, parts["peft"].name)
     return method, parts

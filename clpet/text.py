@@ -1,8 +1,10 @@
 """Text to tokens, once per split: templates, entity windows, pooled splits and length-bucketed batches."""
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -139,8 +141,7 @@ def _centred(start: int, end: int, room: int, total: int) -> list[int]:
 class Batch:
     """Padded token ids [batch, length] with what is needed to score them; `rows` index the pool they came from.
 
-    Where an answer is to be learned, `targets` [batch, answer length] holds its tokens, IGNORED at padding, and
-    `references` the answers that count as right.
+    Where an answer is to be learned, `targets` [batch, answer length] holds its tokens, IGNORED at padding.
     """
 
     rows: np.ndarray
@@ -153,10 +154,17 @@ class Batch:
     left: bool = False  # padded on the left, for texts that are continued
     share: float = 1.0  # of the optimiser step's mean, where a step is made of several batches
     targets: Tensor | None = None
-    references: list[tuple[str, ...]] | None = None
+    pool: "EncodedDataset | None" = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def references(self) -> list[tuple[str, ...]]:
+        """The answers that count as right, per example."""
+        assert self.pool is not None
+        assert self.pool.references is not None
+        return [self.pool.references[row] for row in self.rows]
 
     @property
     def tokens(self) -> int:
@@ -178,7 +186,7 @@ class Batch:
             self.tasks[keep],
             left=self.left,
             targets=None if self.targets is None else self.targets[keep],
-            references=self.references and [self.references[row] for row in chosen],
+            pool=self.pool,
         )
 
 
@@ -193,10 +201,12 @@ class Ragged:
     def __getitem__(self, row: int) -> np.ndarray:
         return self.flat[self.starts[row] : self.starts[row + 1]]
 
-    def padded(self, rows: np.ndarray, fill: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [rows, longest], whether a place is inside its row)."""
+    def padded(
+        self, rows: np.ndarray, fill: int, left: bool = False, width: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [rows, width or longest], whether a place is inside its row)."""
         lengths = self.lengths[rows][:, None]
-        places = np.arange(int(lengths.max()))
+        places = np.arange(width or int(lengths.max()))
         inside = places >= places.size - lengths if left else places < lengths
         ids = np.full(inside.shape, fill, dtype=np.int64)
         ids[inside] = np.concatenate([self[row] for row in rows])
@@ -236,14 +246,25 @@ class EncodedDataset:
         """Row numbers of the given tasks, in order."""
         return np.flatnonzero(np.isin(self.tasks, tasks))
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that a network is given of this split."""
+        found = hashlib.sha256(f"{self.pad_id} {self.mask_id}".encode())
+        for part in (self.source, self.answer):
+            for array in (part.flat, part.starts) if part else ():
+                found.update(array.tobytes())
+        return found.hexdigest()
+
     def tokens(self, row: int) -> np.ndarray:
         """Token ids of one row, without its answer."""
         return self.source[row]
 
-    def batch(self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Batch:
-        """The rows, padded to the longest."""
+    def batch(
+        self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu", width: int | None = None
+    ) -> Batch:
+        """The rows, padded to the longest, or to `width`."""
         rows = np.asarray(rows, dtype=np.int64)
-        ids, inside = self.source.padded(rows, self.pad_id, self.left)
+        ids, inside = self.source.padded(rows, self.pad_id, self.left, width)
         positions = np.argmax(ids == self.mask_id, axis=1)
         arrays = [ids, inside.astype(np.int64), positions, self.labels[rows], self.tasks[rows]]
         if self.answer is not None:
@@ -251,9 +272,8 @@ class EncodedDataset:
         input_ids, mask, places, labels, tasks, *answers = (
             torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
         )
-        batch = Batch(rows, input_ids, mask, places, labels, tasks, padded=not inside.all(), left=self.left)
+        batch = Batch(rows, input_ids, mask, places, labels, tasks, not inside.all(), self.left, pool=self)
         batch.targets = answers[0] if answers else None
-        batch.references = self.references and [self.references[row] for row in rows]
         return batch
 
     def by_length(self, rows: np.ndarray, size: int) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -109,6 +110,11 @@ class Trainer:
         self.task = index
         torch.manual_seed(derive(self.seed, "task", index))
         self.objective.meter.restart()
+
+    def rows(self, plan: Plan) -> np.ndarray:
+        """The distinct rows of a plan's pool that a fit goes through, for what has to be done to them before."""
+        epochs = [plan.epoch(0)[:1]] if self.trial else map(plan.epoch, range(self.settings.epochs))
+        return np.unique(np.concatenate([part for epoch in epochs for part in epoch]))
 
     def fit(
         self,

@@ -30,7 +30,7 @@ from clpet.config import conf_dir, register_resolvers, typed
 from clpet.evaluation import Evaluator
 from clpet.memory import Plan
 from clpet.run import assemble, load_objective
-from clpet.text import EncodedDataset, encode_benchmark
+from clpet.text import EncodedDataset
 from clpet.training import Trainer, quiet_libraries
 
 
@@ -115,7 +115,7 @@ class Bench:
         method = self.method()
         start = time.perf_counter()
         objective = method.objective
-        data = encode_benchmark(self.benchmark, objective.template)
+        data = objective.encode()
         evaluator = Evaluator(self.benchmark, data)
         trainer = Trainer(self.config.train, self.parts["hardware"], objective, Silent(), 0)
         for index, task in enumerate(self.benchmark.tasks):

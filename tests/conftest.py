@@ -88,7 +88,7 @@ def make(words: Path):
     def build(*overrides: str) -> SimpleNamespace:
         register_resolvers()
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("train", tiny_args(words, *overrides))
+            cfg = compose("train", tiny_args(words, "cache_dir=null", *overrides))
         config = typed(cfg)
         method, parts = assemble(config)
         benchmark = parts["benchmark"].load(config.data_dir)

@@ -62,22 +62,23 @@ def test_frozen_modules_keep_their_bits(make) -> None:
     method = run.method
     before = {k: v.clone() for k, v in method.objective.adapters.tensors(module_name(0)).items()}
     head = method.modules[0].weight.detach().clone()
-    cached = method.cache.values[0].copy(), method.cache.valid[0].copy()
+    pool, everything = run.data.train, np.arange(len(run.data.train))
+    cached = method.store.get(module_name(0), pool, everything)
     run.learn(2)
     after = method.objective.adapters.tensors(module_name(0))
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(head, method.modules[0].weight)
-    rows = np.flatnonzero(cached[1])
-    assert len(rows)
     with torch.no_grad(), method.objective.adapters.using(module_name(0)):
-        now = method.modules[0](method.objective.features(run.data.train.batch(rows)))
-    np.testing.assert_allclose(cached[0][rows], now.numpy(), atol=1e-5)
+        now = method.modules[0](method.objective.features(pool.batch(everything)))
+    np.testing.assert_allclose(cached[:, :4], now.numpy(), atol=1e-5)
 
 
 def test_an_oracle_selector_forgets_nothing(make, monkeypatch) -> None:
     """Oracle 20: with the true task selected and K = 1, what is predicted for task j never changes."""
     run = make("method=dynamic_conpet")
-    monkeypatch.setattr(run.method, "select", lambda batch: batch.tasks.clamp(max=len(run.method.modules) - 1)[:, None])
+    monkeypatch.setattr(
+        run.method, "ranking", lambda pool, rows: pool.tasks[rows].clip(max=len(run.method.modules) - 1)[:, None]
+    )
     answers = []
     for index in range(3):
         run.learn(index)
@@ -131,8 +132,8 @@ def test_selector_head_growth_keeps_old_rows(make) -> None:
 
 def test_teacher_forcing_replaces_the_last_selected() -> None:
     """Oracle 24: the true task is always in the set, whose size stays K."""
-    selected = torch.tensor([[0, 1], [2, 0], [1, 2]])
-    forced = force(selected, torch.tensor([3, 0, 1]))
+    selected = np.array([[0, 1], [2, 0], [1, 2]])
+    forced = force(selected, np.array([3, 0, 1]))
     assert forced.tolist() == [[0, 3], [2, 0], [1, 2]]
 
 
@@ -141,7 +142,7 @@ def test_teacher_forcing_is_for_training_only(make) -> None:
     run = learned(make, "method.top_k=2")
     method, pool = run.method, run.data.train
     batch = pool.batch(np.arange(len(pool)))
-    assert (method.select_training(batch) == batch.tasks[:, None]).any(1).all()
+    assert (method.training_set(batch.rows) == pool.tasks[:, None]).any(1).all()
     with torch.inference_mode(), method.objective.adapters.using("selector"):
         own = method.selector(method.objective.features(batch)).topk(2, 1).indices
     with torch.inference_mode():
@@ -170,46 +171,6 @@ def test_switching_adapters_and_back_is_exact(make) -> None:
         again = run.method.objective.features(batch)
     assert not torch.equal(first, other)
     assert torch.equal(first, again)
-
-
-def test_cached_logits_are_computed_once_per_example_and_module(make) -> None:
-    """Oracle 27: valid rows are the distinct (example, module) pairs asked for, and equal the uncached logits."""
-    run = learned(make, "method.top_k=2", tasks=2)
-    method = run.method
-    computed: list[tuple[int, int]] = []
-    original = method.cache.get
-
-    def spy(module, width, rows, compute):
-        def counted(missing):
-            computed.extend((module, int(row)) for row in missing)
-            return compute(missing)
-
-        return original(module, width, rows, counted)
-
-    already = {(m, int(r)) for m, valid in method.cache.valid.items() for r in np.flatnonzero(valid)}
-    method.cache.get = spy
-    run.learn(2)
-    assert len(computed) == len(set(computed))
-    assert not already & set(computed)
-    held = {(m, int(r)) for m, valid in method.cache.valid.items() for r in np.flatnonzero(valid)}
-    assert held == already | set(computed)
-
-
-def test_a_cache_does_not_change_what_is_learned(make) -> None:
-    """Oracle 27: cached and uncached runs end in the same predictions."""
-    cached = learned(make, "method.top_k=2")
-    fresh = make("method=dynamic_conpet", "method.top_k=2")
-
-    def uncached(module, width, rows, compute):
-        return compute(np.asarray(rows))
-
-    fresh.method.cache.get = uncached
-    for index in range(3):
-        fresh.learn(index)
-    with torch.inference_mode():
-        a = cached.method.predict(batch_of(cached), Choices(range(12))).scores
-        b = fresh.method.predict(batch_of(fresh), Choices(range(12))).scores
-    assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_cost_of_a_task_is_constant(make) -> None:
@@ -264,6 +225,38 @@ def test_skipping_the_old_half_gives_the_full_gradient(make) -> None:
     method.objective.features = features
     for a, b in zip(full, short, strict=True):
         assert (a - b).abs().max() <= 1e-12 * a.abs().max().clamp(min=1e-30)
+
+
+@pytest.mark.parametrize("teacher_forcing", [True, False])
+def test_skipping_what_meets_no_new_module_gives_the_full_gradient(make, teacher_forcing: bool) -> None:
+    """K = 2: an example whose selected modules are all frozen adds a constant to the loss, whatever its label."""
+    run = learned(make, "method.top_k=2", f"method.teacher_forcing={str(teacher_forcing).lower()}")
+    method, pool = run.method, run.data.train
+    rows = np.arange(len(pool))
+    selected, meets = method.training_set(rows), method.meets(2, rows)
+    assert 0 < meets.sum() < len(rows)
+    method.objective.adapters.activate(module_name(2), train=True)
+    parts = [method.modules[i].labels for i in range(3)]
+    batch, z = pool.batch(rows), torch.full((len(rows), 12), MISSING)
+    for index in range(3):
+        keep = torch.from_numpy((selected == index).any(1).nonzero()[0])
+        frozen = method.objective.adapters.using(module_name(index)) if index < 2 else contextlib.nullcontext()
+        with frozen:
+            logits = method.modules[index](method.objective.features(batch.select(keep)))
+        z = z.index_put((keep[:, None], torch.as_tensor(parts[index])), logits)
+    full = torch.autograd.grad(F.cross_entropy(z, batch.labels), method.parameters())
+    short = torch.autograd.grad(method.loss(pool.batch(rows[meets])) * (meets.sum() / len(rows)), method.parameters())
+    for a, b in zip(full, short, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_micro_batch_may_meet_frozen_modules_only(make) -> None:
+    """K = 2: 16 at once and 4 times 4, the last of them all old examples, end in the same weights."""
+    weights = []
+    for size in ("null", "4"):
+        run = learned(make, "method.top_k=2", f"hardware.micro_batch_size={size}", "train.lr=1e-4")
+        weights.append(torch.cat([value.detach().flatten() for value in run.method.parameters()]))
+    assert torch.allclose(*weights, atol=1e-5)
 
 
 def _double_features(objective, batch):

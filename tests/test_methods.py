@@ -45,6 +45,7 @@ def four_tasks(words: Path) -> list[str]:
 VARIANTS = [
     *([method] for method in METHODS),
     ["dynamic_conpet", "method.top_k=2"],
+    ["dynamic_conpet", "method.top_k=2", "cache_dir=null"],
     ["replay", "replay=reservoir", "train.select=best"],
     ["emr", "replay=dynamic", "peft.dropout=0.3"],
     ["crl", "replay=dynamic"],

@@ -15,7 +15,7 @@ from clpet.memory import Held, NoReplay, Plan
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.classification import Head
 from clpet.tasks import Benchmark, Task
-from clpet.text import Batch, Encoded
+from clpet.text import Batch, Encoded, EncodedDataset
 from clpet.training import Trainer
 
 
@@ -31,6 +31,7 @@ class Method:
     pefts: ClassVar[tuple[str, ...]] = ()  # the peft options it goes with; empty: any that trains something
     task_id_at_test = False  # results are task-incremental; a subclass may make it a knob
     validates: ClassVar[bool] = True  # chooses an epoch where train.select=best
+    cache_dir: ClassVar[str | None] = None  # set by the run: a folder for what other runs can use
 
     def check(self, objective: str, replay: str, peft: str) -> None:
         """Raises ConfigError for a combination that makes no sense, before anything is loaded."""
@@ -116,6 +117,9 @@ class Method:
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         """Scores over all labels (those outside `choices` are masked by the caller), or texts."""
         return self.objective.predict(batch, choices)
+
+    def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
+        """All rows of an evaluation that is about to begin, for a method that computes something in its own order."""
 
     def predict_known_task(self, batch: Batch, found: Predictions) -> Predictions:
         """Predictions for the task-incremental view; `found` is what `predict` gave, reused where it serves."""

@@ -16,6 +16,7 @@ from clpet.config import derive, require
 from clpet.errors import ConfigError
 from clpet.memory import DrawnReplay, FixedReplay, Plan, split_batch
 from clpet.methods.base import Choices, Method, Predictions
+from clpet.selection import stand_in
 from clpet.tasks import Task
 from clpet.text import Batch
 from clpet.training import Trainer
@@ -63,18 +64,20 @@ class CRL(Method):
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.old = list(self.known)
-        self.starred = not isinstance(self.replay, FixedReplay)
-        drawn = self.data.train.rows_of(index)
-        self.stage(trainer, index, "contrast", self.shuffled(drawn, index, "contrast"), drawn)
+        self.stage(trainer, index, "contrast", self.first(index))
         if index > 0:
             if not self.starred:
                 self.replay.remember(index, self.vectors)
-            plan, drawn = self.second(index, trainer.settings.epochs)
-            self.stage(trainer, index, "replay", plan, drawn)
-        self.drawn = drawn
+            self.stage(trainer, index, "replay", self.second(index, trainer.settings.epochs))
 
-    def stage(self, trainer: Trainer, index: int, name: str, plan: Plan, rows: np.ndarray) -> None:
-        """One fit with a fresh bank over `rows`."""
+    @property
+    def starred(self) -> bool:
+        """Whether old examples are drawn from the history and not from a memory chosen per class."""
+        return not isinstance(self.replay, FixedReplay)
+
+    def stage(self, trainer: Trainer, index: int, name: str, plan: Plan) -> None:
+        """One fit with a fresh bank over the rows that its plan draws."""
+        self.drawn = rows = trainer.rows(plan)
         z = self.embed(rows, lambda batch: self.project(self.objective.features(batch)))
         labels = torch.from_numpy(self.data.train.labels[rows]).to(z.device)
         self.bank = Bank(z, labels, rows, len(self.data.train), len(self.benchmark.labels))
@@ -84,16 +87,18 @@ class CRL(Method):
         parameters = self.parameters()
         trainer.fit(plan, self.loss, parameters, stage=name, clip=self.clip, after_step=self.refresh)
 
-    def second(self, index: int, epochs: int) -> tuple[Plan, np.ndarray]:
-        """Batches of stage 2 and the examples in them: the memory (fixed), or drawn once for one pass (starred)."""
+    def first(self, index: int) -> Plan:
+        """Batches of stage 1: all of the new task."""
+        return self.shuffled(self.data.train.rows_of(index), index, "contrast")
+
+    def second(self, index: int, epochs: int) -> Plan:
+        """Batches of stage 2: the memory (fixed), or examples drawn once for one pass (starred)."""
         pool = self.data.train
         if isinstance(self.replay, FixedReplay):
-            kept = [*self.replay.memory.values(), *self.replay.spare.values()]
-            rows = np.concatenate(kept)
-            return self.shuffled(rows, index, "replay"), rows
+            rows = np.concatenate([*self.replay.memory.values(), *self.replay.spare.values()])
+            return self.shuffled(rows, index, "replay")
         if not isinstance(self.replay, DrawnReplay):
-            rows = pool.rows_of(*range(index + 1))
-            return self.replay.plan(index, "replay"), rows
+            return self.replay.plan(index, "replay")
         steps = self.replay.limit or self.replay.plan(index).steps
         rng = self.replay.rng(index, "crl")
         n_new, n_old = split_batch(self.replay.batch_size, self.replay.ratio)
@@ -104,8 +109,7 @@ class CRL(Method):
             np.concatenate([new[i * n_new : (i + 1) * n_new], old[i * n_old : (i + 1) * n_old]])
             for i in range(steps * epochs)
         ]
-        plan = Plan(pool, steps, lambda epoch: batches[epoch * steps : (epoch + 1) * steps])
-        return plan, np.unique(np.concatenate(batches))
+        return Plan(pool, steps, lambda epoch: batches[epoch * steps : (epoch + 1) * steps])
 
     def draw(self, tasks: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
         """`count` rows: first up to min_per_class of every class, then draws uniform over tasks; shuffled."""
@@ -128,7 +132,12 @@ class CRL(Method):
         )
 
     def stages(self, index: int) -> dict[str, Plan]:
-        return {"contrast": self.shuffled(self.data.train.rows_of(index), index, "contrast")}
+        plans = {"contrast": self.first(index)}
+        if index > 0:
+            if not self.starred:
+                self.replay.remember(index, stand_in)
+            plans["replay"] = self.second(index, epochs=1)
+        return plans
 
     def loss(self, batch: Batch) -> Tensor:
         """L_CL + L_KD of the examples of old classes in stage 2."""

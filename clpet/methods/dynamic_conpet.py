@@ -7,6 +7,7 @@ the cost of a task does not depend on how many came before. Notation of the spec
 import dataclasses
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from clpet.config import derive, require
 from clpet.errors import ConfigError
+from clpet.logits import LogitStore
 from clpet.memory import Plan
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.modular import Modular, module_name
 from clpet.objectives.classification import MISSING, Head
 from clpet.tasks import Benchmark, Task
-from clpet.text import Batch
+from clpet.text import Batch, EncodedDataset
 from clpet.training import Trainer
 
 
@@ -61,12 +63,9 @@ class DynamicConPET(Modular):
         super().first_adapter()
         self.selector = self.objective.new_head(self.seed, [f"task {name}" for name in self.benchmark.names])
         self.selector.grow([0])
-        pool = self.data.train
-        self.cache = LogitCache(len(pool))
-        self.ranking = np.full((len(pool), self.top_k), -1)
+        self.store = LogitStore(self.objective, self.cache_dir)
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
-        self.ranking[:] = -1  # what the selector chose for train rows holds within one task
         if index > 0 and self.top_k < len(self.benchmark):
             self.learn_selector(index, trainer)
         self.add_module(index)
@@ -92,18 +91,24 @@ class DynamicConPET(Modular):
             clip=self.selector_clip,
             validate=lambda: self.selector_accuracy(index),
         )
+        self.store.freeze("selector", self.selector.weight, self.selector.bias)
 
     def selector_loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over task numbers."""
         return F.cross_entropy(self.selector(self.objective.features(batch)), batch.tasks)
 
-    def select(self, batch: Batch) -> Tensor:
-        """[batch, min(K, modules)]: task numbers by falling selector score; all modules when K covers them."""
+    def ranking(self, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
+        """[len(rows), min(K, modules)]: task numbers by falling selector score; all modules when K covers them."""
         modules = len(self.modules)
         if self.top_k >= modules:
-            return torch.arange(modules, device=batch.labels.device).expand(len(batch), modules)
-        with self.objective.adapters.using("selector"):
-            return self.selector(self.objective.features(batch)).topk(self.top_k, dim=1).indices
+            return np.tile(np.arange(modules), (len(rows), 1))
+        scores = torch.from_numpy(self.store.get("selector", pool, rows))
+        return scores.topk(self.top_k, dim=1).indices.numpy()
+
+    def select(self, batch: Batch) -> Tensor:
+        """[batch, min(K, modules)]: the ranking of a batch."""
+        assert batch.pool is not None
+        return torch.from_numpy(self.ranking(batch.pool, batch.rows)).to(batch.labels.device)
 
     def selector_accuracy(self, index: int) -> float:
         """Average over tasks of the share of validation examples sent to their own task."""
@@ -115,59 +120,82 @@ class DynamicConPET(Modular):
 
     # Module k: logits of the selected modules over Y_{1:k}, -100 elsewhere; cross-entropy.
 
+    def training_set(self, rows: np.ndarray) -> np.ndarray:
+        """[len(rows), K] T_i of train rows: the selector's choice, with teacher forcing the true task always in it."""
+        tasks = self.data.train.tasks[rows]
+        if self.top_k == 1:
+            return tasks[:, None]
+        chosen = self.ranking(self.data.train, rows)
+        return force(chosen, tasks) if self.teacher_forcing else chosen
+
     def plan(self, index: int) -> Plan:
-        """With K = 1 an old example meets only a frozen module and gives no gradient: it is not computed at all."""
-        plan = self.replay.plan(index, "module")
-        if self.top_k > 1:
-            return plan
-        return dataclasses.replace(plan, keep=lambda rows: plan.pool.tasks[rows] == index)
+        """An example whose T_i holds only frozen modules gives no gradient: it is not computed at all.
+
+        With K = 1 these are all old examples.
+        """
+        keep = partial(self.meets, index)
+        return dataclasses.replace(self.replay.plan(index, "module"), keep=keep)
+
+    def meets(self, index: int, rows: np.ndarray) -> np.ndarray:
+        """[len(rows)]: whether module `index` is in T_i."""
+        return (self.training_set(rows) == index).any(1)
 
     def stages(self, index: int) -> dict[str, Plan]:
         selector = {"selector": self.replay.plan(index, "selector")}
         return {**(selector if index > 0 and self.top_k < len(self.benchmark) else {}), "module": self.plan(index)}
 
+    def fit(self, trainer: Trainer, index: int) -> None:
+        """With K > 1 frozen logits come first, in large blocks: the inner loop only looks them up."""
+        if self.top_k > 1:
+            rows = trainer.rows(self.plan(index))
+            rows = rows[self.meets(index, rows)]
+            self.look_up(self.data.train, rows, self.training_set(rows))
+        super().fit(trainer, index)
+        self.store.freeze(module_name(index), *self.readout(index))
+
+    def look_up(self, pool: EncodedDataset, rows: np.ndarray, chosen: np.ndarray) -> None:
+        """Has the logits of the frozen modules among `chosen` [len(rows), any] computed where they are not known."""
+        for index in np.unique(chosen).tolist():
+            if module_name(index) in self.store:
+                self.store.get(module_name(index), pool, rows[(chosen == index).any(1)])
+
     def loss(self, batch: Batch) -> Tensor:
         """K = 1: plain cross-entropy inside Y_k. K > 1: cross-entropy over the union of the selected modules."""
         if self.top_k == 1 or len(self.modules) == 1:
             return super().loss(batch)
-        z = self.union_logits(batch, self.select_training(batch))
-        return F.cross_entropy(z, batch.labels)
+        return F.cross_entropy(self.union_logits(batch, self.training_set(batch.rows)), batch.labels)
 
-    def union_logits(self, batch: Batch, selected: Tensor) -> Tensor:
-        """[batch, all labels]: gradient only through the newest module; labels not seen yet at minus infinity."""
+    def union_logits(self, batch: Batch, selected: np.ndarray) -> Tensor:
+        """[batch, all labels] for train rows that all selected the newest module, the only one with a gradient.
+
+        Labels not seen yet are at minus infinity.
+        """
         newest = len(self.modules) - 1
-        z = torch.full((len(batch), len(self.benchmark.labels)), float("-inf"), device=batch.labels.device)
+        z = np.full((len(batch), len(self.benchmark.labels)), -np.inf, dtype=np.float32)
         z[:, self.benchmark.seen_labels(newest + 1)] = MISSING
-        for index in selected.unique().tolist():
-            keep = (selected == index).any(1).nonzero().squeeze(1)
-            part = batch.select(keep)
-            place = keep[:, None], torch.as_tensor(self.modules[index].labels, device=keep.device)
-            logits = self.frozen_logits(part, index) if index < newest else self.logits(part)
-            z = z.index_put(place, torch.maximum(z[place], logits))
-        return z
+        for index in np.unique(selected[selected < newest]).tolist():
+            keep = np.flatnonzero((selected == index).any(1))
+            labels = self.modules[index].labels
+            place = np.ix_(keep, labels)
+            logits = self.store.get(module_name(index), self.data.train, batch.rows[keep])
+            z[place] = np.maximum(z[place], logits[:, : len(labels)])
+        fixed = torch.from_numpy(z).to(batch.labels.device, non_blocking=True)
+        own = torch.as_tensor(self.modules[newest].labels).to(fixed.device, non_blocking=True)
+        return fixed.index_copy(1, own, torch.maximum(fixed[:, own], self.logits(batch)))
 
-    @torch.no_grad()
-    def frozen_logits(self, batch: Batch, index: int) -> Tensor:
-        """Logits of a frozen module on train rows, each row computed at most once in the whole run."""
+    def answers(self, batch: Batch, index: int) -> Tensor:
+        """What a frozen module answers is looked up."""
+        if module_name(index) not in self.store:
+            return super().answers(batch, index)
+        assert batch.pool is not None
+        return torch.from_numpy(self.store.get(module_name(index), batch.pool, batch.rows)).to(batch.labels.device)
 
-        def compute(missing: np.ndarray) -> np.ndarray:
-            with self.objective.adapters.using(module_name(index)):
-                part = self.data.train.batch(missing, self.objective.device)
-                return self.modules[index](self.objective.features(part)).cpu().numpy()
-
-        found = self.cache.get(index, len(self.modules[index].labels), batch.rows, compute)
-        return torch.from_numpy(found).to(batch.labels.device)
-
-    @torch.no_grad()
-    def select_training(self, batch: Batch) -> Tensor:
-        """The selector's choice, computed once per row and task; teacher forcing puts the true task last if missing."""
-        missing = np.unique(batch.rows[self.ranking[batch.rows, 0] < 0])
-        if len(missing):
-            chosen = self.select(self.data.train.batch(missing, self.objective.device))
-            self.ranking[missing, : chosen.shape[1]] = chosen.cpu().numpy()
-        width = min(self.top_k, len(self.modules))
-        selected = torch.from_numpy(self.ranking[batch.rows, :width]).to(batch.tasks.device)
-        return force(selected, batch.tasks) if self.teacher_forcing else selected
+    def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
+        """First all examples to the selector, then to each module those that it will be asked for, in large blocks."""
+        if self.modules:
+            chosen, own = self.ranking(pool, rows), pool.tasks[rows][:, None]
+            own = np.where(own < len(self.modules), own, chosen[:, :1])
+            self.look_up(pool, rows, np.concatenate([chosen, own], axis=1))
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         """Concatenates the raw logits of the selected modules; the selector's scores rank and do not weigh."""
@@ -202,58 +230,21 @@ class DynamicConPET(Modular):
         return super().stored_parameters() + sum(p.numel() for p in self.selector.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "selector": self.selector.state(), "cache": self.cache.state()}
+        return {**super().state_dict(), "selector": self.selector.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.selector.load(state["selector"])
-        self.cache.load(state["cache"])
+        for index in range(len(self.modules)):
+            self.store.freeze(module_name(index), *self.readout(index))
+        self.store.freeze("selector", self.selector.weight, self.selector.bias)
 
     def heads(self) -> dict[str, Head]:
         return {**super().heads(), "selector": self.selector}
 
 
-def force(selected: Tensor, tasks: Tensor) -> Tensor:
+def force(selected: np.ndarray, tasks: np.ndarray) -> np.ndarray:
     """Teacher forcing: where the true task is not selected it replaces the last one; the size stays K."""
     missing = (selected != tasks[:, None]).all(1)
-    last = torch.where(missing, tasks, selected[:, -1])
-    return torch.cat([selected[:, :-1], last[:, None]], dim=1)
-
-
-class LogitCache:
-    """Logits of frozen modules by (module, row), each computed at most once."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.values: dict[int, np.ndarray] = {}
-        self.valid: dict[int, np.ndarray] = {}
-
-    def state(self) -> dict[str, Any]:
-        """Valid rows and their logits by module."""
-        return {
-            str(module): {
-                "rows": torch.from_numpy(np.flatnonzero(valid)),
-                "logits": torch.from_numpy(self.values[module][valid]),
-            }
-            for module, valid in self.valid.items()
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        for module, found in state.items():
-            rows, logits = found["rows"].numpy(), found["logits"].numpy()
-            self.values[int(module)] = np.zeros((self.rows, logits.shape[1]), dtype=np.float32)
-            self.valid[int(module)] = np.zeros(self.rows, dtype=bool)
-            self.values[int(module)][rows] = logits
-            self.valid[int(module)][rows] = True
-
-    def get(self, module: int, width: int, rows: np.ndarray, compute: Any) -> np.ndarray:
-        """[len(rows), width] fp32; `compute` is called with the distinct rows that are not known yet."""
-        if module not in self.values:
-            self.values[module] = np.zeros((self.rows, width), dtype=np.float32)
-            self.valid[module] = np.zeros(self.rows, dtype=bool)
-        missing = np.unique(rows[~self.valid[module][rows]])
-        if len(missing):
-            self.values[module][missing] = compute(missing)
-            self.valid[module][missing] = True
-        return self.values[module][rows]
+    last = np.where(missing, tasks, selected[:, -1])
+    return np.concatenate([selected[:, :-1], last[:, None]], axis=1)

@@ -58,9 +58,7 @@ class EAEMR(Replay):
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         if not isinstance(self.replay, FixedReplay):  # the same drawn examples before and after training
-            plan = self.replay.plan(index)
-            epochs = range(trainer.settings.epochs)
-            self.rows = np.unique(np.concatenate([rows for epoch in epochs for rows in plan.epoch(epoch)]))
+            self.rows = trainer.rows(self.plan(index))
             self.held = self.embed(self.rows, self.represent)
         super().learn(task, index, trainer)
 

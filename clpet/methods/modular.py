@@ -61,21 +61,40 @@ class Modular(Method):
         Each module runs once, on the examples that selected it. Labels of tasks without a module yet are scored
         by the rows their head would start from; a task without a module reads the bare backbone.
         """
-        adapters, start = self.objective.adapters, self.start
-        scores = torch.full((len(batch), len(start)), MISSING, device=batch.labels.device)
-        unseen = sorted(set(range(len(start))) - {label for head in self.modules for label in head.labels})
+        scores = torch.full((len(batch), len(self.start)), MISSING, device=batch.labels.device)
+        seen = {label for head in self.modules for label in head.labels}
         for index in selected.unique().tolist():
             keep = (selected == index).any(1).nonzero().squeeze(1)
             part = batch if len(keep) == len(batch) else batch.select(keep)
-            with adapters.using(module_name(index)) if index < len(self.modules) else adapters.off():
-                h = self.objective.features(part)
-            found = [(unseen, F.linear(h, start[unseen, :-1], start[unseen, -1]))]
-            if index < len(self.modules):
-                found.append((self.modules[index].labels, self.modules[index](h)))
-            for labels, logits in found:
-                place = keep[:, None], torch.as_tensor(labels, device=keep.device, dtype=torch.long)
-                scores[place] = torch.maximum(scores[place], logits)  # a label in two modules: the better one
+            own = self.modules[index].labels if index < len(self.modules) else []
+            labels = self.answered(index)
+            columns = [column for column, label in enumerate(labels) if label in own or label not in seen]
+            place = keep[:, None], torch.tensor(labels, dtype=torch.long, device=keep.device)[columns]
+            answers = self.answers(part, index)[:, columns]
+            scores[place] = torch.maximum(scores[place], answers)  # a label in two modules: the better one
         return scores
+
+    def answered(self, index: int) -> list[int]:
+        """Labels that module `index` scores: its own, then those that had no module when it was trained."""
+        heads = self.modules[: index + 1]
+        taken = {label for head in heads for label in head.labels}
+        own = heads[index].labels if index < len(heads) else []
+        return [*own, *(label for label in range(len(self.start)) if label not in taken)]
+
+    def readout(self, index: int) -> tuple[Tensor, Tensor]:
+        """W, b of module `index`, a row per label of `answered`."""
+        labels = self.answered(index)
+        if index >= len(self.modules):
+            return self.start[labels, :-1], self.start[labels, -1]
+        head = self.modules[index]
+        later = self.start[labels[len(head.labels) :]]
+        return torch.cat([head.weight, later[:, :-1]]), torch.cat([head.bias, later[:, -1]])
+
+    def answers(self, batch: Batch, index: int) -> Tensor:
+        """[batch, labels of `answered`]: logits of module `index`, of the bare backbone where there is none yet."""
+        adapters = self.objective.adapters
+        with adapters.using(module_name(index)) if index < len(self.modules) else adapters.off():
+            return F.linear(self.objective.features(batch), *self.readout(index))
 
     def predict_known_task(self, batch: Batch, found: Predictions) -> Predictions:
         """Every example through its own task's module; only examples that were routed elsewhere run again."""

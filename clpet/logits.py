@@ -1,0 +1,177 @@
+"""Logits of frozen modules: computed once per example, kept on disk, shared by resumed and repeated runs.
+
+What a frozen module says about an example never changes, so it may be looked up instead of computed, provided
+that a look-up gives the bits that computing would give. Therefore an example always goes through the network in a
+block of the same shape (`blocks`): rounding depends on a block's shape, not on the neighbours in it. A run's
+result then depends neither on what the cache held before nor on who filled it.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+
+from clpet.config import digest
+from clpet.objectives.classification import Classification
+from clpet.text import EncodedDataset
+
+BLOCK = 16  # examples in a block
+STEP = 8  # a block's width is a multiple of it
+
+log = logging.getLogger(__name__)
+
+
+class LogitStore:
+    """Logits by frozen module and split; `folder` = None keeps them in memory only."""
+
+    def __init__(self, objective: Classification, folder: str | None) -> None:
+        self.objective = objective
+        self.folder = Path(folder).expanduser() / "logits" if folder else None
+        self.network = network_key(objective)
+        self.heads: dict[str, tuple[Tensor, Tensor]] = {}
+        self.tables: dict[tuple[str, str], Table] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the module `name` is frozen."""
+        return name in self.heads
+
+    def freeze(self, name: str, weight: Tensor, bias: Tensor) -> None:
+        """From now on the adapter `name` and its readout W h + b stay as they are; what was held under it goes."""
+        self.heads[name] = weight.detach(), bias.detach()
+        self.tables = {key: table for key, table in self.tables.items() if key[0] != name}
+
+    def get(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
+        """[len(rows), rows of W] fp32 logits of a frozen module; only what no run has computed is computed."""
+        table = self._table(name, pool)
+        missing = np.unique(rows[table.place[rows] < 0])
+        self.objective.meter.cached(table.first(rows) - len(missing))
+        if len(missing):
+            with self.objective.adapters.using(name):
+                for part in blocks(pool.lengths, missing):
+                    table.add(part, self._compute(name, pool, part))
+            table.save()
+        return table.values[table.place[rows]]
+
+    @torch.no_grad()
+    def _compute(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
+        """Logits of one block: places without an example repeat the others."""
+        width = block_widths(pool.lengths)[rows[0]]
+        features = self.objective.features(pool.batch(np.resize(rows, BLOCK), self.objective.device, width))
+        return F.linear(features, *self.heads[name])[: len(rows)].cpu().numpy()
+
+    def _table(self, name: str, pool: EncodedDataset) -> "Table":
+        key = name, pool.fingerprint
+        if key not in self.tables:
+            weight, bias = self.heads[name]
+            tensors = {**self.objective.adapters.tensors(name), "readout weight": weight, "readout bias": bias}
+            file = hashlib.sha256(f"{self.network} {pool.fingerprint} {tensors_key(tensors)}".encode()).hexdigest()[:32]
+            path = self.folder / f"{file}.safetensors" if self.folder else None
+            self.tables[key] = Table(len(pool), len(weight), path)
+        return self.tables[key]
+
+
+class Table:
+    """Rows of a pool and their logits, in memory and, where there is a path, in a file that processes share."""
+
+    def __init__(self, rows: int, width: int, path: Path | None) -> None:
+        self.path = path
+        self.place = np.full(rows, -1, dtype=np.int64)  # of a pool's row in `values`; -1: not known
+        self.values = np.empty((0, width), dtype=np.float32)
+        self.asked = np.zeros(rows, dtype=bool)
+        self.merge()
+
+    def add(self, rows: np.ndarray, logits: np.ndarray) -> None:
+        """Takes in rows that are not known yet."""
+        self.place[rows] = np.arange(len(self.values), len(self.values) + len(rows))
+        self.values = np.concatenate([self.values, logits])
+
+    def first(self, rows: np.ndarray) -> int:
+        """How many distinct rows are asked for the first time."""
+        new = np.unique(rows[~self.asked[rows]])
+        self.asked[new] = True
+        return len(new)
+
+    def merge(self) -> None:
+        """Takes in what the file knows; a file that is not there or damaged knows nothing."""
+        try:
+            found = safetensors.numpy.load(self.path.read_bytes()) if self.path else {}
+            whole = bool(found) and bytes(found["sha256"]) == _checksum(found["rows"], found["logits"])
+        except (OSError, SafetensorError, KeyError):
+            whole = False
+        if whole:
+            new = self.place[found["rows"]] < 0
+            self.add(found["rows"][new], found["logits"][new])
+
+    def save(self) -> None:
+        """Replaces the file by what it and memory know together; a disk that refuses is given up with a warning."""
+        if self.path is None:
+            return
+        self.merge()
+        rows = np.flatnonzero(self.place >= 0)
+        logits = self.values[self.place[rows]]
+        checksum = np.frombuffer(_checksum(rows, logits), dtype=np.uint8)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(safetensors.numpy.save({"rows": rows, "logits": logits, "sha256": checksum}))
+            temporary.replace(self.path)
+        except OSError as error:
+            log.warning("logits stay in memory: %s cannot be written: %s", self.path, error.strerror or error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            self.path = None
+
+
+def block_widths(lengths: np.ndarray) -> np.ndarray:
+    """The width of each row's block: its length rounded up, at most the longest row of the pool."""
+    return np.minimum(-(-lengths // STEP) * STEP, lengths.max())
+
+
+def blocks(lengths: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows in parts of at most BLOCK of one shape; rows without padding, whose mask is all ones, stay apart."""
+    widths = block_widths(lengths)[rows]
+    shapes = 2 * widths + (lengths[rows] == widths)
+    for shape in np.unique(shapes):
+        same = rows[shapes == shape]
+        yield from (same[start : start + BLOCK] for start in range(0, len(same), BLOCK))
+
+
+def network_key(objective: Classification) -> str:
+    """What every module's logits depend on: shape and a sample of the backbone, precision, device, place of reading.
+
+    The sample is about 64 values of every tensor: reading all of a large backbone would take too long.
+    """
+    adapters, device = objective.adapters, objective.device
+    peft = adapters.config.to_dict() if adapters.config else {}
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    named = dict(adapters.model.named_parameters())
+    sample = {name: value.detach().flatten()[:: max(1, value.numel() // 64)] for name, value in named.items()}
+    known = [
+        adapters.model.config.to_dict(),  # type: ignore[operator, union-attr]
+        {key: sorted(value) if isinstance(value, set) else value for key, value in peft.items()},
+        [str(objective.dtype), where, objective.representation.value, torch.__version__, BLOCK, STEP],
+        tensors_key(sample),
+    ]
+    return digest(known, 64)
+
+
+def tensors_key(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of named tensors."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        found.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _checksum(rows: np.ndarray, logits: np.ndarray) -> bytes:
+    return hashlib.sha256(rows.tobytes() + logits.tobytes()).digest()
