@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -205,6 +206,14 @@ class Method:
         adapters = self.objective.adapters
         held = sum(adapters.count(name) for name in adapters.names)
         return held + sum(parameter.numel() for parameter in self.objective.head.parameters())
+
+    def diagnostics(self) -> dict[str, float]:
+        """Figures about the task just learned, kept beside its scores."""
+        return {}
+
+    def pictures(self, folder: Path) -> list[Path]:
+        """Draws what this method has to show at the end of a run into the folder."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later task needs: nested dicts of tensors, numbers, strings and lists."""
