@@ -53,7 +53,7 @@ class Importance:
 
     def elements(self) -> Tensor:
         """[size] fp64: I U of every weight."""
-        return self.mean.double().mul_(self.deviation)
+        return self.mean.to(torch.float64, copy=True).mul_(self.deviation)
 
     def clear(self) -> None:
         """Forgets the scores, not the counts."""
@@ -92,6 +92,11 @@ def unflat(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `flat`: views by name, in the shapes of `like`."""
     parts = vector.split([tensor.numel() for tensor in like.values()])
     return {name: part.view_as(tensor) for (name, tensor), part in zip(like.items(), parts, strict=True)}
+
+
+def gradients(tensors: dict[str, Tensor]) -> list[Tensor]:
+    """Of each tensor; zeros for one that the loss does not reach."""
+    return [torch.zeros_like(value) if value.grad is None else value.grad for value in tensors.values()]
 
 
 class Units:

@@ -27,6 +27,7 @@ from clpet.importance import (
     accumulate,
     adaptive,
     fuse,
+    gradients,
     important,
     norm,
     orthogonality,
@@ -145,21 +146,17 @@ class KIF(Method):
         place = torch.zeros((), device=self.objective.device)
         self.importance = Importance(size, self.score, self.beta1, self.beta2, self.skip_first_step, place)
 
-    def gradients(self) -> list[Tensor]:
-        """Of the scored tensors; zeros for one that the loss does not reach."""
-        return [torch.zeros_like(value) if value.grad is None else value.grad for value in self.live.values()]
-
     def adjust_gradients(self) -> None:
         """What clipping and the step will change."""
         if self.weight_at == "pre_step":
             self.weights_before = [value.detach().clone() for value in self.live.values()]
         if self.gradient == "raw":
-            self.raw = [value.clone() for value in self.gradients()]
+            self.raw = [value.clone() for value in gradients(self.live)]
 
     def after_step(self) -> None:
         assert self.importance
         weights = self.weights_before if self.weight_at == "pre_step" else list(self.live.values())
-        self.importance.update(weights, self.raw if self.gradient == "raw" else self.gradients())
+        self.importance.update(weights, self.raw if self.gradient == "raw" else gradients(self.live))
 
     def validate(self, index: int) -> float:
         """Importance is that of the weights that are chosen."""
@@ -210,7 +207,7 @@ class KIF(Method):
         held = {name: value.detach().clone() for name, value in self.live.items()}
 
         def mask() -> None:
-            for name, gradient in zip(self.live, self.gradients(), strict=True):
+            for name, gradient in zip(self.live, gradients(self.live), strict=True):
                 gradient.mul_(free[name])
 
         @torch.no_grad()
