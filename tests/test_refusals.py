@@ -89,6 +89,14 @@ BAD = [
     ("added group", ["train", "+experiment=foo"], "experiment"),
     ("batch without room for old", ["train", "train.global_batch_size=1"], "both must be at least 1"),
     ("best without validation", ["train", "model=tiny", "train.select=best", "benchmark.validation_share=0"], "no validation examples"),
+    ("ranks without LoRA", ["train", "method=kif", "peft=none"], "take method.unit=matrix"),
+    ("replay after nothing", ["train", "method=kif", "method.replay_phase=after"], "method.replay_phase=after needs a memory"),
+    ("unknown score", ["train", "method=kif", "method.score=third"], "method.score must be first or second or mix, not third"),
+    ("no temperature", ["train", "method=kif", "method.tau=0"], "method.tau must be more than 0"),
+    ("decay of 1", ["train", "method=kif", "method.beta1=1"], "method.beta1 must be in [0, 1)"),
+    ("rounds without memory", ["train", "method=recurrent_kif", "replay=none"], "needs a memory"),
+    ("no inner steps", ["train", "method=recurrent_kif", "method.inner_steps=0"], "method.inner_steps must be at least 1"),
+    ("share above 1", ["train", "method=kif", "replay=share", "replay.share=2"], "replay.share must be in [0, 1]"),
     ("data of an unknown", ["data", "nosuch"], "there is no such benchmark"),
 ]  # fmt: skip
 
