@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from clpet.config import require
+from clpet.errors import ConfigError
 from clpet.methods.replay import Static
 from clpet.tasks import Task
 from clpet.text import Batch
@@ -57,13 +58,20 @@ class EWC(Static):
         require(count is None or count >= 1, "method.fisher_batches", count, "at least 1, or null for all")
         require(0 <= self.decay <= 1, "method.decay", self.decay, "in [0, 1]")
 
+    def check(self, objective: str, replay: str, peft: str) -> None:
+        super().check(objective, replay, peft)
+        if self.fisher is Fisher.labels and objective != "classification":
+            raise ConfigError(
+                f"method.fisher=labels needs labels, which {objective} does not have: take batch or sample"
+            )
+
     def first_adapter(self) -> None:
         super().first_adapter()
         self.quadratic: dict[str, Triple] = {}  # name -> S, M, Q in fp64
 
     def named(self) -> dict[str, Tensor]:
         """The penalised tensors."""
-        return {**self.objective.adapters.tensors("default"), **dict(self.objective.head.named_parameters())}
+        return {**self.objective.adapters.tensors("default"), **self.objective.parameters()}
 
     def loss(self, batch: Batch) -> Tensor:
         loss = super().loss(batch)

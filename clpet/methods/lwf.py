@@ -6,7 +6,7 @@ softmax(student / T)). reduction=mean: + lambda T^2 mean KL(softmax(teacher / T)
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class LwF(Static):
     strength: float = 1.0
     temperature: float = 1.0
     reduction: Reduction = Reduction.sum
+
+    objectives: ClassVar[tuple[str, ...]] = ("classification",)
 
     def __post_init__(self) -> None:
         require(self.strength >= 0, "method.strength", self.strength, "0 or more")
