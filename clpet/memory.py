@@ -15,29 +15,14 @@ import numpy as np
 
 from clpet.config import derive, require
 from clpet.errors import ConfigError
-from clpet.mixing import equal_compute, split_batch, split_limit
+from clpet.mixing import Plan, Rows, equal_compute, split_batch, split_limit
 from clpet.selection import select_per_class, select_stratified
 from clpet.text import Encoded, EncodedDataset
 
 log = logging.getLogger(__name__)
 
-Rows = np.ndarray
 Held = list[tuple[EncodedDataset, Rows]]  # validation examples: pools and rows
 EVAL_BATCH = 32  # examples of a validation batch in ConPET's counts
-
-
-@dataclass
-class Plan:
-    """The batches of one fit: `epoch(e)` lists row arrays into `pool`, `steps` of them in every epoch.
-
-    `keep` marks the rows of a batch that can give a gradient: only they are computed, while the loss stays a
-    mean over the whole batch.
-    """
-
-    pool: EncodedDataset
-    steps: int
-    epoch: Callable[[int], list[Rows]]
-    keep: Callable[[Rows], np.ndarray] | None = None
 
 
 @dataclass

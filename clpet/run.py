@@ -47,7 +47,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         except ModelError as error:
             if not (config.dry_run and parts["model"].config):
                 raise
-            count_parameters(console, parts["model"], parts["peft"], benchmark, str(error))
+            count_parameters(console, parts, benchmark, str(error))
             return None
         benchmark.data_record = inspect_data(benchmark, data)
         for warning in benchmark.data_record["warnings"]:

@@ -30,7 +30,7 @@ from clpet.adapters import Adapters
 from clpet.config import conf_dir, register_resolvers, typed
 from clpet.evaluation import Evaluator
 from clpet.importance import Importance, Units, adaptive, fuse, norm, unflat
-from clpet.memory import Plan
+from clpet.mixing import Plan
 from clpet.run import assemble, load_objective
 from clpet.text import EncodedDataset
 from clpet.training import Trainer, quiet_libraries

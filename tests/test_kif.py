@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from clpet.adapters import Adapter, Adapters, Lora
 from clpet.config import build
 from clpet.importance import Importance, norm
-from clpet.memory import Plan
 from clpet.methods.base import Method
 from clpet.methods.kif import KIF
 from clpet.methods.recurrent_kif import RecurrentKIF, alternate, fused_step
+from clpet.mixing import Plan
 from clpet.state import read_tree, write_tree
 
 from .conftest import tiny_args

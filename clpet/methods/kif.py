@@ -34,8 +34,8 @@ from clpet.importance import (
     static,
     unflat,
 )
-from clpet.memory import Plan
 from clpet.methods.base import Method
+from clpet.mixing import Plan
 from clpet.tasks import Task
 from clpet.text import Batch
 from clpet.training import Trainer
