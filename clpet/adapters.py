@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import peft
 import torch
@@ -23,8 +23,6 @@ class Adapter:
 
     name: str = "none"
 
-    full: ClassVar[bool] = True  # the backbone's own weights are moved, and held in fp32
-
     def peft_config(self, backbone: Backbone) -> peft.PeftConfig | None:
         """What peft needs to know, or None for full fine-tuning."""
         return None
@@ -38,8 +36,6 @@ class Lora(Adapter):
     alpha: float = 16
     dropout: float = 0.0
     targets: list[str] | None = None
-
-    full: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.r >= 1, "peft.r", self.r, "at least 1")
@@ -61,8 +57,6 @@ class Ia3(Adapter):
 
     targets: list[str] | None = None
     feedforward: list[str] = field(default_factory=list)
-
-    full: ClassVar[bool] = False
 
     def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
         return peft.IA3Config(
@@ -96,8 +90,6 @@ class Frozen(Adapter):
 
     name: str = "frozen"
 
-    full: ClassVar[bool] = False
-
     def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
         return peft.PeftConfig(task_type="FEATURE_EXTRACTION")
 
@@ -108,8 +100,6 @@ class Prompt(Adapter):
 
     tokens: int = 20
     every_layer: bool = False
-
-    full: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, "peft.tokens", self.tokens, "at least 1")
@@ -124,8 +114,8 @@ class Adapters:
 
     def __init__(self, model: nn.Module, backbone: Backbone, adapter: Adapter) -> None:
         self.config = adapter.peft_config(backbone)
-        self.full, self.kind = adapter.full, adapter.name
-        self.model = model.float() if adapter.full else model
+        self.full = self.config is None or isinstance(self.config, peft.OSFConfig)  # the backbone's weights move
+        self.model, self.kind = model.float() if self.full else model, adapter.name
         self.names: list[str] = []
         self.active: tuple[str, bool] | None = None
         self.training = False

@@ -51,6 +51,9 @@ VARIANTS = [
     ["ea_emr", "replay=dynamic"],
     ["sequential", "peft=none", "train.lr=1e-4"],
     ["ewc", "peft=none", "train.lr=1e-4", "method.fisher_batches=1"],
+    ["ewc", "method.merge=average", "method.fisher=batch"],
+    ["gain_lora", "peft.dropout=0.3"],
+    ["progressive_prompts", "method.mlp=16", "method.task_id_at_test=true"],
 ]
 
 
