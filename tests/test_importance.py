@@ -360,3 +360,20 @@ def test_flat_and_back() -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(2.0)}
     back = unflat(flat(tensors.values()), tensors)
     assert all(torch.equal(tensors[name], back[name]) for name in tensors)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device() -> None:
+    """Updates, quantiles and the orthogonality term give the GPU work without asking for its results."""
+    tensors = [torch.randn(8, 64, device="cuda", requires_grad=True) for _ in range(4)]
+    grads = [torch.randn_like(value) for value in tensors]
+    found = Importance(4 * 8 * 64, "mix", 0.85, 0.85, False, torch.zeros((), device="cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            found.update(list(tensors), grads)
+        orthogonality(tensors).backward()
+        above_quantile(found.elements(), 0.8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.counted.item() == 3

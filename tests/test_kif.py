@@ -302,7 +302,8 @@ def test_tied_parameters_are_scored_once() -> None:
     adapters = Adapters(model, backbone, Adapter())
     adapters.add("default", 0)
     method = KIF(unit="matrix")
-    method.objective = SimpleNamespace(adapters=adapters, head=nn.Linear(16, 2))
+    head = nn.Linear(16, 2)
+    method.objective = SimpleNamespace(adapters=adapters, parameters=lambda: dict(head.named_parameters()))
     scored = method.scored()
     assert len({value.data_ptr() for value in scored.values()}) == len(scored)
     assert sum(value.numel() for value in scored.values()) == model.num_parameters() + 16 * 2 + 2
