@@ -24,6 +24,13 @@ class Kind(Enum):
     text_to_text = "text_to_text"
 
 
+class Softmax(Enum):
+    """Labels that compete in the loss of a classification."""
+
+    seen = "seen"
+    task = "task"
+
+
 @dataclass
 class Source:
     """Knobs every benchmark has. A subclass says how to `read` its tasks; order, sizes and checks are here."""
@@ -40,6 +47,7 @@ class Source:
     template: str = "{text}"
     max_length: int = 128
     objective: Kind = Kind.classification
+    softmax: Softmax = Softmax.seen
     prompt: str = "{text}"
     max_target: int = 50
     metric: str = "exact_match"
@@ -104,6 +112,7 @@ class Source:
         tasks = [self._task(name, splits[name]) for name in names]
         template = self.prompt.rstrip() if self.answers else self.template
         benchmark = Benchmark(self.name, tasks, template, self.max_length, self.max_target if self.answers else 0)
+        benchmark.own_softmax = self.softmax is Softmax.task
         benchmark.check()
         return benchmark
 
