@@ -3,6 +3,8 @@
     python scripts/bench.py                 five rounds on python_stdlib with minilm
     python scripts/bench.py rounds=7 train.epochs=2 benchmark=clinc150 data_dir=FOLDER
     python scripts/bench.py kif             what KIF adds to a training step, and its fusion of 1,152 units
+    python scripts/bench.py generate benchmark=long_sequence tasks=[agnews] data_dir=FOLDER model=local \
+        model.path=FOLDER model.architecture=decoder    answers in batches against one at a time
 
 Prints medians over the rounds of
   loop     training examples per second: clpet's Trainer.fit against the shortest PyTorch + peft loop, over
@@ -29,7 +31,6 @@ from torch import Tensor, nn
 from clpet.adapters import Adapters
 from clpet.config import conf_dir, register_resolvers, typed
 from clpet.evaluation import Evaluator
-from clpet.importance import Importance, Units, adaptive, fuse, norm, unflat
 from clpet.mixing import Plan
 from clpet.run import assemble, load_objective
 from clpet.text import EncodedDataset
@@ -66,7 +67,7 @@ class Bench:
         objective, data = load_objective(self.config, parts, self.benchmark)
         parts["replay"].setup(data, 0, self.batch)
         method.setup(objective, self.benchmark, data, parts["replay"], 0)
-        method.objective.head.grow(range(len(self.benchmark.labels)))
+        method.objective.add_labels(range(len(self.benchmark.labels)))
         return method
 
     def by_hand(self) -> tuple["ByHand", Any]:
@@ -187,68 +188,17 @@ def medians(name: str, contenders: dict[str, Callable[[], float]], rounds: int) 
     return {key: statistics.median(values) for key, values in found.items()}
 
 
-def kif(overrides: list[str], rounds: int) -> None:
-    """Steps of three equal models in turn, batch by batch: plain, with the orthogonality term, with importance too."""
-    contenders = []
-    for strength, tracked in ((0, False), (0.1, False), (0.1, True)):
-        bench = Bench(["method=kif", f"method.orth_strength={strength}", "train.clip=1", *overrides])
-        method = bench.method()
-        method.begin()
-        optimizer = torch.optim.AdamW(method.parameters(), lr=bench.lr, fused=True)
-        contenders.append((method, optimizer, method.after_step if tracked else lambda: None))
-    pool, device = method.data.train, method.objective.device
-    every = pool.shuffled(np.arange(len(pool)), bench.batch, np.random.default_rng(0))
-    times: list[list[float]] = [[], [], []]
-    for turn in range(rounds + 1):
-        for place, rows in enumerate(every):
-            for which in np.roll([0, 1, 2], place):
-                seconds = kif_step(*contenders[which], pool.batch(rows, device))
-                if turn:
-                    times[which].append(seconds)
-    plain, orthogonal, tracked_times = (np.array(found) for found in times)
-    print(f"{len(plain)} steps each of {bench.batch} examples, {torch.get_num_threads()} threads; medians over steps")
-    print(f"plain step                {1e3 * np.median(plain):8.2f} ms")
-    print(f"orthogonality on / off    {np.median(orthogonal / plain):8.3f}")
-    print(f"importance on / off       {np.median(tracked_times / orthogonal):8.3f}")
-    print(f"fusion of 1,152 units     {min(fusion_seconds() for _ in range(5)):8.3f} s")
-
-
-def kif_step(method: Any, optimizer: torch.optim.Optimizer, after_step: Callable[[], None], batch: Any) -> float:
-    """Seconds of one training step."""
-    start = time.perf_counter()
-    method.loss(batch).backward()
-    nn.utils.clip_grad_norm_(method.parameters(), 1.0)
-    optimizer.step()
-    after_step()
-    optimizer.zero_grad(set_to_none=True)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def fusion_seconds() -> float:
-    """Seconds of unit scores and fusion for LoRA of rank 8 on q and v of T5-large."""
-    tensors = {}
-    for module in range(144):
-        tensors |= {f"{module}.lora_A.weight": torch.rand(8, 1024), f"{module}.lora_B.weight": torch.rand(1024, 8)}
-    importance = Importance(sum(value.numel() for value in tensors.values()), "mix", 0.85, 0.85, False)
-    importance.update(list(tensors.values()), list(tensors.values()))
-    units = Units(tensors, by_rank=True)
-    start = time.perf_counter()
-    scores = norm(units.scores(unflat(importance.elements(), tensors)))
-    for name, weight in units.spread(adaptive(scores.flip(0), scores, 0.25)).items():
-        tensors[name].copy_(fuse(tensors[name].clone(), tensors[name], weight))
-    return time.perf_counter() - start
-
-
 def main(arguments: list[str]) -> None:
     """The comparisons."""
     rounds = next((int(word.split("=")[1]) for word in arguments if word.startswith("rounds=")), 5)
-    overrides = [word for word in arguments if word != "kif" and not word.startswith("rounds=")]
-    if "kif" in arguments:
-        with quiet_libraries():
-            kif(overrides, rounds)
-        return
+    overrides = [word for word in arguments if "=" in word and not word.startswith("rounds=")]
+    for word in arguments:
+        if "=" not in word:
+            import bench_methods
+
+            with quiet_libraries():
+                getattr(bench_methods, word)(overrides, rounds)
+            return
     bench = Bench(overrides)
     with quiet_libraries():
         warnings.simplefilter("ignore")
