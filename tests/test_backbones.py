@@ -219,3 +219,19 @@ def test_parameter_counts_of_shipped_models(model: str, lora: int, total: int, t
     assert adapters.count("default") == lora
     assert adapters.base_parameters == total
     assert parameter_ratio(lora, total)["times_fewer"] == pytest.approx(times, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "encoder"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "decoder"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "decoder"),
+        ({"model_type": "qwen3"}, "decoder"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder_decoder"),
+    ],
+)
+def test_a_local_model_says_which_way_it_reads(config: dict, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    backbone = Backbone(name="local", path=str(tmp_path), architecture=Architecture.auto)
+    assert backbone.architecture.value == expected
