@@ -1,5 +1,6 @@
 """Real architectures and tokenizers, small and made here: what is read, where, and what adapters attach to."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from clpet.adapters import Adapters, Lora, parameter_ratio
+from clpet.backbones import Architecture, Backbone
 from clpet.config import build, conf_dir, register_resolvers, typed
 from clpet.tasks import Example
 from clpet.text import Template
