@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clpet.text import Batch
+from clpet.text import Batch, positions
 
 
 def vocabulary(model: nn.Module) -> Tensor:
@@ -26,7 +26,8 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """[batch, length, dim] fp32: the last hidden states; those of the encoder where there is one."""
     network: Any = model
     trunk = network.get_encoder() if network.config.is_encoder_decoder else network.base_model
-    return trunk(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.float()
+    places = {"position_ids": positions(batch.attention_mask)} if batch.left else {}
+    return trunk(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **places).last_hidden_state.float()
 
 
 def mean_pool(x: Tensor, mask: Tensor) -> Tensor:

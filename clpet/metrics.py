@@ -10,8 +10,8 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def plain(text: str) -> str:
-    """Lower case, without punctuation, single spaces."""
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+    """Lower case, without punctuation (unless there is nothing else), single spaces."""
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split()) or text.strip()
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:

@@ -29,7 +29,7 @@ def transfer_heatmap(matrix: TransferMatrix, path: Path, title: str) -> Path:
     axes.set_xlabel("tested on")
     axes.set_ylabel("after learning")
     axes.set_title(title, fontsize=11)
-    figure.colorbar(image, ax=axes, label="accuracy, %" if matrix.direction == "higher" else "perplexity")
+    figure.colorbar(image, ax=axes, label="score, %" if matrix.direction == "higher" else "perplexity")
     return _save(figure, path)
 
 
@@ -44,7 +44,7 @@ def accuracy_curves(matrix: TransferMatrix, path: Path, title: str) -> Path:
     axes.plot(steps, values, color="black", linewidth=2.5, label="average of seen")
     axes.set_xticks(steps)
     axes.set_xlabel("tasks learned")
-    axes.set_ylabel("accuracy, %" if matrix.direction == "higher" else "perplexity")
+    axes.set_ylabel("score, %" if matrix.direction == "higher" else "perplexity")
     if matrix.direction == "higher":
         axes.set_ylim(0, 102)
     axes.set_title(title, fontsize=11)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from clpet.config import require
 from clpet.errors import DataError, suggest
 from clpet.readers import Rows, read_hub, read_local, stdlib_docstrings
-from clpet.splits import Splits, by_label, named_tasks, partition, sample, split_off
+from clpet.splits import Splits, by_label, has_labels, named_tasks, partition, sample, split_off
 from clpet.tasks import SPLITS, Benchmark, Example, Task, order_names
 
 METRICS = ("accuracy", "exact_match", "rouge_l")
@@ -61,6 +61,8 @@ class Source:
             require(value is None or value >= 1, f"benchmark.{key}", value, "at least 1, or null for all")
         require(self.max_length >= 8, "benchmark.max_length", self.max_length, "at least 8 tokens")
         require(self.max_target >= 1, "benchmark.max_target", self.max_target, "at least 1 token")
+        own = self.softmax is Softmax.task and self.answers
+        require(not own, "benchmark.softmax", "task", "seen with objective=text_to_text")
         for metric in (self.metric, *self.metrics.values()):
             require(metric in METRICS, "benchmark.metric", metric, " or ".join(METRICS))
         require(0 <= self.validation_share < 1, "benchmark.validation_share", self.validation_share, "in [0, 1)")
@@ -119,7 +121,7 @@ class Source:
     def _task(self, name: str, splits: Splits) -> Task:
         train, validation, test = (list(splits.get(split, [])) for split in SPLITS)
         metric = self.metrics.get(name, self.metric) if self.answers else "accuracy"
-        labelled = metric != "rouge_l"
+        labelled = not self.answers or (metric != "rouge_l" and has_labels(train, validation, test))
         if not validation:
             train, validation = split_off(train, self.validation_share, labelled)
         labels = {str(example.target) for example in train if example.target is not None} if labelled else set()
@@ -169,10 +171,9 @@ class Table(Source):
         if self.task is not None:
             return self._by_column(rows, self.task)
         splits = {split: [self.example(row) for row in self._kept(part, split)] for split, part in rows.items()}
+        self._with_test(splits)
         if self.answers:
             return {self.name: splits}
-        if not splits.get("test"):
-            splits["train"], splits["test"] = split_off(splits["train"], self.test_share)
         return by_label(splits, self.groups(sorted({str(example.target) for example in splits["train"]})))
 
     def rows(self, data_dir: Path | None) -> dict[str, Rows]:
@@ -204,7 +205,8 @@ class Table(Source):
     def example(self, row: dict[str, Any]) -> Example:
         """One row as an Example; what the prompt needs beside the text becomes its fields."""
         fields = {name: str(row[name]) for name in self.prompt_columns}
-        references = tuple(map(str, row.get("references") or ())) if self.answers else ()
+        known = row.get("references") or ()
+        references = tuple(map(str, [known] if isinstance(known, str) else known)) if self.answers else ()
         return Example(fill(self.text, row), str(row[self.label]), fields, references=references)
 
     def groups(self, labels: list[str]) -> dict[str, list[str]]:
@@ -223,9 +225,15 @@ class Table(Source):
             for row in self._kept(part, split):
                 tasks.setdefault(str(row[column]), {}).setdefault(split, []).append(self.example(row))
         for splits in tasks.values():
-            if not splits.get("test"):
-                splits["train"], splits["test"] = split_off(splits.get("train", []), self.test_share)
+            self._with_test(splits)
         return tasks
+
+    def _with_test(self, splits: Splits) -> None:
+        """Cuts a test part from train where there is none."""
+        if not splits.get("test"):
+            train = splits.get("train", [])
+            labelled = not self.answers or has_labels(train)
+            splits["train"], splits["test"] = split_off(train, self.test_share, labelled)
 
 
 def slots(column: str) -> list[str]:
@@ -272,14 +280,14 @@ class Folders(Source):
     def _read_task(self, name: str, data_dir: Path | None) -> Splits:
         kept: dict[str, Any] = {"objective": self.objective, "prompt": self.prompt}
         table = Table(name=name, text=self.text, label=self.label, splits=self.splits, **kept)
-        names: list[str] = []
+        names: dict[str, str] = {}
         if data_dir is not None:
             rows = read_local(self.place(data_dir) / name, table.splits)
         else:
             if name not in self.hub_tasks:
                 raise DataError(f"task {name} of {self.name} has no hub id in its YAML: say data_dir=FOLDER")
             spec = dict(self.hub_tasks[name])
-            names = spec.pop("label_names", [])
+            names = spec.pop("label_names", {})
             table = Table(name=name, **{**kept, **spec})
             rows = read_hub(str(table.hub), table.hub_config, table.hub_revision, table.splits, {})
         label = self._labeller(name, names)
@@ -291,9 +299,9 @@ class Folders(Source):
             splits[split] = [dataclasses.replace(example, target=label(value)) for example, value in examples]
         return splits
 
-    def _labeller(self, task: str, names: list[str]) -> Callable[[Any], str]:
+    def _labeller(self, task: str, names: dict[str, str]) -> Callable[[Any], str]:
         prefix = "" if self.answers or self.label_space == "union" else f"{(self.label_sets or {}).get(task, task)}: "
-        return lambda value: prefix + (names[int(value)] if names else str(value))
+        return lambda value: prefix + names.get(str(value), str(value))
 
 
 @dataclass

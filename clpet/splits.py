@@ -25,6 +25,13 @@ def sample(examples: list[Example], most: int | None, labelled: bool = True) -> 
     return [examples[index] for index in sorted(index for _, _, index in sorted(ranked)[:most])]
 
 
+def has_labels(train: list[Example], *others: list[Example]) -> bool:
+    """Whether targets are labels, which come back and are all known from training, or answers free in their words."""
+    targets = {example.target for example in train}
+    known = all(example.target in targets for part in others for example in part)
+    return known and 2 * len(targets) <= len(train)
+
+
 def split_off(examples: list[Example], share: float, labelled: bool = True) -> tuple[list[Example], list[Example]]:
     """(rest, part): `part` is about `share` of each label's examples, never a label's last one."""
     if share == 0:

@@ -1,5 +1,6 @@
 """Directions that earlier tasks use: covariances of layer inputs and the orthonormal bases grown from them."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,7 @@ class Covariance:
 class InputCovariances:
     """Covariances of the inputs of layers while hooked; layers that read the same tensor share one.
 
-    `masks`, each [batch, length], tell padding from text in the forward to come: a layer's is the one of its length.
+    `masks`, each [batch, length], tell padding from text in the forward to come; the last is that of what is written.
     """
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
@@ -53,7 +54,8 @@ class InputCovariances:
             if first == name:
                 self.read[name] = x
                 covariance = self.found.setdefault(name, Covariance(x.shape[-1], x.device))
-                covariance.add(x, next((mask for mask in self.masks if mask.shape == x.shape[:-1]), None))
+                fitting = [mask for mask in self.masks if mask.shape == x.shape[:-1]]
+                covariance.add(x, fitting[-1 if reads_answer(name) else 0] if fitting else None)
 
         return see
 
@@ -64,6 +66,11 @@ class InputCovariances:
         self.read = {}
         for hook in self.hooks:
             hook.remove()
+
+
+def reads_answer(layer: str) -> bool:
+    """Whether a layer's input is the text that an encoder-decoder writes: all of the decoder but what it asks for."""
+    return "decoder" in layer and not re.search(r"(EncDecAttention|encoder_attn)\.(k|v)", layer)
 
 
 def without(x: Tensor, basis: Tensor) -> Tensor:

@@ -196,6 +196,11 @@ class Batch:
         )
 
 
+def positions(mask: Tensor) -> Tensor:
+    """[batch, length]: the place of each token among its row's real ones."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
 class Ragged:
     """Rows of token ids of any length, as one flat array with offsets."""
 

@@ -1,4 +1,4 @@
-"""The static ConPET methods and the no-replay baselines against the oracles of the specification."""
+"""The static ConPET methods and the no-replay baselines against the oracles of ConPET."""
 
 import numpy as np
 import pytest
@@ -180,7 +180,7 @@ def test_a_row_twice_in_a_batch_is_counted_once() -> None:
     assert bank.sums.tolist() == [[0.0, 1.0], [0.0, 1.0]]
 
 
-def test_starred_crl_draws_as_the_specification_says(make) -> None:
+def test_starred_crl_draws_as_published(make) -> None:
     """Stage 2: L E batches of half old and half new, at least min(10, n_c) of every class among them."""
     run = make("method=crl", "replay=dynamic", "replay.limit=30", "method.min_per_class=3")
     for index in range(2):

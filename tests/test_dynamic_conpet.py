@@ -1,4 +1,4 @@
-"""Dynamic ConPET against the oracles of its specification (numbers in the test names' docstrings)."""
+"""Dynamic ConPET against hand-computed numbers (numbered in the docstrings)."""
 
 import contextlib
 

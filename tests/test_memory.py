@@ -1,4 +1,4 @@
-"""Replay against the counts and distributions of ConPET's specification."""
+"""Replay against the counts and distributions of ConPET."""
 
 from collections import Counter
 

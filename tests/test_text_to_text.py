@@ -3,17 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clpet.adapters import Adapter, Adapters, Lora
+from clpet.adapters import Adapter, Adapters, Lora, Prompt
 from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode, Evaluation
-from clpet.errors import ModelError
+from clpet.errors import ConfigError, ModelError
 from clpet.metrics import accuracy, exact_match, rouge_l
 from clpet.objectives.base import Choices
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
+from clpet.sources import Kind, Table
 from clpet.subspace import InputCovariances
 from clpet.tasks import Benchmark, Example, Task
 from clpet.text import IGNORED
@@ -263,3 +265,35 @@ def test_masks_leave_padding_out_of_covariances(shape: str) -> None:
             alone.begin()
             found.logits(pool.batch([row]))
     torch.testing.assert_close(padded.found[name].mean(), alone.found[name].mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "decode"),
+    [("llama", "prompt", "generate"), ("t5", "prompt", "rank"), ("llama", "prefix", "rank")],
+)
+def test_virtual_tokens_are_refused_where_they_would_go_wrong(shape: str, name: str, decode: str) -> None:
+    adapter = Prompt(name=name, tokens=3, every_layer=name == "prefix")
+    with pytest.raises(ConfigError, match=f"peft={name}"):
+        objective(shape, Decode(decode), adapter)
+
+
+def test_rank_batches_are_as_much_smaller_as_there_are_labels() -> None:
+    found = objective("llama", Decode.rank)
+    pool = found.encode().test
+    found.eval_batch_size = 6
+    assert [len(part) for part in found.batches(pool, pool.rows_of(0))] == [2, 2, 1]
+    assert all(len(set(pool.tasks[part])) == 1 for part in found.batches(pool, np.arange(len(pool))))
+
+
+def test_answers_that_do_not_come_back_are_no_labels(tmp_path: Path) -> None:
+    """Numbers to be computed are answers even where they are scored by exact match; yes and no are labels."""
+    rows = [
+        {"text": f"{i} + 1", "sum": str(i + 1), "odd": str(i % 2 == 0), "references": f"{i + 1}"} for i in range(40)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = {"name": "sums", "objective": Kind.text_to_text}
+    free = Table(label="sum", **table).load(str(tmp_path)).tasks[0]
+    assert free.labels == ()
+    assert (len(free.test), len(free.validation), len(free.train)) == (10, 3, 27)
+    assert free.train[0].references == (free.train[0].target,)
+    assert Table(label="odd", **table).load(str(tmp_path)).tasks[0].labels == ("False", "True")

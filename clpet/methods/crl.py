@@ -1,6 +1,6 @@
 """CRL: contrastive learning over a bank of representations, with distillation of class relations.
 
-ConPET's baseline and, with replay=dynamic, its starred version (specification, section 3.5). Notation:
+ConPET's baseline and, with replay=dynamic, its starred version (ConPET, section 3.5). Notation:
 h features, z = normalise(W2 relu(W1 h)), s_ia = z_i . z_a / tau.
 """
 

@@ -1,7 +1,7 @@
 """Dynamic ConPET (Song et al., 2023, arXiv 2309.14763): a module per task and a selector that routes to the top K.
 
 Per task k >= 2: first the selector, then module k. Both train on dynamic batches, half new and half old, so
-the cost of a task does not depend on how many came before. Notation of the specification's section 3.7.
+the cost of a task does not depend on how many came before. Notation of ConPET's section 3.7.
 """
 
 import dataclasses

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive, require
@@ -53,7 +52,7 @@ class EAEMR(Replay):
         return self.objective.head(self.represent(batch))
 
     def loss(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.logits(batch), self.objective.targets(batch))
+        return self.objective.cross_entropy(self.logits(batch), batch)
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         return Predictions(self.objective.head.scatter(self.represent(batch)))

@@ -53,7 +53,7 @@ class LwF(Static):
 
     def loss(self, batch: Batch) -> Tensor:
         logits = self.logits(batch)
-        loss = torch.nn.functional.cross_entropy(logits, self.objective.head.columns(batch.labels))
+        loss = self.objective.cross_entropy(logits, batch)
         if not self.old:
             return loss
         teacher = self.teacher[self.place[torch.from_numpy(batch.rows)].to(self.teacher.device)]

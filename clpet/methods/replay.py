@@ -1,7 +1,7 @@
 """Experience replay: sequential fine-tuning on new data mixed with old.
 
 With replay=fixed this is EMR, with replay=dynamic EMR* of static ConPET (Song et al., 2023, arXiv 2309.14763;
-specification, section 3.3): cross-entropy on the mixed batches, nothing else.
+section 3.3): cross-entropy on the mixed batches, nothing else.
 """
 
 from dataclasses import dataclass

@@ -67,7 +67,11 @@ class SAPT(IncLoRA):
         self.keys = [torch.cat(self.keys).detach(), nn.Parameter(key.to(self.objective.device))]
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
-        self.held = [self.pooled(self.data.train, rows) for rows in self.memory.values()] if self.kl_ratio else []
+        self.held = (
+            [self.pooled(self.data.train, rows) for rows in self.memory.values()]
+            if self.kl_ratio and self.share
+            else []
+        )
         super().learn(task, index, trainer)
 
     def pool(self, batch: Batch) -> Tensor:

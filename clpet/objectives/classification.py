@@ -120,8 +120,10 @@ class Classification(Objective):
         return self.head.columns(batch.labels)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy over the labels seen so far, or with benchmark.softmax=task over those of an example's task."""
-        logits = self.logits(batch)
+        return self.cross_entropy(self.logits(batch), batch)
+
+    def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Over the labels seen so far, or with benchmark.softmax=task over those of an example's task."""
         if self.benchmark.own_softmax:
             logits = logits + self.own[batch.tasks][:, self.head.labels]
         return F.cross_entropy(logits, self.targets(batch))

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode
-from clpet.errors import DataError
+from clpet.errors import ConfigError, DataError
 from clpet.metrics import METRICS
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
 from clpet.tasks import Benchmark, Example
-from clpet.text import IGNORED, Batch, EncodedDataset, Ragged, Template
+from clpet.text import IGNORED, Batch, EncodedDataset, Ragged, Template, positions
 
 
 class TextToText(Objective):
@@ -28,14 +28,28 @@ class TextToText(Objective):
     def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
         self.causal = backbone.architecture is Architecture.decoder
         super().__init__(benchmark, backbone, *rest)
+        self._check_virtual_tokens()
         self.end = end_token(self.tokenizer)
         config: Any = self.adapters.model.config
         self.start = None if self.causal else config.decoder_start_token_id
         answers = encode_answers(self.tokenizer, benchmark.labels, benchmark.max_target)
         self.label_tokens = Ragged(answers)
 
+    def _check_virtual_tokens(self) -> None:
+        """peft puts its virtual tokens in anew at every pass, and drops the positions of padded prompts."""
+        if not getattr(self.adapters.config, "is_prompt_learning", False):
+            return
+        kind = self.adapters.kind
+        if self.evaluation.decode is Decode.rank:
+            raise ConfigError(f"evaluation.decode=rank does not go with peft={kind}: take decode=generate or peft=lora")
+        if self.causal and kind == "prompt":
+            raise ConfigError(
+                "peft=prompt does not go with a decoder that writes answers: take peft=prefix or method=l2p"
+            )
+
     def longest_wanted(self) -> int:
-        return self.benchmark.max_length + (self.benchmark.max_target if self.causal else 0)
+        answer = max(self.benchmark.max_target, self.evaluation.max_new_tokens or 0)
+        return self.benchmark.max_length + (answer if self.causal else 0)
 
     @classmethod
     def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
@@ -53,7 +67,7 @@ class TextToText(Objective):
     # Learning
 
     def logits(self, batch: Batch) -> Tensor:
-        """[answer tokens of the batch, vocabulary] fp32; the output layer sees only places that are learned."""
+        """[answer tokens of the batch, vocabulary] fp32; the output layer does not see the prompt."""
         self.meter.count(batch, torch.is_grad_enabled())
         assert batch.targets is not None
         with self.autocast:
@@ -116,7 +130,12 @@ class TextToText(Objective):
     def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
         """Batches of one task each: a task has its own labels to choose from."""
         tasks = [rows[pool.tasks[rows] == task] for task in np.unique(pool.tasks[rows])]
-        return [part for own in tasks for part in super(TextToText, self).batches(pool, own)]
+        return [part for own in tasks for part in pool.by_length(own, self.batch_size(int(pool.tasks[own[0]])))]
+
+    def batch_size(self, task: int) -> int:
+        """Prompts in a batch; where labels are ranked each stands for as many rows."""
+        labels = len(self.benchmark.tasks[task].labels) if self.evaluation.decode is Decode.rank else 1
+        return max(1, self.eval_batch_size // max(1, labels))
 
     def generate(self, batch: Batch) -> list[str]:
         """Greedy decoding with a key-value cache, up to the end token."""
@@ -126,6 +145,7 @@ class TextToText(Objective):
         settings = GenerationConfig(
             max_new_tokens=most, do_sample=False, num_beams=1, eos_token_id=self.end,
             pad_token_id=self.tokenizer.pad_token_id, decoder_start_token_id=self.start,
+            repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,  # whatever the model's own settings say
         )  # fmt: skip
         model: Any = self.adapters.model
         with self.autocast:
@@ -143,7 +163,8 @@ class TextToText(Objective):
         places = torch.from_numpy(inside).to(device).repeat(len(batch), 1)
         with self.autocast:
             logits = (self._rank_causal if self.causal else self._rank_pair)(batch, answers, places, count)
-        scores = logits.float().log_softmax(-1).gather(2, answers[..., None]).squeeze(2)
+        logits = logits.float()
+        scores = logits.gather(2, answers[..., None]).squeeze(2) - logits.logsumexp(-1)
         return (scores * places).sum(1).view(len(batch), count)
 
     def _rank_causal(self, batch: Batch, answers: Tensor, places: Tensor, count: int) -> Tensor:
@@ -183,7 +204,8 @@ class TextToText(Objective):
         assert found.texts is not None
         metrics = [METRICS[self.benchmark.tasks[task].metric] for task in batch.tasks.tolist()]
         rows = zip(metrics, found.texts, batch.references, strict=True)
-        return torch.tensor([metric(text, references) for metric, text, references in rows], dtype=torch.float64)
+        scores = [metric(text, references) for metric, text, references in rows]
+        return torch.tensor(scores, dtype=torch.float64, device=batch.labels.device)
 
     def table(self, batch: Batch, found: Predictions, known: Predictions, choices: Choices) -> dict[str, Any]:
         """One view: an instruction says what is asked, there is no competition of labels between tasks."""
@@ -200,11 +222,6 @@ class TextToText(Objective):
     def describe(self, pool: EncodedDataset, row: int) -> str:
         assert pool.answer is not None
         return f"answer   {self.tokenizer.decode(pool.answer[row])}"
-
-
-def positions(mask: Tensor) -> Tensor:
-    """[batch, length]: the place of each token among its row's real ones."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def end_token(tokenizer: Any) -> int:
