@@ -25,7 +25,7 @@ from clpet.state import RunState, write_atomic
 from clpet.tasks import Benchmark
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "omegaconf", "numpy", "wandb")
-MADE = ("results.json", "transfer.csv", "transfer.png", "accuracy.png", "metrics.jsonl", "run.json")
+MADE = ("results.json", "transfer.csv", "*.png", "metrics.jsonl", "run.json")
 
 
 def finished(out: Path) -> dict[str, Any] | None:
@@ -38,8 +38,9 @@ def finished(out: Path) -> dict[str, Any] | None:
 
 def clear(out: Path) -> None:
     """Removes what an earlier run left in its directory."""
-    for name in MADE:
-        (out / name).unlink(missing_ok=True)
+    for pattern in MADE:
+        for path in out.glob(pattern):
+            path.unlink()
     for name in ("state", "predictions", "adapters", "heads", "wandb"):
         shutil.rmtree(out / name, ignore_errors=True)
 

@@ -66,7 +66,8 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
             state = Experiment(config, out, identity, method, benchmark, data, trainer, track).learn()
             results = records.collect(out, cfg, overrides, identity, method, benchmark, state)
-            track.finished(results, records.pictures(out, state, method.name, benchmark.name))
+            pictures = [*records.pictures(out, state, method.name, benchmark.name), *method.pictures(out)]
+            track.finished(results, pictures)
             records.finish(out, results)
         records.show_finished(console, out, results)
     return state.matrix
@@ -125,6 +126,7 @@ class Experiment:
             return
         evaluator = Evaluator(self.benchmark, self.data)
         found = evaluator(self.method, row, list(tasks))
+        found.diagnostics |= self.method.diagnostics()
         for matrix, scores in ((state.matrix, found.seen), (state.own, found.own)):
             for index in tasks:
                 matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)

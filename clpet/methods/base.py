@@ -194,6 +194,14 @@ class Method:
         """Writes what was trained of the backbone, for use without clpet."""
         self.objective.adapters.save(folder)
 
+    def diagnostics(self) -> dict[str, float]:
+        """Figures about the task just learned, kept beside its scores."""
+        return {}
+
+    def pictures(self, folder: Path) -> list[Path]:
+        """Draws what this method has to show at the end of a run into the folder."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a later task needs: nested dicts of tensors, numbers, strings and lists."""
         return {"objective": self.objective.state(), "replay": self.replay.state()}
