@@ -43,7 +43,9 @@ def _backbone(name: str) -> Backbone:
     options = [folder / "model" / f"{name}.yaml" for folder in (conf_dir(), *plugin_dirs())]
     spec: Any = next((OmegaConf.to_container(OmegaConf.load(file)) for file in options if file.is_file()), None)
     if spec is None:
-        return Backbone(name=name, **{"path" if (Path(name) / "config.json").is_file() else "hub": name})
+        return (
+            Backbone(name=name, path=name) if (Path(name) / "config.json").is_file() else Backbone(name=name, hub=name)
+        )
     if not any(spec.get(key) for key in ("hub", "path", "package")):
         raise ModelError(f"method.encoder={name} is a model without weights: it cannot embed sentences")
     wanted = ("hub", "revision", "path", "package", "sha256")

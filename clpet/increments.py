@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from clpet.adapters import Adapters, plain_config
-from clpet.errors import ModelError
+from clpet.errors import ModelError, suggest
 
 Start = Callable[[Tensor, torch.Generator], object]
 
@@ -31,13 +31,50 @@ def kaiming(a: Tensor, generator: torch.Generator) -> None:
     nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
 
 
-class Increments:
-    """The branches on every layer that `config` (without one, peft=lora) names, on the model of `adapters`.
+# The projection behind a layer's attention, as the backbones name it.
+OUTPUTS = (
+    "attention.output.dense",  # BERT, RoBERTa
+    "self_attn.o_proj",  # LLaMA, Qwen
+    "SelfAttention.o",  # T5
+    "EncDecAttention.o",
+    "attn.c_proj",  # GPT-2
+    "attn.o",  # MPNet
+    "self_attn.out_proj",  # OPT
+)
 
-    Raises ModelError when no layer fits.
+
+def attention_outputs(model: nn.Module) -> list[str]:
+    """The output projections of a model's attention layers, as targets. Raises ModelError where none is known."""
+    names = [name for name, _ in model.named_modules()]
+    found = [target for target in OUTPUTS if any(named(name, target) for name in names)]
+    if not found:
+        layers = suggest("", linear_layers(model))
+        raise ModelError(f"the output projection of this model's attention is not known: say method.targets{layers}")
+    return found
+
+
+def linear_layers(model: nn.Module) -> set[str]:
+    """The last parts of the names of all linear layers."""
+    found = model.named_modules()
+    return {name.rpartition(".")[2] for name, module in found if isinstance(module, nn.Linear | Conv1D)}
+
+
+def named(name: str, target: str) -> bool:
+    """Whether a module's name is the target's, or ends with it."""
+    return name == target or name.endswith(f".{target}")
+
+
+class Increments:
+    """The branches on every layer that peft=lora's targets name, or those of `config`, on the model of `adapters`.
+
+    Raises ModelError when no layer fits, or not each of `config`'s targets has one.
     """
 
-    def __init__(self, adapters: Adapters, config: peft.LoraConfig | None = None) -> None:
+    def __init__(self, adapters: Adapters, config: Any = None) -> None:
+        for target in config.target_modules if config else []:
+            if not any(named(name, target) for name, _ in adapters.model.named_modules()):
+                layers = suggest("", linear_layers(adapters.model))
+                raise ModelError(f"method.targets names the layer {target}, which the model does not have{layers}")
         config = config or adapters.config
         assert isinstance(config, peft.LoraConfig)
         self.adapters, self.config = adapters, config
@@ -45,8 +82,8 @@ class Increments:
         self.dropout = self.config.lora_dropout
         self.weights: Tensor | None = None  # [n r] or [batch, n r]
         self.on = True
-        named = adapters.model.named_modules()
-        modules = {name: module for name, module in named if check_target_module_exists(self.config, name)}
+        known = adapters.model.named_modules()
+        modules = {name: module for name, module in known if check_target_module_exists(self.config, name)}
         unfit = [type(module).__name__ for module in modules.values() if not isinstance(module, nn.Linear | Conv1D)]
         if unfit or not modules:
             raise ModelError(adapters.wrong_target(f"{unfit[0]} is no linear layer" if unfit else "no such layers"))
