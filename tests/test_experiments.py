@@ -51,7 +51,7 @@ def test_every_published_row_has_its_overlay() -> None:
     """Six data sets by ten methods, and the BERT-large runs; what they share is not listed."""
     rows = {f"conpet/{data}_{row}" for data in SETTINGS for row in ROWS}
     logged = {f"conpet/tacred_bert_{row}" for row in ("dynamic", "emr_star", "limitless")}
-    assert set(options("experiment")) == rows | logged
+    assert {name for name in options("experiment") if name.startswith("conpet/")} == rows | logged
 
 
 @pytest.mark.parametrize("data", SETTINGS)
