@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from clpet.adapters import Adapter, Adapters, parameter_ratio
-from clpet.backbones import Backbone
+from clpet.adapters import Adapters, parameter_ratio
 from clpet.config import Config
 from clpet.cost import peak_memory_mb
 from clpet.methods.base import Method
+from clpet.objectives import load
 from clpet.selection import stand_in
 from clpet.tasks import Benchmark
 from clpet.training import Trainer
@@ -46,20 +46,20 @@ def dry_run(console: Console, config: Config, method: Method, benchmark: Benchma
     )
 
 
-def count_parameters(console: Console, backbone: Backbone, peft: Adapter, benchmark: Benchmark, why: str) -> None:
+def count_parameters(console: Console, parts: dict[str, Any], benchmark: Benchmark, why: str) -> None:
     """Parameter counts from the model's config alone, for a machine that lacks the weights."""
+    generates = load(parts["benchmark"].objective.value).generates
     with torch.device("meta"):
-        adapters = Adapters(backbone.skeleton(), backbone, peft)
+        adapters = Adapters(parts["model"].skeleton(generates), parts["model"], parts["peft"], generates)
         adapters.add("default", 0)
-    config: Any = adapters.model.config
+    network: Any = adapters.model.config
     labels, total = len(benchmark.labels), adapters.base_parameters
     adapter = adapters.count("default")
-    head = (config.hidden_size + 1) * labels
-    for line in (
-        why,
-        f"adapter: {_ratio(adapter, total)}",
-        f"adapter and a head of {labels} labels: {_ratio(adapter + head, total)}",
-    ):
+    lines = [why, f"adapter: {_ratio(adapter, total)}"]
+    if not generates:
+        head = (network.hidden_size + 1) * labels
+        lines.append(f"adapter and a head of {labels} labels: {_ratio(adapter + head, total)}")
+    for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -10,7 +10,8 @@ from clpet.config import require
 from clpet.errors import DataError
 from clpet.formats import LAYOUTS, Row, read_published, tidy
 from clpet.readers import Rows, read_hub, read_local
-from clpet.sources import Splits, Table, named_tasks
+from clpet.sources import Table
+from clpet.splits import Splits, named_tasks
 from clpet.tasks import SPLITS, Example
 
 

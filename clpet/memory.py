@@ -15,29 +15,14 @@ import numpy as np
 
 from clpet.config import derive, require
 from clpet.errors import ConfigError
-from clpet.mixing import equal_compute, split_batch, split_limit
+from clpet.mixing import Plan, Rows, equal_compute, split_batch, split_limit
 from clpet.selection import select_per_class, select_stratified
 from clpet.text import Encoded, EncodedDataset
 
 log = logging.getLogger(__name__)
 
-Rows = np.ndarray
 Held = list[tuple[EncodedDataset, Rows]]  # validation examples: pools and rows
 EVAL_BATCH = 32  # examples of a validation batch in ConPET's counts
-
-
-@dataclass
-class Plan:
-    """The batches of one fit: `epoch(e)` lists row arrays into `pool`, `steps` of them in every epoch.
-
-    `keep` marks the rows of a batch that can give a gradient: only they are computed, while the loss stays a
-    mean over the whole batch.
-    """
-
-    pool: EncodedDataset
-    steps: int
-    epoch: Callable[[int], list[Rows]]
-    keep: Callable[[Rows], np.ndarray] | None = None
 
 
 @dataclass
@@ -46,8 +31,18 @@ class NoReplay:
 
     name: str = "none"
 
-    def check(self, batch_size: int) -> None:
-        """Raises ConfigError for a batch this component cannot mix, before anything is loaded."""
+    @property
+    def by_class(self) -> bool:
+        """Whether what it keeps is chosen by class."""
+        return False
+
+    def check(self, batch_size: int, objective: str) -> None:
+        """Raises ConfigError for a batch or an objective this component does not fit, before anything is loaded."""
+        if self.by_class and objective != "classification":
+            raise ConfigError(
+                f"replay={self.name} chooses its memory by class logits, which {objective} does not have: "
+                "take replay=share, dynamic, reservoir or all"
+            )
 
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         """Called once, before the first task."""
@@ -140,7 +135,8 @@ class DrawnReplay(NoReplay):
         require(self.ratio != 0, "replay.ratio", self.ratio, "positive (new:old) or negative (old:new)")
         require(self.limit is None or self.limit >= 2, "replay.limit", self.limit, "at least 2, or null")
 
-    def check(self, batch_size: int) -> None:
+    def check(self, batch_size: int, objective: str) -> None:
+        super().check(batch_size, objective)
         new, old = split_batch(batch_size, self.ratio)
         if new < 1 or old < 1:
             raise ConfigError(
@@ -208,6 +204,10 @@ class DynamicReplay(DrawnReplay):
     def keeps_all(self) -> bool:
         return self.kind == "history"
 
+    @property
+    def by_class(self) -> bool:
+        return self.kind == "fixed"
+
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         rows = self.pool.rows_of(index)
         if self.kind == "fixed":
@@ -241,6 +241,10 @@ class FixedReplay(NoReplay):
         require(0 < self.train_share <= 1, "replay.train_share", self.train_share, "in (0, 1]")
         require(self.max_copies >= 1, "replay.max_copies", self.max_copies, "at least 1")
         require(self.copies is None or self.copies >= 1, "replay.copies", self.copies, "at least 1, or null")
+
+    @property
+    def by_class(self) -> bool:
+        return True
 
     def plan(self, index: int, stage: str = "") -> Plan:
         new = self.pool.rows_of(index)

@@ -1,4 +1,27 @@
-"""How many new and old examples a batch and an epoch hold: ConPET's arithmetic."""
+"""The batches of a fit, and how many new and old examples a batch and an epoch hold (ConPET's arithmetic)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from clpet.text import EncodedDataset
+
+Rows = np.ndarray
+
+
+@dataclass
+class Plan:
+    """The batches of one fit: `epoch(e)` lists row arrays into `pool`, `steps` of them in every epoch.
+
+    `keep` marks the rows of a batch that can give a gradient: only they are computed, while the loss stays a
+    mean over the whole batch.
+    """
+
+    pool: EncodedDataset
+    steps: int
+    epoch: Callable[[int], list[Rows]]
+    keep: Callable[[Rows], np.ndarray] | None = None
 
 
 def split_batch(size: int, ratio: float) -> tuple[int, int]:

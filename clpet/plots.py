@@ -75,6 +75,55 @@ def retrieval_heatmap(shares: np.ndarray, tasks: list[str], path: Path, title: s
     return _save(figure, path)
 
 
+def importance_heatmap(history: list[dict[str, Any]], tasks: list[str], path: Path, title: str) -> Path:
+    """One row per layer, one block of columns per task with a column per unit of the layer (rank); `history` holds
+    each task's importance in [0, 1] by layer. The colours' square root shows more of a scale on which most is near 0.
+    """
+    from matplotlib.colors import PowerNorm
+
+    layers = list(history[0])
+    width = max(len(history[0][layer]) for layer in layers)
+    values = np.full((len(layers), len(tasks) * width), np.nan)
+    for place, entry in enumerate(history):
+        for row, layer in enumerate(layers):
+            values[row, place * width : place * width + len(entry[layer])] = np.asarray(entry[layer])
+    shown = list(range(0, len(layers), -(-len(layers) // 40)))
+    figure, axes = _figure(3 + max(4.0, 0.05 * values.shape[1]), 1.6 + 0.17 * len(shown))
+    image = axes.imshow(values, norm=PowerNorm(0.5, 0, 1), cmap="magma", aspect="auto", interpolation="nearest")
+    for place in range(1, len(tasks)):
+        axes.axvline(place * width - 0.5, color="white", linewidth=1)
+    axes.set_xticks([(place + 0.5) * width - 0.5 for place in range(len(tasks))], tasks, rotation=30, ha="right")
+    names = short_names(layers)
+    axes.set_yticks(shown, [names[row] for row in shown], fontsize=7)
+    axes.set_xlabel(f"task learned ({width} units of a layer side by side)" if width > 1 else "task learned")
+    axes.set_title(title, fontsize=11)
+    figure.colorbar(image, ax=axes, label="importance, least to most of the task")
+    return _save(figure, path)
+
+
+def share_bars(figures: list[dict[str, float]], tasks: list[str], path: Path, title: str) -> Path:
+    """Stacked bars: percent of the units kept, shared, taken and averaged in the fusion after each task."""
+    figure, axes = _figure(2.5 + 0.7 * len(tasks), 4)
+    foot = np.zeros(len(tasks))
+    for part, colour in (("kept", "#4c72b0"), ("shared", "#8172b3"), ("taken", "#dd8452"), ("averaged", "#d0d0d0")):
+        height = np.array([entry[f"units_{part}"] for entry in figures])
+        axes.bar(range(len(tasks)), height, bottom=foot, color=colour, label=part)
+        foot += height
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    axes.set_ylabel("units, %")
+    axes.set_xlabel("after learning")
+    axes.set_title(title, fontsize=11)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _save(figure, path)
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Dotted names without the parts that all of them have."""
+    split = [name.split(".") for name in names]
+    common = set(split[0]).intersection(*split) if len(names) > 1 else set()
+    return [".".join(part for part in parts if part not in common) for parts in split]
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

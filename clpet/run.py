@@ -47,7 +47,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         except ModelError as error:
             if not (config.dry_run and parts["model"].config):
                 raise
-            count_parameters(console, parts["model"], parts["peft"], benchmark, str(error))
+            count_parameters(console, parts, benchmark, str(error))
             return None
         benchmark.data_record = inspect_data(benchmark, data)
         for warning in benchmark.data_record["warnings"]:
@@ -145,8 +145,9 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
         for name in ("replay", "model", "peft", "benchmark", "hardware", "tracking")
     }
     method = build(config.method, "method", cache_dir=config.cache_dir)
-    parts["replay"].check(config.train.global_batch_size)
-    method.check(parts["benchmark"].objective.value, parts["replay"].name, parts["peft"].name)
+    objective = parts["benchmark"].objective.value
+    method.check(objective, parts["replay"].name, parts["peft"].name)
+    parts["replay"].check(config.train.global_batch_size, objective)
     return method, parts
 
 

@@ -1,7 +1,6 @@
 """Where examples come from: the hub, local tables, and what each benchmark makes of them."""
 
 import dataclasses
-import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -9,15 +8,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
-from clpet.config import derive, require
+from clpet.config import require
 from clpet.errors import DataError, suggest
 from clpet.metrics import METRICS, need
 from clpet.readers import Rows, read_hub, read_local, stdlib_docstrings
+from clpet.splits import Splits, by_label, named_tasks, partition, sample, split_off
 from clpet.tasks import SPLITS, Benchmark, Example, Task, order_names
 
-Splits = dict[str, list[Example]]
 FREE = ("rouge_l", "bert_score")  # metrics of texts that are no labels
 
 
@@ -26,6 +23,13 @@ class Kind(Enum):
 
     classification = "classification"
     text_to_text = "text_to_text"
+
+
+class Softmax(Enum):
+    """Labels that compete in the loss of a classification."""
+
+    seen = "seen"
+    task = "task"
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Source:
     template: str = "{text}"
     max_length: int = 128
     objective: Kind = Kind.classification
+    softmax: Softmax = Softmax.seen
     prompt: str = "{text}"
     max_target: int = 50
     metric: str = "exact_match"
@@ -111,6 +116,7 @@ class Source:
         tasks = [self._task(name, splits[name]) for name in names]
         template = self.prompt.rstrip() if self.answers else self.template
         benchmark = Benchmark(self.name, tasks, template, self.max_length, self.max_target if self.answers else 0)
+        benchmark.own_softmax = self.softmax is Softmax.task
         benchmark.check()
         return benchmark
 
@@ -128,84 +134,6 @@ class Source:
         validation = sample(validation, most and max(1, most // 5), labelled)
         test = sample(test, self.max_test, labelled)
         return Task(name, train, validation, test, tuple(sorted(labels)), metric)
-
-
-def sample(examples: list[Example], most: int | None, labelled: bool = True) -> list[Example]:
-    """At most `most` examples, spread evenly over the labels if any; the same ones whatever the run's seed."""
-    if most is None or len(examples) <= most:
-        return examples
-    rng = np.random.default_rng(derive(0, "sample", len(examples)))
-    turns: dict[str | None, int] = {}
-    ranked: list[tuple[int, int, int]] = []
-    for index in rng.permutation(len(examples)):
-        target = examples[index].target if labelled else None
-        turns[target] = turns.get(target, 0) + 1
-        ranked.append((turns[target], len(ranked), index))
-    return [examples[index] for index in sorted(index for _, _, index in sorted(ranked)[:most])]
-
-
-def split_off(examples: list[Example], share: float, labelled: bool = True) -> tuple[list[Example], list[Example]]:
-    """(rest, part): `part` is about `share` of each label's examples, never a label's last one."""
-    if share == 0:
-        return examples, []
-    by_label: dict[str | None, list[int]] = {}
-    for index, example in enumerate(examples):
-        by_label.setdefault(example.target if labelled else None, []).append(index)
-    rng = np.random.default_rng(derive(0, "split", len(examples)))
-    part: set[int] = set()
-    for rows in by_label.values():
-        count = min(len(rows) - 1, max(1, round(share * len(rows))))
-        part.update(rng.permutation(rows)[:count].tolist())
-    rest = [example for index, example in enumerate(examples) if index not in part]
-    return rest, [examples[index] for index in sorted(part)]
-
-
-def by_label(splits: Splits, groups: dict[str, list[str]]) -> dict[str, Splits]:
-    """One task per group of labels. Raises DataError unless the groups are disjoint and cover the train labels."""
-    owner: dict[str, str] = {}
-    for task, labels in groups.items():
-        for label in labels:
-            if label in owner:
-                raise DataError(f"label {label!r} is in two tasks, {owner[label]} and {task}")
-            owner[label] = task
-    present = {str(example.target) for example in splits["train"]}
-    for split, examples in splits.items():
-        for example in examples:
-            if str(example.target) not in present:
-                raise DataError(f"label {example.target!r} occurs in {split} but not in train, so it cannot be learned")
-    missing = sorted(present - owner.keys())
-    if missing:
-        raise DataError(f"the label partition does not cover {len(missing)} labels of the data, e.g. {missing[0]!r}")
-    absent = sorted(owner.keys() - present)
-    if absent:
-        raise DataError(f"the label partition names {len(absent)} labels the data lacks, e.g. {absent[0]!r}")
-    tasks: dict[str, Splits] = {task: {split: [] for split in splits} for task in groups}
-    for split, examples in splits.items():
-        for example in examples:
-            tasks[owner[str(example.target)]][split].append(example)
-    return tasks
-
-
-def partition(names: list[str], sizes: list[int], seed: int | None) -> list[list[str]]:
-    """ConPET's label partition: ids, the places in `names`, shuffled with Python's generator, cut, each part sorted.
-
-    Without a seed they are cut as they stand. Raises DataError unless the sizes add up to all names.
-    """
-    if sum(sizes) != len(names):
-        raise DataError(f"the label partition has {sum(sizes)} places for {len(names)} labels")
-    ids = list(range(len(names)))
-    if seed is not None:
-        random.Random(seed).shuffle(ids)
-    parts, start = [], 0
-    for size in sizes:
-        parts.append([names[i] for i in sorted(ids[start : start + size])])
-        start += size
-    return parts
-
-
-def named_tasks(parts: list[list[str]]) -> dict[str, list[str]]:
-    """task01, task02, ...: groups of labels that have no names of their own."""
-    return {f"task{i + 1:02d}": part for i, part in enumerate(parts)}
 
 
 @dataclass

@@ -63,6 +63,7 @@ class Benchmark:
     template: str = "{text}"
     max_length: int = 128
     max_target: int = 0
+    own_softmax: bool = False  # the loss compares the labels of an example's own task only
     reserved: int = 0  # positions of the model that a method's prompts take, at most
     data_record: dict[str, Any] = field(default_factory=dict)
 

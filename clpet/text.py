@@ -59,18 +59,24 @@ class Template:
 
     def encode(self, examples: Sequence[Example]) -> list[list[int]]:
         """Token ids of each example, at most `max_length`. Raises DataError when the template alone is too long."""
-        befores = self._tokens([self._fill(self.before, example) for example in examples])
-        afters = self._tokens([self._fill(self.after, example) for example in examples])
         marked = [self._mark(example) for example in examples]
-        texts = self._tokens([text for text, _ in marked], offsets=True)
+        befores = [self._fill(self.before, example) for example in examples]
+        afters = [self._fill(self.after, example) for example in examples]
+        texts = [text for text, _ in marked]
+        wholes = self._tokens(
+            [before + text + after for before, text, after in zip(befores, texts, afters, strict=True)]
+        )
         rows = []
-        for before, text, after, (_, focus) in zip(befores, texts, afters, marked, strict=True):
-            room = self.max_length - len(self.head) - len(self.tail) - len(before["ids"]) - len(after["ids"])
+        for (ids, offsets), before, (text, focus) in zip(wholes, befores, marked, strict=True):
+            start, end = len(before), len(before) + len(text)
+            first = sum(b <= start for _, b in offsets)  # tokens of the template before the text, and after it
+            last = max(first, len(ids) - sum(b > end for _, b in offsets))
+            room = self.max_length - len(self.head) - len(self.tail) - first - (len(ids) - last)
             if room < 1:
                 raise DataError(f"benchmark.max_length={self.max_length} leaves no room beside the template")
-            window = window_rows(text["offsets"], focus, room)
-            ids = [text["ids"][row] for row in window]
-            row = [*self.head, *before["ids"], *ids, *after["ids"], *self.tail]
+            inside = [(a - start, b - start) for a, b in offsets[first:last]]
+            window = [ids[first + place] for place in window_rows(inside, focus, room)]
+            row = [*self.head, *ids[:first], *window, *ids[last:], *self.tail]
             if self.needs_mask and row.count(self.mask_id) != 1:
                 raise DataError(f"an example holds the mask token {row.count(self.mask_id)} times, not once")
             rows.append(row)
@@ -90,14 +96,14 @@ class Template:
                     focus = [(a + shift * (place < a), b + shift * (place < b)) for a, b in focus]
         return text, focus
 
-    def _tokens(self, texts: list[str], offsets: bool = False) -> list[dict[str, Any]]:
-        if not any(texts):
-            return [{"ids": [], "offsets": []}] * len(texts)
+    def _tokens(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids and character spans of each text's tokens; whole texts, since some tokenizers mark where one begins."""
+        if not texts:
+            return []
         out = self.tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=offsets, return_attention_mask=False, verbose=False
+            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
-        spans = out["offset_mapping"] if offsets else [[]] * len(texts)
-        return [{"ids": ids, "offsets": span} for ids, span in zip(out["input_ids"], spans, strict=True)]
+        return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
 
 
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clpet.config import Schedule, Select, Training, derive, require
 from clpet.errors import HostError
-from clpet.memory import Plan
+from clpet.mixing import Plan
 from clpet.objectives.base import Objective
 from clpet.text import Batch
 
@@ -233,9 +233,11 @@ class _Best:
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keeps the libraries' own progress bars and advice off the screen."""
+    import huggingface_hub
     import transformers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
     yield

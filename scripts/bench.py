@@ -2,6 +2,9 @@
 
     python scripts/bench.py                 five rounds on python_stdlib with minilm
     python scripts/bench.py rounds=7 train.epochs=2 benchmark=clinc150 data_dir=FOLDER
+    python scripts/bench.py kif             what KIF adds to a training step, and its fusion of 1,152 units
+    python scripts/bench.py generate benchmark=long_sequence tasks=[agnews] data_dir=FOLDER model=local \
+        model.path=FOLDER model.architecture=decoder    answers in batches against one at a time
 
 Prints medians over the rounds of
   loop     training examples per second: clpet's Trainer.fit against the shortest PyTorch + peft loop, over
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 from clpet.adapters import Adapters
 from clpet.config import conf_dir, register_resolvers, typed
 from clpet.evaluation import Evaluator
-from clpet.memory import Plan
+from clpet.mixing import Plan
 from clpet.run import assemble, load_objective
 from clpet.text import EncodedDataset
 from clpet.training import Trainer, quiet_libraries
@@ -64,7 +67,7 @@ class Bench:
         objective, data = load_objective(self.config, parts, self.benchmark)
         parts["replay"].setup(data, 0, self.batch)
         method.setup(objective, self.benchmark, data, parts["replay"], 0)
-        method.objective.head.grow(range(len(self.benchmark.labels)))
+        method.objective.add_labels(range(len(self.benchmark.labels)))
         return method
 
     def by_hand(self) -> tuple["ByHand", Any]:
@@ -186,9 +189,17 @@ def medians(name: str, contenders: dict[str, Callable[[], float]], rounds: int) 
 
 
 def main(arguments: list[str]) -> None:
-    """The two comparisons."""
+    """The comparisons."""
     rounds = next((int(word.split("=")[1]) for word in arguments if word.startswith("rounds=")), 5)
-    bench = Bench([word for word in arguments if not word.startswith("rounds=")])
+    overrides = [word for word in arguments if "=" in word and not word.startswith("rounds=")]
+    for word in arguments:
+        if "=" not in word:
+            import bench_methods
+
+            with quiet_libraries():
+                getattr(bench_methods, word)(overrides, rounds)
+            return
+    bench = Bench(overrides)
     with quiet_libraries():
         warnings.simplefilter("ignore")
         pool = bench.method().data.train

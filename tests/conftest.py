@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,3 +117,16 @@ class Silent:
     def fit(self, stage: str, epochs: int, steps: int) -> None: ...
     def step(self, epoch: int, step: int, examples: int, loss: torch.Tensor) -> None: ...
     def validated(self, epoch: int, score: float) -> None: ...
+
+
+def double(values: list) -> torch.Tensor:
+    """A fp64 tensor."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def scores(run: SimpleNamespace, rows: np.ndarray) -> torch.Tensor:
+    """[rows, 12]: what a method of `make` answers on test examples."""
+    from clpet.methods.base import Choices
+
+    with torch.inference_mode():
+        return run.method.predict(run.data.test.batch(rows), Choices(range(12))).scores

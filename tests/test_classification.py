@@ -122,3 +122,20 @@ def test_every_kind_of_adapter_learns(make, peft: str) -> None:
     run.learn(0)
     after = run.method.objective.adapters.tensors("default").values()
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_softmax_over_the_own_task_ignores_other_labels(make) -> None:
+    """Cross-entropy inside an example's own task: the logits of other tasks' labels change nothing."""
+    run = make("method=sequential", "benchmark.softmax=task")
+    objective = run.method.objective
+    objective.add_labels(run.benchmark.seen_labels(2))
+    batch = run.data.train.batch(run.data.train.rows_of(0)[:4])
+    first = run.benchmark.task_labels(0)
+    logits = objective.logits(batch)[:, : len(first)]
+    wanted = torch.nn.functional.cross_entropy(logits, batch.labels)
+    assert objective.loss(batch).item() == pytest.approx(wanted.item(), rel=1e-6)
+    with torch.no_grad():
+        objective.head.bias[len(first) :] += 100
+    assert objective.loss(batch).item() == pytest.approx(wanted.item(), rel=1e-6)
+    objective.benchmark.own_softmax = False
+    assert objective.loss(batch).item() > 10

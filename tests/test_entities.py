@@ -12,7 +12,7 @@ from clpet.entities import Relations, Typing, cut_anew, mark_entities
 from clpet.errors import ConfigError, DataError
 from clpet.formats import cleaned, read_published, tidy
 from clpet.mistakes import composed
-from clpet.sources import partition
+from clpet.splits import partition
 from clpet.tasks import SPLITS, Benchmark
 from clpet.text import Template
 

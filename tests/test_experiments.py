@@ -8,8 +8,8 @@ import torch
 from clpet.cli import options
 from clpet.config import Config, Training, build, typed
 from clpet.errors import ConfigError
-from clpet.memory import equal_compute
 from clpet.mistakes import composed
+from clpet.mixing import equal_compute
 
 ROWS = ["emr", "ea_emr", "crl", "emr_star", "ea_emr_star", "crl_star", "dynamic", "limitless", "ewc", "lwf"]
 REPLAY = ["fixed"] * 3 + ["dynamic"] * 4 + ["all", "none", "none"]

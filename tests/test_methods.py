@@ -51,7 +51,12 @@ VARIANTS = [
     ["crl", "replay=dynamic"],
     ["ea_emr", "replay=dynamic"],
     ["sequential", "peft=none", "train.lr=1e-4"],
+    ["kif", "peft=none", "train.lr=1e-4", "method.unit=matrix", "method.fusion=static", "train.select=best"],
+    ["kif", "replay=share", "method.replay_phase=after", "train.weight_decay=0.1"],
     ["ewc", "peft=none", "train.lr=1e-4", "method.fisher_batches=1"],
+    ["ewc", "method.merge=average", "method.fisher=batch"],
+    ["gain_lora", "peft.dropout=0.3"],
+    ["progressive_prompts", "method.mlp=16", "method.task_id_at_test=true"],
 ]
 
 

@@ -110,7 +110,7 @@ def test_figures_without_their_entries_are_none() -> None:
     metrics = found.metrics()
     assert metrics["average"] == 55
     assert [name for name, value in metrics.items() if value is None] == [
-        "whole", "average_incremental", "learning_accuracy", "bwt", "bwt_sapt", "fwt", "fwt_single_task", "forgetting",
+        "whole", "average_incremental", "learning_accuracy", "bwt", "bwt_sapt", "fwt", "fwt_zero_shot", "fwt_single_task", "forgetting",
         "intransigence",
     ]  # fmt: skip
 

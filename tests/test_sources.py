@@ -10,7 +10,8 @@ import pytest
 
 from clpet.data import inspect_data
 from clpet.errors import DataError
-from clpet.sources import PythonStdlib, Table, by_label, sample, split_off
+from clpet.sources import PythonStdlib, Table
+from clpet.splits import by_label, sample, split_off
 from clpet.tasks import Example, normalised, order_names
 
 from .conftest import shared

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from clpet.config import derive
 from clpet.errors import ConfigError
-from clpet.memory import Held, NoReplay, Plan
+from clpet.memory import Held, NoReplay
+from clpet.mixing import Plan
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.classification import Head
 from clpet.tasks import Benchmark, Task

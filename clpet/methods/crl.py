@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from clpet.config import derive, require
 from clpet.errors import ConfigError
-from clpet.memory import DrawnReplay, FixedReplay, Plan, split_batch
+from clpet.memory import DrawnReplay, FixedReplay
 from clpet.methods.base import Choices, Method, Predictions
+from clpet.mixing import Plan, split_batch
 from clpet.selection import stand_in
 from clpet.tasks import Task
 from clpet.text import Batch

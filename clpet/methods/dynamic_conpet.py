@@ -18,9 +18,9 @@ from torch import Tensor
 from clpet.config import derive, require
 from clpet.errors import ConfigError
 from clpet.logits import LogitStore
-from clpet.memory import Plan
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.modular import Modular, module_name
+from clpet.mixing import Plan
 from clpet.objectives.classification import MISSING, Head
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, EncodedDataset

@@ -5,7 +5,7 @@ the new model's raw features are mapped to where the old ones lay: min mean ||A 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ class EAEMR(Replay):
     align_lr: float = 1e-4
     align_batch: int = 32
     align_epochs: int = 20
+
+    objectives: ClassVar[tuple[str, ...]] = ("classification",)
 
     def __post_init__(self) -> None:
         require(self.align_lr > 0, "method.align_lr", self.align_lr, "more than 0")

@@ -1,19 +1,42 @@
-"""EWC as ConPET's no-replay baseline (specification, section 3.6).
+"""EWC: a quadratic penalty on what mattered to earlier tasks (Kirkpatrick et al., 2017), in the forms in use.
 
-After task j: F_j = (1/#batches) sum_batches sum_c w_c (grad of the batch-mean NLL of label c)^2, w = batch-mean
-softmax. Penalty lambda * sum_{j<k} 0.5 sum F_j (theta - theta_j)^2 over adapter and head rows.
+As ConPET's baseline (section 3.6): after task j F_j = (1/#batches) sum_batches sum_c w_c (grad of the batch-mean NLL
+of label c)^2, w = batch-mean softmax; penalty lambda * sum_{j<k} 0.5 sum F_j (theta - theta_j)^2 over adapter and
+head rows. The other forms square gradients of the cross-entropy of the true labels, and hold one merged F around the
+newest weights: lambda / 2 sum F (theta - theta_{k-1})^2.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clpet.config import require
+from clpet.errors import ConfigError
 from clpet.methods.replay import Static
 from clpet.tasks import Task
 from clpet.text import Batch
+
+
+class Fisher(Enum):
+    """Which gradients are squared: all labels' by their probability, a batch's, or every single example's."""
+
+    labels = "labels"
+    batch = "batch"
+    sample = "sample"
+
+
+class Merge(Enum):
+    """How the tasks' F come together: each around its own weights, or one F around the newest."""
+
+    tasks = "tasks"
+    average = "average"
+    sum = "sum"
+    decay = "decay"
 
 
 @dataclass
@@ -25,11 +48,22 @@ class EWC(Static):
 
     strength: float = 1.0
     fisher_batches: int | None = None
+    fisher: Fisher = Fisher.labels
+    merge: Merge = Merge.tasks
+    decay: float = 0.9
 
     def __post_init__(self) -> None:
         require(self.strength >= 0, "method.strength", self.strength, "0 or more")
         count = self.fisher_batches
         require(count is None or count >= 1, "method.fisher_batches", count, "at least 1, or null for all")
+        require(0 <= self.decay <= 1, "method.decay", self.decay, "in [0, 1]")
+
+    def check(self, objective: str, replay: str, peft: str) -> None:
+        super().check(objective, replay, peft)
+        if self.fisher is Fisher.labels and objective != "classification":
+            raise ConfigError(
+                f"method.fisher=labels needs labels, which {objective} does not have: take batch or sample"
+            )
 
     def first_adapter(self) -> None:
         super().first_adapter()
@@ -37,7 +71,7 @@ class EWC(Static):
 
     def named(self) -> dict[str, Tensor]:
         """The penalised tensors."""
-        return {**self.objective.adapters.tensors("default"), **dict(self.objective.head.named_parameters())}
+        return {**self.objective.adapters.tensors("default"), **self.objective.parameters()}
 
     def loss(self, batch: Batch) -> Tensor:
         loss = super().loss(batch)
@@ -66,31 +100,41 @@ class EWC(Static):
 
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)
-        for name, value in self.fisher(index).items():
+        for name, value in self.information(index).items():
             theta = self.named()[name].detach().double()
-            added = (value, value * theta, value * theta.square())
             old = self.quadratic.get(name)
-            self.quadratic[name] = added if old is None else _sum(old, added)
+            if old is not None and self.merge is not Merge.tasks:
+                value = merged(_grown(old[0], value), value, index, self.merge, self.decay)
+            added = (value, value * theta, value * theta.square())
+            self.quadratic[name] = added if old is None or self.merge is not Merge.tasks else _sum(old, added)
 
-    def fisher(self, index: int) -> dict[str, Tensor]:
+    def information(self, index: int) -> dict[str, Tensor]:
         """F_k of the task just learned, in fp64; between fits dropout is off."""
         named = self.named()
         pool, size = self.data.train, self.replay.batch_size
         batches = pool.shuffled(pool.rows_of(index), size, self.replay.rng(index, "fisher"))[: self.fisher_batches]
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in named.items()}
+        examples = sum(len(rows) for rows in batches)
         for rows in batches:
-            batch = pool.batch(rows, self.objective.device)
-            nll = -self.logits(batch).log_softmax(1)
-            weights = (-nll).exp().mean(0).detach().double()
-            tensors = list(named.values())
-            for column, weight in enumerate(weights):
-                grads = torch.autograd.grad(nll[:, column].mean(), tensors, retain_graph=True, allow_unused=True)
+            share = 1 / len(batches) if self.fisher is Fisher.labels else len(rows) / examples
+            for weight, loss in self.losses(rows):
+                grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
                 for name, grad in zip(named, grads, strict=True):
-                    if grad is None:  # such as a pooler that no representation reads
-                        continue
-                    total[name] += weight * grad.double().square() / len(batches)
-            self.objective.meter.cost.backward_examples += len(batch) * (len(weights) - 1)
+                    if grad is not None:  # such as a pooler that no representation reads
+                        total[name] += share * weight * grad.double().square()
         return total
+
+    def losses(self, rows: np.ndarray) -> Iterator[tuple[Tensor | float, Tensor]]:
+        """(weight, what to differentiate and square) for one batch; the weights sum to one."""
+        pool, device = self.data.train, self.objective.device
+        if self.fisher is Fisher.labels:
+            nll = -self.logits(pool.batch(rows, device)).log_softmax(1)
+            weights = (-nll).exp().mean(0).detach().double()
+            self.objective.meter.cost.backward_examples += len(rows) * (len(weights) - 1)
+            yield from ((weight, nll[:, column].mean()) for column, weight in enumerate(weights))
+            return
+        for part in [rows] if self.fisher is Fisher.batch else np.split(rows, len(rows)):
+            yield len(part) / len(rows), super().loss(pool.batch(part, device))
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(t.numel() for triple in self.quadratic.values() for t in triple)
@@ -105,6 +149,13 @@ class EWC(Static):
 
 
 Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def merged(old: Tensor, new: Tensor, count: int, how: Merge, decay: float) -> Tensor:
+    """One F of those of `count` earlier tasks and the new one: their average, sum, or decayed sum."""
+    if how is Merge.average:
+        return (new + count * old) / (count + 1)
+    return new + (old if how is Merge.sum else decay * old)
 
 
 def _sum(old: Triple, new: Triple) -> Triple:

@@ -73,9 +73,10 @@ class GainLoRA(InfLoRA):
     def add_branch(self, index: int) -> None:
         super().add_branch(index)
         gate = self.new_gate(index)
-        for old in self.gates[-1:]:
+        for old in self.gates:
             old.requires_grad_(False)
-            with torch.no_grad():
+        with torch.no_grad():
+            for old in self.gates[-1:]:
                 gate.down.copy_(old.down)
                 gate.up.copy_(old.up)
         self.gates.append(gate)
@@ -133,7 +134,6 @@ class GainLoRA(InfLoRA):
         self.gates = [self.new_gate("loaded") for _ in state["gates"]]
         for gate, saved in zip(self.gates, state["gates"], strict=True):
             gate.load_state_dict(saved)
-            gate.requires_grad_(False)
 
 
 def opening(cosine: Tensor) -> Tensor:

@@ -1,19 +1,51 @@
-"""One adapter and head per task, the task given at test: the upper bound of task-incremental learning."""
+"""One adapter (and head) per task, the task given at test: the upper bound of task-incremental learning."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from clpet.methods.base import Choices, Predictions
-from clpet.methods.modular import Modular
+from torch import Tensor, nn
+
+from clpet.config import derive
+from clpet.methods.base import Choices, Method, Predictions
+from clpet.methods.modular import Modular, module_name
 from clpet.text import Batch
 
 
 @dataclass
 class Independent(Modular):
-    """Tasks do not touch each other: its diagonal is the single-task score s_j of the transfer metrics."""
+    """Tasks do not touch each other: its diagonal is the single-task score s_j of the transfer metrics.
 
+    Where the objective has no head a module is an adapter alone.
+    """
+
+    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
     task_id_at_test = True
+
+    def first_adapter(self) -> None:
+        self.headed = self.objective.name == "classification"
+        self.modules = []
+        if self.headed:
+            super().first_adapter()
+
+    def add_module(self, index: int) -> None:
+        if self.headed:
+            super().add_module(index)
+        else:
+            self.objective.adapters.add(module_name(index), derive(self.seed, "adapter", index))
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) if self.headed else self.objective.loss(batch)
+
+    def parameters(self) -> list[nn.Parameter]:
+        if self.headed:
+            return super().parameters()
+        return list(self.objective.adapters.tensors(self.objective.adapters.names[-1]).values())
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         assert choices.tasks is not None
-        modules = choices.tasks[:, None]
-        return Predictions(self.route(batch, modules), modules)
+        if self.headed:
+            modules = choices.tasks[:, None]
+            return Predictions(self.route(batch, modules), modules)
+        adapters, name = self.objective.adapters, module_name(int(choices.tasks[0]))
+        with adapters.using(name) if name in adapters.names else adapters.off():
+            return Method.predict(self, batch, choices)

@@ -44,14 +44,16 @@ class MoCL(IncLoRA):
 
     def first_adapter(self) -> None:
         super().first_adapter()
-        self.keys: list[Tensor] = []  # the last one is trained
+        self.keys: list[nn.Parameter] = []  # the last one is trained
         self.place = torch.full((len(self.data.train),), -1)
 
     def add_branch(self, index: int) -> None:
         super().add_branch(index)
         generator = torch.Generator().manual_seed(derive(self.seed, "key", index))
         key = torch.rand(self.objective.dim, generator=generator).to(self.objective.device)
-        self.keys = [*(old.detach() for old in self.keys), nn.Parameter(key)]
+        for old in self.keys:
+            old.requires_grad_(False)
+        self.keys.append(nn.Parameter(key))
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         rows = self.data.train.rows_of(index)
@@ -67,7 +69,7 @@ class MoCL(IncLoRA):
 
     def cosines(self, queries: Tensor) -> Tensor:
         """[batch, n]: c_i."""
-        return F.normalize(queries, dim=1) @ F.normalize(torch.stack(self.keys), dim=1).T
+        return F.normalize(queries, dim=1) @ F.normalize(torch.stack([*self.keys]), dim=1).T
 
     def route(self, batch: Batch) -> Tensor:
         return self.weigh(self.cosines(self.query(batch)), batch.tasks if self.task_id_at_test else None)
@@ -87,7 +89,7 @@ class MoCL(IncLoRA):
         return loss + self.matching * (1 - cosines[:, -1]).mean()
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*super().parameters(), *(key for key in self.keys[-1:] if isinstance(key, nn.Parameter))]
+        return [*super().parameters(), *self.keys[-1:]]
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(key.numel() for key in self.keys)
@@ -97,4 +99,4 @@ class MoCL(IncLoRA):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.keys = [key.to(self.objective.device) for key in state["keys"]]
+        self.keys = [nn.Parameter(key.to(self.objective.device)) for key in state["keys"]]

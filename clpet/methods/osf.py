@@ -1,6 +1,7 @@
 """OSF: full fine-tuning outside of a layer's strongest singular directions (Nayak et al., 2025, arXiv 2504.07097).
 
-peft=osf keeps the directions and projects the gradients; here its result is merged after a task and decomposed anew.
+peft=osf keeps the directions and projects the gradients (not AdamW's steps: the kept directions move a little);
+here its result is merged after a task and decomposed anew.
 """
 
 from dataclasses import dataclass

@@ -17,11 +17,9 @@ class Static(Method):
 
     future_labels: bool = False
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification",)
-
     def grow_head(self, index: int) -> None:
         if self.future_labels:
-            self.objective.head.grow(range(len(self.benchmark.labels)))
+            self.objective.add_labels(range(len(self.benchmark.labels)))
         super().grow_head(index)
 
 

@@ -115,7 +115,7 @@ class SAPT(IncLoRA):
     def state_dict(self) -> dict[str, Any]:
         own = {
             "query": self.query.state_dict(),
-            "keys": torch.cat(self.keys),
+            "keys": torch.cat(self.keys).detach(),
             "memory": {str(task): rows.tolist() for task, rows in self.memory.items()},
             "means": self.means,
         }
@@ -125,7 +125,7 @@ class SAPT(IncLoRA):
         super().load_state_dict(state)
         own, device = state["router"], self.objective.device
         self.query.load_state_dict(own["query"])
-        self.keys = [own["keys"].to(device)]
+        self.keys = [own["keys"][:-1].to(device), nn.Parameter(own["keys"][-1:].to(device))]
         self.memory = {int(task): np.array(rows, dtype=np.int64) for task, rows in own["memory"].items()}
         self.means = [mean.to(device) for mean in own["means"]]
 

@@ -101,7 +101,8 @@ class SLM(Method):
         seed = derive(self.seed, "values", task.name)
         self.increments.add(seed, self.per_task, lambda b, generator: b.normal_(generator=generator))
         if self.rows:
-            self.rows.grow(self.benchmark.task_labels(index), seen=self.train_labels == "seen")
+            seen = self.train_labels == "seen" and not self.benchmark.own_softmax
+            self.rows.grow(self.benchmark.task_labels(index), seen)
         self.fit(trainer, index)
 
     def learn_keys(self, task: Task, index: int, trainer: Trainer) -> Tensor:

@@ -119,6 +119,13 @@ class Classification(Objective):
         """[batch]: the label's column of the head."""
         return self.head.columns(batch.labels)
 
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy over the labels seen so far, or with benchmark.softmax=task over those of an example's task."""
+        logits = self.logits(batch)
+        if self.benchmark.own_softmax:
+            logits = logits + self.own[batch.tasks][:, self.head.labels]
+        return F.cross_entropy(logits, self.targets(batch))
+
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         return Predictions(self.head.scatter(self.features(batch)))
 

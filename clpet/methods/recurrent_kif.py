@@ -1,0 +1,135 @@
+"""Recurrent-KIF: importance and fusion over and over inside a task, against a memory (arXiv 2502.17510).
+
+From task 2 on, Q steps on the new data (inner) and M on the memory (outer) take turns. With the weights 0 at the last
+fusion, Q after the inner and Q + M after the outer steps, t_in = W_Q - W_0 and t_out = W_{Q+M} - W_Q, and m_in, m_out
+the masks of the weights whose importance in these steps lies above the quantile over all of them:
+    paper  W = W_0 + m_in t_in + m_out t_out
+    code   W = W_0 + w_in t_in + w_out t_out with (w_in, w_out) = (.4, .6) where both masks are 1, (.5, .5) where
+           none is, (1, 0) and (0, 1) where one is: nothing is pruned, the default
+Training goes on from W. One optimiser serves both loops; inner steps left over at the end of a task stay as they are.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clpet.config import require
+from clpet.errors import ConfigError
+from clpet.importance import Importance, above_quantile, flat, gradients, unflat
+from clpet.methods.base import Method
+from clpet.mixing import Plan
+from clpet.training import Trainer
+
+
+@dataclass
+class RecurrentKIF(Method):
+    """The adapter's weights are fused one by one; heads train through."""
+
+    inner_steps: int = 8
+    outer_steps: int = 4
+    fuse: str = "code"
+    quantile: float = 0.8
+    beta1: float = 0.85
+    beta2: float = 0.85
+    clear_outer: bool = False
+
+    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text", "language_modeling")
+    uses_replay: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(self.inner_steps >= 1, "method.inner_steps", self.inner_steps, "at least 1")
+        require(self.outer_steps >= 1, "method.outer_steps", self.outer_steps, "at least 1")
+        require(self.fuse in ("code", "paper"), "method.fuse", self.fuse, "code or paper")
+        require(0 <= self.quantile <= 1, "method.quantile", self.quantile, "in [0, 1]")
+        for knob in ("beta1", "beta2"):
+            require(0 <= getattr(self, knob) < 1, f"method.{knob}", getattr(self, knob), "in [0, 1)")
+
+    def check(self, objective: str, replay: str, peft: str) -> None:
+        super().check(objective, replay, peft)
+        if replay == "none":
+            raise ConfigError(f"method={self.name} needs a memory: replay=share, fixed, dynamic, reservoir or all")
+
+    def first_adapter(self) -> None:
+        super().first_adapter()
+        self.figures: dict[str, float] = {}
+
+    def plan(self, index: int) -> Plan:
+        new = self.replay.alone(index)
+        if not self.replay.memory:
+            return new
+        return alternate(new, self.replay.recall(index), self.inner_steps, self.outer_steps)
+
+    def fit(self, trainer: Trainer, index: int) -> None:
+        self.live: dict[str, Tensor] = dict(self.objective.adapters.tensors("default"))
+        self.inner, self.outer = self.scores(), self.scores()
+        self.start = self.middle = flat(self.live.values())
+        self.steps = self.fusions = 0
+        super().fit(trainer, index)
+        skipped = self.inner.skipped + self.outer.skipped
+        self.figures = {"fusions": float(self.fusions), "skipped_steps": float(skipped)}
+
+    def scores(self) -> Importance:
+        """First-order importance of every weight, from 0."""
+        size = sum(value.numel() for value in self.live.values())
+        place = torch.zeros((), device=self.objective.device)
+        return Importance(size, "first", self.beta1, self.beta2, False, place)
+
+    def after_step(self) -> None:
+        if not self.replay.memory:
+            return
+        place = self.steps % (self.inner_steps + self.outer_steps)
+        self.steps += 1
+        part = self.inner if place < self.inner_steps else self.outer
+        part.update(list(self.live.values()), gradients(self.live))
+        if place == self.inner_steps - 1:
+            self.middle = flat(self.live.values())
+        elif place == self.inner_steps + self.outer_steps - 1:
+            self.fuse_steps()
+
+    @torch.no_grad()
+    def fuse_steps(self) -> None:
+        """The end of a round."""
+        inner, outer = self.middle - self.start, flat(self.live.values()) - self.middle
+        masks = [above_quantile(found.elements(), self.quantile) for found in (self.inner, self.outer)]
+        self.start = self.start + fused_step(inner, outer, masks[0], masks[1], self.fuse)
+        for value, fused in zip(self.live.values(), unflat(self.start, self.live).values(), strict=True):
+            value.copy_(fused)
+        self.inner.clear()
+        if self.clear_outer:
+            self.outer.clear()
+        self.fusions += 1
+
+    def diagnostics(self) -> dict[str, float]:
+        return self.figures
+
+
+def fused_step(inner: Tensor, outer: Tensor, in_mask: Tensor, out_mask: Tensor, how: str) -> Tensor:
+    """How far a round goes in all, from what its inner and outer steps went and where they mattered."""
+    if how == "paper":
+        return in_mask * inner + out_mask * outer
+    same = torch.where(in_mask, 0.4, 0.5)
+    weight = torch.where(in_mask == out_mask, same, in_mask.to(same.dtype))
+    return weight * inner + (1 - weight) * outer
+
+
+def alternate(new: Plan, old: Plan, inner: int, outer: int) -> Plan:
+    """`inner` batches of the new data, `outer` of the memory, and so on; both are passed over again and again.
+
+    An epoch has as many steps as one pass over the new data takes with its share of memory steps, rounded up;
+    rounds do not end with it.
+    """
+    steps = new.steps + -(-new.steps * outer // inner)
+    passes = [lru_cache(maxsize=2)(plan.epoch) for plan in (new, old)]
+
+    def batch(step: int) -> np.ndarray:
+        turn, place = divmod(step, inner + outer)
+        fresh = place < inner
+        number = turn * inner + place if fresh else turn * outer + place - inner
+        count, row = divmod(number, new.steps if fresh else old.steps)
+        return passes[0 if fresh else 1](count)[row]
+
+    return Plan(new.pool, steps, lambda epoch: [batch(step) for step in range(epoch * steps, (epoch + 1) * steps)])

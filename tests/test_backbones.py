@@ -1,0 +1,221 @@
+"""Real architectures and tokenizers, small and made here: what is read, where, and what adapters attach to."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hydra import compose, initialize_config_dir
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from clpet.adapters import Adapters, Lora, parameter_ratio
+from clpet.config import build, conf_dir, register_resolvers, typed
+from clpet.tasks import Example
+from clpet.text import Template
+
+TEMPLATE = "{text} In this sentence, {tail} is the {mask} of {head}."
+WORDS = ["In", "this", "sentence", "is", "the", "of", "apple", "pear", "iron", "gold", "nile", "rhine"]
+
+
+def wordpiece() -> Tokenizer:
+    """BERT's kind: lower case, word pieces, [unusedN] in the vocabulary."""
+    special = ["[PAD]", *(f"[unused{i}]" for i in range(5)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    words = [word.lower() for word in WORDS]
+    vocabulary = {token: i for i, token in enumerate([*special, *words, *pieces, *(f"##{piece}" for piece in pieces)])}
+    core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    core.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    return core
+
+
+def byte_pairs() -> Tokenizer:
+    """RoBERTa's kind: byte-level pairs that keep the space before a word, <mask> eats it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    made_up = ["madeupword0000", "madeupword0001", "madeupword0002", "<mask>"]
+    pairs = [("Ġ", "i"), ("i", "s"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he")]
+    merged = [a + b for a, b in pairs]
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet, *merged, *made_up])}
+    core = Tokenizer(models.BPE(vocabulary, pairs, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    core.add_special_tokens([*special, AddedToken("<mask>", lstrip=True, special=True)])
+    return core
+
+
+def sentence_piece() -> Tokenizer:
+    """LLaMA's kind: a space becomes a low line, one stands before the text, unknown signs fall back to bytes."""
+    special = ["<unk>", "<s>", "</s>"]
+    letters = ["▁", *(chr(c) for c in range(33, 127))]
+    pairs = [("▁", "i"), ("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "I"), ("▁I", "n")]
+    merged = [a + b for a, b in pairs]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *merged, *letters]
+    core = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(tokens)}, pairs, unk_token="<unk>", byte_fallback=True)
+    )
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    core.add_special_tokens(special)
+    return core
+
+
+BERT = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "cls_token": "<s>",
+           "sep_token": "</s>", "mask_token": AddedToken("<mask>", lstrip=True, special=True)}  # fmt: skip
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SHAPES = {
+    "bert": (wordpiece, BERT, transformers.BertConfig, {**SMALL, "max_position_embeddings": 128}),
+    "minilm": (wordpiece, BERT, transformers.BertConfig,
+               {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}),
+    "roberta": (byte_pairs, ROBERTA, transformers.RobertaConfig,
+                {**SMALL, "max_position_embeddings": 130, "type_vocab_size": 1, "pad_token_id": 1}),
+    "llama": (sentence_piece, LLAMA, transformers.LlamaConfig, {**SMALL, "max_position_embeddings": 128}),
+}  # fmt: skip
+
+
+def hub_folder(name: str, folder: Path) -> Path:
+    """config.json, model.safetensors and tokenizer files of one shape, as the hub lays them out."""
+    core, special, config, values = SHAPES[name]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core(), **special)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config(vocab_size=len(tokenizer), **values))
+    for parameter in model.parameters():  # rows that differ at every place, unlike a fresh network's
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Name and hub-layout folder of each shape."""
+    return request.param, hub_folder(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def local(shape: tuple[str, Path], *more: str) -> list[str]:
+    name, folder = shape
+    targets = "[q_proj,k_proj]" if name == "llama" else "[query,value]"
+    kind = "decoder" if name == "llama" else "encoder"
+    return ["model=local", f"model.path={folder}", f"model.architecture={kind}", f"model.targets={targets}",
+            "benchmark.max_length=100", "hardware.dtype=fp32", *more]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["mask", "mean", "cls", "last"])
+def test_a_representation_is_read_where_it_should_be(how: str, shape: tuple[str, Path], make) -> None:
+    """Against a plain forward of one example at a time without padding, position found by eye in the token ids."""
+    run = make(
+        "method=sequential", *local(shape, f"model.representation={how}", "benchmark.template='{text} is {mask}.'")
+    )
+    objective, pool = run.method.objective, run.data.train
+    rows = [0, 1, 2, 30, 31, 70]
+    assert len({int(pool.lengths[row]) for row in rows}) > 2
+    plain = transformers.AutoModel.from_pretrained(shape[1]).eval()
+    mark = {"bert": "[MASK]", "minilm": "[MASK]", "roberta": "<mask>", "llama": "<0x05>"}[shape[0]]
+    mark_id = transformers.AutoTokenizer.from_pretrained(shape[1]).convert_tokens_to_ids(mark)
+    with torch.inference_mode():
+        found = objective.features(pool.batch(rows))
+        for row, vector in zip(rows, found, strict=True):
+            ids = pool.tokens(row).tolist()
+            assert ids.count(mark_id) == 1
+            hidden = plain(input_ids=torch.tensor([ids])).last_hidden_state[0]
+            places = {"mask": [ids.index(mark_id)], "mean": range(len(ids)), "cls": [0], "last": [len(ids) - 1]}[how]
+            torch.testing.assert_close(vector, hidden[list(places)].mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_padding_changes_nothing(shape: tuple[str, Path], make) -> None:
+    """The shortest text alone, beside the longest, and padded further than any."""
+    run = make("method=sequential", *local(shape, "benchmark.template='{text} is {mask}.'"))
+    objective, pool = run.method.objective, run.data.train
+    short, long = int(pool.lengths.argmin()), int(pool.lengths.argmax())
+    with torch.inference_mode():
+        alone = objective.features(pool.batch([short]))[0]
+        beside = objective.features(pool.batch([long, short]))[1]
+        further = objective.features(pool.batch([short], width=90))[0]
+    torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(alone, further, atol=1e-5, rtol=1e-4)
+
+
+def test_what_auto_reads(shape: tuple[str, Path], make) -> None:
+    """The mask where the template has one; else the mean of an encoder and the last token of a decoder."""
+    masked = make("method=sequential", *local(shape, "benchmark.template='{text} is {mask}.'"))
+    assert masked.method.objective.representation.value == "mask"
+    plain = make("method=sequential", *local(shape, "benchmark.template='{text}'"))
+    assert plain.method.objective.representation.value == ("last" if shape[0] == "llama" else "mean")
+
+
+def test_adapters_attach_to_the_named_layers_of_every_block(shape: tuple[str, Path], make) -> None:
+    run = make("method=sequential", *local(shape))
+    layers = [
+        name.split(".") for name, part in run.method.objective.adapters.model.named_modules() if hasattr(part, "lora_A")
+    ]
+    depth = SHAPES[shape[0]][3]["num_hidden_layers"]
+    targets = ("q_proj", "k_proj") if shape[0] == "llama" else ("query", "value")
+    assert sorted(path[-1] for path in layers) == sorted(targets * depth)
+    assert len({next(part for part in path if part.isdigit()) for path in layers}) == depth
+
+
+def template(shape: tuple[str, Path], text: str = TEMPLATE, length: int = 100) -> Template:
+    backbone = build({"_target_": "clpet.backbones.Backbone", "path": str(shape[1])}, "model")
+    return Template(backbone.tokenizer(), text, length, "{mask}" in text)
+
+
+@pytest.mark.parametrize("text", [TEMPLATE, "Of {head} and {tail}: {text} That is the {mask}!"])
+def test_a_template_reads_like_one_sentence(text: str, shape: tuple[str, Path]) -> None:
+    """Tokens of an uncut example are those of its whole text: nothing is added where the parts meet."""
+    found = template(shape, text)
+    example = Example("[m0] Rhine [m1] meets the [m2] Nile [m3].", "x", {"head": "Rhine", "tail": "Nile"})
+    whole = text.format(text=example.text, mask=found.mask, **example.fields)
+    for marker, token in found.markers.items():
+        whole = whole.replace(marker, token)
+    assert found.encode([example])[0] == found.tokenizer(whole)["input_ids"]
+
+
+def test_markers_are_one_reserved_token_each(shape: tuple[str, Path]) -> None:
+    found = template(shape)
+    reserved = {"roberta": ["madeupword0000", "madeupword0001", "madeupword0002", "<unk>"],
+                "llama": [f"<0x0{i}>" for i in range(4)]}.get(shape[0], [f"[unused{i}]" for i in range(4)])  # fmt: skip
+    row = found.encode([Example("[m0] a [m1] b [m2] c [m3]", "x", {"head": "a", "tail": "b"})])[0]
+    ids = [found.tokenizer.convert_tokens_to_ids(token) for token in reserved]
+    assert [row.count(marker) for marker in ids] == [1] * 4
+    assert [token for token in row if token in ids] == ids
+
+
+def test_a_cut_text_keeps_markers_template_and_frame(shape: tuple[str, Path]) -> None:
+    """80 tokens of a long sentence with the entities in its middle."""
+    found = template(shape, length=80)
+    middle = "[m0] apple [m1] of [m2] pear [m3]"
+    text = f"{'gold ' * 60}{middle}{' iron' * 60}"
+    place = text.index("[m0]")
+    row = found.encode([Example(text, "x", {"head": "apple", "tail": "pear"}, ((place, place + len(middle)),))])[0]
+    assert len(row) == 80
+    assert row.count(found.mask_id) == 1
+    assert row[: len(found.head)] + row[len(row) - len(found.tail) :] == found.tokenizer("")["input_ids"]
+    read = re.sub("▁|Ġ|##", "", "".join(found.tokenizer.convert_ids_to_tokens(row))).lower()
+    assert f"inthissentence,pearisthe{found.mask.lower()}ofapple." in read
+    whole = [found.markers[f"[m{i}]"].lower() for i in range(4)]
+    assert "{}apple{}of{}pear{}".format(*whole) in read
+    assert all(row.count(found.tokenizer.convert_tokens_to_ids(token)) == 1 for token in found.markers.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "total", "times"),
+    [("bert_large", 393_216, 335_141_888, 852.31), ("llama_7b", 2_097_152, 6_738_415_616, 3213.127)],
+)
+def test_parameter_counts_of_shipped_models(model: str, lora: int, total: int, times: float) -> None:
+    """ConPET oracle 1: r = 4 on the targets of the model's YAML, counted without weights."""
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        backbone = build(typed(compose("train", [f"model={model}"])).model, "model")
+    with torch.device("meta"):
+        adapters = Adapters(backbone.skeleton(), backbone, Lora(r=4, alpha=1))
+        adapters.add("default", 0)
+    assert adapters.count("default") == lora
+    assert adapters.base_parameters == total
+    assert parameter_ratio(lora, total)["times_fewer"] == pytest.approx(times, abs=0.005)

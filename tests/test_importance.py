@@ -1,0 +1,379 @@
+"""Importance, unit scores and fusion against numbers computed by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from clpet.importance import (
+    Importance,
+    Units,
+    above_quantile,
+    accumulate,
+    adaptive,
+    flat,
+    fuse,
+    important,
+    norm,
+    orthogonality,
+    static,
+    unflat,
+)
+
+A1, A2 = [[0.1, -0.2, 0.3], [0.4, 0.5, -0.6]], [[0.2, -0.1, 0.3], [0.3, 0.6, -0.5]]
+GA1, GA2 = [[1, 2, -1], [-0.5, 0.2, 0.1]], [[0.5, -1, 2], [0.1, -0.3, 0.4]]
+B1, B2 = [[1, -1], [0.5, 2]], [[0.9, -1.1], [0.6, 1.8]]
+GB1, GB2 = [[0.1, 0.2], [-0.3, 0.05]], [[-0.2, 0.1], [0.4, -0.1]]
+NAMES = ("m.lora_A.weight", "m.lora_B.weight")
+
+
+def t(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def scalar(weights: list[float], gradients: list[float], score: str, beta: float = 0.85, **more) -> Importance:
+    """One weight through some steps in fp64."""
+    found = Importance(1, score, beta, beta, more.pop("skip_first", False), t(0.0))
+    for w, g in zip(weights, gradients, strict=True):
+        found.update([t([w])], [t([g])])
+    return found
+
+
+def lora(score: str) -> dict[str, Tensor]:
+    """Importance of the scalars of a LoRA pair with r = 2, d_in = 3, d_out = 2 after two steps."""
+    found = Importance(10, score, 0.85, 0.85, False, t(0.0))
+    for weights, gradients in (((A1, B1), (GA1, GB1)), ((A2, B2), (GA2, GB2))):
+        found.update([t(w) for w in weights], [t(g) for g in gradients])
+    return unflat(found.elements(), dict(zip(NAMES, (t(A1), t(B1)), strict=True)))
+
+
+def unit_scores(elements: dict[str, Tensor], by_rank: bool, how: str = "product_of_means") -> list[float]:
+    return Units(elements, by_rank).scores(elements, how).tolist()
+
+
+def approx(values: object, rel: float = 1e-8):
+    return pytest.approx(values, rel=rel)
+
+
+def test_running_score_and_deviation_of_one_weight() -> None:
+    mean, deviation, importance = (
+        [0.15, 0.2025, 0.472125],
+        [0.1275, 0.153, 0.35923125],
+        [0.019125, 0.0309825, 0.1696020539],
+    )
+    for steps in (1, 2, 3):
+        found = scalar([2, 2, 2][:steps], [0.5, -0.25, 1][:steps], "first")
+        assert found.mean.item() == approx(mean[steps - 1])
+        assert found.deviation.item() == approx(deviation[steps - 1])
+        assert found.elements().item() == approx(importance[steps - 1])
+
+
+def test_scores_of_second_order() -> None:
+    mixed = scalar([2, 2, 2], [0.5, -0.25, 1], "mix")
+    assert mixed.mean.item() == approx(0.133875)
+    assert mixed.deviation.item() == approx(0.125746875)
+    assert mixed.elements().item() == approx(0.01683436289)
+    assert scalar([2, 2, 2], [0.5, -0.25, 1], "second").elements().item() == approx(0.4381678547)
+    assert [scalar([2], [g], "mix", 0).mean.item() for g in (0.5, -0.25, 1)] == [0.5, 0.625, 0]
+
+
+@pytest.mark.parametrize(
+    ("score", "matrices", "ranks"),
+    [
+        ("first", [0.003353862, 0.001574405859], [1.04874161e-05, 1.337187918e-06]),
+        ("mix", [0.002877466092, 0.001626635528], [8.113076676e-06, 1.750471314e-06]),
+        ("second", [0.0006746693138, 5.115606996e-05], [9.128690029e-08, 1.013928053e-09]),
+    ],
+)
+def test_unit_scores_of_a_lora_pair(score: str, matrices: list[float], ranks: list[float]) -> None:
+    assert unit_scores(lora(score), by_rank=False) == approx(matrices, rel=1e-7)
+    assert unit_scores(lora(score), by_rank=True) == approx(ranks, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("score", "ranks"), [("first", [0.004147208438, 0.00113695065]), ("mix", [0.003452481088, 0.001301786645])]
+)
+def test_unit_scores_as_one_mean(score: str, ranks: list[float]) -> None:
+    assert unit_scores(lora(score), True, "mean_of_concat") == approx(ranks, rel=1e-7)
+
+
+@pytest.mark.parametrize(("skip", "counted"), [(True, 3), (False, 4)])
+def test_the_first_step_is_skipped_on_request(skip: bool, counted: int) -> None:
+    assert scalar([2] * 4, [1] * 4, "first", skip_first=skip).counted.item() == counted
+    assert scalar([2], [1], "first", skip_first=True).mean.item() == 0
+
+
+def test_units_of_two_tasks() -> None:
+    new, old = norm(t([1, 3, 11, 6, 2])), norm(t([5, 5.5, 10, 0, 1]))
+    assert new.tolist() == approx([0, 0.2, 1, 0.5, 0.1])
+    assert old.tolist() == approx([0.5, 0.55, 1, 0, 0.1])
+    assert torch.quantile(new, 0.8).item() == approx(0.6)
+    assert torch.quantile(old, 0.8).item() == approx(0.64)
+    assert accumulate(old, new, 0.7, outer_norm=False).tolist() == approx([0.35, 0.445, 1, 0.15, 0.1])
+    expected = [0.27777778, 0.38333333, 1, 0.05555556, 0]
+    assert accumulate(old, new, 0.7).tolist() == pytest.approx(expected, abs=1e-8)
+
+
+OLD, NEW = t([10, 20, 30, 40, 50]), t([0, 10, 20, 30, 40])
+P, C = t([0.5, 0.55, 1, 0, 0.1]), t([0, 0.2, 1, 0.5, 0.1])
+
+
+def test_static_fusion() -> None:
+    by_percentile = static(important(P, 80), important(C, 80), 0.7)
+    assert fuse(OLD, NEW, by_percentile).tolist() == approx([5, 15, 27, 35, 45])
+    by_threshold = static(P > 0.45, C > 0.45, 0.7)
+    assert fuse(OLD, NEW, by_threshold).tolist() == approx([10, 20, 27, 30, 45])
+
+
+def test_adaptive_fusion() -> None:
+    weight = adaptive(P, C, 0.25)
+    assert weight.tolist() == approx([0.119202922, 0.1978161114, 0.5, 0.880797078, 0.5])
+    assert fuse(OLD, NEW, weight).tolist() == approx([8.80797078, 18.02183889, 25, 31.19202922, 45])
+    sharper = fuse(OLD, NEW, adaptive(P, C, 0.15))
+    assert sharper.tolist() == approx([9.6555480433, 19.1160032279, 25, 30.3444519567, 45])
+
+
+def test_orthogonality() -> None:
+    a, b = t(A1), t(B1)
+    assert orthogonality([a]).item() == approx(0.9527329111)
+    assert orthogonality([b.mT]).item() == approx(4.0078048855)
+    assert 0.1 * orthogonality([a, b.mT]).item() == approx(0.2480268898)
+    assert 0.1 * orthogonality([a, b.mT], squared=True).item() == pytest.approx(0.84851, abs=1e-5)
+    assert orthogonality([torch.zeros(8, 12)]).item() == approx(2.8284271247, rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [64, 768])
+def test_orthogonality_at_initialisation(width: int) -> None:
+    """Rows of a Kaiming A have squared norm 1/3 on average, B is zero: lambda sqrt(8) 5/6."""
+    torch.manual_seed(0)
+    factors = []
+    for _ in range(100):
+        a = torch.empty(8, width)
+        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        factors += [a, torch.zeros(8, width)]
+    expected = 0.1 * math.sqrt(8) * (math.sqrt(8 * (2 / 3) ** 2) / math.sqrt(8) + 1) / 2
+    assert expected == pytest.approx(0.2357, abs=1e-4)
+    assert 0.1 * orthogonality(factors).item() == pytest.approx(0.2357, rel=0.05 if width < 100 else 0.01)
+
+
+def test_orthogonal_rows_and_zero_columns_get_no_gradient() -> None:
+    for start in (torch.eye(2, 3), torch.zeros(2, 3)):
+        factor = start.clone().requires_grad_()
+        orthogonality([factor]).backward()
+        assert torch.equal(factor.grad, torch.zeros(2, 3))
+
+
+def test_fusion_from_end_to_end() -> None:
+    """A2 and B2 were trained from A1 and B1; ranks of which the new task prefers the first, the old ones the second."""
+    units = Units(dict(zip(NAMES, (t(A1), t(B1)), strict=True)), by_rank=True)
+    new = norm(units.scores(lora("mix")))
+    assert new.tolist() == [1, 0]
+    weight = adaptive(t([0, 1]), new, 0.25)
+    assert weight.tolist() == approx([0.98201379, 0.01798621], rel=1e-6)
+    w = units.spread(weight)
+    a = fuse(t(A1), t(A2), w[NAMES[0]])
+    b = fuse(t(B1), t(B2), w[NAMES[1]])
+    torch.testing.assert_close(
+        a, t([[0.19820138, -0.10179862, 0.3], [0.39820138, 0.50179862, -0.59820138]]), atol=1e-8, rtol=0
+    )
+    torch.testing.assert_close(b, t([[0.90179862, -1.00179862], [0.59820138, 1.99640276]]), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(1, 0.019125), (2, 0.060148125), (3, 0.106638969), (10, 0.237172310), (60, 0.000524026)],
+)
+def test_a_steady_weight_rises_and_fades(steps: int, expected: float) -> None:
+    """S_t = (1 - b^t) (1 - b) t b^t."""
+    found = scalar([1] * steps, [1] * steps, "first").elements().item()
+    assert found == pytest.approx(expected, abs=2e-9)
+    assert found == approx((1 - 0.85**steps) * 0.15 * steps * 0.85**steps)
+
+
+RULES = [
+    lambda p, c: adaptive(p, c, 0.25),
+    lambda p, c: static(important(p, 80), important(c, 80), 0.7),
+    lambda p, c: torch.full_like(p, 0.5),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_fusion_lies_between_old_and_new(rule) -> None:
+    torch.manual_seed(0)
+    p, c = norm(torch.rand(50, dtype=torch.float64)), norm(torch.rand(50, dtype=torch.float64))
+    old, new = torch.randn(50), torch.randn(50)
+    fused = fuse(old, new, rule(p, c))
+    assert (fused >= torch.minimum(old, new)).all()
+    assert (fused <= torch.maximum(old, new)).all()
+    assert torch.equal(fuse(old, old, rule(p, c)), old)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_units_are_judged_by_their_order_of_size_alone(rule) -> None:
+    """Shifting or scaling all scores of one task changes nothing; permuting units permutes the result."""
+    torch.manual_seed(0)
+    old, new = torch.rand(40, dtype=torch.float64), torch.rand(40, dtype=torch.float64)
+    weight = rule(norm(old), norm(new))
+    torch.testing.assert_close(rule(norm(old * 7 + 3), norm(new)), weight)
+    torch.testing.assert_close(rule(norm(old), norm(new * 1e-9)), weight)
+    order = torch.randperm(40)
+    torch.testing.assert_close(rule(norm(old[order]), norm(new[order])), weight[order])
+    torch.testing.assert_close(accumulate(old[order], new[order], 0.7), accumulate(old, new, 0.7)[order])
+
+
+@pytest.mark.parametrize(
+    ("units", "expected"), [(5, 1), (10, 2), (20, 4), (144, 29), (288, 58), (512, 103), (576, 115), (1152, 231)]
+)
+def test_how_many_units_are_important(units: int, expected: int) -> None:
+    """n - 1 - floor(0.8 (n - 1)) of n distinct scores, by interpolation and by selection alike."""
+    torch.manual_seed(0)
+    scores = torch.rand(units, dtype=torch.float64)
+    assert important(scores, 80).sum() == above_quantile(scores, 0.8).sum() == expected
+
+
+def test_ties_leave_fewer_important() -> None:
+    for scores, expected in (([0, 0, 0, 1, 1], 0), ([0, 0, 0, 0, 1], 1)):
+        assert important(t(scores), 80).sum() == above_quantile(t(scores), 0.8).sum() == expected
+    assert important(t([0, 0, 0, 1, 1]), 80, strict=False).sum() == 2
+
+
+def test_temperature_between_halves_and_winner_takes_all() -> None:
+    torch.testing.assert_close(adaptive(P, C, 1e12), torch.full_like(P, 0.5))
+    assert adaptive(P, C, 1e-300).tolist() == [0, 0, 0.5, 1, 0.5]
+    torch.testing.assert_close(adaptive(P, C, 0.25) + adaptive(C, P, 0.25), torch.ones_like(P))
+    edge = adaptive(t([1, 0]), t([0, 1]), 0.25).tolist()
+    assert edge == pytest.approx([0.0180, 0.9820], abs=1e-4)
+
+
+def test_without_memory_and_when_steady_nothing_is_important() -> None:
+    assert scalar([2, 3], [0.5, 4], "first", beta=0).elements().item() == 0
+    steady = scalar([1] * 400, [1] * 400, "first")
+    assert steady.mean.item() == approx(1)
+    assert steady.elements().item() < 1e-12
+
+
+@pytest.mark.parametrize("score", ["first", "second", "mix"])
+def test_no_gradient_or_no_weight_is_no_importance(score: str) -> None:
+    assert scalar([2, 3], [0, 0], score).elements().item() == 0
+    assert scalar([0, 0], [2, 3], score).elements().item() == 0
+
+
+def test_twice_the_loss() -> None:
+    """First order: s doubles, S is fourfold, a rank's score sixteenfold."""
+    torch.manual_seed(0)
+    weights = [[torch.randn(2, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)] for _ in range(5)]
+    gradients = [[torch.randn_like(w) for w in pair] for pair in weights]
+
+    def ranks(scale: float, score: str) -> tuple[Tensor, Tensor]:
+        found = Importance(14, score, 0.85, 0.85, False, t(0.0))
+        for pair, grads in zip(weights, gradients, strict=True):
+            found.update(pair, [scale * g for g in grads])
+        elements = unflat(found.elements(), dict(zip(NAMES, weights[0], strict=True)))
+        return found.elements(), Units(elements, True).scores(elements)
+
+    (once, one), (twice, two) = ranks(1, "first"), ranks(2, "first")
+    torch.testing.assert_close(twice, 4 * once)
+    torch.testing.assert_close(two, 16 * one)
+    assert not torch.allclose(ranks(2, "mix")[0], 4 * ranks(1, "mix")[0])
+
+
+def test_product_of_means_is_the_mean_of_the_outer_product() -> None:
+    torch.manual_seed(0)
+    elements = dict(zip(NAMES, (torch.rand(4, 30).double(), torch.rand(20, 4).double()), strict=True))
+    a, b = elements.values()
+    outer = torch.stack([torch.outer(b[:, rank], a[rank]).mean() for rank in range(4)])
+    torch.testing.assert_close(Units(elements, True).scores(elements), outer, rtol=1e-12, atol=0)
+
+
+def test_tiny_scores_do_not_underflow() -> None:
+    """1e-21 times 1e-25 is 0 in fp32."""
+    found = Importance(2, "first", 0.85, 0.85, False)
+    found.mean.fill_(1e-21)
+    found.deviation.copy_(torch.tensor([1e-25, 1e-25]))
+    elements = unflat(found.elements(), dict(zip(NAMES, (torch.zeros(1, 1), torch.zeros(1, 1)), strict=True)))
+    assert Units(elements, True).scores(elements).item() == pytest.approx(1e-92, rel=1e-5)
+    assert (found.mean * found.deviation).sum() == 0
+
+
+def test_equal_scores_are_no_importance() -> None:
+    flat_map = norm(t([3, 3, 3, 3, 3]))
+    assert flat_map.tolist() == [0] * 5
+    assert adaptive(flat_map, flat_map, 0.25).tolist() == [0.5] * 5
+    assert not important(flat_map, 80).any()
+    assert static(important(flat_map, 80), important(C, 80), 0.7).tolist() == [0.5, 0.5, 1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("score", ["first", "second", "mix"])
+def test_a_step_that_is_not_finite_counts_for_nothing(bad: float, score: str) -> None:
+    """One bad gradient anywhere: no score of the step enters, also that of a weight of 0."""
+    torch.manual_seed(0)
+    weights = [torch.randn(2, 3), torch.zeros(4)]
+    good = [torch.randn(2, 3), torch.randn(4)]
+    clean, dirty = (Importance(10, score, 0.85, 0.85, False) for _ in range(2))
+    for step in range(3):
+        clean.update(weights, good)
+        dirty.update(weights, good)
+        if step == 1:
+            dirty.update(weights, [good[0], torch.tensor([0, bad, 0, 0])])
+    assert torch.equal(clean.mean, dirty.mean)
+    assert torch.equal(clean.deviation, dirty.deviation)
+    assert (dirty.counted.item(), dirty.skipped.item()) == (3, 1)
+
+
+def test_importance_goes_on_where_it_was_saved() -> None:
+    torch.manual_seed(0)
+    series = [([torch.randn(6)], [torch.randn(6)]) for _ in range(6)]
+    whole, cut = (Importance(6, "mix", 0.85, 0.85, True) for _ in range(2))
+    for place, (weights, gradients) in enumerate(series):
+        whole.update(weights, gradients)
+        cut.update(weights, gradients)
+        if place == 2:
+            whole.keep(0.5)
+            cut.keep(0.5)
+            state, cut = cut.state(), Importance(6, "mix", 0.85, 0.85, True)
+            cut.load(state)
+    assert torch.equal(whole.elements(), cut.elements())
+    assert (cut.counted.item(), cut.steps) == (5, 6)
+    cut.keep(0.4)  # no better than 0.5
+    whole.restore()
+    cut.restore()
+    assert torch.equal(whole.elements(), cut.elements())
+    assert cut.counted.item() == 2
+
+
+def test_grown_rows_keep_their_new_values() -> None:
+    fused = fuse(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0], [9.0]]), torch.tensor(0.5))
+    assert fused.tolist() == [[2], [3], [9]]
+
+
+def test_fusion_is_exact_in_low_precision_too() -> None:
+    """bf16 weights are fused in fp32: 1 + 0.3 * 0.0078125 rounds once, to 1."""
+    old, new = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.0078125], dtype=torch.bfloat16)
+    assert fuse(old, new, t([0.3])).dtype is torch.bfloat16
+    assert fuse(old, new, t([0.3])).item() == 1.0
+    assert fuse(old, new, t([0.7])).item() == 1.0078125
+
+
+def test_flat_and_back() -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(2.0)}
+    back = unflat(flat(tensors.values()), tensors)
+    assert all(torch.equal(tensors[name], back[name]) for name in tensors)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device() -> None:
+    """Updates, quantiles and the orthogonality term give the GPU work without asking for its results."""
+    tensors = [torch.randn(8, 64, device="cuda", requires_grad=True) for _ in range(4)]
+    grads = [torch.randn_like(value) for value in tensors]
+    found = Importance(4 * 8 * 64, "mix", 0.85, 0.85, False, torch.zeros((), device="cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            found.update(list(tensors), grads)
+        orthogonality(tensors).backward()
+        above_quantile(found.elements(), 0.8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.counted.item() == 3
