@@ -130,6 +130,14 @@ class Mixture:
         return self.picks.div(per_task, rounding_mode="floor").flatten(1)
 
 
+def over_groups(sigma: Tensor) -> Tensor:
+    """[batch, 1, N]: the mean over groups, in an order that does not depend on how many keys there are."""
+    total = sigma[:, 0]
+    for group in range(1, sigma.shape[1]):
+        total = total + sigma[:, group]
+    return total[:, None] / sigma.shape[1]
+
+
 def mix(
     sigma: Tensor, top_k: int, per_group: bool = False, even: bool = False, together: bool = False,
     allowed: Tensor | None = None,
@@ -140,7 +148,7 @@ def mix(
     batch, which then has one mixture. `allowed` [batch, N] are keys that may be chosen; an item without any has no
     weights. Similarities that sum up to nothing are shared out evenly.
     """
-    size, sigma = len(sigma), sigma if per_group else sigma.mean(1, keepdim=True)
+    size, sigma = len(sigma), sigma if per_group else over_groups(sigma)
     allowed = sigma.new_ones(size, sigma.shape[2], dtype=torch.bool) if allowed is None else allowed
     if together:
         sigma, allowed = sigma.mean(0, keepdim=True), allowed.all(0, keepdim=True)
@@ -156,7 +164,7 @@ def mix(
 
 def unrelated(sigma: Tensor, top_k: int, per_group: bool) -> int:
     """How many items' chosen similarities sum up to nothing."""
-    sigma = sigma if per_group else sigma.mean(1, keepdim=True)
+    sigma = sigma if per_group else over_groups(sigma)
     return int((sigma.topk(top_k, -1).values.sum((1, 2)) <= UNRELATED).sum())
 
 
