@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -14,8 +15,9 @@ from clpet.errors import ModelError
 
 
 class Architecture(Enum):
-    """Which way a backbone reads."""
+    """Which way a backbone reads; auto: as the config.json of model.path says."""
 
+    auto = "auto"
     encoder = "encoder"
     decoder = "decoder"
     encoder_decoder = "encoder_decoder"
@@ -54,6 +56,11 @@ class Backbone:
         wanted = "a folder with config.json, model.safetensors and tokenizer files"
         require(bool(some), "model.path", self.path, wanted)
         require(not self.random_weights or bool(self.config), "model.config", self.config, "a model config")
+        if self.architecture is Architecture.auto:
+            require(
+                bool(self.path), "model.architecture", "auto", "encoder, decoder or encoder_decoder without model.path"
+            )
+            self.architecture = architecture(Path(str(self.path)).expanduser() / "config.json")
 
     def load(
         self, dtype: torch.dtype, device: torch.device, seed: int, generates: bool = False
@@ -162,6 +169,21 @@ class Backbone:
             f"model {self.name} ({self.hub}) is not on this machine and the hub did not give it: "
             f"run `hf download {self.hub}` where there is a network, or say model.path=FOLDER{extra}"
         )
+
+
+def architecture(path: Path) -> Architecture:
+    """Which way the model of a config.json reads. Raises ModelError when the file says nothing."""
+    try:
+        config = json.loads(path.read_text())
+        names = [str(name) for name in config.get("architectures") or []]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"model.path={path.parent} has no config.json: give a folder in the hub's layout") from error
+    if config.get("is_encoder_decoder"):
+        return Architecture.encoder_decoder
+    if any("CausalLM" in name or "LMHead" in name for name in names):
+        return Architecture.decoder
+    known = {"llama", "gpt2", "qwen2", "qwen3", "gpt_neox", "mistral", "opt"}
+    return Architecture.decoder if config.get("model_type") in known else Architecture.encoder
 
 
 def representation(backbone: Backbone, template: str) -> Representation:

@@ -169,17 +169,16 @@ def significance(groups: dict[str, Group]) -> str:
     if not rows:
         return ""
     head = (
-        f"{best} minus each other, final average accuracy: "
-        f"paired bootstrap over test examples and seeds ({DRAWS} draws)"
+        f"{best} minus each other, final average score: paired bootstrap over test examples and seeds ({DRAWS} draws)"
     )
     return head + "\n" + table(["other", "difference", "95 % interval", "p", "paired seeds"], rows)
 
 
-Hits = dict[int, dict[str, np.ndarray]]  # seed -> task -> 0/1 per test example
+Hits = dict[int, dict[str, np.ndarray]]  # seed -> task -> score from 0 to 1 per test example
 
 
 def final_hits(group: Group) -> Hits:
-    """Right or wrong per test example after the last task, read from the kept predictions."""
+    """How right each test example is after the last task, from 0 to 1, read from the kept predictions."""
     import pyarrow.parquet
 
     found: Hits = {}
@@ -187,8 +186,8 @@ def final_hits(group: Group) -> Hits:
         file = path / "predictions" / f"after-{len(run['tasks']):03d}.parquet"
         if file.is_file():
             rows = pyarrow.parquet.read_table(file).to_pydict()
-            task, right = np.array(rows["task"]), np.array(rows["label"]) == np.array(rows["prediction"])
-            found[run["seed"]] = {name: right[task == name].astype(float) for name in run["tasks"]}
+            task, score = np.array(rows["task"]), np.array(rows["score"], dtype=float)
+            found[run["seed"]] = {name: score[task == name] for name in run["tasks"]}
     return found
 
 
@@ -230,9 +229,11 @@ def show(path: Path, every_metric: bool) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not the result of a run: {error}") from error
     others = find_runs(file.resolve().parents[3])
-    parts = [_head(run), "accuracy among all labels seen so far\n" + matrix_table(matrix)]
-    own = TransferMatrix.from_json({**run, "scores": run["task_scores"]})
-    parts.append("accuracy among each task's own labels (task-incremental view)\n" + matrix_table(own))
+    words = run.get("objective") == "text_to_text"
+    parts = [_head(run), ("score" if words else "accuracy among all labels seen so far") + "\n" + matrix_table(matrix)]
+    if not words:
+        own = TransferMatrix.from_json({**run, "scores": run["task_scores"]})
+        parts.append("accuracy among each task's own labels (task-incremental view)\n" + matrix_table(own))
     backward = TransferMatrix.from_json({**run, "scores": run["backward"]})
     if (backward.scores == backward.scores).any():
         parts.append("backward transfer B[i,j] = R[i,j] - R[j,j]\n" + matrix_table(backward))

@@ -148,7 +148,9 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     def say(text: str = "") -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    say(f"{results['method']} on {results['benchmark']}, seed {results['seed']}: accuracy in % after each task (rows)")
+    words = results.get("objective") == "text_to_text"
+    what = "score" if words else "accuracy"
+    say(f"{results['method']} on {results['benchmark']}, seed {results['seed']}: {what} in % after each task (rows)")
     say(matrix_table(matrix))
     say()
     for name in ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy"):
@@ -161,7 +163,8 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     say()
     say(f"run   {out}")
     say(f"next  clpet show {out}")
-    other = "dynamic_conpet" if results["method"] in ("sequential", "joint", "independent") else "sequential"
+    better = "o_lora" if words else "dynamic_conpet"
+    other = better if results["method"] in ("sequential", "joint", "independent") else "sequential"
     say(f"      {command(results, other)}")
 
 
@@ -176,6 +179,7 @@ def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchm
         "method": cfg.method.name,
         "model": cfg.model.name,
         "benchmark": cfg.benchmark.name,
+        "objective": cfg.benchmark.get("objective", "classification"),
         "replay": cfg.replay.name,
         "peft": cfg.peft.name,
         "batch": batch_record(cfg),

@@ -29,19 +29,19 @@ class Covariance:
 class InputCovariances:
     """Covariances of the inputs of layers while hooked; layers that read the same tensor share one.
 
-    `mask` [batch, length] tells padding from text in the forwards to come.
+    `masks`, each [batch, length], tell padding from text in the forward to come: a layer's is the one of its length.
     """
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         self.found: dict[str, Covariance] = {}
         self.same: dict[str, str] = {}  # layer -> the first layer that reads the same input
-        self.mask: Tensor | None = None
+        self.masks: list[Tensor] = []
         self.read: dict[str, Tensor] = {}  # inputs of the present forward
         self.hooks = [module.register_forward_pre_hook(self.hook(name)) for name, module in layers.items()]
 
-    def begin(self, mask: Tensor) -> None:
+    def begin(self, *masks: Tensor) -> None:
         """Before every forward."""
-        self.mask, self.read = mask, {}
+        self.masks, self.read = list(masks), {}
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         """What sees the input of layer `name`."""
@@ -53,8 +53,7 @@ class InputCovariances:
             if first == name:
                 self.read[name] = x
                 covariance = self.found.setdefault(name, Covariance(x.shape[-1], x.device))
-                inside = self.mask is not None and self.mask.shape == x.shape[:-1]
-                covariance.add(x, self.mask if inside else None)
+                covariance.add(x, next((mask for mask in self.masks if mask.shape == x.shape[:-1]), None))
 
         return see
 

@@ -1,5 +1,6 @@
 """Real architectures and tokenizers, small and made here: what is read, where, and what adapters attach to."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from clpet.adapters import Adapters, Lora, parameter_ratio
+from clpet.backbones import Architecture, Backbone
 from clpet.config import build, conf_dir, register_resolvers, typed
 from clpet.tasks import Example
 from clpet.text import Template
@@ -219,3 +221,19 @@ def test_parameter_counts_of_shipped_models(model: str, lora: int, total: int, t
     assert adapters.count("default") == lora
     assert adapters.base_parameters == total
     assert parameter_ratio(lora, total)["times_fewer"] == pytest.approx(times, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "encoder"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "decoder"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "decoder"),
+        ({"model_type": "qwen3"}, "decoder"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder_decoder"),
+    ],
+)
+def test_a_local_model_says_which_way_it_reads(config: dict, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    backbone = Backbone(name="local", path=str(tmp_path), architecture=Architecture.auto)
+    assert backbone.architecture.value == expected

@@ -42,6 +42,7 @@ def four_tasks(words: Path) -> list[str]:
     return [*tiny_args(words), "benchmark.task=null", "benchmark.classes_per_task=3"]
 
 
+WORDS_OUT = ["objective=text_to_text", "benchmark.max_target=8", "benchmark.task=task"]
 VARIANTS = [
     *([method] for method in METHODS),
     ["dynamic_conpet", "method.top_k=2"],
@@ -57,6 +58,9 @@ VARIANTS = [
     ["ewc", "method.merge=average", "method.fisher=batch"],
     ["gain_lora", "peft.dropout=0.3"],
     ["progressive_prompts", "method.mlp=16", "method.task_id_at_test=true"],
+    ["kif", *WORDS_OUT, "model=tiny_llama"],
+    ["sapt", *WORDS_OUT, "model=tiny_t5", "evaluation.decode=rank"],
+    ["independent", *WORDS_OUT, "model=tiny_llama", "evaluation.decode=rank"],
 ]
 
 

@@ -14,6 +14,7 @@ from clpet.errors import ModelError
 from clpet.metrics import accuracy, exact_match, rouge_l
 from clpet.objectives.base import Choices
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
+from clpet.subspace import InputCovariances
 from clpet.tasks import Benchmark, Example, Task
 from clpet.text import IGNORED
 from clpet.training import Device, Dtype, Hardware
@@ -243,3 +244,22 @@ def test_command_line(clpet, tmp_path: Path, model: str, decode: str) -> None:
     results = json.loads(next(tmp_path.glob("outputs/**/results.json")).read_text())
     assert results["average"] > 80
     assert results["scores"][1] == results["task_scores"][1]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masks_leave_padding_out_of_covariances(shape: str) -> None:
+    """C of the first adapted layer's input over a padded batch equals C over its examples one by one."""
+    found = objective(shape)
+    pool = found.encode().train
+    name, layer = next(
+        (n, m) for n, m in found.adapters.model.named_modules() if n.endswith((".q", "q_proj", "c_attn"))
+    )
+    with InputCovariances({name: layer}) as padded, torch.no_grad():
+        batch = pool.batch(range(len(pool)))
+        padded.begin(*found.masks(batch))
+        found.logits(batch)
+    with InputCovariances({name: layer}) as alone, torch.no_grad():
+        for row in range(len(pool)):
+            alone.begin()
+            found.logits(pool.batch([row]))
+    torch.testing.assert_close(padded.found[name].mean(), alone.found[name].mean(), rtol=1e-4, atol=1e-5)

@@ -79,7 +79,7 @@ class InfLoRA(IncLoRA):
         with InputCovariances(layers) as found:
             for rows in pool.by_length(pool.rows_of(index), size):
                 batch = pool.batch(rows, self.objective.device)
-                found.begin(self.mask(batch))
+                found.begin(*([] if self.faithful_padding else self.objective.masks(batch)))
                 self.mixed_loss(batch, self.route(batch))
         return {name: covariance.mean() for name, covariance in found.found.items()}, found.same
 

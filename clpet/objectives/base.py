@@ -123,6 +123,10 @@ class Objective:
         """The benchmark's splits, tokenised once."""
         return encode_benchmark(self.benchmark, self.encode_split)
 
+    def masks(self, batch: Batch) -> list[Tensor]:
+        """[batch, length] of each text that `logits` sends through the network: 1 where it is not padding."""
+        return [batch.attention_mask]
+
     def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
         """What the backbone is given: token ids, or a prompt and the embeddings of the tokens."""
         mask = batch.attention_mask if batch.padded else None

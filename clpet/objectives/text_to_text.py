@@ -83,6 +83,14 @@ class TextToText(Objective):
         text = self.adapters.model.get_input_embeddings()(answer)  # type: ignore[operator]
         return {"inputs_embeds": torch.cat([read["inputs_embeds"], text.to(read["inputs_embeds"].dtype)], 1), **places}
 
+    def masks(self, batch: Batch) -> list[Tensor]:
+        """A decoder reads one text, prompt and answer; an encoder-decoder two."""
+        assert batch.targets is not None
+        written = (batch.targets != IGNORED).long()
+        if self.causal:
+            return [torch.cat([batch.attention_mask, written[:, 1:]], 1)]  # the end token predicts nothing
+        return [batch.attention_mask, written]
+
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The mask is always there: it also gives the positions of what follows."""
         read: dict[str, Any] = super().inputs(batch)
