@@ -76,8 +76,7 @@ class SLM(Method):
         self.per_task = self.keys * (self.groups if self.values == "per_group" else 1)  # values of a task
 
     def check_benchmark(self, benchmark: Benchmark) -> None:
-        self.folder = locate(self.encoder)
-        dim = Encoder(self.folder, self.encoder_length).dim
+        dim = Encoder(locate(self.encoder), self.encoder_length).dim
         if dim % self.groups:
             raise ConfigError(f"method.groups={self.groups} does not divide the {dim} dimensions of {self.encoder}")
         if self.keys > dim // self.groups:
@@ -86,7 +85,7 @@ class SLM(Method):
     def first_adapter(self) -> None:
         """Row 0 is the bare backbone."""
         objective = self.objective
-        encoder = Encoder(self.folder, self.encoder_length, objective.device, self.cache_dir)
+        encoder = Encoder(locate(self.encoder), self.encoder_length, objective.device, self.cache_dir)
         self.embeddings = Embeddings(encoder, self.benchmark, self.data)
         lora = Lora(r=self.rank, alpha=self.rank, targets=self.targets or attention_outputs(objective.adapters.model))
         self.increments = Increments(objective.adapters, lora.peft_config(objective.backbone))
