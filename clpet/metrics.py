@@ -68,9 +68,9 @@ def need(metric: str) -> None:
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "exact_match": exact_match,
     "accuracy": accuracy,
-    "first_word": first_word,
+    "exact_match": exact_match,
     "rouge_l": rouge_l,
+    "first_word": first_word,
     "bert_score": bert_score,
 }

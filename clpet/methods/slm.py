@@ -113,7 +113,8 @@ class SLM(Method):
         seed = derive(self.seed, "key learning", task.name)
         trainer.progress.fit("keys", *stage.length(len(rows)))
         keys = stage.learn(queries, keys.to(queries.device), seed, trainer.progress.step, trainer.trial)
-        if lost := unrelated(cosines(queries, keys), self.top_k, self.values == "per_group"):
+        lost = unrelated(cosines(queries, keys), self.top_k, self.values == "per_group")
+        if lost and not trainer.trial:
             log.warning(
                 "task %s: %d of %d texts are unlike the keys; theirs are mixed evenly", task.name, lost, len(rows)
             )
