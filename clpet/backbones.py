@@ -145,13 +145,14 @@ class Backbone:
 
     def _place(self) -> tuple[str | Path, dict[str, Any]]:
         """Where the files are, and what from_pretrained has to be told about them."""
-        place = self._found()
+        place = self.found()
         kwargs: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
         if place == self.hub and self.revision:
             kwargs["revision"] = self.revision
         return place, kwargs
 
-    def _found(self) -> str | Path:
+    def found(self) -> str | Path:
+        """The folder with the files, or the hub id. Raises ModelError for a folder or package that is not right."""
         if self.path:
             folder = Path(self.path).expanduser()
             if not (folder / "config.json").is_file():

@@ -41,7 +41,7 @@ class Evaluator:
         objective.meter.kind = "evaluated"
         method.before_evaluation(self.pool, asked)
         table: dict[str, list[Any]] = {}
-        for part in objective.batches(self.pool, asked):
+        for part in method.batches(self.pool, asked):
             batch = self.pool.batch(part, objective.device)
             choices = method.choices(batch, labels)
             found = method.predict(batch, choices)

@@ -6,28 +6,22 @@ block of the same shape (`blocks`): rounding depends on a block's shape, not on 
 result then depends neither on what the cache held before nor on who filled it.
 """
 
-import contextlib
 import hashlib
-import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
+from clpet import store
 from clpet.config import digest
 from clpet.objectives.classification import Classification
 from clpet.text import EncodedDataset
 
 BLOCK = 16  # examples in a block
 STEP = 8  # a block's width is a multiple of it
-
-log = logging.getLogger(__name__)
 
 
 class LogitStore:
@@ -102,12 +96,8 @@ class Table:
 
     def merge(self) -> None:
         """Takes in what the file knows; a file that is not there or damaged knows nothing."""
-        try:
-            found = safetensors.numpy.load(self.path.read_bytes()) if self.path else {}
-            whole = bool(found) and bytes(found["sha256"]) == _checksum(found["rows"], found["logits"])
-        except (OSError, SafetensorError, KeyError):
-            whole = False
-        if whole:
+        found = store.load(self.path) if self.path else {}
+        if found:
             new = self.place[found["rows"]] < 0
             self.add(found["rows"][new], found["logits"][new])
 
@@ -117,17 +107,7 @@ class Table:
             return
         self.merge()
         rows = np.flatnonzero(self.place >= 0)
-        logits = self.values[self.place[rows]]
-        checksum = np.frombuffer(_checksum(rows, logits), dtype=np.uint8)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(safetensors.numpy.save({"rows": rows, "logits": logits, "sha256": checksum}))
-            temporary.replace(self.path)
-        except OSError as error:
-            log.warning("logits stay in memory: %s cannot be written: %s", self.path, error.strerror or error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        if not store.save(self.path, {"rows": rows, "logits": self.values[self.place[rows]]}):
             self.path = None
 
 
@@ -171,7 +151,3 @@ def tensors_key(tensors: dict[str, Tensor]) -> str:
         found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         found.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def _checksum(rows: np.ndarray, logits: np.ndarray) -> bytes:
-    return hashlib.sha256(rows.tobytes() + logits.tobytes()).digest()

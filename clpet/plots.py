@@ -53,6 +53,28 @@ def accuracy_curves(matrix: TransferMatrix, path: Path, title: str) -> Path:
     return _save(figure, path)
 
 
+def retrieval_heatmap(shares: np.ndarray, tasks: list[str], path: Path, title: str) -> Path:
+    """Rows are the texts' tasks, columns the task that most retrieved keys belong to.
+
+    shares [tasks, tasks + 1]; the last column is no majority.
+    """
+    figure, axes = _figure(2.4 + 0.75 * len(tasks), 1.5 + 0.5 * len(tasks))
+    image = axes.imshow(np.ma.masked_invalid(100 * shares), vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    for (row, column), value in np.ndenumerate(100 * shares):
+        if value == value:
+            colour = "black" if value > 50 else "white"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
+    for index in range(len(tasks)):
+        axes.add_patch(_frame(index - 0.5, index - 0.5))
+    axes.set_xticks(range(len(tasks) + 1), [*tasks, "none"], rotation=30, ha="right")
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_xlabel("majority of retrieved keys")
+    axes.set_ylabel("task of the text")
+    axes.set_title(f"{title}: retrieval", fontsize=11)
+    figure.colorbar(image, ax=axes, label="texts, %")
+    return _save(figure, path)
+
+
 def importance_heatmap(history: list[dict[str, Any]], tasks: list[str], path: Path, title: str) -> Path:
     """One row per layer, one block of columns per task with a column per unit of the layer (rank); `history` holds
     each task's importance in [0, 1] by layer. The colours' square root shows more of a scale on which most is near 0.

@@ -156,7 +156,7 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     for name in ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy"):
         say(f"{name.replace('_', ' '):18} {round2(results[name]):>7}")
     for name, value in results["diagnostics"][-1].items():
-        if name != "row":
+        if name != "row" and "/" not in name:
             say(f"{name.replace('_', ' '):18} {round2(value):>7}")
     ratio = results["parameters"]
     say(f"trained per task   {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.2f} %)")

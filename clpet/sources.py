@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 from clpet.config import require
 from clpet.errors import DataError, suggest
+from clpet.metrics import METRICS, need
 from clpet.readers import Rows, read_hub, read_local, stdlib_docstrings
 from clpet.splits import Splits, by_label, has_labels, named_tasks, partition, sample, split_off
 from clpet.tasks import SPLITS, Benchmark, Example, Task, order_names
 
-METRICS = ("accuracy", "exact_match", "rouge_l")
+FREE = ("rouge_l", "bert_score")  # metrics of texts that are no labels
 
 
 class Kind(Enum):
@@ -43,6 +44,7 @@ class Source:
     orders: dict[str, list[str]] | None = None
     max_train: int | None = None
     max_test: int | None = None
+    shots: int | None = None
     validation_share: float = 0.1
     template: str = "{text}"
     max_length: int = 128
@@ -56,7 +58,7 @@ class Source:
     fields: ClassVar[tuple[str, ...]] = ()  # slots that examples fill beside {text} and {mask}
 
     def __post_init__(self) -> None:
-        for key in ("max_train", "max_test"):
+        for key in ("max_train", "max_test", "shots"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"benchmark.{key}", value, "at least 1, or null for all")
         require(self.max_length >= 8, "benchmark.max_length", self.max_length, "at least 8 tokens")
@@ -102,6 +104,8 @@ class Source:
         folder = Path(data_dir).expanduser() if data_dir else None
         if folder is not None and not folder.is_dir():
             raise DataError(f"data_dir={data_dir} is not a folder")
+        for name in (self.tasks or self.named_order() or self.metrics) if self.answers else ():
+            need(self.metrics.get(name, self.metric))
         splits = self.read(folder)
         orders = self.orders or {}
         chosen = [str(name) for name in self.tasks or self.named_order() or splits]
@@ -121,16 +125,15 @@ class Source:
     def _task(self, name: str, splits: Splits) -> Task:
         train, validation, test = (list(splits.get(split, [])) for split in SPLITS)
         metric = self.metrics.get(name, self.metric) if self.answers else "accuracy"
-        labelled = not self.answers or (metric != "rouge_l" and has_labels(train, validation, test))
+        labelled = not self.answers or (metric not in FREE and has_labels(train, validation, test))
         if not validation:
             train, validation = split_off(train, self.validation_share, labelled)
         labels = {str(example.target) for example in train if example.target is not None} if labelled else set()
-        if self.max_train is not None and self.max_train < len(labels):
-            raise DataError(
-                f"benchmark.max_train={self.max_train} is too few for the {len(labels)} labels of task {name}"
-            )
-        train = sample(train, self.max_train, labelled)
-        validation = sample(validation, self.max_train and max(1, self.max_train // 5), labelled)
+        most = self.shots * max(1, len(labels)) if self.shots else self.max_train
+        if most is not None and most < len(labels):
+            raise DataError(f"benchmark.max_train={most} is too few for the {len(labels)} labels of task {name}")
+        train = sample(train, most, labelled)
+        validation = sample(validation, most and max(1, most // 5), labelled)
         test = sample(test, self.max_test, labelled)
         return Task(name, train, validation, test, tuple(sorted(labels)), metric)
 
@@ -257,7 +260,8 @@ class Folders(Source):
 
     `label_space=task` keeps the labels of different tasks apart, `union` lets equal names be one label;
     `label_sets` names tasks that share their labels (task -> set). `instructions` (task -> text) fill the
-    prompt's {instruction} where the rows have no such column.
+    prompt's {instruction} where the rows have no such column. `words` (task -> label -> word) are what is answered
+    for a label. `test_share` is cut from train where there is no test part.
     """
 
     folders: list[str] = field(default_factory=list)
@@ -268,9 +272,13 @@ class Folders(Source):
     splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
     hub_tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     instructions: dict[str, str] = field(default_factory=dict)
+    words: dict[str, dict[str, str]] = field(default_factory=dict)
+    test_share: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        share = self.test_share
+        require(share is None or 0 < share < 1, "benchmark.test_share", share, "in (0, 1), or null")
         require(self.label_space in ("task", "union"), "benchmark.label_space", self.label_space, "task or union")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
@@ -280,28 +288,30 @@ class Folders(Source):
     def _read_task(self, name: str, data_dir: Path | None) -> Splits:
         kept: dict[str, Any] = {"objective": self.objective, "prompt": self.prompt}
         table = Table(name=name, text=self.text, label=self.label, splits=self.splits, **kept)
-        names: dict[str, str] = {}
         if data_dir is not None:
             rows = read_local(self.place(data_dir) / name, table.splits)
         else:
             if name not in self.hub_tasks:
                 raise DataError(f"task {name} of {self.name} has no hub id in its YAML: say data_dir=FOLDER")
             spec = dict(self.hub_tasks[name])
-            names = spec.pop("label_names", {})
             table = Table(name=name, **{**kept, **spec})
             rows = read_hub(str(table.hub), table.hub_config, table.hub_revision, table.splits, {})
-        label = self._labeller(name, names)
+        label = self._labeller(name)
         splits = {}
         for split, part in rows.items():
             if "instruction" in table.prompt_columns and "instruction" not in part.columns:
                 part.fill("instruction", self.instructions.get(name, ""))
             examples = [(table.example(row), row[table.label]) for row in table._kept(part, split)]
             splits[split] = [dataclasses.replace(example, target=label(value)) for example, value in examples]
+        if self.test_share and not splits.get("test"):
+            labelled = not self.answers or has_labels(splits["train"])
+            splits["train"], splits["test"] = split_off(splits["train"], self.test_share, labelled)
         return splits
 
-    def _labeller(self, task: str, names: dict[str, str]) -> Callable[[Any], str]:
+    def _labeller(self, task: str) -> Callable[[Any], str]:
         prefix = "" if self.answers or self.label_space == "union" else f"{(self.label_sets or {}).get(task, task)}: "
-        return lambda value: prefix + names.get(str(value), str(value))
+        words = self.words.get(task, {})
+        return lambda value: prefix + words.get(str(value), str(value))
 
 
 @dataclass

@@ -118,7 +118,8 @@ class Tracker:
         self.display.print()
         self.display.print(matrix_table(state.matrix, row))
         if row:
-            extra = "".join(f" · {key.replace('_', ' ')} {value:.2f}" for key, value in evaluation.diagnostics.items())
+            overall = {key: value for key, value in evaluation.diagnostics.items() if "/" not in key}
+            extra = "".join(f" · {key.replace('_', ' ')} {value:.2f}" for key, value in overall.items())
             self.display.print(summary_line(state.matrix, row) + extra)
         self.display.print()
 
@@ -200,6 +201,7 @@ def write_predictions(folder: Path, row: int, evaluation: Evaluation, names: lis
             words = np.issubdtype(table[name].dtype, np.integer)
             columns[name] = spell(table[name], labels) if words else pyarrow.array(table[name].tolist())
     columns |= {"selected": spell(table["selected"], names)} if "selected" in table else {}
+    columns |= {"right_picks": pyarrow.array(table["right_picks"])} if "right_picks" in table else {}
     temporary = folder / f".after-{row:03d}.parquet"
     pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
     temporary.replace(folder / f"after-{row:03d}.parquet")

@@ -3,6 +3,7 @@
     python scripts/bench.py                 five rounds on python_stdlib with minilm
     python scripts/bench.py rounds=7 train.epochs=2 benchmark=clinc150 data_dir=FOLDER
     python scripts/bench.py kif             what KIF adds to a training step, and its fusion of 1,152 units
+    python scripts/bench.py slm             values mixed per text against a plain LoRA, stage 1 against training steps
     python scripts/bench.py generate benchmark=long_sequence tasks=[agnews] data_dir=FOLDER model=local \
         model.path=FOLDER model.architecture=decoder    answers in batches against one at a time
 

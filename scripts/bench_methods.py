@@ -10,8 +10,11 @@ import torch
 from bench import Bench
 from torch import nn
 
+from clpet.config import derive
 from clpet.importance import Importance, Units, adaptive, fuse, norm, unflat
+from clpet.increments import attention_outputs
 from clpet.objectives.base import Choices
+from clpet.retrieval import KeyLearning, orthonormal
 
 
 def kif(overrides: list[str], rounds: int) -> None:
@@ -100,3 +103,81 @@ def generate(overrides: list[str], rounds: int) -> None:
     print(f"{len(rows)} answers of at most 8 tokens, {torch.get_num_threads()} threads, median of {rounds} rounds")
     print(f"in batches of {objective.eval_batch_size:4}       {ours:8.2f} s")
     print(f"one at a time (from 100)  {alone:8.2f} s    {alone / ours:.1f} times")
+
+
+def slm(overrides: list[str], rounds: int) -> None:
+    """Forward passes mixed per text against a plain LoRA of the same columns, batch by batch; stage 1 against steps."""
+    bench = Bench(["method=slm", "method.rank=12", "method.top_k=4", *overrides])
+    method = bench.method()
+    targets = ",".join(attention_outputs(method.objective.adapters.model))
+    plain = Bench(["method=sequential", "peft.r=48", "peft.alpha=48", f"peft.targets=[{targets}]", *overrides]).method()
+    pool, device = method.data.train, method.objective.device
+    queries = method.queries(pool, np.arange(len(pool)))
+    trained(method, queries.shape[2], 5)
+    rows = pool.rows_of(4 % len(bench.benchmark))  # those of the newest task
+    every = pool.shuffled(rows, bench.batch, np.random.default_rng(0))
+    names = ("LoRA of rank 48", "own 4 keys", "4 of 20 keys", "LoRA of rank 48, step", "own 4 keys, step")
+    times: list[list[float]] = [[] for _ in names]
+    for turn in range(rounds + 1):
+        for place, rows in enumerate(every):
+            batch = pool.batch(rows, device)
+            runs = [
+                lambda batch=batch: plain.predict(batch, Choices([])),
+                lambda batch=batch: mixed_forward(method, batch),
+                lambda batch=batch: method.answer(batch, Choices([])),
+                lambda batch=batch: step(plain, batch),
+                lambda batch=batch: step(method, batch),
+            ]
+            for which in np.roll(range(len(runs)), place):
+                with torch.set_grad_enabled(bool(which > 2)):
+                    seconds = timed(runs[which])
+                if turn:
+                    times[which].append(seconds)
+    found = [np.array(part) for part in times]
+    print(f"{len(found[0])} batches of {bench.batch} texts, {torch.get_num_threads()} threads; medians over batches")
+    for which, name in enumerate(names):
+        base = found[3 if which > 2 else 0]
+        print(
+            f"{name:24} {1e3 * np.median(found[which]):8.2f} ms   {np.median(found[which] / base):6.3f} of plain LoRA"
+        )
+    stage = KeyLearning(epochs=1, min_steps=0)
+    start = orthonormal(method.groups, method.keys, queries.shape[2], 0).to(device)
+    keys = min(
+        timed(lambda: stage.learn(queries, start, 0, lambda *_: None, trial=False)) for _ in range(rounds)
+    ) / len(queries)
+    backbone = np.median(found[4]) / bench.batch
+    print(
+        f"stage 1 {1e6 * keys:.1f} us a text, a training step {1e6 * backbone:.1f} us a text: {backbone / keys:.0f} times"
+    )
+
+
+def trained(method: Any, width: int, tasks: int) -> None:
+    """As after `tasks` tasks, with keys at random."""
+    while len(method.key_pool) < tasks:
+        task = len(method.key_pool)
+        method.key_pool.append(orthonormal(method.groups, method.keys, width, task).to(method.objective.device))
+        method.increments.add(derive(0, task), method.per_task)
+        method.rows.grow(method.benchmark.task_labels(task % len(method.benchmark)), seen=False)
+
+
+def mixed_forward(method: Any, batch: Any) -> None:
+    """What a training step computes before backward, without the loss."""
+    mixture = method.mix(method.similarities(batch, method.key_pool[-1:]))
+    with method.increments.mixed(mixture.branches(method.keys)):
+        method.rows.scores(method.objective.features(batch), None)
+
+
+def step(method: Any, batch: Any) -> None:
+    """Forward and backward of a training batch; gradients are dropped."""
+    method.loss(batch).backward()
+    for parameter in method.parameters():
+        parameter.grad = None
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of a call, until the device is done."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

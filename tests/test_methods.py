@@ -57,6 +57,8 @@ VARIANTS = [
     ["ewc", "peft=none", "train.lr=1e-4", "method.fisher_batches=1"],
     ["ewc", "method.merge=average", "method.fisher=batch"],
     ["gain_lora", "peft.dropout=0.3"],
+    ["slm", "method.values=per_group", "method.top_k=2", "train.select=best"],
+    ["slm", "method.head=per_task", "cache_dir=null"],
     ["progressive_prompts", "method.mlp=16", "method.task_id_at_test=true"],
     ["kif", *WORDS_OUT, "model=tiny_llama"],
     ["sapt", *WORDS_OUT, "model=tiny_t5", "evaluation.decode=rank"],

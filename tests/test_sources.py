@@ -207,3 +207,90 @@ def test_fingerprint_changes_with_the_text(words: Path) -> None:
     two.tasks[0].test[0] = Example("changed", two.tasks[0].test[0].target)
     assert one.fingerprint() != two.fingerprint()
     assert np.all([one.fingerprint() == Table(name="files", task="task").load(str(words)).fingerprint()])
+
+
+def test_bert_cl5_has_33_labels_in_the_published_orders() -> None:
+    """Yelp and Amazon share five; AG News' and Yahoo's sports are two."""
+    folder = shared("data", "long_sequence")
+    orders = {
+        "order4": ["agnews", "yelp", "amazon", "yahoo", "dbpedia"],
+        "order5": ["yelp", "yahoo", "amazon", "dbpedia", "agnews"],
+        "order6": ["dbpedia", "yahoo", "agnews", "amazon", "yelp"],
+        "order7": ["yelp", "agnews", "dbpedia", "amazon", "yahoo"],
+    }
+    for name, order in orders.items():
+        benchmark = from_yaml(
+            "bert_cl5", folder, f"benchmark.order={name}", "benchmark.max_train=40", "benchmark.max_test=40"
+        )
+        assert benchmark.names == order
+        assert len(benchmark.labels) == 33
+        assert benchmark.task_labels(order.index("yelp")) == benchmark.task_labels(order.index("amazon"))
+        assert {"agnews: Sports", "yahoo: Sports"} <= set(benchmark.labels)
+
+
+def test_bert_cl5_keeps_the_published_sizes(tmp_path: Path) -> None:
+    """120,000 texts less 4 % for validation leave 115,000 to train on; none is in both."""
+    (tmp_path / "agnews").mkdir()
+    for split, count in (("train", 120_000), ("test", 7_600)):
+        table = pyarrow.table(
+            {"text": [f"{split} {i}" for i in range(count)], "label": [str(i % 4) for i in range(count)]}
+        )
+        pyarrow.parquet.write_table(table, tmp_path / "agnews" / f"{split}.parquet")
+    (task,) = from_yaml("bert_cl5", tmp_path, "benchmark.tasks=[agnews]", "benchmark.order=listed").tasks
+    assert (len(task.train), len(task.validation), len(task.test)) == (115_000, 4_800, 7_600)
+    assert not {example.text for example in task.train} & {example.text for example in task.validation}
+
+
+def test_t5_fewshot_has_sixteen_of_every_class_and_answers_in_words() -> None:
+    benchmark = from_yaml("t5_fewshot", shared("data"), "benchmark.order=order3", "benchmark.max_test=20")
+    assert benchmark.names == ["yahoo", "amazon", "agnews", "dbpedia"]
+    assert [len(task.train) for task in benchmark.tasks] == [160, 80, 64, 224]
+    assert set(benchmark.tasks[2].labels) == {"world", "sports", "business", "science"}
+    assert set(benchmark.tasks[1].labels) == {"terrible", "bad", "middle", "good", "wonderful"}
+    assert len(set(benchmark.tasks[3].labels)) == 14
+    assert "computers and internet" in benchmark.tasks[0].labels
+
+
+def domains(folder: Path) -> Path:
+    """100 rows of each of the three domains, without a test part."""
+    for task, labels in (
+        ("finance", ["negative", "neutral"]),
+        ("mmlu", ["A", "B", "C", "D"]),
+        ("medical", ["Rest.", "See a doctor."]),
+    ):
+        (folder / task).mkdir(parents=True)
+        rows = [{"text": f"{task} {i}", "label": labels[i % len(labels)]} for i in range(100)]
+        (folder / task / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_llama_domains_cuts_its_test_part_without_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    benchmark = from_yaml("llama_domains", domains(tmp_path))
+    assert benchmark.names == ["finance", "mmlu", "medical"]
+    for task in benchmark.tasks:
+        texts = [example.text for split in ("train", "validation", "test") for example in task.split(split)]
+        assert len(set(texts)) == len(texts) == 100
+        assert 14 <= len(task.test) <= 16
+    assert [task.metric for task in benchmark.tasks] == ["first_word", "first_word", "bert_score"]
+    assert benchmark.template == "[INST] {text} [/INST]"
+    assert not benchmark.tasks[2].labels
+
+
+def test_bert_score_without_its_library_is_refused_before_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two tasks that do not need it can be run alone."""
+    from clpet.errors import ConfigError
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install bert-score"):
+        from_yaml("llama_domains", tmp_path)
+    assert (
+        len(
+            from_yaml(
+                "llama_domains", domains(tmp_path / "data"), "benchmark.tasks=[finance,mmlu]", "benchmark.order=listed"
+            )
+        )
+        == 2
+    )

@@ -119,6 +119,10 @@ class Method:
         """Scores over all labels (those outside `choices` are masked by the caller), or texts."""
         return self.objective.predict(batch, choices)
 
+    def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
+        """Rows in the batches they are to be predicted in."""
+        return self.objective.batches(pool, rows)
+
     def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         """All rows of an evaluation that is about to begin, for a method that computes something in its own order."""
 
@@ -151,7 +155,7 @@ class Method:
         meter = self.objective.meter
         meter.kind = "validated"
         for pool, rows in parts:
-            for part in self.objective.batches(pool, rows):
+            for part in self.batches(pool, rows):
                 batch = pool.batch(part, self.objective.device)
                 right = score(batch).float()
                 for task in np.unique(pool.tasks[part]).tolist():

