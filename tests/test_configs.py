@@ -23,7 +23,7 @@ def composed(*overrides: str):
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_option_composes_and_builds(group: str, name: str) -> None:
     """Types and ranges of every shipped YAML are those of its dataclass."""
-    path = [] if name != "local" else ["model.path=."]
+    path = [] if name != "local" else ["model.path=.", "model.architecture=encoder"]
     config = typed(composed(f"{group}={name}", *path))
     if group not in ("experiment", "debug") and name != "gpu":
         build(getattr(config, group), group)
