@@ -16,7 +16,7 @@ import numpy as np
 from clpet.config import derive, require
 from clpet.errors import ConfigError
 from clpet.mixing import Plan, Rows, equal_compute, split_batch, split_limit
-from clpet.selection import select_per_class, select_stratified
+from clpet.selection import select_per_class, stratified
 from clpet.text import Encoded, EncodedDataset
 
 log = logging.getLogger(__name__)
@@ -305,8 +305,7 @@ class ShareReplay(NoReplay):
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         rows = self.pool.rows_of(index)
         if self.share:
-            count = max(1, int(self.share * len(rows) + 1e-9))  # 0.29 * 100 must not lose one to rounding
-            self.memory[index] = select_stratified(self.pool.labels, rows, count, self.rng(index))
+            self.memory[index] = stratified(self.pool.labels, rows, self.share, self.rng(index))
 
 
 @dataclass

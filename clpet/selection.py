@@ -32,12 +32,16 @@ def select_per_class(
     return np.array(sorted(kept), dtype=np.int64)
 
 
-def select_stratified(labels: np.ndarray, rows: Rows, count: int, rng: np.random.Generator) -> Rows:
-    """`count` rows at random: equally many of each label, the rest from any; from any where labels outnumber them."""
-    order = rng.permutation(rows)
+def stratified(labels: np.ndarray, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
+    """max(1, floor(share n)) of the rows: equally many of each label, the rest from any; none for a share of 0.
+
+    `labels` are those of the whole pool. Where they outnumber the places, as with single answers, a uniform draw.
+    """
+    if share == 0:
+        return rows[:0]
+    count, order = max(1, int(share * len(rows) + 1e-9)), rng.permutation(rows)  # 0.29 * 100 must not lose one
     known = np.unique(labels[rows])
-    quota = count // len(known)
-    first = np.concatenate([order[labels[order] == label][:quota] for label in known])
+    first = np.concatenate([order[labels[order] == label][: count // len(known)] for label in known])
     rest = order[~np.isin(order, first)]
     return np.sort(np.concatenate([first, rest[: count - len(first)]]))
 
@@ -60,23 +64,6 @@ def herding(vectors: np.ndarray, count: int) -> list[int]:
         chosen.append(int(distance.argmin()))
         total = total + vectors[chosen[-1]]
     return chosen
-
-
-def stratified(labels: np.ndarray, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
-    """max(1, floor(share n)) rows: equally many of each label, topped up at random; none for a share of 0.
-
-    With more labels than places, as with free text, a uniform draw.
-    """
-    if share == 0:
-        return rows[:0]
-    size, distinct = max(1, int(share * len(rows) + 1e-9)), np.unique(labels)
-    kept: list[int] = []
-    if len(distinct) <= size:
-        for label in distinct:
-            own = rows[labels == label]
-            kept += rng.choice(own, min(len(own), size // len(distinct)), replace=False).tolist()
-    kept += rng.choice(np.setdiff1d(rows, kept), size - len(kept), replace=False).tolist()
-    return np.array(sorted(kept), dtype=np.int64)
 
 
 def stand_in(rows: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def whole_accuracy(make, relations: Path):
         run = make(f"data_dir={relations}", *setting, "train.lr=1e-2", "train.epochs=5", *overrides)
         for index in range(6):
             run.learn(index)
-        found = Evaluator(run.benchmark, run.data, 64)(run.method, 6, list(range(6)))
+        found = Evaluator(run.benchmark, run.data)(run.method, 6, list(range(6)))
         correct = sum(score.correct for score in found.seen.values())
         return 100 * correct / len(run.data.test), found.diagnostics.get("selector_whole")
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -66,7 +67,16 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+QUICK = {"sequential", "joint", "dynamic_conpet", "crl", "kif", "sapt", "slm"}  # the others in the slow tests
+
+
+def speed(variant: list[str]) -> Any:
+    """A variant with its mark."""
+    quick = variant[0] in QUICK and len(variant) == 1
+    return pytest.param(variant, id="-".join(variant), marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("variant", map(speed, VARIANTS))
 def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
     variant: list[str], words: Path, clpet, tmp_path: Path
 ) -> None:
