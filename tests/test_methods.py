@@ -76,7 +76,7 @@ def speed(variant: list[str]) -> Any:
     return pytest.param(variant, id="-".join(variant), marks=[] if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("variant", map(speed, VARIANTS))
+@pytest.mark.parametrize("variant", [speed(variant) for variant in VARIANTS])
 def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
     variant: list[str], words: Path, clpet, tmp_path: Path
 ) -> None:
