@@ -147,6 +147,7 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
     method = build(config.method, "method", cache_dir=config.cache_dir)
     objective = parts["benchmark"].objective.value
     method.check(objective, parts["replay"].name, parts["peft"].name)
+    load_objective_class(objective).check(parts["model"], parts["peft"].name, config.evaluation)
     parts["replay"].check(config.train.global_batch_size, objective)
     return method, parts
 

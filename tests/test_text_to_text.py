@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clpet.adapters import Adapter, Adapters, Lora, Prompt
+from clpet.adapters import Adapter, Adapters, Lora
 from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode, Evaluation
-from clpet.errors import ConfigError, ModelError
+from clpet.errors import ModelError
 from clpet.metrics import accuracy, exact_match, rouge_l
 from clpet.objectives.base import Choices
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
@@ -268,13 +268,14 @@ def test_masks_leave_padding_out_of_covariances(shape: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "name", "decode"),
-    [("llama", "prompt", "generate"), ("t5", "prompt", "rank"), ("llama", "prefix", "rank")],
+    ("model", "peft", "decode"),
+    [("tiny_llama", "prompt", "generate"), ("tiny_t5", "prompt", "rank"), ("tiny_llama", "prefix", "rank")],
 )
-def test_virtual_tokens_are_refused_where_they_would_go_wrong(shape: str, name: str, decode: str) -> None:
-    adapter = Prompt(name=name, tokens=3, every_layer=name == "prefix")
-    with pytest.raises(ConfigError, match=f"peft={name}"):
-        objective(shape, Decode(decode), adapter)
+def test_virtual_tokens_are_refused_where_they_would_go_wrong(clpet, model: str, peft: str, decode: str) -> None:
+    found = clpet("train", "method=sequential", "benchmark=superni", f"model={model}", f"peft={peft}",
+                  f"evaluation.decode={decode}", "tracking=off")  # fmt: skip
+    assert found.code == 2
+    assert f"peft={peft}" in found.err
 
 
 def test_rank_batches_are_as_much_smaller_as_there_are_labels() -> None:

@@ -218,4 +218,4 @@ class Method:
 
     def heads(self) -> dict[str, Head]:
         """Heads by name, saved as safetensors at the end of the run."""
-        return {"default": self.objective.head} if hasattr(self.objective, "head") else {}
+        return self.objective.heads()

@@ -74,7 +74,6 @@ class KIF(Method):
     orth_squared: bool = False
     replay_phase: str = "union"
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
     uses_replay: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -37,7 +37,6 @@ class RecurrentKIF(Method):
     beta2: float = 0.85
     clear_outer: bool = False
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
     uses_replay: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -103,7 +103,11 @@ class Objective:
         if longest is None:
             return
         if wanted > longest:
-            raise ModelError(f"benchmark.max_length={wanted}, but this model reads at most {longest} tokens")
+            answer = wanted - self.benchmark.max_length
+            raise ModelError(
+                f"benchmark.max_length={self.benchmark.max_length}{(answer and f' and an answer of {answer}') or ''}, "
+                f"but this model reads at most {longest} tokens"
+            )
         reserved = self.benchmark.reserved
         room = longest - reserved - (wanted - self.benchmark.max_length)
         if room < 1:
@@ -113,6 +117,10 @@ class Objective:
     def longest_wanted(self) -> int:
         """Tokens of the longest input that the benchmark's settings allow."""
         return self.benchmark.max_length
+
+    @classmethod
+    def check(cls, backbone: Backbone, peft: str, evaluation: Evaluation) -> None:
+        """Raises ConfigError for settings that do not go together, before anything is loaded."""
 
     @classmethod
     def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
@@ -179,6 +187,10 @@ class Objective:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained beside the adapter, by name."""
+        return {}
+
+    def heads(self) -> dict[str, Any]:
+        """Heads by name."""
         return {}
 
     def state(self) -> dict[str, Any]:

@@ -158,6 +158,9 @@ class Classification(Objective):
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.head.named_parameters())
 
+    def heads(self) -> dict[str, Head]:
+        return {"default": self.head}
+
     def state(self) -> dict[str, Any]:
         return {**super().state(), "head": self.head.state()}
 

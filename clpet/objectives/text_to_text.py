@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clpet.backbones import Architecture, Backbone
-from clpet.config import Decode
+from clpet.config import Decode, Evaluation
 from clpet.errors import ConfigError, DataError
 from clpet.metrics import METRICS
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
@@ -28,21 +28,20 @@ class TextToText(Objective):
     def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
         self.causal = backbone.architecture is Architecture.decoder
         super().__init__(benchmark, backbone, *rest)
-        self._check_virtual_tokens()
         self.end = end_token(self.tokenizer)
         config: Any = self.adapters.model.config
         self.start = None if self.causal else config.decoder_start_token_id
         answers = encode_answers(self.tokenizer, benchmark.labels, benchmark.max_target)
         self.label_tokens = Ragged(answers)
 
-    def _check_virtual_tokens(self) -> None:
+    @classmethod
+    def check(cls, backbone: Backbone, peft: str, evaluation: Evaluation) -> None:
         """peft puts its virtual tokens in anew at every pass, and drops the positions of padded prompts."""
-        if not getattr(self.adapters.config, "is_prompt_learning", False):
+        if peft not in ("prompt", "prefix"):
             return
-        kind = self.adapters.kind
-        if self.evaluation.decode is Decode.rank:
-            raise ConfigError(f"evaluation.decode=rank does not go with peft={kind}: take decode=generate or peft=lora")
-        if self.causal and kind == "prompt":
+        if evaluation.decode is Decode.rank:
+            raise ConfigError(f"evaluation.decode=rank does not go with peft={peft}: take decode=generate or peft=lora")
+        if backbone.architecture is Architecture.decoder and peft == "prompt":
             raise ConfigError(
                 "peft=prompt does not go with a decoder that writes answers: take peft=prefix or method=l2p"
             )
