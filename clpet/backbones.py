@@ -67,10 +67,8 @@ class Backbone:
     ) -> tuple[torch.nn.Module, Any]:
         """(model, tokenizer), the model in eval mode; with its output layer only where it `generates`.
 
-        Raises ModelError when it is not there or cannot generate.
+        Raises ModelError when it is not there.
         """
-        if generates:
-            self._check_writes()
         if self.random_weights:
             torch.manual_seed(derive(seed, "backbone"))
             try:
@@ -107,17 +105,8 @@ class Backbone:
         """The network on the meta device: parameter counts without weights. Raises ModelError without `config`."""
         if not self.config:
             raise ModelError(f"model {self.name} has no config in its YAML to count parameters from")
-        if generates:
-            self._check_writes()
         with torch.device("meta"):
             return self._from_config(torch.device("meta"), generates)
-
-    def _check_writes(self) -> None:
-        if self.architecture is Architecture.encoder:
-            raise ModelError(
-                f"model {self.name} is an encoder and cannot write an answer: take a decoder or encoder-decoder"
-                " (or say model.architecture=decoder, if it is one)"
-            )
 
     def attention_on(self, device: torch.device) -> str:
         """On a CPU plain attention trains up to twice as fast as torch's fused one, whose bf16 backward is slow."""
@@ -137,7 +126,7 @@ class Backbone:
         import transformers
 
         names = {
-            Architecture.encoder: ("AutoModel", "AutoModel"),
+            Architecture.encoder: ("AutoModel", "AutoModelForMaskedLM"),
             Architecture.decoder: ("AutoModel", "AutoModelForCausalLM"),
             Architecture.encoder_decoder: ("AutoModelForTextEncoding", "AutoModelForSeq2SeqLM"),
         }

@@ -104,18 +104,31 @@ class Decode(Enum):
     rank = "rank"
 
 
+class CapUnit(Enum):
+    """What evaluation.max_tokens counts."""
+
+    tokens = "tokens"
+    bytes = "bytes"
+
+
 @dataclass
 class Evaluation:
     """Which tasks are scored when, and how answers are found."""
 
     matrix: Matrix = Matrix.full
+    every: int = 1
     predictions: bool = True
     decode: Decode = Decode.generate
     max_new_tokens: int | None = None
+    max_tokens: int | None = 100_000
+    cap_unit: CapUnit = CapUnit.tokens
+    stride: int | None = None
 
     def __post_init__(self) -> None:
-        most = self.max_new_tokens
-        require(most is None or most >= 1, "evaluation.max_new_tokens", most, "at least 1, or null")
+        require(self.every >= 1, "evaluation.every", self.every, "at least 1")
+        for key, least in (("max_new_tokens", 1), ("max_tokens", 2), ("stride", 1)):
+            value = getattr(self, key)
+            require(value is None or value >= least, f"evaluation.{key}", value, f"at least {least}, or null")
 
 
 @dataclass

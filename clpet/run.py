@@ -108,7 +108,8 @@ class Experiment:
         """The state after the last finished task, or a new one with row 0 measured."""
         saved = RunState.resume(self.out / "state", self.identity)
         if saved is None:
-            state = RunState(TransferMatrix(self.benchmark.names), TransferMatrix(self.benchmark.names))
+            names, direction = self.benchmark.names, self.benchmark.direction
+            state = RunState(TransferMatrix(names, direction), TransferMatrix(names, direction))
             self.track.forget_after(-1)
             self.evaluate(state, 0)
             return state
@@ -119,9 +120,12 @@ class Experiment:
         return state
 
     def evaluate(self, state: RunState, row: int) -> None:
-        """Measures row `row` of the matrix, as much of it as evaluation.matrix asks for."""
+        """Measures row `row` of the matrix, as much of it as evaluation.matrix and .every ask for."""
         kind, total = self.config.evaluation.matrix, len(self.benchmark)
         tasks = range(total if kind is Matrix.full or row == total else row if kind is Matrix.seen else 0)
+        if row % self.config.evaluation.every and row < total and tasks:
+            tasks = range(row - 1, row)
+        tasks = self.method.measured(row, tasks)
         if not tasks:
             return
         evaluator = Evaluator(self.benchmark, self.data)
@@ -168,6 +172,7 @@ def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) 
     adapters = Adapters(model, backbone, peft, kind.generates)
     seed = derive(config.seed, "head")
     objective = kind(benchmark, backbone, adapters, tokenizer, seed, hardware, config.evaluation)
+    objective.cache_dir = config.cache_dir
     return objective, objective.encode()
 
 

@@ -65,6 +65,8 @@ class Benchmark:
     max_target: int = 0
     own_softmax: bool = False  # the loss compares the labels of an example's own task only
     reserved: int = 0  # positions of the model that a method's prompts take, at most
+    isolate: bool = False  # documents in one window of text do not see each other
+    base: Task | None = None  # text that the model is made on before the first task
     data_record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -78,6 +80,11 @@ class Benchmark:
     def names(self) -> list[str]:
         """Task names in training order."""
         return [task.name for task in self.tasks]
+
+    @property
+    def direction(self) -> str:
+        """Which scores are better: higher, or lower for perplexities."""
+        return "lower" if self.tasks[0].metric == "perplexity" else "higher"
 
     def task_labels(self, index: int) -> list[int]:
         """Label ids of one task."""

@@ -26,7 +26,7 @@ class Method:
 
     name: str = ""
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
+    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text", "language_modeling")
     uses_replay: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False  # more than one adapter: refuses peft=none
     pefts: ClassVar[tuple[str, ...]] = ()  # the peft options it goes with; empty: any that trains something
@@ -63,6 +63,10 @@ class Method:
     def curriculum(self) -> list[tuple[int, Task]]:
         """(position, task) in learning order; after each, row position + 1 of the matrix is measured."""
         return list(enumerate(self.benchmark.tasks))
+
+    def measured(self, row: int, tasks: range) -> range:
+        """Of the tasks whose scores are asked for after `row` tasks, those that this method has a model for."""
+        return tasks
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         """Learns one task. Several stages are several calls of trainer.fit."""
