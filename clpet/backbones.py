@@ -34,6 +34,20 @@ class Representation(Enum):
 
 
 @dataclass
+class BaseTraining:
+    """How random weights are trained on benchmark.base, before the first task."""
+
+    epochs: int = 1
+    lr: float = 3e-3
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "model.base.epochs", self.epochs, "at least 1")
+        require(self.lr > 0, "model.base.lr", self.lr, "more than 0")
+        require(self.batch_size >= 1, "model.base.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass
 class Backbone:
     """A model group option. `path` wins over `package`, `package` over `hub`; `config` alone gives random weights."""
 
@@ -50,6 +64,7 @@ class Backbone:
     random_weights: bool = False
     attention: str = "auto"
     trust_remote_code: bool = False
+    base: BaseTraining = field(default_factory=BaseTraining)
 
     def __post_init__(self) -> None:
         some = self.hub or self.path or self.package or self.random_weights

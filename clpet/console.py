@@ -26,7 +26,7 @@ class Display:
         self.task_seconds: list[float] = []
 
     def task(self, position: int, name: str) -> None:
-        """A task begins; positions count from 1."""
+        """A task begins; positions count from 1, 0 is what comes before all tasks."""
         self.position, self.name, self.task_start = position, name, time.perf_counter()
 
     def task_done(self) -> None:
@@ -78,7 +78,8 @@ class Display:
 
     def _title(self, epoch: int) -> str:
         stage = f" · {self.stage}" if self.stage else ""
-        return f"task {self.position}/{self.tasks} {self.name}{stage} · epoch {epoch}/{self.epochs}"
+        which = f"task {self.position}/{self.tasks} " if self.position else ""
+        return f"{which}{self.name}{stage} · epoch {epoch}/{self.epochs}"
 
     def _left(self, now: float, done: int) -> str:
         stage = (now - self.start) / done * (self.epochs * self.steps - done)

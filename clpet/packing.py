@@ -42,7 +42,8 @@ class Tokens:
     """Token streams, made once and kept under `folder` by tokenizer and text; without a folder they stay in memory."""
 
     def __init__(self, tokenizer: Any, folder: str | None = None) -> None:
-        self.tokenizer, self.folder = tokenizer, folder and Path(folder) / "tokens"
+        self.tokenizer = tokenizer
+        self.folder = Path(folder) / "tokens" if folder else None
         self.head, tail = frame(tokenizer)
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         self.tail = tail or ([] if end is None else [end])

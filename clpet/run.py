@@ -42,6 +42,12 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
         method.check_benchmark(benchmark)
         check_validation(config, method, benchmark)
+        display = Display(console, len(benchmark))
+        if benchmark.base is not None and parts["model"].random_weights:
+            from clpet.base_model import prepare
+
+            cache = Path(config.cache_dir or out)
+            prepare(parts["model"], benchmark, parts["hardware"], cache, display)
         try:
             objective, data = load_objective(config, parts, benchmark)
         except ModelError as error:
@@ -54,7 +60,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
             log.warning(warning)
         parts["replay"].setup(data, config.seed, config.train.global_batch_size)
         method.setup(objective, benchmark, data, parts["replay"], config.seed)
-        display = Display(console, len(method.curriculum()))
+        display.tasks = len(method.curriculum())
         trainer = Trainer(config.train, parts["hardware"], objective, display, config.seed)
         if config.dry_run:
             dry_run(console, config, method, benchmark, trainer)

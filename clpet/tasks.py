@@ -86,6 +86,10 @@ class Benchmark:
         """Which scores are better: higher, or lower for perplexities."""
         return "lower" if self.tasks[0].metric == "perplexity" else "higher"
 
+    def key(self, index: int) -> int | str:
+        """What the random draws of a task are named by: its place, or a domain's name, so that others do not matter."""
+        return index if self.direction == "higher" else self.names[index]
+
     def task_labels(self, index: int) -> list[int]:
         """Label ids of one task."""
         return [self.label_ids[label] for label in self.tasks[index].labels]

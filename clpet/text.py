@@ -322,6 +322,7 @@ class Encoded:
     train: EncodedDataset
     validation: EncodedDataset
     test: EncodedDataset
+    key: Callable[[int], int | str] = int  # of a task number: what its random draws are named by
 
 
 def encode_benchmark(
@@ -333,4 +334,4 @@ def encode_benchmark(
         pairs = [(index, example) for index, task in enumerate(benchmark.tasks) for example in task.split(split)]
         labels = [benchmark.label_ids.get(str(example.target), -1) for _, example in pairs]
         pools[split] = encode([example for _, example in pairs], labels, [index for index, _ in pairs])
-    return Encoded(**pools)
+    return Encoded(pools["train"], pools["validation"], pools["test"])

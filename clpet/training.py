@@ -108,7 +108,7 @@ class Trainer:
     def begin_task(self, index: int) -> None:
         """Seeds torch for a task, so that a resumed run draws what an uninterrupted one draws; starts its meter."""
         self.task = index
-        torch.manual_seed(derive(self.seed, "task", index))
+        torch.manual_seed(derive(self.seed, "task", self.objective.benchmark.key(index)))
         self.objective.meter.restart()
 
     def rows(self, plan: Plan) -> np.ndarray:

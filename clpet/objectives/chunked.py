@@ -45,9 +45,7 @@ def _through(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     def part(s: Tensor, t: Tensor) -> Tensor:
         return _nll(head(s), t)
 
-    return torch.cat(
-        [checkpoint(part, s, t, use_reentrant=False) for s, t in _parts(states, targets, _rows(head))]  # type: ignore[misc]
-    )
+    return torch.cat([checkpoint(part, s, t, use_reentrant=False) for s, t in _parts(states, targets, _rows(head))])
 
 
 class _Mean(torch.autograd.Function):

@@ -41,7 +41,7 @@ class LanguageModeling(Objective):
         bent = next((key for key in CAPPED if getattr(config, key, None)), None)
         if bent:
             raise ModelError(f"model {backbone.name} bends its logits ({bent}), which language_modeling does not know")
-        if benchmark.isolate and getattr(self.adapters.config, "num_virtual_tokens", 0):
+        if benchmark.isolate and getattr(self.adapters.config, "num_virtual_tokens", None):
             raise ConfigError("benchmark.isolate does not go with virtual tokens: take peft=lora or none")
 
     @classmethod
@@ -68,7 +68,7 @@ class LanguageModeling(Objective):
                     self._add(pools[split], index, task.name, split, tokens, documents)
         if benchmark.base is not None:  # its blocks can be replayed; no task learns them
             self._add(pools["train"], -1, benchmark.base.name, "train", tokens, benchmark.base.train)
-        return Encoded(**pools)
+        return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.key)
 
     def _pool(self, training: bool) -> Windows:
         masking = None
