@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,16 +40,16 @@ class Example:
 
 @dataclass
 class Task:
-    """One step of the sequence. No labels and metric perplexity: language modelling."""
+    """One step of the sequence. No labels and metric perplexity: language modelling, whose splits are Documents."""
 
     name: str
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
     labels: tuple[str, ...] = ()
     metric: str = "accuracy"
 
-    def split(self, name: str) -> list[Example]:
+    def split(self, name: str) -> Sequence[Example]:
         """The examples of one of SPLITS."""
         return getattr(self, name)
 
@@ -68,6 +68,10 @@ class Benchmark:
     isolate: bool = False  # documents in one window of text do not see each other
     base: Task | None = None  # text that the model is made on before the first task
     data_record: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)  # of domains, reported apart
+    base: Task | None = None  # a domain outside the sequence, on which a base model is trained
+    order: dict[str, Any] = field(default_factory=dict)  # how the domains were ordered, and its hash
+    stream: bool = False  # texts are read as they are trained on, not tokenised beforehand
 
     def __post_init__(self) -> None:
         self.labels: list[str] = list(dict.fromkeys(label for task in self.tasks for label in task.labels))
@@ -100,11 +104,17 @@ class Benchmark:
 
     def fingerprint(self) -> str:
         """Hash of every text and target in order: it changes when the data does."""
+        from clpet.corpus import Documents
+
         hasher = hashlib.sha256()
-        for task in self.tasks:
+        for task in [*self.tasks, *([self.base] if self.base else [])]:
             for split in SPLITS:
                 hasher.update(f"\x1e{task.name}\x1e{split}".encode())
-                for example in task.split(split):
+                examples = task.split(split)
+                if isinstance(examples, Documents):
+                    hasher.update(examples.fingerprint().encode())
+                    continue
+                for example in examples:
                     parts = (example.text, str(example.target), *example.fields.values(), *example.references)
                     hasher.update("\x1f".join(parts).encode(errors="surrogatepass"))
         return hasher.hexdigest()[:16]
@@ -117,6 +127,8 @@ class Benchmark:
             for split in ("train", "test"):
                 if not task.split(split):
                     raise DataError(f"task {task.name} of benchmark {self.name} has no {split} examples")
+            if not task.labels:
+                continue
             trained = {example.target for example in task.train}
             for split, example in _labelled(task):
                 if example.target not in trained:
@@ -127,10 +139,9 @@ class Benchmark:
 
 
 def _labelled(task: Task) -> Iterator[tuple[str, Example]]:
-    if task.labels:
-        for split in ("validation", "test"):
-            for example in task.split(split):
-                yield split, example
+    for split in ("validation", "test"):
+        for example in task.split(split):
+            yield split, example
 
 
 def order_names(names: list[str], order: Any, orders: Mapping[str, list[str]], seed: int) -> list[str]:
