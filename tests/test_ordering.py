@@ -171,7 +171,7 @@ def test_texts_give_a_chain_of_similar_domains() -> None:
     found = order_domains(TEXTS, "similar", encoder="hashed", reference=["a robin in the garden"])
     assert found.names == ["birds", "boats", "metals", "motors"]
     assert found.similarity[1, 2] == found.similarity[1, 3] == 0
-    assert found.similarity[0, 1] > 0.2
+    assert found.similarity[0, 1] > 0.1
     assert found.encoder == "hashed (no sentence encoder)"
     mixed = {name: TEXTS[name][::-1] for name in sorted(TEXTS, reverse=True)}
     again = order_domains(mixed, "similar", encoder="hashed", reference=["a robin in the garden"])
