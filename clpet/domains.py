@@ -45,6 +45,7 @@ class Domains(Source):
     order_samples: int = 10_000
     decontaminate: bool = True
     stream: bool = False
+    isolate: bool = False
 
     plain_text: ClassVar[bool] = True
 
@@ -92,6 +93,7 @@ class Domains(Source):
         benchmark = Benchmark(self.name, [tasks[name] for name in order["names"]], max_length=self.max_length)
         benchmark.groups = self._groups(there, list(order["names"]))
         benchmark.base, benchmark.stream, benchmark.order = base, self.stream, order
+        benchmark.isolate = self.isolate
         benchmark.check()
         return benchmark
 

@@ -69,7 +69,6 @@ class Benchmark:
     base: Task | None = None  # text that the model is made on before the first task
     data_record: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)  # of domains, reported apart
-    base: Task | None = None  # a domain outside the sequence, on which a base model is trained
     order: dict[str, Any] = field(default_factory=dict)  # how the domains were ordered, and its hash
     stream: bool = False  # texts are read as they are trained on, not tokenised beforehand
 

@@ -84,5 +84,5 @@ class _Mean(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*(None if found is None else found * grad.to(found.dtype) for found in ctx.saved_tensors), None)
