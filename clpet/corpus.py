@@ -17,7 +17,7 @@ import numpy as np
 from clpet.tasks import Example
 from clpet.text_files import Reader, Strings
 
-Cut = Callable[[int, int, int, int], int]  # (document, first byte, byte after the last, what is left) -> new end
+Cut = Callable[[int, int, int, int, int], tuple[int, int]]  # (segment, what is left) -> its new end and pieces
 READER, PLACE, SPAN, SIZE, PIECES, KEY, HASH = range(7)  # columns of the index
 
 
@@ -56,13 +56,15 @@ class Corpus:
 
 
 class Documents(Sequence[Example]):
-    """Texts of one split of one domain. Iterating reads the files; `dropped` pieces were found in train and left out.
+    """Texts of one split of one domain; iterating reads the files.
+
+    `dropped` pieces were found in train and left out; None where nobody has looked.
 
     With `borders` every element is a document (or what a hole left of it); without, elements are consecutive
     pieces of one text, to be joined as they are.
     """
 
-    def __init__(self, corpus: Corpus, segments: np.ndarray | None = None, dropped: int = 0) -> None:
+    def __init__(self, corpus: Corpus, segments: np.ndarray | None = None, dropped: int | None = None) -> None:
         self.corpus, self.dropped = corpus, dropped
         if segments is not None:
             self.segments = segments
@@ -79,9 +81,9 @@ class Documents(Sequence[Example]):
 
     @cached_property
     def segments(self) -> np.ndarray:
-        """[elements, 3] int64: document, first byte, byte after the last."""
-        sizes = self.corpus.index[:, SIZE].astype(np.int64)
-        return np.stack([np.arange(len(sizes)), np.zeros_like(sizes), sizes], axis=1)
+        """[elements, 4] int64: document, first byte, byte after the last, pieces."""
+        sizes, pieces = self.corpus.index[:, [SIZE, PIECES]].astype(np.int64).T
+        return np.stack([np.arange(len(sizes)), np.zeros_like(sizes), sizes, pieces], axis=1)
 
     @property
     def borders(self) -> bool:
@@ -98,7 +100,7 @@ class Documents(Sequence[Example]):
     def __getitem__(self, place: int | slice) -> "Example | Documents":
         if isinstance(place, slice):
             return Documents(self.corpus, self.segments[place], self.dropped)
-        unit, begin, end = self.segments[place].tolist()
+        unit, begin, end, _ = self.segments[place].tolist()
         return Example(self.corpus.read(unit)[begin:end].decode())
 
     def __iter__(self) -> Iterator[Example]:
@@ -116,21 +118,32 @@ class Documents(Sequence[Example]):
 
     @property
     def pieces(self) -> int:
-        """Rows of a table, files, or PIECE bytes of a long text; of a cut document in proportion."""
-        return int(self._pieces.sum())
+        """Rows of a table, files, or PIECE bytes of a long text; of documents with holes in proportion."""
+        return int(self.segments[:, 3].sum())
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """[elements] uint64: of the whole documents."""
+        return self._column(HASH)
+
+    @property
+    def repeats(self) -> int:
+        """Elements that are equal to another one before them."""
+        keys = np.column_stack([self.hashes, self.segments[:, 1:3].astype(np.uint64)])
+        return len(self) - len(np.unique(keys, axis=0))
 
     def fingerprint(self) -> str:
         """Hash of all texts in order."""
         found = hashlib.sha256(f"{self.borders}".encode())
-        found.update(np.ascontiguousarray(self._column(HASH)).tobytes())
-        found.update(np.ascontiguousarray(self.segments[:, 1:]).tobytes())
+        found.update(np.ascontiguousarray(self.hashes).tobytes())
+        found.update(np.ascontiguousarray(self.segments[:, 1:3]).tobytes())
         return found.hexdigest()[:16]
 
     # Choosing
 
     def limited(self, pieces: int | None = None, size: int | None = None) -> "Documents":
         """At most so many pieces and bytes: documents by their hash, the last one cut."""
-        kept = self if pieces is None else self._limited(self._pieces, pieces, self._first_pieces)
+        kept = self if pieces is None else self._limited(self.segments[:, 3], pieces, self._first_pieces)
         return kept if size is None else kept._limited(kept._sizes, size, self._first_bytes)
 
     def split_off(self, share: float) -> tuple["Documents", "Documents"]:
@@ -155,11 +168,6 @@ class Documents(Sequence[Example]):
     def _sizes(self) -> np.ndarray:
         return self.segments[:, 2] - self.segments[:, 1]
 
-    @property
-    def _pieces(self) -> np.ndarray:
-        share = self._sizes / self._column(SIZE)
-        return np.ceil(self._column(PIECES) * share).astype(np.int64)
-
     def _column(self, column: int) -> np.ndarray:
         return self.corpus.index[self.segments[:, 0], column]
 
@@ -178,20 +186,20 @@ class Documents(Sequence[Example]):
         whole = int(np.searchsorted(total, most, side="right"))
         segments = self.segments.copy()
         last, left = order[whole], most - (int(total[whole - 1]) if whole else 0)
-        unit, begin, end = segments[last].tolist()
-        segments[last, 2] = cut(unit, begin, end, left)
+        unit, begin, end, pieces = segments[last].tolist()
+        segments[last, 2], segments[last, 3] = cut(unit, begin, end, pieces, left)
         kept = np.sort(order[: whole + 1])
         kept = kept[segments[kept, 2] > segments[kept, 1]]
         return Documents(self.corpus, segments[kept], self.dropped)
 
-    def _first_pieces(self, unit: int, begin: int, end: int, left: int) -> int:
-        return min(end, begin + sum(map(len, self.corpus.pieces(unit)[:left])))
+    def _first_pieces(self, unit: int, begin: int, end: int, pieces: int, left: int) -> tuple[int, int]:
+        return min(end, begin + sum(map(len, self.corpus.pieces(unit)[:left]))), left
 
-    def _first_bytes(self, unit: int, begin: int, end: int, left: int) -> int:
+    def _first_bytes(self, unit: int, begin: int, end: int, pieces: int, left: int) -> tuple[int, int]:
         data, place = self.corpus.read(unit), begin + left
         while place > begin and data[place] & 0xC0 == 0x80:  # inside a character
             place -= 1
-        return place
+        return place, -(-pieces * (place - begin) // (end - begin))
 
 
 def _bytes(text: str) -> bytes:

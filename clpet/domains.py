@@ -39,13 +39,13 @@ class Domains(Source):
     drop_above: int | None = None
     base: str | None = None
     reference: str | None = None
-    groups: dict[str, list[str]] = field(default_factory=dict)
+    groups: dict[str, list[str]] | None = None
     source_order: list[str] | None = None
     order_encoder: str = "auto"
     order_samples: int = 10_000
     decontaminate: bool = True
-    stream: bool = False
     isolate: bool = False
+    stream: bool = False
 
     plain_text: ClassVar[bool] = True
 
@@ -70,6 +70,10 @@ class Domains(Source):
         """The splits of a domain that its files give, train at least."""
         raise DataError(f"{type(self).__name__} does not say where its domains lie")
 
+    def sources(self) -> dict[str, list[str]]:
+        """Group -> its domains: what figures are also given by, and what order=similar_hier keeps together."""
+        return self.groups or {}
+
     def parents(self) -> dict[str, str]:
         """Domain -> the group inside its source, for order=similar_hier."""
         return {}
@@ -92,8 +96,8 @@ class Domains(Source):
         order = self._ordering(trains, self._reference(there, folder))
         benchmark = Benchmark(self.name, [tasks[name] for name in order["names"]], max_length=self.max_length)
         benchmark.groups = self._groups(there, list(order["names"]))
-        benchmark.base, benchmark.stream, benchmark.order = base, self.stream, order
-        benchmark.isolate = self.isolate
+        benchmark.base, benchmark.order = base, order
+        benchmark.isolate, benchmark.stream = self.isolate, self.stream
         benchmark.check()
         return benchmark
 
@@ -152,7 +156,7 @@ class Domains(Source):
             order,
             seed=self.order_seed,
             reference=None if reference is None else _texts(reference.limited(5 * self.order_samples)),
-            sources=self.groups,
+            sources=self.sources(),
             parents=self.parents(),
             source_order=self.source_order,
             samples=self.order_samples,
@@ -177,11 +181,11 @@ class Domains(Source):
 
     def _groups(self, there: list[str], names: list[str]) -> dict[str, list[str]]:
         """The named groups, in training order; what is not in the sequence is left out."""
-        for group, members in self.groups.items():
+        for group, members in (self.groups or {}).items():
             for name in members:
                 if name not in there:
                     raise DataError(f"benchmark.groups.{group} names {name}, which is no domain{suggest(name, there)}")
-        groups = {group: [name for name in names if name in members] for group, members in self.groups.items()}
+        groups = {group: [name for name in names if name in members] for group, members in self.sources().items()}
         return {group: members for group, members in groups.items() if members}
 
 

@@ -103,11 +103,11 @@ def _stretches(documents: Documents) -> Iterator[str]:
 
 def _without(test: Documents, repeated: list[np.ndarray]) -> Documents:
     """`test` without the pieces that are repeated, given per element."""
-    segments = []
+    segments: list[list[int]] = []
     for place, pieces in enumerate(repeated):
-        segment = test.segments[place]
+        unit, first, last, count = test.segments[place].tolist()
         if not pieces.any():
-            segments.append(segment)
+            segments.append([unit, first, last, count])
             continue
         text = test[place].text
         keep = np.ones(len(text), dtype=bool)
@@ -115,7 +115,7 @@ def _without(test: Documents, repeated: list[np.ndarray]) -> Documents:
             keep[start : start + WINDOW] = False
         edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]])))
         for begin, end in edges.reshape(-1, 2).tolist():
-            first = int(segment[1]) + len(text[:begin].encode())
-            segments.append(np.array([segment[0], first, first + len(text[begin:end].encode())]))
+            skipped, size = len(text[:begin].encode()), len(text[begin:end].encode())
+            segments.append([unit, first + skipped, first + skipped + size, -(-count * size // (last - first))])
     dropped = sum(int(pieces.sum()) for pieces in repeated)
-    return Documents(test.corpus, np.array(segments, dtype=np.int64).reshape(-1, 3), dropped)
+    return Documents(test.corpus, np.array(segments, dtype=np.int64).reshape(-1, 4), dropped)
