@@ -66,6 +66,7 @@ class Benchmark:
     own_softmax: bool = False  # the loss compares the labels of an example's own task only
     reserved: int = 0  # positions of the model that a method's prompts take, at most
     data_record: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)  # of domains, reported apart
 
     def __post_init__(self) -> None:
         self.labels: list[str] = list(dict.fromkeys(label for task in self.tasks for label in task.labels))
