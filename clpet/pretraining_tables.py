@@ -50,7 +50,7 @@ def transfer_tables(found: dict[str, Any]) -> str:
         curve = found[name]
         rows = [_line(curve, axis, place) for place in few(len(curve[axis])) if curve["count"][place]]
         if rows:
-            header = [axis, "pairs", "mean", "median", "mean - ZS", "median - ZS", "mean / ZS", "mean - own CPT"]
+            header = [axis, "pairs", "mean", "median", "mean - ZS", "median - ZS", "mean ratio to ZS", "mean - own CPT"]
             parts.append(f"{words}; below 0 or 1: better than zero-shot\n{table(header, rows)}")
     return "\n\n".join(parts)
 
