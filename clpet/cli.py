@@ -258,16 +258,19 @@ def runs(argv: list[str]) -> int:
     parser.add_argument(
         "--compare", metavar="KEY", help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ..."
     )
-    parser.add_argument(
-        "--metrics", default="average,whole,bwt,fwt,forgetting,learning_accuracy", help="columns to compare"
-    )
+    parser.add_argument("--metrics", help="columns to compare, such as average,bwt or zs,cpt,lc; see docs/metrics.md")
+    parser.add_argument("--picture", metavar="FILE", help="also draw the groups side by side (perplexities)")
     parser.add_argument("--benchmark", help="only runs of this benchmark")
     parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
     arguments = parser.parse_args(argv)
     from clpet import compare
 
-    print(compare.report(Path(arguments.folder), arguments.compare, arguments.metrics.split(","),
-                         arguments.benchmark, arguments.format))  # fmt: skip
+    if arguments.picture and not arguments.compare:
+        raise ConfigError("--picture needs --compare KEY, such as --compare model")
+    folder, metrics = Path(arguments.folder), arguments.metrics.split(",") if arguments.metrics else []
+    print(compare.report(folder, arguments.compare, metrics, arguments.benchmark, arguments.format))
+    if arguments.picture:
+        compare.picture(folder, arguments.compare, arguments.benchmark, Path(arguments.picture))
     return 0
 
 

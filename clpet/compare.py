@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from clpet import pretraining
 from clpet.console import matrix_table, table
 from clpet.errors import ConfigError, DataError, suggest
+from clpet.pretraining_tables import average_table, domain_table, formula_lines, transfer_tables
 from clpet.records import command
 from clpet.results import CONVENTIONS, NEEDS, TransferMatrix, round2
 
+COLUMNS = ("average", "whole", "bwt", "fwt", "forgetting", "learning_accuracy")  # of a comparison, by default
 DRAWS = 2000  # bootstrap resamples
 
 
@@ -38,23 +41,41 @@ def report(folder: Path, key: str | None, metrics: Sequence[str], benchmark: str
         return _listing(folder, runs, form)
     if not runs:
         raise DataError(f"{folder} holds no finished runs to compare")
+    known = {**CONVENTIONS, **pretraining.FORMULAS}
     for metric in metrics:
-        if metric not in CONVENTIONS:
-            raise ConfigError(f"there is no metric {metric}{suggest(metric, CONVENTIONS)}")
+        if metric not in known:
+            raise ConfigError(f"there is no metric {metric}{suggest(metric, known)}")
     parts = []
     for name in dict.fromkeys(run["benchmark"] for _, run in runs):
         own = [(path, run) for path, run in runs if run["benchmark"] == name]
-        groups = group_by(own, key)
-        header = [key, "seeds", *metrics]
+        groups, lower = group_by(own, key), own[0][1]["direction"] == "lower"
+        columns = metrics or (pretraining.COLUMNS if lower else COLUMNS)
+        header = [key, "seeds", *columns]
         rows = [
-            [value, str(len(group)), *(spread(group, metric, own) for metric in metrics)]
+            [value, str(len(group)), *(spread(group, metric, own) for metric in columns)]
             for value, group in groups.items()
         ]
-        title = f"{name}: mean ± standard deviation over seeds\n" if form == "text" else ""
-        parts.append(title + formatted(header, rows, form))
-        if form in ("text", "md") and (tests := significance(groups)):
+        title = f"{name}: {'perplexity, lower is better, ' * lower}mean ± standard deviation over seeds\n"
+        parts.append((title if form == "text" else "") + formatted(header, rows, form))
+        if form in ("text", "md") and not lower and (tests := significance(groups)):
             parts.append(tests)
     return "\n\n".join(part.strip("\n") for part in parts)
+
+
+def picture(folder: Path, key: str, benchmark: str | None, path: Path) -> Path:
+    """Groups of pretraining runs side by side. Raises ConfigError where they are not runs of one such benchmark."""
+    from clpet.pretraining_plots import side_by_side
+
+    runs = [(place, run) for place, run in find_runs(folder) if benchmark in (None, run["benchmark"])]
+    names = sorted({run["benchmark"] for _, run in runs if run["direction"] == "lower"})
+    if len(names) != 1:
+        raise ConfigError(f"--picture draws one benchmark of perplexities: say --benchmark{suggest('', names)}")
+    own = [(place, run) for place, run in runs if run["benchmark"] == names[0]]
+    groups = {
+        value: [pretraining_figures(run, own) for _, run in group if run["method"] != pretraining.DAPT]
+        for value, group in group_by(own, key).items()
+    }
+    return side_by_side({value: found for value, found in groups.items() if found}, key, path, names[0])
 
 
 def _listing(folder: Path, runs: list[tuple[Path, dict[str, Any]]], form: str) -> str:
@@ -104,7 +125,7 @@ def group_by(runs: Group, key: str) -> dict[str, Group]:
 
 def spread(group: Group, metric: str, runs: Group) -> str:
     """mean ± standard deviation (n - 1) of a metric over a group's seeds."""
-    values = [value for path, run in group if (value := figures(run, runs)[metric]) is not None]
+    values = [value for path, run in group if (value := figures(run, runs).get(metric)) is not None]
     if not values or len(values) < len(group):
         return "-"
     deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
@@ -114,7 +135,20 @@ def spread(group: Group, metric: str, runs: Group) -> str:
 def figures(run: dict[str, Any], runs: Group) -> dict[str, float | None]:
     """Every convention of a run, those that need a joint or independent run taken from `runs` where it is there."""
     matrix = TransferMatrix.from_json(run)
-    return matrix.metrics(**{name: reference(run, runs, name) for name in ("independent", "joint")})
+    found = matrix.metrics(**{name: reference(run, runs, name) for name in ("independent", "joint")})
+    if matrix.direction == "lower":
+        found |= pretraining.headline(pretraining_figures(run, runs))
+    return found
+
+
+def pretraining_figures(run: dict[str, Any], runs: Group) -> dict[str, Any]:
+    """The figures of a run of perplexities, with DAPT from the diagonal of a dapt run of the same setting and seed."""
+    matrix, alone = TransferMatrix.from_json(run), None
+    if found := reference(run, runs, pretraining.DAPT):
+        known = dict(zip(found.tasks, pretraining.own_checkpoint(found.scores), strict=True))
+        alone = np.array([known.get(name, np.nan) for name in matrix.tasks])
+    groups = {name: part["domains"] for name, part in run["pretraining"]["groups"].items()}
+    return pretraining.figures(matrix.scores, matrix.tasks, alone, groups)
 
 
 def reference(run: dict[str, Any], runs: Group, method: str) -> TransferMatrix | None:
@@ -229,6 +263,8 @@ def show(path: Path, every_metric: bool) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not the result of a run: {error}") from error
     others = find_runs(file.resolve().parents[3])
+    if matrix.direction == "lower":
+        return "\n\n".join([_head(run), *_pretraining(run, matrix, others, every_metric), _costs(run)])
     words = run.get("objective") == "text_to_text"
     parts = [_head(run), ("score" if words else "accuracy among all labels seen so far") + "\n" + matrix_table(matrix)]
     if not words:
@@ -252,6 +288,18 @@ def _head(run: dict[str, Any]) -> str:
         f"trained per task {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.3f} %)\n"
         f"clpet train {shlex.join(run['overrides'])}"
     )
+
+
+def _pretraining(run: dict[str, Any], matrix: TransferMatrix, others: Group, every: bool) -> list[str]:
+    found = pretraining_figures(run, others)
+    bits = [run["diagnostics"][-1].get(f"bits_per_byte/{name}") for name in matrix.tasks]
+    parts = [
+        "perplexity after each domain (rows), lower is better\n" + matrix_table(matrix),
+        domain_table(found, bits),
+        average_table(found),
+        transfer_tables(found),
+    ]
+    return [*parts, formula_lines(found, command(run, pretraining.DAPT))] if every else parts
 
 
 def _metrics(run: dict[str, Any], others: Group, every: bool) -> str:

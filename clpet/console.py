@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -14,6 +15,7 @@ log = logging.getLogger(__name__)
 
 PLAIN_EVERY = 15.0  # seconds between plain lines
 LIVE_EVERY = 0.2
+MOST = 16  # rows and columns of a matrix on the screen
 
 
 class Display:
@@ -105,16 +107,33 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def matrix_table(matrix: TransferMatrix, rows: int | None = None) -> str:
-    """The transfer matrix as text, rows 0 to `rows`; unmeasured rows are left out."""
+    """The transfer matrix as text, rows 0 to `rows`; unmeasured rows are left out, and the middle of a large one."""
     names = ["(before)", *matrix.tasks]
+    spell = perplexity if matrix.direction == "lower" else "{:.1f}".format
     body = []
     for index in range(len(matrix) + 1 if rows is None else rows + 1):
         values = matrix.scores[index]
         if (values == values).any():
-            body.append([names[index], *("" if v != v else f"{v:.1f}" for v in values)])
-    return table(["after \\ on", *matrix.tasks], body)
+            body.append([names[index], *_ends(["" if v != v else spell(v) for v in values])])
+    return table(["after \\ on", *_ends(matrix.tasks)], _ends(body, ["…"] * (min(len(matrix), MOST + 1) + 1)))
+
+
+def _ends(items: list[Any], gap: Any = "…") -> list[Any]:
+    """A list, or its first and last items where there are more than MOST."""
+    return items if len(items) <= MOST else [*items[: MOST // 2], gap, *items[-MOST // 2 :]]
+
+
+def perplexity(value: float | None) -> str:
+    """A perplexity as it is printed: three to five digits."""
+    if value is None or value != value:
+        return "-"
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.2f}"
 
 
 def summary_line(matrix: TransferMatrix, row: int) -> str:
-    """Average and whole accuracy over the tasks seen so far."""
-    return f"average {round2(matrix.average(row, row))} · whole {round2(matrix.whole(row, row))} on {row} seen tasks"
+    """Average and whole score over the tasks seen so far."""
+    average, whole = matrix.average(row, row), matrix.whole(row, row)
+    if matrix.direction == "lower":
+        return f"perplexity: average {perplexity(average)} · whole {perplexity(whole)} on {row} seen domains"
+    return f"average {round2(average)} · whole {round2(whole)} on {row} seen tasks"

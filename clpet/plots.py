@@ -10,32 +10,27 @@ from clpet.results import TransferMatrix
 
 def transfer_heatmap(matrix: TransferMatrix, path: Path, title: str) -> Path:
     """Rows are training time from top to bottom, columns are tasks; a frame marks the task just learned."""
-    figure, axes = _figure(1.6 + 0.75 * len(matrix), 1.5 + 0.5 * (len(matrix) + 1))
+    figure, axes = new_figure(1.6 + 0.75 * len(matrix), 1.5 + 0.5 * (len(matrix) + 1))
     scores = matrix.scores
-    low, high = (0, 100) if matrix.direction == "higher" else (np.nanmin(scores), np.nanmax(scores))
-    colours = "viridis" if matrix.direction == "higher" else "viridis_r"
-    image = axes.imshow(np.ma.masked_invalid(scores), vmin=low, vmax=high, cmap=colours, aspect="auto")
-    middle = (low + high) / 2
+    image = axes.imshow(np.ma.masked_invalid(scores), vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for (row, column), value in np.ndenumerate(scores):
         if value == value:
-            bright = (value > middle) == (matrix.direction == "higher")
-            axes.text(
-                column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color="black" if bright else "white"
-            )
+            colour = "black" if value > 50 else "white"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
     for index in range(len(matrix)):
-        axes.add_patch(_frame(index - 0.5, index + 0.5))
+        axes.add_patch(frame(index - 0.5, index + 0.5))
     axes.set_xticks(range(len(matrix)), matrix.tasks, rotation=30, ha="right")
     axes.set_yticks(range(len(matrix) + 1), ["before", *matrix.tasks])
     axes.set_xlabel("tested on")
     axes.set_ylabel("after learning")
     axes.set_title(title, fontsize=11)
-    figure.colorbar(image, ax=axes, label="score, %" if matrix.direction == "higher" else "perplexity")
-    return _save(figure, path)
+    figure.colorbar(image, ax=axes, label="score, %")
+    return save(figure, path)
 
 
 def accuracy_curves(matrix: TransferMatrix, path: Path, title: str) -> Path:
     """Each task's score from the moment it is learned, and the average over the tasks seen so far."""
-    figure, axes = _figure(7, 4.2)
+    figure, axes = new_figure(7, 4.2)
     steps = np.arange(1, len(matrix) + 1)
     for index, name in enumerate(matrix.tasks):
         axes.plot(steps[index:], matrix.scores[index + 1 :, index], marker="o", markersize=4, label=name)
@@ -44,13 +39,12 @@ def accuracy_curves(matrix: TransferMatrix, path: Path, title: str) -> Path:
     axes.plot(steps, values, color="black", linewidth=2.5, label="average of seen")
     axes.set_xticks(steps)
     axes.set_xlabel("tasks learned")
-    axes.set_ylabel("score, %" if matrix.direction == "higher" else "perplexity")
-    if matrix.direction == "higher":
-        axes.set_ylim(0, 102)
+    axes.set_ylabel("score, %")
+    axes.set_ylim(0, 102)
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def retrieval_heatmap(shares: np.ndarray, tasks: list[str], path: Path, title: str) -> Path:
@@ -58,21 +52,21 @@ def retrieval_heatmap(shares: np.ndarray, tasks: list[str], path: Path, title: s
 
     shares [tasks, tasks + 1]; the last column is no majority.
     """
-    figure, axes = _figure(2.4 + 0.75 * len(tasks), 1.5 + 0.5 * len(tasks))
+    figure, axes = new_figure(2.4 + 0.75 * len(tasks), 1.5 + 0.5 * len(tasks))
     image = axes.imshow(np.ma.masked_invalid(100 * shares), vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for (row, column), value in np.ndenumerate(100 * shares):
         if value == value:
             colour = "black" if value > 50 else "white"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
     for index in range(len(tasks)):
-        axes.add_patch(_frame(index - 0.5, index - 0.5))
+        axes.add_patch(frame(index - 0.5, index - 0.5))
     axes.set_xticks(range(len(tasks) + 1), [*tasks, "none"], rotation=30, ha="right")
     axes.set_yticks(range(len(tasks)), tasks)
     axes.set_xlabel("majority of retrieved keys")
     axes.set_ylabel("task of the text")
     axes.set_title(f"{title}: retrieval", fontsize=11)
     figure.colorbar(image, ax=axes, label="texts, %")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def importance_heatmap(history: list[dict[str, Any]], tasks: list[str], path: Path, title: str) -> Path:
@@ -88,7 +82,7 @@ def importance_heatmap(history: list[dict[str, Any]], tasks: list[str], path: Pa
         for row, layer in enumerate(layers):
             values[row, place * width : place * width + len(entry[layer])] = np.asarray(entry[layer])
     shown = list(range(0, len(layers), -(-len(layers) // 40)))
-    figure, axes = _figure(3 + max(4.0, 0.05 * values.shape[1]), 1.6 + 0.17 * len(shown))
+    figure, axes = new_figure(3 + max(4.0, 0.05 * values.shape[1]), 1.6 + 0.17 * len(shown))
     image = axes.imshow(values, norm=PowerNorm(0.5, 0, 1), cmap="magma", aspect="auto", interpolation="nearest")
     for place in range(1, len(tasks)):
         axes.axvline(place * width - 0.5, color="white", linewidth=1)
@@ -98,12 +92,12 @@ def importance_heatmap(history: list[dict[str, Any]], tasks: list[str], path: Pa
     axes.set_xlabel(f"task learned ({width} units of a layer side by side)" if width > 1 else "task learned")
     axes.set_title(title, fontsize=11)
     figure.colorbar(image, ax=axes, label="importance, least to most of the task")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def share_bars(figures: list[dict[str, float]], tasks: list[str], path: Path, title: str) -> Path:
     """Stacked bars: percent of the units kept, shared, taken and averaged in the fusion after each task."""
-    figure, axes = _figure(2.5 + 0.7 * len(tasks), 4)
+    figure, axes = new_figure(2.5 + 0.7 * len(tasks), 4)
     foot = np.zeros(len(tasks))
     for part, colour in (("kept", "#4c72b0"), ("shared", "#8172b3"), ("taken", "#dd8452"), ("averaged", "#d0d0d0")):
         height = np.array([entry[f"units_{part}"] for entry in figures])
@@ -114,7 +108,7 @@ def share_bars(figures: list[dict[str, float]], tasks: list[str], path: Path, ti
     axes.set_xlabel("after learning")
     axes.set_title(title, fontsize=11)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -124,21 +118,24 @@ def short_names(names: list[str]) -> list[str]:
     return [".".join(part for part in parts if part not in common) for parts in split]
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure in inches with its axes, or one axes per column; no display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(ncols=columns)
 
 
-def _frame(x: float, y: float) -> Any:
+def frame(x: float, y: float, colour: str = "crimson", width: float = 2) -> Any:
+    """The border of the cell whose corner is (x, y)."""
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x, y), 1, 1, fill=False, edgecolor="crimson", linewidth=2)
+    return Rectangle((x, y), 1, 1, fill=False, edgecolor=colour, linewidth=width)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Writes the picture and gives its path."""
     figure.savefig(path, dpi=110)
     return path

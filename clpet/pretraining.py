@@ -47,16 +47,17 @@ def figures(
     scores = np.asarray(scores, dtype=float)
     alone = np.full(len(names), np.nan) if dapt is None else np.asarray(dapt, dtype=float)
     columns = {group: [j for j, name in enumerate(names) if name in own] for group, own in (groups or {}).items()}
-    return {
-        "direction": "lower is better",
-        "domains": _domains(scores, names, alone),
-        **_part(scores, alone, list(range(len(names)))),
-        "groups": {
-            group: {"domains": [names[j] for j in own], **_part(scores, alone, own)}
-            for group, own in columns.items()
-            if own
-        },
-    }
+    with np.errstate(invalid="ignore"):  # the difference of two infinite perplexities is not known
+        return {
+            "direction": "lower is better",
+            "domains": _domains(scores, names, alone),
+            **_part(scores, alone, list(range(len(names)))),
+            "groups": {
+                group: {"domains": [names[j] for j in own], **_part(scores, alone, own)}
+                for group, own in columns.items()
+                if own
+            },
+        }
 
 
 def headline(found: dict[str, Any]) -> dict[str, float | None]:

@@ -16,10 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import save_file
 
-from clpet import __version__
+from clpet import __version__, pretraining
 from clpet.adapters import parameter_ratio
 from clpet.console import matrix_table
 from clpet.methods.base import Method
+from clpet.pretraining import DAPT
+from clpet.pretraining_tables import LEGEND, average_table
 from clpet.results import TransferMatrix, round2, tolist
 from clpet.state import RunState, write_atomic
 from clpet.tasks import Benchmark
@@ -86,6 +88,7 @@ def collect(
         **headline(state.matrix),
         "metrics": state.matrix.metrics(),
         "task_metrics": state.own.metrics(),
+        **_pretraining(state.matrix, benchmark),
         "diagnostics": state.diagnostics,
         "parameters": parameter_ratio(method.trainable_parameters(), method.objective.adapters.base_parameters),
         "cost": state.costs,
@@ -110,11 +113,21 @@ def headline(matrix: TransferMatrix) -> dict[str, float | None]:
     }
 
 
-def pictures(out: Path, state: RunState, method: str, benchmark: str) -> list[Path]:
-    """Draws the matrix and the curves."""
+def _pretraining(matrix: TransferMatrix, benchmark: Benchmark) -> dict[str, Any]:
+    if matrix.direction == "higher":
+        return {}
+    return {"pretraining": pretraining.figures(matrix.scores, matrix.tasks, groups=benchmark.groups)}
+
+
+def pictures(out: Path, state: RunState, method: str, benchmark: Benchmark) -> list[Path]:
+    """Draws the matrix and the curves, and the similarities behind an order of domains."""
+    title = f"{method} on {benchmark.name}"
+    if state.matrix.direction == "lower":
+        from clpet.pretraining_plots import draw
+
+        return draw(out, state.matrix, benchmark.data_record.get("order"), title)
     from clpet.plots import accuracy_curves, transfer_heatmap
 
-    title = f"{method} on {benchmark}"
     return [
         transfer_heatmap(state.matrix, out / "transfer.png", title),
         accuracy_curves(state.matrix, out / "accuracy.png", title),
@@ -148,13 +161,18 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     def say(text: str = "") -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    words = results.get("objective") == "text_to_text"
-    what = "score" if words else "accuracy"
-    say(f"{results['method']} on {results['benchmark']}, seed {results['seed']}: {what} in % after each task (rows)")
+    words, lower = results.get("objective") == "text_to_text", matrix.direction == "lower"
+    what = f"{'score' if words else 'accuracy'} in % after each task (rows)"
+    what = "perplexity after each domain (rows), lower is better" if lower else what
+    say(f"{results['method']} on {results['benchmark']}, seed {results['seed']}: {what}")
     say(matrix_table(matrix))
     say()
-    for name in ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy"):
-        say(f"{name.replace('_', ' '):18} {round2(results[name]):>7}")
+    if lower:
+        say(average_table(results["pretraining"]))
+        say(LEGEND)
+    else:
+        for name in ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy"):
+            say(f"{name.replace('_', ' '):18} {round2(results[name]):>7}")
     for name, value in results["diagnostics"][-1].items():
         if name != "row" and "/" not in name:
             say(f"{name.replace('_', ' '):18} {round2(value):>7}")
@@ -163,7 +181,7 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     say()
     say(f"run   {out}")
     say(f"next  clpet show {out}")
-    better = "o_lora" if words else "dynamic_conpet"
+    better = DAPT if lower else "o_lora" if words else "dynamic_conpet"
     other = better if results["method"] in ("sequential", "joint", "independent") else "sequential"
     say(f"      {command(results, other)}")
 

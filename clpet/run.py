@@ -55,7 +55,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
                 raise
             count_parameters(console, parts, benchmark, str(error))
             return None
-        benchmark.data_record = inspect_data(benchmark, data)
+        benchmark.data_record |= inspect_data(benchmark, data)
         for warning in benchmark.data_record["warnings"]:
             log.warning(warning)
         parts["replay"].setup(data, config.seed, config.train.global_batch_size)
@@ -72,7 +72,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
             state = Experiment(config, out, identity, method, benchmark, data, trainer, track).learn()
             results = records.collect(out, cfg, overrides, identity, method, benchmark, state)
-            pictures = [*records.pictures(out, state, method.name, benchmark.name), *method.pictures(out)]
+            pictures = [*records.pictures(out, state, method.name, benchmark), *method.pictures(out)]
             track.finished(results, pictures)
             records.finish(out, results)
         records.show_finished(console, out, results)

@@ -70,7 +70,6 @@ class Benchmark:
     data_record: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)  # of domains, reported apart
     order: dict[str, Any] = field(default_factory=dict)  # how the domains were ordered, and its hash
-    isolate: bool = False  # documents in one window do not see each other
     stream: bool = False  # texts are read as they are trained on, not tokenised beforehand
 
     def __post_init__(self) -> None:

@@ -1,0 +1,122 @@
+"""Prediction rank of a domain's key terms (Yıldız et al., 2024, arXiv 2402.17400): is a term foreseen in its place?
+
+Key terms are the n-grams of words that set a domain apart from the others. A fixed list of places in test text
+where they stand is asked of every checkpoint: the context before the term, and the rank of the term's first token
+among all tokens. A rank of 1 is best.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from clpet.config import derive
+
+_WORD = re.compile(r"[^\W\d_]{3,}")  # letters, three or more
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A place in a test text: `context` ends before the space in front of a key term, `target` starts with it."""
+
+    domain: str
+    term: str
+    context: str
+    target: str
+
+
+def key_terms(texts: Mapping[str, Iterable[str]], count: int = 50, longest: int = 3) -> dict[str, list[str]]:
+    """Up to `count` n-grams of each domain with the highest (1 + ln tf) ln(domains / df), lower case, best first.
+
+    tf counts a term in the domain, at least twice; df the domains that have it, not all of them. Ties go by the
+    alphabet.
+    """
+    counts = {
+        name: Counter(term for text in own for term, _, _ in ngrams(text, longest)) for name, own in texts.items()
+    }
+    df = Counter(term for own in counts.values() for term in own)
+    found = {}
+    for name, own in counts.items():
+        weights = {
+            term: (1 + math.log(tf)) * math.log(len(counts) / df[term])
+            for term, tf in own.items()
+            if tf > 1 and df[term] < len(counts)
+        }
+        found[name] = sorted(weights, key=lambda term: (-weights[term], term))[:count]
+    return found
+
+
+def ngrams(text: str, longest: int) -> Iterator[tuple[str, int, int]]:
+    """(term, start, end) of all runs of 1 to `longest` words with one blank between and no stop word among them."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    run: list[tuple[int, int]] = []
+    for match in _WORD.finditer(text):
+        if match.group().lower() in ENGLISH_STOP_WORDS:
+            run = []
+            continue
+        if run and text[run[-1][1] : match.start()] != " ":
+            run = []
+        run = [*run, match.span()][-longest:]
+        for start, _ in run:
+            yield text[start : match.end()].lower(), start, match.end()
+
+
+def prompts(
+    texts: Mapping[str, Iterable[str]],
+    terms: Mapping[str, Sequence[str]],
+    per_domain: int = 100,
+    seed: int = 0,
+    characters: int = 500,
+    least: int = 20,
+) -> list[Prompt]:
+    """Places in test texts where a key term of their domain stands after a blank, `per_domain` at most.
+
+    Terms take turns, so that a frequent one does not fill the list; of terms that overlap at a place the longest is
+    asked for. A context has up to `characters` characters, cut between words, and at least `least`.
+    """
+    found = []
+    for name in sorted(texts):
+        places = [prompt for text in texts[name] for prompt in _places(name, text, set(terms[name]), characters, least)]
+        order = np.random.default_rng(derive(seed, "prompts", name)).permutation(len(places))
+        turns: Counter[str] = Counter()
+        drawn = []
+        for place in order:
+            drawn.append((turns[places[place].term], len(drawn), places[place]))
+            turns[places[place].term] += 1
+        found += [prompt for _, _, prompt in sorted(drawn, key=lambda entry: entry[:2])[:per_domain]]
+    return found
+
+
+def _places(domain: str, text: str, terms: set[str], characters: int, least: int) -> Iterator[Prompt]:
+    longest = max((len(term.split()) for term in terms), default=1)
+    spans = [(start, -end, term) for term, start, end in ngrams(text, longest) if term in terms]
+    free = 0
+    for start, negative_end, term in sorted(spans):
+        if start < max(free, least) or text[start - 1] != " ":
+            continue
+        free = -negative_end
+        cut = max(0, start - characters)
+        context = text[cut:start].rstrip()
+        if cut and not text[cut - 1].isspace():
+            context = context.partition(" ")[2]
+        yield Prompt(domain, term, context, text[start - 1 : free])
+
+
+def ranks(logits: Tensor, targets: Tensor) -> Tensor:
+    """[...]: 1 + how many of the logits [..., vocabulary] are above the target's; equal ones do not count."""
+    own = logits.gather(-1, targets[..., None])
+    return 1 + (logits > own).sum(-1)
+
+
+def rank_figures(found: Sequence[int], domains: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Median rank and mean natural log of the rank, by domain and over `all` prompts; lower is better."""
+    values, names = np.asarray(found, dtype=float), np.asarray(domains)
+    parts = {"all": values, **{name: values[names == name] for name in dict.fromkeys(domains)}}
+    return {
+        name: {"median": float(np.median(part)), "mean_log": float(np.log(part).mean())} for name, part in parts.items()
+    }
