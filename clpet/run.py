@@ -16,6 +16,8 @@ from clpet.data import inspect_data
 from clpet.dry import count_parameters, dry_run
 from clpet.errors import ConfigError, ModelError
 from clpet.evaluation import Evaluator
+from clpet.halfway import Keeper
+from clpet.interrupt import Interrupt
 from clpet.methods.base import Method
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
@@ -38,7 +40,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         records.show_finished(console, out, done)
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
-    with Lock(out), quiet_libraries():
+    with Interrupt() as interrupt, Lock(out), quiet_libraries():
         benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
         method.check_benchmark(benchmark)
         check_validation(config, method, benchmark)
@@ -62,6 +64,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         method.setup(objective, benchmark, data, parts["replay"], config.seed)
         display.tasks = len(method.curriculum())
         trainer = Trainer(config.train, parts["hardware"], objective, display, config.seed)
+        trainer.keeper = Keeper(method, config.train.save_minutes, interrupt)
         if config.dry_run:
             dry_run(console, config, method, benchmark, trainer)
             return None
@@ -93,20 +96,22 @@ class Experiment:
     track: Tracker
 
     def learn(self) -> RunState:
-        """The loop. A checkpoint follows every task; a run that was killed goes on after the last one."""
-        method, track, curriculum = self.method, self.track, self.method.curriculum()
-        state = self.resume()
+        """The loop. Checkpoints follow every task and lie inside long ones; a killed run goes on after the last one."""
+        method, track, trainer, curriculum = self.method, self.track, self.trainer, self.method.curriculum()
+        folder, keeper, state = self.out / "state", trainer.keeper, self.resume()
         for position, (index, task) in enumerate(curriculum):
             if position < state.done:
                 continue
             track.display.task(position + 1, task.name)
-            self.trainer.begin_task(index)
-            method.learn(task, index, self.trainer)
+            trainer.begin_task(index, last=position + 1 == len(curriculum))
+            keeper.begin(state.task, state.task_writer(folder, self.identity))
+            method.learn(task, index, trainer)
             method.after_task(task, index)
             state.costs.append(records.task_cost(method))
-            state.done = position + 1
+            state.done, state.task, state.trainer = position + 1, None, trainer.state()
             self.evaluate(state, index + 1)
-            state.save(self.out / "state", method.state_dict(), self.identity)
+            with keeper.between():
+                state.save(folder, method.state_dict(), self.identity)
             track.display.task_done()
         return state
 
@@ -120,9 +125,12 @@ class Experiment:
             self.evaluate(state, 0)
             return state
         state, method_state = saved
-        self.method.load_state_dict(method_state)
+        if method_state:
+            self.method.load_state_dict(method_state)
+        self.trainer.load(state.trainer)
         self.track.forget_after(state.done)
-        self.track.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks")
+        inside = f", inside task {state.done + 1}" if state.task else ""
+        self.track.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks{inside}")
         return state
 
     def evaluate(self, state: RunState, row: int) -> None:

@@ -220,6 +220,13 @@ class Method:
         self.objective.load(state["objective"])
         self.replay.load(state["replay"])
 
+    def task_state(self) -> dict[str, Any]:
+        """What the hooks of a fit gather while it goes on, beside the trained tensors; as in `state_dict`."""
+        return {}
+
+    def load_task_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `task_state`, in the midst of `learn`, where the fit would begin."""
+
     def heads(self) -> dict[str, Head]:
         """Heads by name, saved as safetensors at the end of the run."""
         return self.objective.heads()
