@@ -202,7 +202,7 @@ def build(node: dict, where: str, **runtime: Any) -> Any:
     folder the user named with --config-dir. `runtime` sets attributes that are no knobs.
     """
     values = {key: value for key, value in node.items() if key != "_target_"}
-    instance = _merge(_find_class(str(node["_target_"]), where), values, where)
+    instance = _merge(find_class(str(node["_target_"]), where), values, where)
     for key, value in runtime.items():
         setattr(instance, key, value)
     return instance
@@ -213,7 +213,8 @@ def plugin_dirs() -> list[Path]:
     return [Path(folder) for folder in os.environ.get("CLPET_CONFIG_DIR", "").split(os.pathsep) if folder]
 
 
-def _find_class(target: str, where: str) -> type:
+def find_class(target: str, where: str) -> type:
+    """The dataclass that a `_target_` names, of clpet or of a --config-dir folder. Raises ConfigError."""
     module_name, _, class_name = target.rpartition(".")
     for folder in plugin_dirs():
         if str(folder) not in sys.path:

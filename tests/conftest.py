@@ -71,6 +71,46 @@ def clpet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
     os.environ.pop("CLPET_CONFIG_DIR", None)
 
 
+def methods_of(objective: str) -> list[str]:
+    """The methods that do an objective."""
+    from omegaconf import OmegaConf
+
+    from clpet.cli import options
+    from clpet.config import find_class
+
+    classes = {name: find_class(OmegaConf.load(path)["_target_"], "method") for name, path in options("method").items()}
+    return sorted(name for name, found in classes.items() if objective in found.objectives)
+
+
+PROSE = {
+    "birds": ["the wren sings at dawn in the hedge", "an owl hunts by night over the field", "a heron waits in the reeds"],
+    "metals": ["iron rusts in wet air", "gold does not rust, however old it is", "tin is a soft and silvery metal"],
+    "tides": ["the tide comes in twice a day", "the moon pulls the sea", "at neap tide the water moves little"],
+}  # fmt: skip
+
+
+def write_prose(folder: Path, copies: int = 40) -> Path:
+    """Three domains of plain text, a jsonl file of documents for each split."""
+    for domain, lines in PROSE.items():
+        (folder / domain).mkdir(parents=True, exist_ok=True)
+        for split, count in {"train": copies, "validation": 3, "test": 3}.items():
+            rows = [{"text": f"{lines[i % 3]}, {split} {i}."} for i in range(count)]
+            (folder / domain / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the prose domains."""
+    return write_prose(tmp_path_factory.mktemp("prose"))
+
+
+def domain_args(prose: Path, *more: str) -> list[str]:
+    """Overrides of a run on the prose domains that takes about a second."""
+    return ["model=tiny_llama", "tracking=off", "hardware=cpu", "hardware.threads=1", "benchmark=text_domains",
+            f"data_dir={prose}", "benchmark.max_length=32", "train.lr=1e-2", "train.warmup_steps=2", *more]  # fmt: skip
+
+
 def tiny_args(words: Path, *more: str) -> list[str]:
     """Overrides of a run that takes about a second."""
     return ["model=tiny", "tracking=off", "hardware=cpu", "hardware.threads=1", "benchmark=files", f"data_dir={words}", "benchmark.task=task",

@@ -13,11 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clpet.cli import options
+from .conftest import methods_of, tiny_args
 
-from .conftest import tiny_args
-
-METHODS = sorted(options("method"))
+METHODS = methods_of("classification")
 KILL = """
 import os, signal, sys
 from clpet import state

@@ -62,6 +62,7 @@ class SLM(Method):
     train_labels: str = "current"
     stage1: KeyLearning = field(default_factory=KeyLearning)
 
+    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
     pefts: ClassVar[tuple[str, ...]] = ("frozen",)
 
     def __post_init__(self) -> None:

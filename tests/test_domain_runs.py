@@ -1,0 +1,126 @@
+"""Whole runs on plain text: every method that can, the identities that perplexities have to obey, and resuming."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .conftest import domain_args, methods_of
+from .test_methods import KILL
+
+METHODS = methods_of("language_modeling")
+NEEDS = {"replay": ["replay=rate"], "emr": ["replay=rate"]}
+FULL = {"sequential", "joint", "dapt", "replay", "emr"}  # train the whole model; the others adapters
+
+
+def found(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("*/*/s*/results.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_makes_the_text_it_reads_likelier(method: str, prose: Path, clpet) -> None:
+    peft = [] if method in FULL else ["peft=lora"]
+    peft = {"osf": ["peft=osf"], "l2p": ["peft=frozen"], "progressive_prompts": ["peft=frozen"]}.get(method, peft)
+    fisher = ["method.fisher=batch"] if method == "ewc" else []
+    done = clpet("train", f"method={method}", *domain_args(prose, *peft, *fisher, *NEEDS.get(method, [])))
+    assert done.code == 0, done.err
+    scores, last = found(Path("outputs"))["scores"], -1 if method == "joint" else 1
+    assert scores[last][0] < 0.99 * scores[0][0]
+
+
+def test_identities(prose: Path, clpet) -> None:
+    """CPT of the first domain is its DAPT, bit for bit; row 0 is that of every order; lr=0 changes nothing."""
+    runs = {"listed": [], "reversed": ["order=reversed"], "dapt": ["method=dapt"], "still": ["train.lr=0"],
+            "two": ["tasks=[birds,tides]"]}  # fmt: skip
+    for name, more in runs.items():
+        args = domain_args(prose, "method=sequential", f"output_dir={name}", "peft=none", *more)
+        assert clpet("train", *args).code == 0
+    listed, back, dapt, still, two = (found(Path(name)) for name in runs)
+    assert listed["tasks"] == ["birds", "metals", "tides"]
+    assert listed["direction"] == "lower"
+    assert listed["scores"][1][0] == dapt["scores"][1][0]
+    assert listed["scores"][0] == back["scores"][0][::-1] == dapt["scores"][0]
+    assert dapt["scores"][2] == [None, dapt["scores"][2][1], None]
+    assert all(row == still["scores"][0] for row in still["scores"])
+    assert two["scores"][1] == [listed["scores"][1][0], listed["scores"][1][2]]  # another domain changes no draw
+    assert back["scores"][1][0] == dapt["scores"][3][2]
+    assert listed["whole"] == pytest.approx(math.exp(sum(listed["correct"][-1]) / sum(listed["total"][-1])), rel=1e-12)
+
+
+def test_every_third_row_keeps_the_diagonal_and_both_ends(prose: Path, clpet) -> None:
+    assert clpet("train", *domain_args(prose, "method=sequential", "evaluation.every=3")).code == 0
+    scores = found(Path("outputs"))["scores"]
+    assert [[value is not None for value in row] for row in scores] == [
+        [True] * 3, [True, False, False], [False, True, False], [True] * 3]  # fmt: skip
+
+
+def test_replay_at_rate_zero_is_no_replay(prose: Path, clpet) -> None:
+    for name, more in {"none": ["method=sequential"], "zero": ["method=replay", "replay=rate", "replay.rate=0"],
+                       "half": ["method=replay", "replay=rate", "replay.rate=0.5"]}.items():  # fmt: skip
+        assert clpet("train", *domain_args(prose, f"output_dir={name}", *more)).code == 0
+    none, zero, half = (found(Path(name)) for name in ("none", "zero", "half"))
+    assert none["scores"] == zero["scores"]
+    assert half["scores"][1] == none["scores"][1]
+    assert half["scores"][2] != none["scores"][2]
+    new, all_read = none["cost"][1]["forward_examples"], half["cost"][1]["forward_examples"]
+    assert all_read == 2 * new
+
+
+def test_a_base_model_is_made_once(prose: Path, clpet) -> None:
+    args = domain_args(prose, "method=sequential", "benchmark.base=tides", "model.base.epochs=2")
+    first, second = (clpet("train", *args, f"seed={seed}") for seed in (0, 1))
+    assert first.code == second.code == 0
+    assert "base model on tides" in first.out
+    assert "base model on tides" not in second.out
+    one, two = (json.loads(path.read_text()) for path in sorted(Path("outputs").glob("*/*/s*/results.json")))
+    assert one["tasks"] == ["birds", "metals"]
+    assert one["scores"][0] == two["scores"][0]
+    assert max(one["scores"][0]) < 230  # 266 byte tokens, and it has read some English
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [["sequential"], ["kif", "peft=lora"], ["replay", "replay=rate"], ["dapt"]])
+def test_killed_after_a_domain_ends_bit_for_bit_like_uninterrupted(
+    variant: list[str], prose: Path, clpet, tmp_path: Path
+) -> None:
+    args = ["train", *domain_args(prose, *[f"method={variant[0]}", *variant[1:]])]
+    assert clpet(*args, "output_dir=whole").code == 0
+    command = [sys.executable, "-c", KILL.format(after=2), *args, "output_dir=cut"]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    again = clpet(*args, "output_dir=cut")
+    assert again.code == 0
+    assert "resuming after 2 of 3" in again.out
+    assert found(Path("whole"))["scores"] == found(Path("cut"))["scores"]
+    (one,), (two,) = (sorted(Path(name).glob("*/*/s*/adapters/*/*.safetensors")) for name in ("whole", "cut"))
+    a, b = load_file(one), load_file(two)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=crl"], "method=crl does not do language_modeling; it does classification"),
+        (["method=sequential", "replay=fixed", "method=replay"], "chooses its memory by class logits"),
+        (["method=sequential", "benchmark.max_length=9000", "benchmark.max_test=1"], "this model reads at most 1024 tokens"),
+        (["method=sequential", "benchmark.max_length=1000", "max_train=2"], "not one window of 1000"),
+        (["method=sequential", "model=tiny_t5"], "language_modeling needs a decoder or encoder"),
+        (["method=sequential", "benchmark.base=cloud"], "benchmark.base=cloud is no domain"),
+        (["method=sequential", "order=similar", "benchmark.reference=nowhere"], "benchmark.reference=nowhere is neither"),
+        (["method=sequential", "evaluation.every=0"], "evaluation.every must be at least 1"),
+    ],
+)  # fmt: skip
+def test_refusals(words: list[str], message: str, prose: Path, clpet) -> None:
+    done = clpet("train", *domain_args(prose, *words))
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert not list(Path("outputs").glob("*/*/s*/run.json"))
