@@ -130,7 +130,7 @@ class Adapters:
     def __init__(self, model: nn.Module, backbone: Backbone, adapter: Adapter, generates: bool = False) -> None:
         self.config = adapter.peft_config(backbone)
         if self.config is not None and generates:
-            self.config.task_type = TASK_TYPES[backbone.architecture]
+            self.config.task_type = TASK_TYPES.get(backbone.architecture, self.config.task_type)
         self.full, self.kind, self.model = adapter.full, adapter.name, model
         self.names: list[str] = []
         self.active: tuple[str, bool] | None = None

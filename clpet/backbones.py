@@ -34,6 +34,20 @@ class Representation(Enum):
 
 
 @dataclass
+class BaseTraining:
+    """How random weights are trained on benchmark.base, before the first task."""
+
+    epochs: int = 1
+    lr: float = 3e-3
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "model.base.epochs", self.epochs, "at least 1")
+        require(self.lr > 0, "model.base.lr", self.lr, "more than 0")
+        require(self.batch_size >= 1, "model.base.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass
 class Backbone:
     """A model group option. `path` wins over `package`, `package` over `hub`; `config` alone gives random weights."""
 
@@ -50,6 +64,7 @@ class Backbone:
     random_weights: bool = False
     attention: str = "auto"
     trust_remote_code: bool = False
+    base: BaseTraining = field(default_factory=BaseTraining)
 
     def __post_init__(self) -> None:
         some = self.hub or self.path or self.package or self.random_weights
@@ -67,10 +82,8 @@ class Backbone:
     ) -> tuple[torch.nn.Module, Any]:
         """(model, tokenizer), the model in eval mode; with its output layer only where it `generates`.
 
-        Raises ModelError when it is not there or cannot generate.
+        Raises ModelError when it is not there.
         """
-        if generates:
-            self._check_writes()
         if self.random_weights:
             torch.manual_seed(derive(seed, "backbone"))
             try:
@@ -107,17 +120,8 @@ class Backbone:
         """The network on the meta device: parameter counts without weights. Raises ModelError without `config`."""
         if not self.config:
             raise ModelError(f"model {self.name} has no config in its YAML to count parameters from")
-        if generates:
-            self._check_writes()
         with torch.device("meta"):
             return self._from_config(torch.device("meta"), generates)
-
-    def _check_writes(self) -> None:
-        if self.architecture is Architecture.encoder:
-            raise ModelError(
-                f"model {self.name} is an encoder and cannot write an answer: take a decoder or encoder-decoder"
-                " (or say model.architecture=decoder, if it is one)"
-            )
 
     def attention_on(self, device: torch.device) -> str:
         """On a CPU plain attention trains up to twice as fast as torch's fused one, whose bf16 backward is slow."""
@@ -137,7 +141,7 @@ class Backbone:
         import transformers
 
         names = {
-            Architecture.encoder: ("AutoModel", "AutoModel"),
+            Architecture.encoder: ("AutoModel", "AutoModelForMaskedLM"),
             Architecture.decoder: ("AutoModel", "AutoModelForCausalLM"),
             Architecture.encoder_decoder: ("AutoModelForTextEncoding", "AutoModelForSeq2SeqLM"),
         }

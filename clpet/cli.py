@@ -13,6 +13,7 @@ from typing import Any
 
 from clpet import __version__
 from clpet.errors import ClpetError, ConfigError, suggest
+from clpet.interrupt import CODE, Interrupted
 from clpet.mistakes import GROUPS, composed, hydra_message
 
 COMMANDS = {
@@ -40,8 +41,10 @@ def guarded(argv: list[str]) -> int:
         return dispatch(argv)
     except ClpetError as error:
         return _fail(str(error), error.exit_code)
+    except Interrupted as error:
+        return _fail(str(error), CODE)
     except KeyboardInterrupt:
-        return _fail("stopped; the same command goes on after the last finished task", 130)
+        return _fail("stopped; the same command goes on from what is saved", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

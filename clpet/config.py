@@ -34,11 +34,27 @@ def conf_dir() -> Path:
 
 
 class Schedule(Enum):
-    """How the learning rate moves inside one task."""
+    """How the learning rate moves (clpet/schedules.py)."""
 
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+    ar = "ar"
+    infinite = "infinite"
+
+
+class OptimizerState(Enum):
+    """What becomes of the optimiser's moments between tasks."""
+
+    reset = "reset"
+    carry = "carry"
+
+
+class OnNan(Enum):
+    """What is done about a loss that is no number."""
+
+    stop = "stop"
+    skip = "skip"
 
 
 class Select(Enum):
@@ -73,8 +89,14 @@ class Training:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     schedule: Schedule = Schedule.constant
+    lr_min: float = 0.0
+    lr_constant: float | None = None
+    anneal_share: float = 0.1
     warmup_steps: int = 0
+    warmup_share: float | None = None
+    optimizer_state: OptimizerState = OptimizerState.reset
     clip: float = 0.0
+    on_nan: OnNan = OnNan.stop
     select: Select = Select.last
     save_minutes: float = 10.0
 
@@ -88,6 +110,12 @@ class Training:
         inside = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(inside, "train.betas", self.betas, "two numbers in [0, 1)")
         require(self.eps > 0, "train.eps", self.eps, "more than 0")
+        require(0 <= self.lr_min <= min(rates), "train.lr_min", self.lr_min, f"from 0 to train.lr={self.lr}")
+        held = self.lr_constant
+        require(held is None or held >= 0, "train.lr_constant", held, "0 or more, or null")
+        require(0 <= self.anneal_share <= 1, "train.anneal_share", self.anneal_share, "in [0, 1]")
+        share = self.warmup_share
+        require(share is None or 0 <= share <= 1, "train.warmup_share", share, "in [0, 1], or null")
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
         require(self.clip >= 0, "train.clip", self.clip, "0 (off) or more")
         require(self.save_minutes > 0, "train.save_minutes", self.save_minutes, "more than 0")
@@ -104,18 +132,31 @@ class Decode(Enum):
     rank = "rank"
 
 
+class CapUnit(Enum):
+    """What evaluation.max_tokens counts."""
+
+    tokens = "tokens"
+    bytes = "bytes"
+
+
 @dataclass
 class Evaluation:
     """Which tasks are scored when, and how answers are found."""
 
     matrix: Matrix = Matrix.full
+    every: int = 1
     predictions: bool = True
     decode: Decode = Decode.generate
     max_new_tokens: int | None = None
+    max_tokens: int | None = 100_000
+    cap_unit: CapUnit = CapUnit.tokens
+    stride: int | None = None
 
     def __post_init__(self) -> None:
-        most = self.max_new_tokens
-        require(most is None or most >= 1, "evaluation.max_new_tokens", most, "at least 1, or null")
+        require(self.every >= 1, "evaluation.every", self.every, "at least 1")
+        for key, least in (("max_new_tokens", 1), ("max_tokens", 2), ("stride", 1)):
+            value = getattr(self, key)
+            require(value is None or value >= least, f"evaluation.{key}", value, f"at least {least}, or null")
 
 
 @dataclass

@@ -28,7 +28,7 @@ class Display:
         self.task_seconds: list[float] = []
 
     def task(self, position: int, name: str) -> None:
-        """A task begins; positions count from 1."""
+        """A task begins; positions count from 1, 0 is what comes before all tasks."""
         self.position, self.name, self.task_start = position, name, time.perf_counter()
 
     def task_done(self) -> None:
@@ -45,11 +45,15 @@ class Display:
         self._end_bar()
         self.stage, self.epochs, self.steps = stage, epochs, steps
         self.start = self.shown = time.perf_counter()
-        self.seen = self.before = 0
+        self.seen = self.before = self.skipped = 0
         if self.console.is_terminal:
             self.live = Progress(TextColumn("{task.description}"), BarColumn(), console=self.console, transient=True)
             self.live.start()
             self.bar = self.live.add_task(self._title(1), total=epochs * steps)
+
+    def resumed(self, steps: int, examples: int) -> None:
+        """The fit goes on where a run was cut off: what lies before takes no time now."""
+        self.skipped, self.before = steps, -examples if steps % self.steps else 0
 
     def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None:
         """A step is done; the loss is only read when a line is due, so that the device is not waited for."""
@@ -80,10 +84,11 @@ class Display:
 
     def _title(self, epoch: int) -> str:
         stage = f" · {self.stage}" if self.stage else ""
-        return f"task {self.position}/{self.tasks} {self.name}{stage} · epoch {epoch}/{self.epochs}"
+        which = f"task {self.position}/{self.tasks} " if self.position else ""
+        return f"{which}{self.name}{stage} · epoch {epoch}/{self.epochs}"
 
     def _left(self, now: float, done: int) -> str:
-        stage = (now - self.start) / done * (self.epochs * self.steps - done)
+        stage = (now - self.start) / (done - self.skipped) * (self.epochs * self.steps - done)
         mean = sum(self.task_seconds) / len(self.task_seconds) if self.task_seconds else now - self.task_start
         seconds = int(stage + mean * (self.tasks - self.position))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

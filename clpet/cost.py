@@ -15,6 +15,7 @@ class Cost:
     """Counters of one task. A forward with gradients counts as forward and backward; evaluation counts apart.
 
     `cached_examples` are forwards of training that an earlier run has done: their logits were read from cache_dir.
+    `skipped_steps` were left out because their loss or gradient was no number.
     """
 
     seconds: float = 0.0
@@ -25,6 +26,7 @@ class Cost:
     validated_examples: int = 0
     evaluated_examples: int = 0
     cached_examples: int = 0
+    skipped_steps: int = 0
     peak_memory_mb: float = 0.0
 
 
@@ -59,11 +61,19 @@ class Meter:
         if self.kind == "learned":
             self.cost.cached_examples += examples
 
+    def state(self) -> dict[str, Any]:
+        """The counters of training so far."""
+        peak = max(self.cost.peak_memory_mb, peak_memory_mb())
+        return {**asdict(self.cost), "seconds": time.perf_counter() - self._since, "peak_memory_mb": peak}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a state: what was done again since then is not counted twice."""
+        self.cost = Cost(**state)
+        self._since = time.perf_counter() - self.cost.seconds
+
     def take_learning(self) -> dict[str, Any]:
         """The counters of training since the last call, and starts anew."""
-        self.cost.seconds = time.perf_counter() - self._since
-        self.cost.peak_memory_mb = peak_memory_mb()
-        taken = asdict(self.cost)
+        taken = self.state()
         self.restart()
         return taken
 

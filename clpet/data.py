@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from clpet.tasks import SPLITS, Benchmark, Example, normalised
+from clpet.corpus import Documents
+from clpet.tasks import SPLITS, Benchmark, Example, Task, normalised
 from clpet.text import Encoded
 
 
@@ -17,6 +18,8 @@ def key(example: Example) -> str:
 
 def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str, Any]:
     """Counts per task and split, label balance, token lengths, repeats, overlaps and warnings; a plain dict."""
+    if all(isinstance(task.train, Documents) for task in benchmark.tasks):
+        return inspect_domains(benchmark, data)
     keys = {
         (task.name, split): [key(example) for example in task.split(split)]
         for task in benchmark.tasks
@@ -40,6 +43,47 @@ def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str,
         "tasks": tasks,
         "overlaps": overlaps,
         "warnings": _warnings(benchmark, overlaps),
+    }
+
+
+def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> dict[str, Any]:
+    """Documents, pieces, bytes and tokens per domain and split, what was left out, the order; a plain dict."""
+    tasks = {task.name: _domain(task, data, index) for index, task in enumerate(benchmark.tasks)}
+    owners = Counter(key for task in benchmark.tasks for key in set(task.train.hashes.tolist()))  # type: ignore[attr-defined]
+    dropped = {name: task["dropped"] for name, task in tasks.items() if task["dropped"]}
+    found = {
+        "test pieces in train": sum(dropped.values()),
+        "train documents in several domains": sum(count > 1 for count in owners.values()),
+    }
+    warnings = [
+        f"domain {name}: {count} pieces of 200 characters of its test texts also occur in train and are left out"
+        for name, count in dropped.items()
+    ]
+    if any(task["dropped"] is None for task in tasks.values()):
+        warnings.append("test texts were not compared to train (benchmark.decontaminate=false)")
+    return {
+        "fingerprint": benchmark.fingerprint(),
+        "labels": [],
+        "tasks": tasks,
+        "base": benchmark.base and {"name": benchmark.base.name, **_domain(benchmark.base)},
+        "groups": benchmark.groups,
+        "order": benchmark.order,
+        "overlaps": {pair: count for pair, count in found.items() if count},
+        "warnings": warnings,
+    }
+
+
+def _domain(task: Task, data: Encoded | None = None, index: int = -1) -> dict[str, Any]:
+    parts: dict[str, Any] = {split: task.split(split) for split in SPLITS}
+    pools = {split: getattr(data, split) for split in SPLITS} if data else {}
+    return {
+        **{split: len(part) for split, part in parts.items()},
+        "pieces": {split: part.pieces for split, part in parts.items()},
+        "bytes": {split: part.bytes for split, part in parts.items()},
+        "repeats": {split: part.repeats for split, part in parts.items()},
+        "tokens": {split: int(pool.lengths[pool.rows_of(index)].sum()) for split, pool in pools.items()},
+        "borders": parts["train"].borders,
+        "dropped": parts["test"].dropped,
     }
 
 
@@ -93,6 +137,8 @@ def report(cfg: Any) -> str:
 
     config = typed(cfg)
     source = build(config.benchmark, "benchmark")
+    if source.plain_text:
+        return _domain_report(inspect_domains(source.load(config.data_dir)))
     benchmark, backbone = source.load(config.data_dir), build(config.model, "model")
     encode = load(source.objective.value).encoder(benchmark, backbone, backbone.tokenizer())
     found = inspect_data(benchmark, encode_benchmark(benchmark, encode))
@@ -103,11 +149,31 @@ def report(cfg: Any) -> str:
          "/".join(str(t["repeats"][split]) for split in SPLITS)]
         for name, t in found["tasks"].items()
     ]  # fmt: skip
-    lines = [
-        table(header, rows),
-        "",
-        "repeats: train/validation/test, texts equal to an earlier one (letters and digits only)",
-    ]
+    note = "repeats: train/validation/test, texts equal to an earlier one (letters and digits only)"
+    return _printed(table(header, rows), note, found)
+
+
+def _domain_report(found: dict[str, Any]) -> str:
+    from clpet.console import table
+
+    header = ["domain", "documents", "pieces", "MB", "repeats", "left out"]
+    domains = dict(found["tasks"])
+    if found["base"]:
+        domains[f"{found['base']['name']} (base)"] = found["base"]
+    rows = [
+        [name, *("/".join(str(values[split]) for split in SPLITS) for values in (d, d["pieces"])),
+         "/".join(f"{d['bytes'][split] / 1e6:.2f}" for split in SPLITS),
+         "/".join(str(d["repeats"][split]) for split in SPLITS), str(d["dropped"] or 0)]
+        for name, d in domains.items()
+    ]  # fmt: skip
+    note = "train/validation/test; repeats: documents equal to an earlier one; left out: test pieces found in train"
+    groups = "".join(f"\ngroup {name}: {', '.join(members)}" for name, members in found["groups"].items())
+    order = f"\norder: {found['order']['order']}, {found['order']['hash']}"
+    return _printed(table(header, rows), note + groups + order, found)
+
+
+def _printed(table: str, note: str, found: dict[str, Any]) -> str:
+    lines = [table, "", note]
     lines += [f"overlap: {pair}: {count}" for pair, count in found["overlaps"].items()] or ["overlap: none"]
     lines += [f"warning: {warning}" for warning in found["warnings"]]
     return "\n".join([*lines, f"fingerprint: {found['fingerprint']}"])

@@ -58,13 +58,15 @@ class Evaluator:
         table = {name: values[order] for name, values in table.items()}
         result = Evaluation(rows=table)
         for index in tasks:
-            inside = table["task"] == index
-            for view, column in ((result.seen, "score"), (result.own, "own_score")):
-                view[index] = method.objective.summary(table[column][inside])
+            rows = {name: values[table["task"] == index] for name, values in table.items()}
+            result.seen[index] = method.objective.summary(rows)
+            result.own[index] = method.objective.summary(rows, own=True)
+            more = method.objective.diagnostics(rows)
+            result.diagnostics |= {f"{key}/{self.benchmark.names[index]}": value for key, value in more.items()}
         if "selected" in table:
             hits = table["selected"] == table["task"]
             shares = [hits[table["task"] == index].mean() for index in tasks if index < learned]
-            result.diagnostics = {
+            result.diagnostics |= {
                 "selector_average": 100 * float(np.mean(shares)),
                 "selector_whole": 100 * float(hits[table["task"] < learned].mean()),
             }

@@ -47,6 +47,7 @@ class NoReplay:
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         """Called once, before the first task."""
         self.pool, self.held, self.seed, self.batch_size = data.train, data.validation, seed, batch_size
+        self.key = data.key
         self.cluster_seed = seed % 2**32
         self.memory: dict[int, Rows] = {}  # task -> rows of the pool that may come back
 
@@ -94,7 +95,7 @@ class NoReplay:
         return Plan(
             self.pool,
             -(-len(rows) // self.batch_size),
-            lambda epoch: self.pool.shuffled(rows, self.batch_size, self.rng(index, stage, epoch)),
+            lambda epoch: self.pool.shuffled(rows, self.batch_size, self.rng(self.key(index), stage, epoch)),
         )
 
 
@@ -154,7 +155,7 @@ class DrawnReplay(NoReplay):
                 "task %d has %d examples for %d places of a batch: they repeat", index + 1, len(new), new_places
             )
         steps = -(-len(new) // new_places) if self.limit is None else split_limit(self.limit)[0]
-        return Plan(self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(index, stage, epoch)))
+        return Plan(self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(self.key(index), stage, epoch)))
 
     def validation(self, index: int) -> Held:
         """L // 5 batches of 32, half new and half old, drawn once per task; all validation parts without a limit."""

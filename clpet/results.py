@@ -32,7 +32,10 @@ def _mean(values: Any) -> float | None:
 
 @dataclass
 class TransferMatrix:
-    """scores[T+1, T], NaN where not measured; `correct` and `total` [T+1, T] hold the counts behind them."""
+    """scores[T+1, T], NaN where not measured; `correct` and `total` [T+1, T] hold the counts behind them.
+
+    For perplexities (direction lower) these are negative log-likelihoods and predicted tokens.
+    """
 
     tasks: list[str]
     direction: str = "higher"
@@ -73,9 +76,12 @@ class TransferMatrix:
         return _mean(self.scores[row, :seen])
 
     def whole(self, row: int = -1, seen: int | None = None) -> float | None:
-        """100 * correct / total over the test examples of the first `seen` tasks."""
+        """100 * correct / total over the test examples of the first `seen` tasks; of perplexities exp(nll / tokens)."""
         total = self.total[row, :seen].sum()
-        return None if np.isnan(total) or total == 0 else float(100 * self.correct[row, :seen].sum() / total)
+        if np.isnan(total) or total == 0:
+            return None
+        share = self.correct[row, :seen].sum() / total
+        return float(100 * share if self.direction == "higher" else np.exp(share))
 
     def average_incremental(self) -> float | None:
         """The mean over time of the average accuracy on the tasks seen so far."""

@@ -16,6 +16,8 @@ from clpet.data import inspect_data
 from clpet.dry import count_parameters, dry_run
 from clpet.errors import ConfigError, ModelError
 from clpet.evaluation import Evaluator
+from clpet.halfway import Keeper
+from clpet.interrupt import Interrupt
 from clpet.methods.base import Method
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
@@ -38,10 +40,16 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         records.show_finished(console, out, done)
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
-    with Lock(out), quiet_libraries():
+    with Interrupt() as interrupt, Lock(out), quiet_libraries():
         benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
         method.check_benchmark(benchmark)
         check_validation(config, method, benchmark)
+        display = Display(console, len(benchmark))
+        if benchmark.base is not None and parts["model"].random_weights:
+            from clpet.base_model import prepare
+
+            cache = Path(config.cache_dir or out)
+            prepare(parts["model"], benchmark, parts["hardware"], cache, display)
         try:
             objective, data = load_objective(config, parts, benchmark)
         except ModelError as error:
@@ -54,8 +62,9 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
             log.warning(warning)
         parts["replay"].setup(data, config.seed, config.train.global_batch_size)
         method.setup(objective, benchmark, data, parts["replay"], config.seed)
-        display = Display(console, len(method.curriculum()))
+        display.tasks = len(method.curriculum())
         trainer = Trainer(config.train, parts["hardware"], objective, display, config.seed)
+        trainer.keeper = Keeper(method, config.train.save_minutes, interrupt)
         if config.dry_run:
             dry_run(console, config, method, benchmark, trainer)
             return None
@@ -87,20 +96,22 @@ class Experiment:
     track: Tracker
 
     def learn(self) -> RunState:
-        """The loop. A checkpoint follows every task; a run that was killed goes on after the last one."""
-        method, track, curriculum = self.method, self.track, self.method.curriculum()
-        state = self.resume()
+        """The loop. Checkpoints follow every task and lie inside long ones; a killed run goes on after the last one."""
+        method, track, trainer, curriculum = self.method, self.track, self.trainer, self.method.curriculum()
+        folder, keeper, state = self.out / "state", trainer.keeper, self.resume()
         for position, (index, task) in enumerate(curriculum):
             if position < state.done:
                 continue
             track.display.task(position + 1, task.name)
-            self.trainer.begin_task(index)
-            method.learn(task, index, self.trainer)
+            trainer.begin_task(index, last=position + 1 == len(curriculum))
+            keeper.begin(state.task, state.task_writer(folder, self.identity))
+            method.learn(task, index, trainer)
             method.after_task(task, index)
             state.costs.append(records.task_cost(method))
-            state.done = position + 1
+            state.done, state.task, state.trainer = position + 1, None, trainer.state()
             self.evaluate(state, index + 1)
-            state.save(self.out / "state", method.state_dict(), self.identity)
+            with keeper.between():
+                state.save(folder, method.state_dict(), self.identity)
             track.display.task_done()
         return state
 
@@ -108,20 +119,27 @@ class Experiment:
         """The state after the last finished task, or a new one with row 0 measured."""
         saved = RunState.resume(self.out / "state", self.identity)
         if saved is None:
-            state = RunState(TransferMatrix(self.benchmark.names), TransferMatrix(self.benchmark.names))
+            names, direction = self.benchmark.names, self.benchmark.direction
+            state = RunState(TransferMatrix(names, direction), TransferMatrix(names, direction))
             self.track.forget_after(-1)
             self.evaluate(state, 0)
             return state
         state, method_state = saved
-        self.method.load_state_dict(method_state)
+        if method_state:
+            self.method.load_state_dict(method_state)
+        self.trainer.load(state.trainer)
         self.track.forget_after(state.done)
-        self.track.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks")
+        inside = f", inside task {state.done + 1}" if state.task else ""
+        self.track.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks{inside}")
         return state
 
     def evaluate(self, state: RunState, row: int) -> None:
-        """Measures row `row` of the matrix, as much of it as evaluation.matrix asks for."""
+        """Measures row `row` of the matrix, as much of it as evaluation.matrix and .every ask for."""
         kind, total = self.config.evaluation.matrix, len(self.benchmark)
         tasks = range(total if kind is Matrix.full or row == total else row if kind is Matrix.seen else 0)
+        if row % self.config.evaluation.every and row < total and tasks:
+            tasks = range(row - 1, row)
+        tasks = self.method.measured(row, tasks)
         if not tasks:
             return
         evaluator = Evaluator(self.benchmark, self.data)
@@ -168,6 +186,7 @@ def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) 
     adapters = Adapters(model, backbone, peft, kind.generates)
     seed = derive(config.seed, "head")
     objective = kind(benchmark, backbone, adapters, tokenizer, seed, hardware, config.evaluation)
+    objective.cache_dir = config.cache_dir
     return objective, objective.encode()
 
 

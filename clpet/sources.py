@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -23,6 +23,7 @@ class Kind(Enum):
 
     classification = "classification"
     text_to_text = "text_to_text"
+    language_modeling = "language_modeling"
 
 
 class Softmax(Enum):
@@ -56,6 +57,7 @@ class Source:
     metrics: dict[str, str] = field(default_factory=dict)
 
     fields: ClassVar[tuple[str, ...]] = ()  # slots that examples fill beside {text} and {mask}
+    plain_text: ClassVar[bool] = False  # texts to be continued, without labels or answers
 
     def __post_init__(self) -> None:
         for key in ("max_train", "max_test", "shots"):
@@ -71,6 +73,9 @@ class Source:
         for key in ("template", "prompt"):
             value = getattr(self, key)
             require(value.count("{text}") == 1, f"benchmark.{key}", repr(value), "a text that contains {text} once")
+        fits = (self.objective is Kind.language_modeling) == self.plain_text
+        wanted = "language_modeling" if self.plain_text else "classification or text_to_text for labelled data"
+        require(fits, "benchmark.objective", self.objective.value, wanted)
         known = ("text", "mask", *self.fields)
         fits = all(slot in known for slot in re.findall(r"\{(\w+)\}", self.template))
         slots_there = ", ".join(f"{{{slot}}}" for slot in known)
@@ -101,26 +106,27 @@ class Source:
 
     def load(self, data_dir: str | None) -> Benchmark:
         """The benchmark in training order, limited, with a validation part in every task. Raises DataError."""
-        folder = Path(data_dir).expanduser() if data_dir else None
-        if folder is not None and not folder.is_dir():
-            raise DataError(f"data_dir={data_dir} is not a folder")
+        folder = existing(data_dir)
         for name in (self.tasks or self.named_order() or self.metrics) if self.answers else ():
             need(self.metrics.get(name, self.metric))
         splits = self.read(folder)
-        orders = self.orders or {}
-        chosen = [str(name) for name in self.tasks or self.named_order() or splits]
-        if len(set(chosen)) < len(chosen):
-            raise DataError(f"benchmark.tasks names a task twice: {', '.join(chosen)}")
-        for name in chosen:
-            if name not in splits:
-                raise DataError(f"benchmark.tasks names {name}, which {self.name} does not have{suggest(name, splits)}")
-        names = order_names(chosen, self.order, orders, self.order_seed)
+        names = order_names(self.chosen(splits), self.order, self.orders or {}, self.order_seed)
         tasks = [self._task(name, splits[name]) for name in names]
         template = self.prompt.rstrip() if self.answers else self.template
         benchmark = Benchmark(self.name, tasks, template, self.max_length, self.max_target if self.answers else 0)
         benchmark.own_softmax = self.softmax is Softmax.task
         benchmark.check()
         return benchmark
+
+    def chosen(self, there: Collection[str]) -> list[str]:
+        """The tasks of the sequence, in listed order. Raises DataError for a task that is not there."""
+        names = [str(name) for name in self.tasks or self.named_order() or there]
+        if len(set(names)) < len(names):
+            raise DataError(f"benchmark.tasks names a task twice: {', '.join(names)}")
+        for name in names:
+            if name not in there:
+                raise DataError(f"benchmark.tasks names {name}, which {self.name} does not have{suggest(name, there)}")
+        return names
 
     def _task(self, name: str, splits: Splits) -> Task:
         train, validation, test = (list(splits.get(split, [])) for split in SPLITS)
@@ -237,6 +243,14 @@ class Table(Source):
             train = splits.get("train", [])
             labelled = not self.answers or has_labels(train)
             splits["train"], splits["test"] = split_off(train, self.test_share, labelled)
+
+
+def existing(data_dir: str | None) -> Path | None:
+    """The folder that data_dir names, if it names one. Raises DataError where it is not there."""
+    folder = Path(data_dir).expanduser() if data_dir else None
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"data_dir={data_dir} is not a folder")
+    return folder
 
 
 def slots(column: str) -> list[str]:

@@ -3,8 +3,11 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,45 +19,61 @@ from safetensors.torch import load_file, save_file
 from clpet.errors import ConfigError, HostError
 from clpet.results import TransferMatrix
 
+log = logging.getLogger(__name__)
+
 _TENSOR = "__tensor__"
 
 
 @dataclass
 class RunState:
-    """Where a run stands after `done` entries of its curriculum."""
+    """Where a run stands after `done` entries of its curriculum; `task` is what it left of the next one."""
 
     matrix: TransferMatrix
     own: TransferMatrix
     done: int = 0
     costs: list[dict[str, Any]] = field(default_factory=list)
     diagnostics: list[dict[str, float]] = field(default_factory=list)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] | None = None
 
-    def save(self, folder: Path, method_state: dict[str, Any], identity: dict[str, str]) -> None:
-        """Writes `folder`/NNN and then removes older checkpoints but one. Raises HostError when the disk refuses."""
-        value = {
-            "identity": identity,
+    def figures(self) -> dict[str, Any]:
+        """What was measured so far."""
+        return {
             "done": self.done,
             "matrix": self.matrix.to_json(),
             "own": self.own.to_json(),
-            "costs": self.costs,
-            "diagnostics": self.diagnostics,
-            "method": method_state,
+            "costs": list(self.costs),
+            "diagnostics": list(self.diagnostics),
         }
-        write_tree(folder / f"{self.done:03d}", value)
-        for old in [*checkpoints(folder)[:-2], *folder.glob(".*")]:  # what starts with a dot was cut off in writing
-            shutil.rmtree(old)
+
+    def save(self, folder: Path, method_state: dict[str, Any], identity: dict[str, str]) -> None:
+        """Writes `folder`/NNN, NNN = done. Raises HostError when the disk refuses."""
+        value = {"identity": identity, **self.figures(), "method": method_state, "trainer": self.trainer}
+        _keep(folder, (self.done,), value)
+
+    def task_writer(self, folder: Path, identity: dict[str, str]) -> Callable[[int, dict[str, Any]], None]:
+        """What writes a state of the task that comes next as `folder`/NNN-SSSSSS, S its number.
+
+        It holds the task alone: what was there before lies in NNN, or, before the first task, is a fresh method.
+        """
+        done, value = self.done, {"identity": identity, **self.figures()}
+        return lambda number, task: _keep(folder, (done, number), {**value, "task": task})
 
     @classmethod
     def resume(cls, folder: Path, identity: dict[str, str]) -> "tuple[RunState, dict[str, Any]] | None":
-        """(state, method state) of the newest whole checkpoint, None when there is none.
+        """(state, method state) of the newest whole checkpoint, None when there is none; no method state: a fresh one.
 
         A damaged checkpoint is passed over for the one before it. Raises ConfigError when the run was started
         on other data or by another configuration.
         """
         for place in reversed(checkpoints(folder)):
             try:
-                value = read_tree(place)
-            except (OSError, ValueError, KeyError, SafetensorError):
+                value = {"method": {}, "trainer": {}, "task": None, **read_tree(place)}
+                if value["task"] and value["done"]:
+                    before = read_tree(folder / _name((value["done"],)))
+                    value |= {key: before[key] for key in ("method", "trainer")}
+            except ValueError as error:
+                log.warning("%s: the checkpoint before %s is used", error, place.name)
                 continue
             for key, now in identity.items():
                 if value["identity"].get(key) != now:
@@ -63,13 +82,39 @@ class RunState:
                         "start over with fresh=true, or use another output_dir"
                     )
             matrix, own = TransferMatrix.from_json(value["matrix"]), TransferMatrix.from_json(value["own"])
-            return cls(matrix, own, value["done"], value["costs"], value["diagnostics"]), value["method"]
+            rest = value["trainer"], value["task"]
+            return cls(matrix, own, value["done"], value["costs"], value["diagnostics"], *rest), value["method"]
+        if checkpoints(folder):
+            log.warning("no whole checkpoint is left in %s: the run starts over", folder)
         return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
-    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if folder.is_dir() else []
+    found = folder.iterdir() if folder.is_dir() else []
+    return sorted((path for path in found if re.fullmatch(r"\d+(-\d+)?", path.name)), key=_order)
+
+
+def _order(place: Path) -> tuple[int, ...]:
+    return tuple(int(part) for part in place.name.split("-"))
+
+
+def _name(order: tuple[int, ...]) -> str:
+    return "-".join(f"{number:0{width}d}" for number, width in zip(order, (3, 6), strict=False))
+
+
+def _keep(folder: Path, order: tuple[int, ...], value: dict[str, Any]) -> None:
+    """Writes a checkpoint; besides it stay the two newest between tasks and the one before it inside its task."""
+    for newer in checkpoints(folder):
+        if _order(newer) > order:  # damaged, or it belongs to one that was
+            shutil.rmtree(newer)
+    write_tree(folder / _name(order), value)
+    between = [place for place in checkpoints(folder) if len(_order(place)) == 1]
+    inside = [place for place in checkpoints(folder) if _order(place)[0] == order[0] and place not in between]
+    kept = [*between[-2:], *inside[-2:]]
+    for old in [*checkpoints(folder), *folder.glob(".*")]:  # what starts with a dot was cut off in writing
+        if old not in kept:
+            shutil.rmtree(old)
 
 
 def write_tree(place: Path, tree: dict[str, Any]) -> None:
@@ -81,7 +126,7 @@ def write_tree(place: Path, tree: dict[str, Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / "tensors.safetensors")
-        plain["sha256"] = _sha256(temporary / "tensors.safetensors")
+        plain["sha256"] = _checksum(temporary / "tensors.safetensors", plain)
         _write_synced(temporary / "state.json", json.dumps(plain))
         shutil.rmtree(place, ignore_errors=True)
         temporary.rename(place)
@@ -92,15 +137,27 @@ def write_tree(place: Path, tree: dict[str, Any]) -> None:
 
 def read_tree(place: Path) -> dict[str, Any]:
     """The inverse of `write_tree`. Raises ValueError when the files are damaged."""
-    plain = json.loads((place / "state.json").read_text())
-    if plain.pop("sha256") != _sha256(place / "tensors.safetensors"):
-        raise ValueError(f"{place} is damaged")
-    return _join(plain, load_file(place / "tensors.safetensors"))
+    try:
+        plain = json.loads((place / "state.json").read_text())
+        if plain.pop("sha256") == _checksum(place / "tensors.safetensors", plain):
+            return _join(plain, load_file(place / "tensors.safetensors"))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{place} is damaged ({error})") from error
+    raise ValueError(f"{place} is damaged (its checksum is another)")
+
+
+def copied(node: Any) -> Any:
+    """A tree whose tensors are copies in the host's memory."""
+    if isinstance(node, torch.Tensor):
+        return node.detach().to("cpu", copy=True)
+    if isinstance(node, dict):
+        return {key: copied(value) for key, value in node.items()}
+    return [copied(value) for value in node] if isinstance(node, list | tuple) else node
 
 
 def _split(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(node, torch.Tensor):
-        tensors[path] = node.detach().cpu().contiguous().clone()
+        tensors[path] = node.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: path}
     if isinstance(node, dict):
         return {str(key): _split(value, f"{path}/{key}", tensors) for key, value in node.items()}
@@ -117,9 +174,11 @@ def _join(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return [_join(value, tensors) for value in node] if isinstance(node, list) else node
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksum(tensors: Path, plain: dict[str, Any]) -> str:
+    with tensors.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256")
+    found.update(json.dumps(plain).encode())
+    return found.hexdigest()
 
 
 def _write_synced(path: Path, text: str) -> None:

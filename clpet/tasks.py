@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,16 +40,16 @@ class Example:
 
 @dataclass
 class Task:
-    """One step of the sequence. No labels and metric perplexity: language modelling."""
+    """One step of the sequence. No labels and metric perplexity: language modelling, whose splits are Documents."""
 
     name: str
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
     labels: tuple[str, ...] = ()
     metric: str = "accuracy"
 
-    def split(self, name: str) -> list[Example]:
+    def split(self, name: str) -> Sequence[Example]:
         """The examples of one of SPLITS."""
         return getattr(self, name)
 
@@ -65,8 +65,12 @@ class Benchmark:
     max_target: int = 0
     own_softmax: bool = False  # the loss compares the labels of an example's own task only
     reserved: int = 0  # positions of the model that a method's prompts take, at most
+    isolate: bool = False  # documents in one window of text do not see each other
+    base: Task | None = None  # text that the model is made on before the first task
     data_record: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)  # of domains, reported apart
+    order: dict[str, Any] = field(default_factory=dict)  # how the domains were ordered, and its hash
+    stream: bool = False  # texts are read as they are trained on, not tokenised beforehand
 
     def __post_init__(self) -> None:
         self.labels: list[str] = list(dict.fromkeys(label for task in self.tasks for label in task.labels))
@@ -80,6 +84,15 @@ class Benchmark:
         """Task names in training order."""
         return [task.name for task in self.tasks]
 
+    @property
+    def direction(self) -> str:
+        """Which scores are better: higher, or lower for perplexities."""
+        return "lower" if self.tasks[0].metric == "perplexity" else "higher"
+
+    def key(self, index: int) -> int | str:
+        """What the random draws of a task are named by: its place, or a domain's name, so that others do not matter."""
+        return index if self.direction == "higher" else self.names[index]
+
     def task_labels(self, index: int) -> list[int]:
         """Label ids of one task."""
         return [self.label_ids[label] for label in self.tasks[index].labels]
@@ -90,11 +103,17 @@ class Benchmark:
 
     def fingerprint(self) -> str:
         """Hash of every text and target in order: it changes when the data does."""
+        from clpet.corpus import Documents
+
         hasher = hashlib.sha256()
-        for task in self.tasks:
+        for task in [*self.tasks, *([self.base] if self.base else [])]:
             for split in SPLITS:
                 hasher.update(f"\x1e{task.name}\x1e{split}".encode())
-                for example in task.split(split):
+                examples = task.split(split)
+                if isinstance(examples, Documents):
+                    hasher.update(examples.fingerprint().encode())
+                    continue
+                for example in examples:
                     parts = (example.text, str(example.target), *example.fields.values(), *example.references)
                     hasher.update("\x1f".join(parts).encode(errors="surrogatepass"))
         return hasher.hexdigest()[:16]
@@ -107,6 +126,8 @@ class Benchmark:
             for split in ("train", "test"):
                 if not task.split(split):
                     raise DataError(f"task {task.name} of benchmark {self.name} has no {split} examples")
+            if not task.labels:
+                continue
             trained = {example.target for example in task.train}
             for split, example in _labelled(task):
                 if example.target not in trained:
@@ -117,10 +138,9 @@ class Benchmark:
 
 
 def _labelled(task: Task) -> Iterator[tuple[str, Example]]:
-    if task.labels:
-        for split in ("validation", "test"):
-            for example in task.split(split):
-                yield split, example
+    for split in ("validation", "test"):
+        for example in task.split(split):
+            yield split, example
 
 
 def order_names(names: list[str], order: Any, orders: Mapping[str, list[str]], seed: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Text to tokens, once per split: templates, entity windows, pooled splits and length-bucketed batches."""
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -147,7 +148,9 @@ def _centred(start: int, end: int, room: int, total: int) -> list[int]:
 class Batch:
     """Padded token ids [batch, length] with what is needed to score them; `rows` index the pool they came from.
 
-    Where an answer is to be learned, `targets` [batch, answer length] holds its tokens, IGNORED at padding.
+    Where an answer is to be learned, `targets` [batch, answer length] holds its tokens, IGNORED at padding. Where the
+    text itself is, `wanted` [terms] holds the tokens to be predicted and `places` [terms] where they stand in the
+    flattened input; `documents` [batch, length] numbers the documents of a window that do not see each other.
     """
 
     rows: np.ndarray
@@ -160,6 +163,9 @@ class Batch:
     left: bool = False  # padded on the left, for texts that are continued
     share: float = 1.0  # of the optimiser step's mean, where a step is made of several batches
     targets: Tensor | None = None
+    places: Tensor | None = None
+    wanted: Tensor | None = None
+    documents: Tensor | None = None
     pool: "EncodedDataset | None" = None
 
     def __len__(self) -> int:
@@ -176,6 +182,14 @@ class Batch:
     def tokens(self) -> int:
         """Token places computed on, padding included."""
         return self.input_ids.numel() + (0 if self.targets is None else self.targets.numel())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                setattr(self, field.name, value.to(device, non_blocking=True))
+        return self
 
     def select(self, keep: Tensor) -> "Batch":
         """The examples at the given positions, re-padded to the longest of them."""
@@ -308,6 +322,7 @@ class Encoded:
     train: EncodedDataset
     validation: EncodedDataset
     test: EncodedDataset
+    key: Callable[[int], int | str] = int  # of a task number: what its random draws are named by
 
 
 def encode_benchmark(
@@ -319,4 +334,4 @@ def encode_benchmark(
         pairs = [(index, example) for index, task in enumerate(benchmark.tasks) for example in task.split(split)]
         labels = [benchmark.label_ids.get(str(example.target), -1) for _, example in pairs]
         pools[split] = encode([example for _, example in pairs], labels, [index for index, _ in pairs])
-    return Encoded(**pools)
+    return Encoded(pools["train"], pools["validation"], pools["test"])

@@ -1,6 +1,8 @@
 """Trainer.fit: the one training loop, whatever the method."""
 
 import contextlib
+import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,11 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.config import Schedule, Select, Training, derive, require
+from clpet.config import OnNan, OptimizerState, Select, Training, derive, require
 from clpet.errors import HostError
+from clpet.halfway import Best, Fit, Keeper, load_moments, moments
 from clpet.mixing import Plan
 from clpet.objectives.base import Objective
+from clpet.schedules import Place, schedule, warmup
 from clpet.text import Batch
+
+log = logging.getLogger(__name__)
 
 
 class Device(Enum):
@@ -85,12 +91,15 @@ class Progress(Protocol):
     def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None:
         """A step is done; `loss` is the running mean, still on the device."""
 
+    def resumed(self, steps: int, examples: int) -> None:
+        """The fit goes on after so many steps, with so many examples of its present epoch behind it."""
+
     def validated(self, epoch: int, score: float) -> None:
         """An epoch's validation score."""
 
 
 class Trainer:
-    """Fits parameters on a plan's batches; fresh optimiser and schedule in every fit."""
+    """Fits parameters on a plan's batches; a fresh optimiser in every fit, save for the moments it may carry over."""
 
     def __init__(
         self,
@@ -102,13 +111,15 @@ class Trainer:
     ) -> None:
         self.settings, self.hardware, self.objective = settings, hardware, objective
         self.progress, self.seed = progress, seed
-        self.task = 0
+        self.task, self.last = 0, False
         self.trial = False  # one backward pass, no step
+        self.keeper = Keeper()
+        self.past: dict[str, dict[str, Any]] = {}  # by stage: steps and warm-up steps so far, and moments to carry
 
-    def begin_task(self, index: int) -> None:
+    def begin_task(self, index: int, last: bool = False) -> None:
         """Seeds torch for a task, so that a resumed run draws what an uninterrupted one draws; starts its meter."""
-        self.task = index
-        torch.manual_seed(derive(self.seed, "task", index))
+        self.task, self.last = index, last
+        torch.manual_seed(derive(self.seed, "task", self.objective.benchmark.key(index)))
         self.objective.meter.restart()
 
     def rows(self, plan: Plan) -> np.ndarray:
@@ -132,44 +143,113 @@ class Trainer:
 
         With train.select=best, `validate` (higher is better) is called before and after every epoch and the
         best state of `parameters` is kept; without a strictly better epoch the first state stays.
+        `adjust_gradients` comes before every step, `after_step` after every one that is not left out.
         Raises HostError when the loss is no longer finite.
         """
         settings, parameters = self.settings, list(parameters)
-        optimizer = self._optimizer(parameters)
-        scheduler = self._scheduler(optimizer, plan.steps * settings.epochs)
         clip = settings.clip if clip is None else clip
-        best = _Best(parameters, validate) if validate and settings.select is Select.best else None
         self.progress.fit(stage, settings.epochs, plan.steps)
         if self.trial:
             self._backward(plan, plan.epoch(0)[0], loss, parameters)
             return
-        for epoch in range(settings.epochs):
-            self.objective.adapters.train_mode(True)
-            total, seen = torch.zeros((), device=self.hardware.torch_device), 0
-            for step, rows in enumerate(plan.epoch(epoch)):
-                total += self._backward(plan, rows, loss, parameters)
-                if adjust_gradients:
-                    adjust_gradients()
-                if clip:
-                    nn.utils.clip_grad_norm_(parameters, clip)
-                optimizer.step()
-                scheduler.step()
-                if after_step:
-                    after_step()
-                optimizer.zero_grad(set_to_none=True)
-                seen += len(rows)
-                self.progress.step(epoch, step + 1, seen, total / (step + 1))
-            self.objective.adapters.train_mode(False)
-            if not torch.isfinite(total):
-                where = f"task {self.task + 1}{stage and f' ({stage})'}"
-                raise HostError(
-                    f"the loss of {where} is {total.item()} in epoch {epoch + 1}: "
-                    "lower train.lr or set train.clip; the tasks before it are saved"
-                )
+        with self.keeper.interrupt.held():
+            fit = self._begin(plan, parameters, stage, validate)
+            if fit is None:
+                return
+            rate = schedule(settings, settings.lr_of(self.task), self._place(plan, stage))
+            for epoch in range(fit.epoch, settings.epochs):
+                self.objective.adapters.train_mode(True)
+                for rows in plan.epoch(epoch)[fit.step :]:
+                    mean = self._backward(plan, rows, loss, parameters)
+                    if adjust_gradients:
+                        adjust_gradients()
+                    if self._usable(fit, mean, clip):
+                        for group in fit.optimizer.param_groups:
+                            group["lr"] = rate(epoch * plan.steps + fit.step)
+                        fit.optimizer.step()
+                        if after_step:
+                            after_step()
+                    fit.optimizer.zero_grad(set_to_none=True)
+                    fit.step, fit.seen = fit.step + 1, fit.seen + len(rows)
+                    self.progress.step(epoch, fit.step, fit.seen, fit.total / fit.step)
+                    if self.keeper.due():
+                        self._check(fit)
+                        self.keeper.save(fit, epoch * plan.steps + fit.step)
+                        self.keeper.interrupt.leave()
+                self.objective.adapters.train_mode(False)
+                self._check(fit)
+                if fit.best:
+                    self.progress.validated(epoch + 1, fit.best.update())
+                fit.next_epoch()
+            self._end(plan, fit)
+
+    def _place(self, plan: Plan, stage: str) -> Place:
+        past = self.past.get(stage, {"steps": 0, "warmup": 0})
+        return Place(plan.steps * self.settings.epochs, past["steps"], past["warmup"], self.last)
+
+    def _begin(
+        self, plan: Plan, parameters: list[nn.Parameter], stage: str, validate: Callable[[], float] | None
+    ) -> Fit | None:
+        """The fit from its start, or from where a run was cut off; None if it was over then."""
+        saved = self.keeper.resume(parameters)
+        if saved and "over" in saved:
+            self.past[stage] = saved["over"]
+            self.keeper.passed(saved, plan.steps * self.settings.epochs)
+            return None
+        best = Best(parameters, validate) if validate and self.settings.select is Select.best else None
+        fit = Fit(stage, parameters, self._optimizer(parameters), best, self.hardware.torch_device)
+        if saved:
+            fit.load(saved)
+            self.progress.resumed(fit.epoch * plan.steps + fit.step, fit.seen)
+        else:
+            carried = self.past.get(stage, {}).get("moments")
+            if carried and same_shapes(carried, parameters):
+                load_moments(fit.optimizer, carried)
             if best:
-                self.progress.validated(epoch + 1, best.update())
-        if best:
-            best.restore()
+                best.update()
+        return fit
+
+    def _end(self, plan: Plan, fit: Fit) -> None:
+        """What later tasks and a resumed run need of a fit that is over."""
+        if fit.best:
+            fit.best.restore()
+        place = self._place(plan, fit.stage)
+        past: dict[str, Any] = {
+            "steps": place.done + place.steps,
+            "warmup": place.warmed + warmup(self.settings, place),
+        }
+        if self.settings.optimizer_state is OptimizerState.carry:
+            past["moments"] = moments(fit.optimizer)
+        self.past[fit.stage] = past
+        self.keeper.end(fit.parameters, place.steps, past)
+
+    def _usable(self, fit: Fit, mean: Tensor, clip: float) -> bool:
+        """Clips, counts the loss and says whether to take the step. Only with on_nan=skip it waits for the device."""
+        skip = self.settings.on_nan is OnNan.skip
+        norm = nn.utils.clip_grad_norm_(fit.parameters, clip or math.inf) if clip or skip else mean
+        if skip and not bool(torch.isfinite(mean + norm)):
+            if not self.objective.meter.cost.skipped_steps:
+                log.warning(
+                    "%s: the loss or its gradient is no number, the step is left out", self._where(fit, fit.step + 1)
+                )
+            self.objective.meter.cost.skipped_steps += 1
+            return False
+        fit.add(mean)
+        if self.hardware.torch_device.type == "cpu":
+            self._check(fit, weights=False)
+        return True
+
+    def _check(self, fit: Fit, weights: bool = True) -> None:
+        """Raises HostError where a loss of the epoch or a trained tensor is not finite."""
+        advice = "lower train.lr, set train.clip or take train.on_nan=skip; what was saved before is kept"
+        if not torch.isfinite(fit.total):
+            where = self._where(fit, int(fit.finite) + 1)
+            raise HostError(f"the loss of {where} is {fit.total.item()}: {advice}")
+        if weights and fit.parameters and not torch.stack([value.isfinite().all() for value in fit.parameters]).all():
+            raise HostError(f"the weights of {self._where(fit, fit.step)} are no longer finite: {advice}")
+
+    def _where(self, fit: Fit, step: int) -> str:
+        return f"task {self.task + 1}{fit.stage and f' ({fit.stage})'} in epoch {fit.epoch + 1}, step {step}"
 
     def _backward(
         self, plan: Plan, rows: Any, loss: Callable[[Batch], Tensor], parameters: list[nn.Parameter]
@@ -199,35 +279,19 @@ class Trainer:
             parameters, lr=lr, betas=betas, eps=s.eps, weight_decay=s.weight_decay, fused=bool(parameters)
         )
 
-    def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-        from transformers import get_scheduler
+    def state(self) -> dict[str, Any]:
+        """What later tasks need."""
+        return self.past
 
-        name = "constant_with_warmup" if self.settings.schedule is Schedule.constant else self.settings.schedule.value
-        return get_scheduler(
-            name, optimizer, num_warmup_steps=self.settings.warmup_steps, num_training_steps=max(1, steps)
-        )
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.past = dict(state)
 
 
-class _Best:
-    """A copy of the trained tensors at their best validation score."""
-
-    def __init__(self, parameters: list[nn.Parameter], validate: Callable[[], float]) -> None:
-        self.parameters, self.validate = parameters, validate
-        self.score = validate()
-        self.copy = [parameter.detach().clone() for parameter in parameters]
-
-    def update(self) -> float:
-        score = self.validate()
-        if score > self.score:
-            self.score = score
-            for held, parameter in zip(self.copy, self.parameters, strict=True):
-                held.copy_(parameter.detach())
-        return score
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for held, parameter in zip(self.copy, self.parameters, strict=True):
-                parameter.copy_(held)
+def same_shapes(carried: list[dict[str, Tensor]], parameters: list[nn.Parameter]) -> bool:
+    """Whether AdamW's moments can be those of these tensors; a tensor without a gradient has none."""
+    pairs = zip(carried, parameters, strict=False)
+    return len(carried) == len(parameters) and all(not own or own["exp_avg"].shape == p.shape for own, p in pairs)
 
 
 @contextlib.contextmanager

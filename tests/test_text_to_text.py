@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from clpet.adapters import Adapter, Adapters, Lora
 from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode, Evaluation
-from clpet.errors import ModelError
+from clpet.errors import ConfigError
 from clpet.metrics import accuracy, exact_match, rouge_l
 from clpet.objectives.base import Choices
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
@@ -191,8 +191,8 @@ def test_answers_are_cut_with_their_end_kept() -> None:
 
 def test_an_encoder_is_refused() -> None:
     backbone = Backbone(name="bert", random_weights=True, config={"model_type": "bert"})
-    with pytest.raises(ModelError, match="encoder and cannot write an answer"):
-        backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
+    with pytest.raises(ConfigError, match="encoder and cannot write an answer"):
+        TextToText.check(backbone, "lora", Evaluation())
 
 
 def test_metrics() -> None:

@@ -26,7 +26,7 @@ class Method:
 
     name: str = ""
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
+    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text", "language_modeling")
     uses_replay: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False  # more than one adapter: refuses peft=none
     pefts: ClassVar[tuple[str, ...]] = ()  # the peft options it goes with; empty: any that trains something
@@ -63,6 +63,10 @@ class Method:
     def curriculum(self) -> list[tuple[int, Task]]:
         """(position, task) in learning order; after each, row position + 1 of the matrix is measured."""
         return list(enumerate(self.benchmark.tasks))
+
+    def measured(self, row: int, tasks: range) -> range:
+        """Of the tasks whose scores are asked for after `row` tasks, those that this method has a model for."""
+        return tasks
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         """Learns one task. Several stages are several calls of trainer.fit."""
@@ -215,6 +219,13 @@ class Method:
         """The inverse of `state_dict`, on a method fresh from `setup`."""
         self.objective.load(state["objective"])
         self.replay.load(state["replay"])
+
+    def task_state(self) -> dict[str, Any]:
+        """What the hooks of a fit gather while it goes on, beside the trained tensors; as in `state_dict`."""
+        return {}
+
+    def load_task_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `task_state`, in the midst of `learn`, where the fit would begin."""
 
     def heads(self) -> dict[str, Head]:
         """Heads by name, saved as safetensors at the end of the run."""

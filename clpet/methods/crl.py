@@ -84,9 +84,16 @@ class CRL(Method):
         self.bank = Bank(z, labels, rows, len(self.data.train), len(self.benchmark.labels))
         self.distil = name == "replay" and bool(self.old)
         self.rng = np.random.default_rng(derive(self.seed, "bank", index, name))
-        self.fresh: list[tuple[np.ndarray, Tensor]] = []
-        parameters = self.parameters()
-        trainer.fit(plan, self.loss, parameters, stage=name, clip=self.clip, after_step=self.refresh)
+        self.passed: list[tuple[np.ndarray, Tensor]] = []
+        trainer.fit(
+            plan,
+            self.loss,
+            self.parameters(),
+            stage=name,
+            clip=self.clip,
+            adjust_gradients=self.take,
+            after_step=self.refresh,
+        )
 
     def first(self, index: int) -> Plan:
         """Batches of stage 1: all of the new task."""
@@ -143,7 +150,7 @@ class CRL(Method):
     def loss(self, batch: Batch) -> Tensor:
         """L_CL + L_KD of the examples of old classes in stage 2."""
         z = self.project(self.objective.features(batch))
-        self.fresh.append((batch.rows, z.detach()))
+        self.passed.append((batch.rows, z.detach()))
         inside = self.bank.sample(batch.labels, self.sample, self.rng) if self.starred else slice(None)
         loss = contrastive(z, batch.labels, self.bank.z[inside], self.bank.labels[inside], self.tau, self.eps)
         if self.distil:
@@ -156,11 +163,14 @@ class CRL(Method):
                 loss = loss + kl * (mine.sum() / len(batch))  # mean over the whole batch
         return loss
 
+    def take(self) -> None:
+        """The representations of a step; those of one that is left out go with it."""
+        self.fresh, self.passed = self.passed, []
+
     def refresh(self) -> None:
         """The bank takes the representations of the step's examples."""
         for rows, z in self.fresh:
             self.bank.update(rows, z)
-        self.fresh = []
 
     def parameters(self) -> list[nn.Parameter]:
         return [*self.objective.adapters.tensors("default").values(), *self.projection.parameters()]
@@ -204,6 +214,14 @@ class CRL(Method):
         self.prototypes.copy_(own["prototypes"])
         self.known = list(own["known"])
         self.projection.load_state_dict(own["projection"])
+
+    def task_state(self) -> dict[str, Any]:
+        return {"z": self.bank.z, "sums": self.bank.sums, "rng": self.rng.bit_generator.state}
+
+    def load_task_state(self, state: dict[str, Any]) -> None:
+        self.bank.z.copy_(state["z"])
+        self.bank.sums.copy_(state["sums"])
+        self.rng.bit_generator.state = state["rng"]
 
 
 def contrastive(z: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, tau: float, eps: float) -> Tensor:

@@ -125,7 +125,7 @@ class KIF(Method):
         return {**super().stages(index), **({"replay": self.replay.recall(index)} if again else {})}
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
-        if self.importance is None and self.accumulated and self.fusion != "none":
+        if self.accumulated and self.fusion != "none":
             self.before = {name: value.detach().clone() for name, value in self.scored().items()}
         super().learn(task, index, trainer)
         protected = self.consolidate()
@@ -133,8 +133,7 @@ class KIF(Method):
             self.rehearse(trainer, index, protected)
 
     def fit(self, trainer: Trainer, index: int) -> None:
-        if self.importance is None:
-            self.begin()
+        self.begin()
         super().fit(trainer, index)
 
     def begin(self) -> None:
@@ -235,21 +234,20 @@ class KIF(Method):
         return super().stored_parameters() + sum(value.numel() for value in self.accumulated.values())
 
     def state_dict(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"accumulated": self.accumulated, "history": self.history}
-        if self.importance is not None:
-            own["task"] = {"before": self.before, "importance": self.importance.state()}
-        return {**super().state_dict(), "kif": own}
+        return {**super().state_dict(), "kif": {"accumulated": self.accumulated, "history": self.history}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         own, device = state["kif"], self.objective.device
         self.accumulated = {name: value.to(device) for name, value in own["accumulated"].items()}
         self.history = own["history"]
-        if task := own.get("task"):
-            self.begin()
-            assert self.importance
-            self.before = {name: value.to(device) for name, value in task["before"].items()}
-            self.importance.load(task["importance"])
+
+    def task_state(self) -> dict[str, Any]:
+        return {"importance": self.importance.state()} if self.importance else {}
+
+    def load_task_state(self, state: dict[str, Any]) -> None:
+        if self.importance:
+            self.importance.load(state["importance"])
 
 
 def shares(old: Tensor, new: Tensor) -> dict[str, float]:

@@ -11,7 +11,7 @@ Training goes on from W. One optimiser serves both loops; inner steps left over 
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -77,11 +77,14 @@ class RecurrentKIF(Method):
         place = torch.zeros((), device=self.objective.device)
         return Importance(size, "first", self.beta1, self.beta2, False, place)
 
+    def adjust_gradients(self) -> None:
+        """Counts a step, also one that is left out."""
+        self.steps += 1
+
     def after_step(self) -> None:
         if not self.replay.memory:
             return
-        place = self.steps % (self.inner_steps + self.outer_steps)
-        self.steps += 1
+        place = (self.steps - 1) % (self.inner_steps + self.outer_steps)
         part = self.inner if place < self.inner_steps else self.outer
         part.update(list(self.live.values()), gradients(self.live))
         if place == self.inner_steps - 1:
@@ -101,6 +104,16 @@ class RecurrentKIF(Method):
         if self.clear_outer:
             self.outer.clear()
         self.fusions += 1
+
+    def task_state(self) -> dict[str, Any]:
+        scores = {"inner": self.inner.state(), "outer": self.outer.state()}
+        return {**scores, "start": self.start, "middle": self.middle, "steps": self.steps, "fusions": self.fusions}
+
+    def load_task_state(self, state: dict[str, Any]) -> None:
+        self.inner.load(state["inner"])
+        self.outer.load(state["outer"])
+        self.start, self.middle = (state[name].to(self.start.device, copy=True) for name in ("start", "middle"))
+        self.steps, self.fusions = state["steps"], state["fusions"]
 
     def diagnostics(self) -> dict[str, float]:
         return self.figures

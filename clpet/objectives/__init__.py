@@ -5,6 +5,7 @@ from typing import Any
 
 PLACES = {
     "classification": "clpet.objectives.classification.Classification",
+    "language_modeling": "clpet.objectives.language_modeling.LanguageModeling",
     "text_to_text": "clpet.objectives.text_to_text.TextToText",
 }
 

@@ -70,6 +70,7 @@ class Objective:
 
     name: ClassVar[str] = ""
     generates: ClassVar[bool] = False  # needs the backbone's own output layer
+    cache_dir: str | None = None  # set by the run: a folder for what other runs can use
 
     def __init__(
         self,
@@ -174,9 +175,14 @@ class Objective:
         """Columns of an evaluation, one value per example: `score`, `own_score` and what was answered."""
         raise NotImplementedError
 
-    def summary(self, scores: np.ndarray) -> TaskScore:
-        """One task's score from its examples' scores."""
+    def summary(self, rows: dict[str, np.ndarray], own: bool = False) -> TaskScore:
+        """One task's score from the columns of its examples; `own` is the task-incremental view."""
+        scores = rows["own_score" if own else "score"]
         return TaskScore(100 * float(scores.mean()), float(scores.sum()), int(scores.size))
+
+    def diagnostics(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        """More figures of one task, from the columns of its examples."""
+        return {}
 
     def describe(self, pool: EncodedDataset, row: int) -> str:
         """What is expected of one example, for a person to read."""

@@ -37,6 +37,11 @@ class TextToText(Objective):
     @classmethod
     def check(cls, backbone: Backbone, peft: str, evaluation: Evaluation) -> None:
         """peft puts its virtual tokens in anew at every pass, and drops the positions of padded prompts."""
+        if backbone.architecture is Architecture.encoder:
+            raise ConfigError(
+                f"model {backbone.name} is an encoder and cannot write an answer: take a decoder or encoder-decoder"
+                " (or say model.architecture=decoder, if it is one)"
+            )
         if peft not in ("prompt", "prefix"):
             return
         if evaluation.decode is Decode.rank:

@@ -1,0 +1,63 @@
+"""M_0 for a backbone with random weights: trained on the benchmark's base corpus once, and kept as a model folder."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clpet.adapters import Adapter, Adapters
+from clpet.backbones import Backbone
+from clpet.config import Evaluation, Schedule, Training, digest
+from clpet.console import Display
+from clpet.errors import HostError
+from clpet.memory import NoReplay
+from clpet.objectives.language_modeling import LanguageModeling
+from clpet.packing import Tokens, text_hash
+from clpet.tasks import Benchmark
+from clpet.training import Hardware, Trainer
+
+
+def prepare(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, cache: Path, display: Display) -> None:
+    """Points the backbone at M_0 and trains it first where no earlier run has; nothing depends on the run's seed."""
+    base = benchmark.base
+    assert base is not None
+    tokens = Tokens(backbone.tokenizer())
+    made_of = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.isolate]
+    folder = cache / "base" / digest([*made_of, vars(backbone.base)], 16)
+    if not (folder / "config.json").is_file():
+        display.task(0, f"base model on {base.name}")
+        _train(backbone, benchmark, hardware, folder, display)
+        display.close()
+    backbone.path, backbone.random_weights = str(folder), False
+
+
+def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder: Path, display: Display) -> None:
+    assert benchmark.base is not None
+    model, tokenizer = backbone.load(torch.float32, hardware.torch_device, 0, generates=True)
+    adapters = Adapters(model, backbone, Adapter(), generates=True)
+    adapters.add("default", 0)
+    alone = Benchmark("base", [benchmark.base], max_length=benchmark.max_length, isolate=benchmark.isolate)
+    objective = LanguageModeling(alone, backbone, adapters, tokenizer, 0, hardware, Evaluation())
+    objective.cache_dir = str(folder.parent.parent)
+    how, plan = backbone.base, NoReplay()
+    plan.setup(objective.encode(), 0, how.batch_size)
+    settings = Training(epochs=how.epochs, lr=how.lr, schedule=Schedule.cosine, warmup_steps=20, clip=1.0)
+    trainer = Trainer(settings, hardware, objective, display, 0)
+    trainer.begin_task(0)
+    trainer.fit(plan.plan(0), objective.loss, adapters.tensors("default").values())
+    _save(model, tokenizer, folder)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if not folder.exists():  # a run beside this one may have been first
+            temporary.rename(folder)
+    except OSError as error:
+        raise HostError(f"the base model {folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,208 @@
+"""A task that is under way: what each of its fits came to, when that is written down, and how a fit goes on from it.
+
+A run that was cut off loads the checkpoint from before the task and learns the task once more. What lies outside of
+fits is computed again; a fit that was over is passed over, and the one that was under way goes on at its step.
+"""
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clpet.interrupt import Interrupt
+from clpet.state import copied
+
+Write = Callable[[int, dict[str, Any]], None]
+
+
+class Best:
+    """A copy of the trained tensors at their best validation score."""
+
+    def __init__(self, parameters: list[nn.Parameter], validate: Callable[[], float]) -> None:
+        self.parameters, self.validate = parameters, validate
+        self.score = float("-inf")
+        self.copy = [parameter.detach().clone() for parameter in parameters]
+
+    def update(self) -> float:
+        """Validates; a strictly better score is the new best."""
+        score = self.validate()
+        if score > self.score:
+            self.score = score
+            put(self.parameters, self.copy)
+        return score
+
+    def restore(self) -> None:
+        """Gives the trained tensors their best values."""
+        put(self.copy, self.parameters)
+
+
+class Fit:
+    """One fit as it goes on: what is trained, by which optimiser, and where it stands in its plan."""
+
+    def __init__(
+        self,
+        stage: str,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        best: Best | None,
+        device: torch.device,
+    ) -> None:
+        self.stage, self.parameters, self.optimizer, self.best = stage, parameters, optimizer, best
+        self.total, self.finite = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.epoch = self.step = self.seen = 0
+
+    def next_epoch(self) -> None:
+        """Counts of an epoch start anew."""
+        self.epoch += 1
+        self.step = self.seen = 0
+        self.total, self.finite = torch.zeros_like(self.total), torch.zeros_like(self.finite)
+
+    def add(self, loss: Tensor) -> None:
+        """Adds a step's loss to the epoch's; counts the steps up to the first that is no number."""
+        self.total += loss
+        self.finite += torch.isfinite(self.total)
+
+    def state(self) -> dict[str, Any]:
+        """Where the fit stands, without the trained tensors."""
+        best = self.best and {"score": self.best.score, "copy": self.best.copy}
+        counts = {name: getattr(self, name) for name in ("epoch", "step", "seen", "total", "finite")}
+        return {**counts, "best": best, "optimizer": moments(self.optimizer)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.epoch, self.step, self.seen = state["epoch"], state["step"], state["seen"]
+        self.total.copy_(state["total"])
+        self.finite.copy_(state["finite"])
+        if self.best:
+            self.best.score = state["best"]["score"]
+            put(state["best"]["copy"], self.best.copy)
+        load_moments(self.optimizer, state["optimizer"])
+
+
+class Keeper:
+    """Holds the states of a task's fits and writes them every `minutes`, and when a signal asks; else writes nothing.
+
+    `write` takes a number, higher for every later state of the task, and the record. Without it nothing is kept.
+    """
+
+    def __init__(self, method: Any = None, minutes: float = math.inf, interrupt: Interrupt | None = None) -> None:
+        self.method, self.seconds, self.interrupt = method, 60 * minutes, interrupt or Interrupt()
+        self.interrupt.keep = self.keep
+        self.begin(None, None)
+        self.written()
+
+    def begin(self, record: dict[str, Any] | None, write: Write | None) -> None:
+        """A task begins; `record` is what was written of it before the run was cut off."""
+        self.write = write
+        self.saved = list(record["fits"]) if record else []
+        self.over: list[dict[str, Any]] = []
+        self.steps = 0  # of the fits that are over
+        self.new = False  # whether one of them is not written
+
+    @contextlib.contextmanager
+    def between(self) -> Iterator[None]:
+        """A checkpoint between tasks is written inside: of the task there is nothing more to write."""
+        with self.interrupt.held():
+            yield
+            self.begin(None, None)
+            self.written()
+
+    def written(self) -> None:
+        """A checkpoint is there: the next one is due in `minutes`."""
+        self.due_at = time.monotonic() + self.seconds
+
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return self.write is not None and (self.interrupt.asked is not None or time.monotonic() >= self.due_at)
+
+    def resume(self, parameters: list[nn.Parameter]) -> dict[str, Any] | None:
+        """Restores what the next fit left, and returns it; None where it has not begun yet."""
+        if not self.saved:
+            return None
+        state = self.saved.pop(0)
+        put(state["trained"], parameters)
+        self.method.load_task_state(state["method"])
+        set_random_state(state["random"], self.method.objective.device)
+        self.method.objective.meter.load(state["cost"])
+        return state
+
+    def save(self, fit: Fit, done: int) -> None:
+        """Writes the task as it stands in the middle of a fit of which `done` steps were taken."""
+        self._write(self.steps + done, [*self.over, {**self._common(fit.parameters), **fit.state()}])
+
+    def end(self, parameters: list[nn.Parameter], steps: int, state: dict[str, Any]) -> None:
+        """A fit of `steps` is over; `state` is what the trainer keeps of it."""
+        if self.write is None:
+            return
+        self.passed(copied({**self._common(parameters), "over": state}), steps)
+        self.new = True
+        if self.due():
+            self.keep()
+
+    def passed(self, state: dict[str, Any], steps: int) -> None:
+        """A fit that is over has this state."""
+        self.over.append(state)
+        self.steps += steps + 1  # that it is over is a state of its own
+
+    def keep(self) -> None:
+        """Writes the fits that are over, if they are not written."""
+        if self.write is not None and self.new:
+            self._write(self.steps, self.over)
+
+    def _write(self, number: int, fits: list[dict[str, Any]]) -> None:
+        assert self.write
+        self.write(number, {"fits": fits})
+        self.new = False
+        self.written()
+
+    def _common(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
+        objective = self.method.objective
+        return {
+            "trained": parameters,
+            "method": self.method.task_state(),
+            "random": random_state(objective.device),
+            "cost": objective.meter.state(),
+        }
+
+
+@torch.no_grad()
+def put(values: list[Tensor], into: list[Tensor]) -> None:  # list is invariant
+    """Gives tensors the values of others."""
+    for value, tensor in zip(values, into, strict=True):
+        tensor.copy_(value)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """What an optimiser holds of each trained tensor; empty for one that never had a gradient."""
+    found = optimizer.state_dict()["state"]
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    return [found.get(index, {}) for index in range(count)]
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: list[dict[str, Tensor]]) -> None:
+    """The inverse of `moments`, on a fresh optimiser."""
+    held = {index: {name: value.clone() for name, value in own.items()} for index, own in enumerate(state) if own}
+    optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of every global generator."""
+    kind, key, *rest = np.random.get_state()  # type: ignore[misc]
+    found = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [kind, key.tolist(), *rest]}
+    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(state["torch"])
+    version, key, gauss = state["python"]
+    random.setstate((version, tuple(key), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

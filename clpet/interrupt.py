@@ -1,0 +1,78 @@
+"""Signals: a run that is asked to stop saves what it has and leaves; the same command goes on."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+CODE = 75  # a temporary failure (EX_TEMPFAIL): the same command may be tried again
+
+
+class Interrupted(SystemExit):
+    """Ends the process, a sweep included, with exit code 75."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(CODE)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name}: what was learned is saved, the same command goes on"
+
+
+class Interrupt:
+    """Catches the signals while it is entered. Inside `held` a signal waits; elsewhere the run leaves at once.
+
+    `keep` is called first where nothing is held. A second SIGINT ends the process as Python does by itself.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None  # the signal that waits
+        self.keep: Callable[[], object] = lambda: None
+        self.before: dict[int, Any] = {}
+        self.holding = self.pressed = False
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
+            self.before = {signum: signal.signal(signum, self.caught) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def caught(self, signum: int, frame: FrameType | None) -> None:
+        """The signals' handler."""
+        if signum == signal.SIGINT and self.pressed:
+            signal.default_int_handler(signum, frame)
+        self.pressed |= signum == signal.SIGINT
+        self.asked = signum
+        if not self.holding:
+            with self.held():
+                self.keep()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals inside are answered at its end, or where `leave` is called."""
+        outer, self.holding = self.holding, True
+        try:
+            yield
+        finally:
+            self.holding = outer
+        if not outer:
+            self.leave()
+
+    def leave(self) -> None:
+        """Leaves if a signal asked to; a handler that was there before, such as submitit's, decides how.
+
+        submitit's for SIGUSR2 requeues the job and ends the process, its for SIGTERM returns: then the run goes on.
+        """
+        signum, self.asked = self.asked, None
+        if signum is None:
+            return
+        handler = self.before.get(signum)
+        if not callable(handler) or handler is signal.default_int_handler:
+            raise Interrupted(signum)
+        handler(signum, None)

@@ -1,0 +1,32 @@
+"""DAPT: every domain from a fresh copy of the base model, what continual pretraining has to beat.
+
+P[j, j] of this run is the perplexity of M_0 trained on domain j alone (Gururangan et al., 2020, arXiv 2004.10964); the
+first domain's is that of continual pretraining, bit for bit.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from clpet.methods.base import Method
+from clpet.tasks import Task
+from clpet.training import Trainer
+
+
+@dataclass
+class DAPT(Method):
+    """Of the matrix there are row 0 and the diagonal; a domain's model is dropped when the next one begins."""
+
+    objectives: ClassVar[tuple[str, ...]] = ("language_modeling",)
+
+    def first_adapter(self) -> None:
+        super().first_adapter()
+        self.start = {
+            name: value.detach().clone() for name, value in self.objective.adapters.tensors("default").items()
+        }
+
+    def measured(self, row: int, tasks: range) -> range:
+        return range(row - 1, row) if row else tasks
+
+    def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        self.objective.adapters.load("default", self.start)
+        super().learn(task, index, trainer)

@@ -1,0 +1,199 @@
+"""language_modeling: read plain text and predict its tokens; causal backbones, and masked ones that fill places.
+
+perplexity = exp(sum of -log p(token | context) / predicted tokens), sums over all windows of a domain's test text.
+Of a masked backbone it is the pseudo-perplexity of the places that are masked, the same at every checkpoint.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clpet.backbones import Architecture, Backbone
+from clpet.config import CapUnit, Evaluation
+from clpet.errors import ConfigError, DataError, ModelError
+from clpet.objectives import chunked
+from clpet.objectives.base import Choices, Objective, Predictions, TaskScore
+from clpet.packing import Masking, Stream, Tokens, Windows, pack
+from clpet.tasks import SPLITS, Benchmark
+from clpet.text import Batch, Encoded, EncodedDataset
+
+CAPPED = ("head_logits_cap", "final_logit_softcapping")  # what some models do to logits after their output layer
+EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of so many tokens
+
+
+class LanguageModeling(Objective):
+    """The loss is the mean over all predicted tokens of a batch of windows."""
+
+    name = "language_modeling"
+    generates = True
+
+    def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
+        self.causal = backbone.architecture is Architecture.decoder
+        super().__init__(benchmark, backbone, *rest)
+        if self.tokenizer.mask_token_id is None and not self.causal:
+            raise ModelError(f"model {backbone.name} has no mask token, so there is nothing for it to fill")
+        config: Any = self.adapters.model.config
+        bent = next((key for key in CAPPED if getattr(config, key, None)), None)
+        if bent:
+            raise ModelError(f"model {backbone.name} bends its logits ({bent}), which language_modeling does not know")
+        if benchmark.isolate and getattr(self.adapters.config, "num_virtual_tokens", None):
+            raise ConfigError("benchmark.isolate does not go with virtual tokens: take peft=lora or none")
+
+    @classmethod
+    def check(cls, backbone: Backbone, peft: str, evaluation: Evaluation) -> None:
+        if backbone.architecture is Architecture.encoder_decoder:
+            raise ConfigError(
+                f"model {backbone.name} is an encoder-decoder: language_modeling needs a decoder or encoder"
+            )
+
+    @classmethod
+    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Any:
+        """Windows are made by `encode`, out of whole domains."""
+        return None
+
+    # Windows
+
+    def encode(self) -> Encoded:
+        """Blocks of train and validation text and windows of test text, all domains in one pool each."""
+        benchmark, tokens = self.benchmark, Tokens(self.tokenizer, self.cache_dir)
+        pools = {split: self._pool(split == "train") for split in SPLITS}
+        for index, task in enumerate(benchmark.tasks):
+            for split in SPLITS:
+                if documents := task.split(split):
+                    self._add(pools[split], index, task.name, split, tokens, documents)
+        if benchmark.base is not None:  # its blocks can be replayed; no task learns them
+            self._add(pools["train"], -1, benchmark.base.name, "train", tokens, benchmark.base.train)
+        return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.key)
+
+    def _pool(self, training: bool) -> Windows:
+        masking = None
+        if not self.causal:
+            special, size = np.array(self.tokenizer.all_special_ids), len(self.tokenizer)
+            masking = Masking(self.tokenizer.mask_token_id, special, size, seed=0, training=training)
+        return Windows(self.tokenizer.pad_token_id, self.benchmark.isolate, masking)
+
+    def _add(self, pool: Windows, index: int, name: str, split: str, tokens: Tokens, documents: Any) -> None:
+        stream = tokens.stream(documents, sized=split == "test")
+        if self.benchmark.isolate and len(stream.tokens) and not len(stream.starts):
+            raise DataError(f"benchmark.isolate needs borders of documents, which the files of {name} do not have")
+        cap = self.evaluation
+        limit = None if split == "train" else capped(stream, cap.max_tokens, cap.cap_unit)
+        stride = cap.stride if split == "test" else None
+        pack(index, name, pool, stream, self.benchmark.max_length, limit, stride, split == "train")
+
+    def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
+        size = max(1, self.eval_batch_size * EVAL_LENGTH // self.benchmark.max_length)
+        return pool.by_length(rows, size)
+
+    # Learning
+
+    def states(self, batch: Batch) -> Tensor:
+        """[terms, dim]: what the output layer reads to predict each of `batch.wanted`."""
+        self.meter.count(batch, torch.is_grad_enabled())
+        assert batch.places is not None
+        with self.autocast, without_head(self.adapters.model) as model:
+            hidden = model(**self.inputs(batch), **({"use_cache": False} if self.causal else {})).logits
+        hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompts stand in front
+        return hidden.flatten(0, 1)[batch.places - int(self.causal)]
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        read: dict[str, Any] = super().inputs(batch)
+        if batch.documents is None:
+            return read
+        numbers, length = batch.documents, batch.input_ids.shape[1]
+        same = numbers[:, None, :, None] == numbers[:, None, None, :]
+        if self.causal:
+            same = same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
+        low = torch.finfo(self.dtype).min
+        read["attention_mask"] = torch.zeros(same.shape, dtype=self.dtype, device=same.device).masked_fill(~same, low)
+        count = torch.arange(length, device=same.device).expand_as(numbers)
+        first = torch.zeros_like(numbers).scatter_reduce(1, numbers, count, "amin", include_self=False)
+        return {**read, "position_ids": count - first.gather(1, numbers) + self.first_position()}
+
+    def first_position(self) -> int:
+        """RoBERTa counts its positions from behind the padding id."""
+        config: Any = self.adapters.model.config
+        return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+
+    @property
+    def head(self) -> nn.Module:
+        """The backbone's output layer."""
+        return self.adapters.model.get_output_embeddings()  # type: ignore[operator]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[terms, vocabulary] fp32."""
+        with self.autocast:
+            return self.head(self.states(batch)).float()
+
+    def targets(self, batch: Batch) -> Tensor:
+        """[terms]: the tokens to predict."""
+        assert batch.wanted is not None
+        return batch.wanted
+
+    def loss(self, batch: Batch) -> Tensor:
+        return chunked.mean_nll(self.states(batch), self.targets(batch), self.head)
+
+    # Judging
+
+    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+        """Facts per window: the sum of its tokens' negative log-likelihoods and how many it predicts."""
+        assert batch.places is not None
+        with self.autocast:
+            nll = chunked.token_nll(self.states(batch), self.targets(batch), self.head).double()
+        row = batch.places // batch.input_ids.shape[1]
+        sums = nll.new_zeros(len(batch)).index_add_(0, row, nll)
+        counts = nll.new_zeros(len(batch)).index_add_(0, row, torch.ones_like(nll))
+        return Predictions(trace={"nll": sums, "tokens": counts})
+
+    def judge(self, batch: Batch, found: Predictions, choices: Choices) -> Tensor:
+        """[batch]: minus the mean negative log-likelihood, so that higher is better."""
+        return -found.trace["nll"] / found.trace["tokens"].clamp(min=1)
+
+    def table(self, batch: Batch, found: Predictions, known: Predictions, choices: Choices) -> dict[str, Any]:
+        assert isinstance(batch.pool, Windows)
+        return {"bytes": np.array([batch.pool.bytes(row) for row in batch.rows]), "own_nll": known.trace["nll"]}
+
+    def summary(self, rows: dict[str, np.ndarray], own: bool = False) -> TaskScore:
+        """Perplexity, with the sums behind it: nll and predicted tokens."""
+        nll, tokens = float(rows["own_nll" if own else "nll"].sum()), float(rows["tokens"].sum())
+        return TaskScore(perplexity(nll, tokens), nll, tokens)
+
+    def diagnostics(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        """Bits per byte of one domain: comparable across tokenizers."""
+        size = float(rows["bytes"].sum())
+        return {"bits_per_byte": float(rows["nll"].sum()) / (math.log(2) * size)} if size and self.causal else {}
+
+    def describe(self, pool: EncodedDataset, row: int) -> str:
+        return f"predicts {int(pool.weights[row])} of its {int(pool.lengths[row])} tokens"
+
+
+def capped(stream: Stream, most: int | None, unit: CapUnit) -> int | None:
+    """How many tokens of a stream are tested."""
+    if most is None or unit is CapUnit.tokens or not len(stream.sizes):
+        return most
+    return int(np.searchsorted(np.cumsum(stream.sizes, dtype=np.float64), most, side="right"))
+
+
+def perplexity(nll: float, tokens: float) -> float:
+    """exp(nll / tokens); infinity where it is too large for a number."""
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        return math.inf
+
+
+@contextlib.contextmanager
+def without_head(model: Any) -> Iterator[Any]:
+    """The model with its output layer passed over: what it gives as logits is what that layer would read."""
+    head = model.get_output_embeddings()
+    parent, name = next((p, n) for p in model.modules() for n, child in p.named_children() if child is head)
+    setattr(parent, name, nn.Identity())
+    try:
+        yield model
+    finally:
+        setattr(parent, name, head)

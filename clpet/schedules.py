@@ -1,0 +1,76 @@
+"""Learning rates: what one step of a fit is trained at, from where the fit stands in the run.
+
+S steps, w of them warm-up, peak eta, floor eta_min. Step t = 0 .. S - 1 of the warm-up has eta t / w; after it
+    constant   eta
+    linear     eta (S - t) / (S - w)
+    cosine     from eta to eta_min
+    ar         a cosine whose peak lies on one cosine over all steps so far (TiC-LM, arXiv 2504.02107)
+    infinite   once a run: warm-up, cosine down to eta_c in the first task, eta_c, and cosine down to eta_min over the
+               last share of the last task (arXiv 2403.08763)
+The floor is reached at step S, the first that is not taken.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from clpet.config import Schedule, Training
+
+
+@dataclass
+class Place:
+    """Where a fit stands: its steps, those of the same stage in the tasks before it, and whether it is the last task's.
+
+    `warmed` are the warm-up steps among `done`.
+    """
+
+    steps: int
+    done: int = 0
+    warmed: int = 0
+    last: bool = False
+
+
+def warmup(settings: Training, place: Place) -> int:
+    """Warm-up steps of a fit; an infinite schedule warms up once."""
+    if settings.schedule is Schedule.infinite and place.done:
+        return 0
+    share = settings.warmup_share
+    return settings.warmup_steps if share is None else min(settings.warmup_steps, int(share * place.steps))
+
+
+def schedule(settings: Training, peak: float, place: Place) -> Callable[[int], float]:
+    """The learning rate of step t of a fit, counted from 0."""
+    steps, warm, floor = place.steps, warmup(settings, place), settings.lr_min
+    if settings.schedule is Schedule.ar:
+        peak = autoregressive_peak(peak, floor, place, warm)
+    after = {
+        Schedule.constant: lambda t: peak,
+        Schedule.linear: lambda t: peak * max(0.0, (steps - t) / max(1, steps - warm)),
+        Schedule.cosine: lambda t: cosine(peak, floor, (t - warm) / max(1, steps - warm)),
+        Schedule.ar: lambda t: cosine(peak, floor, (t - warm) / max(1, steps - warm)),
+        Schedule.infinite: _infinite(settings, peak, place, warm),
+    }[settings.schedule]
+    return lambda t: peak * (t / max(1, warm)) if t < warm else after(t)
+
+
+def cosine(high: float, low: float, progress: float) -> float:
+    """From `high` at 0 to `low` at 1."""
+    return low + (high - low) * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def autoregressive_peak(peak: float, floor: float, place: Place, warm: int) -> float:
+    """eta_k: where a cosine from `peak`, after all warm-up, to the end of this fit stands at its own warm-up's end."""
+    start = place.warmed + warm
+    return cosine(peak, floor, (place.done + warm - start) / max(1, place.done + place.steps - start))
+
+
+def _infinite(settings: Training, peak: float, place: Place, warm: int) -> Callable[[int], float]:
+    held = (peak + settings.lr_min) / 2 if settings.lr_constant is None else settings.lr_constant
+    anneal = round(settings.anneal_share * place.steps) if place.last else 0
+    flat = place.steps - anneal  # where the anneal begins
+
+    def rate(t: int) -> float:
+        before = held if place.done else cosine(peak, held, min(1.0, (t - warm) / max(1, flat - warm)))
+        return before if t < flat else cosine(held, settings.lr_min, (t - flat) / anneal)
+
+    return rate
