@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from clpet.errors import HostError
 from clpet.halfway import Keeper
 from clpet.state import read_tree, write_tree
 
