@@ -61,7 +61,7 @@ class Documents(Sequence[Example]):
     `dropped` pieces were found in train and left out; None where nobody has looked.
 
     With `borders` every element is a document (or what a hole left of it); without, elements are consecutive
-    pieces of one text, to be joined as they are.
+    stretches of one text, to be joined as they are.
     """
 
     def __init__(self, corpus: Corpus, segments: np.ndarray | None = None, dropped: int | None = None) -> None:
@@ -147,19 +147,22 @@ class Documents(Sequence[Example]):
         return kept if size is None else kept._limited(kept._sizes, size, self._first_bytes)
 
     def split_off(self, share: float) -> tuple["Documents", "Documents"]:
-        """(rest, part): about `share` of the bytes in whole documents, by their hash; equal documents stay together.
+        """(rest, part): up to `share` of the bytes in whole documents, by their hash; equal documents stay together.
 
-        Documents larger than the part are not taken, unless there are no others.
+        Documents that do not fit are passed over; if none fits, the smallest is taken.
         """
         if len(self) < 2 or share == 0:
             return self, self[:0]
-        order, goal = self._order(last=True), share * self.bytes
-        fitting = order[self._sizes[order] <= goal]
-        if not len(fitting):
-            fitting = order[[np.argmin(self._sizes[order])]]
-        count = int(np.searchsorted(np.cumsum(self._sizes[fitting]), goal)) + 1
+        sizes, goal, taken = self._sizes, share * self.bytes, 0
+        chosen = []
+        for place in self._order(last=True).tolist():
+            if taken + sizes[place] <= goal:
+                chosen.append(place)
+                taken += sizes[place]
+            elif not self.borders or taken > 0.9 * goal:
+                break
         part = np.zeros(len(self), dtype=bool)
-        part[fitting[:count]] = True
+        part[chosen or [int(np.argmin(sizes))]] = True
         if self.borders:
             part = np.isin(self._column(KEY), self._column(KEY)[part])
         return Documents(self.corpus, self.segments[~part]), Documents(self.corpus, self.segments[part])

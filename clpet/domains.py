@@ -162,6 +162,7 @@ class Domains(Source):
             samples=self.order_samples,
             reference_samples=5 * self.order_samples,
             encoder=self.order_encoder,
+            cache_dir=self.cache_dir,
         )
         return found.record()
 

@@ -57,7 +57,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
                 raise
             count_parameters(console, parts, benchmark, str(error))
             return None
-        benchmark.data_record |= inspect_data(benchmark, data)
+        benchmark.data_record = inspect_data(benchmark, data)
         for warning in benchmark.data_record["warnings"]:
             log.warning(warning)
         parts["replay"].setup(data, config.seed, config.train.global_batch_size)
@@ -158,10 +158,8 @@ class Experiment:
 
 def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
     """The method and the other parts, built and checked against each other before anything is loaded."""
-    parts = {
-        name: build(getattr(config, name), name)
-        for name in ("replay", "model", "peft", "benchmark", "hardware", "tracking")
-    }
+    parts = {name: build(getattr(config, name), name) for name in ("replay", "model", "peft", "hardware", "tracking")}
+    parts["benchmark"] = build(config.benchmark, "benchmark", cache_dir=config.cache_dir)
     method = build(config.method, "method", cache_dir=config.cache_dir)
     objective = parts["benchmark"].objective.value
     method.check(objective, parts["replay"].name, parts["peft"].name)

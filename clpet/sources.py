@@ -57,6 +57,7 @@ class Source:
     metrics: dict[str, str] = field(default_factory=dict)
 
     fields: ClassVar[tuple[str, ...]] = ()  # slots that examples fill beside {text} and {mask}
+    cache_dir: ClassVar[str | None] = None  # set by the run: a folder for what other runs can use
     plain_text: ClassVar[bool] = False  # texts to be continued, without labels or answers
 
     def __post_init__(self) -> None:

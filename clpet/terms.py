@@ -84,7 +84,7 @@ def prompts(
         places = [prompt for text in texts[name] for prompt in _places(name, text, set(terms[name]), characters, least)]
         order = np.random.default_rng(derive(seed, "prompts", name)).permutation(len(places))
         turns: Counter[str] = Counter()
-        drawn = []
+        drawn: list[tuple[int, int, Prompt]] = []
         for place in order:
             drawn.append((turns[places[place].term], len(drawn), places[place]))
             turns[places[place].term] += 1

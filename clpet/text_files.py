@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 from clpet.errors import DataError, suggest
 
-PIECE = 2000  # bytes of a long text without document borders that are one piece, to the end of the line
+PIECE = 2000  # bytes of a long text without document borders that are one piece, to the end of a line
+STRETCH = 65536  # bytes of it that are read together, at most, and to the end of a line
 LONGEST_LINE = 65536
 BATCH = 256  # rows of a parquet file that are decoded at a time
 LARGE = 16 << 20  # bytes above which a txt file is no document
@@ -33,7 +34,7 @@ class Unit(NamedTuple):
 
 
 class Reader(Protocol):
-    """A source of documents. Without `borders` its units are consecutive pieces of one text."""
+    """A source of documents. Without `borders` its units are consecutive stretches of one text."""
 
     borders: bool
     joiner: str  # stands between the pieces of a document
@@ -78,7 +79,7 @@ class WholeFiles:
 
 
 class LongText:
-    """One long text without known document borders; a unit is about PIECE bytes, up to the end of a line."""
+    """One long text without known document borders, in stretches that end with a line."""
 
     borders, joiner = False, ""
 
@@ -86,29 +87,40 @@ class LongText:
         self.path = path
 
     def scan(self) -> Iterator[Unit]:
+        length = min(STRETCH, max(PIECE, self.path.stat().st_size // 1000))
         with self.path.open("rb") as file:
             place = 0
-            while data := _piece(file):
-                yield Unit(place, len(data), [decoded(data)], None)
+            while data := _stretch(file, length):
+                yield Unit(place, len(data), _pieces(data), None)
                 place += len(data)
 
     def read(self, place: int, span: int) -> list[str]:
         self._file.seek(place)
-        return [decoded(self._file.read(span))]
+        return _pieces(self._file.read(span))
 
     @cached_property
     def _file(self) -> Any:
         return self.path.open("rb")
 
 
-def _piece(file: Any) -> bytes:
-    """At least PIECE bytes up to the end of a line; a very long line is cut between two characters."""
-    data = b""
-    while len(data) < PIECE and (line := file.readline(LONGEST_LINE)):
-        while not line.endswith(b"\n") and (ahead := file.peek(1)[:1]) and ahead[0] & 0xC0 == 0x80:
-            line += file.read(1)
-        data += line
+def _stretch(file: Any, length: int) -> bytes:
+    """At least `length` bytes up to the end of a line; a very long line is cut between two characters."""
+    data: bytes = file.read(length)
+    if data and not data.endswith(b"\n"):
+        data += file.readline(LONGEST_LINE)
+    while not data.endswith(b"\n") and (ahead := file.peek(1)[:1]) and ahead[0] & 0xC0 == 0x80:
+        data += file.read(1)
     return data
+
+
+def _pieces(data: bytes) -> list[str]:
+    """Lines together, of about PIECE bytes."""
+    parts = [b""]
+    for line in data.splitlines(keepends=True):
+        if len(parts[-1]) >= PIECE:
+            parts.append(b"")
+        parts[-1] += line
+    return [decoded(part) for part in parts]
 
 
 class Rows:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,11 @@ def test_one_number_each_for_a_comparison() -> None:
     assert found["backward"] == pytest.approx((-16 - 8 - 20 / 3) / 3)
     assert found["forward"] == pytest.approx((14 / 3 + 3 + 2) / 3)
     assert (found["cpt"], found["fg"], found["bwt"]) == (18.25, 5.5, mean("fg_before_last"))
+
+
+def test_every_figure_is_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text().partition("**Perplexities.**")[2]
+    assert all(f"| {name} |" in page for name in FORMULAS)
 
 
 def test_identities_of_any_matrix() -> None:

@@ -1,0 +1,167 @@
+"""M2D2 (Reid et al., EMNLP 2022, arXiv 2210.07370): Wikipedia and S2ORC domains, from the archives its authors host.
+
+The ids are theirs, spelling included. A first-level (L1) domain is the union of its second-level ones, so the two
+never stand in one sequence.
+"""
+
+import os
+import shutil
+import socket
+import tarfile
+import zlib
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from clpet.config import require
+from clpet.corpus import Documents
+from clpet.domains import Domains
+from clpet.errors import ConfigError, DataError, suggest
+from clpet.text_files import LongText
+
+HUB = "machelreid/m2d2"
+FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
+JUNK = ("eval_sets", "only_text", "only_txt2")  # names in the published list that are no domains
+
+WIKI = {
+    "Culture_and_the_arts": "Culture_and_Humanities Games_and_Toys Mass_media Performing_arts Sports_and_Recreation"
+    " The_arts_and_Entertainment Visual_arts",
+    "General_referece": "Further_research_tools_and_topics Reference_works",
+    "Health_and_fitness": "Exercise Health_science Human_medicine Nutrition Public_health Self_care",
+    "History_and_events": "By_continent By_period By_region",
+    "Human_activites": "Human_activities Impact_of_human_activity",
+    "Mathematics_and_logic": "Fields_of_mathematics Logic Mathematics",
+    "Natural_and_physical_sciences": "Biology Earth_sciences Nature Physical_sciences",
+    "Philosophy_and_thinking": "Philosophy Thinking",
+    "Religion_and_belief_systems": "Allah Belief_systems Major_beliefs_of_the_world",
+    "Society_and_social_sciences": "Social_sciences Society",
+    "Technology_and_applied_sciences": "Agriculture Computing Engineering Transport",
+}
+S2ORC = {  # "-": the bare prefix is a domain too
+    "astro-ph": "- CO EP GA HE IM SR",
+    "cond-mat": "- dis-nn mes-hall mtrl-sci other quant-gas soft stat-mech str-el supr-con",
+    "cs": "AI AR CC CE CG CL CR CV CY DB DC DL DM DS ET FL GL GR GT HC IR IT LG LO MA MM MS NA NE NI OH OS PF PL RO SC"
+    " SD SE SI SY",
+    "econ": "EM GN TH",
+    "eess": "AS IV SP SY",
+    "math": "AC AG AP AT CA CO CT CV DG DS FA GM GN GR GT HO IT KT LO MG MP NA NT OA OC PR QA RA RT SG SP ST",
+    "nlin": "AO CD CG PS SI",
+    "physics": "acc-ph ao-ph app-ph atm-clus atom-ph bio-ph chem-ph class-ph comp-ph data-an ed-ph flu-dyn gen-ph"
+    " geo-ph hist-ph ins-det med-ph optics plasm-ph pop-ph soc-ph space-ph",
+    "q-bio": "- BM CB GN MN NC OT PE QM SC TO",
+    "q-fin": "CP EC GN MF PM PR RM ST TR",
+    "stat": "AP CO ME ML OT TH",
+}
+SINGLE = [
+    "alg-geom", "ao-sci", "atom-ph", "bayes-an", "chao-dyn", "chem-ph", "cmp-lg", "comp-gas", "dg-ga", "funct-an",
+    "gr-qc", "hep-ex", "hep-lat", "hep-ph", "hep-th", "math-ph", "mtrl-th", "nucl-ex", "nucl-th", "patt-sol",
+    "plasm-ph", "q-alg", "quant-ph", "solv-int", "supr-con",
+]  # fmt: skip
+CHILDLESS = ["Art", "Philosophy"]  # first level, in S2ORC
+
+WIKI_PARENTS = {f"{parent}__{name}": parent for parent, names in WIKI.items() for name in names.split()}
+S2ORC_PARENTS = {
+    prefix if suffix == "-" else f"{prefix}.{suffix}": f"{prefix}_l1"
+    for prefix, suffixes in S2ORC.items()
+    for suffix in suffixes.split()
+}
+PARENTS = WIKI_PARENTS | S2ORC_PARENTS
+LEAVES = {"wiki": list(WIKI_PARENTS), "s2orc": [*S2ORC_PARENTS, *SINGLE, *CHILDLESS]}
+SOURCES = {"wiki": [*WIKI, *LEAVES["wiki"]], "s2orc": [*dict.fromkeys(S2ORC_PARENTS.values()), *LEAVES["s2orc"]]}
+IDS = [name for names in SOURCES.values() for name in names]
+
+
+class Preset(Enum):
+    """Second-level domains, and those without any."""
+
+    wiki = "wiki"
+    s2orc = "s2orc"
+    all = "all"
+
+
+@dataclass
+class M2D2(Domains):
+    """The leaves of `preset`, or the `tasks` given, which may also be first-level domains."""
+
+    preset: Preset = Preset.all
+    hub: str = HUB
+    hub_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in [*(self.tasks or []), *(self.named_order() or []), *([self.base] if self.base else [])]:
+            if name not in IDS:
+                raise ConfigError(f"{name} is no domain of M2D2{suggest(name, IDS)}")
+        require(self.groups is None, "benchmark.groups", self.groups, "null: they are wiki and s2orc")
+
+    def names(self, data_dir: Path | None) -> list[str]:
+        parts = list(LEAVES) if self.preset is Preset.all else [self.preset.value]
+        found = list(self.tasks or self.named_order() or [name for part in parts for name in LEAVES[part]])
+        found += [self.base] if self.base and self.base not in found else []
+        for name in found:
+            if PARENTS.get(name) in found:
+                raise ConfigError(
+                    f"{PARENTS[name]} is the union of its parts, {name} among them: take one or the other"
+                )
+        return found
+
+    def sources(self) -> dict[str, list[str]]:
+        return SOURCES
+
+    def parents(self) -> dict[str, str]:
+        return PARENTS
+
+    def corpora(self, name: str, data_dir: Path | None) -> dict[str, Documents]:
+        folder = self.fetch(name, None if data_dir is None else self.place(data_dir))
+        return {split: Documents.of(LongText(folder / file)) for split, file in FILES.items()}
+
+    def fetch(self, name: str, place: Path | None) -> Path:
+        """The folder of a domain's three files: already unpacked, from an archive in `place`, or from the hub."""
+        place = place or cache() / "m2d2" / (self.hub_revision or "main")
+        folder = place / name
+        if not folder.is_dir():
+            archives = [place / f"{name}.tar.gz", place / "data" / f"{name}.tar.gz"]
+            archive = next((path for path in archives if path.is_file()), None)
+            unpack(archive or self.download(name), folder)
+        missing = [file for file in FILES.values() if not (folder / file).is_file()]
+        if missing:
+            raise DataError(f"{folder} lacks {' and '.join(missing)}")
+        return folder
+
+    def download(self, name: str) -> Path:
+        """The archive, in the hub's own cache. Raises DataError."""
+        from huggingface_hub import hf_hub_download
+
+        file = f"data/{name}.tar.gz"
+        try:
+            return Path(hf_hub_download(self.hub, file, repo_type="dataset", revision=self.hub_revision))
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{file} of {self.hub} cannot be loaded from the hub ({reason}); download it where there is a network, "
+                "or say data_dir=FOLDER with the archives or unpacked folders"
+            ) from error
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Writes the three files of an archive, and nothing else of it, into `folder`, whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is not None and (name := Path(member.name).name) in FILES.values():
+                    with (temporary / name).open("wb") as out:
+                        shutil.copyfileobj(file, out)
+        if not folder.is_dir():  # another process may have been faster
+            temporary.rename(folder)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise DataError(f"{archive} cannot be unpacked into {folder}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cache() -> Path:
+    """Where archives are unpacked without a data_dir."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clpet"

@@ -1,0 +1,97 @@
+"""The running Python's standard library as domains of text: real English and code on every machine."""
+
+import ast
+import logging
+import sysconfig
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+
+from clpet.config import require
+from clpet.corpus import Documents
+from clpet.domains import Domains
+from clpet.errors import DataError
+from clpet.text_files import Reader, Strings, WholeFiles
+
+log = logging.getLogger(__name__)
+
+TOPICS = "pydoc_data.topics"  # the language reference, which pydoc shows as help
+REST = "*"  # every module that no domain names
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass
+class PythonDomains(Domains):
+    """Source files of groups of modules, one document per file; of `pydoc_data.topics` every topic is one.
+
+    Modules that this Python does not have are passed over, and a domain of less than `min_bytes` becomes part of
+    the smallest other one. Files are split by their hash. The text differs a little between Python versions: the
+    version is stored with every result.
+    """
+
+    modules: dict[str, list[str]] = field(default_factory=dict)
+    exclude: list[str] = field(default_factory=list)
+    min_bytes: int = 100_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.min_bytes >= 1, "benchmark.min_bytes", self.min_bytes, "at least 1")
+        named = [module for group in self.modules.values() for module in group]
+        twice = sorted({module for module in named if named.count(module) > 1})
+        require(not twice, "benchmark.modules", f"{', '.join(twice)} twice", "in one domain each")
+
+    def names(self, data_dir: Path | None) -> list[str]:
+        return list(self.files)
+
+    def corpora(self, name: str, data_dir: Path | None) -> dict[str, Documents]:
+        paths = self.files[name]
+        topics = [path for path in paths if path == library() / "pydoc_data" / "topics.py"]
+        readers: list[Reader] = [Strings(read_topics(path)) for path in topics]
+        sources = [path for path in paths if path not in topics]
+        return {"train": Documents.of(*readers, *([WholeFiles(sources)] if sources else []))}
+
+    @cached_property
+    def files(self) -> dict[str, list[Path]]:
+        """{domain: its files}, small ones merged. Raises DataError where the library's source is not installed."""
+        modules = library_modules(library(), self.exclude)
+        named = {module for group in self.modules.values() for module in group}
+        found = {}
+        for name, group in self.modules.items():
+            own = [module for module in modules if module in group or (REST in group and module not in named)]
+            found[name] = sorted(path for module in own for path in modules[module])
+        sizes = {name: sum(path.stat().st_size for path in paths) for name, paths in found.items()}
+        while len(sizes) > 1 and min(sizes.values()) < self.min_bytes:
+            small = min(sizes, key=lambda name: sizes[name])
+            into = min((name for name in sizes if name not in (small, self.base)), key=lambda name: sizes[name])
+            log.warning("domain %s has %d bytes here and becomes part of %s", small, sizes[small], into)
+            found[into] = sorted(found[into] + found.pop(small))
+            sizes[into] += sizes.pop(small)
+        return found
+
+
+def library() -> Path:
+    """The folder of the standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def library_modules(root: Path, exclude: list[str]) -> dict[str, list[Path]]:
+    """{module or package: its files}, tests and installed packages left out; the language reference is a module."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        module = TOPICS if parts == tuple(TOPICS.split(".")) else parts[0]
+        if not NOT_LIBRARY.intersection(parts) and not any(fnmatch(module, pattern) for pattern in exclude):
+            found.setdefault(module, []).append(path)
+    if not found:
+        raise DataError(f"the source of the standard library is not installed at {root}")
+    return found
+
+
+def read_topics(path: Path) -> list[str]:
+    """The texts of the dictionary that pydoc's topics are, read without importing it."""
+    for node in ast.parse(path.read_bytes()).body:
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        if isinstance(value, ast.Dict):
+            return [str(text) for text in ast.literal_eval(value).values()]
+    raise DataError(f"{path} holds no topics")

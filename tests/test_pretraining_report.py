@@ -1,0 +1,198 @@
+"""What a person sees of runs of perplexities: tables, comparisons with DAPT from another run, pictures."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from clpet.console import matrix_table, perplexity, summary_line
+from clpet.ordering import order_domains
+from clpet.pretraining import figures
+from clpet.pretraining_tables import few
+from clpet.records import pictures, show_finished
+from clpet.results import TransferMatrix
+
+NAN = float("nan")
+P = [[40, 30, 20, 50], [20, 32, 22, 60], [24, 18, 21, 55], [30, 24, 10, 52], [28, 27, 15, 25]]
+ALONE = [[40, 30, 20, 50], [21, NAN, NAN, NAN], [NAN, 19, NAN, NAN], [NAN, NAN, 12, NAN], [NAN, NAN, NAN, 24]]
+NAMES = ["law", "art", "sea", "sky"]
+GROUPS = {"ground": ["law", "art"], "blue": ["sea", "sky"]}
+
+
+def made_up(scores: list, names: list[str] = NAMES) -> TransferMatrix:
+    matrix = TransferMatrix(list(names), "lower")
+    matrix.scores = np.array(scores, dtype=float)
+    return matrix
+
+
+def write_run(method: str, scores: list, seed: int = 0, model: str = "tiny") -> Path:
+    """A finished run's folder with what comparisons read."""
+    matrix = made_up(scores)
+    cost = {"seconds": 1, "forward_examples": 1, "backward_examples": 1, "forward_tokens": 1, "peak_memory_mb": 1,
+            "trainable_parameters": 1, "stored_parameters": 1, "replay_examples": 0}  # fmt: skip
+    run = {
+        "method": method, "benchmark": "domains", "model": model, "seed": seed, "replay": "none", "peft": "none",
+        "objective": "language_modeling", "signature": f"{method}-{model}", "setting": model,
+        "overrides": ["benchmark=domains"], "task_id_at_test": method == "dapt", **matrix.to_json(),
+        "pretraining": figures(matrix.scores, NAMES, groups=GROUPS), "cost": [cost] * 4,
+        "average": 1, "backward_transfer": 1, "parameters": {"trainable": 1, "total": 1, "percent": 100},
+        "diagnostics": [{"row": 4, "bits_per_byte/law": 1.25}],
+    }  # fmt: skip
+    folder = Path("outputs", "domains", method, f"s{seed}-{method}{model}")
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(run))
+    (folder / "run.json").write_text(json.dumps({"config": {}}))
+    return folder
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The cells of the first line that starts with a word."""
+    return next(line.split() for line in text.splitlines() if line.startswith(first))
+
+
+def test_show_gives_domains_averages_and_transfer(clpet) -> None:
+    run = write_run("sequential", P)
+    before = clpet("show", run).out
+    assert "perplexity after each domain (rows), lower is better" in before
+    assert "accuracy" not in before
+    assert cells(before, "art ") == ["art", "24.00", "18.00", "21.00", "55.00"]
+    assert "domain     ZS    CPT     LC    FG  LC bits/byte" in before
+    write_run("dapt", ALONE)
+    found = clpet("show", run).out
+    assert "law     40.00  21.00  20.00  28.00  8.00         1.250" in found
+    assert cells(found, "mean of all") == [
+        "mean",
+        "of",
+        "all",
+        "35.00",
+        "19.00",
+        "18.25",
+        "23.75",
+        "5.50",
+        "7.33",
+        "-0.75",
+        "4.75",
+    ]
+    assert cells(found, "median of ground")[3:5] == ["35.00", "20.00"]
+    assert cells(found, "3  ") == ["3", "1", "28.00", "28.00", "-12.00", "-12.00", "0.700", "8.00"]
+
+
+def test_every_figure_has_its_formula_and_what_it_needs(clpet) -> None:
+    run = write_run("sequential", P)
+    found = clpet("show", run, "--metrics").out
+    assert "needs: clpet train method=dapt benchmark=domains" in found
+    assert cells(found, "bwt_log")[1] == "0.38"
+    assert cells(found, "cpt ")[1] == "18.25"
+    write_run("dapt", ALONE)
+    assert "needs" not in clpet("show", run, "--metrics").out
+
+
+def test_a_comparison_of_perplexities_has_its_own_columns(clpet) -> None:
+    write_run("sequential", P)
+    write_run("sequential", (np.array(P) + 2).tolist(), seed=1)
+    for seed in (0, 1):
+        write_run("dapt", ALONE, seed)
+    found = clpet("runs", "--compare", "method").out
+    assert "domains: perplexity, lower is better, mean ± standard deviation over seeds" in found
+    assert cells(found, "method") == ["method", "seeds", "zs", "dapt", "cpt", "lc", "fg", "backward", "forward"]
+    row = next(line for line in found.splitlines() if line.startswith("sequential"))
+    assert row.split("  ")[-7:] == ["36.00 ± 1.41", "19.00 ± 0.00", "19.25 ± 1.41", "24.75 ± 1.41", "5.50 ± 0.00",
+                                    "-10.22 ± 0.00", "3.22 ± 0.00"]  # fmt: skip
+    assert "bootstrap" not in found
+    chosen = clpet("runs", "--compare", "method", "--metrics", "fwt_log,cpt_minus_dapt").out
+    assert cells(chosen, "method")[2:] == ["fwt_log", "cpt_minus_dapt"]
+    wrong = clpet("runs", "--compare", "method", "--metrics", "cpd")
+    assert (wrong.code, "did you mean cpt?" in wrong.err) == (2, True)
+
+
+def test_models_side_by_side(clpet, tmp_path: Path) -> None:
+    for model, factor in (("small", 2), ("large", 1)):
+        write_run("sequential", (factor * np.array(P)).tolist(), model=model)
+        write_run("dapt", (factor * np.array(ALONE)).tolist(), model=model)
+    found = clpet("runs", "--compare", "model", "--picture", "models.png")
+    assert (found.code, found.err) == (0, "")
+    assert (tmp_path / "models.png").read_bytes().startswith(b"\x89PNG")
+    assert "--compare KEY" in clpet("runs", "--picture", "models.png").err
+    refused = clpet("runs", "--compare", "model", "--benchmark", "domains", "--picture", "no/folder.png")
+    assert refused.code == 2
+
+
+def test_a_picture_is_of_one_benchmark_of_perplexities(clpet) -> None:
+    run = write_run("sequential", P)
+    record = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**record, "direction": "higher", "benchmark": "fewrel"}))
+    found = clpet("runs", "--compare", "model", "--picture", "models.png", "--metrics", "average")
+    assert (found.code, "one benchmark of perplexities" in found.err) == (2, True)
+
+
+def test_the_end_of_a_run_speaks_of_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = json.loads((write_run("sequential", P) / "results.json").read_text())
+    text = io.StringIO()
+    show_finished(Console(file=text, width=200), tmp_path, results)
+    found = text.getvalue()
+    assert "sequential on domains, seed 0: perplexity after each domain (rows), lower is better" in found
+    assert "in %" not in found
+    assert "accuracy" not in found
+    assert cells(found, "mean of all")[3:6] == ["35.00", "18.25", "23.75"]
+    assert "clpet train method=dapt benchmark=domains" in found
+
+
+def test_a_run_draws_its_matrix_domains_transfer_and_order(tmp_path: Path) -> None:
+    texts = {name: [f"{name} and {other}" for other in NAMES] for name in NAMES}
+    record = order_domains(texts, "similar", encoder="hashed", reference=["the law"]).record()
+    for order, names in ((None, ["transfer", "domains", "transfer_curves"]),
+                         (record, ["transfer", "domains", "transfer_curves", "order"])):  # fmt: skip
+        benchmark = SimpleNamespace(name="domains", data_record={"order": order})
+        found = pictures(tmp_path, SimpleNamespace(matrix=made_up(P)), "sequential", benchmark)
+        assert found == [tmp_path / f"{name}.png" for name in names]
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in found)
+
+
+@pytest.mark.parametrize("scores", [
+    [[40], [20]],
+    [[NAN, NAN], [20, NAN], [NAN, 30]],
+    [[40, 50], [float("inf"), NAN], [20, 30]],
+    np.random.default_rng(0).uniform(5, 90, (41, 40)).tolist(),
+])  # fmt: skip
+def test_pictures_of_any_matrix(scores: list, tmp_path: Path) -> None:
+    """One domain, unmeasured cells, a perplexity beyond all numbers, many domains."""
+    matrix = made_up(scores, [f"d{i}" for i in range(len(scores[0]))])
+    benchmark = SimpleNamespace(name="domains", data_record={})
+    assert len(pictures(tmp_path, SimpleNamespace(matrix=matrix), "sequential", benchmark)) == 3
+
+
+def test_perplexities_are_printed_with_fitting_digits() -> None:
+    assert [perplexity(x) for x in (6.842, 99.999, 129.93, 50257, -12, None, NAN)] == [
+        "6.84", "100.00", "129.9", "50,257", "-12.00", "-", "-",
+    ]  # fmt: skip
+
+
+def test_the_middle_of_a_large_matrix_is_left_out() -> None:
+    matrix = made_up(np.full((41, 40), 7.0).tolist(), [f"d{i}" for i in range(40)])
+    header, *body = matrix_table(matrix).splitlines()
+    assert header.split()[3:] == [f"d{i}" for i in range(8)] + ["…"] + [f"d{i}" for i in range(32, 40)]
+    assert [line.split()[0] for line in body] == [
+        "(before)",
+        *[f"d{i}" for i in range(7)],
+        "…",
+        *[f"d{i}" for i in range(32, 40)],
+    ]
+    assert len(matrix_table(made_up(P)).splitlines()) == 6
+
+
+def test_the_line_after_a_domain() -> None:
+    assert summary_line(made_up(P), 2) == "perplexity: average 21.00 · whole - on 2 seen domains"
+
+
+def test_a_long_curve_is_shown_by_some_of_its_places() -> None:
+    assert few(4) == [0, 1, 2, 3]
+    assert few(1) == [0]
+    assert few(0) == []
+    places = few(159)
+    assert (places[:7], places[-1]) == ([0, 1, 2, 3, 4, 5, 6], 158)
+    assert len(places) < 25
