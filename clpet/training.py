@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import OnNan, OptimizerState, Select, Training, derive, require
-from clpet.errors import HostError
+from clpet.errors import HostError, enough_memory
 from clpet.halfway import Best, Fit, Keeper, load_moments, moments
 from clpet.mixing import Plan
 from clpet.objectives.base import Objective
@@ -152,7 +152,7 @@ class Trainer:
         if self.trial:
             self._backward(plan, plan.epoch(0)[0], loss, parameters)
             return
-        with self.keeper.interrupt.held():
+        with self.keeper.interrupt.held(), enough_memory(self._sizes):
             fit = self._begin(plan, parameters, stage, validate)
             if fit is None:
                 return
@@ -182,6 +182,13 @@ class Trainer:
                     self.progress.validated(epoch + 1, fit.best.update())
                 fit.next_epoch()
             self._end(plan, fit)
+
+    def _sizes(self) -> str:
+        if self.objective.meter.kind == "validated":
+            return self.objective.memory_advice()
+        whole = self.settings.global_batch_size
+        size = min(whole, self.hardware.micro_batch_size or whole)
+        return f"{size} examples in a training pass: lower hardware.micro_batch_size (it changes no result)"
 
     def _place(self, plan: Plan, stage: str) -> Place:
         past = self.past.get(stage, {"steps": 0, "warmup": 0})
