@@ -102,6 +102,11 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def over(child: int) -> bool:
+    """Whether a process has ended; it is still there to be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def newest(root: Path) -> float:
     """When the last checkpoint became whole, 0 if there is none."""
     places = root.glob("*/*/s*/state/[0-9]*/state.json")
@@ -122,7 +127,9 @@ def torment(words: list[str], root: Path, log: Path, longest: float, dice: rando
     while True:
         beat.unlink(missing_ok=True)
         child = start(words, log, beat)
-        time.sleep(dice.uniform(0.05, longest))
+        while not beat.exists() and dice.random() > 0.001 and not over(child):  # now and then before the first step
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
         code = ended(child)
         if code == 0:
@@ -153,12 +160,12 @@ def outcome(root: Path) -> dict[str, Any]:
 def one_round(variant: str, place: Path, minutes: float, dice: random.Random) -> tuple[list[str], Outcome]:
     """What differs (nothing, it is hoped), and what the killed run went through."""
     args = ["train", *SMALL, *variant.split(), f"data_dir={place.parent / 'data'}", f"train.save_minutes={minutes}"]
-    log, begun = place / "log.txt", time.time()
+    log, beat = place / "log.txt", place / "whole.beat"
     place.mkdir()
-    if code := ended(start([*args, f"output_dir={place / 'whole'}"], log)):
+    if code := ended(start([*args, f"output_dir={place / 'whole'}"], log, beat)):
         raise RuntimeError(f"{variant} ended with {code}: see {log}")
-    seconds = time.time() - begun
-    found = torment([*args, f"output_dir={place / 'cut'}"], place / "cut", place / "cut.txt", 0.6 * seconds, dice)
+    seconds = time.time() - float(beat.read_text())
+    found = torment([*args, f"output_dir={place / 'cut'}"], place / "cut", place / "cut.txt", 0.5 * seconds, dice)
     whole, cut = outcome(place / "whole"), outcome(place / "cut")
     return [key for key in whole if whole[key] != cut[key]], found
 

@@ -363,7 +363,7 @@ def test_a_round_of_two_inner_steps_and_one_outer_step() -> None:
         def fit(self, plan, loss, parameters, *, adjust_gradients, after_step, **_) -> None:
             for gradient, size in ((inner, 0.5), (inner, 0.5), (outer, 0.1)):
                 weight.grad = gradient.clone()
-                    adjust_gradients()
+                adjust_gradients()
                 with torch.no_grad():
                     weight.add_(size)
                 after_step()
