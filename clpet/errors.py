@@ -1,7 +1,8 @@
 """Errors a person can act on: one sentence on what was wrong, where, and what would be right."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class ClpetError(Exception):
@@ -26,6 +27,20 @@ class HostError(ClpetError):
     """The machine is at fault, not the input: no space, no right to write, numbers that blew up."""
 
     exit_code = 1
+
+
+@contextlib.contextmanager
+def enough_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """Raises HostError where the device or the host has no memory left; `advice` says for what, and what to lower."""
+    refused = False
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        refused = True
+    if refused:
+        raise HostError(f"out of memory with {advice()}; what was saved before is kept")
 
 
 def suggest(word: str, options: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from clpet.config import Config, Matrix, Select, build, derive, setting, signatu
 from clpet.console import Display
 from clpet.data import inspect_data
 from clpet.dry import count_parameters, dry_run
-from clpet.errors import ConfigError, ModelError
+from clpet.errors import ConfigError, ModelError, enough_memory
 from clpet.evaluation import Evaluator
 from clpet.halfway import Keeper
 from clpet.interrupt import Interrupt
@@ -73,7 +73,8 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         records.start(out, cfg, overrides, identity, benchmark)
         identity["data"] = benchmark.data_record["fingerprint"]
         with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
-            state = Experiment(config, out, identity, method, benchmark, data, trainer, track).learn()
+            with enough_memory(objective.memory_advice):
+                state = Experiment(config, out, identity, method, benchmark, data, trainer, track).learn()
             results = records.collect(out, cfg, overrides, identity, method, benchmark, state)
             pictures = [*records.pictures(out, state, method.name, benchmark), *method.pictures(out)]
             track.finished(results, pictures)

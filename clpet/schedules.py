@@ -71,6 +71,6 @@ def _infinite(settings: Training, peak: float, place: Place, warm: int) -> Calla
 
     def rate(t: int) -> float:
         before = held if place.done else cosine(peak, held, min(1.0, (t - warm) / max(1, flat - warm)))
-        return before if t < flat else cosine(held, settings.lr_min, (t - flat) / anneal)
+        return before if t < flat else cosine(held, settings.lr_min, (t - flat) / max(1, anneal))
 
     return rate

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import OnNan, OptimizerState, Select, Training, derive, require
-from clpet.errors import HostError
+from clpet.errors import HostError, enough_memory
 from clpet.halfway import Best, Fit, Keeper, load_moments, moments
 from clpet.mixing import Plan
 from clpet.objectives.base import Objective
@@ -147,12 +148,12 @@ class Trainer:
         Raises HostError when the loss is no longer finite.
         """
         settings, parameters = self.settings, list(parameters)
-        clip = settings.clip if clip is None else clip
+        step = partial(self._step, plan, loss, settings.clip if clip is None else clip, adjust_gradients, after_step)
         self.progress.fit(stage, settings.epochs, plan.steps)
         if self.trial:
             self._backward(plan, plan.epoch(0)[0], loss, parameters)
             return
-        with self.keeper.interrupt.held():
+        with self.keeper.interrupt.held(), enough_memory(self._sizes):
             fit = self._begin(plan, parameters, stage, validate)
             if fit is None:
                 return
@@ -160,17 +161,7 @@ class Trainer:
             for epoch in range(fit.epoch, settings.epochs):
                 self.objective.adapters.train_mode(True)
                 for rows in plan.epoch(epoch)[fit.step :]:
-                    mean = self._backward(plan, rows, loss, parameters)
-                    if adjust_gradients:
-                        adjust_gradients()
-                    if self._usable(fit, mean, clip):
-                        for group in fit.optimizer.param_groups:
-                            group["lr"] = rate(epoch * plan.steps + fit.step)
-                        fit.optimizer.step()
-                        if after_step:
-                            after_step()
-                    fit.optimizer.zero_grad(set_to_none=True)
-                    fit.step, fit.seen = fit.step + 1, fit.seen + len(rows)
+                    step(fit, rows, rate(epoch * plan.steps + fit.step))
                     self.progress.step(epoch, fit.step, fit.seen, fit.total / fit.step)
                     if self.keeper.due():
                         self._check(fit)
@@ -182,6 +173,36 @@ class Trainer:
                     self.progress.validated(epoch + 1, fit.best.update())
                 fit.next_epoch()
             self._end(plan, fit)
+
+    def _step(
+        self,
+        plan: Plan,
+        loss: Callable[[Batch], Tensor],
+        clip: float,
+        adjust_gradients: Callable[[], None] | None,
+        after_step: Callable[[], None] | None,
+        fit: Fit,
+        rows: np.ndarray,
+        lr: float,
+    ) -> None:
+        mean = self._backward(plan, rows, loss, fit.parameters)
+        if adjust_gradients:
+            adjust_gradients()
+        if self._usable(fit, mean, clip):
+            for group in fit.optimizer.param_groups:
+                group["lr"] = lr
+            fit.optimizer.step()
+            if after_step:
+                after_step()
+        fit.optimizer.zero_grad(set_to_none=True)
+        fit.step, fit.seen = fit.step + 1, fit.seen + len(rows)
+
+    def _sizes(self) -> str:
+        if self.objective.meter.kind == "validated":
+            return self.objective.memory_advice()
+        whole = self.settings.global_batch_size
+        size = min(whole, self.hardware.micro_batch_size or whole)
+        return f"{size} examples in a training pass: lower hardware.micro_batch_size (it changes no result)"
 
     def _place(self, plan: Plan, stage: str) -> Place:
         past = self.past.get(stage, {"steps": 0, "warmup": 0})

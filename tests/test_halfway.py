@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clpet.halfway import Keeper
+from clpet.mixing import Plan
 from clpet.state import read_tree, write_tree
 
 SMALL = "train.global_batch_size=4"  # 6 steps an epoch
@@ -72,7 +73,15 @@ VARIANTS = {
     "plain": ["method=sequential"],
     "dropout": ["method=sequential", "peft.dropout=0.3", "train.clip=1", "train.schedule=cosine"],
     "best": ["method=replay", "replay=reservoir", "train.select=best", "train.lr=1e-2"],
-    "full": ["method=sequential", "peft=none", "train.lr=1e-4", "train.optimizer_state=carry", "train.schedule=ar"],
+    "carry": [
+        "method=replay",
+        "replay=all",
+        "method.future_labels=true",
+        "peft=none",
+        "train.lr=1e-4",
+        "train.optimizer_state=carry",
+        "train.schedule=ar",
+    ],
     "dynamic_conpet": ["method=dynamic_conpet", "method.top_k=2", "train.select=best"],
     "crl": ["method=crl"],
     "crl_star": ["method=crl", "replay=dynamic", "method.sample=20"],
@@ -105,3 +114,96 @@ def test_a_task_cut_off_inside_a_fit_ends_bit_for_bit_like_uninterrupted(name: s
         assert same(state, again.method.state_dict())
         assert same(whole.trainer.state(), again.trainer.state())
         assert cost == counted(again)
+
+
+def test_nothing_is_written_before_the_interval_has_passed(make) -> None:
+    run = make("method=sequential", SMALL)
+    keeping(run, 0, lambda *_: pytest.fail("written"), every=10)
+
+
+def listed(run: SimpleNamespace, batches: list) -> Plan:
+    """A plan of these batches."""
+    return Plan(run.data.train, len(batches), lambda epoch: batches)
+
+
+def poisoned(run: SimpleNamespace, step: int) -> Any:
+    """The method's loss, which is no number in one step of the fit, counted from 0."""
+    calls = iter(range(1000))
+    return lambda batch: run.method.loss(batch) * (float("nan") if next(calls) == step else 1)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(make) -> None:
+    run, numbers = make("method=sequential", SMALL), []
+    run.trainer.keeper = Keeper(run.method, 1e-9)
+    run.trainer.begin_task(1)
+    run.trainer.keeper.begin(None, lambda number, record: numbers.append(number))
+    run.method.grow_head(0)
+    plan = run.method.plan(0)
+    with pytest.raises(HostError, match=r"task 2 \(stage\) in epoch 2, step 3 is nan"):
+        run.trainer.fit(plan, poisoned(run, 8), run.method.parameters(), stage="stage")
+    assert numbers == list(range(1, 9))
+
+
+def test_weights_that_are_no_numbers_are_never_written(make) -> None:
+    """A gradient may be infinite where the loss is not yet."""
+    run, numbers = make("method=sequential", SMALL), []
+    run.method.grow_head(0)
+    run.trainer.keeper = Keeper(run.method, 1e-9)
+    run.trainer.keeper.begin(None, lambda number, record: numbers.append(number))
+
+    def spoil() -> None:
+        if len(numbers) == 4:
+            with torch.no_grad():
+                run.method.objective.head.weight[0, 0] = float("inf")
+
+    with pytest.raises(HostError, match="weights of task 1 in epoch 1, step 5"):
+        run.trainer.fit(run.method.plan(0), run.method.loss, run.method.parameters(), after_step=spoil)
+    assert numbers == [1, 2, 3, 4]
+
+
+def test_a_step_without_a_number_can_be_left_out(make) -> None:
+    """It moves nothing, is counted, and the fit goes on as if the batch had not been there."""
+    found = []
+    for skip in (True, False):
+        run, steps = make("method=sequential", SMALL, "train.on_nan=skip", "train.epochs=1"), []
+        run.method.grow_head(0)
+        batches = run.method.plan(0).epoch(0)
+        loss = poisoned(run, 2) if skip else run.method.loss
+        plan = listed(run, batches if skip else [*batches[:2], *batches[3:]])
+        run.trainer.fit(plan, loss, run.method.parameters(), after_step=lambda steps=steps: steps.append(1))
+        assert len(steps) == 5
+        assert counted(run)["skipped_steps"] == int(skip)
+        found.append(run.method.state_dict())
+    assert same(*found)
+
+
+def test_moments_are_carried_where_the_tensors_keep_their_shapes(make) -> None:
+    """AdamW counts on from task to task; a head that has grown starts anew, and so does everything by default."""
+
+    def counts(*overrides: str) -> list:
+        run, found = make("method=replay", "replay=all", SMALL, "train.epochs=1", *overrides), []
+        for index in range(2):
+            run.learn(index)
+            found.append([int(own["step"]) for own in run.trainer.past[""].get("moments", [])])
+        return [sorted(set(steps)) for steps in found]
+
+    carry = "train.optimizer_state=carry"
+    assert counts(carry, "method.future_labels=true") == [[6], [6 + 12]]
+    assert counts(carry) == [[6], [12]]
+    assert counts() == [[], []]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")])  # fmt: skip
+def test_out_of_memory_names_the_batch_and_what_to_lower(error: Exception, make) -> None:
+    run = make("method=sequential", "hardware.micro_batch_size=6", "train.select=best")
+    run.method.grow_head(0)
+
+    def fail(*_: object) -> Tensor:
+        raise error
+
+    with pytest.raises(HostError, match=r"6 examples in a training pass: lower hardware.micro_batch_size"):
+        run.trainer.fit(run.method.plan(0), fail, run.method.parameters())
+    run.method.predict = fail
+    with pytest.raises(HostError, match=r"128 examples in a pass without gradients: lower hardware.eval_batch_size"):
+        run.method.fit(run.trainer, 0)

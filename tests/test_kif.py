@@ -16,7 +16,6 @@ from clpet.methods.base import Method
 from clpet.methods.kif import KIF
 from clpet.methods.recurrent_kif import RecurrentKIF, alternate, fused_step
 from clpet.mixing import Plan
-from clpet.state import read_tree, write_tree
 
 from .conftest import tiny_args
 from .test_configs import composed
@@ -212,57 +211,6 @@ def test_importance_belongs_to_the_chosen_epoch(make, monkeypatch: pytest.Monkey
         assert found[0].counted.item() == counted
 
 
-def test_a_task_goes_on_where_it_was_saved(make, tmp_path: Path) -> None:
-    """Scores, reference weights and the fusion that follows are those of an uninterrupted task."""
-
-    def steps(run, batches: list[np.ndarray]) -> None:
-        parameters = run.method.parameters()
-        optimizer = torch.optim.SGD(parameters, 0.1)  # no state of its own
-        for rows in batches:
-            run.method.loss(run.data.train.batch(rows)).backward()
-            run.method.adjust_gradients()
-            optimizer.step()
-            run.method.after_step()
-            optimizer.zero_grad()
-
-    def begun(run) -> list[np.ndarray]:
-        """A run in its second task, about to train."""
-        run.learn(0)
-        run.method.before = {name: value.detach().clone() for name, value in run.method.scored().items()}
-        run.method.grow_head(1)
-        run.method.begin()
-        return run.method.plan(1).epoch(0) * 3
-
-    whole, cut, again = (make("method=kif") for _ in range(3))
-    batches = begun(whole)
-    steps(whole, batches)
-    assert len(begun(cut)) == len(batches) == 6
-    steps(cut, batches[:3])
-    write_tree(tmp_path / "state", cut.method.state_dict())
-    again.method.load_state_dict(read_tree(tmp_path / "state"))
-    steps(again, batches[3:])
-    assert torch.equal(whole.method.importance.elements(), again.method.importance.elements())
-    assert again.method.importance.counted.item() == 5
-    for run in (whole, again):
-        run.method.consolidate()
-    assert equal(weights(whole), weights(again))
-    assert equal(whole.method.accumulated, again.method.accumulated)
-
-
-def test_after_a_resume_the_scores_are_not_started_anew(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`learn` of a task that is under way keeps the reference it began with."""
-    run = make("method=kif")
-    run.learn(0)
-    run.method.grow_head(1)
-    run.method.begin()
-    run.method.before = {name: torch.full_like(value, 7.0) for name, value in run.method.scored().items()}
-    run.method.importance.steps = 5
-    found = watch(run, monkeypatch)
-    run.learn(1)
-    assert found[0].steps == 5 + 4
-    assert max(value.max() for value in weights(run).values()) > 3
-
-
 def test_replay_is_mixed_in_or_comes_after(make) -> None:
     for phase, old in (("union", True), ("after", False)):
         run = make("method=kif", "replay=share", "replay.share=0.5", f"method.replay_phase={phase}")
@@ -412,9 +360,10 @@ def test_a_round_of_two_inner_steps_and_one_outer_step() -> None:
     seen = []
 
     class Steps:
-        def fit(self, plan, loss, parameters, *, after_step, **_) -> None:
+        def fit(self, plan, loss, parameters, *, adjust_gradients, after_step, **_) -> None:
             for gradient, size in ((inner, 0.5), (inner, 0.5), (outer, 0.1)):
                 weight.grad = gradient.clone()
+                adjust_gradients()
                 with torch.no_grad():
                     weight.add_(size)
                 after_step()

@@ -96,7 +96,8 @@ class InfLoRA(IncLoRA):
     def extend(self, name: str, covariance: Tensor, index: int) -> None:
         """Adds to a basis what task `index` used."""
         epsilon = threshold(self.epsilon, index, len(self.benchmark))
-        self.bases[name] = extended(self.basis(name, covariance), covariance, epsilon).float()
+        basis = extended(self.basis(name, covariance), covariance, epsilon).float()
+        self.bases[name] = basis.contiguous()  # as it comes back from a checkpoint: products round by memory layout
 
     def parameters(self) -> list[nn.Parameter]:
         return [tensor for tensor in super().parameters() if tensor.requires_grad]

@@ -147,6 +147,10 @@ class Objective:
             mask = torch.cat([mask.new_ones(prompt.shape[:2]), mask], dim=1)
         return {"inputs_embeds": torch.cat([prompt, text], dim=1), "attention_mask": mask}
 
+    def memory_advice(self) -> str:
+        """What to lower where the memory does not suffice for a pass without gradients."""
+        return f"{self.eval_batch_size} examples in a pass without gradients: lower hardware.eval_batch_size"
+
     def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
         """Rows in the batches they are to be predicted in, sorted by length."""
         return pool.by_length(rows, self.eval_batch_size)
