@@ -162,7 +162,7 @@ class Documents(Sequence[Example]):
             elif not self.borders or taken > 0.9 * goal:
                 break
         part = np.zeros(len(self), dtype=bool)
-        part[chosen or [int(np.argmin(sizes))]] = True
+        part[chosen or [int(np.argmin(sizes)) if self.borders else -1]] = True
         if self.borders:
             part = np.isin(self._column(KEY), self._column(KEY)[part])
         return Documents(self.corpus, self.segments[~part]), Documents(self.corpus, self.segments[part])

@@ -14,7 +14,7 @@ from clpet.ordering import balanced, order_domains
 from clpet.overlaps import decontaminated
 from clpet.sources import Kind, Source, existing
 from clpet.tasks import Benchmark, Task
-from clpet.text_files import domain_files, named_splits, readers, text_files
+from clpet.text_files import SPLIT_NAMES, domain_files, named_splits, readers, text_files
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +217,9 @@ class TextDomains(Domains):
             raise DataError(
                 f"{place} has no domains: a sub-folder or a file (txt, jsonl, parquet) for each is expected"
             )
+        splits = sorted(SPLIT_NAMES.keys() & found)
+        if splits:
+            raise DataError(f"{place}: {', '.join(splits)} are splits, not domains: make a sub-folder for each domain")
         for name in self.domains:
             if name not in found:
                 raise DataError(f"{place} has no domain {name}{suggest(name, found)}")

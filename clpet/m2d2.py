@@ -100,9 +100,7 @@ class M2D2(Domains):
         found += [self.base] if self.base and self.base not in found else []
         for name in found:
             if PARENTS.get(name) in found:
-                raise ConfigError(
-                    f"{PARENTS[name]} is the union of its parts, {name} among them: take one or the other"
-                )
+                raise ConfigError(f"{PARENTS[name]} holds the text of {name}: take one or the other")
         return found
 
     def sources(self) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -95,12 +96,9 @@ class LongText:
                 place += len(data)
 
     def read(self, place: int, span: int) -> list[str]:
-        self._file.seek(place)
-        return _pieces(self._file.read(span))
-
-    @cached_property
-    def _file(self) -> Any:
-        return self.path.open("rb")
+        with self.path.open("rb") as file:
+            file.seek(place)
+            return _pieces(file.read(span))
 
 
 def _stretch(file: Any, length: int) -> bytes:
@@ -165,13 +163,14 @@ class ParquetRows(Rows):
     _ahead: Iterator[Any]
 
     def rows(self) -> Iterator[tuple[int, str, str | None]]:
-        columns = [self.text, *([self.document] if self.document in self._file.schema_arrow.names else [])]
-        place = 0
-        for batch in self._file.iter_batches(BATCH, columns=columns):
-            ids = batch.column(1).to_pylist() if len(columns) == 2 else [None] * len(batch)
-            for value, name in zip(batch.column(0).to_pylist(), ids, strict=True):
-                yield place, self.checked(value, place), None if name is None else str(name)
-                place += 1
+        with self._open() as file:
+            columns = [self.text, *([self.document] if self.document in file.schema_arrow.names else [])]
+            place = 0
+            for batch in file.iter_batches(BATCH, columns=columns):
+                ids = batch.column(1).to_pylist() if len(columns) == 2 else [None] * len(batch)
+                for value, name in zip(batch.column(0).to_pylist(), ids, strict=True):
+                    yield place, self.checked(value, place), None if name is None else str(name)
+                    place += 1
 
     def read(self, place: int, span: int) -> list[str]:
         group = bisect_right(self._ends, place)
@@ -186,19 +185,18 @@ class ParquetRows(Rows):
         return found
 
     def _texts(self, group: int) -> Iterator[Any]:
-        groups = list(range(group, self._file.num_row_groups))
-        for batch in self._file.iter_batches(BATCH, row_groups=groups, columns=[self.text]):
-            yield from batch.column(0).to_pylist()
+        with self._open() as file:
+            for batch in file.iter_batches(BATCH, row_groups=range(group, len(self._ends)), columns=[self.text]):
+                yield from batch.column(0).to_pylist()
 
     @cached_property
     def _ends(self) -> list[int]:
-        ends: list[int] = []
-        for group in range(self._file.num_row_groups):
-            ends.append(self._file.metadata.row_group(group).num_rows + (ends[-1] if ends else 0))
-        return ends
+        """Row behind the last of every row group."""
+        with self._open() as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        return list(accumulate(sizes))
 
-    @cached_property
-    def _file(self) -> Any:
+    def _open(self) -> Any:
         import pyarrow
         import pyarrow.parquet
 
@@ -224,8 +222,9 @@ class JsonLines(Rows):
                 place += len(line)
 
     def read(self, place: int, span: int) -> list[str]:
-        self._file.seek(place)
-        return [self.checked(self.row(self._file.readline(), 0)[self.text], 0) for _ in range(span)]
+        with self.path.open("rb") as file:
+            file.seek(place)
+            return [self.checked(self.row(file.readline(), 0)[self.text], 0) for _ in range(span)]
 
     def row(self, line: bytes, number: int) -> dict[str, Any]:
         """One line as a dict that has the text. Raises DataError."""
@@ -237,10 +236,6 @@ class JsonLines(Rows):
             there = suggest(self.text, row) if isinstance(row, dict) else ""
             raise DataError(f"{self.path}: line {number + 1} has no {self.text}{there}")
         return row
-
-    @cached_property
-    def _file(self) -> Any:
-        return self.path.open("rb")
 
 
 def decoded(data: bytes) -> str:
