@@ -1,4 +1,4 @@
-"""What is still to run of a sweep, and the sbatch flags of its hardware: for scripts/slurm_array.sh. Imports no torch."""
+"""What a sweep still has to run, and its hardware's sbatch flags: for scripts/slurm_array.sh. Imports no torch."""
 
 import shlex
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ SUBMITIT = ("_target_", "submitit_folder", "stderr_to_stdout", "max_num_timeout"
 
 
 def plan(words: list[str]) -> list[str]:
-    """[file, sbatch flag, ...]: the file holds the quoted words of one unfinished run per line; [] when all are done."""
+    """[file, sbatch flag, ...]: a line of the file holds an unfinished run's words, quoted; [] when all are done."""
     cfg, runs = _expand(words)
     folders = [f"--config-dir={folder}" for folder in plugin_dirs()]
     lines = {
