@@ -1,6 +1,7 @@
 """The command line: subcommands, shorthands, completion, and one line for every mistake. Imports no torch."""
 
 import argparse
+import atexit
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 from clpet import __version__
 from clpet.errors import ClpetError, ConfigError, suggest
 from clpet.interrupt import CODE, Interrupted
-from clpet.mistakes import GROUPS, composed, hydra_message
+from clpet.mistakes import GROUPS, cluster_message, composed, hydra_message
 
 COMMANDS = {
     "train": "learn a benchmark task by task and write its transfer matrix (also resumes, and sweeps with -m)",
@@ -57,6 +58,9 @@ def _report(error: Exception) -> int:
     message = hydra_message(error)
     if message is not None:
         return _fail(message, 2)
+    message = cluster_message(error)
+    if message is not None:
+        return _fail(message, 1)
     if type(error).__name__ == "OutOfMemoryError":
         hint = "lower hardware.micro_batch_size (training) or hardware.eval_batch_size (tests)"
         return _fail(f"the device is out of memory: {hint}; finished tasks are saved", 1)
@@ -87,11 +91,11 @@ def dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] == "-sc":
         return train(argv)
-    if argv[0] not in COMMANDS:
-        raise ConfigError(f"unknown command {argv[0]}{suggest(argv[0], COMMANDS)}")
     handlers: dict[str, Callable[[list[str]], int]] = {
-        "train": train, "runs": runs, "show": show, "list": listing, "data": data
+        "train": train, "runs": runs, "show": show, "list": listing, "data": data, "sweep": sweep
     }  # fmt: skip
+    if argv[0] not in handlers:
+        raise ConfigError(f"unknown command {argv[0]}{suggest(argv[0], COMMANDS)}")
     return handlers[argv[0]](argv[1:])
 
 
@@ -129,6 +133,7 @@ def train(argv: list[str]) -> int:
     """`clpet train`: composes with Hydra and runs."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from clpet.config import conf_dir, register_resolvers
 
@@ -143,11 +148,16 @@ def train(argv: list[str]) -> int:
         from clpet.run import run
 
         found = HydraConfig.get()
+        submitted = found.mode is RunMode.MULTIRUN and "BasicLauncher" not in found.launcher._target_
+        code: list[int] = []
+        if submitted:
+            atexit.register(lambda: code and os._exit(code[0]))
         try:
             matrix = run(cfg, Path(found.runtime.output_dir), list(found.overrides.task))
         except Exception as error:
-            if "BasicLauncher" not in found.launcher._target_:
-                raise  # on a cluster the job itself has to fail
+            if submitted:  # the launcher carries the error home as an answer: the job has to fail by itself
+                code.append(getattr(error, "exit_code", 1))
+                raise
             failures.append(error)  # the other runs of a sweep go on
             return None
         return matrix.average() if matrix is not None else None
@@ -160,6 +170,12 @@ def train(argv: list[str]) -> int:
 
 def normalised(argv: list[str]) -> list[str]:
     """Flags first, wherever they stood; shorthands spelt out; the --config-dir made known to `build`."""
+    flags, overrides = parted(argv)
+    return [*flags, *overrides]
+
+
+def parted(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(Hydra's flags with their values, overrides) of a command line."""
     flags: list[str] = []
     overrides: list[str] = []
     words = iter(argv)
@@ -183,7 +199,7 @@ def normalised(argv: list[str]) -> list[str]:
             if not folder.is_dir():
                 raise ConfigError(f"--config-dir {inline or value} is not a folder")
             os.environ["CLPET_CONFIG_DIR"] = str(folder)
-    return [*flags, *(expand(word) for word in overrides)]
+    return flags, [expand(word) for word in overrides]
 
 
 def expand(word: str) -> str:
@@ -304,4 +320,14 @@ def data(argv: list[str]) -> int:
     from clpet.data import report
 
     print(report(cfg))
+    return 0
+
+
+def sweep(argv: list[str]) -> int:
+    """`clpet sweep key=value,value ...`: what scripts/slurm_array.sh asks before it submits."""
+    overrides = parted(argv)[1]
+    check_group_options(overrides)
+    from clpet.sweep import plan
+
+    print("\n".join(plan(overrides)))
     return 0

@@ -42,7 +42,7 @@ class Domains(Source):
     groups: dict[str, list[str]] | None = None
     source_order: list[str] | None = None
     order_encoder: str = "auto"
-    order_samples: int = 10_000
+    order_samples: int = 500
     decontaminate: bool = True
     isolate: bool = False
     stream: bool = False

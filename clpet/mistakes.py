@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf say about mistyped words, put into one line with a suggestion. Imports no torch."""
+"""What Hydra, OmegaConf and SLURM say of mistakes, put into one line. Imports no torch."""
 
 import re
 import sys
@@ -46,6 +46,15 @@ def hydra_message(error: BaseException) -> str | None:
     if missing:
         return f"there is no key {missing.group(1)}{suggest_key(missing.group(1))}"
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def cluster_message(error: BaseException) -> str | None:
+    """One line for what SLURM or submitit say of a submission or of a lost job; None for anything else."""
+    if 'Could not detect "srun"' in str(error):
+        return "there is no SLURM on this machine: submit where there is one, or use hardware=auto"
+    if not type(error).__module__.startswith("submitit."):
+        return None
+    return f"SLURM: {' '.join(str(error).splitlines()[:2])}; the same command fills the gaps"
 
 
 def suggest_key(key: str) -> str:

@@ -7,7 +7,8 @@
 #   scripts/local_slurm.sh install         Debian's packages slurm-wlm and munge, where they are absent
 #
 # Everything it writes, a munge key of its own included, lies in DIR (default: /tmp/clpet-slurm-UID). Daemons run as
-# the user who starts them, on free ports of the loopback interface; no cgroups, no systemd, no accounting.
+# the user who starts them, on free ports of the loopback interface; no cgroups, no systemd, no accounting. CPUS=8 makes
+# the node take eight jobs of one CPU each, whatever the machine has.
 set -euo pipefail
 
 PATH=$PATH:/usr/sbin:/sbin
@@ -49,7 +50,7 @@ port() {
     fail "no free port from $1 on"
 }
 
-# The configuration: one node, shared by CPUs, quick to give up on what is killed and to start what was requeued.
+# The configuration: one node that says it has CPUS CPUs, quick to start what was requeued.
 configuration() {
     local control worker
     control=$(port $((20000 + RANDOM % 10000)))
@@ -68,6 +69,7 @@ StateSaveLocation=$state/ctld
 SlurmdSpoolDir=$state/d
 SlurmctldPidFile=$state/slurmctld.pid
 SlurmdPidFile=$state/slurmd.pid
+SlurmdParameters=config_overrides
 SlurmctldLogFile=$state/slurmctld.log
 SlurmdLogFile=$state/slurmd.log
 ProctrackType=proctrack/linuxproc
@@ -83,7 +85,7 @@ ReturnToService=2
 KillWait=5
 MinJobAge=3600
 MailProg=/bin/true
-NodeName=localhost NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo)
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=${CPUS:-$(nproc)} RealMemory=$(awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo)
 PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 CONF
 }
@@ -94,7 +96,7 @@ up() {
 
 # By name as well: a process id that was written down may belong to another process by now.
 alive() {
-    [[ -f $state/$1.pid && $(cat "/proc/$(cat "$state/$1.pid")/comm" 2>/dev/null) == "$1" ]]
+    [[ $(cat "/proc/$(cat "$state/$1.pid" 2>/dev/null)/comm" 2>/dev/null) == "$1" ]]
 }
 
 start() {
