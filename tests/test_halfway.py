@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clpet.errors import HostError
 from clpet.halfway import Keeper
 from clpet.mixing import Plan
 from clpet.state import read_tree, write_tree
