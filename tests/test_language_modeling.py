@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from clpet.adapters import Adapter, Adapters, Lora
 from clpet.backbones import Architecture, Backbone, byte_tokenizer
 from clpet.config import CapUnit, Evaluation
+from clpet.hardware import Device, Dtype, Hardware
 from clpet.objectives import chunked
 from clpet.objectives.base import Choices
 from clpet.objectives.language_modeling import LanguageModeling, capped, perplexity
 from clpet.packing import Masking, Stream, Tokens, Windows, blocks, byte_sizes, pack, windows
 from clpet.tasks import Benchmark, Example, Task
 from clpet.text import Encoded
-from clpet.training import Device, Dtype, Hardware
 from tests.conftest import shared
 
 SHAPES: dict[str, dict[str, Any]] = {
