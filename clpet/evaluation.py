@@ -8,7 +8,7 @@ import torch
 
 from clpet.methods.base import Method
 from clpet.objectives.base import TaskScore
-from clpet.ranks import world
+from clpet.ranks import without_gradients, world
 from clpet.tasks import Benchmark
 from clpet.text import Encoded
 
@@ -34,7 +34,7 @@ class Evaluator:
     def __init__(self, benchmark: Benchmark, data: Encoded) -> None:
         self.benchmark, self.pool = benchmark, data.test
 
-    @torch.inference_mode()
+    @without_gradients()
     def __call__(self, method: Method, learned: int, tasks: list[int]) -> Evaluation:
         """Scores of `tasks` after the first `learned` tasks."""
         objective, labels = method.objective, self.benchmark.seen_labels(learned)

@@ -167,7 +167,7 @@ def world() -> Ranks:
 
 @contextlib.contextmanager
 def joined(device: torch.device, threads: int | None = None) -> Iterator[Ranks]:
-    """Inside, this process is the rank that its environment says (RANK, WORLD_SIZE, ...), with its share of the cores."""
+    """Inside, this process is the rank that its environment says (RANK, WORLD_SIZE, ...), on its share of the cores."""
     global _world
     ranks, before = Joined(device), torch.get_num_threads()
     torch.set_num_threads(threads or min(before, ranks.threads))
@@ -178,6 +178,13 @@ def joined(device: torch.device, threads: int | None = None) -> Iterator[Ranks]:
         _world = Ranks()
         torch.set_num_threads(before)
         ranks.close()
+
+
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """For passes that only judge. FSDP cannot train with the buffers that it makes in torch's inference mode."""
+    with torch.no_grad() if world().sharded else torch.inference_mode():
+        yield
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from clpet.memory import Held, NoReplay
 from clpet.mixing import Plan
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.classification import Head
-from clpet.ranks import world
+from clpet.ranks import without_gradients, world
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, Encoded, EncodedDataset
 from clpet.training import Trainer
@@ -157,7 +157,7 @@ class Method:
         """What the best epoch of task `index` is chosen on."""
         return self.replay.validation(index)
 
-    @torch.inference_mode()
+    @without_gradients()
     def average_score(self, parts: Held, score: Callable[[Batch], Tensor]) -> float:
         """Mean over tasks of the mean of `score`, which gives [batch] values."""
         hits: dict[int, list[Tensor]] = {}
