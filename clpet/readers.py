@@ -36,6 +36,14 @@ class Rows:
                 raise DataError(f"{self.where} has no column {column}{suggest(column, self.columns)}")
 
 
+def existing(data_dir: str | None) -> Path | None:
+    """The folder that data_dir names, if it names one. Raises DataError where it is not there."""
+    folder = Path(data_dir).expanduser() if data_dir else None
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"data_dir={data_dir} is not a folder")
+    return folder
+
+
 def read_local(folder: Path, splits: dict[str, str]) -> dict[str, Rows]:
     """{split: rows} of a folder's train, validation and test files; a single data file counts as train.
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from clpet.config import require
 from clpet.errors import DataError, suggest
 from clpet.metrics import METRICS, need
-from clpet.readers import Rows, read_hub, read_local, stdlib_docstrings
+from clpet.readers import Rows, existing, read_hub, read_local, stdlib_docstrings
 from clpet.splits import Splits, by_label, has_labels, named_tasks, partition, sample, split_off
 from clpet.tasks import SPLITS, Benchmark, Example, Task, order_names
 
@@ -244,14 +244,6 @@ class Table(Source):
             train = splits.get("train", [])
             labelled = not self.answers or has_labels(train)
             splits["train"], splits["test"] = split_off(train, self.test_share, labelled)
-
-
-def existing(data_dir: str | None) -> Path | None:
-    """The folder that data_dir names, if it names one. Raises DataError where it is not there."""
-    folder = Path(data_dir).expanduser() if data_dir else None
-    if folder is not None and not folder.is_dir():
-        raise DataError(f"data_dir={data_dir} is not a folder")
-    return folder
 
 
 def slots(column: str) -> list[str]:
