@@ -319,3 +319,11 @@ def test_the_loss_is_the_cross_entropy_of_the_models_own_logits(kind: str) -> No
 def test_a_lora_adapter_without_training_leaves_perplexity_as_it_is() -> None:
     plain, lora = objective(), objective(adapter=Lora(name="lora", r=2, targets=["q_proj"]))
     assert sums(lora, lora.encode(), 0) == pytest.approx(sums(plain, plain.encode(), 0), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_chunks_need_less_than_half_of_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
+    from bench_text import step_memory
+
+    assert step_memory(chunked=True) < 0.5 * step_memory(chunked=False)
