@@ -14,8 +14,8 @@ from clpet.console import Display
 from clpet.errors import HostError
 from clpet.memory import NoReplay
 from clpet.objectives.language_modeling import LanguageModeling
-from clpet.packing import Tokens, text_hash
 from clpet.tasks import Benchmark
+from clpet.token_streams import Tokens, text_hash
 from clpet.training import Hardware, Trainer
 
 

@@ -87,7 +87,16 @@ def test_a_base_model_is_made_once(prose: Path, clpet) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [["sequential"], ["kif", "peft=lora"], ["replay", "replay=rate"], ["dapt"]])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ["sequential"],
+        ["sequential", "benchmark.stream=true"],
+        ["kif", "peft=lora"],
+        ["replay", "replay=rate"],
+        ["dapt"],
+    ],
+)
 def test_killed_after_a_domain_ends_bit_for_bit_like_uninterrupted(
     variant: list[str], prose: Path, clpet, tmp_path: Path
 ) -> None:

@@ -15,9 +15,10 @@ from clpet.config import CapUnit, Evaluation
 from clpet.objectives import chunked
 from clpet.objectives.base import Choices
 from clpet.objectives.language_modeling import LanguageModeling, capped, perplexity
-from clpet.packing import Masking, Stream, Tokens, Windows, blocks, byte_sizes, pack, windows
+from clpet.packing import Masking, Windows, blocks, pack, windows
 from clpet.tasks import Benchmark, Example, Task
 from clpet.text import Encoded
+from clpet.token_streams import Stream, Tokens, byte_sizes
 from clpet.training import Device, Dtype, Hardware
 from tests.conftest import shared
 
@@ -194,6 +195,23 @@ def test_the_cache_gives_the_same_tokens_and_survives_damage(tmp_path: Path) -> 
     file.write_bytes(file.read_bytes()[:-2])
     assert np.array_equal(Tokens(byte_tokenizer(), str(tmp_path)).stream(examples, sized=True).tokens, fresh.tokens)
     assert len(list(tmp_path.glob("tokens/*"))) == 1
+
+
+def test_texts_read_as_they_come_give_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [Example(text) for text in TEXTS["birds"]] * 3
+    tokens = Tokens(byte_tokenizer(), str(tmp_path))
+    whole, lazy = tokens.stream(examples, sized=False), tokens.lazy(examples)
+    assert len(lazy.tokens) == len(whole.tokens)
+    assert lazy.starts.tolist() == whole.starts.tolist()
+    for start, stop in [(0, 5), (30, 80), (0, len(whole.tokens)), (69, 70), (70, 71)]:
+        assert lazy.tokens[start:stop].tolist() == whole.tokens[start:stop].tolist()
+    assert not (Tokens(byte_tokenizer(), str(tmp_path)).lazy(examples).tokens.ends - lazy.tokens.ends).any()
+    monkeypatch.setattr("clpet.packing.BUFFER", 4)
+    pool = Windows(pad_id=0)
+    pack(0, "birds", pool, lazy, 16)
+    order = np.concatenate(pool.shuffled(np.arange(len(pool)), 3, np.random.default_rng(0)))
+    assert sorted(order) == list(range(len(pool)))
+    assert all(sorted(order[start : start + 4]) == list(range(start, start + 4)) for start in (0, 4, 8))
 
 
 def test_bytes_count_every_character_once() -> None:

@@ -18,9 +18,10 @@ from clpet.config import CapUnit, Evaluation
 from clpet.errors import ConfigError, DataError, ModelError
 from clpet.objectives import chunked
 from clpet.objectives.base import Choices, Objective, Predictions, TaskScore
-from clpet.packing import Masking, Stream, Tokens, Windows, pack
+from clpet.packing import Masking, Windows, pack
 from clpet.tasks import SPLITS, Benchmark
 from clpet.text import Batch, Encoded, EncodedDataset
+from clpet.token_streams import Stream, Tokens
 
 CAPPED = ("head_logits_cap", "final_logit_softcapping")  # what some models do to logits after their output layer
 EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of so many tokens
@@ -78,7 +79,8 @@ class LanguageModeling(Objective):
         return Windows(self.tokenizer.pad_token_id, self.benchmark.isolate, masking)
 
     def _add(self, pool: Windows, index: int, name: str, split: str, tokens: Tokens, documents: Any) -> None:
-        stream = tokens.stream(documents, sized=split == "test")
+        lazy = self.benchmark.stream and split == "train"
+        stream = tokens.lazy(documents) if lazy else tokens.stream(documents, sized=split == "test")
         if self.benchmark.isolate and len(stream.tokens) and not len(stream.starts):
             raise DataError(f"benchmark.isolate needs borders of documents, which the files of {name} do not have")
         cap = self.evaluation
