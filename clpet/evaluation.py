@@ -49,9 +49,12 @@ class Evaluator:
             columns = {"row": part, "task": batch.tasks, **columns, **found.trace}
             for name, values in columns.items():
                 table.setdefault(name, []).append(values.cpu() if torch.is_tensor(values) else np.asarray(values))
+        probed = objective.probe(lambda batch: method.predict(batch, method.choices(batch, labels)))
         objective.meter.kind = "learned"
         rows = {name: np.concatenate([np.asarray(part) for part in parts]) for name, parts in table.items()}
-        return self._summary(method, rows, tasks, learned)
+        result = self._summary(method, rows, tasks, learned)
+        result.diagnostics |= probed
+        return result
 
     def _summary(self, method: Method, table: dict[str, np.ndarray], tasks: list[int], learned: int) -> Evaluation:
         order = np.argsort(table["row"])

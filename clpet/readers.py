@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import re
 import sysconfig
 from collections import Counter
 from dataclasses import dataclass
@@ -127,6 +128,21 @@ def _named(ids: Any, names: list[str]) -> Any:
     if isinstance(ids, list):
         return [_named(number, names) for number in ids]
     return names[ids] if ids >= 0 else None
+
+
+def slots(column: str) -> list[str]:
+    """Column names in a column knob: a bare name, or a text with {name} slots."""
+    return re.findall(r"\{(\w+)\}", column) or [column]
+
+
+def fill(column: str, row: dict[str, Any]) -> str:
+    """The text of a row: one column, or several put into a text with {name} slots."""
+    if "{" in column:
+        return re.sub(r"\{(\w+)\}", lambda slot: str(row[slot.group(1)]), column)
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"column {column} holds {value!r} where a text is needed")
+    return value
 
 
 def stdlib_docstrings(modules: list[str]) -> dict[str, list[str]]:
