@@ -195,10 +195,9 @@ def parted(argv: list[str]) -> tuple[list[str], list[str]]:
     for flag, value in pairwise([*flags, ""]):
         name, _, inline = flag.partition("=")
         if name in ("--config-dir", "-cd"):
-            folder = Path(inline or value).resolve()
-            if not folder.is_dir():
-                raise ConfigError(f"--config-dir {inline or value} is not a folder")
-            os.environ["CLPET_CONFIG_DIR"] = str(folder)
+            from clpet.config import use_plugins
+
+            use_plugins(inline or value)
     return flags, [expand(word) for word in overrides]
 
 
