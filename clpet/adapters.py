@@ -165,6 +165,13 @@ class Adapters:
         self.model = self.model.merge_and_unload() if merge else self.model.unload()  # type: ignore[operator]
         self.names, self.active = [], None
 
+    def merged(self) -> Any:
+        """The backbone with what its adapter learned in its weights; in fp32, as a step of bf16 is often more."""
+        self.model.float()
+        if self.names and self.config is not None:
+            self.remove(merge=True)
+        return self.model
+
     def activate(self, name: str, train: bool = False) -> None:
         """Routes every forward through one adapter; its tensors get gradients only when `train`."""
         if self.config is not None:

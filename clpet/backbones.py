@@ -72,7 +72,9 @@ class Backbone:
         require(bool(some), "model.path", self.path, wanted)
         for key in ("package", "attention"):  # neither a module's path, which is imported, nor a kernel from the hub
             value = getattr(self, key)
-            require(value is None or value.isidentifier(), f"model.{key}", repr(value), "a name of letters, digits and _")
+            require(
+                value is None or value.isidentifier(), f"model.{key}", repr(value), "a name of letters, digits and _"
+            )
         require(not self.random_weights or bool(self.config), "model.config", self.config, "a model config")
         if self.architecture is Architecture.auto:
             require(
