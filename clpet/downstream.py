@@ -17,13 +17,12 @@ from clpet.reopen import Recorded, Reopened
 from clpet.state import write_atomic
 
 LONGER = 8  # times: the harness' texts, against those that hardware.eval_batch_size counts
+OWN = "clpet_normalised"
 NOTE = "normalised (clpet's own): 100 (raw - low) / (high - low), low = chance (mean of 1 / choices), high = 1"
 
 
 def check(run: Recorded) -> None:
     """Raises ConfigError where the harness cannot ask the model of a run, before anything is loaded."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--downstream needs lm-evaluation-harness: pip install 'clpet[downstream]'")
     if run.objective == "classification":
         raise ConfigError("--downstream needs a model that writes; this run's objective is classification")
     if run.parts["model"].architecture is Architecture.encoder:
@@ -32,6 +31,8 @@ def check(run: Recorded) -> None:
         )
     if not run.method.one_model:
         raise ConfigError(f"method={run.method.name} chooses for each text what it reads: there is no one model to ask")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("--downstream needs lm-evaluation-harness: pip install 'clpet[downstream]'")
 
 
 def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
@@ -74,8 +75,8 @@ def measure(run: Reopened, tasks: dict[str, Any], limit: int | None) -> dict[str
     for name, task in tasks["tasks"].items():
         raw, low = found["results"][name].get("acc,none"), chance(task, limit)
         if raw is not None and low is not None:
-            found["results"][name]["clpet_normalised"] = 100 * (raw - low) / (1 - low)
-            found["results"][name]["clpet_chance"] = low
+            share = 100 * (raw - low) / (1 - low)
+            found.setdefault(OWN, {})[name] = {"raw": 100 * raw, "chance": 100 * low, "normalised": share}
     return found
 
 
@@ -92,21 +93,11 @@ def report(run: Reopened, names: Sequence[str], limit: int | None, found: dict[s
     from lm_eval.utils import make_table
 
     path = run.run.out / f"downstream-after-{run.row:03d}.json"
-    kept = {key: found[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in found}
-    record = {"tasks": list(names), "after": run.row, "limit": limit, "normalised": NOTE, **kept}
+    kept = {key: found[key] for key in (OWN, "results", "groups", "versions", "n-shot", "n-samples") if key in found}
+    record = {"tasks": list(names), "after": run.row, "limit": limit, "note": NOTE, **kept}
     write_atomic(path, json.dumps(record, indent=1, default=str))
     parts = [make_table(found).rstrip()]
-    rows = [
-        [
-            name,
-            f"{100 * values['acc,none']:.2f}",
-            f"{100 * values['clpet_chance']:.2f}",
-            f"{values['clpet_normalised']:.2f}",
-        ]
-        for name, values in found["results"].items()
-        if "clpet_normalised" in values
-    ]
-    if rows:
+    if rows := [[name, *(f"{value:.2f}" for value in own.values())] for name, own in found.get(OWN, {}).items()]:
         parts += [NOTE, table(["task", "raw %", "chance %", "normalised"], rows)]
     return printable("\n".join([*parts, f"written to {path}"]))
 
