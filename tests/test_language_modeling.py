@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from clpet.adapters import Adapter, Adapters, Lora
 from clpet.backbones import Architecture, Backbone, byte_tokenizer
 from clpet.config import CapUnit, Evaluation
+from clpet.hardware import Device, Dtype, Hardware
 from clpet.objectives import chunked
 from clpet.objectives.base import Choices
 from clpet.objectives.language_modeling import LanguageModeling, capped, perplexity
@@ -19,7 +20,6 @@ from clpet.packing import Masking, Windows, blocks, pack, windows
 from clpet.tasks import Benchmark, Example, Task
 from clpet.text import Encoded
 from clpet.token_streams import Stream, Tokens, byte_sizes
-from clpet.training import Device, Dtype, Hardware
 from tests.conftest import shared
 
 SHAPES: dict[str, dict[str, Any]] = {
