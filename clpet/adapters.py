@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -141,6 +142,8 @@ class Adapters:
 
     def add(self, name: str, seed: int) -> None:
         """A fresh adapter, initialised from `seed`, active and trainable. Raises ModelError for a wrong target."""
+        if not re.fullmatch(r"\w+", name):  # it becomes a folder
+            raise ModelError(f"{name!r} is no name of an adapter")
         torch.manual_seed(seed)
         if self.config is None:
             if self.names:
@@ -162,6 +165,13 @@ class Adapters:
         """The backbone without adapters, with what they learned merged into its weights or dropped."""
         self.model = self.model.merge_and_unload() if merge else self.model.unload()  # type: ignore[operator]
         self.names, self.active = [], None
+
+    def merged(self) -> Any:
+        """The backbone with what its adapter learned in its weights; in fp32, as a step of bf16 is often more."""
+        self.model.float()
+        if self.names and self.config is not None:
+            self.remove(merge=True)
+        return self.model
 
     def activate(self, name: str, train: bool = False) -> None:
         """Routes every forward through one adapter; its tensors get gradients only when `train`."""
@@ -226,6 +236,15 @@ class Adapters:
             self.add(name, 0)
         for key, parameter in self.tensors(name).items():
             parameter.copy_(values[key])
+
+    def load_saved(self, folder: Path) -> None:
+        """Sets the whole model's weights to those that `save` wrote; with adapters there is nothing to do."""
+        if self.config is None:
+            model: Any = self.model
+            saved = type(model).from_pretrained(
+                folder / "model", config=model.config, dtype=torch.float32, use_safetensors=True
+            )
+            self.load("default", dict(saved.named_parameters()))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Every adapter's tensors by adapter name."""

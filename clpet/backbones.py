@@ -71,6 +71,11 @@ class Backbone:
         some = self.hub or self.path or self.package or self.random_weights
         wanted = "a folder with config.json, model.safetensors and tokenizer files"
         require(bool(some), "model.path", self.path, wanted)
+        for key in ("package", "attention"):  # neither a module's path, which is imported, nor a kernel from the hub
+            value = getattr(self, key)
+            require(
+                value is None or value.isidentifier(), f"model.{key}", repr(value), "a name of letters, digits and _"
+            )
         require(not self.random_weights or bool(self.config), "model.config", self.config, "a model config")
         if self.architecture is Architecture.auto:
             require(
@@ -161,7 +166,7 @@ class Backbone:
     def _place(self) -> tuple[str | Path, dict[str, Any]]:
         """Where the files are, and what from_pretrained has to be told about them."""
         place = self.found()
-        kwargs: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
+        kwargs: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}  # said, or transformers would ask
         if place == self.hub and self.revision:
             kwargs["revision"] = self.revision
         return place, kwargs

@@ -15,9 +15,9 @@ from clpet.errors import HostError
 from clpet.hardware import Hardware
 from clpet.memory import NoReplay
 from clpet.objectives.language_modeling import LanguageModeling
-from clpet.packing import Tokens, text_hash
 from clpet.ranks import world
 from clpet.tasks import Benchmark
+from clpet.token_streams import Tokens, text_hash
 from clpet.training import Trainer
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from clpet import __version__
+from clpet import __version__, commands
 from clpet.errors import ClpetError, ConfigError, suggest
 from clpet.interrupt import CODE, Interrupted
 from clpet.mistakes import GROUPS, cluster_message, composed, hydra_message
@@ -21,6 +21,8 @@ COMMANDS = {
     "train": "learn a benchmark task by task and write its transfer matrix (also resumes, and sweeps with -m)",
     "runs": "list what is in the output folder, or compare groups of runs",
     "show": "print one run: figures, matrices, costs",
+    "eval": "test a run's weights once more, or on tasks of lm-evaluation-harness",
+    "export": "write what a run trained for use without clpet: adapters, or merged weights",
     "list": "what there is: methods, models, benchmarks, hardware, ...",
     "data": "look at a benchmark's data: counts, balance, lengths, repeats, overlaps",
 }
@@ -28,6 +30,7 @@ COMMANDS = {
 SHORT = {key: f"benchmark.{key}" for key in ("tasks", "order", "objective", "text", "label", "max_train", "max_test")}
 HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i", "--config-name",
                           "-cn", "--config-path", "-cp", "--experimental-rerun", "-sc")  # fmt: skip
+RUNS = "outputs/*/*/s*-*"  # what completion offers as a run
 HYDRA_FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--resolve", "--version", "-r", "--run")
 
 
@@ -92,7 +95,8 @@ def dispatch(argv: list[str]) -> int:
     if argv[0] == "-sc":
         return train(argv)
     handlers: dict[str, Callable[[list[str]], int]] = {
-        "train": train, "runs": runs, "show": show, "list": listing, "data": data, "sweep": sweep
+        "train": train, "runs": commands.runs, "show": commands.show, "eval": commands.evaluate,
+        "export": commands.export, "list": listing, "data": data, "sweep": sweep,
     }  # fmt: skip
     if argv[0] not in handlers:
         raise ConfigError(f"unknown command {argv[0]}{suggest(argv[0], COMMANDS)}")
@@ -123,6 +127,8 @@ def complete(argv: list[str]) -> int:
     if len(words) <= 2:
         print(" ".join(name for name in COMMANDS if name.startswith(words[-1])))
         return 0
+    if words[1] in ("show", "eval", "export") and len(words) == 3:
+        print(" ".join(path for path in map(str, sorted(Path().glob(RUNS))) if path.startswith(words[-1])))
     if words[1] != "train":
         return 0
     os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
@@ -195,10 +201,9 @@ def parted(argv: list[str]) -> tuple[list[str], list[str]]:
     for flag, value in pairwise([*flags, ""]):
         name, _, inline = flag.partition("=")
         if name in ("--config-dir", "-cd"):
-            folder = Path(inline or value).resolve()
-            if not folder.is_dir():
-                raise ConfigError(f"--config-dir {inline or value} is not a folder")
-            os.environ["CLPET_CONFIG_DIR"] = str(folder)
+            from clpet.config import use_plugins
+
+            use_plugins(inline or value)
     return flags, [expand(word) for word in overrides]
 
 
@@ -268,41 +273,6 @@ def first_comment(path: Path) -> str:
         if line.startswith("#") and not line.startswith("# @package"):
             return line.lstrip("# ").strip()
     return ""
-
-
-def runs(argv: list[str]) -> int:
-    """`clpet runs`: list, or compare by a key."""
-    parser = argparse.ArgumentParser("clpet runs", description="Runs in the output folder.")
-    parser.add_argument("folder", nargs="?", default="outputs", help="output folder (default: outputs)")
-    parser.add_argument(
-        "--compare", metavar="KEY", help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ..."
-    )
-    parser.add_argument("--metrics", help="columns to compare, such as average,bwt or zs,cpt,lc; see docs/metrics.md")
-    parser.add_argument("--picture", metavar="FILE", help="also draw the groups side by side (perplexities)")
-    parser.add_argument("--benchmark", help="only runs of this benchmark")
-    parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
-    arguments = parser.parse_args(argv)
-    from clpet import compare
-
-    if arguments.picture and not arguments.compare:
-        raise ConfigError("--picture needs --compare KEY, such as --compare model")
-    folder, metrics = Path(arguments.folder), arguments.metrics.split(",") if arguments.metrics else []
-    print(compare.report(folder, arguments.compare, metrics, arguments.benchmark, arguments.format))
-    if arguments.picture:
-        compare.picture(folder, arguments.compare, arguments.benchmark, Path(arguments.picture))
-    return 0
-
-
-def show(argv: list[str]) -> int:
-    """`clpet show RUN`: one run in full."""
-    parser = argparse.ArgumentParser("clpet show", description="One run: figures, matrices and costs.")
-    parser.add_argument("run", help="a run directory")
-    parser.add_argument("--metrics", action="store_true", help="every figure with its formula")
-    arguments = parser.parse_args(argv)
-    from clpet import compare
-
-    print(compare.show(Path(arguments.run), arguments.metrics))
-    return 0
 
 
 def data(argv: list[str]) -> int:

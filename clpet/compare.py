@@ -1,8 +1,8 @@
 """Finished runs read back: lists, one run in full, and comparisons over seeds with a paired test."""
 
+import contextlib
 import csv
 import io
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from clpet import pretraining
 from clpet.console import matrix_table, table
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.pretraining_tables import average_table, domain_table, formula_lines, transfer_tables
+from clpet.reading import printable, read_json, read_results, readable
 from clpet.records import command
 from clpet.results import CONVENTIONS, NEEDS, TransferMatrix, round2
 
@@ -25,10 +26,8 @@ def find_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, results) of every finished run below a folder, by path. A file that is no result is passed over."""
     found = []
     for path in sorted(folder.glob("*/*/s*-*/results.json")):
-        try:
-            found.append((path.parent, json.loads(path.read_text())))
-        except (OSError, ValueError):
-            continue
+        with contextlib.suppress(DataError, OSError):
+            found.append((path.parent, read_results(path)))
     return found
 
 
@@ -99,7 +98,7 @@ def lookup(run: dict[str, Any], path: Path, key: str) -> str:
     """The value of a key: of the results, else of the run's recorded config."""
     if key in ("method", "model", "benchmark", "replay", "peft", "seed"):
         return str(run[key])
-    node: Any = json.loads((path / "run.json").read_text())["config"]
+    node: Any = read_json(path / "run.json").get("config")
     for part in key.split("."):
         if not isinstance(node, dict) or part not in node:
             raise ConfigError(f"{path} has no key {key} in its configuration")
@@ -257,12 +256,14 @@ def show(path: Path, every_metric: bool) -> str:
     if not file.is_file():
         state = "is not finished" if (path / "run.json").exists() else "is not a run directory"
         raise DataError(f"{path} {state}: no results.json there")
-    try:
-        run = json.loads(file.read_text())
-        matrix = TransferMatrix.from_json(run)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is not the result of a run: {error}") from error
-    others = find_runs(file.resolve().parents[3])
+    run = read_results(file)
+    others = find_runs(file.resolve().parents[3]) if len(file.resolve().parts) > 4 else []
+    with readable(f"{file} is not the result of a run"):
+        return printable(_shown(run, others, every_metric))
+
+
+def _shown(run: dict[str, Any], others: Group, every_metric: bool) -> str:
+    matrix = TransferMatrix.from_json(run)
     if matrix.direction == "lower":
         return "\n\n".join([_head(run), *_pretraining(run, matrix, others, every_metric), _costs(run)])
     words = run.get("objective") == "text_to_text"

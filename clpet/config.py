@@ -99,6 +99,7 @@ class Training:
     on_nan: OnNan = OnNan.stop
     select: Select = Select.last
     save_minutes: float = 10.0
+    keep: int = 0
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
@@ -119,6 +120,7 @@ class Training:
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
         require(self.clip >= 0, "train.clip", self.clip, "0 (off) or more")
         require(self.save_minutes > 0, "train.save_minutes", self.save_minutes, "more than 0")
+        require(self.keep >= 0, "train.keep", self.keep, "0 (only the end), or every how many tasks")
 
     def lr_of(self, task: int) -> float:
         """The learning rate of a task, counted from 0; the last one of a list is for all that follow."""
@@ -151,9 +153,11 @@ class Evaluation:
     max_tokens: int | None = 100_000
     cap_unit: CapUnit = CapUnit.tokens
     stride: int | None = None
+    rank_prompts: int = 0
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "at least 1")
+        require(self.rank_prompts >= 0, "evaluation.rank_prompts", self.rank_prompts, "0 (off) or more")
         for key, least in (("max_new_tokens", 1), ("max_tokens", 2), ("stride", 1)):
             value = getattr(self, key)
             require(value is None or value >= least, f"evaluation.{key}", value, f"at least {least}, or null")
@@ -186,7 +190,8 @@ class Config:
             require(isinstance(node, dict) and "_target_" in node, group, node, f"an option of the group conf/{group}")
         for group in ("method", "benchmark"):  # they name the run directory
             name = str(getattr(self, group).get("name", ""))
-            require(bool(re.fullmatch(r"[\w.-]+", name)), f"{group}.name", repr(name), "letters, digits, _, - and .")
+            fits = re.fullmatch(r"\w[\w.-]*", name)
+            require(bool(fits), f"{group}.name", repr(name), "letters, digits, _, - and .")
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -211,6 +216,13 @@ def build(node: dict, where: str, **runtime: Any) -> Any:
 def plugin_dirs() -> list[Path]:
     """The folders given with --config-dir: their Python files may be named by `_target_`."""
     return [Path(folder) for folder in os.environ.get("CLPET_CONFIG_DIR", "").split(os.pathsep) if folder]
+
+
+def use_plugins(folder: str) -> None:
+    """Makes a --config-dir known to `find_class`. Raises ConfigError where it is no folder."""
+    if not Path(folder).is_dir():
+        raise ConfigError(f"--config-dir {folder} is not a folder")
+    os.environ["CLPET_CONFIG_DIR"] = str(Path(folder).resolve())
 
 
 def find_class(target: str, where: str) -> type:
@@ -257,7 +269,8 @@ def _identity(cfg: Any, without: tuple[str, ...]) -> dict:
     plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in without])
     identity: dict = OmegaConf.to_container(plain, resolve=True)  # type: ignore[assignment]
     if identity.get("train"):
-        identity["train"].pop("save_minutes", None)
+        for key in ("save_minutes", "keep"):  # when something is written changes no result
+            identity["train"].pop(key, None)
     for place, key in ((identity, "data_dir"), (identity.get("model") or {}, "path")):
         if place.get(key):
             place[key] = os.path.abspath(os.path.expanduser(place[key]))

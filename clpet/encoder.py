@@ -36,6 +36,10 @@ def locate(name: str) -> Path:
     folder = place if isinstance(place, Path) else _download(backbone)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"the sentence encoder {name} has no .safetensors in {folder}; pickled weights are not read")
+    known = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
+    for module in known:
+        if not str(module["type"]).startswith("sentence_transformers."):  # it would be imported
+            raise ModelError(f"the sentence encoder {name} names {module['type']}, which is code of its own")
     return folder
 
 

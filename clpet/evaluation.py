@@ -54,10 +54,13 @@ class Evaluator:
         for columns in world().map(judged, method.batches(self.pool, asked)):
             for name, values in columns.items():
                 table.setdefault(name, []).append(values)
+        probed = objective.probe(lambda batch: method.predict(batch, method.choices(batch, labels)))
         method.after_evaluation()
         objective.meter.kind = "learned"
         rows = {name: np.concatenate([np.asarray(part) for part in parts]) for name, parts in table.items()}
-        return self._summary(method, rows, tasks, learned)
+        result = self._summary(method, rows, tasks, learned)
+        result.diagnostics |= probed
+        return result
 
     def _summary(self, method: Method, table: dict[str, np.ndarray], tasks: list[int], learned: int) -> Evaluation:
         order = np.argsort(table["row"])

@@ -8,7 +8,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,7 @@ class Keeper:
 
 
 @torch.no_grad()
-def put(values: list[Tensor], into: list[Tensor]) -> None:  # list is invariant
+def put(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
     """Gives tensors the values of others."""
     for value, tensor in zip(values, into, strict=True):
         tensor.copy_(value)
@@ -203,8 +203,9 @@ def load_moments(optimizer: torch.optim.Optimizer, state: list[dict[str, Tensor]
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Of every global generator."""
-    kind, key, *rest = np.random.get_state()  # type: ignore[misc]
-    found = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [kind, key.tolist(), *rest]}
+    legacy: Any = np.random.get_state()
+    numpy = [legacy[0], legacy[1].tolist(), *legacy[2:]]
+    found = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
     return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 

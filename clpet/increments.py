@@ -159,6 +159,16 @@ class Increments:
             else:
                 layer.set(a[:0], b[:, :0], a, b)
 
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds every branch to its layer's weight, and reads none from then on."""
+        for layer in self.layers.values():
+            a, b = layer.all()
+            increment = self.scale * (b @ a)  # [d_out, d_in]
+            weight: Any = layer.module.weight
+            weight += (increment if isinstance(layer.module, nn.Linear) else increment.T).to(weight.dtype)
+        self.on = False
+
     def save(self, folder: Path, names: Sequence[str]) -> None:
         """Writes each branch under its name in peft's LoRA format, readable by PeftModel.from_pretrained."""
         for branch, name in enumerate(names):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import platform
 import shlex
 import shutil
@@ -24,11 +25,11 @@ from clpet.pretraining import DAPT
 from clpet.pretraining_tables import LEGEND, average_table
 from clpet.ranks import world
 from clpet.results import TransferMatrix, round2, tolist
-from clpet.state import RunState, write_atomic
+from clpet.state import RunState, whole, write_atomic, write_tree
 from clpet.tasks import Benchmark
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "omegaconf", "numpy", "wandb")
-MADE = ("results.json", "transfer.csv", "*.png", "metrics.jsonl", "run.json")
+MADE = ("results.json", "transfer.csv", "*.png", "metrics.jsonl", "run.json", "downstream-*.json")
 
 
 def finished(out: Path) -> dict[str, Any] | None:
@@ -44,7 +45,7 @@ def clear(out: Path) -> None:
     for pattern in MADE:
         for path in out.glob(pattern):
             path.unlink()
-    for name in ("state", "predictions", "adapters", "heads", "wandb"):
+    for name in ("state", "predictions", "adapters", "heads", "checkpoints", "wandb"):
         shutil.rmtree(out / name, ignore_errors=True)
 
 
@@ -69,13 +70,7 @@ def collect(
 ) -> dict[str, Any]:
     """Writes adapters, heads and transfer.csv; returns what results.json will hold."""
     method.save(out / "adapters")
-    (out / "heads").mkdir(exist_ok=True)
-    for name, head in method.heads().items():
-        tensors = {key: value.detach().cpu().contiguous() for key, value in head.named_parameters()}
-        labels = json.dumps(
-            [benchmark.labels[label] for label in head.labels] if name != "selector" else benchmark.names
-        )
-        save_file(tensors, out / "heads" / f"{name}.safetensors", metadata={"labels": labels})
+    save_heads(method, out / "heads")
     write_atomic(out / "transfer.csv", transfer_csv(state.matrix))
     return {
         **_who(cfg, overrides, identity, benchmark),
@@ -97,9 +92,44 @@ def collect(
     }
 
 
+def save_heads(method: Method, folder: Path) -> None:
+    """Writes every classification head as safetensors, its labels in the metadata."""
+    folder.mkdir(exist_ok=True)
+    names, labels = method.benchmark.names, method.benchmark.labels
+    for name, head in method.heads().items():
+        tensors = {key: value.detach().cpu().contiguous() for key, value in head.named_parameters()}
+        rows = [labels[label] for label in head.labels] if name != "selector" else names
+        save_file(tensors, folder / f"{name}.safetensors", metadata={"labels": json.dumps(rows)})
+
+
+def kept(out: Path, row: int) -> Path:
+    """Where what was trained lies after the first `row` tasks, with train.keep."""
+    return out / "checkpoints" / f"after-{row:03d}"
+
+
+def keep(out: Path, row: int, method: Method) -> None:
+    """Writes what was trained so far: as in adapters/ and heads/, and what else the method reads at test."""
+    with whole(kept(out, row)) as folder:
+        method.save(folder)
+        save_heads(method, folder / "heads")
+        state = method.state_dict()
+        if method.objective.adapters.config is None:  # the weights of the whole model lie beside it already
+            state["objective"] = {**state["objective"], "adapters": {}}
+        write_tree(folder / "state", {"row": row, "method": state})
+
+
 def finish(out: Path, results: dict[str, Any]) -> None:
     """Writes results.json, after all else: from now on the run is finished."""
-    write_atomic(out / "results.json", json.dumps(results, indent=1))
+    write_atomic(out / "results.json", json.dumps(_finite(results), indent=1, allow_nan=False))
+
+
+def _finite(node: Any) -> Any:
+    """None in place of what JSON has no word for: an infinite perplexity, whose sums lie beside it."""
+    if isinstance(node, dict):
+        return {key: _finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def headline(matrix: TransferMatrix) -> dict[str, float | None]:

@@ -123,6 +123,8 @@ class Experiment:
             state.done, state.task, state.trainer = position + 1, None, trainer.state()
             self.evaluate(state, index + 1)
             with keeper.between():
+                if self.config.train.keep and (position + 1) % self.config.train.keep == 0:
+                    records.keep(self.out, index + 1, method)
                 state.save(folder, method.state_dict(), self.identity)
             track.display.task_done()
         return state

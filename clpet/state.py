@@ -1,5 +1,6 @@
 """What a run leaves on disk to go on from: checkpoints between tasks, written whole or not at all."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -7,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,18 +128,26 @@ def write_tree(place: Path, tree: dict[str, Any]) -> None:
     """Saves nested dicts and lists of tensors, numbers and strings as JSON and safetensors, atomically."""
     tensors: dict[str, torch.Tensor] = {}
     plain = _split(tree, "", tensors)
+    with whole(place) as folder:
+        save_file(tensors, folder / "tensors.safetensors")
+        plain["sha256"] = _checksum(folder / "tensors.safetensors", plain)
+        _write_synced(folder / "state.json", json.dumps(plain))
+
+
+@contextlib.contextmanager
+def whole(place: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `place` when all is written. Raises HostError when the disk refuses."""
     temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "tensors.safetensors")
-        plain["sha256"] = _checksum(temporary / "tensors.safetensors", plain)
-        _write_synced(temporary / "state.json", json.dumps(plain))
+        yield temporary
         shutil.rmtree(place, ignore_errors=True)
         temporary.rename(place)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        raise HostError(f"{place} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise HostError(f"the checkpoint {place} cannot be written: {error.strerror or error}") from error
 
 
 def read_tree(place: Path) -> dict[str, Any]:
@@ -147,7 +156,7 @@ def read_tree(place: Path) -> dict[str, Any]:
         plain = json.loads((place / "state.json").read_text())
         if plain.pop("sha256") == _checksum(place / "tensors.safetensors", plain):
             return _join(plain, load_file(place / "tensors.safetensors"))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{place} is damaged ({error})") from error
     raise ValueError(f"{place} is damaged (its checksum is another)")
 

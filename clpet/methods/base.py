@@ -33,6 +33,7 @@ class Method:
     pefts: ClassVar[tuple[str, ...]] = ()  # the peft options it goes with; empty: any that trains something
     repeatable: ClassVar[bool] = True  # a block's pass needs nothing set around it: it can be done again later
     task_id_at_test = False  # results are task-incremental; a subclass may make it a knob
+    one_model: ClassVar[bool] = True  # the same weights for every text: they can be merged, and asked by others
     validates: ClassVar[bool] = True  # chooses an epoch where train.select=best
     cache_dir: ClassVar[str | None] = None  # set by the run: a folder for what other runs can use
 
@@ -212,6 +213,10 @@ class Method:
     def save(self, folder: Path) -> None:
         """Writes what was trained of the backbone, for use without clpet."""
         self.objective.adapters.save(folder)
+
+    def merged(self) -> Any:
+        """The backbone with what was learned in its weights, where there is `one_model`; nothing can follow."""
+        return self.objective.adapters.merged()
 
     def diagnostics(self) -> dict[str, float]:
         """Figures about the task just learned, kept beside its scores."""

@@ -5,7 +5,7 @@ g_i = SiLU(W2 SiLU(W1 x')), x' the mean token embedding. The branches are InfLoR
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ class GainLoRA(InfLoRA):
     design: Design = Design.svd
     hidden: int = 100
     rescale: bool = True
+
+    one_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,6 +64,11 @@ class IncLoRA(Method):
         """Each branch as a LoRA of its own; those that are not simply added up need the router's weights too."""
         self.increments.save(folder, [module_name(index) for index in range(self.increments.branches)])
 
+    def merged(self) -> Any:
+        model = super().merged()
+        self.increments.merge()
+        return model
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "increments": self.increments.state()}
 

@@ -5,7 +5,7 @@ c_i = cos(q(x), v_i), w = softmax(8 c) or w = c, h = W x + sum_i w_i s B_i A_i x
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ class MoCL(IncLoRA):
     scale: float = 8.0
     matching: float = 1.0
     task_id_at_test: bool = False
+
+    one_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.scale > 0, "method.scale", self.scale, "more than 0")

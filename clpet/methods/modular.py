@@ -26,6 +26,7 @@ class Modular(Method):
 
     objectives: ClassVar[tuple[str, ...]] = ("classification",)
     needs_adapter: ClassVar[bool] = True
+    one_model: ClassVar[bool] = False
 
     def first_adapter(self) -> None:
         """Nothing to attach before the first task: row 0 is the bare backbone."""

@@ -22,6 +22,7 @@ class Prompts(Method):
     length: int = 10
 
     pefts: ClassVar[tuple[str, ...]] = ("frozen",)
+    one_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.length >= 1, "method.length", self.length, "at least 1")

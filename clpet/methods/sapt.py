@@ -5,7 +5,7 @@ Stored inputs of each old task i keep the router where it was: + kl_ratio KL(w_i
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class SAPT(IncLoRA):
     share: float = 0.02
     hidden: int = 100
     faithful_padding: bool = False
+
+    one_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.kl_ratio >= 0, "method.kl_ratio", self.kl_ratio, "0 (off) or more")

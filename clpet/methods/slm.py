@@ -65,6 +65,7 @@ class SLM(Method):
 
     objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
     pefts: ClassVar[tuple[str, ...]] = ("frozen",)
+    one_model: ClassVar[bool] = False
     repeatable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -1,0 +1,117 @@
+"""The subcommands about runs that are there: runs, show, eval, export. Imports no torch."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from clpet.errors import ConfigError
+
+
+def runs(argv: list[str]) -> int:
+    """`clpet runs`: list, or compare by a key."""
+    parser = argparse.ArgumentParser("clpet runs", description="Runs in the output folder.")
+    parser.add_argument("folder", nargs="?", default="outputs", help="output folder (default: outputs)")
+    parser.add_argument(
+        "--compare", metavar="KEY", help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ..."
+    )
+    parser.add_argument("--metrics", help="columns to compare, such as average,bwt or zs,cpt,lc; see docs/metrics.md")
+    parser.add_argument("--picture", metavar="FILE", help="also draw the groups side by side (perplexities)")
+    parser.add_argument("--benchmark", help="only runs of this benchmark")
+    parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
+    arguments = parser.parse_args(argv)
+    from clpet import compare
+
+    if arguments.picture and not arguments.compare:
+        raise ConfigError("--picture needs --compare KEY, such as --compare model")
+    folder, metrics = Path(arguments.folder), arguments.metrics.split(",") if arguments.metrics else []
+    print(compare.report(folder, arguments.compare, metrics, arguments.benchmark, arguments.format))
+    if arguments.picture:
+        compare.picture(folder, arguments.compare, arguments.benchmark, Path(arguments.picture))
+    return 0
+
+
+def show(argv: list[str]) -> int:
+    """`clpet show RUN`: one run in full."""
+    parser = argparse.ArgumentParser("clpet show", description="One run: figures, matrices and costs.")
+    parser.add_argument("run", help="a run directory")
+    parser.add_argument("--metrics", action="store_true", help="every figure with its formula")
+    arguments = parser.parse_args(argv)
+    from clpet import compare
+
+    print(compare.show(Path(arguments.run), arguments.metrics))
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """`clpet eval RUN`: the test sets once more, or tasks of lm-evaluation-harness."""
+    parser = _opening("clpet eval", "Tests the weights of a run: on its benchmark, or on tasks of others.")
+    parser.add_argument("--downstream", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between")
+    parser.add_argument("--tasks-dir", metavar="DIR", type=Path, help="your own task YAMLs (may name code of yours)")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N examples of a downstream task")
+    arguments = parser.parse_args(argv)
+    if not arguments.downstream and (arguments.tasks_dir or arguments.limit is not None):
+        raise ConfigError("--tasks-dir and --limit are for --downstream TASKS")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError(f"--limit must be at least 1, not {arguments.limit}")
+    from clpet import downstream, reopen
+    from clpet.evaluate import again
+    from clpet.training import quiet_libraries
+
+    run = _recorded(arguments)
+    names = [name for name in (arguments.downstream or "").split(",") if name]
+    with quiet_libraries():
+        if names:
+            downstream.check(run)
+            downstream.quiet()
+            tasks = downstream.load_tasks(names, arguments.tasks_dir)
+            opened = reopen.reopen(run, arguments.after)
+            found = downstream.measure(opened, tasks, arguments.limit)
+            print(downstream.report(opened, names, arguments.limit, found))
+            return 0
+        text, equal = again(reopen.reopen(run, arguments.after))
+    print(text)
+    return 0 if equal else 1
+
+
+def export(argv: list[str]) -> int:
+    """`clpet export RUN FOLDER`: what was trained, for use without clpet."""
+    parser = _opening("clpet export", "Writes what a run trained, with its tokenizer, for use without clpet.")
+    parser.add_argument("--merge", action="store_true", help="put adapters into the backbone's weights")
+    parser.add_argument("folder", type=Path, help="a new folder")
+    arguments = parser.parse_args(argv)
+    from clpet import reopen
+    from clpet.export import check, write
+    from clpet.training import quiet_libraries
+
+    run = _recorded(arguments)
+    check(run, arguments.folder, arguments.merge)
+    with quiet_libraries():
+        print(write(reopen.reopen(run, arguments.after), arguments.folder, arguments.merge))
+    return 0
+
+
+def _opening(name: str, description: str) -> argparse.ArgumentParser:
+    """What the commands that open a run again have in common."""
+    parser = argparse.ArgumentParser(name, description=description)
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument(
+        "--after", metavar="N", type=int, help="the weights after N tasks (train.keep); default: newest"
+    )
+    parser.add_argument(
+        "--here", metavar="KEY=VALUE", action="append", default=[],
+        help="where things lie now, if elsewhere: data_dir, cache_dir, model.path, hardware.*",
+    )  # fmt: skip
+    parser.add_argument("--allow-plugins", action="store_true", help="run classes of --config-dir and remote code")
+    parser.add_argument("--config-dir", help="the folder with your own classes")
+    return parser
+
+
+def _recorded(arguments: argparse.Namespace) -> Any:
+    from clpet.config import use_plugins
+    from clpet.reopen import recorded
+
+    if arguments.config_dir:
+        if not arguments.allow_plugins:
+            raise ConfigError("--config-dir needs --allow-plugins: a recorded run would say which of its code is run")
+        use_plugins(arguments.config_dir)
+    return recorded(arguments.run, arguments.here, arguments.allow_plugins)
