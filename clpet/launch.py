@@ -39,7 +39,8 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
     if cfg.hardware.get("ranks", 1) == 1 or (records.finished(out) and not cfg.fresh):
         return run(cfg, out, overrides)
     hardware = assemble(typed(cfg))[1]["hardware"]
-    plain, logs = OmegaConf.to_container(cfg, resolve=True), _job_logging()
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    logs = _job_logging()
     if tasks := slurm_tasks():
         fits = hardware.ranks in ("auto", tasks)
         require(fits, "hardware.ranks", hardware.ranks, f"auto, or the {tasks} tasks of this SLURM step")
