@@ -61,8 +61,11 @@ class Hardware:
         if self.device is Device.cuda and not torch.cuda.is_available():
             raise HostError("hardware.device=cuda, but this machine has no CUDA device: use hardware=cpu or auto")
         if self.quantization is Quantization.nf4:
-            if self.torch_device.type != "cuda" or not importlib.util.find_spec("bitsandbytes"):
-                raise HostError("hardware.quantization=nf4 needs a CUDA device and `pip install bitsandbytes`")
+            there = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "accelerate"))
+            if self.torch_device.type != "cuda" or not there:
+                raise HostError(
+                    "hardware.quantization=nf4 needs a CUDA device, and `pip install bitsandbytes accelerate`"
+                )
             require(not self.shard, "hardware.shard", "true", "false with hardware.quantization=nf4")
         if self.threads:
             torch.set_num_threads(self.threads)

@@ -142,7 +142,7 @@ class Trainer:
     def _sizes(self) -> str:
         if self.objective.meter.kind == "validated":
             return self.objective.memory_advice()
-        whole = self.settings.global_batch_size
+        whole = -(-self.settings.global_batch_size // world().size)
         size = min(whole, self.hardware.micro_batch_size or whole)
         return f"{size} examples in a training pass: lower hardware.micro_batch_size (it changes no result)"
 

@@ -317,7 +317,7 @@ def test_tasks_of_a_slurm_step_are_ranks(words: Path, clpet, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_one(words: Path, clpet, tmp_path: Path) -> None:
     """A signal to the launcher: both ranks stop at the same step; one process ends what two have begun."""
-    args = ["train", "method=kif", *tiny_args(words), "train.epochs=30", "cache_dir=null", "train.save_minutes=0.0001"]
+    args = ["train", "method=kif", *tiny_args(words), "train.epochs=10", "cache_dir=null", "train.save_minutes=0.002"]
     assert clpet(*args, "output_dir=whole").code == 0
     with stopped_at(tmp_path / "cut", SIGNAL := signal.SIGUSR2):
         cut = clpet(*args, "hardware.ranks=2", "output_dir=cut")
@@ -329,6 +329,29 @@ def test_a_run_of_two_ranks_goes_on_with_one(words: Path, clpet, tmp_path: Path)
     one, two = results(tmp_path / "whole"), results(tmp_path / "cut")
     assert same(one["scores"], two["scores"], tolerance=1e-4)
     assert [cost["backward_examples"] for cost in one["cost"]] == [cost["backward_examples"] for cost in two["cost"]]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_goes_on_with_two_bit_for_bit(words: Path, clpet, tmp_path: Path) -> None:
+    """Every rank goes on with its own dropout."""
+    args = [
+        "train",
+        "method=sequential",
+        *tiny_args(words),
+        *TWO,
+        "train.epochs=10",
+        "peft.dropout=0.3",
+        "train.save_minutes=0.002",
+    ]
+    assert clpet(*args, "output_dir=whole").code == 0
+    with stopped_at(tmp_path / "cut", signal.SIGTERM):
+        assert clpet(*args, "output_dir=cut").code == CODE
+    assert clpet(*args, "output_dir=cut").code == 0
+    files = [
+        next((tmp_path / name).glob("*/*/s*/adapters/default")) / "adapter_model.safetensors"
+        for name in ("whole", "cut")
+    ]
+    assert same(*map(load_file, files))
 
 
 @contextlib.contextmanager
