@@ -110,7 +110,7 @@ BAD = [
     ("share above 1", ["train", "method=kif", "replay=share", "replay.share=2"], "replay.share must be in [0, 1]"),
     ("labels of free text", ["train", "method=crl", "benchmark=superni"], "method=crl does not do text_to_text; it does classification"),
     ("modules of free text", ["train", "method=dynamic_conpet", "benchmark=superni"], "does not do text_to_text"),
-    ("classes of free text", ["train", "method=replay", "replay=fixed", "benchmark=superni"], "replay=fixed chooses its memory by class"),
+    ("classes of free text", ["train", "method=replay", "replay=fixed", "benchmark=superni", "model=tiny_llama"], "replay=fixed chooses its memory by class"),
     ("Fisher of labels", ["train", "method=ewc", "benchmark=superni"], "take batch or sample"),
     ("encoder that should write", ["train", "method=sequential", "benchmark=files", "data_dir=WORDS", "objective=text_to_text"], "is an encoder and cannot write"),
     ("unknown objective", ["train", "objective=translate"], "objective"),
