@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clpet.config import require, typed
 from clpet.errors import ClpetError
-from clpet.interrupt import Interrupt, Interrupted
+from clpet.interrupt import CODE, Interrupt, Interrupted
 from clpet.results import TransferMatrix
 
 GRACE = 90  # seconds that ranks have to save after a signal, before they are killed
@@ -39,7 +39,8 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
     if cfg.hardware.get("ranks", 1) == 1 or (records.finished(out) and not cfg.fresh):
         return run(cfg, out, overrides)
     hardware = assemble(typed(cfg))[1]["hardware"]
-    plain, logs = OmegaConf.to_container(cfg, resolve=True), _job_logging()
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    logs = _job_logging()
     if tasks := slurm_tasks():
         fits = hardware.ranks in ("auto", tasks)
         require(fits, "hardware.ranks", hardware.ranks, f"auto, or the {tasks} tasks of this SLURM step")
@@ -124,12 +125,12 @@ def _answer(folder: Path, number: int, failure: Any) -> int:
     """The signal that ended the ranks by its number. Raises RankError with what the first one said otherwise."""
     said = sorted((json.loads(path.read_text()) for path in folder.glob("rank*.json")), key=lambda one: one["time"])
     for found in said:
-        if found["signal"]:
-            return found["signal"]
-        if not found["lost"]:
+        if not (found["lost"] or found["signal"]):
             raise RankError(found["message"], found["code"])
-    code = failure.exitcode
-    how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"has ended with code {code}"
+    if failure.exitcode == CODE:
+        return next(found["signal"] for found in said if found["signal"])
+    killed = failure.exitcode < 0
+    how = f"was killed ({signal.Signals(-failure.exitcode).name})" if killed else "or another one has ended unheard"
     raise RankError(f"rank {number} {how}: the same command goes on from what is saved", 1)
 
 

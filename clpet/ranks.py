@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from clpet.errors import HostError
 
-Part, Found = TypeVar("Part"), TypeVar("Found")
+Part = TypeVar("Part")
+Found = TypeVar("Found")
 BUCKET = 2**26  # scalars of gradients that are summed at a time
 PATIENCE = datetime.timedelta(hours=2)  # for a rank that writes or reads alone while the others wait
 

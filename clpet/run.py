@@ -123,7 +123,8 @@ class Experiment:
             state.done, state.task, state.trainer = position + 1, None, trainer.state()
             self.evaluate(state, index + 1)
             with keeper.between():
-                if self.config.train.keep and (position + 1) % self.config.train.keep == 0:
+                every = self.config.train.keep
+                if every and (position + 1) % every == 0 and world().main:
                     records.keep(self.out, index + 1, method)
                 state.save(folder, method.state_dict(), self.identity)
             track.display.task_done()

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,10 +19,10 @@ from safetensors.torch import load_file
 
 from clpet.evaluation import Evaluator
 from clpet.interrupt import CODE
-from clpet.launch import slurm_environment, start
+from clpet.launch import RankError, slurm_environment, start
 from clpet.ranks import Ranks, chunks, joined, on_host, split, sum_flat, world
 
-from .conftest import Silent, domain_args, made, tiny_args
+from .conftest import Silent, domain_args, made, methods_of, tiny_args
 
 # Fast: what the ranks do with rows and buffers
 
@@ -116,13 +118,11 @@ def test_recomputed_activations_change_nothing(model: list[str], make) -> None:
 
 
 CASES: dict[str, list[str]] = {
+    **{name: [f"method={name}"] for name in methods_of("classification")},
     "sequential": ["method=sequential", "train.global_batch_size=23"],  # 24 examples: the last batch has one
     "replay": ["method=replay", "replay=fixed", "train.select=best"],
-    "dynamic_conpet": ["method=dynamic_conpet"],
     "dynamic_conpet_k2": ["method=dynamic_conpet", "method.top_k=2", "hardware.micro_batch_size=2"],
     "kif": ["method=kif", "train.select=best", "train.clip=1"],
-    "ewc": ["method=ewc"],
-    "crl": ["method=crl"],
     "text_to_text": ["method=kif", "model=tiny_llama", "benchmark.objective=text_to_text", "benchmark.max_target=8"],
     "language_modeling": ["method=sequential"],
 }
@@ -156,10 +156,12 @@ def traced(words: list[str]) -> dict[str, Any]:
     run = made(words)
     run.trainer.progress = losses = Losses()
     costs = []
-    for index in range(2):
-        run.learn(index)
+    for index, task in run.method.curriculum()[:2]:
+        run.trainer.begin_task(index)
+        run.method.learn(task, index, run.trainer)
+        run.method.after_task(task, index)
         costs.append(run.method.objective.meter.take_learning())
-    found = Evaluator(run.benchmark, run.data)(run.method, 2, [0, 1])
+    found = Evaluator(run.benchmark, run.data)(run.method, index + 1, [0, 1])
     scores = [score.value for score in found.seen.values()]
     return {
         "losses": losses.found,
@@ -217,7 +219,7 @@ def test_two_ranks_learn_what_one_learns(name: str, words: Path, prose: Path, bo
             assert np.abs(values - first["rows"][key]).max() < 1e-3
         else:
             assert values.tolist() == first["rows"][key].tolist()
-    if name != "ewc":  # whose information every rank computes in full
+    if name not in ("ewc", "inf_lora", "gain_lora"):  # what they look at between fits every rank computes in full
         counts = ("forward_examples", "backward_examples", "validated_examples")
         assert [[c[key] for key in counts] for c in alone["costs"]] == [
             [c[key] for key in counts] for c in first["costs"]
@@ -277,6 +279,39 @@ def test_an_error_of_a_rank_ends_all_with_one_line(words: Path, clpet, tmp_path:
     assert (found.code, found.err.count("\n")) == (1, 1)
     assert found.err.startswith("clpet: the loss of task 1")
     assert list(tmp_path.glob("outputs/*/*/s*/results.json")) == []
+
+
+def killed() -> None:
+    """The second of two ranks is killed; the first waits for it."""
+    with joined(torch.device("cpu"), 1) as ranks:
+        if ranks.index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ranks.barrier()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_other() -> None:
+    with pytest.raises(RankError, match=r"rank \d (was killed \(SIGKILL\)|or another one has ended unheard)"):
+        start(2, killed)
+
+
+@pytest.mark.slow
+def test_tasks_of_a_slurm_step_are_ranks(words: Path, clpet, tmp_path: Path) -> None:
+    """Two processes that srun would have started, told apart by its variables alone."""
+    args = ["train", "method=sequential", *tiny_args(words), "cache_dir=null", "train.epochs=1"]
+    command = [sys.executable, "-m", "clpet", *args, "hardware.ranks=auto", "output_dir=two"]
+    said = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0"}
+    tasks = [
+        subprocess.Popen(command, env={**os.environ, **said, "SLURM_PROCID": place, "SLURM_LOCALID": place}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for place in "01"
+    ]  # fmt: skip
+    (first, error), (second, _) = (task.communicate(timeout=300) for task in tasks)
+    assert [task.returncode for task in tasks] == [0, 0], error
+    assert "learning accuracy" in first
+    assert second == ""
+    assert clpet(*args, "output_dir=one").code == 0
+    assert results(tmp_path / "one")["scores"] == results(tmp_path / "two")["scores"]
 
 
 @pytest.mark.slow
