@@ -1,5 +1,6 @@
 """What anyone may have written into a run directory: shown, or refused in one line, and nothing else."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -114,12 +115,8 @@ def test_a_recorded_config_is_built_or_refused(runs: dict[str, Path], tmp_path: 
     @given(mutated(whole))
     def survives(value: Any) -> None:
         (run / "run.json").write_text(json.dumps(value))
-        try:
-            found = recorded(run)
-        except ClpetError as error:
-            assert str(error)
-        else:
-            assert type(found.method).__module__.startswith("clpet.")
+        with contextlib.suppress(ClpetError):
+            assert type(recorded(run).method).__module__.startswith("clpet.")
 
     survives()
 
