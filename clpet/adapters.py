@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import peft
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clpet.backbones import Architecture, Backbone
 from clpet.config import require
@@ -214,6 +215,8 @@ class Adapters:
         for name, module in self.model.named_modules():
             if "lora_dropout" in name:
                 module.train(on)
+            elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = on  # it alone: what is inside of it still never drops
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The tensors of one adapter, by their name in the model without the adapter's own name."""
@@ -289,7 +292,7 @@ def plain_config(path: Path) -> None:
 
 def pretrained_parameters(model: nn.Module, backbone: Backbone) -> int:
     """Scalars of the pretrained model as papers count them: a decoder's output embedding belongs to it."""
-    count = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
     config: Any = model.config
     headless = getattr(model, "lm_head", None) is None
     if headless and backbone.architecture is Architecture.decoder and not config.tie_word_embeddings:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from clpet.config import derive, require
 from clpet.errors import ModelError
+from clpet.hardware import four_bits
 
 
 class Architecture(Enum):
@@ -84,27 +85,37 @@ class Backbone:
             self.architecture = architecture(Path(str(self.path)).expanduser() / "config.json")
 
     def load(
-        self, dtype: torch.dtype, device: torch.device, seed: int, generates: bool = False
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        generates: bool = False,
+        place: torch.device | None = None,
+        nf4: bool = False,
     ) -> tuple[torch.nn.Module, Any]:
         """(model, tokenizer), the model in eval mode; with its output layer only where it `generates`.
 
-        Raises ModelError when it is not there.
+        It is made for `device`, and put there or on another `place` first. Raises ModelError when it is not there.
         """
+        place = place or device
         if self.random_weights:
+            if nf4:
+                raise ModelError(f"model {self.name} has random weights: hardware.quantization=nf4 is for pretrained")
             torch.manual_seed(derive(seed, "backbone"))
             try:
-                return self._from_config(device, generates).to(device, dtype).eval(), byte_tokenizer()
+                return self._from_config(device, generates).to(place, dtype).eval(), byte_tokenizer()
             except (ValueError, TypeError, KeyError, ImportError, StrictDataclassError) as error:
                 raise ModelError(f"model {self.name} cannot be made from model.config: {first_line(error)}") from error
-        place, kwargs = self._place()
+        source, kwargs = self._place()
+        kwargs |= four_bits(device, dtype) if nf4 else {}
         tokenizer = self.tokenizer()
         try:
             model = self._class(generates).from_pretrained(
-                place, dtype=dtype, attn_implementation=self.attention_on(device), use_safetensors=True, **kwargs
+                source, dtype=dtype, attn_implementation=self.attention_on(device), use_safetensors=True, **kwargs
             )
         except (OSError, ValueError, ImportError) as error:
-            raise ModelError(self._absent(str(place), error)) from error
-        return model.to(device).eval(), tokenizer
+            raise ModelError(self._absent(str(source), error)) from error
+        return (model if nf4 else model.to(place)).eval(), tokenizer
 
     def tokenizer(self) -> Any:
         """The tokenizer alone, with a padding token, padding to the right. Raises ModelError when it is not there."""

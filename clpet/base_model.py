@@ -12,11 +12,13 @@ from clpet.backbones import Backbone
 from clpet.config import Evaluation, Schedule, Training, digest
 from clpet.console import Display
 from clpet.errors import HostError
+from clpet.hardware import Hardware
 from clpet.memory import NoReplay
 from clpet.objectives.language_modeling import LanguageModeling
-from clpet.packing import Tokens, text_hash
+from clpet.ranks import world
 from clpet.tasks import Benchmark
-from clpet.training import Hardware, Trainer
+from clpet.token_streams import Tokens, text_hash
+from clpet.training import Trainer
 
 
 def prepare(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, cache: Path, display: Display) -> None:
@@ -26,7 +28,7 @@ def prepare(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, cache:
     tokens = Tokens(backbone.tokenizer())
     made_of = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.isolate]
     folder = cache / "base" / digest([*made_of, vars(backbone.base)], 16)
-    if not (folder / "config.json").is_file():
+    if world().most(not (folder / "config.json").is_file())[0]:
         display.task(0, f"base model on {base.name}")
         _train(backbone, benchmark, hardware, folder, display)
         display.close()
@@ -47,7 +49,9 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
     trainer = Trainer(settings, hardware, objective, display, 0)
     trainer.begin_task(0)
     trainer.fit(plan.plan(0), objective.loss, adapters.tensors("default").values())
-    _save(model, tokenizer, folder)
+    if world().main:
+        _save(model, tokenizer, folder)
+    world().barrier()
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

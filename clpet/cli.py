@@ -43,38 +43,38 @@ def guarded(argv: list[str]) -> int:
     """Runs a command; every expected mistake becomes one line on stderr and an exit code."""
     try:
         return dispatch(argv)
-    except ClpetError as error:
-        return _fail(str(error), error.exit_code)
-    except Interrupted as error:
-        return _fail(str(error), CODE)
     except KeyboardInterrupt:
         return _fail("stopped; the same command goes on from what is saved", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        return _report(error)
+    except (Exception, Interrupted) as error:
+        return _fail(*told(error))
 
 
-def _report(error: Exception) -> int:
-    """One line for an error that is no ClpetError; what nobody foresaw leaves its traceback in a file."""
+def told(error: Exception | Interrupted) -> tuple[str, int]:
+    """An error in one line, and the exit code; what nobody foresaw leaves its traceback in a file."""
+    if isinstance(error, ClpetError):
+        return str(error), error.exit_code
+    if isinstance(error, Interrupted):
+        return str(error), CODE
     message = hydra_message(error)
     if message is not None:
-        return _fail(message, 2)
+        return message, 2
     message = cluster_message(error)
     if message is not None:
-        return _fail(message, 1)
+        return message, 1
     if type(error).__name__ == "OutOfMemoryError":
         hint = "lower hardware.micro_batch_size (training) or hardware.eval_batch_size (tests)"
-        return _fail(f"the device is out of memory: {hint}; finished tasks are saved", 1)
+        return f"the device is out of memory: {hint}; finished tasks are saved", 1
     if isinstance(error, OSError):
-        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2)
+        return f"{error.filename or 'system'}: {error.strerror or error}", 2
     if os.environ.get("CLPET_DEBUG"):
         raise error
     with tempfile.NamedTemporaryFile("w", prefix="clpet-", suffix=".txt", delete=False) as file:
         traceback.print_exception(error, file=file)
     text = (str(error).splitlines() or [""])[0]
-    return _fail(f"internal error, please report it with {file.name}: {type(error).__name__}: {text}", 1)
+    return f"internal error, please report it with {file.name}: {type(error).__name__}: {text}", 1
 
 
 def _fail(message: str, code: int) -> int:
@@ -151,7 +151,7 @@ def train(argv: list[str]) -> int:
     failures: list[Exception] = []
 
     def job(cfg: Any) -> float | None:
-        from clpet.run import run
+        from clpet.launch import launch
 
         found = HydraConfig.get()
         submitted = found.mode is RunMode.MULTIRUN and "BasicLauncher" not in found.launcher._target_
@@ -159,7 +159,7 @@ def train(argv: list[str]) -> int:
         if submitted:
             atexit.register(lambda: code and os._exit(code[0]))
         try:
-            matrix = run(cfg, Path(found.runtime.output_dir), list(found.overrides.task))
+            matrix = launch(cfg, Path(found.runtime.output_dir), list(found.overrides.task))
         except Exception as error:
             if submitted:  # the launcher carries the error home as an answer: the job has to fail by itself
                 code.append(getattr(error, "exit_code", 1))
@@ -170,7 +170,7 @@ def train(argv: list[str]) -> int:
 
     sys.argv = ["clpet train", *arguments]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(job)()
-    codes = [_fail(str(e), e.exit_code) if isinstance(e, ClpetError) else _report(e) for e in failures]
+    codes = [_fail(*told(error)) for error in failures]
     return max(codes, default=0)
 
 

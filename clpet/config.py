@@ -153,9 +153,11 @@ class Evaluation:
     max_tokens: int | None = 100_000
     cap_unit: CapUnit = CapUnit.tokens
     stride: int | None = None
+    rank_prompts: int = 0
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "at least 1")
+        require(self.rank_prompts >= 0, "evaluation.rank_prompts", self.rank_prompts, "0 (off) or more")
         for key, least in (("max_new_tokens", 1), ("max_tokens", 2), ("stride", 1)):
             value = getattr(self, key)
             require(value is None or value >= least, f"evaluation.{key}", value, f"at least {least}, or null")

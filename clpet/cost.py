@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from clpet.ranks import world
 from clpet.text import Batch
 
 
@@ -28,6 +29,9 @@ class Cost:
     cached_examples: int = 0
     skipped_steps: int = 0
     peak_memory_mb: float = 0.0
+
+
+SAME = ("seconds", "skipped_steps", "peak_memory_mb")  # of several ranks the largest; all else adds up
 
 
 class Meter:
@@ -62,13 +66,15 @@ class Meter:
             self.cost.cached_examples += examples
 
     def state(self) -> dict[str, Any]:
-        """The counters of training so far."""
+        """The counters of training so far, of all ranks."""
         peak = max(self.cost.peak_memory_mb, peak_memory_mb())
-        return {**asdict(self.cost), "seconds": time.perf_counter() - self._since, "peak_memory_mb": peak}
+        mine = {**asdict(self.cost), "seconds": time.perf_counter() - self._since, "peak_memory_mb": peak}
+        ranks = world().gather(mine)
+        return {name: (max if name in SAME else sum)(one[name] for one in ranks) for name in mine}
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a state: what was done again since then is not counted twice."""
-        self.cost = Cost(**state)
+        self.cost = Cost(**(state if world().main else {name: state[name] for name in SAME}))
         self._since = time.perf_counter() - self.cost.seconds
 
     def take_learning(self) -> dict[str, Any]:
@@ -81,7 +87,7 @@ class Meter:
         """Seconds and examples of the evaluation since the last call, and starts anew."""
         taken = {
             "evaluation_seconds": time.perf_counter() - self._since,
-            "evaluated_examples": self.cost.evaluated_examples,
+            "evaluated_examples": sum(world().gather(self.cost.evaluated_examples)),
         }
         self.restart()
         return taken

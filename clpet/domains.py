@@ -12,7 +12,8 @@ from clpet.corpus import Documents
 from clpet.errors import DataError, suggest
 from clpet.ordering import balanced, order_domains
 from clpet.overlaps import decontaminated
-from clpet.sources import Kind, Source, existing
+from clpet.readers import existing
+from clpet.sources import Kind, Source
 from clpet.tasks import Benchmark, Task
 from clpet.text_files import SPLIT_NAMES, domain_files, named_splits, readers, text_files
 

@@ -8,6 +8,7 @@ import torch
 
 from clpet.methods.base import Method
 from clpet.objectives.base import TaskScore
+from clpet.ranks import without_gradients, world
 from clpet.tasks import Benchmark
 from clpet.text import Encoded
 
@@ -33,25 +34,33 @@ class Evaluator:
     def __init__(self, benchmark: Benchmark, data: Encoded) -> None:
         self.benchmark, self.pool = benchmark, data.test
 
-    @torch.inference_mode()
+    @without_gradients()
     def __call__(self, method: Method, learned: int, tasks: list[int]) -> Evaluation:
         """Scores of `tasks` after the first `learned` tasks."""
         objective, labels = method.objective, self.benchmark.seen_labels(learned)
         asked = self.pool.rows_of(*tasks)
         objective.meter.kind = "evaluated"
         method.before_evaluation(self.pool, asked)
-        table: dict[str, list[Any]] = {}
-        for part in method.batches(self.pool, asked):
+
+        def judged(part: np.ndarray) -> dict[str, Any]:
             batch = self.pool.batch(part, objective.device)
             choices = method.choices(batch, labels)
             found = method.predict(batch, choices)
             columns = objective.table(batch, found, method.predict_known_task(batch, found), choices)
             columns = {"row": part, "task": batch.tasks, **columns, **found.trace}
+            return {name: values.cpu() if torch.is_tensor(values) else values for name, values in columns.items()}
+
+        table: dict[str, list[Any]] = {}
+        for columns in world().map(judged, method.batches(self.pool, asked)):
             for name, values in columns.items():
-                table.setdefault(name, []).append(values.cpu() if torch.is_tensor(values) else np.asarray(values))
+                table.setdefault(name, []).append(values)
+        probed = objective.probe(lambda batch: method.predict(batch, method.choices(batch, labels)))
+        method.after_evaluation()
         objective.meter.kind = "learned"
         rows = {name: np.concatenate([np.asarray(part) for part in parts]) for name, parts in table.items()}
-        return self._summary(method, rows, tasks, learned)
+        result = self._summary(method, rows, tasks, learned)
+        result.diagnostics |= probed
+        return result
 
     def _summary(self, method: Method, table: dict[str, np.ndarray], tasks: list[int], learned: int) -> Evaluation:
         order = np.argsort(table["row"])

@@ -8,7 +8,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clpet.interrupt import Interrupt
+from clpet.ranks import world
 from clpet.state import copied
 
 Write = Callable[[int, dict[str, Any]], None]
@@ -118,8 +119,13 @@ class Keeper:
         self.due_at = time.monotonic() + self.seconds
 
     def due(self) -> bool:
-        """Whether it is time to write."""
-        return self.write is not None and (self.interrupt.asked is not None or time.monotonic() >= self.due_at)
+        """Whether it is time to write: where one rank is asked to stop, all are."""
+        if self.write is None:
+            return False
+        asked, late = world().most(self.interrupt.asked or 0, time.monotonic() >= self.due_at)
+        if asked:
+            self.interrupt.asked = int(asked)
+        return bool(asked or late)
 
     def resume(self, parameters: list[nn.Parameter]) -> dict[str, Any] | None:
         """Restores what the next fit left, and returns it; None where it has not begun yet."""
@@ -128,7 +134,9 @@ class Keeper:
         state = self.saved.pop(0)
         put(state["trained"], parameters)
         self.method.load_task_state(state["method"])
-        set_random_state(state["random"], self.method.objective.device)
+        states, index = [state["random"], *state.get("ranks", [])], world().index
+        if index < len(states):  # else a run on fewer ranks wrote it, and this one draws anew
+            set_random_state(states[index], self.method.objective.device)
         self.method.objective.meter.load(state["cost"])
         return state
 
@@ -163,16 +171,18 @@ class Keeper:
 
     def _common(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
         objective = self.method.objective
+        mine, *others = world().gather(random_state(objective.device))
         return {
             "trained": parameters,
             "method": self.method.task_state(),
-            "random": random_state(objective.device),
+            "random": mine,
             "cost": objective.meter.state(),
+            **({"ranks": others} if others else {}),
         }
 
 
 @torch.no_grad()
-def put(values: list[Tensor], into: list[Tensor]) -> None:  # list is invariant
+def put(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
     """Gives tensors the values of others."""
     for value, tensor in zip(values, into, strict=True):
         tensor.copy_(value)
@@ -193,8 +203,9 @@ def load_moments(optimizer: torch.optim.Optimizer, state: list[dict[str, Tensor]
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Of every global generator."""
-    kind, key, *rest = np.random.get_state()  # type: ignore[misc]
-    found = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [kind, key.tolist(), *rest]}
+    legacy: Any = np.random.get_state()
+    numpy = [legacy[0], legacy[1].tolist(), *legacy[2:]]
+    found = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
     return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 

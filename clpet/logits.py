@@ -18,6 +18,7 @@ from torch import Tensor
 from clpet import store
 from clpet.config import digest
 from clpet.objectives.classification import Classification
+from clpet.ranks import whole, world
 from clpet.text import EncodedDataset
 
 BLOCK = 16  # examples in a block
@@ -54,6 +55,24 @@ class LogitStore:
                     table.add(part, self._compute(name, pool, part))
             table.save()
         return table.values[table.place[rows]]
+
+    def fill(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> None:
+        """Has `get` find these rows, wherever a rank of several has to compute some: each does its part of them."""
+        if world().size == 1:
+            self.get(name, pool, rows)
+            return
+        table = self._table(name, pool)
+        unknown = np.unique(np.concatenate(world().gather(rows[table.place[rows] < 0])))
+        parts = list(blocks(pool.lengths, unknown))
+        asked = table.first(rows) - len(unknown)
+        self.objective.meter.cached(max(0, asked) if world().main else 0)
+        with self.objective.adapters.using(name):
+            found = world().map(lambda part: self._compute(name, pool, part), parts)
+        for part, logits in zip(parts, found, strict=True):
+            new = table.place[part] < 0
+            table.add(part[new], logits[new])
+        if parts:
+            table.save()
 
     @torch.no_grad()
     def _compute(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
@@ -103,7 +122,7 @@ class Table:
 
     def save(self) -> None:
         """Replaces the file by what it and memory know together; a disk that refuses is given up with a warning."""
-        if self.path is None:
+        if self.path is None or not world().main:
             return
         self.merge()
         rows = np.flatnonzero(self.place >= 0)
@@ -134,7 +153,7 @@ def network_key(objective: Classification) -> str:
     peft = adapters.config.to_dict() if adapters.config else {}
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     named = dict(adapters.model.named_parameters())
-    sample = {name: value.detach().flatten()[:: max(1, value.numel() // 64)] for name, value in named.items()}
+    sample = {name: whole(value).flatten()[:: max(1, value.numel() // 64)] for name, value in named.items()}
     known = [
         adapters.model.config.to_dict(),  # type: ignore[operator, union-attr]
         {key: sorted(value) if isinstance(value, set) else value for key, value in peft.items()},

@@ -1,165 +1,21 @@
-"""Plain text to windows of tokens: tokenised once into files that are mapped, packed end to end, cut into windows.
+"""Streams of tokens to windows of one length, packed end to end.
 
-The documents of a domain make one row of tokens. Training cuts it into blocks of equal length, one remainder per
-domain dropped; tests cut it into windows that predict every token but their first.
+Training cuts a domain's stream into blocks of equal length, one remainder per domain dropped; tests cut it into
+windows that predict every token but their first.
 """
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from clpet.config import derive, digest
-from clpet.errors import DataError, HostError
-from clpet.tasks import Example
-from clpet.text import Batch, EncodedDataset, Ragged, frame
+from clpet.config import derive
+from clpet.errors import DataError
+from clpet.text import Batch, EncodedDataset, Ragged
+from clpet.token_streams import Lazy, Stream
 
-AT_ONCE = 256  # documents tokenised together
-FILES = {"tokens": None, "starts": np.dtype(np.int64), "sizes": np.dtype(np.float32)}
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A domain's split as one row of tokens: ids [T], where documents start, bytes of text that each token stands for.
-
-    `starts` is empty where the borders of documents are not known. Special tokens stand for no bytes.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    sizes: np.ndarray
-
-
-class Tokens:
-    """Token streams, made once and kept under `folder` by tokenizer and text; without a folder they stay in memory."""
-
-    def __init__(self, tokenizer: Any, folder: str | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.folder = Path(folder) / "tokens" if folder else None
-        self.head, tail = frame(tokenizer)
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        self.tail = tail or ([] if end is None else [end])
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        core = getattr(tokenizer, "backend_tokenizer", None)
-        known = core.to_str() if core is not None else repr(sorted(tokenizer.get_vocab().items()))
-        self.identity = digest([known, self.head, self.tail], 32)
-
-    def stream(self, documents: Sequence[Example], sized: bool) -> Stream:
-        """The documents, each between the tokenizer's own first token and its end token, one after the other.
-
-        Bytes are counted only where `sized`.
-        """
-        if self.folder is None:
-            return _joined(list(self._encode(documents, sized)), self.dtype)
-        place = self.folder / digest([self.identity, text_hash(documents), sized], 32)
-        found = _read(place, self.dtype)
-        if found is None:
-            self._write(place, documents, sized)
-            found = _read(place, self.dtype)
-            assert found is not None
-        return found
-
-    def _encode(self, documents: Iterable[Example], sized: bool) -> Iterator[tuple[list[int], list[float], bool]]:
-        """(ids, bytes of each, whether a document begins here) of every document."""
-        known = getattr(documents, "borders", True)
-        head, tail = (self.head, self.tail) if known else ([], [])
-        offsets = sized and self.tokenizer.is_fast
-        waiting = iter(documents)
-        while group := list(islice(waiting, AT_ONCE)):
-            texts = [example.text for example in group]
-            found = self.tokenizer(
-                texts, add_special_tokens=False, return_offsets_mapping=offsets, return_attention_mask=False,
-                verbose=False,
-            )  # fmt: skip
-            for place, (text, ids) in enumerate(zip(texts, found["input_ids"], strict=True)):
-                sizes = byte_sizes(text, found["offset_mapping"][place]) if offsets else _even(text, len(ids))
-                sizes = [0.0] * len(head) + sizes + [0.0] * len(tail) if sized else []
-                yield [*head, *ids, *tail], sizes, known
-
-    def _write(self, place: Path, documents: Sequence[Example], sized: bool) -> None:
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            count, starts = 0, []
-            with (temporary / "tokens").open("wb") as tokens, (temporary / "sizes").open("wb") as sizes:
-                for ids, size, begins in self._encode(documents, sized):
-                    if begins:
-                        starts.append(count)
-                    count += len(ids)
-                    tokens.write(np.array(ids, self.dtype).tobytes())
-                    sizes.write(np.array(size, np.float32).tobytes())
-            (temporary / "starts").write_bytes(np.array(starts, np.int64).tobytes())
-            sums = {name: _sha256(temporary / name) for name in FILES}
-            (temporary / "meta.json").write_text(json.dumps(sums))
-            shutil.rmtree(place, ignore_errors=True)  # a damaged one; another process may just have made it anew
-            if not place.exists():
-                temporary.rename(place)
-        except OSError as error:
-            raise HostError(f"the token cache {place} cannot be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _read(place: Path, dtype: np.dtype) -> Stream | None:
-    """A stream from disk, mapped; None where it is not there or damaged."""
-    try:
-        sums = json.loads((place / "meta.json").read_text())
-        if any(_sha256(place / name) != sums.get(name) for name in FILES):
-            return None
-        return Stream(**{name: _map(place / name, kind or dtype) for name, kind in FILES.items()})
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _joined(parts: list[tuple[list[int], list[float], bool]], dtype: np.dtype) -> Stream:
-    lengths = np.array([len(ids) for ids, _, _ in parts], np.int64)
-    begins = np.array([begin for _, _, begin in parts], bool)
-    starts = (np.cumsum(lengths) - lengths)[begins] if parts else np.empty(0, np.int64)
-    ids = np.array([token for ids, _, _ in parts for token in ids], dtype)
-    return Stream(ids, starts, np.array([size for _, sizes, _ in parts for size in sizes], np.float32))
-
-
-def text_hash(documents: Sequence[Example]) -> str:
-    """Identity of a split's text; what knows its own fingerprint is asked for it."""
-    known = getattr(documents, "fingerprint", None)
-    if known is not None:
-        return str(known())
-    found = hashlib.sha256()
-    for example in documents:
-        found.update(example.text.encode(errors="surrogatepass") + b"\x1e")
-    return found.hexdigest()
-
-
-def byte_sizes(text: str, offsets: Sequence[tuple[int, int]]) -> list[float]:
-    """UTF-8 bytes that each token adds to the text read so far: a character split over tokens counts once."""
-    codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
-    width = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
-    before = np.concatenate([[0], np.cumsum(width)])
-    ends = np.maximum.accumulate(np.array([end for _, end in offsets], np.int64)) if offsets else np.empty(0, np.int64)
-    return np.diff(before[ends], prepend=0).astype(float).tolist()
-
-
-def _even(text: str, count: int) -> list[float]:
-    """Without offsets every token stands for the same share of its document's bytes."""
-    return [len(text.encode(errors="replace")) / max(1, count)] * count
+BUFFER = 4096  # windows of a lazy stream that are shuffled among themselves
 
 
 def blocks(total: int, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -287,6 +143,14 @@ class Windows(EncodedDataset):
         start = source.starts[row]
         sizes = self.streams[source.which[row]].sizes[start : start + self.lengths[row]]
         return float(sizes[self.predicted(row)].sum(dtype=np.float64))
+
+    def shuffled(self, rows: np.ndarray, size: int, rng: np.random.Generator, chunk: int = 4) -> list[np.ndarray]:
+        """One epoch in random order; texts that are read as they come are shuffled inside a buffer."""
+        if not any(isinstance(stream.tokens, Lazy) for stream in self.streams):
+            return super().shuffled(rows, size, rng, chunk)
+        parts = [rng.permutation(rows[start : start + BUFFER]) for start in range(0, len(rows), BUFFER)]
+        order = np.concatenate(parts)
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
     def batch(
         self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu", width: int | None = None

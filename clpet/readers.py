@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import re
 import sysconfig
 from collections import Counter
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ class Rows:
         for column in columns:
             if column not in self.columns:
                 raise DataError(f"{self.where} has no column {column}{suggest(column, self.columns)}")
+
+
+def existing(data_dir: str | None) -> Path | None:
+    """The folder that data_dir names, if it names one. Raises DataError where it is not there."""
+    folder = Path(data_dir).expanduser() if data_dir else None
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"data_dir={data_dir} is not a folder")
+    return folder
 
 
 def read_local(folder: Path, splits: dict[str, str]) -> dict[str, Rows]:
@@ -119,6 +128,21 @@ def _named(ids: Any, names: list[str]) -> Any:
     if isinstance(ids, list):
         return [_named(number, names) for number in ids]
     return names[ids] if ids >= 0 else None
+
+
+def slots(column: str) -> list[str]:
+    """Column names in a column knob: a bare name, or a text with {name} slots."""
+    return re.findall(r"\{(\w+)\}", column) or [column]
+
+
+def fill(column: str, row: dict[str, Any]) -> str:
+    """The text of a row: one column, or several put into a text with {name} slots."""
+    if "{" in column:
+        return re.sub(r"\{(\w+)\}", lambda slot: str(row[slot.group(1)]), column)
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"column {column} holds {value!r} where a text is needed")
+    return value
 
 
 def stdlib_docstrings(modules: list[str]) -> dict[str, list[str]]:

@@ -23,6 +23,7 @@ from clpet.console import matrix_table
 from clpet.methods.base import Method
 from clpet.pretraining import DAPT
 from clpet.pretraining_tables import LEGEND, average_table
+from clpet.ranks import world
 from clpet.results import TransferMatrix, round2, tolist
 from clpet.state import RunState, whole, write_atomic, write_tree
 from clpet.tasks import Benchmark
@@ -108,12 +109,14 @@ def kept(out: Path, row: int) -> Path:
 
 def keep(out: Path, row: int, method: Method) -> None:
     """Writes what was trained so far: as in adapters/ and heads/, and what else the method reads at test."""
+    state = method.state_dict()
+    if method.objective.adapters.config is None:  # the weights of the whole model lie beside it already
+        state["objective"] = {**state["objective"], "adapters": {}}
+    if not world().main:
+        return
     with whole(kept(out, row)) as folder:
         method.save(folder)
         save_heads(method, folder / "heads")
-        state = method.state_dict()
-        if method.objective.adapters.config is None:  # the weights of the whole model lie beside it already
-            state["objective"] = {**state["objective"], "adapters": {}}
         write_tree(folder / "state", {"row": row, "method": state})
 
 
@@ -243,9 +246,10 @@ def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchm
 
 def batch_record(cfg: DictConfig) -> dict[str, int]:
     """How the configured global batch is carried out: examples per forward pass, and passes per step."""
-    whole = cfg.train.global_batch_size
-    micro = min(whole, cfg.hardware.micro_batch_size or whole)
-    return {"global": whole, "per_device": micro, "accumulation": -(-whole // micro), "devices": 1}
+    whole, ranks = cfg.train.global_batch_size, world().size
+    part = -(-whole // ranks)
+    micro = min(part, cfg.hardware.micro_batch_size or part)
+    return {"global": whole, "per_device": micro, "accumulation": -(-part // micro), "devices": ranks}
 
 
 def versions() -> dict[str, str]:

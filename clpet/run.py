@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -17,10 +18,12 @@ from clpet.dry import count_parameters, dry_run
 from clpet.errors import ConfigError, ModelError, enough_memory
 from clpet.evaluation import Evaluator
 from clpet.halfway import Keeper
+from clpet.hardware import Quantization, recompute, shard
 from clpet.interrupt import Interrupt
 from clpet.methods.base import Method
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
+from clpet.ranks import world
 from clpet.results import TransferMatrix
 from clpet.state import Lock, RunState
 from clpet.tasks import Benchmark
@@ -34,14 +37,15 @@ log = logging.getLogger(__name__)
 def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
     """Runs, resumes or, if it is finished, just shows the experiment that `cfg` describes, in the folder `out`."""
     config = typed(cfg)
-    console = Console()
+    console = Console(quiet=not world().main)
     identity = {"signature": signature(cfg), "setting": setting(cfg), "seed": str(config.seed)}
     if not (config.fresh or config.dry_run) and (done := records.finished(out)):
         records.show_finished(console, out, done)
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
     with Interrupt() as interrupt, Lock(out), quiet_libraries():
-        benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
+        with world().main_first():
+            benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
         method.check_benchmark(benchmark)
         check_validation(config, method, benchmark)
         display = Display(console, len(benchmark))
@@ -51,12 +55,15 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
             cache = Path(config.cache_dir or out)
             prepare(parts["model"], benchmark, parts["hardware"], cache, display)
         try:
-            objective, data = load_objective(config, parts, benchmark)
+            with world().main_first():
+                objective, data = load_objective(config, parts, benchmark)
         except ModelError as error:
             if not (config.dry_run and parts["model"].config):
                 raise
             count_parameters(console, parts, benchmark, str(error))
             return None
+        if parts["hardware"].shard and world().size > 1:
+            shard(objective.adapters.model, objective.device)
         benchmark.data_record = inspect_data(benchmark, data)
         for warning in benchmark.data_record["warnings"]:
             log.warning(warning)
@@ -68,13 +75,17 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         if config.dry_run:
             dry_run(console, config, method, benchmark, trainer)
             return None
-        if config.fresh:
-            records.clear(out)
-        records.start(out, cfg, overrides, identity, benchmark)
+        if world().main:
+            if config.fresh:
+                records.clear(out)
+            records.start(out, cfg, overrides, identity, benchmark)
+        world().barrier()
         identity["data"] = benchmark.data_record["fingerprint"]
         with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
             with enough_memory(objective.memory_advice):
                 state = Experiment(config, out, identity, method, benchmark, data, trainer, track).learn()
+            if not world().main:
+                return state.matrix
             results = records.collect(out, cfg, overrides, identity, method, benchmark, state)
             pictures = [*records.pictures(out, state, method.name, benchmark), *method.pictures(out)]
             track.finished(results, pictures)
@@ -154,7 +165,7 @@ class Experiment:
         state.diagnostics.append({"row": row, **found.diagnostics})
         if state.costs:
             state.costs[-1] |= self.method.objective.meter.take_evaluation()
-        if self.config.evaluation.predictions:
+        if self.config.evaluation.predictions and world().main:
             write_predictions(self.out / "predictions", row, found, self.benchmark.names, self.benchmark.labels)
         self.track.evaluated(state, row, found)
 
@@ -167,6 +178,7 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
     objective = parts["benchmark"].objective.value
     method.check(objective, parts["replay"].name, parts["peft"].name)
     load_objective_class(objective).check(parts["model"], parts["peft"].name, config.evaluation)
+    parts["hardware"].check(parts["peft"], method)
     parts["replay"].check(config.train.global_batch_size, objective)
     return method, parts
 
@@ -182,19 +194,17 @@ def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) 
     """The backbone with its tokenizer, and the benchmark's splits tokenised once."""
     backbone, hardware, peft = parts["model"], parts["hardware"], parts["peft"]
     kind = load_objective_class(parts["benchmark"].objective.value)
-    dtype = _fp32() if peft.full else hardware.torch_dtype
-    model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, kind.generates)
+    dtype = torch.float32 if peft.full else hardware.torch_dtype
+    spread, nf4 = hardware.shard and world().size > 1, hardware.quantization is Quantization.nf4
+    place = torch.device("cpu") if spread else hardware.torch_device
+    model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, kind.generates, place, nf4)
+    if hardware.gradient_checkpointing:
+        recompute(model)
     adapters = Adapters(model, backbone, peft, kind.generates)
     seed = derive(config.seed, "head")
     objective = kind(benchmark, backbone, adapters, tokenizer, seed, hardware, config.evaluation)
     objective.cache_dir = config.cache_dir
     return objective, objective.encode()
-
-
-def _fp32() -> Any:
-    import torch
-
-    return torch.float32
 
 
 def _plain(cfg: DictConfig) -> dict:

@@ -1,6 +1,7 @@
 """Where examples come from: the hub, local tables, and what each benchmark makes of them."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from typing import Any, ClassVar
 from clpet.config import require
 from clpet.errors import DataError, suggest
 from clpet.metrics import METRICS, need
-from clpet.readers import Rows, read_hub, read_local, stdlib_docstrings
+from clpet.readers import Rows, existing, fill, read_hub, read_local, slots, stdlib_docstrings
 from clpet.splits import Splits, by_label, has_labels, named_tasks, partition, sample, split_off
 from clpet.tasks import SPLITS, Benchmark, Example, Task, order_names
+
+log = logging.getLogger(__name__)
 
 FREE = ("rouge_l", "bert_score")  # metrics of texts that are no labels
 
@@ -111,7 +114,12 @@ class Source:
         for name in (self.tasks or self.named_order() or self.metrics) if self.answers else ():
             need(self.metrics.get(name, self.metric))
         splits = self.read(folder)
-        names = order_names(self.chosen(splits), self.order, self.orders or {}, self.order_seed)
+        chosen = self.chosen(splits)
+        names = order_names(chosen, self.order, self.orders or {}, self.order_seed)
+        if self.tasks and self.named_order() and names != chosen:
+            log.warning(
+                "tasks are learned as benchmark.order=%s has them; order=listed: as tasks lists them", self.order
+            )
         tasks = [self._task(name, splits[name]) for name in names]
         template = self.prompt.rstrip() if self.answers else self.template
         benchmark = Benchmark(self.name, tasks, template, self.max_length, self.max_target if self.answers else 0)
@@ -244,29 +252,6 @@ class Table(Source):
             train = splits.get("train", [])
             labelled = not self.answers or has_labels(train)
             splits["train"], splits["test"] = split_off(train, self.test_share, labelled)
-
-
-def existing(data_dir: str | None) -> Path | None:
-    """The folder that data_dir names, if it names one. Raises DataError where it is not there."""
-    folder = Path(data_dir).expanduser() if data_dir else None
-    if folder is not None and not folder.is_dir():
-        raise DataError(f"data_dir={data_dir} is not a folder")
-    return folder
-
-
-def slots(column: str) -> list[str]:
-    """Column names in a column knob: a bare name, or a text with {name} slots."""
-    return re.findall(r"\{(\w+)\}", column) or [column]
-
-
-def fill(column: str, row: dict[str, Any]) -> str:
-    """The text of a row: one column, or several put into a text with {name} slots."""
-    if "{" in column:
-        return re.sub(r"\{(\w+)\}", lambda slot: str(row[slot.group(1)]), column)
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(f"column {column} holds {value!r} where a text is needed")
-    return value
 
 
 @dataclass

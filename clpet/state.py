@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clpet.errors import ConfigError, HostError
+from clpet.ranks import world
 from clpet.results import TransferMatrix
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,12 @@ def _name(order: tuple[int, ...]) -> str:
 
 
 def _keep(folder: Path, order: tuple[int, ...], value: dict[str, Any]) -> None:
-    """Writes a checkpoint; besides it stay the two newest between tasks and the one before it inside its task."""
+    """Writes a checkpoint; besides it stay the two newest between tasks and the one before it inside its task.
+
+    Of several ranks the main one writes.
+    """
+    if not world().main:
+        return
     for newer in checkpoints(folder):
         if _order(newer) > order:  # damaged, or it belongs to one that was
             shutil.rmtree(newer)
@@ -209,11 +215,13 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 class Lock:
-    """Holds a run directory for this process. Raises HostError when another process has it."""
+    """Holds a run directory for this process and its ranks. Raises HostError when another process has it."""
 
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.file = (out / ".lock").open("w")
+        if not world().main:
+            return
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -10,6 +10,8 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from clpet.ranks import world
+
 log = logging.getLogger(__name__)
 
 
@@ -24,7 +26,9 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> bool:
-    """Replaces a file whole; a disk that refuses gets a warning. Returns whether it was written."""
+    """Replaces a file whole; a disk that refuses gets a warning. Returns whether it was written, by the main rank."""
+    if not world().main:
+        return True
     checksum = np.frombuffer(_checksum(arrays), dtype=np.uint8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -10,12 +10,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from clpet.config import derive
+from clpet.packing import Windows
+from clpet.tasks import Benchmark, Example
+from clpet.text import frame
+from clpet.token_streams import Stream
 
+SAMPLE = 5000  # documents of a split that key terms and prompts come from
 _WORD = re.compile(r"[^\W\d_]{3,}")  # letters, three or more
 
 
@@ -105,6 +112,36 @@ def _places(domain: str, text: str, terms: set[str], characters: int, least: int
         if cut and not text[cut - 1].isspace():
             context = context.partition(" ")[2]
         yield Prompt(domain, term, context, text[start - 1 : free])
+
+
+def asked(benchmark: Benchmark, tokenizer: Any, per_domain: int, pad_id: int) -> Windows:
+    """A window for every prompt: the end of its context, then the first token of its term, the only one predicted."""
+    tasks = {task.name: task for task in benchmark.tasks}
+    known = key_terms({name: _texts(task.train) for name, task in tasks.items()})
+    places = prompts({name: _texts(task.test) for name, task in tasks.items()}, known, per_domain)
+    pool, head = Windows(pad_id), frame(tokenizer)[0]
+    for index, name in enumerate(benchmark.names):
+        rows = [_ids(tokenizer, prompt) for prompt in places if prompt.domain == name]
+        rows = [[*head, *ids[-(benchmark.max_length - len(head)) :]] for ids in rows]
+        lengths = np.array([len(ids) for ids in rows], np.int64)
+        flat = np.array([token for ids in rows for token in ids], np.int64)
+        stream = Stream(flat, np.empty(0, np.int64), np.empty(0, np.float32))
+        pool.add(index, stream, (np.cumsum(lengths) - lengths, lengths, lengths - 1))
+    return pool
+
+
+def _texts(documents: Iterable[Example]) -> Iterator[str]:
+    return (example.text for example in islice(documents, SAMPLE))
+
+
+def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Tokens of a context and of its term up to the first that is more than a blank."""
+    before = tokenizer(prompt.context, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(prompt.context + prompt.target, add_special_tokens=False)["input_ids"]
+    end = len(before) + 1
+    while end < len(whole) and not tokenizer.decode(whole[len(before) : end]).strip():
+        end += 1
+    return whole[:end]
 
 
 def ranks(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 from clpet.config import require
 from clpet.console import Display, matrix_table, summary_line
 from clpet.evaluation import Evaluation
+from clpet.ranks import world
 from clpet.results import TransferMatrix
 from clpet.state import RunState, write_atomic
 
@@ -44,7 +45,7 @@ class Tracking:
 
 
 class Tracker:
-    """Writes one run's figures. Use as a context; `display` is its Progress."""
+    """Writes one run's figures, on its main rank. Use as a context; `display` is its Progress."""
 
     def __init__(self, settings: Tracking, out: Path, display: Display, config: dict, identity: dict[str, str]) -> None:
         self.settings, self.out, self.display = settings, out, display
@@ -52,7 +53,7 @@ class Tracker:
         self.run: Any = None
 
     def __enter__(self) -> "Tracker":
-        if self.settings.mode is not Mode.off:
+        if self.settings.mode is not Mode.off and world().main:
             self.run = self._start_wandb()
         return self
 
@@ -64,12 +65,14 @@ class Tracker:
     def forget_after(self, done: int) -> None:
         """Drops the lines of entries that will be learned again after a resume."""
         path = self.out / "metrics.jsonl"
-        if path.exists():
+        if path.exists() and world().main:
             lines = [line for line in path.read_text().splitlines() if _done(line) <= done]
             write_atomic(path, "".join(f"{line}\n" for line in lines))
 
     def evaluated(self, state: RunState, row: int, evaluation: Evaluation) -> None:
         """Records one row of the matrix: lines, table on the screen, wandb scalars on the task axis."""
+        if not world().main:
+            return
         names = state.matrix.tasks
         tasks = {
             names[index]: {"score": score.value, "correct": score.correct, "total": score.total,

@@ -5,8 +5,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,73 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.config import OnNan, OptimizerState, Select, Training, derive, require
+from clpet.config import OnNan, OptimizerState, Select, Training, derive
 from clpet.errors import HostError, enough_memory
 from clpet.halfway import Best, Fit, Keeper, load_moments, moments
+from clpet.hardware import Hardware
 from clpet.mixing import Plan
 from clpet.objectives.base import Objective
+from clpet.ranks import world
 from clpet.schedules import Place, schedule, warmup
 from clpet.text import Batch
 
 log = logging.getLogger(__name__)
-
-
-class Device(Enum):
-    """Where the network runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(Enum):
-    """Precision of the frozen backbone; adapters and heads are always fp32."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-@dataclass
-class Hardware:
-    """A hardware group option. Nothing here changes what a run means, only how it is carried out."""
-
-    name: str = "auto"
-    device: Device = Device.auto
-    dtype: Dtype = Dtype.auto
-    micro_batch_size: int | None = None
-    eval_batch_size: int = 128
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        size = self.micro_batch_size
-        require(size is None or size >= 1, "hardware.micro_batch_size", size, "at least 1, or null")
-        require(self.eval_batch_size >= 1, "hardware.eval_batch_size", self.eval_batch_size, "at least 1")
-        require(self.threads is None or self.threads >= 1, "hardware.threads", self.threads, "at least 1, or null")
-        if self.device is Device.cuda and not torch.cuda.is_available():
-            raise HostError("hardware.device=cuda, but this machine has no CUDA device: use hardware=cpu or auto")
-        if self.threads:
-            torch.set_num_threads(self.threads)
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The device that `auto` stands for here."""
-        wanted = self.device.value
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """bf16 where the device computes in it, else fp32."""
-        if self.dtype is Dtype.auto:
-            cuda = self.torch_device.type == "cuda"
-            fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else _cpu_has_bf16()
-            return torch.bfloat16 if fast else torch.float32
-        return torch.bfloat16 if self.dtype is Dtype.bf16 else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(probe and probe())
 
 
 class Progress(Protocol):
@@ -212,6 +154,8 @@ class Trainer:
         self, plan: Plan, parameters: list[nn.Parameter], stage: str, validate: Callable[[], float] | None
     ) -> Fit | None:
         """The fit from its start, or from where a run was cut off; None if it was over then."""
+        if world().size > 1:  # dropout is another one on every rank
+            torch.manual_seed(derive(self.seed, "rank", world().index, self.task, stage))
         saved = self.keeper.resume(parameters)
         if saved and "over" in saved:
             self.past[stage] = saved["over"]
@@ -275,22 +219,25 @@ class Trainer:
     def _backward(
         self, plan: Plan, rows: Any, loss: Callable[[Batch], Tensor], parameters: list[nn.Parameter]
     ) -> Tensor:
-        """Gradients of the batch's mean loss over all its terms, in micro-batches; returns that mean, detached."""
+        """Gradients of the batch's mean loss over all its terms, in micro-batches; returns that mean, detached.
+
+        Every rank computes its part of the batch; the gradients and the mean are those of all of it.
+        """
         full = plan.pool.weights[rows].sum()
         if plan.keep is not None:
             rows = rows[plan.keep(rows)]
         if len(rows) == 0:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        size = self.hardware.micro_batch_size or max(1, len(rows))
         mean = torch.zeros((), device=self.hardware.torch_device)
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            batch = plan.pool.batch(part, self.hardware.torch_device)
-            batch.share = float(plan.pool.weights[part].sum() / full)
-            value = loss(batch) * batch.share
-            value.backward()
-            mean += value.detach()
+        with world().apart():
+            for part, counts in world().passes(rows, self.hardware.micro_batch_size):
+                batch = plan.pool.batch(part, self.hardware.torch_device)
+                batch.share = float(plan.pool.weights[part].sum() / full)
+                value = loss(batch) * (batch.share if counts else 0.0)
+                value.backward()
+                mean += value.detach()
+        world().sum_gradients(parameters, mean)
         return mean
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@
     python scripts/bench.py rounds=7 train.epochs=2 benchmark=clinc150 data_dir=FOLDER
     python scripts/bench.py kif             what KIF adds to a training step, and its fusion of 1,152 units
     python scripts/bench.py slm             values mixed per text against a plain LoRA, stage 1 against training steps
+    python scripts/bench.py pretraining     packed windows against a loop by hand; chunks: memory of a large vocabulary
     python scripts/bench.py generate benchmark=long_sequence tasks=[agnews] data_dir=FOLDER model=local \
         model.path=FOLDER model.architecture=decoder    answers in batches against one at a time
 
@@ -42,6 +43,7 @@ class Silent:
     """A progress display that shows nothing."""
 
     def fit(self, stage: str, epochs: int, steps: int) -> None: ...
+    def resumed(self, steps: int, examples: int) -> None: ...
     def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None: ...
     def validated(self, epoch: int, score: float) -> None: ...
 
@@ -196,9 +198,10 @@ def main(arguments: list[str]) -> None:
     for word in arguments:
         if "=" not in word:
             import bench_methods
+            import bench_text
 
             with quiet_libraries():
-                getattr(bench_methods, word)(overrides, rounds)
+                getattr(bench_text if hasattr(bench_text, word) else bench_methods, word)(overrides, rounds)
             return
     bench = Bench(overrides)
     with quiet_libraries():

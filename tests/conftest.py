@@ -120,35 +120,35 @@ def tiny_args(words: Path, *more: str) -> list[str]:
 @pytest.fixture
 def make(words: Path):
     """A method set up on the words benchmark with the tiny model: (method, trainer, benchmark)."""
+    return lambda *overrides: made(tiny_args(words, "cache_dir=null", *overrides))
+
+
+def made(overrides: list[str]) -> SimpleNamespace:
+    """A method set up as a run would: (method, trainer, benchmark, data, config), and `learn` for a task by number."""
     from hydra import compose, initialize_config_dir
 
     from clpet.config import conf_dir, register_resolvers, typed
     from clpet.run import assemble, load_objective
     from clpet.training import Trainer
 
-    def build(*overrides: str) -> SimpleNamespace:
-        register_resolvers()
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("train", tiny_args(words, "cache_dir=null", *overrides))
-        config = typed(cfg)
-        method, parts = assemble(config)
-        benchmark = parts["benchmark"].load(config.data_dir)
-        method.check_benchmark(benchmark)
-        objective, data = load_objective(config, parts, benchmark)
-        parts["replay"].setup(data, config.seed, config.train.global_batch_size)
-        method.setup(objective, benchmark, data, parts["replay"], config.seed)
-        trainer = Trainer(config.train, parts["hardware"], objective, Silent(), config.seed)
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("train", overrides)
+    config = typed(cfg)
+    method, parts = assemble(config)
+    benchmark = parts["benchmark"].load(config.data_dir)
+    method.check_benchmark(benchmark)
+    objective, data = load_objective(config, parts, benchmark)
+    parts["replay"].setup(data, config.seed, config.train.global_batch_size)
+    method.setup(objective, benchmark, data, parts["replay"], config.seed)
+    trainer = Trainer(config.train, parts["hardware"], objective, Silent(), config.seed)
 
-        def learn(index: int) -> None:
-            trainer.begin_task(index)
-            method.learn(benchmark.tasks[index], index, trainer)
-            method.after_task(benchmark.tasks[index], index)
+    def learn(index: int) -> None:
+        trainer.begin_task(index)
+        method.learn(benchmark.tasks[index], index, trainer)
+        method.after_task(benchmark.tasks[index], index)
 
-        return SimpleNamespace(
-            method=method, trainer=trainer, benchmark=benchmark, data=data, learn=learn, config=config
-        )
-
-    return build
+    return SimpleNamespace(method=method, trainer=trainer, benchmark=benchmark, data=data, learn=learn, config=config)
 
 
 class Silent:

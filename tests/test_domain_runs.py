@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from clpet.rates import RateReplay
+
 from .conftest import domain_args, methods_of
+from .test_language_modeling import domains, objective
 from .test_methods import KILL
 
 METHODS = methods_of("language_modeling")
@@ -55,6 +59,15 @@ def test_identities(prose: Path, clpet) -> None:
     assert listed["whole"] == pytest.approx(math.exp(sum(listed["correct"][-1]) / sum(listed["total"][-1])), rel=1e-12)
 
 
+def test_key_terms_become_likelier(prose: Path, clpet) -> None:
+    args = domain_args(prose, "method=sequential", "evaluation.rank_prompts=4", "train.epochs=4")
+    assert clpet("train", *args).code == 0
+    rows = found(Path("outputs"))["diagnostics"]
+    assert {"median_rank", "mean_log_rank", "median_rank/birds", "mean_log_rank/tides"} <= rows[0].keys()
+    assert rows[1]["mean_log_rank/birds"] < rows[0]["mean_log_rank/birds"]
+    assert all(1 <= row["median_rank"] <= 266 for row in rows)
+
+
 def test_every_third_row_keeps_the_diagonal_and_both_ends(prose: Path, clpet) -> None:
     assert clpet("train", *domain_args(prose, "method=sequential", "evaluation.every=3")).code == 0
     scores = found(Path("outputs"))["scores"]
@@ -86,8 +99,68 @@ def test_a_base_model_is_made_once(prose: Path, clpet) -> None:
     assert max(one["scores"][0]) < 230  # 266 byte tokens, and it has read some English
 
 
+def test_a_share_of_what_is_read_is_old() -> None:
+    """|replayed / total - rate| is at most one window; the base corpus can be what comes back."""
+    data = objective(benchmark=domains(length=8, base=True)).encode()
+    for rate, source in [(0.01, "past"), (0.05, "past"), (0.25, "base"), (0.5, "both")]:
+        replay = RateReplay(rate=rate, source=source)
+        replay.setup(data, 0, 4)
+        replay.remember(0, lambda rows: np.empty(0))
+        rows = np.concatenate(replay.plan(1).epoch(0))
+        old = (data.train.tasks[rows] != 1).sum()
+        assert abs(old - rate * len(rows)) <= 1
+        assert {"past": {0}, "base": {-1}, "both": {-1, 0}}[source] >= set(data.train.tasks[rows]) - {1}
+        assert sorted(rows[data.train.tasks[rows] == 1]) == data.train.rows_of(1).tolist()
+        assert replay.plan(1).steps == len(replay.plan(1).epoch(0))
+
+
+HALFWAY = """
+import os, signal, sys
+from clpet import halfway
+from clpet.cli import main
+save, saves = halfway.Keeper.save, []
+def save_and_die(self, *args):
+    save(self, *args)
+    saves.append(args)
+    if len(saves) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+halfway.Keeper.save = save_and_die
+sys.argv[0] = "clpet"
+main()
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [["sequential"], ["kif", "peft=lora"], ["replay", "replay=rate"], ["dapt"]])
+@pytest.mark.parametrize("more", [[], ["benchmark.stream=true"], ["method=kif", "peft=lora", "replay=rate"]])
+def test_killed_inside_a_domain_ends_bit_for_bit_like_uninterrupted(
+    more: list[str], prose: Path, clpet, tmp_path: Path
+) -> None:
+    method = [] if "method=kif" in more else ["method=sequential"]
+    args = ["train", *domain_args(prose, "train.global_batch_size=4", *method, *more)]
+    assert clpet(*args, "output_dir=whole").code == 0
+    command = [sys.executable, "-c", HALFWAY, *args, "output_dir=cut", "train.save_minutes=1e-9"]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    again = clpet(*args, "output_dir=cut")
+    assert again.code == 0
+    assert "inside task" in again.out
+    assert found(Path("whole"))["scores"] == found(Path("cut"))["scores"]
+    (one,), (two,) = (sorted(Path(name).glob("*/*/s*/adapters/*/*.safetensors")) for name in ("whole", "cut"))
+    a, b = load_file(one), load_file(two)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ["sequential"],
+        ["sequential", "benchmark.stream=true"],
+        ["kif", "peft=lora"],
+        ["replay", "replay=rate"],
+        ["dapt"],
+    ],
+)
 def test_killed_after_a_domain_ends_bit_for_bit_like_uninterrupted(
     variant: list[str], prose: Path, clpet, tmp_path: Path
 ) -> None:

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from clpet.adapters import Adapter, Adapters, Lora
 from clpet.backbones import Architecture, Backbone, byte_tokenizer
 from clpet.config import CapUnit, Evaluation
+from clpet.hardware import Device, Dtype, Hardware
 from clpet.objectives import chunked
 from clpet.objectives.base import Choices
 from clpet.objectives.language_modeling import LanguageModeling, capped, perplexity
-from clpet.packing import Masking, Stream, Tokens, Windows, blocks, byte_sizes, pack, windows
+from clpet.packing import Masking, Windows, blocks, pack, windows
 from clpet.tasks import Benchmark, Example, Task
 from clpet.text import Encoded
-from clpet.training import Device, Dtype, Hardware
+from clpet.token_streams import Stream, Tokens, byte_sizes
 from tests.conftest import shared
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -196,6 +197,23 @@ def test_the_cache_gives_the_same_tokens_and_survives_damage(tmp_path: Path) -> 
     assert len(list(tmp_path.glob("tokens/*"))) == 1
 
 
+def test_texts_read_as_they_come_give_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [Example(text) for text in TEXTS["birds"]] * 3
+    tokens = Tokens(byte_tokenizer(), str(tmp_path))
+    whole, lazy = tokens.stream(examples, sized=False), tokens.lazy(examples)
+    assert len(lazy.tokens) == len(whole.tokens)
+    assert lazy.starts.tolist() == whole.starts.tolist()
+    for start, stop in [(0, 5), (30, 80), (0, len(whole.tokens)), (69, 70), (70, 71)]:
+        assert lazy.tokens[start:stop].tolist() == whole.tokens[start:stop].tolist()
+    assert not (Tokens(byte_tokenizer(), str(tmp_path)).lazy(examples).tokens.ends - lazy.tokens.ends).any()
+    monkeypatch.setattr("clpet.packing.BUFFER", 4)
+    pool = Windows(pad_id=0)
+    pack(0, "birds", pool, lazy, 16)
+    order = np.concatenate(pool.shuffled(np.arange(len(pool)), 3, np.random.default_rng(0)))
+    assert sorted(order) == list(range(len(pool)))
+    assert all(sorted(order[start : start + 4]) == list(range(start, start + 4)) for start in (0, 4, 8))
+
+
 def test_bytes_count_every_character_once() -> None:
     text = "naïve €5"
     offsets = [(0, 2), (2, 3), (2, 3), (3, 5), (6, 7), (7, 8)]  # ï in two tokens; a space that no token holds
@@ -319,3 +337,11 @@ def test_the_loss_is_the_cross_entropy_of_the_models_own_logits(kind: str) -> No
 def test_a_lora_adapter_without_training_leaves_perplexity_as_it_is() -> None:
     plain, lora = objective(), objective(adapter=Lora(name="lora", r=2, targets=["q_proj"]))
     assert sums(lora, lora.encode(), 0) == pytest.approx(sums(plain, plain.encode(), 0), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_chunks_need_less_than_half_of_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
+    from bench_text import step_memory
+
+    assert step_memory(chunked=True) < 0.5 * step_memory(chunked=False)

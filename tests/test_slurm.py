@@ -1,7 +1,7 @@
 """Runs on a real SLURM of one node: arrays, gaps, requeues and time-outs, by hydra.launcher and by slurm_array.sh.
 
-A method of the test's own naps in every step and notes which task it is learning, so that runs last as long as a time
-limit needs them to, and what was repeated can be seen.
+A method of the test's own naps in every step, until it goes on after its first task, and notes which task it is
+learning: so runs last as long as a time limit needs them to, and what was repeated can be seen.
 """
 
 import json
@@ -31,13 +31,13 @@ from clpet.methods.sequential import Sequential
 @dataclass
 class Napping(Sequential):
     def learn(self, task, index, trainer):
-        self.index = index
+        self.first, self.index = getattr(self, "first", index), index
         super().learn(task, index, trainer)
 
     def loss(self, batch):
         with open(os.environ["NOTES"], "a") as notes:
             notes.write(f"{os.getpid()} {self.index}\\n")
-        time.sleep(float(os.environ["NAP"]))
+        time.sleep(float(os.environ["NAP"]) if self.first == 0 else 0)
         return super().loss(batch)
 """
 
@@ -74,9 +74,9 @@ class Road:
 
     def wait(self, process: subprocess.Popen) -> str:
         """What the command said; fails the test when the command did, or when jobs do not end."""
-        said = "".join(process.communicate(timeout=200))
+        said = "".join(process.communicate(timeout=300))
         assert process.returncode == 0, said
-        until(lambda: not self.jobs(), 200)
+        until(lambda: not self.jobs(), 300)
         return said
 
     def jobs(self) -> list[str]:
@@ -157,7 +157,7 @@ def timed_out(napping: list[str], slurm: dict[str, str], tmp_path_factory: pytes
     """Runs of over a minute with a time limit of one, on their way by both roads while the other tests go on."""
     folder, started = tmp_path_factory.mktemp("timed"), []
     for name in ("launcher-timed", "array-timed"):
-        road = Road(name, folder, {**slurm, "NAP": "1.4", "NOTES": str(folder / f"{name}.notes")})
+        road = Road(name, folder, {**slurm, "NAP": "1.5", "NOTES": str(folder / f"{name}.notes")})
         limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=1"]
         started.append((road, road.submit([*napping, *limits])))
     return started
@@ -199,7 +199,7 @@ def test_a_run_that_fails_fails_for_slurm_too(words: Path, slurm: dict[str, str]
     sweep = [*on_slurm(words), *SMALL, "method=sequential", "train.lr=1e30,1e-3"]
     roads = [Road(name, tmp_path, slurm) for name in ("launcher-failing", "array-failing")]
     processes = [road.submit(sweep) for road in roads]
-    said = processes[0].communicate(timeout=200)[1]
+    said = processes[0].communicate(timeout=300)[1]
     assert processes[0].returncode == 1
     assert "clpet: the loss of task 1 is nan" in said.splitlines()[-1]
     roads[1].wait(processes[1])

@@ -12,6 +12,7 @@ from clpet.adapters import Adapter, Adapters, Lora
 from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode, Evaluation
 from clpet.errors import ConfigError
+from clpet.hardware import Device, Dtype, Hardware
 from clpet.metrics import accuracy, exact_match, rouge_l
 from clpet.objectives.base import Choices
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
@@ -19,7 +20,6 @@ from clpet.sources import Kind, Table
 from clpet.subspace import InputCovariances
 from clpet.tasks import Benchmark, Example, Task
 from clpet.text import IGNORED
-from clpet.training import Device, Dtype, Hardware
 from tests.conftest import shared
 
 COMMON = {"vocab_size": 266, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}

@@ -15,6 +15,7 @@ from clpet.memory import Held, NoReplay
 from clpet.mixing import Plan
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.classification import Head
+from clpet.ranks import without_gradients, world
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, Encoded, EncodedDataset
 from clpet.training import Trainer
@@ -30,6 +31,7 @@ class Method:
     uses_replay: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False  # more than one adapter: refuses peft=none
     pefts: ClassVar[tuple[str, ...]] = ()  # the peft options it goes with; empty: any that trains something
+    repeatable: ClassVar[bool] = True  # a block's pass needs nothing set around it: it can be done again later
     task_id_at_test = False  # results are task-incremental; a subclass may make it a knob
     one_model: ClassVar[bool] = True  # the same weights for every text: they can be merged, and asked by others
     validates: ClassVar[bool] = True  # chooses an epoch where train.select=best
@@ -131,6 +133,9 @@ class Method:
     def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         """All rows of an evaluation that is about to begin, for a method that computes something in its own order."""
 
+    def after_evaluation(self) -> None:
+        """What `predict` has counted on each rank comes together."""
+
     def predict_known_task(self, batch: Batch, found: Predictions) -> Predictions:
         """Predictions for the task-incremental view; `found` is what `predict` gave, reused where it serves."""
         return found
@@ -153,20 +158,24 @@ class Method:
         """What the best epoch of task `index` is chosen on."""
         return self.replay.validation(index)
 
-    @torch.inference_mode()
+    @without_gradients()
     def average_score(self, parts: Held, score: Callable[[Batch], Tensor]) -> float:
         """Mean over tasks of the mean of `score`, which gives [batch] values."""
         hits: dict[int, list[Tensor]] = {}
         meter = self.objective.meter
         meter.kind = "validated"
-        for pool, rows in parts:
-            for part in self.batches(pool, rows):
-                batch = pool.batch(part, self.objective.device)
-                right = score(batch).float()
-                for task in np.unique(pool.tasks[part]).tolist():
-                    hits.setdefault(task, []).append(right[batch.tasks == task])
+
+        def right(place: tuple[EncodedDataset, np.ndarray]) -> dict[int, Tensor]:
+            pool, part = place
+            batch = pool.batch(part, self.objective.device)
+            found = score(batch).float()
+            return {task: found[batch.tasks == task] for task in np.unique(pool.tasks[part]).tolist()}
+
+        for found in world().map(right, [(pool, part) for pool, rows in parts for part in self.batches(pool, rows)]):
+            for task, values in found.items():
+                hits.setdefault(task, []).append(values)
         meter.kind = "learned"
-        return float(np.mean([torch.cat(found).mean().item() for found in hits.values()]))
+        return float(np.mean([torch.cat(values).mean().item() for values in hits.values()]))
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """[n, size]: `memory_vector` of train rows, what a fixed memory is chosen on."""
@@ -179,8 +188,9 @@ class Method:
         order = np.argsort(-pool.lengths[rows], kind="stable")
         size = self.objective.eval_batch_size
         parts = [order[start : start + size] for start in range(0, len(rows), size)]
-        found = torch.cat([vector(pool.batch(rows[part], self.objective.device)).float() for part in parts])
-        return found[torch.from_numpy(np.argsort(np.concatenate(parts))).to(found.device)]
+        found = world().map(lambda part: vector(pool.batch(rows[part], self.objective.device)).float(), parts)
+        vectors = torch.cat(found).to(self.objective.device)
+        return vectors[torch.from_numpy(np.argsort(np.concatenate(parts))).to(vectors.device)]
 
     def memory_vector(self, batch: Batch) -> Tensor:
         """[batch, labels]: class logits of the model as it has just been trained (ConPET, section 3.2)."""

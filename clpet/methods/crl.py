@@ -17,6 +17,7 @@ from clpet.errors import ConfigError
 from clpet.memory import DrawnReplay, FixedReplay
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.mixing import Plan, split_batch
+from clpet.ranks import world
 from clpet.selection import stand_in
 from clpet.tasks import Task
 from clpet.text import Batch
@@ -164,13 +165,13 @@ class CRL(Method):
         return loss
 
     def take(self) -> None:
-        """The representations of a step; those of one that is left out go with it."""
-        self.fresh, self.passed = self.passed, []
+        """The representations of a step, from all ranks; those of one that is left out go with it."""
+        self.fresh, self.passed = [one for passed in world().gather(self.passed) for one in passed], []
 
     def refresh(self) -> None:
         """The bank takes the representations of the step's examples."""
         for rows, z in self.fresh:
-            self.bank.update(rows, z)
+            self.bank.update(rows, z.to(self.bank.z.device))
 
     def parameters(self) -> list[nn.Parameter]:
         return [*self.objective.adapters.tensors("default").values(), *self.projection.parameters()]

@@ -148,16 +148,22 @@ class DynamicConPET(Modular):
         """With K > 1 frozen logits come first, in large blocks: the inner loop only looks them up."""
         if self.top_k > 1:
             rows = trainer.rows(self.plan(index))
+            self.look_up_selector(self.data.train, rows)
             rows = rows[self.meets(index, rows)]
             self.look_up(self.data.train, rows, self.training_set(rows))
         super().fit(trainer, index)
         self.store.freeze(module_name(index), *self.readout(index))
 
+    def look_up_selector(self, pool: EncodedDataset, rows: np.ndarray) -> None:
+        """Has the selector's scores computed where `ranking` will ask for them."""
+        if self.top_k < len(self.modules):
+            self.store.fill("selector", pool, rows)
+
     def look_up(self, pool: EncodedDataset, rows: np.ndarray, chosen: np.ndarray) -> None:
         """Has the logits of the frozen modules among `chosen` [len(rows), any] computed where they are not known."""
         for index in np.unique(chosen).tolist():
             if module_name(index) in self.store:
-                self.store.get(module_name(index), pool, rows[(chosen == index).any(1)])
+                self.store.fill(module_name(index), pool, rows[(chosen == index).any(1)])
 
     def loss(self, batch: Batch) -> Tensor:
         """K = 1: plain cross-entropy inside Y_k. K > 1: cross-entropy over the union of the selected modules."""
@@ -193,6 +199,7 @@ class DynamicConPET(Modular):
     def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         """First all examples to the selector, then to each module those that it will be asked for, in large blocks."""
         if self.modules:
+            self.look_up_selector(pool, rows)
             chosen, own = self.ranking(pool, rows), pool.tasks[rows][:, None]
             own = np.where(own < len(self.modules), own, chosen[:, :1])
             self.look_up(pool, rows, np.concatenate([chosen, own], axis=1))

@@ -20,6 +20,7 @@ class IncLoRA(Method):
     """Branches of stacked rank; subclasses weigh them in `route`. Rank, alpha and targets are those of peft=lora."""
 
     pefts: ClassVar[tuple[str, ...]] = ("lora",)
+    repeatable: ClassVar[bool] = False
 
     def first_adapter(self) -> None:
         """Row 0 is the bare backbone."""

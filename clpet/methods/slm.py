@@ -23,6 +23,7 @@ from clpet.increments import Increments, attention_outputs
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.modular import module_name
 from clpet.objectives.classification import Head
+from clpet.ranks import world
 from clpet.retrieval import KeyLearning, Mixture, Tally, cosines, majority, mix, orthonormal, unrelated
 from clpet.task_heads import TaskHeads
 from clpet.tasks import Benchmark, Task
@@ -65,6 +66,7 @@ class SLM(Method):
     objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
     pefts: ClassVar[tuple[str, ...]] = ("frozen",)
     one_model: ClassVar[bool] = False
+    repeatable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for knob, known in KNOWN.items():
@@ -199,6 +201,10 @@ class SLM(Method):
 
     def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         self.tally = Tally(len(self.benchmark), self.objective.device)
+
+    def after_evaluation(self) -> None:
+        if not world().sharded:
+            world().sum([self.tally.votes, self.tally.right])
 
     # Records
 

@@ -188,6 +188,10 @@ class Objective:
         """More figures of one task, from the columns of its examples."""
         return {}
 
+    def probe(self, answer: Callable[[Batch], Predictions]) -> dict[str, float]:
+        """What else is asked of a model at every evaluation; `answer` predicts as the method does."""
+        return {}
+
     def describe(self, pool: EncodedDataset, row: int) -> str:
         """What is expected of one example, for a person to read."""
         raise NotImplementedError

@@ -6,7 +6,7 @@ Of a masked backbone it is the pseudo-perplexity of the places that are masked, 
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from clpet.config import CapUnit, Evaluation
 from clpet.errors import ConfigError, DataError, ModelError
 from clpet.objectives import chunked
 from clpet.objectives.base import Choices, Objective, Predictions, TaskScore
-from clpet.packing import Masking, Stream, Tokens, Windows, pack
+from clpet.packing import Masking, Windows, pack
 from clpet.tasks import SPLITS, Benchmark
+from clpet.terms import asked, rank_figures, ranks
 from clpet.text import Batch, Encoded, EncodedDataset
+from clpet.token_streams import Stream, Tokens
 
 CAPPED = ("head_logits_cap", "final_logit_softcapping")  # what some models do to logits after their output layer
 EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of so many tokens
@@ -35,12 +37,15 @@ class LanguageModeling(Objective):
     def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
         self.causal = backbone.architecture is Architecture.decoder
         super().__init__(benchmark, backbone, *rest)
+        self.terms: Windows | None = None
         if self.tokenizer.mask_token_id is None and not self.causal:
             raise ModelError(f"model {backbone.name} has no mask token, so there is nothing for it to fill")
         config: Any = self.adapters.model.config
         bent = next((key for key in CAPPED if getattr(config, key, None)), None)
         if bent:
             raise ModelError(f"model {backbone.name} bends its logits ({bent}), which language_modeling does not know")
+        if self.evaluation.rank_prompts and not self.causal:
+            raise ConfigError(f"evaluation.rank_prompts needs a decoder, which model {backbone.name} is not")
         if benchmark.isolate and getattr(self.adapters.config, "num_virtual_tokens", None):
             raise ConfigError("benchmark.isolate does not go with virtual tokens: take peft=lora or none")
 
@@ -68,6 +73,8 @@ class LanguageModeling(Objective):
                     self._add(pools[split], index, task.name, split, tokens, documents)
         if benchmark.base is not None:  # its blocks can be replayed; no task learns them
             self._add(pools["train"], -1, benchmark.base.name, "train", tokens, benchmark.base.train)
+        if self.evaluation.rank_prompts:
+            self.terms = asked(benchmark, self.tokenizer, self.evaluation.rank_prompts, self.tokenizer.pad_token_id)
         return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.key)
 
     def _pool(self, training: bool) -> Windows:
@@ -78,7 +85,8 @@ class LanguageModeling(Objective):
         return Windows(self.tokenizer.pad_token_id, self.benchmark.isolate, masking)
 
     def _add(self, pool: Windows, index: int, name: str, split: str, tokens: Tokens, documents: Any) -> None:
-        stream = tokens.stream(documents, sized=split == "test")
+        lazy = self.benchmark.stream and split == "train"
+        stream = tokens.lazy(documents) if lazy else tokens.stream(documents, sized=split == "test")
         if self.benchmark.isolate and len(stream.tokens) and not len(stream.starts):
             raise DataError(f"benchmark.isolate needs borders of documents, which the files of {name} do not have")
         cap = self.evaluation
@@ -143,6 +151,8 @@ class LanguageModeling(Objective):
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         """Facts per window: the sum of its tokens' negative log-likelihoods and how many it predicts."""
         assert batch.places is not None
+        if batch.pool is self.terms:
+            return Predictions(trace={"rank": ranks(self.logits(batch), self.targets(batch))})
         with self.autocast:
             nll = chunked.token_nll(self.states(batch), self.targets(batch), self.head).double()
         row = batch.places // batch.input_ids.shape[1]
@@ -167,6 +177,20 @@ class LanguageModeling(Objective):
         """Bits per byte of one domain: comparable across tokenizers."""
         size = float(rows["bytes"].sum())
         return {"bits_per_byte": float(rows["nll"].sum()) / (math.log(2) * size)} if size and self.causal else {}
+
+    def probe(self, answer: Callable[[Batch], Predictions]) -> dict[str, float]:
+        """Ranks of the key terms of all domains in their places (evaluation.rank_prompts)."""
+        if self.terms is None or not len(self.terms):
+            return {}
+        parts = self.batches(self.terms, np.arange(len(self.terms)))
+        found = [answer(self.terms.batch(rows, self.device)).trace["rank"].cpu() for rows in parts]
+        names = [self.benchmark.names[task] for task in self.terms.tasks[np.concatenate(parts)]]
+        figures = rank_figures(torch.cat(found).tolist(), names)
+        return {
+            f"{kind}_rank{'' if name == 'all' else f'/{name}'}": value
+            for name, own in figures.items()
+            for kind, value in own.items()
+        }
 
     def describe(self, pool: EncodedDataset, row: int) -> str:
         return f"predicts {int(pool.weights[row])} of its {int(pool.lengths[row])} tokens"

@@ -1,0 +1,159 @@
+"""What a run is carried out on: device, precision, ranks, and how a large backbone is made to fit."""
+
+import importlib.util
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from clpet.config import require
+from clpet.errors import ConfigError, HostError, ModelError
+from clpet.ranks import world
+
+
+class Device(Enum):
+    """Where the network runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(Enum):
+    """Precision of the frozen backbone; adapters and heads are always fp32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Quantization(Enum):
+    """How the frozen backbone's weights are held: nf4 in four bits each (QLoRA, Dettmers et al., 2023)."""
+
+    none = "none"
+    nf4 = "nf4"
+
+
+@dataclass
+class Hardware:
+    """A hardware group option. Nothing here changes what a run means, only how it is carried out."""
+
+    name: str = "auto"
+    device: Device = Device.auto
+    dtype: Dtype = Dtype.auto
+    micro_batch_size: int | None = None
+    eval_batch_size: int = 128
+    threads: int | None = None
+    ranks: Any = 1  # or auto
+    shard: bool = False
+    gradient_checkpointing: bool = False
+    quantization: Quantization = Quantization.none
+
+    def __post_init__(self) -> None:
+        fits = self.ranks == "auto" or (type(self.ranks) is int and self.ranks >= 1)
+        require(fits, "hardware.ranks", self.ranks, "auto, or a number of processes")
+        size = self.micro_batch_size
+        require(size is None or size >= 1, "hardware.micro_batch_size", size, "at least 1, or null")
+        require(self.eval_batch_size >= 1, "hardware.eval_batch_size", self.eval_batch_size, "at least 1")
+        require(self.threads is None or self.threads >= 1, "hardware.threads", self.threads, "at least 1, or null")
+        if self.device is Device.cuda and not torch.cuda.is_available():
+            raise HostError("hardware.device=cuda, but this machine has no CUDA device: use hardware=cpu or auto")
+        if self.quantization is Quantization.nf4:
+            if self.torch_device.type != "cuda" or not importlib.util.find_spec("bitsandbytes"):
+                raise HostError("hardware.quantization=nf4 needs a CUDA device and `pip install bitsandbytes`")
+            require(not self.shard, "hardware.shard", "true", "false with hardware.quantization=nf4")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that `auto` stands for here."""
+        wanted = self.device.value
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+    def check(self, peft: Any, method: Any) -> None:
+        """Raises ConfigError where the adapter option or the method does not let the backbone be held like this."""
+        for knob, value in (("shard", self.shard), ("quantization", self.quantization is Quantization.nf4)):
+            if peft.full and value:
+                raise ConfigError(f"hardware.{knob} is for a frozen backbone: take peft=lora, not peft={peft.name}")
+        if self.gradient_checkpointing and not method.repeatable:
+            raise ConfigError(
+                f"hardware.gradient_checkpointing does not go with method={method.name}, whose branches are mixed "
+                "anew for every batch: lower hardware.micro_batch_size"
+            )
+
+    def processes(self) -> int:
+        """How many ranks `ranks` stands for on this machine. Raises HostError where there are not so many GPUs."""
+        gpus = torch.cuda.device_count() if self.torch_device.type == "cuda" else 0
+        if self.ranks == "auto":
+            return max(1, gpus)
+        if gpus and self.ranks > gpus:
+            raise HostError(f"hardware.ranks={self.ranks}, but this machine has {gpus} GPUs: take hardware.ranks=auto")
+        return self.ranks
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """bf16 where the device computes in it, else fp32."""
+        if self.dtype is Dtype.auto:
+            cuda = self.torch_device.type == "cuda"
+            fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else _cpu_has_bf16()
+            return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if self.dtype is Dtype.bf16 else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(probe and probe())
+
+
+def blocks(model: nn.Module) -> list[Any]:
+    """The transformer blocks of a network. Raises ModelError where it has none that transformers knows as such."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
+        raise ModelError("hardware.shard and gradient_checkpointing need a model whose blocks transformers can name")
+    return found
+
+
+def recompute(model: Any) -> None:
+    """Activations inside of blocks are computed again for the gradients instead of held (Chen et al., 2016).
+
+    transformers does so only where a block is in training mode, which a frozen one would otherwise never be: what it
+    drops by itself in that mode is set to nothing.
+    """
+    for block in blocks(model):
+        for name, value in vars(block).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(block, name, 0.0)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Spreads the blocks of a frozen backbone on the host over the ranks (FSDP2); all else every rank holds whole.
+
+    Adapters come later and stay whole: they are trained and saved as without. From now on the ranks pass through
+    the backbone together.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model.requires_grad_(False)
+    mesh = init_device_mesh(device.type, (world().size,))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    model.to(device)
+    world().sharded = True
+
+
+def four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What from_pretrained is told to hold weights as NF4 with doubly quantised scales, and to compute in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": config, "device_map": {"": device}}

@@ -1,0 +1,97 @@
+"""Speed and memory of training on plain text; parts of scripts/bench.py.
+
+python scripts/bench.py pretraining [model=... benchmark=...]   Trainer.fit on packed windows against a loop by hand
+python scripts/bench.py chunks       peak memory of a step with 50,257 tokens in the vocabulary, whole and in chunks
+"""
+
+import multiprocessing
+import resource
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from bench import Bench, Silent, medians
+from torch import nn
+
+from clpet.mixing import Plan
+from clpet.training import Trainer
+
+STEPS = 24  # timed in one go
+
+
+def pretraining(overrides: list[str], rounds: int) -> None:
+    """Windows per second of clpet's training loop and of the shortest loop over the very same windows."""
+    bench = Bench(["benchmark=python_domains", "model=tiny_llama_s", "benchmark.base=null", *overrides])
+    first = bench.method()
+    pool = first.data.train
+    batches = pool.shuffled(np.arange(len(pool)), bench.batch, np.random.default_rng(0))[:STEPS]
+
+    def ours() -> float:
+        method = bench.method()
+        trainer = Trainer(bench.config.train, bench.parts["hardware"], method.objective, Silent(), 0)
+        plan = Plan(method.data.train, len(batches), lambda epoch: batches)
+        start = time.perf_counter()
+        trainer.fit(plan, method.loss, method.parameters())
+        return sum(map(len, batches)) / (time.perf_counter() - start)
+
+    def by_hand() -> float:
+        objective = bench.method().objective
+        model: Any = objective.adapters.model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=bench.lr, weight_decay=0.0, fused=True)
+        rows = [torch.from_numpy(np.stack([pool.tokens(row) for row in part]).astype(np.int64)) for part in batches]
+        model.train()
+        start = time.perf_counter()
+        for ids in rows:
+            with objective.autocast:
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return len(rows) * len(rows[0]) / (time.perf_counter() - start)
+
+    print(
+        f"{STEPS} steps of {bench.batch} windows of {bench.benchmark.max_length} tokens, {torch.get_num_threads()} threads"
+    )
+    found = medians("packed windows/s", {"clpet": ours, "by hand": by_hand}, rounds)
+    print(f"packed training: clpet / by hand: {found['clpet'] / found['by hand']:.3f}")
+
+
+def chunks(overrides: list[str], rounds: int) -> None:
+    """Memory that one training step takes beyond what the model itself does; each in a process of its own."""
+    found = {name: step_memory(name == "in chunks") for name in ("whole", "in chunks")}
+    for name, value in found.items():
+        print(f"one step, 4 windows of 1,024 tokens, vocabulary 50,257, logits {name}: {value:.0f} MB")
+    print(f"in chunks / whole: {found['in chunks'] / found['whole']:.3f}")
+
+
+def step_memory(chunked: bool) -> float:
+    """MB by which the peak of a fresh process rises in one forward and backward pass."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_one_step, (chunked,))
+
+
+def _one_step(chunked: bool) -> float:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from clpet.objectives.chunked import mean_nll
+    from clpet.objectives.language_modeling import without_head
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model: Any = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=256, n_head=4, n_positions=1024)).train()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # what a training run holds anyway
+    ids = torch.randint(50257, (4, 1024))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if chunked:
+        with without_head(model) as body:
+            states = body(input_ids=ids, use_cache=False).logits
+        loss = mean_nll(states[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), model.lm_head)
+    else:
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    loss.backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
