@@ -6,6 +6,7 @@ from typing import Any
 
 from clpet import __version__
 from clpet.errors import ConfigError
+from clpet.hardware import Quantization
 from clpet.records import save_heads
 from clpet.reopen import Recorded, Reopened
 from clpet.state import whole
@@ -26,6 +27,8 @@ def check(run: Recorded, folder: Path, merge: bool) -> None:
         raise ConfigError(
             f"model {run.config.model['name']} has random weights, which adapters alone are no use to: add --merge"
         )
+    if merge:  # into the weights as they were published
+        run.parts["hardware"].quantization = Quantization.none
 
 
 def write(run: Reopened, folder: Path, merge: bool) -> str:
