@@ -182,4 +182,4 @@ def test_a_corrupt_result_is_refused(clpet, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "results.json").write_text('{"tasks": 3}')
-    assert "is not the result of a run" in one_line(clpet("show", run))
+    assert "results.json has no method" in one_line(clpet("show", run))
