@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from clpet.config import derive, require
 from clpet.errors import ModelError
@@ -103,7 +104,7 @@ class Backbone:
             torch.manual_seed(derive(seed, "backbone"))
             try:
                 return self._from_config(device, generates).to(place, dtype).eval(), byte_tokenizer()
-            except (ValueError, TypeError, KeyError, ImportError) as error:
+            except (ValueError, TypeError, KeyError, ImportError, StrictDataclassError) as error:
                 raise ModelError(f"model {self.name} cannot be made from model.config: {first_line(error)}") from error
         source, kwargs = self._place()
         kwargs |= four_bits(device, dtype) if nf4 else {}

@@ -15,6 +15,7 @@ from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.reading import printable
 from clpet.reopen import Recorded, Reopened
 from clpet.state import write_atomic
+from clpet.text import frame
 
 LONGER = 8  # times: the harness' texts, against those that hardware.eval_batch_size counts
 OWN = "clpet_normalised"
@@ -44,7 +45,10 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
 
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--tasks-dir {folder} is not a folder")
-    manager = TaskManager(include_path=str(folder) if folder else None)
+    own = str(folder) if folder else None
+    manager = TaskManager(include_path=own, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # to look through all of the harness' own takes seconds
+        manager = TaskManager(include_path=own)
     for name in names:
         if name not in manager.all_tasks:
             raise ConfigError(f"the harness has no task {name}{suggest(name, manager.all_tasks)[:200]}")
@@ -63,10 +67,15 @@ def measure(run: Reopened, tasks: dict[str, Any], limit: int | None) -> dict[str
     tokenizer, model = objective.tokenizer, objective.adapters.model
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token  # what ends an answer in text_to_text as well
+    decoder = run.run.parts["model"].architecture is Architecture.decoder
+    ends = decoder and frame(tokenizer)[1]  # would stand between a question and its answer
     objective.adapters.train_mode(False)
     with objective.autocast, enough_memory(objective.memory_advice):
         size = max(1, objective.eval_batch_size // LONGER)
-        asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, softmax_dtype="float32")
+        asked = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=size, softmax_dtype="float32",
+            add_bos_token=False if ends else None,
+        )  # fmt: skip
         for task in tasks["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)

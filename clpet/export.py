@@ -6,10 +6,12 @@ from typing import Any
 
 from clpet import __version__
 from clpet.errors import ConfigError
+from clpet.hardware import Quantization
 from clpet.records import save_heads
 from clpet.reopen import Recorded, Reopened
 from clpet.state import whole
 
+PARTS = "what was trained beside the backbone's own weights"
 UNMERGED = ("prompt", "prefix", "frozen")
 
 
@@ -26,6 +28,8 @@ def check(run: Recorded, folder: Path, merge: bool) -> None:
         raise ConfigError(
             f"model {run.config.model['name']} has random weights, which adapters alone are no use to: add --merge"
         )
+    if merge:  # into the weights as they were published
+        run.parts["hardware"].quantization = Quantization.none
 
 
 def write(run: Reopened, folder: Path, merge: bool) -> str:
@@ -38,22 +42,24 @@ def write(run: Reopened, folder: Path, merge: bool) -> str:
             what = "the whole model" if full else "the backbone with the adapters merged, in fp32"
         else:
             method.save(place / "adapters")
-            what = "adapters for the backbone"
+            what = PARTS
         objective.tokenizer.save_pretrained(place)
         if method.heads():
             save_heads(method, place / "heads")
-        about = describe(run, what, merge or full)
+        about = describe(run, what, bool(list(place.glob("adapters/*/adapter_config.json"))))
         (place / "clpet.json").write_text(json.dumps(about, indent=1) + "\n")
     return f"{what}: {method.name} on {run.benchmark.name} after {run.row} tasks, in {folder}"
 
 
-def describe(run: Reopened, what: str, merged: bool) -> dict[str, Any]:
+def describe(run: Reopened, what: str, adapters: bool) -> dict[str, Any]:
     """clpet.json: what lies in the folder and how it is loaded."""
     objective, backbone = run.method.objective, run.run.parts["model"]
     kind = backbone._class(objective.generates).__name__
     base = backbone.hub or backbone.path or backbone.package
     load = f"transformers.{kind}.from_pretrained(FOLDER)"
-    if not merged:
+    if what == PARTS and not adapters:
+        load = "safetensors.torch.load_file(FOLDER/adapters/FILE): tensors by their name"
+    elif adapters:
         load = f"peft.PeftModel.from_pretrained(transformers.{kind}.from_pretrained({base!r}), FOLDER/adapters/NAME)"
     found = {
         "what": what,

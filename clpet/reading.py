@@ -89,9 +89,10 @@ def readable(what: str) -> Iterator[None]:
     """Raises DataError, which says `what`, for whatever else can come of contents that do not fit together."""
     try:
         yield
-    except (ArithmeticError, AttributeError, AssertionError, ImportError, LookupError, MemoryError, RuntimeError,
-            TypeError, ValueError) as error:  # fmt: skip
-        if os.environ.get("CLPET_DEBUG") or isinstance(error.__cause__, ClpetError):
+    except (ClpetError, OSError):
+        raise
+    except Exception as error:  # what libraries raise for values they do not expect has no common type
+        if os.environ.get("CLPET_DEBUG"):
             raise
         text = (str(error).strip().splitlines() or [""])[0]
         raise DataError(f"{what}: {type(error).__name__}: {text[:200]}") from error

@@ -109,12 +109,14 @@ def kept(out: Path, row: int) -> Path:
 
 def keep(out: Path, row: int, method: Method) -> None:
     """Writes what was trained so far: as in adapters/ and heads/, and what else the method reads at test."""
+    state = method.state_dict()
+    if method.objective.adapters.config is None:  # the weights of the whole model lie beside it already
+        state["objective"] = {**state["objective"], "adapters": {}}
+    if not world().main:
+        return
     with whole(kept(out, row)) as folder:
         method.save(folder)
         save_heads(method, folder / "heads")
-        state = method.state_dict()
-        if method.objective.adapters.config is None:  # the weights of the whole model lie beside it already
-            state["objective"] = {**state["objective"], "adapters": {}}
         write_tree(folder / "state", {"row": row, "method": state})
 
 

@@ -19,6 +19,7 @@ from clpet.backbones import Backbone
 from clpet.config import GROUPS, Config, find_class, typed
 from clpet.console import Display
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
+from clpet.hardware import Hardware
 from clpet.memory import NoReplay
 from clpet.methods.base import Method
 from clpet.reading import check, read_json, read_results, readable
@@ -29,7 +30,6 @@ from clpet.state import checkpoints, read_tree
 from clpet.tasks import Benchmark
 from clpet.text import Encoded
 from clpet.tracking import Tracking
-from clpet.training import Hardware
 
 KINDS = dict(
     zip(GROUPS, (Method, NoReplay, Backbone, Adapter, Source, Hardware, Tracking), strict=True)

@@ -72,9 +72,13 @@ class Template:
             start, end = len(before), len(before) + len(text)
             first = sum(b <= start for _, b in offsets)  # tokens of the template before the text, and after it
             last = max(first, len(ids) - sum(b > end for _, b in offsets))
-            room = self.max_length - len(self.head) - len(self.tail) - first - (len(ids) - last)
+            around = len(self.head) + len(self.tail) + first + len(ids) - last
+            room = self.max_length - around
             if room < 1:
-                raise DataError(f"benchmark.max_length={self.max_length} leaves no room beside the template")
+                raise DataError(
+                    f"benchmark.max_length={self.max_length} leaves no room for a text beside the {around} tokens of "
+                    "its template"
+                )
             inside = [(a - start, b - start) for a, b in offsets[first:last]]
             window = [ids[first + place] for place in window_rows(inside, focus, room)]
             row = [*self.head, *ids[:first], *window, *ids[last:], *self.tail]

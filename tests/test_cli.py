@@ -77,6 +77,16 @@ def test_shell_completion_goes_through_the_subcommand(line: str, expected: str, 
     assert expected in found.stdout.split()
 
 
+def test_shell_completion_offers_runs(tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "files" / "sequential" / "s0-12345678"
+    run.mkdir(parents=True)
+    for command in ("show", "eval", "export"):
+        line = f"clpet {command} outputs/fi"
+        env = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+        found = subprocess.run([*CLPET, "-sc", "query=bash"], env=env, cwd=tmp_path, capture_output=True, check=True)
+        assert found.stdout.decode().split() == [str(run.relative_to(tmp_path))]
+
+
 def test_dry_run_shows_what_a_run_would_be_and_leaves_nothing(clpet, words: Path, tmp_path: Path) -> None:
     found = clpet("train", *tiny_args(words), "dry_run=true")
     assert found.code == 0

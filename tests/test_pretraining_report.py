@@ -14,7 +14,7 @@ from clpet.ordering import order_domains
 from clpet.pretraining import figures
 from clpet.pretraining_tables import few
 from clpet.records import pictures, show_finished
-from clpet.results import TransferMatrix
+from clpet.results import TransferMatrix, tolist
 
 NAN = float("nan")
 P = [[40, 30, 20, 50], [20, 32, 22, 60], [24, 18, 21, 55], [30, 24, 10, 52], [28, 27, 15, 25]]
@@ -39,7 +39,8 @@ def write_run(method: str, scores: list, seed: int = 0, model: str = "tiny") -> 
         "objective": "language_modeling", "signature": f"{method}-{model}", "setting": model,
         "overrides": ["benchmark=domains"], "task_id_at_test": method == "dapt", **matrix.to_json(),
         "pretraining": figures(matrix.scores, NAMES, groups=GROUPS), "cost": [cost] * 4,
-        "average": 1, "backward_transfer": 1, "parameters": {"trainable": 1, "total": 1, "percent": 100},
+        "backward": tolist(matrix.backward), "task_scores": tolist(matrix.scores), "task_forward": tolist(matrix.forward),
+        "average": 1, "backward_transfer": 1, "whole": 1, "forgetting": 1, "learning_accuracy": 1, "parameters": {"trainable": 1, "total": 1, "percent": 100},
         "diagnostics": [{"row": 4, "bits_per_byte/law": 1.25}],
     }  # fmt: skip
     folder = Path("outputs", "domains", method, f"s{seed}-{method}{model}")

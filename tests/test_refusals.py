@@ -110,7 +110,7 @@ BAD = [
     ("share above 1", ["train", "method=kif", "replay=share", "replay.share=2"], "replay.share must be in [0, 1]"),
     ("labels of free text", ["train", "method=crl", "benchmark=superni"], "method=crl does not do text_to_text; it does classification"),
     ("modules of free text", ["train", "method=dynamic_conpet", "benchmark=superni"], "does not do text_to_text"),
-    ("classes of free text", ["train", "method=replay", "replay=fixed", "benchmark=superni"], "replay=fixed chooses its memory by class"),
+    ("classes of free text", ["train", "method=replay", "replay=fixed", "benchmark=superni", "model=tiny_llama"], "replay=fixed chooses its memory by class"),
     ("Fisher of labels", ["train", "method=ewc", "benchmark=superni"], "take batch or sample"),
     ("encoder that should write", ["train", "method=sequential", "benchmark=files", "data_dir=WORDS", "objective=text_to_text"], "is an encoder and cannot write"),
     ("unknown objective", ["train", "objective=translate"], "objective"),
@@ -182,4 +182,4 @@ def test_a_corrupt_result_is_refused(clpet, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "results.json").write_text('{"tasks": 3}')
-    assert "is not the result of a run" in one_line(clpet("show", run))
+    assert "results.json has no method" in one_line(clpet("show", run))

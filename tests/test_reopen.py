@@ -310,6 +310,30 @@ def test_branches_are_added_to_the_weights(model: str, clpet, prose: Path) -> No
     assert again == pytest.approx(json.loads((run / "results.json").read_text())["scores"][3], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("method", "peft_option"), [("osf", "osf"), ("sequential", "ia3"), ("sequential", "prompt"), ("l2p", "frozen")]
+)
+def test_every_way_of_training_is_exported_as_it_can_be(
+    method: str, peft_option: str, clpet, prose: Path, words: Path
+) -> None:
+    args = domain_args(prose, f"method={method}", f"peft={peft_option}")
+    if peft_option == "prompt":
+        args = tiny_args(words, "method=sequential", "peft=prompt")
+    done = clpet("train", *args)
+    assert done.code == 0, done.err
+    run = only()
+    found = clpet("export", run, "merged", "--merge")
+    if peft_option in ("osf", "ia3"):
+        assert found.code == 0, found.err
+        again = domain_args(prose, "method=sequential", "model=local", "model.path=merged", "peft=none", "train.lr=0")
+        assert clpet("train", *again, "output_dir=again").code == 0
+        scores = json.loads((only("again/*/*/s*") / "results.json").read_text())["scores"][0]
+        assert scores == pytest.approx(json.loads((run / "results.json").read_text())["scores"][3], rel=1e-3)
+    else:
+        assert refused(found)
+        assert "--merge" in found.err
+
+
 def test_adapters_and_whole_models_are_exported_as_they_are(clpet, words: Path, prose: Path) -> None:
     assert clpet("train", "method=sequential", *domain_args(prose, "peft=none")).code == 0
     assert clpet("export", only(), "whole").code == 0

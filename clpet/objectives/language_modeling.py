@@ -6,6 +6,7 @@ Of a masked backbone it is the pseudo-perplexity of the places that are masked, 
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -204,11 +205,11 @@ def capped(stream: Stream, most: int | None, unit: CapUnit) -> int | None:
 
 
 def perplexity(nll: float, tokens: float) -> float:
-    """exp(nll / tokens); infinity where it is too large for a number."""
+    """exp(nll / tokens); the largest number there is where it is larger still."""
     try:
         return math.exp(nll / tokens)
     except OverflowError:
-        return math.inf
+        return sys.float_info.max
 
 
 @contextlib.contextmanager
