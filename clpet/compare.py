@@ -295,7 +295,7 @@ def _pretraining(run: dict[str, Any], matrix: TransferMatrix, others: Group, eve
     found = pretraining_figures(run, others)
     bits = [run["diagnostics"][-1].get(f"bits_per_byte/{name}") for name in matrix.tasks]
     parts = [
-        "perplexity after each domain (rows), lower is better\n" + matrix_table(matrix),
+        f"{run.get('metric', 'perplexity')} after each domain (rows), lower is better\n" + matrix_table(matrix),
         domain_table(found, bits),
         average_table(found),
         transfer_tables(found),

@@ -81,6 +81,7 @@ def collect(
         "task_backward": tolist(state.own.backward),
         "task_forward": tolist(state.own.forward),
         "task_id_at_test": method.task_id_at_test,
+        "metric": benchmark.tasks[0].metric,
         **headline(state.matrix),
         "metrics": state.matrix.metrics(),
         "task_metrics": state.own.metrics(),
@@ -196,7 +197,7 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
 
     words, lower = results.get("objective") == "text_to_text", matrix.direction == "lower"
     what = f"{'score' if words else 'accuracy'} in % after each task (rows)"
-    what = "perplexity after each domain (rows), lower is better" if lower else what
+    what = f"{results.get('metric', 'perplexity')} after each domain (rows), lower is better" if lower else what
     say(f"{results['method']} on {results['benchmark']}, seed {results['seed']}: {what}")
     say(matrix_table(matrix))
     say()

@@ -87,7 +87,7 @@ class Benchmark:
     @property
     def direction(self) -> str:
         """Which scores are better: higher, or lower for perplexities."""
-        return "lower" if self.tasks[0].metric == "perplexity" else "higher"
+        return "lower" if self.tasks[0].metric.endswith("perplexity") else "higher"
 
     def key(self, index: int) -> int | str:
         """What the random draws of a task are named by: its place, or a domain's name, so that others do not matter."""

@@ -276,6 +276,8 @@ def test_a_masked_model_fills_the_same_places_at_every_checkpoint_and_batch_size
     assert data.test.weights[rows].sum() == len(whole.places)
     nll, tokens = sums(found, data, 0)
     assert sums(found, data, 0, 1) == (pytest.approx(nll, rel=1e-5), tokens)
+    assert {task.metric for task in found.benchmark.tasks} == {"pseudo_perplexity"}
+    assert found.benchmark.direction == "lower"
     assert found.diagnostics({"bytes": np.ones(1), "nll": np.ones(1)}) == {}  # bits per byte are for causal models
 
 

@@ -38,6 +38,8 @@ class LanguageModeling(Objective):
     def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
         self.causal = backbone.architecture is Architecture.decoder
         super().__init__(benchmark, backbone, *rest)
+        for task in benchmark.tasks if not self.causal else ():
+            task.metric = "pseudo_perplexity"
         self.terms: Windows | None = None
         if self.tokenizer.mask_token_id is None and not self.causal:
             raise ModelError(f"model {backbone.name} has no mask token, so there is nothing for it to fill")
