@@ -20,6 +20,7 @@ from .test_language_modeling import domains, objective
 from .test_methods import KILL
 
 METHODS = methods_of("language_modeling")
+QUICK = {"sequential", "dapt", "kif"}  # the others in the slow tests
 NEEDS = {"replay": ["replay=rate"], "emr": ["replay=rate"]}
 FULL = {"sequential", "joint", "dapt", "replay", "emr"}  # train the whole model; the others adapters
 
@@ -29,7 +30,7 @@ def found(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in METHODS])
 def test_a_method_makes_the_text_it_reads_likelier(method: str, prose: Path, clpet) -> None:
     peft = [] if method in FULL else ["peft=lora"]
     peft = {"osf": ["peft=osf"], "l2p": ["peft=frozen"], "progressive_prompts": ["peft=frozen"]}.get(method, peft)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,13 @@ from clpet.reopen import recorded, reopen
 from .conftest import domain_args, tiny_args
 
 HERE = importlib.util.find_spec("lm_eval") is not None
-needs_harness = pytest.mark.skipif(not HERE, reason="lm-eval is not installed")
+
+
+def needs_harness(test: Callable) -> Callable:
+    """lm-eval takes seconds to import, and is an extra that only CI has to have."""
+    return pytest.mark.slow(pytest.mark.skipif(not HERE, reason="lm-eval is not installed")(test))
+
+
 QUESTIONS = [
     ("the moon pulls the", ["sea", "hedge", "iron", "owl"], 0),
     ("gold does not", ["sing", "rust"], 1),
