@@ -201,7 +201,7 @@ def test_a_run_that_fails_fails_for_slurm_too(words: Path, slurm: dict[str, str]
     processes = [road.submit(sweep) for road in roads]
     said = processes[0].communicate(timeout=300)[1]
     assert processes[0].returncode == 1
-    assert "clpet: the loss of task 1 is nan" in said.splitlines()[-1]
+    assert "clpet: the loss of task 1 in epoch 1, step 2 is nan" in said.splitlines()[-1]
     roads[1].wait(processes[1])
     for road in roads:
         until(lambda road=road: not road.jobs(), 60)
