@@ -22,9 +22,13 @@ from clpet.training import Trainer
 
 
 def prepare(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, cache: Path, display: Display) -> None:
-    """Points the backbone at M_0 and trains it first where no earlier run has; nothing depends on the run's seed."""
+    """Points a backbone with random weights at M_0, where the benchmark has text to make it on.
+
+    It is trained first where no earlier run has; nothing depends on the run's seed.
+    """
     base = benchmark.base
-    assert base is not None
+    if base is None or not backbone.random_weights:
+        return
     tokens = Tokens(backbone.tokenizer())
     made_of = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.isolate]
     folder = cache / "base" / digest([*made_of, vars(backbone.base)], 16)

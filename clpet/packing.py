@@ -41,7 +41,7 @@ def windows(total: int, context: int, stride: int | None = None) -> tuple[np.nda
 
 
 class Slices(Ragged):
-    """Rows that are stretches of mapped streams, each behind `lead` tokens of its own."""
+    """Rows that are stretches of streams."""
 
     def __init__(self, streams: list[Stream], which: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
         self.streams, self.which, self.starts, self.lengths = streams, which, starts, lengths

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from clpet import records
+from clpet import base_model, records
 from clpet.adapters import Adapters
 from clpet.config import Config, Matrix, Select, build, derive, setting, signature, typed
 from clpet.console import Display
@@ -49,11 +49,8 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         method.check_benchmark(benchmark)
         check_validation(config, method, benchmark)
         display = Display(console, len(benchmark))
-        if benchmark.base is not None and parts["model"].random_weights:
-            from clpet.base_model import prepare
-
-            cache = Path(config.cache_dir or out)
-            prepare(parts["model"], benchmark, parts["hardware"], cache, display)
+        if not config.dry_run:
+            base_model.prepare(parts["model"], benchmark, parts["hardware"], Path(config.cache_dir or out), display)
         try:
             with world().main_first():
                 objective, data = load_objective(config, parts, benchmark)

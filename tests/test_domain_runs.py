@@ -189,6 +189,7 @@ def test_killed_after_a_domain_ends_bit_for_bit_like_uninterrupted(
         (["method=sequential", "model=tiny_t5"], "language_modeling needs a decoder or encoder"),
         (["method=sequential", "benchmark.base=cloud"], "benchmark.base=cloud is no domain"),
         (["method=sequential", "order=similar", "benchmark.reference=nowhere"], "benchmark.reference=nowhere is neither"),
+        (["method=sequential", "evaluation.stride=40"], "evaluation.stride=40 passes over text"),
         (["method=sequential", "evaluation.every=0"], "evaluation.every must be at least 1"),
     ],
 )  # fmt: skip

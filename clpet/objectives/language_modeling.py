@@ -49,6 +49,11 @@ class LanguageModeling(Objective):
             raise ModelError(f"model {backbone.name} bends its logits ({bent}), which language_modeling does not know")
         if self.evaluation.rank_prompts and not self.causal:
             raise ConfigError(f"evaluation.rank_prompts needs a decoder, which model {backbone.name} is not")
+        stride, length = self.evaluation.stride, benchmark.max_length
+        if stride and stride > length:
+            raise ConfigError(
+                f"evaluation.stride={stride} passes over text: at most benchmark.max_length={length} does not"
+            )
         if benchmark.isolate and getattr(self.adapters.config, "num_virtual_tokens", None):
             raise ConfigError("benchmark.isolate does not go with virtual tokens: take peft=lora or none")
 
