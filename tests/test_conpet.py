@@ -6,7 +6,7 @@ import torch
 
 from clpet.memory import FixedReplay
 from clpet.methods.base import Choices
-from clpet.methods.crl import Bank, contrastive, relation_distillation
+from clpet.contrast import Bank, contrastive, relation_distillation
 from clpet.methods.lwf import distillation
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive, require
+from clpet.contrast import Bank, contrastive, draw, relation_distillation
 from clpet.errors import ConfigError
 from clpet.memory import DrawnReplay, FixedReplay
 from clpet.methods.base import Choices, Method, Predictions
@@ -112,23 +113,13 @@ class CRL(Method):
         rng = self.replay.rng(index, "crl")
         n_new, n_old = split_batch(self.replay.batch_size, self.replay.ratio)
         olds = [self.replay.memory[task] for task in sorted(self.replay.memory)]
-        old = self.draw(olds, n_old * steps * epochs, rng)
-        new = self.draw([pool.rows_of(index)], n_new * steps * epochs, rng)
+        old = draw(pool.labels, olds, n_old * steps * epochs, self.min_per_class, rng)
+        new = draw(pool.labels, [pool.rows_of(index)], n_new * steps * epochs, self.min_per_class, rng)
         batches = [
             np.concatenate([new[i * n_new : (i + 1) * n_new], old[i * n_old : (i + 1) * n_old]])
             for i in range(steps * epochs)
         ]
         return Plan(pool, steps, lambda epoch: batches[epoch * steps : (epoch + 1) * steps])
-
-    def draw(self, tasks: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
-        """`count` rows: first up to min_per_class of every class, then draws uniform over tasks; shuffled."""
-        labels = self.data.train.labels
-        every = rng.permutation(np.concatenate(tasks))
-        turns = [every[labels[every] == label][: self.min_per_class] for label in np.unique(labels[every])]
-        seeds = [turn[place] for place in range(self.min_per_class) for turn in turns if place < len(turn)]
-        picked = rng.integers(len(tasks), size=count)
-        drawn = np.array([rng.choice(tasks[task]) for task in picked], dtype=np.int64)
-        return rng.permutation(np.concatenate([np.array(seeds, dtype=np.int64), drawn])[:count])
 
     def shuffled(self, rows: np.ndarray, index: int, stage: str) -> Plan:
         """Ordinary epochs over `rows`."""
@@ -223,51 +214,3 @@ class CRL(Method):
         self.bank.z.copy_(state["z"])
         self.bank.sums.copy_(state["sums"])
         self.rng.bit_generator.state = state["rng"]
-
-
-def contrastive(z: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, tau: float, eps: float) -> Tensor:
-    """mean_i (1/|P_i|) sum_{a in P_i} -log(e_ia / sum_b e_ib), e_ia = exp(s_ia - max_a s_ia) + eps."""
-    s = z @ bank.T / tau
-    e = (s - s.amax(1, keepdim=True)).exp() + eps
-    terms = -(e / e.sum(1, keepdim=True)).log()
-    positive = (labels[:, None] == bank_labels[None]).float()
-    return ((terms * positive).sum(1) / positive.sum(1)).mean()
-
-
-def relation_distillation(z: Tensor, place: Tensor, prototypes: Tensor, means: Tensor, t: float) -> Tensor:
-    """KL(softmax(t G[y]) || softmax(t z C^T)), batch mean; G = P P^T of the previous task's normalised prototypes."""
-    p = F.normalize(prototypes, dim=1)
-    target = (t * (p @ p.T)[place]).softmax(1)
-    return F.kl_div((t * z @ means.T).log_softmax(1), target, reduction="batchmean")
-
-
-class Bank:
-    """One z per drawn example; sums and counts per class are kept up to date with every refreshed entry."""
-
-    def __init__(self, z: Tensor, labels: Tensor, rows: np.ndarray, pool: int, classes: int) -> None:
-        self.z, self.labels = z.clone(), labels
-        self.place = np.full(pool, -1, dtype=np.int64)
-        self.place[rows] = np.arange(len(rows))
-        self.sums = torch.zeros(classes, z.shape[1], device=z.device).index_add_(0, labels, z)
-
-    def update(self, rows: np.ndarray, z: Tensor) -> None:
-        """Replaces the entries of `rows`; of a row drawn twice in a batch the first one counts."""
-        distinct, first = np.unique(rows, return_index=True)
-        places = torch.from_numpy(self.place[distinct]).to(z.device)
-        new = z[torch.from_numpy(first).to(z.device)]
-        self.sums.index_add_(0, self.labels[places], new - self.z[places])
-        self.z[places] = new
-
-    def means(self) -> Tensor:
-        """[classes, dim]: class means, normalised."""
-        return F.normalize(self.sums, dim=1)
-
-    def sample(self, labels: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-        """Places of `count` random entries, drawn again until every label of the batch is among them."""
-        wanted = labels.unique()
-        while True:
-            places = torch.from_numpy(rng.permutation(len(self.z))[:count]).to(labels.device)
-            if torch.isin(wanted, self.labels[places]).all():
-                return places
-            if count < len(self.z):
-                count = min(len(self.z), count + 1)  # a class of one example would never be met otherwise

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clpet.config import derive, require
+from clpet.config import require
 from clpet.errors import ConfigError
 from clpet.logits import LogitStore
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.modular import Modular, module_name
 from clpet.mixing import Plan
 from clpet.objectives.classification import MISSING, Head
+from clpet.selector import Selector
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, EncodedDataset
 from clpet.training import Trainer
@@ -61,49 +62,25 @@ class DynamicConPET(Modular):
 
     def first_adapter(self) -> None:
         super().first_adapter()
-        self.selector = self.objective.new_head(self.seed, [f"task {name}" for name in self.benchmark.names])
-        self.selector.grow([0])
         self.store = LogitStore(self.objective, self.cache_dir)
+        self.selector = Selector(self.objective, self.store, self.benchmark.names, self.seed)
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         if index > 0 and self.top_k < len(self.benchmark):
-            self.learn_selector(index, trainer)
+            plan = self.replay.plan(index, "selector")
+            self.selector.learn(trainer, index, plan, self.selector_clip, lambda: self.selector_accuracy(index))
         self.add_module(index)
         if index > 0 and self.warm_start is not WarmStart.scratch:
             source = module_name(index - 1) if self.warm_start is WarmStart.previous else "selector"
             self.objective.adapters.copy(source, module_name(index))
         self.fit(trainer, index)
 
-    # The selector: L_sel = -(1/B) sum_i log softmax(head_sel(h_sel(x_i)))[task(y_i)]
-
-    def learn_selector(self, index: int, trainer: Trainer) -> None:
-        """Old rows of the head and LoRA_sel go on from the previous selector; row k starts fresh."""
-        adapters = self.objective.adapters
-        if "selector" not in adapters.names:
-            adapters.add("selector", derive(self.seed, "adapter", "selector"))
-        adapters.activate("selector", train=True)
-        self.selector.grow([index])
-        trainer.fit(
-            self.replay.plan(index, "selector"),
-            self.selector_loss,
-            [*adapters.tensors("selector").values(), *self.selector.parameters()],
-            stage="selector",
-            clip=self.selector_clip,
-            validate=lambda: self.selector_accuracy(index),
-        )
-        self.store.freeze("selector", self.selector.weight, self.selector.bias)
-
-    def selector_loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy over task numbers."""
-        return F.cross_entropy(self.selector(self.objective.features(batch)), batch.tasks)
-
     def ranking(self, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
         """[len(rows), min(K, modules)]: task numbers by falling selector score; all modules when K covers them."""
         modules = len(self.modules)
         if self.top_k >= modules:
             return np.tile(np.arange(modules), (len(rows), 1))
-        scores = torch.from_numpy(self.store.get("selector", pool, rows))
-        return scores.topk(self.top_k, dim=1).indices.numpy()
+        return self.selector.ranking(pool, rows, self.top_k)
 
     def select(self, batch: Batch) -> Tensor:
         """[batch, min(K, modules)]: the ranking of a batch."""
@@ -112,11 +89,7 @@ class DynamicConPET(Modular):
 
     def selector_accuracy(self, index: int) -> float:
         """Average over tasks of the share of validation examples sent to their own task."""
-
-        def right(batch: Batch) -> Tensor:
-            return self.selector(self.objective.features(batch)).argmax(1) == batch.tasks
-
-        return self.average_score(self.replay.validation(index), right)
+        return self.average_score(self.replay.validation(index), self.selector.right)
 
     # Module k: logits of the selected modules over Y_{1:k}, -100 elsewhere; cross-entropy.
 
@@ -157,7 +130,7 @@ class DynamicConPET(Modular):
     def look_up_selector(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         """Has the selector's scores computed where `ranking` will ask for them."""
         if self.top_k < len(self.modules):
-            self.store.fill("selector", pool, rows)
+            self.selector.look_up(pool, rows)
 
     def look_up(self, pool: EncodedDataset, rows: np.ndarray, chosen: np.ndarray) -> None:
         """Has the logits of the frozen modules among `chosen` [len(rows), any] computed where they are not known."""
@@ -229,25 +202,23 @@ class DynamicConPET(Modular):
     def trainable_parameters(self) -> int:
         """Module k and, from task 2 on, the selector."""
         count = super().trainable_parameters()
-        if "selector" in self.objective.adapters.names:
-            count += self.objective.adapters.count("selector") + sum(p.numel() for p in self.selector.parameters())
-        return count
+        return count + sum(p.numel() for p in self.selector.parameters()) if self.selector.learned else count
 
     def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(p.numel() for p in self.selector.parameters())
+        return super().stored_parameters() + sum(p.numel() for p in self.selector.head.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "selector": self.selector.state()}
+        return {**super().state_dict(), "selector": self.selector.head.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.selector.load(state["selector"])
+        self.selector.head.load(state["selector"])
         for index in range(len(self.modules)):
             self.store.freeze(module_name(index), *self.readout(index))
-        self.store.freeze("selector", self.selector.weight, self.selector.bias)
+        self.selector.freeze()
 
     def heads(self) -> dict[str, Head]:
-        return {**super().heads(), "selector": self.selector}
+        return {**super().heads(), "selector": self.selector.head}
 
 
 def force(selected: np.ndarray, tasks: np.ndarray) -> np.ndarray:
