@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from clpet.contrast import Bank, contrastive, relation_distillation
 from clpet.memory import FixedReplay
 from clpet.methods.base import Choices
-from clpet.contrast import Bank, contrastive, relation_distillation
 from clpet.methods.lwf import distillation
 
 
