@@ -15,7 +15,7 @@ from typing import Any
 from clpet import __version__, commands
 from clpet.errors import ClpetError, ConfigError, suggest
 from clpet.interrupt import CODE, Interrupted
-from clpet.mistakes import GROUPS, cluster_message, composed, hydra_message
+from clpet.mistakes import GROUPS, cluster_message, composed, disk_message, hydra_message
 
 COMMANDS = {
     "train": "learn a benchmark task by task and write its transfer matrix (also resumes, and sweeps with -m)",
@@ -58,12 +58,9 @@ def told(error: Exception | Interrupted) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, Interrupted):
         return str(error), CODE
-    message = hydra_message(error)
-    if message is not None:
-        return message, 2
-    message = cluster_message(error)
-    if message is not None:
-        return message, 1
+    for message, code in ((disk_message(error), 1), (hydra_message(error), 2), (cluster_message(error), 1)):
+        if message is not None:
+            return message, code
     if type(error).__name__ == "OutOfMemoryError":
         hint = "lower hardware.micro_batch_size (training) or hardware.eval_batch_size (tests)"
         return f"the device is out of memory: {hint}; finished tasks are saved", 1

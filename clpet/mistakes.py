@@ -1,5 +1,6 @@
-"""What Hydra, OmegaConf and SLURM say of mistakes, put into one line. Imports no torch."""
+"""What Hydra, OmegaConf, SLURM and the disk say of mistakes, put into one line. Imports no torch."""
 
+import errno
 import re
 import sys
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from clpet.errors import ClpetError, suggest
 
 GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def composed(words: list[str]) -> Any:
@@ -55,6 +57,14 @@ def cluster_message(error: BaseException) -> str | None:
     if not type(error).__module__.startswith("submitit."):
         return None
     return f"SLURM: {' '.join(str(error).splitlines()[:2])}; the same command fills the gaps"
+
+
+def disk_message(error: BaseException) -> str | None:
+    """One line for a disk that takes no more, whoever found it out; None for anything else."""
+    if "No space left on device" not in str(error) and getattr(error, "errno", None) not in FULL:
+        return None
+    place = getattr(error, "filename", None)
+    return f"the disk is full{f' at {place}' if place else ''}: free some space, and the same command goes on"
 
 
 def suggest_key(key: str) -> str:

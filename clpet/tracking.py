@@ -1,5 +1,6 @@
 """Where figures go while a run goes on: the screen, metrics.jsonl, and wandb (online when it can, else offline)."""
 
+import contextlib
 import json
 import logging
 import netrc
@@ -39,9 +40,11 @@ class Tracking:
     project: str = "clpet"
     entity: str | None = None
     timeout: float = 10.0
+    finish_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         require(self.timeout > 0, "tracking.timeout", self.timeout, "more than 0 seconds")
+        require(self.finish_timeout > 0, "tracking.finish_timeout", self.finish_timeout, "more than 0 seconds")
 
 
 class Tracker:
@@ -143,12 +146,19 @@ class Tracker:
                     name=f"{self.config['method']['name']}-s{self.identity['seed']}",
                     group=f"{self.config['benchmark']['name']}/{self.config['method']['name']}/{self.identity['signature']}",
                     job_type=self.config["method"]["name"],
-                    settings=wandb.Settings(silent=True, console="off", init_timeout=self.settings.timeout),
+                    settings=wandb.Settings(
+                        silent=True,
+                        console="off",
+                        init_timeout=self.settings.timeout,
+                        finish_timeout=self.settings.finish_timeout,
+                        finish_timeout_raises=True,
+                    ),
                 )
                 run.define_metric("*", step_metric="task")
                 return run
             except Exception as error:
                 log.warning("wandb does not start %s (%s); the run goes on without", attempt, str(error).split("\n")[0])
+                _let_go()
         return None
 
     def _mode(self) -> str:
@@ -165,8 +175,18 @@ class Tracker:
         try:
             action()
         except Exception as error:
-            log.warning("wandb cannot %s (%s); the run goes on without it", what, str(error).split("\n")[0])
+            later = f"wandb sync {Path(self.run.dir).parent} sends later what is missing"
+            log.warning("wandb cannot %s (%s); the run goes on without it, %s", what, str(error).split("\n")[0], later)
             self.run = None
+            _let_go()
+
+
+def _let_go() -> None:
+    """Ends wandb's service, which would hold the run's name and complain at exit."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def _done(line: str) -> float:
