@@ -67,23 +67,52 @@ def _find(folder: Path, stem: str) -> Path | None:
 
 def _read_file(path: Path) -> Rows:
     import pyarrow
-    import pyarrow.csv
-    import pyarrow.json
+
+    reader = {".parquet": _parquet, ".csv": _csv}.get(path.suffix, _json)
+    try:
+        return Rows(str(path), *reader(path))
+    except (pyarrow.ArrowException, OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+
+
+Table = tuple[set[str], list[dict[str, Any]]]
+
+
+def _parquet(path: Path) -> Table:
     import pyarrow.parquet
 
-    def read_json(name: str) -> pyarrow.Table:
-        text = path.read_text()
-        return pyarrow.Table.from_pylist(json.loads(text)) if text[:1] == "[" else pyarrow.json.read_json(name)
+    table = pyarrow.parquet.read_table(path)
+    return set(table.column_names), table.to_pylist()
 
-    def read_csv(name: str) -> pyarrow.Table:
-        return pyarrow.csv.read_csv(name, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
 
-    reader = {".parquet": pyarrow.parquet.read_table, ".csv": read_csv}.get(path.suffix, read_json)
+def _csv(path: Path) -> Table:
+    import pyarrow.csv
+
+    table = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+    return set(table.column_names), table.to_pylist()
+
+
+def _json(path: Path) -> Table:
+    """A list of objects, or an object a line. pyarrow's own reader crashes on some lines that are no objects."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip()[:1] == "[":
+        values = json.loads(text)
+        names = [f"entry {number}" for number in range(1, len(values) + 1)]
+    else:
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        values, names = [_parsed(line, number) for number, line in lines], [f"line {number}" for number, _ in lines]
+    for name, row in zip(names, values, strict=True):
+        if not isinstance(row, dict):
+            raise ValueError(f"{name} is no object with columns")
+    columns = {column for row in values for column in row}
+    return columns, [{column: row.get(column) for column in columns} for row in values]
+
+
+def _parsed(line: str, number: int) -> Any:
     try:
-        table = reader(str(path))
-        return Rows(str(path), set(table.column_names), table.to_pylist())
-    except (pyarrow.ArrowException, OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
 
 
 def read_hub(
