@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from clpet.backbones import Architecture, Backbone
 from clpet.config import require
 from clpet.errors import ModelError, suggest
+from clpet.expansion import expand
 
 TASK_TYPES = {
     Architecture.decoder: peft.TaskType.CAUSAL_LM,
@@ -33,8 +34,26 @@ class Adapter:
     full: ClassVar[bool] = True  # the backbone's own weights are moved, and held in fp32
 
     def peft_config(self, backbone: Backbone) -> peft.PeftConfig | None:
-        """What peft needs to know, or None for full fine-tuning."""
+        """What peft needs to know, or None where the backbone's own weights are trained."""
         return None
+
+    def chosen(self, model: nn.Module) -> nn.Module:
+        """The part of the backbone that is trained, where there is no peft config."""
+        return model
+
+
+@dataclass
+class Blocks(Adapter):
+    """Copies of every `every`-th block, put behind it; they alone are trained (Wu et al., 2024, arXiv 2401.02415)."""
+
+    name: str = "blocks"
+    every: int = 4
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "peft.every", self.every, "at least 1")
+
+    def chosen(self, model: nn.Module) -> nn.Module:
+        return nn.ModuleList(expand(model, self.every))
 
 
 @dataclass
@@ -127,7 +146,7 @@ class Prompt(Adapter):
 
 
 class Adapters:
-    """The backbone with its named adapters. With full fine-tuning there is one, and it is the backbone itself."""
+    """The backbone with its named adapters. Without a peft config: one, the backbone or blocks of it."""
 
     def __init__(self, model: nn.Module, backbone: Backbone, adapter: Adapter, generates: bool = False) -> None:
         self.config = adapter.peft_config(backbone)
@@ -139,6 +158,7 @@ class Adapters:
         self.training = False
         self.base_parameters = pretrained_parameters(model, backbone)
         model.requires_grad_(False)
+        self.chosen = {id(value) for value in adapter.chosen(model).parameters()}  # by full fine-tuning, or blocks
 
     def add(self, name: str, seed: int) -> None:
         """A fresh adapter, initialised from `seed`, active and trainable. Raises ModelError for a wrong target."""
@@ -147,7 +167,9 @@ class Adapters:
         torch.manual_seed(seed)
         if self.config is None:
             if self.names:
-                raise ModelError("peft=none trains the backbone itself and cannot hold a second adapter: use peft=lora")
+                raise ModelError(
+                    f"peft={self.kind} trains the backbone and cannot hold a second adapter: use peft=lora"
+                )
         elif not self.names:
             try:
                 with warnings.catch_warnings():
@@ -222,7 +244,7 @@ class Adapters:
         """The tensors of one adapter, by their name in the model without the adapter's own name."""
         named = dict(self.model.named_parameters())
         if self.config is None:
-            return named
+            return {key: value for key, value in named.items() if id(value) in self.chosen}
         return {key.replace(f".{name}", ""): value for key, value in named.items() if name in key.split(".")}
 
     def copy(self, source: str, target: str) -> None:

@@ -15,6 +15,10 @@ from clpet.config import derive, require
 from clpet.errors import ModelError
 from clpet.hardware import four_bits
 
+# What configs of transformers call the rates of a network's dropout, classifiers' apart.
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout", "hidden_dropout_prob",
+            "attention_probs_dropout_prob", "dropout_rate", "dropout")  # fmt: skip
+
 
 class Architecture(Enum):
     """Which way a backbone reads; auto: as the config.json of model.path says."""
@@ -65,6 +69,7 @@ class Backbone:
     config: dict[str, Any] = field(default_factory=dict)
     random_weights: bool = False
     attention: str = "auto"
+    dropout: float | None = None
     trust_remote_code: bool = False
     base: BaseTraining = field(default_factory=BaseTraining)
 
@@ -77,6 +82,7 @@ class Backbone:
             require(
                 value is None or value.isidentifier(), f"model.{key}", repr(value), "a name of letters, digits and _"
             )
+        require(self.dropout is None or 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1), or null")
         require(not self.random_weights or bool(self.config), "model.config", self.config, "a model config")
         if self.architecture is Architecture.auto:
             require(
@@ -106,10 +112,14 @@ class Backbone:
                 return self._from_config(device, generates).to(place, dtype).eval(), byte_tokenizer()
             except (ValueError, TypeError, KeyError, ImportError, StrictDataclassError) as error:
                 raise ModelError(f"model {self.name} cannot be made from model.config: {first_line(error)}") from error
+        from transformers import AutoConfig
+
         source, kwargs = self._place()
         kwargs |= four_bits(device, dtype) if nf4 else {}
         tokenizer = self.tokenizer()
         try:
+            if self.dropout is not None:
+                kwargs["config"] = self._dropping(AutoConfig.from_pretrained(source, **kwargs))
             model = self._class(generates).from_pretrained(
                 source, dtype=dtype, attn_implementation=self.attention_on(device), use_safetensors=True, **kwargs
             )
@@ -150,9 +160,19 @@ class Backbone:
         from transformers import AutoConfig
 
         values = dict(self.config)
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        config = self._dropping(AutoConfig.for_model(values.pop("model_type"), **values))
         config._attn_implementation = self.attention_on(device)
         return self._class(generates).from_config(config)
+
+    def _dropping(self, config: Any) -> Any:
+        """A config with the rates of `dropout`. Raises ModelError where the network has none."""
+        if self.dropout is not None:
+            rates = [key for key in DROPOUTS if getattr(config, key, None) is not None]
+            if not rates:
+                raise ModelError(f"model.dropout={self.dropout}, but model {self.name} has no dropout")
+            for key in rates:
+                setattr(config, key, self.dropout)
+        return config
 
     def _class(self, generates: bool) -> Any:
         import transformers

@@ -153,6 +153,7 @@ class Evaluation:
     max_tokens: int | None = 100_000
     cap_unit: CapUnit = CapUnit.tokens
     stride: int | None = None
+    bos: bool = False
     rank_prompts: int = 0
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ def check(run: Recorded, folder: Path, merge: bool) -> None:
         raise ConfigError(f"method={run.method.name} chooses for each text what it reads: leave out --merge")
     if merge and peft in UNMERGED:
         raise ConfigError(f"peft={peft} does not change the model's weights and cannot be merged: leave out --merge")
-    if not merge and peft != "none" and (model.random_weights and not run.config.benchmark.get("base")):
+    if not merge and peft not in ("none", "blocks") and (model.random_weights and not run.config.benchmark.get("base")):
         raise ConfigError(
             f"model {run.config.model['name']} has random weights, which adapters alone are no use to: add --merge"
         )

@@ -24,16 +24,20 @@ def blocks(total: int, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return starts, np.full(len(starts), context), np.ones(len(starts), np.int64)
 
 
-def windows(total: int, context: int, stride: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def windows(
+    total: int, context: int, stride: int | None = None, lead: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(start, length, tokens that are not predicted) of windows that predict every token once, but the very first ones.
 
     Without a stride windows do not overlap and each predicts all but its first token; with one, every token is
-    predicted in the window that gives it the longest context. A tail that predicts nothing is left out.
+    predicted in the window that gives it the longest context. With a `lead` of 1 a window begins with a token that is
+    not of the text, and all of the text is predicted. A tail that predicts nothing is left out.
     """
-    step = stride or context
-    count = max(1, -(-(total - context) // step) + 1) if total else 0
+    room = context - lead
+    step = min(stride or room, room)
+    count = max(1, -(-(total - room) // step) + 1) if total else 0
     starts = np.arange(count) * step
-    lengths = np.minimum(context, total - starts)
+    lengths = np.minimum(room, total - starts) + lead
     skips = np.ones(count, np.int64)
     skips[1:] = max(1, context - step)
     kept = lengths > skips
@@ -41,14 +45,22 @@ def windows(total: int, context: int, stride: int | None = None) -> tuple[np.nda
 
 
 class Slices(Ragged):
-    """Rows that are stretches of streams."""
+    """Rows that are stretches of streams, behind the token `front` where there is one; lengths count it."""
 
-    def __init__(self, streams: list[Stream], which: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
-        self.streams, self.which, self.starts, self.lengths = streams, which, starts, lengths
+    def __init__(
+        self, streams: list[Stream], which: np.ndarray, starts: np.ndarray, lengths: np.ndarray, front: int | None
+    ) -> None:
+        self.streams, self.which, self.starts, self.lengths, self.front = streams, which, starts, lengths, front
+        self.lead = int(front is not None)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        start = self.starts[row]
-        return self.streams[self.which[row]].tokens[start : start + self.lengths[row]]
+        start, end = self.span(row)
+        tokens = self.streams[self.which[row]].tokens[start:end]
+        return tokens if self.front is None else np.concatenate([np.array([self.front], tokens.dtype), tokens])
+
+    def span(self, row: int) -> tuple[int, int]:
+        """Where in its stream a row begins and ends."""
+        return self.starts[row], self.starts[row] + self.lengths[row] - self.lead
 
 
 @dataclass(frozen=True)
@@ -88,15 +100,17 @@ class Windows(EncodedDataset):
     """Windows over the streams of several domains; `weights` [rows] are the tokens that each predicts.
 
     With `isolate` a document neither sees nor predicts what stands before it in its window. With a `masking` places
-    in the window are filled instead.
+    in the window are filled instead. With a token `front` every window starts with it, which is not predicted.
     """
 
-    def __init__(self, pad_id: int, isolate: bool = False, masking: Masking | None = None) -> None:
+    def __init__(
+        self, pad_id: int, isolate: bool = False, masking: Masking | None = None, front: int | None = None
+    ) -> None:
         super().__init__([], [], [], pad_id)
-        self.isolate, self.masking = isolate, masking
+        self.isolate, self.masking, self.front = isolate, masking, front
         self.streams: list[Stream] = []
         empty = np.empty(0, np.int64)
-        self.source = Slices(self.streams, empty, empty, empty)
+        self.source = Slices(self.streams, empty, empty, empty, front)
         self.skips, self.weights = empty, np.empty(0)
 
     def add(self, task: int, stream: Stream, cut: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
@@ -106,13 +120,12 @@ class Windows(EncodedDataset):
         assert isinstance(old, Slices)
         which = np.concatenate([old.which, np.full(count, len(self.streams))])
         self.streams.append(stream)
-        self.source = Slices(
-            self.streams, which, np.concatenate([old.starts, starts]), np.concatenate([old.lengths, lengths])
-        )
+        starts, lengths = np.concatenate([old.starts, starts]), np.concatenate([old.lengths, lengths])
+        self.source = Slices(self.streams, which, starts, lengths, self.front)
         self.skips = np.concatenate([self.skips, skips])
         self.tasks = np.concatenate([self.tasks, np.full(count, task)])
         self.labels, self.lengths = np.full(len(self.tasks), -1), self.source.lengths
-        self.weights = np.concatenate([self.weights, self._terms(len(self.tasks) - count, lengths - skips)])
+        self.weights = np.concatenate([self.weights, self._terms(len(self.tasks) - count, cut[1] - skips)])
 
     def _terms(self, first: int, plain: np.ndarray) -> np.ndarray:
         """Tokens predicted in the rows from `first` on; `plain` are those of whole windows."""
@@ -132,17 +145,17 @@ class Windows(EncodedDataset):
         """Places of a window where a document begins."""
         source = self.source
         assert isinstance(source, Slices)
-        known, start = self.streams[source.which[row]].starts, source.starts[row]
-        first, last = np.searchsorted(known, [start, start + self.lengths[row]])
-        return np.asarray(known[first:last]) - start
+        known, (start, end) = self.streams[source.which[row]].starts, source.span(row)
+        first, last = np.searchsorted(known, [start, end])
+        return np.asarray(known[first:last]) - start + source.lead
 
     def bytes(self, row: int) -> float:
         """UTF-8 bytes of the text that a window predicts."""
         source = self.source
         assert isinstance(source, Slices)
-        start = source.starts[row]
-        sizes = self.streams[source.which[row]].sizes[start : start + self.lengths[row]]
-        return float(sizes[self.predicted(row)].sum(dtype=np.float64))
+        start, end = source.span(row)
+        sizes = self.streams[source.which[row]].sizes[start:end]
+        return float(sizes[self.predicted(row)[source.lead :]].sum(dtype=np.float64))
 
     def shuffled(self, rows: np.ndarray, size: int, rng: np.random.Generator, chunk: int = 4) -> list[np.ndarray]:
         """One epoch in random order; texts that are read as they come are shuffled inside a buffer."""
@@ -190,7 +203,7 @@ def pack(
 ) -> None:  # fmt: skip
     """Adds a domain's windows to a pool. Raises DataError where there is not even one."""
     total = len(stream.tokens) if limit is None else min(limit, len(stream.tokens))
-    cut = blocks(total, context) if train else windows(total, context, stride)
+    cut = blocks(total, context) if train else windows(total, context, stride, int(pool.front is not None))
     if len(cut[0]) == 0:
         what = f"its train text has {total} tokens, not one window of {context}" if train else "its test text is empty"
         raise DataError(f"domain {name}: {what}; lower benchmark.max_length or leave the domain out")

@@ -141,6 +141,25 @@ def test_a_stride_predicts_every_token_but_the_first_with_the_longest_context() 
     assert nll == pytest.approx(sum(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("stride", [None, 4])
+def test_behind_a_first_token_all_text_is_predicted(stride: int | None) -> None:
+    """[CLS] stands before every window, so that as many tokens are predicted as there are, and all bytes count."""
+    found = objective(stride=stride, bos=True)
+    data = found.encode()
+    ids = [t for text in TEXTS["birds"] for t in found.tokenizer(text)["input_ids"]]
+    step, expected = stride or 11, plain_nll(found.adapters.model, [2, *ids[:11]])
+    for end in range(11 + step, len(ids) + step, step):
+        stop = min(end, len(ids))
+        expected += plain_nll(found.adapters.model, [2, *ids[end - 11 : stop]])[-(stop - end + step) :]
+    nll, tokens = sums(found, data, 0)
+    assert tokens == len(ids) == len(expected)
+    assert nll == pytest.approx(sum(expected), rel=1e-5)
+    rows = data.test.rows_of(0)
+    assert sum(data.test.bytes(row) for row in rows) == sum(len(text.encode()) for text in TEXTS["birds"])
+    assert data.test.batch(rows[:2]).input_ids[:, 0].tolist() == [2, 2]
+    assert data.train.batch([0]).input_ids[0].tolist() == ids[:12]
+
+
 def test_a_tail_of_one_token_adds_nothing() -> None:
     starts, lengths, skips = windows(65, 16)
     assert starts.tolist() == [0, 16, 32, 48]

@@ -43,8 +43,8 @@ class Method:
             raise ConfigError(f"method={self.name} does not do {objective}; it does {', '.join(self.objectives)}")
         if replay != "none" and not self.uses_replay:
             raise ConfigError(f"method={self.name} replays nothing: leave out replay={replay}, or take method=replay")
-        if peft == "none" and self.needs_adapter:
-            raise ConfigError(f"method={self.name} keeps an adapter per task and cannot run with peft=none")
+        if peft in ("none", "blocks") and self.needs_adapter:
+            raise ConfigError(f"method={self.name} keeps an adapter per task and cannot run with peft={peft}")
         if self.pefts and peft not in self.pefts:
             raise ConfigError(f"method={self.name} needs peft={' or '.join(self.pefts)}, not peft={peft}")
         if peft == "frozen" and peft not in self.pefts:

@@ -54,6 +54,8 @@ class LanguageModeling(Objective):
             raise ConfigError(
                 f"evaluation.stride={stride} passes over text: at most benchmark.max_length={length} does not"
             )
+        if self.evaluation.bos and (not self.causal or self.front is None):
+            raise ConfigError(f"evaluation.bos needs a decoder whose tokenizer has such a token: model {backbone.name}")
         if benchmark.isolate and getattr(self.adapters.config, "num_virtual_tokens", None):
             raise ConfigError("benchmark.isolate does not go with virtual tokens: take peft=lora or none")
 
@@ -74,7 +76,7 @@ class LanguageModeling(Objective):
     def encode(self) -> Encoded:
         """Blocks of train and validation text and windows of test text, all domains in one pool each."""
         benchmark, tokens = self.benchmark, Tokens(self.tokenizer, self.cache_dir)
-        pools = {split: self._pool(split == "train") for split in SPLITS}
+        pools = {split: self._pool(split) for split in SPLITS}
         for index, task in enumerate(benchmark.tasks):
             for split in SPLITS:
                 if documents := task.split(split):
@@ -85,12 +87,19 @@ class LanguageModeling(Objective):
             self.terms = asked(benchmark, self.tokenizer, self.evaluation.rank_prompts, self.tokenizer.pad_token_id)
         return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.key)
 
-    def _pool(self, training: bool) -> Windows:
+    def _pool(self, split: str) -> Windows:
         masking = None
         if not self.causal:
             special, size = np.array(self.tokenizer.all_special_ids), len(self.tokenizer)
-            masking = Masking(self.tokenizer.mask_token_id, special, size, seed=0, training=training)
-        return Windows(self.tokenizer.pad_token_id, self.benchmark.isolate, masking)
+            masking = Masking(self.tokenizer.mask_token_id, special, size, seed=0, training=split == "train")
+        front = self.front if self.evaluation.bos and split == "test" else None
+        return Windows(self.tokenizer.pad_token_id, self.benchmark.isolate, masking, front)
+
+    @property
+    def front(self) -> int | None:
+        """The token that a text of this tokenizer begins with."""
+        bos, cls = self.tokenizer.bos_token_id, self.tokenizer.cls_token_id
+        return cls if bos is None else bos
 
     def _add(self, pool: Windows, index: int, name: str, split: str, tokens: Tokens, documents: Any) -> None:
         lazy = self.benchmark.stream and split == "train"

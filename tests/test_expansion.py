@@ -1,0 +1,107 @@
+"""Block expansion and the dropout of the network: at first nothing changes, and then only what should."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from clpet.adapters import Adapters, Blocks, Lora
+from clpet.backbones import Architecture, Backbone
+from clpet.errors import ModelError
+
+from .conftest import domain_args, tiny_args
+
+SMALL = {"vocab_size": 266, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,
+         "max_position_embeddings": 64}  # fmt: skip
+SHAPES = {
+    "llama": {"model_type": "llama", **SMALL},
+    "qwen3": {"model_type": "qwen3", **SMALL, "head_dim": 8, "num_key_value_heads": 4},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 266, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {"model_type": "gpt_neox", **SMALL},
+}
+IDS = torch.tensor([[5, 9, 77, 130, 12, 40, 8, 200]])
+
+
+def network(shape: str) -> tuple[Backbone, transformers.PreTrainedModel]:
+    targets = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"]}.get(shape, ["q_proj", "v_proj"])
+    backbone = Backbone(
+        name=shape, architecture=Architecture.decoder, config=SHAPES[shape], random_weights=True, targets=targets
+    )
+    model, _ = backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
+    return backbone, model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_new_blocks_and_new_adapters_change_no_logit(shape: str) -> None:
+    """Oracle 16; every second of four blocks gets a copy, and its place in the cache of generation."""
+    backbone, model = network(shape)
+    with torch.inference_mode():
+        before, written = model(IDS).logits, model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    adapters = Adapters(model, backbone, Blocks(every=2), generates=True)
+    adapters.add("default", 0)
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, before)
+        assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0), written)
+    assert model.config.num_hidden_layers == 6
+    copies = {name for name in adapters.tensors("default") if {"2", "5"} & set(name.split("."))}
+    assert copies == set(adapters.tensors("default"))
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == copies
+
+    backbone, model = network(shape)
+    adapters = Adapters(model, backbone, Lora(r=4), generates=True)
+    adapters.add("default", 0)
+    with torch.inference_mode():
+        assert torch.equal(adapters.model(IDS).logits, before)
+
+
+def test_blocks_that_are_not_known_are_refused() -> None:
+    backbone = Backbone(name="bert", random_weights=True, config={"model_type": "bert", **SMALL})
+    model, _ = backbone.load(torch.float32, torch.device("cpu"), 0)
+    with pytest.raises(ModelError, match="not those of bert"):
+        Adapters(model, backbone, Blocks())
+    backbone, model = network("llama")
+    with pytest.raises(ModelError, match=r"peft.every=5, but the model has 4 blocks"):
+        Adapters(model, backbone, Blocks(every=5))
+
+
+def test_blocks_learn_domains_and_the_rest_stays(prose: Path, clpet, tmp_path: Path) -> None:
+    """Saved whole, in a form that loads without clpet."""
+    args = domain_args(prose, "peft=blocks", "peft.every=1", "output_dir=out")
+    assert clpet("train", "method=sequential", *args).code == 0
+    (run,) = tmp_path.glob("out/*/*/s*")
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "adapters" / "model")
+    layers = model.model.layers
+    assert len(layers) == model.config.num_hidden_layers == 2 * 2
+    assert all(layers[place].mlp.down_proj.weight.abs().sum() > 0 for place in (1, 3))
+    assert not torch.equal(layers[0].self_attn.q_proj.weight, layers[1].self_attn.q_proj.weight)
+    again = clpet("eval", str(run))
+    assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize(("words_", "line"), [
+    (["method=dynamic_conpet", "peft=blocks"], "keeps an adapter per task and cannot run with peft=blocks"),
+    (["method=sequential", "peft=blocks"], "not those of bert"),
+    (["method=sequential", "model.dropout=1"], "model.dropout must be in [0, 1), or null, not 1"),
+])  # fmt: skip
+def test_refusals(words_: list[str], line: str, words: Path, clpet) -> None:
+    found = clpet("train", *tiny_args(words), *words_)
+    assert found.code == 2
+    assert line in found.err
+
+
+def test_dropout_is_that_of_the_run_while_the_network_is_trained(tmp_path: Path) -> None:
+    """Of a network with random weights and of a saved one; two passes differ in training only."""
+    backbone, model = network("gpt2")
+    model.save_pretrained(tmp_path)
+    from clpet.backbones import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(tmp_path)
+    saved = Backbone(name="saved", path=str(tmp_path), architecture=Architecture.decoder, dropout=0.2)
+    drawn = Backbone(**{**vars(backbone), "dropout": 0.2})
+    for chosen in (saved, drawn):
+        model, _ = chosen.load(torch.float32, torch.device("cpu"), 0, generates=True)
+        assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.2}
+        assert torch.equal(model(IDS).logits, model(IDS).logits)
+        model.train()
+        assert not torch.equal(model(IDS).logits, model(IDS).logits)
