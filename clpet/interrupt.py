@@ -1,7 +1,9 @@
 """Signals: a run that is asked to stop saves what it has and leaves; the same command goes on."""
 
 import contextlib
+import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -67,12 +69,30 @@ class Interrupt:
     def leave(self) -> None:
         """Leaves if a signal asked to; a handler that was there before, such as submitit's, decides how.
 
-        submitit's for SIGUSR2 requeues the job and ends the process, its for SIGTERM returns: then the run goes on.
+        submitit's for SIGUSR2 requeues the job and ends the process, its for SIGTERM returns: then the run goes on. But
+        SLURM's SIGTERM is the last word before SIGKILL. A job that SLURM has requeued or cancelled leaves at once; one
+        that it still takes for running, as in the grace time of a preemption, is requeued first.
         """
         signum, self.asked = self.asked, None
         if signum is None:
             return
+        if signum == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            if not running():
+                raise Interrupted(signum)
+            signum = signal.SIGUSR2
         handler = self.before.get(signum)
         if not callable(handler) or handler is signal.default_int_handler:
             raise Interrupted(signum)
         handler(signum, None)
+
+
+def running() -> bool:
+    """Whether SLURM takes the job of this process for running."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
+    asked = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return True
+    return said.stdout.strip() == "RUNNING"

@@ -117,6 +117,32 @@ def one_then_the_other(interrupt: Interrupt, events: list[str]) -> None:
         events.append("step")
 
 
+@pytest.mark.parametrize(("state", "code"), [("RUNNING", -1), ("COMPLETING", 75), ("", 75)])
+def test_slurm_s_term_requeues_only_a_job_that_still_runs(
+    state: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that SLURM has requeued or cancelled by itself leaves; in a preemption's grace time it has to ask."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\n[ "$2" = --jobs=7_3 ] && echo {state}\n')
+    squeue.chmod(0o755)
+    for key, value in {"PATH": str(tmp_path), "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "9",
+                       "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+
+    def requeue(signum: int, frame: object) -> None:
+        raise SystemExit(-1)
+
+    held = {signal.SIGUSR2: requeue, signal.SIGTERM: lambda *_: None}
+    before = {signum: signal.signal(signum, handler) for signum, handler in held.items()}
+    try:
+        with pytest.raises(SystemExit) as ended, Interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert ended.value.code == code
+
+
 def test_without_one_the_process_leaves_with_its_own_code() -> None:
     with pytest.raises(Interrupted) as ended, Interrupt():
         os.kill(os.getpid(), signal.SIGUSR2)
