@@ -39,6 +39,7 @@ class Domains(Source):
     max_bytes: int | None = None
     drop_above: int | None = None
     base: str | None = None
+    max_base: int | None = None
     reference: str | None = None
     groups: dict[str, list[str]] | None = None
     source_order: list[str] | None = None
@@ -58,6 +59,7 @@ class Domains(Source):
         for key in ("max_bytes", "drop_above"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"benchmark.{key}", value, "at least 1 byte, or null")
+        require(self.max_base is None or self.max_base >= 1, "benchmark.max_base", self.max_base, "at least 1, or null")
         capped = (self.balance is Balance.cap) == (self.max_bytes is not None)
         require(capped, "benchmark.max_bytes", self.max_bytes, "given with balance=cap, and only then")
         apart = self.base not in (self.tasks or [])
@@ -130,7 +132,8 @@ class Domains(Source):
     def _tasks(self, full: dict[str, dict[str, Documents]]) -> dict[str, Task]:
         """Limits first, then the balance inside the sequence; test texts are compared to all of train."""
         most = self.max_train and max(1, self.max_train // 5)
-        trains = {name: parts["train"].limited(self.max_train) for name, parts in full.items()}
+        limits = {self.base: self.max_base or self.max_train}
+        trains = {name: parts["train"].limited(limits.get(name, self.max_train)) for name, parts in full.items()}
         names = [name for name in full if name != self.base]
         if self.balance is not Balance.none and names:
             rule = "min" if self.balance is Balance.min else f"cap={self.max_bytes}"

@@ -136,6 +136,14 @@ def test_domains_are_balanced_by_bytes_of_train(tmp_path: Path) -> None:
     assert sizes(balance=Balance.min, base="d") == [10, 10, 10]  # the base corpus is not balanced
 
 
+def test_a_base_corpus_is_limited_apart_from_the_tasks(four: Path) -> None:
+    alike, apart = (domains(four, base="ant", max_train=2, max_base=most).load(str(four)) for most in (None, 4))
+    assert [len(task.train) for task in [*alike.tasks, *apart.tasks]] == [2] * 6
+    assert alike.base is not None
+    assert apart.base is not None
+    assert (len(alike.base.train), len(apart.base.train)) == (2, 4)
+
+
 def test_a_base_corpus_is_no_task_but_counts_as_train(four: Path) -> None:
     """What a test text shares with it is left out too."""
     copied = json.loads((four / "ant" / "all.jsonl").read_text().splitlines()[0])["text"]
