@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def prepare(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, cache:
 
 def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder: Path, display: Display) -> None:
     assert benchmark.base is not None
-    model, tokenizer = backbone.load(torch.float32, hardware.torch_device, 0, generates=True)
+    network = replace(backbone, dropout=None)  # what a run drops is no part of what all runs begin with
+    model, tokenizer = network.load(torch.float32, hardware.torch_device, 0, generates=True)
     adapters = Adapters(model, backbone, Adapter(), generates=True)
     adapters.add("default", 0)
     alone = Benchmark("base", [benchmark.base], max_length=benchmark.max_length, isolate=benchmark.isolate)

@@ -19,20 +19,21 @@ def contrastive(z: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, ta
 
 
 def relation_distillation(z: Tensor, place: Tensor, prototypes: Tensor, means: Tensor, t: float) -> Tensor:
-    """KL(softmax(t G[y]) || softmax(t z C^T)), batch mean; G = P P^T of the previous task's normalised prototypes."""
+    """[batch]: KL(softmax(t G[y]) || softmax(t z C^T)); G = P P^T of the previous task's normalised prototypes."""
     p = F.normalize(prototypes, dim=1)
     target = (t * (p @ p.T)[place]).softmax(1)
-    return F.kl_div((t * z @ means.T).log_softmax(1), target, reduction="batchmean")
+    return F.kl_div((t * z @ means.T).log_softmax(1), target, reduction="none").sum(1)
 
 
 class Bank:
     """One z per drawn example; sums and counts per class are kept up to date with every refreshed entry."""
 
-    def __init__(self, z: Tensor, labels: Tensor, rows: np.ndarray, pool: int, classes: int) -> None:
-        self.z, self.labels = z.clone(), labels
+    def __init__(self, z: Tensor, labels: np.ndarray, rows: np.ndarray, pool: int, classes: int) -> None:
+        self.z, self.known = z.clone(), labels
+        self.labels = torch.from_numpy(labels).to(z.device)
         self.place = np.full(pool, -1, dtype=np.int64)
         self.place[rows] = np.arange(len(rows))
-        self.sums = torch.zeros(classes, z.shape[1], device=z.device).index_add_(0, labels, z)
+        self.sums = torch.zeros(classes, z.shape[1], device=z.device).index_add_(0, self.labels, z)
 
     def update(self, rows: np.ndarray, z: Tensor) -> None:
         """Replaces the entries of `rows`; of a row drawn twice in a batch the first one counts."""
@@ -46,15 +47,15 @@ class Bank:
         """[classes, dim]: class means, normalised."""
         return F.normalize(self.sums, dim=1)
 
-    def sample(self, labels: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    def sample(self, labels: np.ndarray, count: int, rng: np.random.Generator) -> Tensor:
         """Places of `count` random entries, drawn again until every label of the batch is among them."""
-        wanted = labels.unique()
+        wanted = np.unique(labels)
         while True:
-            places = torch.from_numpy(rng.permutation(len(self.z))[:count]).to(labels.device)
-            if torch.isin(wanted, self.labels[places]).all():
-                return places
-            if count < len(self.z):
-                count = min(len(self.z), count + 1)  # a class of one example would never be met otherwise
+            places = rng.permutation(len(self.known))[:count]
+            if np.isin(wanted, self.known[places]).all():
+                return torch.from_numpy(places).to(self.z.device, non_blocking=True)
+            if count < len(self.known):
+                count = min(len(self.known), count + 1)  # a class of one example would never be met otherwise
 
 
 def draw(

@@ -26,7 +26,11 @@ def expand(model: Any, every: int) -> list[nn.Module]:
         raise ModelError(f"peft=blocks knows the blocks of LLaMA, GPT-2 and GPT-NeoX, not those of {config.model_type}")
     if every > len(old):
         raise ModelError(f"peft.every={every}, but the model has {len(old)} blocks: at most that")
-    kinds, new, made = getattr(config, "layer_types", None), nn.ModuleList(), []
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ModelError(
+            "peft=blocks does not go with scale_attn_by_inverse_layer_idx: a block's place changes its values"
+        )
+    new, made = nn.ModuleList(), []
     for number, block in enumerate(old, 1):
         new.append(block)
         if number % every == 0:
@@ -38,8 +42,9 @@ def expand(model: Any, every: int) -> list[nn.Module]:
                 module.layer_idx = number  # type: ignore[assignment]
     parent, name = next((p, n) for p in model.modules() for n, child in p.named_children() if child is old)
     setattr(parent, name, new)
-    if kinds:
-        config.layer_types = [k for number, k in enumerate(kinds, 1) for k in [k] * (2 if number % every == 0 else 1)]
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == len(old) and key != "architectures":  # an entry per block
+            setattr(config, key, [v for number, v in enumerate(value, 1) for v in [v] * (1 + (number % every == 0))])
     config.num_hidden_layers = len(new)
     return made
 

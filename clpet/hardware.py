@@ -121,13 +121,14 @@ def blocks(model: nn.Module) -> list[Any]:
     return found
 
 
-def recompute(model: Any) -> None:
+def recompute(model: Any, frozen: bool) -> None:
     """Activations inside of blocks are computed again for the gradients instead of held (Chen et al., 2016).
 
     transformers does so only where a block is in training mode, which a frozen one would otherwise never be: what it
     drops by itself in that mode is set to nothing.
     """
-    for block in blocks(model):
+    found = blocks(model)
+    for block in found if frozen else ():
         for name, value in vars(block).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(block, name, 0.0)

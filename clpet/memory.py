@@ -282,6 +282,9 @@ class FixedReplay(NoReplay):
         self.memory[index] = np.sort(np.concatenate([train for train, _ in parts]))
         self.spare[index] = np.sort(np.concatenate([spare for _, spare in parts]))
 
+    def stored(self) -> int:
+        return super().stored() + sum(len(rows) for rows in self.spare.values())
+
     def state(self) -> dict[str, Any]:
         return {**super().state(), "spare": {str(task): rows.tolist() for task, rows in self.spare.items()}}
 

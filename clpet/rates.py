@@ -48,9 +48,12 @@ class RateReplay(NoReplay):
             return self.alone(index, stage)
 
         def epoch(number: int) -> list[Rows]:
+            first, last = number * count, (number + 1) * count
+            through = range(first // len(old), -(-last // len(old)))  # the turns through all old rows that it touches
+            turns = [self.rng(self.key(index), stage, "turn", turn).permutation(old) for turn in through]
+            drawn = np.concatenate(turns)[first - through[0] * len(old) :][:count]
             rng = self.rng(self.key(index), stage, number)
-            rounds = [rng.permutation(old) for _ in range(-(-count // len(old)))]
-            return self.pool.shuffled(np.concatenate([new, *rounds])[: len(new) + count], self.batch_size, rng)
+            return self.pool.shuffled(np.concatenate([new, drawn]), self.batch_size, rng)
 
         return Plan(self.pool, -(-(len(new) + count) // self.batch_size), epoch)
 

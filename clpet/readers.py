@@ -94,7 +94,7 @@ def _csv(path: Path) -> Table:
 
 def _json(path: Path) -> Table:
     """A list of objects, or an object a line. pyarrow's own reader crashes on some lines that are no objects."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if text.lstrip()[:1] == "[":
         values = json.loads(text)
         names = [f"entry {number}" for number in range(1, len(values) + 1)]
@@ -104,6 +104,8 @@ def _json(path: Path) -> Table:
     for name, row in zip(names, values, strict=True):
         if not isinstance(row, dict):
             raise ValueError(f"{name} is no object with columns")
+        if "\\u" in text and not _encodes(row):
+            raise ValueError(f"{name} has half of a character (a lone surrogate)")
     columns = {column for row in values for column in row}
     return columns, [{column: row.get(column) for column in columns} for row in values]
 
@@ -113,6 +115,13 @@ def _parsed(line: str, number: int) -> Any:
         return json.loads(line)
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from error
+
+
+def _encodes(row: dict[str, Any]) -> bool:
+    try:
+        return bool(json.dumps(row, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def read_hub(

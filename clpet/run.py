@@ -197,7 +197,7 @@ def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) 
     place = torch.device("cpu") if spread else hardware.torch_device
     model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, kind.generates, place, nf4)
     if hardware.gradient_checkpointing:
-        recompute(model)
+        recompute(model, frozen=not peft.full)
     adapters = Adapters(model, backbone, peft, kind.generates)
     seed = derive(config.seed, "head")
     objective = kind(benchmark, backbone, adapters, tokenizer, seed, hardware, config.evaluation)

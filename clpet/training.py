@@ -79,6 +79,7 @@ class Trainer:
         stage: str = "",
         clip: float | None = None,
         validate: Callable[[], float] | None = None,
+        before_step: Callable[[np.ndarray], None] | None = None,
         adjust_gradients: Callable[[], None] | None = None,
         after_step: Callable[[], None] | None = None,
     ) -> None:
@@ -86,13 +87,17 @@ class Trainer:
 
         With train.select=best, `validate` (higher is better) is called before and after every epoch and the
         best state of `parameters` is kept; without a strictly better epoch the first state stays.
-        `adjust_gradients` comes before every step, `after_step` after every one that is not left out.
+        `before_step` gets the rows of every whole batch before any part of it is computed; `adjust_gradients` comes
+        before every update, `after_step` after every one that is not left out.
         Raises HostError when the loss is no longer finite.
         """
         settings, parameters = self.settings, list(parameters)
-        step = partial(self._step, plan, loss, settings.clip if clip is None else clip, adjust_gradients, after_step)
+        clip = settings.clip if clip is None else clip
+        step = partial(self._step, plan, loss, clip, before_step, adjust_gradients, after_step)
         self.progress.fit(stage, settings.epochs, plan.steps)
         if self.trial:
+            if before_step:
+                before_step(plan.epoch(0)[0])
             self._backward(plan, plan.epoch(0)[0], loss, parameters)
             return
         with self.keeper.interrupt.held(), enough_memory(self._sizes):
@@ -121,12 +126,15 @@ class Trainer:
         plan: Plan,
         loss: Callable[[Batch], Tensor],
         clip: float,
+        before_step: Callable[[np.ndarray], None] | None,
         adjust_gradients: Callable[[], None] | None,
         after_step: Callable[[], None] | None,
         fit: Fit,
         rows: np.ndarray,
         lr: float,
     ) -> None:
+        if before_step:
+            before_step(rows)
         mean = self._backward(plan, rows, loss, fit.parameters)
         if adjust_gradients:
             adjust_gradients()

@@ -168,14 +168,26 @@ def test_bank_has_no_zero_vector_and_exact_means(make, replay: str, monkeypatch:
 
 
 def test_bank_sample_holds_every_label_of_the_batch() -> None:
-    labels = torch.tensor([0] * 500 + [1])
+    labels = np.array([0] * 500 + [1])
     bank = Bank(torch.ones(501, 2), labels, np.arange(501), 501, 2)
-    places = bank.sample(torch.tensor([1, 0]), 40, np.random.default_rng(0))
+    places = bank.sample(np.array([1, 0]), 40, np.random.default_rng(0))
     assert set(labels[places].tolist()) == {0, 1}
 
 
+def test_parts_of_a_batch_meet_the_same_entries_of_the_bank(make) -> None:
+    """With a sample of the bank, hardware.micro_batch_size changes no result."""
+    found = []
+    for size in ("null", "4"):
+        more = ["replay.limit=10", "method.sample=12", "method.min_per_class=1", f"hardware.micro_batch_size={size}"]
+        run = make("method=crl", "replay=dynamic", "train.lr=1e-4", *more)
+        for index in range(2):
+            run.learn(index)
+        found.append(run.method.objective.adapters.state()["default"])
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
+
+
 def test_a_row_twice_in_a_batch_is_counted_once() -> None:
-    bank = Bank(torch.eye(2), torch.tensor([0, 1]), np.array([0, 1]), 2, 2)
+    bank = Bank(torch.eye(2), np.array([0, 1]), np.array([0, 1]), 2, 2)
     bank.update(np.array([0, 0]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     assert bank.sums.tolist() == [[0.0, 1.0], [0.0, 1.0]]
 

@@ -115,6 +115,19 @@ def test_a_share_of_what_is_read_is_old() -> None:
         assert replay.plan(1).steps == len(replay.plan(1).epoch(0))
 
 
+def test_all_that_is_old_comes_before_any_of_it_comes_again() -> None:
+    """Through several epochs and turns."""
+    data = objective(benchmark=domains(length=8, base=True)).encode()
+    replay = RateReplay(rate=0.3)
+    replay.setup(data, 0, 4)
+    replay.remember(0, lambda rows: np.empty(0))
+    plan, counts = replay.plan(1), np.zeros(len(data.train), int)
+    for epoch in range(7):
+        counts += np.bincount(np.concatenate(plan.epoch(epoch)), minlength=len(counts))
+        assert np.ptp(counts[data.train.rows_of(0)]) <= 1
+    assert counts[data.train.rows_of(0)].min() >= 1
+
+
 HALFWAY = """
 import os, signal, sys
 from clpet import halfway
@@ -186,6 +199,7 @@ def test_killed_after_a_domain_ends_bit_for_bit_like_uninterrupted(
         (["method=sequential", "replay=fixed", "method=replay"], "chooses its memory by class logits"),
         (["method=sequential", "benchmark.max_length=9000", "benchmark.max_test=1"], "this model reads at most 1024 tokens"),
         (["method=sequential", "benchmark.max_length=1000", "max_train=2"], "not one window of 1000"),
+        (["method=sequential", "evaluation.bos=true", "benchmark.isolate=true"], "does not go with benchmark.isolate"),
         (["method=sequential", "model=tiny_t5"], "language_modeling needs a decoder or encoder"),
         (["method=sequential", "benchmark.base=cloud"], "benchmark.base=cloud is no domain"),
         (["method=sequential", "order=similar", "benchmark.reference=nowhere"], "benchmark.reference=nowhere is neither"),

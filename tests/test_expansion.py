@@ -1,5 +1,7 @@
 """Block expansion and the dropout of the network: at first nothing changes, and then only what should."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import transformers
 from clpet.adapters import Adapters, Blocks, Lora
 from clpet.backbones import Architecture, Backbone
 from clpet.errors import ModelError
+from clpet.hardware import recompute
 
 from .conftest import domain_args, tiny_args
 
@@ -77,6 +80,49 @@ def test_blocks_learn_domains_and_the_rest_stays(prose: Path, clpet, tmp_path: P
     assert not torch.equal(layers[0].self_attn.q_proj.weight, layers[1].self_attn.q_proj.weight)
     again = clpet("eval", str(run))
     assert again.code == 0, again.err
+
+
+def test_what_a_config_says_of_every_block_is_said_of_the_copies(tmp_path: Path) -> None:
+    """SmolLM3 lists the blocks without rotary positions; a GPT-2 that scales by the block's place cannot be expanded."""
+    values = {**SMALL, "num_key_value_heads": 4, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": 0}
+    backbone = Backbone(name="smol", architecture=Architecture.decoder, random_weights=True,
+                        config={"model_type": "smollm3", **values})  # fmt: skip
+    model, _ = backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
+    with torch.inference_mode():
+        before = model(IDS).logits
+    Adapters(model, backbone, Blocks(every=2), generates=True)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        assert torch.allclose(again(IDS).logits, before, atol=1e-6)
+    assert again.config.no_rope_layers == [1, 0, 0, 1, 0, 0]
+    scaled = {**SHAPES["gpt2"], "scale_attn_by_inverse_layer_idx": True}
+    backbone = Backbone(name="gpt2", architecture=Architecture.decoder, random_weights=True, config=scaled)
+    model, _ = backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
+    with pytest.raises(ModelError, match="scale_attn_by_inverse_layer_idx"):
+        Adapters(model, backbone, Blocks(every=2), generates=True)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_recomputed_blocks_drop_where_they_are_trained(frozen: bool) -> None:
+    """OPT's blocks drop by themselves."""
+    values = {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.3}
+    backbone = Backbone(name="opt", architecture=Architecture.decoder, random_weights=True,
+                        config={"model_type": "opt", **values})  # fmt: skip
+    model, _ = backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
+    recompute(model, frozen)
+    assert {block.dropout for block in model.model.decoder.layers} == {0.0 if frozen else 0.3}
+
+
+def test_the_base_model_is_the_same_whatever_a_run_drops(prose: Path, clpet, tmp_path: Path) -> None:
+    args = ["train", "method=sequential", *domain_args(prose, "benchmark.base=birds", "cache_dir=cache")]
+    assert clpet(*args, "model.dropout=0.2", "output_dir=dropped").code == 0
+    (folder,) = tmp_path.glob("cache/base/*")
+    assert json.loads((folder / "config.json").read_text())["attention_dropout"] == 0
+    first = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    assert clpet(*args, "output_dir=plain").code == 0
+    assert (folder / "model.safetensors").read_bytes() == first
 
 
 @pytest.mark.parametrize(("words_", "line"), [

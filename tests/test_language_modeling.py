@@ -234,6 +234,18 @@ def test_texts_read_as_they_come_give_the_same_windows(tmp_path: Path, monkeypat
     assert all(sorted(order[start : start + 4]) == list(range(start, start + 4)) for start in (0, 4, 8))
 
 
+def test_domains_that_are_read_as_they_come_are_mixed_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As replay and joint training need it: in every fifth of an epoch each has its share."""
+    monkeypatch.setattr("clpet.packing.BUFFER", 4)
+    tokens, pool = Tokens(byte_tokenizer(), str(tmp_path)), Windows(pad_id=0)
+    for task in range(3):
+        pack(task, "d", pool, tokens.lazy([Example(text) for text in TEXTS["birds"]] * 60), 16)
+    order = np.concatenate(pool.shuffled(np.arange(len(pool)), 5, np.random.default_rng(0)))
+    assert sorted(order) == list(range(len(pool)))
+    for part in np.array_split(pool.tasks[order], 5):
+        assert np.bincount(part, minlength=3) / len(part) == pytest.approx([1 / 3] * 3, abs=0.08)
+
+
 def test_bytes_count_every_character_once() -> None:
     text = "naïve €5"
     offsets = [(0, 2), (2, 3), (2, 3), (3, 5), (6, 7), (7, 8)]  # ï in two tokens; a space that no token holds

@@ -151,6 +151,7 @@ def test_four_fifths_of_the_kept_examples_are_trained_on() -> None:
         assert (labels[replay.memory[0]] == label).sum() == 6
         assert (labels[replay.spare[0]] == label).sum() == 1
     assert not set(replay.memory[0]) & set(replay.spare[0])
+    assert replay.stored() == len(replay.memory[0]) + len(replay.spare[0])
 
 
 FEWNERD = [30415, 24780, 51816, 101875, 34443, 29988, 12912, 24075, 15163, 14916]

@@ -10,6 +10,7 @@ import pytest
 
 from clpet.data import inspect_data
 from clpet.errors import DataError
+from clpet.readers import read_local
 from clpet.sources import PythonStdlib, Table
 from clpet.splits import by_label, sample, split_off
 from clpet.tasks import Example, normalised, order_names
@@ -294,3 +295,18 @@ def test_bert_score_without_its_library_is_refused_before_reading(
         )
         == 2
     )
+
+
+def test_json_lines_of_any_editor_are_read_and_half_characters_refused(tmp_path: Path) -> None:
+    """A byte order mark before the first line; an emoji that was cut in half, which no tokenizer can encode."""
+    path, row = tmp_path / "train.jsonl", {"text": "a\u2028b 😀", "label": "x"}
+    path.write_text(json.dumps(row) + "\n\n" + json.dumps({"text": "c", "more": 1}) + "\n", encoding="utf-8-sig")
+    found = read_local(tmp_path, {"train": "train"})["train"]
+    assert found.columns == {"text", "label", "more"}
+    assert found.values == [{**row, "more": None}, {"text": "c", "label": None, "more": 1}]
+    path.write_text(json.dumps(row) + "\n" + '{"text": "half \\ud83d"}\n')
+    with pytest.raises(DataError, match=r"train.jsonl cannot be read as jsonl: line 2 has half of a character"):
+        read_local(tmp_path, {"train": "train"})
+    path.write_text('{"text": "a"}\n[1]\n')
+    with pytest.raises(DataError, match="line 2 is no object with columns"):
+        read_local(tmp_path, {"train": "train"})

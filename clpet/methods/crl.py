@@ -82,8 +82,8 @@ class CRL(Method):
         """One fit with a fresh bank over the rows that its plan draws."""
         self.drawn = rows = trainer.rows(plan)
         z = self.embed(rows, lambda batch: self.project(self.objective.features(batch)))
-        labels = torch.from_numpy(self.data.train.labels[rows]).to(z.device)
-        self.bank = Bank(z, labels, rows, len(self.data.train), len(self.benchmark.labels))
+        self.bank = Bank(z, self.data.train.labels[rows], rows, len(self.data.train), len(self.benchmark.labels))
+        self.olds = torch.tensor(self.old, device=z.device)
         self.distil = name == "replay" and bool(self.old)
         self.rng = np.random.default_rng(derive(self.seed, "bank", index, name))
         self.passed: list[tuple[np.ndarray, Tensor]] = []
@@ -93,6 +93,7 @@ class CRL(Method):
             self.parameters(),
             stage=name,
             clip=self.clip,
+            before_step=self.meet,
             adjust_gradients=self.take,
             after_step=self.refresh,
         )
@@ -139,20 +140,22 @@ class CRL(Method):
             plans["replay"] = self.second(index, epochs=1)
         return plans
 
+    def meet(self, rows: np.ndarray) -> None:
+        """The entries of the bank that a step compares with, the same ones for all parts of its batch."""
+        labels = self.data.train.labels[rows]
+        self.inside = self.bank.sample(labels, self.sample, self.rng) if self.starred else slice(None)
+
     def loss(self, batch: Batch) -> Tensor:
-        """L_CL + L_KD of the examples of old classes in stage 2."""
-        z = self.project(self.objective.features(batch))
+        """L_CL + L_KD of the examples of old classes in stage 2, both means over the whole batch."""
+        z, inside = self.project(self.objective.features(batch)), self.inside
         self.passed.append((batch.rows, z.detach()))
-        inside = self.bank.sample(batch.labels, self.sample, self.rng) if self.starred else slice(None)
         loss = contrastive(z, batch.labels, self.bank.z[inside], self.bank.labels[inside], self.tau, self.eps)
         if self.distil:
-            old = torch.as_tensor(self.old, device=z.device)
-            mine = torch.isin(batch.labels, old)
-            if mine.any():
-                place = torch.searchsorted(old, batch.labels[mine])
-                means = self.bank.means()[old]
-                kl = relation_distillation(z[mine], place, self.prototypes[old], means, self.temperature)
-                loss = loss + kl * (mine.sum() / len(batch))  # mean over the whole batch
+            mine = torch.isin(batch.labels, self.olds)
+            place = torch.searchsorted(self.olds, batch.labels).clamp(max=len(self.olds) - 1)
+            means, prototypes = self.bank.means()[self.olds], self.prototypes[self.olds]
+            kl = relation_distillation(z, place, prototypes, means, self.temperature)
+            loss = loss + (kl * mine).mean()
         return loss
 
     def take(self) -> None:

@@ -56,6 +56,8 @@ class LanguageModeling(Objective):
             )
         if self.evaluation.bos and (not self.causal or self.front is None):
             raise ConfigError(f"evaluation.bos needs a decoder whose tokenizer has such a token: model {backbone.name}")
+        if self.evaluation.bos and benchmark.isolate:
+            raise ConfigError("evaluation.bos does not go with benchmark.isolate, where every document begins anew")
         if benchmark.isolate and getattr(self.adapters.config, "num_virtual_tokens", None):
             raise ConfigError("benchmark.isolate does not go with virtual tokens: take peft=lora or none")
 
