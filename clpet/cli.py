@@ -15,7 +15,7 @@ from typing import Any
 from clpet import __version__, commands
 from clpet.errors import ClpetError, ConfigError, suggest
 from clpet.interrupt import CODE, Interrupted
-from clpet.mistakes import GROUPS, cluster_message, composed, disk_message, hydra_message
+from clpet.mistakes import GROUPS, cluster_message, composed, disk_message, hydra_message, plugin_place
 
 COMMANDS = {
     "train": "learn a benchmark task by task and write its transfer matrix (also resumes, and sweeps with -m)",
@@ -71,6 +71,8 @@ def told(error: Exception | Interrupted) -> tuple[str, int]:
     with tempfile.NamedTemporaryFile("w", prefix="clpet-", suffix=".txt", delete=False) as file:
         traceback.print_exception(error, file=file)
     text = (str(error).splitlines() or [""])[0]
+    if place := plugin_place(error):
+        return f"{place}: {type(error).__name__}: {text} (the whole traceback: {file.name})", 1
     return f"internal error, please report it with {file.name}: {type(error).__name__}: {text}", 1
 
 
@@ -145,29 +147,38 @@ def train(argv: list[str]) -> int:
     arguments = normalised(argv)
     check_group_options(arguments)
 
-    failures: list[Exception] = []
+    failures: list[tuple[str, Exception]] = []
 
     def job(cfg: Any) -> float | None:
-        from clpet.launch import launch
+        from clpet.config import typed
 
         found = HydraConfig.get()
         submitted = found.mode is RunMode.MULTIRUN and "BasicLauncher" not in found.launcher._target_
         code: list[int] = []
         if submitted:
             atexit.register(lambda: code and os._exit(code[0]))
+        own = " ".join(word for word in found.overrides.task if word not in arguments)  # what the sweep varies
+        if own and not submitted:
+            print(f"\n[{found.job.num + 1}] {own}\n", flush=True)
         try:
+            typed(cfg)  # a mistake in a value is told before what takes seconds to import
+            from clpet.launch import launch
+
             matrix = launch(cfg, Path(found.runtime.output_dir), list(found.overrides.task))
         except Exception as error:
             if submitted:  # the launcher carries the error home as an answer: the job has to fail by itself
                 code.append(getattr(error, "exit_code", 1))
                 raise
-            failures.append(error)  # the other runs of a sweep go on
+            failures.append((own, error))  # the other runs of a sweep go on
             return None
         return matrix.average() if matrix is not None else None
 
     sys.argv = ["clpet train", *arguments]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(job)()
-    codes = [_fail(*told(error)) for error in failures]
+    codes = []
+    for own, error in failures:
+        message, code = told(error)
+        codes.append(_fail(f"{own}: {message}" if own else message, code))
     return max(codes, default=0)
 
 

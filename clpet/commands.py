@@ -24,9 +24,10 @@ def runs(argv: list[str]) -> int:
     if arguments.picture and not arguments.compare:
         raise ConfigError("--picture needs --compare KEY, such as --compare model")
     folder, metrics = Path(arguments.folder), arguments.metrics.split(",") if arguments.metrics else []
-    print(compare.report(folder, arguments.compare, metrics, arguments.benchmark, arguments.format))
+    text = compare.report(folder, arguments.compare, metrics, arguments.benchmark, arguments.format)
     if arguments.picture:
         compare.picture(folder, arguments.compare, arguments.benchmark, Path(arguments.picture))
+    print(text)
     return 0
 
 

@@ -14,8 +14,7 @@ from clpet import pretraining
 from clpet.console import matrix_table, table
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.pretraining_tables import average_table, domain_table, formula_lines, transfer_tables
-from clpet.reading import printable, read_json, read_results, readable
-from clpet.records import command
+from clpet.reading import command, printable, read_json, read_results, readable
 from clpet.results import CONVENTIONS, NEEDS, TransferMatrix, round2
 
 COLUMNS = ("average", "whole", "bwt", "fwt", "forgetting", "learning_accuracy")  # of a comparison, by default
@@ -37,7 +36,7 @@ def report(folder: Path, key: str | None, metrics: Sequence[str], benchmark: str
         raise DataError(f"{folder} is not a folder; runs go to outputs/ unless output_dir says otherwise")
     runs = [(path, run) for path, run in find_runs(folder) if benchmark in (None, run["benchmark"])]
     if not key:
-        return _listing(folder, runs, form)
+        return _listing(folder, runs, benchmark, form)
     if not runs:
         raise DataError(f"{folder} holds no finished runs to compare")
     known = {**CONVENTIONS, **pretraining.FORMULAS}
@@ -67,6 +66,8 @@ def picture(folder: Path, key: str, benchmark: str | None, path: Path) -> Path:
 
     runs = [(place, run) for place, run in find_runs(folder) if benchmark in (None, run["benchmark"])]
     names = sorted({run["benchmark"] for _, run in runs if run["direction"] == "lower"})
+    if runs and not names:
+        raise ConfigError("--picture draws perplexities, and these runs have accuracies: leave it out")
     if len(names) != 1:
         raise ConfigError(f"--picture draws one benchmark of perplexities: say --benchmark{suggest('', names)}")
     own = [(place, run) for place, run in runs if run["benchmark"] == names[0]]
@@ -77,20 +78,19 @@ def picture(folder: Path, key: str, benchmark: str | None, path: Path) -> Path:
     return side_by_side({value: found for value, found in groups.items() if found}, key, path, names[0])
 
 
-def _listing(folder: Path, runs: list[tuple[Path, dict[str, Any]]], form: str) -> str:
+def _listing(folder: Path, runs: list[tuple[Path, dict[str, Any]]], benchmark: str | None, form: str) -> str:
     rows = [
         [run["benchmark"], run["method"], run["replay"], run["model"], str(run["seed"]), round2(run["average"]),
          round2(run["backward_transfer"]), f"{sum(cost['seconds'] for cost in run['cost']):.0f}", str(path)]
         for path, run in runs
     ]  # fmt: skip
-    started = [
-        path.parent for path in sorted(folder.glob("*/*/s*-*/run.json")) if not (path.parent / "results.json").exists()
-    ]
+    recorded = sorted(folder.glob(f"{benchmark or '*'}/*/s*-*/run.json"))
+    started = [path.parent for path in recorded if not (path.parent / "results.json").exists()]
     rows += [
         [*path.parts[-3:-1], "", "", path.name.split("-")[0][1:], "unfinished", "", "", str(path)] for path in started
     ]
     if not rows:
-        return f"no runs in {folder} yet; start one with `clpet train`"
+        return f"no runs{f' of {benchmark}' if benchmark else ''} in {folder} yet; start one with `clpet train`"
     return formatted(["benchmark", "method", "replay", "model", "seed", "average", "bwt", "train s", "run"], rows, form)
 
 

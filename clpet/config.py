@@ -272,6 +272,8 @@ def _identity(cfg: Any, without: tuple[str, ...]) -> dict:
     if identity.get("train"):
         for key in ("save_minutes", "keep"):  # when something is written changes no result
             identity["train"].pop(key, None)
+    if (cfg.get("hardware") or {}).get("quantization", "none") != "none":  # alone of hardware it is a coarser model
+        identity["quantization"] = str(cfg.hardware.quantization)
     for place, key in ((identity, "data_dir"), (identity.get("model") or {}, "path")):
         if place.get(key):
             place[key] = os.path.abspath(os.path.expanduser(place[key]))

@@ -3,13 +3,15 @@
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from torch import Tensor
 
 from clpet.results import TransferMatrix, round2
+
+if TYPE_CHECKING:  # reading runs back needs no torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class Display:
         """The fit goes on where a run was cut off: what lies before takes no time now."""
         self.skipped, self.before = steps, -examples if steps % self.steps else 0
 
-    def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None:
+    def step(self, epoch: int, step: int, examples: int, loss: "Tensor") -> None:
         """A step is done; the loss is only read when a line is due, so that the device is not waited for."""
         self.seen = self.before + examples
         done = epoch * self.steps + step

@@ -3,6 +3,8 @@
 import errno
 import re
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 from clpet.errors import ClpetError, suggest
@@ -67,6 +69,17 @@ def disk_message(error: BaseException) -> str | None:
     return f"the disk is full{f' at {place}' if place else ''}: free some space, and the same command goes on"
 
 
+def plugin_place(error: BaseException) -> str | None:
+    """FILE:LINE of the user's own code, below --config-dir, where an error comes from; None where it is not theirs."""
+    from clpet.config import plugin_dirs
+
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((Path(error.filename), error.lineno))
+    own = [place for place in frames if any(place[0].is_relative_to(folder) for folder in plugin_dirs())]
+    return f"{own[-1][0]}:{own[-1][1]}" if own else None
+
+
 def suggest_key(key: str) -> str:
     """A suggestion among the keys of the composed default run and of the options named on the command line."""
     from omegaconf import DictConfig, OmegaConf
@@ -86,6 +99,11 @@ def suggest_key(key: str) -> str:
                 walk(child, f"{prefix}{name}.")
 
     walk(cfg, "")
+    keys = [name for name in keys if name.rpartition(".")[2] not in ("_target_", "name")]
+    last = key.rpartition(".")[2]
+    alike = [name for name in keys if name.endswith((f".{last}", f"_{last}"))]
+    if alike:
+        return f"; did you mean {min(alike, key=lambda name: (not name.startswith('train.'), name.count('.'), name))}?"
     parent = key.rpartition(".")[0]
     near = [name for name in keys if name.rpartition(".")[0] == parent]
     return suggest(key, keys) if suggest(key, keys).startswith("; did") else suggest(key, near)

@@ -1,5 +1,6 @@
 """Pictures of a run: the transfer matrix as a heat map, accuracy over time as curves."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from clpet.results import TransferMatrix
 
 def transfer_heatmap(matrix: TransferMatrix, path: Path, title: str) -> Path:
     """Rows are training time from top to bottom, columns are tasks; a frame marks the task just learned."""
-    figure, axes = new_figure(1.6 + 0.75 * len(matrix), 1.5 + 0.5 * (len(matrix) + 1))
+    names = [short(name) for name in matrix.tasks]
+    wide, high = room(names)
+    figure, axes = new_figure(1.6 + wide + 0.75 * len(matrix), 1.5 + high + 0.5 * (len(matrix) + 1))
     scores = matrix.scores
     image = axes.imshow(np.ma.masked_invalid(scores), vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for (row, column), value in np.ndenumerate(scores):
@@ -19,8 +22,8 @@ def transfer_heatmap(matrix: TransferMatrix, path: Path, title: str) -> Path:
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
     for index in range(len(matrix)):
         axes.add_patch(frame(index - 0.5, index + 0.5))
-    axes.set_xticks(range(len(matrix)), matrix.tasks, rotation=30, ha="right")
-    axes.set_yticks(range(len(matrix) + 1), ["before", *matrix.tasks])
+    axes.set_xticks(range(len(matrix)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(matrix) + 1), ["before", *names])
     axes.set_xlabel("tested on")
     axes.set_ylabel("after learning")
     axes.set_title(title, fontsize=11)
@@ -52,7 +55,9 @@ def retrieval_heatmap(shares: np.ndarray, tasks: list[str], path: Path, title: s
 
     shares [tasks, tasks + 1]; the last column is no majority.
     """
-    figure, axes = new_figure(2.4 + 0.75 * len(tasks), 1.5 + 0.5 * len(tasks))
+    tasks = [short(name) for name in tasks]
+    wide, high = room(tasks)
+    figure, axes = new_figure(2.4 + wide + 0.75 * len(tasks), 1.5 + high + 0.5 * len(tasks))
     image = axes.imshow(np.ma.masked_invalid(100 * shares), vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for (row, column), value in np.ndenumerate(100 * shares):
         if value == value:
@@ -118,6 +123,17 @@ def short_names(names: list[str]) -> list[str]:
     return [".".join(part for part in parts if part not in common) for parts in split]
 
 
+def short(name: str, most: int = 24) -> str:
+    """A task's name as it fits beside a picture."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def room(names: Sequence[str]) -> tuple[float, float]:
+    """(width, height) in inches that names longer than ten letters need beside and, slanted, below a picture."""
+    longest = max(0, *(len(name) - 10 for name in names))
+    return 0.075 * longest, 0.04 * longest
+
+
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     """A figure in inches with its axes, or one axes per column; no display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -137,5 +153,5 @@ def frame(x: float, y: float, colour: str = "crimson", width: float = 2) -> Any:
 
 def save(figure: Any, path: Path) -> Path:
     """Writes the picture and gives its path."""
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # a title may be wider than the axes
     return path

@@ -13,6 +13,7 @@ from typing import Any
 from clpet.errors import DataError, suggest
 from clpet.tasks import normalised
 
+NOT_UTF8 = " (it is not UTF-8)"
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 
 
@@ -34,7 +35,9 @@ class Rows:
         """Raises DataError when a column is missing."""
         for column in columns:
             if column not in self.columns:
-                raise DataError(f"{self.where} has no column {column}{suggest(column, self.columns)}")
+                only = next(iter(self.columns)) if len(self.columns) == 1 else ""
+                hint = "; its values must be separated by commas" if {";", "\t"} & set(only) else ""
+                raise DataError(f"{self.where} has no column {column}{suggest(column, self.columns)}{hint}")
 
 
 def existing(data_dir: str | None) -> Path | None:
@@ -58,7 +61,11 @@ def read_local(folder: Path, splits: dict[str, str]) -> dict[str, Rows]:
         if len(single) != 1:
             raise DataError(f"{folder} has no {splits['train']}{{{','.join(SUFFIXES)}}}, nor a single data file")
         found = {"train": single[0]}
-    return {split: _read_file(path) for split, path in found.items()}
+    rows = {split: _read_file(path) for split, path in found.items()}
+    for part in rows.values():
+        if not part.values:
+            raise DataError(f"{part.where} has no rows; without the file its part is cut from train")
+    return rows
 
 
 def _find(folder: Path, stem: str) -> Path | None:
@@ -88,7 +95,12 @@ def _parquet(path: Path) -> Table:
 def _csv(path: Path) -> Table:
     import pyarrow.csv
 
-    table = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+    options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    names = pyarrow.csv.open_csv(path, parse_options=options).schema.names
+    as_text = pyarrow.csv.ConvertOptions(  # labels 1 and 01 are two
+        column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=True, null_values=[""]
+    )
+    table = pyarrow.csv.read_csv(path, parse_options=options, convert_options=as_text)
     return set(table.column_names), table.to_pylist()
 
 
@@ -179,7 +191,7 @@ def fill(column: str, row: dict[str, Any]) -> str:
         return re.sub(r"\{(\w+)\}", lambda slot: str(row[slot.group(1)]), column)
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"column {column} holds {value!r} where a text is needed")
+        raise DataError(f"column {column} holds {value!r} where a text is needed{NOT_UTF8 * isinstance(value, bytes)}")
     return value
 
 

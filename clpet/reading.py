@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
@@ -125,3 +126,9 @@ def _depth(value: Any) -> int:
 
 def _inner(node: Any) -> list[Any]:
     return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+
+
+def command(results: dict[str, Any], method: str) -> str:
+    """The command that runs another method in the setting of a run."""
+    kept = [word for word in results["overrides"] if not word.startswith(("method", "replay", "fresh", "hydra"))]
+    return f"clpet train {shlex.join([f'method={method}', *kept])}"

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from clpet.methods.base import Method
 from clpet.pretraining import DAPT
 from clpet.pretraining_tables import LEGEND, average_table
 from clpet.ranks import world
+from clpet.reading import command
 from clpet.results import TransferMatrix, round2, tolist
 from clpet.state import RunState, whole, write_atomic, write_tree
 from clpet.tasks import Benchmark
@@ -218,12 +218,6 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     better = DAPT if lower else "o_lora" if words else "dynamic_conpet"
     other = better if results["method"] in ("sequential", "joint", "independent") else "sequential"
     say(f"      {command(results, other)}")
-
-
-def command(results: dict[str, Any], method: str) -> str:
-    """The command that runs another method in the setting of a run."""
-    kept = [word for word in results["overrides"] if not word.startswith(("method", "replay", "fresh", "hydra"))]
-    return f"clpet train {shlex.join([f'method={method}', *kept])}"
 
 
 def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchmark: Benchmark) -> dict[str, Any]:

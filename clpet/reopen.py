@@ -136,7 +136,9 @@ def reopen(run: Recorded, after: int | None = None) -> Reopened:
     benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
     there, wanted = benchmark.fingerprint(), run.record["data"]["fingerprint"]
     if benchmark.names != run.record["tasks"] or there != wanted:
-        raise DataError(f"the data of {run.out} were others (fingerprint {wanted}, here {there}): say data_dir=FOLDER")
+        raise DataError(
+            f"the data of {run.out} were others (fingerprint {wanted}, here {there}): say --here data_dir=FOLDER"
+        )
     with readable(f"{run.out} cannot be opened again"), enough_memory(lambda: "the model of this run"):
         method.check_benchmark(benchmark)
         if benchmark.base is not None and parts["model"].random_weights:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from clpet import base_model, records
 from clpet.adapters import Adapters
-from clpet.config import Config, Matrix, Select, build, derive, setting, signature, typed
+from clpet.config import Config, Evaluation, Matrix, Select, build, derive, setting, signature, typed
 from clpet.console import Display
 from clpet.data import inspect_data
 from clpet.dry import count_parameters, dry_run
@@ -32,6 +32,9 @@ from clpet.tracking import Tracker, write_predictions
 from clpet.training import Trainer, quiet_libraries
 
 log = logging.getLogger(__name__)
+# Knobs of `evaluation` that one objective alone reads.
+EVALUATIONS = {"decode": "text_to_text", "max_new_tokens": "text_to_text", "stride": "language_modeling",
+               "bos": "language_modeling", "rank_prompts": "language_modeling"}  # fmt: skip
 
 
 def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
@@ -41,6 +44,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     identity = {"signature": signature(cfg), "setting": setting(cfg), "seed": str(config.seed)}
     if not (config.fresh or config.dry_run) and (done := records.finished(out)):
         records.show_finished(console, out, done)
+        console.print("shown, not run again: it was finished before (fresh=true starts over)")
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
     with Interrupt() as interrupt, Lock(out), quiet_libraries():
@@ -176,9 +180,20 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
     objective = parts["benchmark"].objective.value
     method.check(objective, parts["replay"].name, parts["peft"].name)
     load_objective_class(objective).check(parts["model"], parts["peft"].name, config.evaluation)
+    check_knobs(config, parts, objective)
     parts["hardware"].check(parts["peft"], method)
     parts["replay"].check(config.train.global_batch_size, objective)
     return method, parts
+
+
+def check_knobs(config: Config, parts: dict[str, Any], objective: str) -> None:
+    """Raises ConfigError for a knob that is turned and would change nothing."""
+    usual = Evaluation()
+    for knob, owner in EVALUATIONS.items():
+        if objective != owner and getattr(config.evaluation, knob) != getattr(usual, knob):
+            raise ConfigError(f"evaluation.{knob} is for {owner}; this benchmark's objective is {objective}")
+    if parts["model"].dropout is not None and not parts["peft"].full:
+        raise ConfigError("model.dropout is for a network that is trained itself: take peft=none, or peft.dropout")
 
 
 def check_validation(config: Config, method: Method, benchmark: Benchmark) -> None:

@@ -207,10 +207,13 @@ class Table(Source):
         rows.need(*(name for column in columns for name in slots(column)))
         where = (self.where or {}).items() if split == "train" else ()
         rows.need(*(column for column, _ in where))
-        for number, row in enumerate(rows.values):
-            if any(row[column] != value for column, value in where):
+        for number, row in enumerate(rows.values, 1):
+            if any(str(row[column]).lower() != str(value).lower() for column, value in where):
                 continue
-            label, text = row[self.label], fill(self.text, row)
+            try:
+                label, text = row[self.label], fill(self.text, row)
+            except DataError as error:
+                raise DataError(f"{rows.where}: row {number}: {error}") from None
             if isinstance(label, float) and label.is_integer():
                 label = row[self.label] = int(label)  # a column of whole numbers with a hole is read as floats
             if label is None or not isinstance(label, str | int | bool):

@@ -157,7 +157,8 @@ class Tracker:
                 run.define_metric("*", step_metric="task")
                 return run
             except Exception as error:
-                log.warning("wandb does not start %s (%s); the run goes on without", attempt, str(error).split("\n")[0])
+                then = "it is offline" if attempt == "online" else "the run goes on without"
+                log.warning("wandb does not start %s (%s); %s", attempt, str(error).split("\n")[0], then)
                 _let_go()
         return None
 

@@ -32,6 +32,19 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, check=False).returncode == 0
 
 
+def test_reading_runs_back_imports_no_torch() -> None:
+    probe = (
+        "import sys, clpet.compare; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'peft')))"
+    )
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode == 0
+
+
+def test_a_mistyped_value_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    found = subprocess.run([*CLPET, "train", "train.epochs=two"], cwd=tmp_path, capture_output=True, check=False)
+    assert (found.returncode, time.perf_counter() - start < 3) == (2, True)
+
+
 def test_config_is_printed_quickly(tmp_path: Path) -> None:
     assert fastest([*CLPET, "train", "--cfg", "job"], tmp_path) < 2
     assert not list(tmp_path.iterdir())
@@ -157,6 +170,28 @@ def test_own_method_is_one_python_file_and_one_yaml(clpet, words: Path, tmp_path
     assert "Halves gradients" in clpet("list", "methods", "--config-dir", mine).out
 
 
+@pytest.mark.parametrize(("code", "error"), [
+    ("def learn(self, *_):\n        return undefined", "NameError: name 'undefined' is not defined"),
+    ("def learn(self:", "SyntaxError: "),
+])  # fmt: skip
+def test_a_mistake_in_ones_own_method_is_said_with_its_place(
+    code: str, error: str, clpet, words: Path, tmp_path: Path
+) -> None:
+    name = "mine" + error.split(":")[0].lower()
+    (tmp_path / "mine" / "method").mkdir(parents=True)
+    body = (
+        "from dataclasses import dataclass\nfrom clpet.methods.base import Method\n\n@dataclass\nclass Mine(Method):\n"
+    )
+    (tmp_path / "mine" / f"{name}.py").write_text(f"{body}    {code}\n")
+    (tmp_path / "mine" / "method" / "mine.yaml").write_text(f"_target_: {name}.Mine\nname: mine\n")
+    found = clpet("train", "--config-dir", tmp_path / "mine", "method=mine", *tiny_args(words))
+    assert found.code == 1
+    assert found.err.count("\n") == 1
+    assert f"mine/{name}.py:" in found.err
+    assert error in found.err
+    assert "report" not in found.err
+
+
 def test_a_class_from_elsewhere_is_not_run(clpet, words: Path, tmp_path: Path) -> None:
     found = clpet("train", "method=sequential", *tiny_args(words), "method._target_=os.system")
     assert found.code == 2
@@ -192,6 +227,8 @@ def test_a_failing_run_does_not_stop_a_sweep(clpet, words: Path, tmp_path: Path)
     found = clpet("train", "-m", "method=sequential,joint", "replay=none,fixed", *tiny_args(words))
     assert found.code == 2
     assert found.err.count("replays nothing") == 2
+    assert "clpet: method=sequential replay=fixed: method=sequential replays nothing" in found.err
+    assert "[1] method=sequential replay=none" in found.out
     assert len(list(tmp_path.glob("outputs/*/*/s*/results.json"))) == 2
 
 

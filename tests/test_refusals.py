@@ -26,6 +26,14 @@ BAD = [
     ("unknown hardware", ["train", "hardware=tpu"], "there is no such hardware"),
     ("mistyped key", ["train", "train.epohcs=3"], "did you mean train.epochs?"),
     ("mistyped method key", ["train", "method.topk=2"], "did you mean method.top_k?"),
+    ("key of another group", ["train", "lr=1e-3"], "there is no key lr; did you mean train.lr?"),
+    ("part of a key", ["train", "batch_size=4"], "did you mean train.global_batch_size?"),
+    ("dropout of a frozen network", ["train", "model.dropout=0.1"], "model.dropout is for a network that is trained itself"),
+    ("window of labels", ["train", "evaluation.bos=true"], "evaluation.bos is for language_modeling"),
+    ("answers of labels", ["train", "evaluation.decode=rank"], "evaluation.decode is for text_to_text"),
+    ("no test rows", ["train", "benchmark=files", "data_dir=NOROWS"], "test.jsonl has no rows"),
+    ("no UTF-8", ["train", "benchmark=files", "data_dir=LATIN"], "invalid UTF8 data"),
+    ("other separator", ["train", "benchmark=files", "data_dir=SEMICOLONS"], "its values must be separated by commas"),
     ("added unknown key", ["train", "+method.alpha=2"], "unknown key method.alpha"),
     ("unknown top-level key", ["train", "sede=3"], "did you mean seed?"),
     ("wrong type", ["train", "train.lr=fast"], "train.lr"),
@@ -49,8 +57,8 @@ BAD = [
     ("order misses a task", ["train", "order=[data,code]"], "must list every task once"),
     ("task without test examples", ["train", "benchmark=files", "data_dir=NOTEST", "benchmark.task=task"], "has no test examples"),
     ("label unseen in train", ["train", "benchmark=files", "data_dir=UNSEEN"], "'new' occurs in test but not in train"),
-    ("empty text", ["train", "benchmark=files", "data_dir=EMPTY"], "row 1 has an empty text"),
-    ("label is null", ["train", "benchmark=files", "data_dir=NULL"], "row 0 has the label None"),
+    ("empty text", ["train", "benchmark=files", "data_dir=EMPTY"], "row 2 has an empty text"),
+    ("label is null", ["train", "benchmark=files", "data_dir=NULL"], "row 1 has the label None"),
     ("broken file", ["train", "benchmark=files", "data_dir=BROKEN"], "cannot be read as parquet"),
     ("partition does not cover", ["train", "benchmark=files", "data_dir=WORDS", "benchmark.task_labels={a: [apple]}"], "does not cover"),
     ("model is not there", ["train", "model=bert_base"], "hf download google-bert/bert-base-uncased"),
@@ -143,6 +151,12 @@ def places(tmp_path: Path, words: Path) -> dict[str, str]:
                 (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
 
+    def lines(name: str, content: bytes) -> str:
+        path = tmp_path / name.lower() / "train.csv"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        return str(path.parent)
+
     good = [{"text": f"t{i}", "label": "ab"[i % 2], "task": "x"} for i in range(8)]
     (tmp_path / "FILE").write_text("in the way")
     (tmp_path / "broken").mkdir()
@@ -153,6 +167,9 @@ def places(tmp_path: Path, words: Path) -> dict[str, str]:
         "UNSEEN": folder("UNSEEN", good, [{"text": "t", "label": "new"}]),
         "EMPTY": folder("EMPTY", [good[0], {"text": " ", "label": "a"}]),
         "NULL": folder("NULL", [{"text": "t", "label": None}, good[0]]),
+        "NOROWS": folder("NOROWS", good, []),
+        "LATIN": lines("LATIN", b"text,label\ncaf\xe9,a\n"),
+        "SEMICOLONS": lines("SEMICOLONS", b"text;label\na;b\n"),
         "BROKEN": str(tmp_path / "broken"),
         "FILE": str(tmp_path / "FILE"),
     }

@@ -310,3 +310,10 @@ def test_json_lines_of_any_editor_are_read_and_half_characters_refused(tmp_path:
     path.write_text('{"text": "a"}\n[1]\n')
     with pytest.raises(DataError, match="line 2 is no object with columns"):
         read_local(tmp_path, {"train": "train"})
+
+
+def test_a_csv_holds_text(tmp_path: Path) -> None:
+    """Labels 1 and 01 are two, numerals are text, and what is empty is nothing."""
+    (tmp_path / "train.csv").write_text("text,label,more\n12,01,\n13,1,true\n")
+    found = read_local(tmp_path, {"train": "train"})["train"]
+    assert found.values == [{"text": "12", "label": "01", "more": None}, {"text": "13", "label": "1", "more": "true"}]

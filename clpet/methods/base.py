@@ -40,7 +40,8 @@ class Method:
     def check(self, objective: str, replay: str, peft: str) -> None:
         """Raises ConfigError for a combination that makes no sense, before anything is loaded."""
         if objective not in self.objectives:
-            raise ConfigError(f"method={self.name} does not do {objective}; it does {', '.join(self.objectives)}")
+            does = f"it does {', '.join(self.objectives)}, and method=sequential does all"
+            raise ConfigError(f"method={self.name} does not do {objective}; {does}")
         if replay != "none" and not self.uses_replay:
             raise ConfigError(f"method={self.name} replays nothing: leave out replay={replay}, or take method=replay")
         if peft in ("none", "blocks") and self.needs_adapter:
