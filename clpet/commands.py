@@ -12,7 +12,9 @@ def runs(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("clpet runs", description="Runs in the output folder.")
     parser.add_argument("folder", nargs="?", default="outputs", help="output folder (default: outputs)")
     parser.add_argument(
-        "--compare", metavar="KEY", help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ..."
+        "--compare",
+        metavar="KEY",
+        help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ..., or several with commas",
     )
     parser.add_argument("--metrics", help="columns to compare, such as average,bwt or zs,cpt,lc; see docs/metrics.md")
     parser.add_argument("--picture", metavar="FILE", help="also draw the groups side by side (perplexities)")

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from clpet.reading import command, printable, read_json, read_results, readable
 from clpet.results import CONVENTIONS, NEEDS, TransferMatrix, round2
 
 COLUMNS = ("average", "whole", "bwt", "fwt", "forgetting", "learning_accuracy")  # of a comparison, by default
+SILENT = ("hardware.", "tracking.", "hydra.", "seed", "output_dir", "cache_dir", "fresh", "dry_run")  # change no result
 DRAWS = 2000  # bootstrap resamples
 
 
@@ -95,7 +97,9 @@ def _listing(folder: Path, runs: list[tuple[Path, dict[str, Any]]], benchmark: s
 
 
 def lookup(run: dict[str, Any], path: Path, key: str) -> str:
-    """The value of a key: of the results, else of the run's recorded config."""
+    """The value of a key: of the results, else of the run's recorded config; of several with commas, all of them."""
+    if "," in key:
+        return ", ".join(lookup(run, path, part) for part in key.split(","))
     if key in ("method", "model", "benchmark", "replay", "peft", "seed"):
         return str(run[key])
     node: Any = read_json(path / "run.json").get("config")
@@ -111,15 +115,35 @@ Group = list[tuple[Path, dict[str, Any]]]
 
 def group_by(runs: Group, key: str) -> dict[str, Group]:
     """Runs by the value of a key. Runs of one value that differ in more than their seed become several groups."""
-    groups: dict[str, Group] = {}
+    alike: dict[str, dict[str, Group]] = {}
     for path, run in runs:
         value = lookup(run, path, key) + (" (task given)" if run["task_id_at_test"] else "")
-        groups.setdefault(f"{value}\0{run['signature']}", []).append((path, run))
-    values = [name.split("\0")[0] for name in groups]
-    return {
-        value if values.count(value) == 1 else f"{value} ({name.split(chr(0))[1]})": group
-        for (name, group), value in zip(groups.items(), values, strict=True)
-    }
+        alike.setdefault(value, {}).setdefault(run["signature"], []).append((path, run))
+    groups: dict[str, Group] = {}
+    for value, found in alike.items():
+        names = apart(list(found.values())) if len(found) > 1 else [""]
+        groups |= {
+            f"{value} ({name})" if name else value: group for name, group in zip(names, found.values(), strict=True)
+        }
+    return groups
+
+
+def apart(groups: list[Group]) -> list[str]:
+    """What tells groups of runs apart: the knobs in which they differ, up to three, else their signatures."""
+    knobs = [flat(read_json(group[0][0] / "run.json").get("config")) for group in groups]
+    keys = dict.fromkeys(key for own in knobs for key in own if not key.startswith(SILENT))
+    differ = [key for key in keys if len({own.get(key) for own in knobs}) > 1]
+    found = [", ".join(f"{key}={own.get(key)}" for key in differ) for own in knobs]
+    fits = 0 < len(differ) <= 3 and len(set(found)) == len(groups)
+    return found if fits else [group[0][1]["signature"] for group in groups]
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, str]:
+    """{dotted key: value} of a configuration."""
+    if not isinstance(node, dict):
+        return {prefix: str(node)}
+    inner = (flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items())
+    return {key: value for part in inner for key, value in part.items()}
 
 
 def spread(group: Group, metric: str, runs: Group) -> str:
@@ -254,12 +278,30 @@ def show(path: Path, every_metric: bool) -> str:
     """What `clpet show` prints of one run."""
     file = path / "results.json" if path.is_dir() else path
     if not file.is_file():
-        state = "is not finished" if (path / "run.json").exists() else "is not a run directory"
-        raise DataError(f"{path} {state}: no results.json there")
+        if not (path / "run.json").is_file():
+            raise DataError(f"{path} is not a run directory: no results.json there")
+        with readable(f"{path} is not the directory of a run"):
+            return printable(_so_far(path))
     run = read_results(file)
     others = find_runs(file.resolve().parents[3]) if len(file.resolve().parts) > 4 else []
     with readable(f"{file} is not the result of a run"):
         return printable(_shown(run, others, every_metric))
+
+
+def _so_far(path: Path) -> str:
+    """What a run that is not finished has measured."""
+    run, lines = read_json(path / "run.json"), path / "metrics.jsonl"
+    matrix = TransferMatrix(run["tasks"], "lower" if run["objective"] == "language_modeling" else "higher")
+    done = 0
+    for line in map(json.loads, lines.read_text().splitlines() if lines.is_file() else ()):
+        done = int(line["done"])
+        for name, found in line["tasks"].items():
+            matrix.scores[int(line["row"]), matrix.tasks.index(name)] = float(found["score"])
+    head = f"{run['method']} on {run['benchmark']} with {run['model']}, seed {run['seed']}"
+    goes_on = (
+        f"not finished, {done} tasks done of {len(matrix)}; this goes on:\nclpet train {shlex.join(run['overrides'])}"
+    )
+    return "\n\n".join([f"{head}: {goes_on}", *([matrix_table(matrix)] if np.isfinite(matrix.scores).any() else [])])
 
 
 def _shown(run: dict[str, Any], others: Group, every_metric: bool) -> str:

@@ -193,7 +193,7 @@ def _let_go() -> None:
 def _done(line: str) -> float:
     """How many entries were learned when a line was written; infinity for a line that was cut off."""
     try:
-        return json.loads(line)["done"]
+        return float(json.loads(line)["done"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

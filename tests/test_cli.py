@@ -264,3 +264,34 @@ def test_parquet_and_jsonl_give_the_same_run(clpet, words: Path, tmp_path: Path)
         (path,) = tmp_path.glob(f"out-{data.name}/*/*/s*/results.json")
         scores.append(json.loads(path.read_text())["scores"])
     assert scores[0] == scores[1]
+
+
+def test_groups_are_told_apart_by_the_knobs_that_differ(clpet, words: Path) -> None:
+    args = [*tiny_args(words), "train.epochs=1"]
+    assert clpet("train", "-m", "method=sequential,replay", "train.lr=1e-3,1e-2", *args).code == 0
+    names = [line.split("  ")[0] for line in clpet("runs", "--compare", "method").out.splitlines()]
+    assert {f"{method} (train.lr={lr})" for method in ("replay", "sequential") for lr in ("0.01", "0.001")} <= set(
+        names
+    )
+    names = [line.split("  ")[0] for line in clpet("runs", "--compare", "method,train.lr").out.splitlines()]
+    assert {"replay, 0.01", "sequential, 0.001"} <= set(names)
+
+
+def test_an_unfinished_run_is_shown_as_far_as_it_is(clpet, words: Path, tmp_path: Path) -> None:
+    assert clpet("train", "method=sequential", *tiny_args(words)).code == 0
+    (run,) = tmp_path.glob("outputs/*/*/s*")
+    (run / "results.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    found = clpet("show", run)
+    assert found.code == 0
+    assert "not finished, 2 tasks done of 3; this goes on:" in found.out
+    assert "metal" in found.out.splitlines()[-1]
+    assert "fruit" in found.out.splitlines()[-2]
+    (run / "metrics.jsonl").write_text('{"done": "x"}\n')
+    assert clpet("show", run).code == 2
+    again = clpet("train", "method=sequential", *tiny_args(words))
+    assert again.code == 0
+    finished = clpet("train", "method=sequential", *tiny_args(words))
+    assert "shown, not run again: it was finished before (fresh=true starts over)" in finished.out
+    assert "shown, not run again" not in again.out
