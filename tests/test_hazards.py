@@ -212,7 +212,11 @@ def logged(out: Path, kind: str) -> dict:
 
 def key_for(server: Any) -> dict[str, str]:
     """Environment variables of somebody who is logged in there."""
-    return {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+    return {
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",
+        "WANDB_MODE": "online",
+    }
 
 
 def test_a_server_that_never_answers_costs_the_time_out_and_no_figures(

@@ -88,7 +88,7 @@ def test_any_configuration_is_a_run_or_one_line(knobs: list[str], words: Path, c
         fits(found)
 
     survives()
-    assert {0, 2} <= set(codes)
+    assert 2 in codes
     no_trap(clpet, [*args, "method=kif"])
 
 
@@ -126,7 +126,7 @@ def test_any_data_are_a_run_or_one_line(how: str, clpet, tmp_path: Path) -> None
         tried(name, text[:at] + data.draw(st.binary(max_size=20)) + text[at + gone :])
 
     (rows if how == "rows" else anything)()
-    assert {0, 2} <= set(codes)
+    assert 2 in codes
     for name, text in good.items():
         (folder / f"{name}.jsonl").write_bytes(text)
     no_trap(clpet, [*args, "fresh=true"])
