@@ -65,7 +65,7 @@ VARIANTS = [
 ]
 
 
-QUICK = {"sequential", "joint", "dynamic_conpet", "crl", "kif", "sapt", "slm"}  # the others in the slow tests
+QUICK = {"sequential", "dynamic_conpet", "kif"}  # the others in the slow tests
 
 
 def speed(variant: list[str]) -> Any:
