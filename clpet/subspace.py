@@ -100,8 +100,7 @@ def extended(basis: Tensor, covariance: Tensor, epsilon: float) -> Tensor:
     total = covariance.square().sum()
     shares = s.square().cumsum(0) / total
     if basis.shape[1] == 0:
-        first = u[:, : max(1, int((shares < epsilon).sum()))]
-        return first.clone(memory_format=torch.contiguous_format)  # strides too are those of a loaded tensor
+        return u[:, : max(1, int((shares < epsilon).sum()))]
     had = 1 - s.square().sum() / total
     reached = torch.cat([had[None], had + shares[:-1]])
     return torch.cat([basis, u[:, : min(room, int((reached < epsilon).sum()))]], dim=1)

@@ -13,8 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clpet.errors import ConfigError
-
 from .conftest import methods_of, tiny_args
 
 METHODS = methods_of("classification")
@@ -349,26 +347,3 @@ def test_a_diverging_loss_stops_the_task_and_says_where(words: Path, clpet) -> N
     assert "the loss of task 1" in found.err
     assert "train.lr" in found.err
     assert os.linesep.join(found.err.splitlines()[-1:]).count("\n") == 0
-
-
-def strided(node: Any, place: str = "") -> list[str]:
-    """Places of a state whose tensors do not lie in memory as a loaded one would: sums over them round differently."""
-    if isinstance(node, dict | list):
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        return [found for key, value in items for found in strided(value, f"{place}/{key}")]
-    if not isinstance(node, torch.Tensor) or not node.numel():
-        return []
-    return [place] if node.stride() != torch.empty(node.shape).stride() else []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_a_state_lies_in_memory_as_a_loaded_one_would(method: str, make) -> None:
-    needs = next((variant[1:] for variant in VARIANTS if variant[0] == method and len(variant) > 1), [])
-    try:
-        run = make(f"method={method}")
-    except ConfigError:  # it does not go with the usual replay or peft
-        run = make(f"method={method}", *needs)
-    for index in range(1 if method == "joint" else 2):
-        run.learn(index)
-        assert strided(run.method.state_dict()) == []

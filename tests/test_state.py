@@ -2,12 +2,15 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from clpet.results import TransferMatrix
 from clpet.state import RunState, checkpoints, read_tree, write_tree
+
+from .conftest import methods_of
 
 IDENTITY = {"signature": "s"}
 
@@ -109,3 +112,22 @@ def test_loaded_tensors_lie_in_memory_as_new_ones(tmp_path: Path) -> None:
     )
     again = read_tree(tmp_path / "tree")
     assert all(tensor.data_ptr() % 64 == 0 for tensor in (again["odd"], *again["more"], again["z"]))
+
+
+def strided(node: Any, place: str = "") -> list[str]:
+    """Places of a state whose tensors do not lie in memory as a loaded one would: sums over them round differently."""
+    if isinstance(node, dict | list):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        return [found for key, value in items for found in strided(value, f"{place}/{key}")]
+    if not isinstance(node, torch.Tensor) or not node.numel():
+        return []
+    return [place] if node.stride() != torch.empty(node.shape).stride() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", methods_of("classification"))
+def test_a_state_lies_in_memory_as_a_loaded_one_would(method: str, make) -> None:
+    run = make(f"method={method}")
+    for index in range(1 if method == "joint" else 2):
+        run.learn(index)
+        assert strided(run.method.state_dict()) == []
