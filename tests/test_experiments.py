@@ -92,7 +92,7 @@ def test_logged_runs_with_bert_large() -> None:
                                 ("limitless", "dynamic_conpet", "all")):  # fmt: skip
         config = overlay(f"tacred_bert_{row}")
         assert (config.model["name"], config.method["name"], config.replay["name"]) == ("bert_large", method, replay)
-        assert (config.train.epochs, config.train.lr, config.train.global_batch_size) == (20, 1e-3, 16)
+        assert (config.train.epochs, config.train.lr, config.train.global_batch_size) == (50, 1e-3, 4)
         assert replay == "all" or config.replay["limit"] == 50
 
 
