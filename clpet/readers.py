@@ -1,17 +1,12 @@
-"""Rows from files, from the hub, and from the Python standard library."""
+"""Rows of tables, from files and from the hub."""
 
-import ast
-import hashlib
 import json
 import re
-import sysconfig
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clpet.errors import DataError, suggest
-from clpet.tasks import normalised
 
 NOT_UTF8 = " (it is not UTF-8)"
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
@@ -193,41 +188,3 @@ def fill(column: str, row: dict[str, Any]) -> str:
     if not isinstance(value, str):
         raise DataError(f"column {column} holds {value!r} where a text is needed{NOT_UTF8 * isinstance(value, bytes)}")
     return value
-
-
-def stdlib_docstrings(modules: list[str]) -> dict[str, list[str]]:
-    """First paragraphs of the docstrings of standard-library modules, in an order that only their text decides.
-
-    A module is a top-level file or package; `decimal` and the like, whose Python text lives in `_pydecimal`,
-    are read there. Paragraphs of under four words, repeats, and texts found in two of the modules are left out.
-    Raises DataError when a module's source is not installed.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = {module: _module_paragraphs(root, module) for module in modules}
-    owners = Counter(key for texts in found.values() for key in texts)
-    return {
-        module: sorted((text for key, text in texts.items() if owners[key] == 1), key=_stable_key)
-        for module, texts in found.items()
-    }
-
-
-def _stable_key(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
-
-
-def _module_paragraphs(root: Path, module: str) -> dict[str, str]:
-    places = [root / module, root / f"_py{module}.py", root / f"{module}.py"]
-    place = next((path for path in places if path.exists()), None)
-    if place is None:
-        raise DataError(f"the standard library at {root} has no source of the module {module}")
-    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
-    paragraphs: dict[str, str] = {}
-    for file in files:
-        if {"test", "tests"} & set(file.relative_to(root).parts):
-            continue
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                first = (ast.get_docstring(node) or "").strip().split("\n\n")[0].split()
-                if len(first) >= 4:
-                    paragraphs.setdefault(normalised(" ".join(first)), " ".join(first))
-    return paragraphs

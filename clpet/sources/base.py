@@ -1,0 +1,152 @@
+"""What every benchmark has: options, order, sizes, checks. A source says how to read its tasks."""
+
+import logging
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from clpet.config import require
+from clpet.errors import DataError, suggest
+from clpet.metrics import METRICS, need
+from clpet.readers import existing, slots
+from clpet.splits import Splits, has_labels, sample, split_off
+from clpet.tasks import SPLITS, Benchmark, Task, order_names
+
+log = logging.getLogger(__name__)
+
+FREE = ("rouge_l", "bert_score")  # metrics of texts that are no labels
+
+
+class Kind(Enum):
+    """What is asked of the model: one of the objectives."""
+
+    classification = "classification"
+    text_to_text = "text_to_text"
+    language_modeling = "language_modeling"
+
+
+class Softmax(Enum):
+    """Labels that compete in the loss of a classification."""
+
+    seen = "seen"
+    task = "task"
+
+
+@dataclass
+class Source:
+    """Knobs every benchmark has. A subclass says how to `read` its tasks; order, sizes and checks are here."""
+
+    name: str = ""
+    folder: str | None = None
+    tasks: list[str] | None = None
+    order: Any = "listed"
+    order_seed: int = 0
+    orders: dict[str, list[str]] | None = None
+    max_train: int | None = None
+    max_test: int | None = None
+    shots: int | None = None
+    validation_share: float = 0.1
+    template: str = "{text}"
+    max_length: int = 128
+    objective: Kind = Kind.classification
+    softmax: Softmax = Softmax.seen
+    prompt: str = "{text}"
+    max_target: int = 50
+    metric: str = "exact_match"
+    metrics: dict[str, str] = field(default_factory=dict)
+
+    fields: ClassVar[tuple[str, ...]] = ()  # slots that examples fill beside {text} and {mask}
+    cache_dir: ClassVar[str | None] = None  # set by the run: a folder for what other runs can use
+    plain_text: ClassVar[bool] = False  # texts to be continued, without labels or answers
+
+    def __post_init__(self) -> None:
+        for key in ("max_train", "max_test", "shots"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"benchmark.{key}", value, "at least 1, or null for all")
+        require(self.max_length >= 8, "benchmark.max_length", self.max_length, "at least 8 tokens")
+        require(self.max_target >= 1, "benchmark.max_target", self.max_target, "at least 1 token")
+        own = self.softmax is Softmax.task and self.answers
+        require(not own, "benchmark.softmax", "task", "seen with objective=text_to_text")
+        for metric in (self.metric, *self.metrics.values()):
+            require(metric in METRICS, "benchmark.metric", metric, " or ".join(METRICS))
+        require(0 <= self.validation_share < 1, "benchmark.validation_share", self.validation_share, "in [0, 1)")
+        for key in ("template", "prompt"):
+            value = getattr(self, key)
+            require(value.count("{text}") == 1, f"benchmark.{key}", repr(value), "a text that contains {text} once")
+        fits = (self.objective is Kind.language_modeling) == self.plain_text
+        wanted = "language_modeling" if self.plain_text else "classification or text_to_text for labelled data"
+        require(fits, "benchmark.objective", self.objective.value, wanted)
+        known = ("text", "mask", *self.fields)
+        fits = all(slot in known for slot in re.findall(r"\{(\w+)\}", self.template))
+        slots_there = ", ".join(f"{{{slot}}}" for slot in known)
+        require(fits, "benchmark.template", repr(self.template), f"a text whose slots are among {slots_there}")
+
+    def read(self, data_dir: Path | None) -> dict[str, Splits]:
+        """The splits of every task, in listed order."""
+        raise DataError(f"{type(self).__name__} does not say how to read its tasks")
+
+    @property
+    def answers(self) -> bool:
+        """Whether targets are answers to be written, not labels to be told apart."""
+        return self.objective is Kind.text_to_text
+
+    @property
+    def prompt_columns(self) -> list[str]:
+        """Columns that the prompt reads beside {text}."""
+        return [slot for slot in slots(self.prompt) if slot != "text"] if self.answers else []
+
+    def named_order(self) -> list[str] | None:
+        """The tasks of the published order that `order` names, if it names one."""
+        return (self.orders or {}).get(self.order) if isinstance(self.order, str) else None
+
+    def place(self, data_dir: Path) -> Path:
+        """The benchmark's own folder inside data_dir, or data_dir itself."""
+        inner = data_dir / (self.folder or self.name)
+        return inner if inner.is_dir() else data_dir
+
+    def load(self, data_dir: str | None) -> Benchmark:
+        """The benchmark in training order, limited, with a validation part in every task. Raises DataError."""
+        folder = existing(data_dir)
+        for name in (self.tasks or self.named_order() or self.metrics) if self.answers else ():
+            need(self.metrics.get(name, self.metric))
+        splits = self.read(folder)
+        chosen = self.chosen(splits)
+        names = order_names(chosen, self.order, self.orders or {}, self.order_seed)
+        if self.tasks and self.named_order() and names != chosen:
+            log.warning(
+                "tasks are learned as benchmark.order=%s has them; order=listed: as tasks lists them", self.order
+            )
+        tasks = [self._task(name, splits[name]) for name in names]
+        template = self.prompt.rstrip() if self.answers else self.template
+        benchmark = Benchmark(self.name, tasks, template, self.max_length, self.max_target if self.answers else 0)
+        benchmark.own_softmax = self.softmax is Softmax.task
+        benchmark.check()
+        return benchmark
+
+    def chosen(self, there: Collection[str]) -> list[str]:
+        """The tasks of the sequence, in listed order. Raises DataError for a task that is not there."""
+        names = [str(name) for name in self.tasks or self.named_order() or there]
+        if len(set(names)) < len(names):
+            raise DataError(f"benchmark.tasks names a task twice: {', '.join(names)}")
+        for name in names:
+            if name not in there:
+                raise DataError(f"benchmark.tasks names {name}, which {self.name} does not have{suggest(name, there)}")
+        return names
+
+    def _task(self, name: str, splits: Splits) -> Task:
+        train, validation, test = (list(splits.get(split, [])) for split in SPLITS)
+        metric = self.metrics.get(name, self.metric) if self.answers else "accuracy"
+        labelled = not self.answers or (metric not in FREE and has_labels(train, validation, test))
+        if not validation:
+            train, validation = split_off(train, self.validation_share, labelled)
+        labels = {str(example.target) for example in train if example.target is not None} if labelled else set()
+        most = self.shots * max(1, len(labels)) if self.shots else self.max_train
+        if most is not None and most < len(labels):
+            raise DataError(f"benchmark.max_train={most} is too few for the {len(labels)} labels of task {name}")
+        train = sample(train, most, labelled)
+        validation = sample(validation, most and max(1, most // 5), labelled)
+        test = sample(test, self.max_test, labelled)
+        return Task(name, train, validation, test, tuple(sorted(labels)), metric)

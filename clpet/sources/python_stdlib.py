@@ -1,0 +1,77 @@
+"""Docstrings of the Python standard library: a labelled benchmark that every machine has."""
+
+import ast
+import hashlib
+import sysconfig
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clpet.config import require
+from clpet.errors import DataError
+from clpet.sources.base import Source
+from clpet.splits import Splits, by_label, split_off
+from clpet.tasks import Example, normalised
+
+
+@dataclass
+class PythonStdlib(Source):
+    """First paragraphs of the standard library's docstrings; the label is the module they document.
+
+    The text is read from the running Python's own files with `ast` and nothing is imported, so it differs a
+    little between Python versions: the benchmark's fingerprint says which text a result is about.
+    """
+
+    modules: dict[str, list[str]] = field(default_factory=dict)
+    per_label: int = 100
+    test_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.per_label >= 4, "benchmark.per_label", self.per_label, "at least 4")
+        require(0 < self.test_share < 1, "benchmark.test_share", self.test_share, "in (0, 1)")
+
+    def read(self, data_dir: Path | None) -> dict[str, Splits]:
+        chosen = [module for group in self.modules.values() for module in group]
+        texts = stdlib_docstrings(chosen)
+        examples = [Example(text, module) for module in chosen for text in texts[module][: self.per_label]]
+        train, test = split_off(examples, self.test_share)
+        return by_label({"train": train, "test": test}, self.modules)
+
+
+def stdlib_docstrings(modules: list[str]) -> dict[str, list[str]]:
+    """First paragraphs of the docstrings of standard-library modules, in an order that only their text decides.
+
+    A module is a top-level file or package; `decimal` and the like, whose Python text lives in `_pydecimal`,
+    are read there. Paragraphs of under four words, repeats, and texts found in two of the modules are left out.
+    Raises DataError when a module's source is not installed.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = {module: _module_paragraphs(root, module) for module in modules}
+    owners = Counter(key for texts in found.values() for key in texts)
+    return {
+        module: sorted((text for key, text in texts.items() if owners[key] == 1), key=_stable_key)
+        for module, texts in found.items()
+    }
+
+
+def _stable_key(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+def _module_paragraphs(root: Path, module: str) -> dict[str, str]:
+    places = [root / module, root / f"_py{module}.py", root / f"{module}.py"]
+    place = next((path for path in places if path.exists()), None)
+    if place is None:
+        raise DataError(f"the standard library at {root} has no source of the module {module}")
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    paragraphs: dict[str, str] = {}
+    for file in files:
+        if {"test", "tests"} & set(file.relative_to(root).parts):
+            continue
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = (ast.get_docstring(node) or "").strip().split("\n\n")[0].split()
+                if len(first) >= 4:
+                    paragraphs.setdefault(normalised(" ".join(first)), " ".join(first))
+    return paragraphs

@@ -1,0 +1,75 @@
+"""A folder, or a data set of the hub, per task."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clpet.config import require
+from clpet.errors import DataError
+from clpet.readers import read_hub, read_local
+from clpet.sources.base import Source
+from clpet.sources.table import Table
+from clpet.splits import Splits, has_labels, split_off
+from clpet.tasks import SPLITS
+
+
+@dataclass
+class Folders(Source):
+    """One folder per task with train, validation and test files; from the hub, one data set per task.
+
+    `label_space=task` keeps the labels of different tasks apart, `union` lets equal names be one label;
+    `label_sets` names tasks that share their labels (task -> set). `instructions` (task -> text) fill the
+    prompt's {instruction} where the rows have no such column. `words` (task -> label -> word) are what is answered
+    for a label. `test_share` is cut from train where there is no test part.
+    """
+
+    folders: list[str] = field(default_factory=list)
+    text: str = "text"
+    label: str = "label"
+    label_space: str = "task"
+    label_sets: dict[str, str] | None = None
+    splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
+    hub_tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    instructions: dict[str, str] = field(default_factory=dict)
+    words: dict[str, dict[str, str]] = field(default_factory=dict)
+    test_share: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = self.test_share
+        require(share is None or 0 < share < 1, "benchmark.test_share", share, "in (0, 1), or null")
+        require(self.label_space in ("task", "union"), "benchmark.label_space", self.label_space, "task or union")
+
+    def read(self, data_dir: Path | None) -> dict[str, Splits]:
+        wanted = [str(name) for name in self.tasks or self.named_order() or self.folders if name in self.folders]
+        return {name: self._read_task(name, data_dir) for name in wanted or self.folders}
+
+    def _read_task(self, name: str, data_dir: Path | None) -> Splits:
+        kept: dict[str, Any] = {"objective": self.objective, "prompt": self.prompt}
+        table = Table(name=name, text=self.text, label=self.label, splits=self.splits, **kept)
+        if data_dir is not None:
+            rows = read_local(self.place(data_dir) / name, table.splits)
+        else:
+            if name not in self.hub_tasks:
+                raise DataError(f"task {name} of {self.name} has no hub id in its YAML: say data_dir=FOLDER")
+            spec = dict(self.hub_tasks[name])
+            table = Table(name=name, **{**kept, **spec})
+            rows = read_hub(str(table.hub), table.hub_config, table.hub_revision, table.splits, {})
+        label = self._labeller(name)
+        splits = {}
+        for split, part in rows.items():
+            if "instruction" in table.prompt_columns and "instruction" not in part.columns:
+                part.fill("instruction", self.instructions.get(name, ""))
+            examples = [(table.example(row), row[table.label]) for row in table._kept(part, split)]
+            splits[split] = [dataclasses.replace(example, target=label(value)) for example, value in examples]
+        if self.test_share and not splits.get("test"):
+            labelled = not self.answers or has_labels(splits["train"])
+            splits["train"], splits["test"] = split_off(splits["train"], self.test_share, labelled)
+        return splits
+
+    def _labeller(self, task: str) -> Callable[[Any], str]:
+        prefix = "" if self.answers or self.label_space == "union" else f"{(self.label_sets or {}).get(task, task)}: "
+        words = self.words.get(task, {})
+        return lambda value: prefix + words.get(str(value), str(value))
