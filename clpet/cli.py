@@ -14,6 +14,7 @@ from typing import Any
 
 from clpet import __version__, commands
 from clpet.errors import ClpetError, ConfigError, suggest
+from clpet.escape import inline, printable
 from clpet.interrupt import CODE, Interrupted
 from clpet.mistakes import GROUPS, cluster_message, composed, disk_message, hydra_message, plugin_place
 
@@ -77,7 +78,7 @@ def told(error: Exception | Interrupted) -> tuple[str, int]:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"clpet: {' '.join(message.split())}", file=sys.stderr)
+    print(f"clpet: {inline(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -159,7 +160,7 @@ def train(argv: list[str]) -> int:
             atexit.register(lambda: code and os._exit(code[0]))
         own = " ".join(word for word in found.overrides.task if word not in arguments)  # what the sweep varies
         if own and not submitted:
-            print(f"\n[{found.job.num + 1}] {own}\n", flush=True)
+            print(f"\n[{found.job.num + 1}] {inline(own)}\n", flush=True)
         try:
             typed(cfg)  # a mistake in a value is told before what takes seconds to import
             from clpet.launch import launch
@@ -207,11 +208,11 @@ def parted(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             overrides.append(word)
     for flag, value in pairwise([*flags, ""]):
-        name, _, inline = flag.partition("=")
+        name, _, given = flag.partition("=")
         if name in ("--config-dir", "-cd"):
             from clpet.config import use_plugins
 
-            use_plugins(inline or value)
+            use_plugins(given or value)
     return flags, [expand(word) for word in overrides]
 
 
@@ -265,13 +266,13 @@ def listing(argv: list[str]) -> int:
         if arguments.name:
             if arguments.name not in known:
                 raise ConfigError(f"there is no {group} {arguments.name}{suggest(arguments.name, known)}")
-            print(known[arguments.name].read_text(), end="")
+            print(printable(known[arguments.name].read_text(), kept="\n\t"), end="")
             return 0
         if not arguments.group:
             print(f"{group}:")
         width = max((len(name) for name in known), default=0)
         for name, path in known.items():
-            print(f"{indent}{name:{width}}  {first_comment(path)}")
+            print(inline(f"{indent}{name:{width}}  {first_comment(path)}"))
     return 0
 
 
@@ -297,7 +298,7 @@ def data(argv: list[str]) -> int:
     cfg = composed(words)
     from clpet.data import report
 
-    print(report(cfg))
+    print(printable(report(cfg)))
     return 0
 
 

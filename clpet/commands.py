@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clpet.errors import ConfigError
+from clpet.escape import printable
 
 
 def runs(argv: list[str]) -> int:
@@ -29,7 +30,7 @@ def runs(argv: list[str]) -> int:
     text = compare.report(folder, arguments.compare, metrics, arguments.benchmark, arguments.format)
     if arguments.picture:
         compare.picture(folder, arguments.compare, arguments.benchmark, Path(arguments.picture))
-    print(text)
+    print(printable(text))
     return 0
 
 
@@ -41,7 +42,7 @@ def show(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     from clpet import compare
 
-    print(compare.show(Path(arguments.run), arguments.metrics))
+    print(printable(compare.show(Path(arguments.run), arguments.metrics)))
     return 0
 
 
@@ -69,10 +70,10 @@ def evaluate(argv: list[str]) -> int:
             tasks = downstream.load_tasks(names, arguments.tasks_dir)
             opened = reopen.reopen(run, arguments.after)
             found = downstream.measure(opened, tasks, arguments.limit)
-            print(downstream.report(opened, names, arguments.limit, found))
+            print(printable(downstream.report(opened, names, arguments.limit, found)))
             return 0
         text, equal = again(reopen.reopen(run, arguments.after))
-    print(text)
+    print(printable(text))
     return 0 if equal else 1
 
 
@@ -89,7 +90,7 @@ def export(argv: list[str]) -> int:
     run = _recorded(arguments)
     check(run, arguments.folder, arguments.merge)
     with quiet_libraries():
-        print(write(reopen.reopen(run, arguments.after), arguments.folder, arguments.merge))
+        print(printable(write(reopen.reopen(run, arguments.after), arguments.folder, arguments.merge)))
     return 0
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from clpet import pretraining
 from clpet.console import matrix_table, table
 from clpet.errors import ConfigError, DataError, suggest
+from clpet.escape import latex, markdown, spreadsheet
 from clpet.groups import Group, group_by
 from clpet.pretraining_tables import average_table, domain_table, formula_lines, transfer_tables
-from clpet.reading import command, printable, read_json, read_results, readable
+from clpet.reading import command, read_json, read_results, readable
 from clpet.results import CONVENTIONS, NEEDS, TransferMatrix, round2
 
 COLUMNS = ("average", "whole", "bwt", "fwt", "forgetting", "learning_accuracy")  # of a comparison, by default
@@ -136,23 +137,19 @@ def formatted(header: Sequence[str], rows: Sequence[Sequence[str]], form: str) -
     """A table as text, Markdown, CSV or LaTeX."""
     if form == "csv":
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        csv.writer(text, lineterminator="\n").writerows([map(spreadsheet, row) for row in (header, *rows)])
         return text.getvalue().rstrip("\n")
     if form == "md":
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines = [f"| {' | '.join(map(markdown, row))} |" for row in (header, *rows)]
+        return "\n".join([lines[0], f"| --- |{' ---: |' * (len(header) - 1)}", *lines[1:]])
     if form == "tex":
-        body = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in rows]
-        head = " & ".join(_tex(cell) for cell in header) + r" \\"
+        body = [" & ".join(latex(cell) for cell in row) + r" \\" for row in rows]
+        head = " & ".join(latex(cell) for cell in header) + r" \\"
         columns = "l" + "r" * (len(header) - 1)
         return "\n".join(
             [rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}"]
         )
     return table(header, rows)
-
-
-def _tex(cell: str) -> str:
-    return cell.replace("_", r"\_").replace("%", r"\%").replace("±", r"$\pm$")
 
 
 def significance(groups: dict[str, Group]) -> str:
@@ -231,11 +228,11 @@ def show(path: Path, every_metric: bool) -> str:
         if not (path / "run.json").is_file():
             raise DataError(f"{path} is not a run directory: no results.json there")
         with readable(f"{path} is not the directory of a run"):
-            return printable(_so_far(path))
+            return _so_far(path)
     run = read_results(file)
     others = find_runs(file.resolve().parents[3]) if len(file.resolve().parts) > 4 else []
     with readable(f"{file} is not the result of a run"):
-        return printable(_shown(run, others, every_metric))
+        return _shown(run, others, every_metric)
 
 
 def _so_far(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from clpet.escape import inline, printable
 from clpet.results import TransferMatrix, round2
 
 if TYPE_CHECKING:  # reading runs back needs no torch
@@ -49,7 +50,9 @@ class Display:
         self.start = self.shown = time.perf_counter()
         self.seen = self.before = self.skipped = 0
         if self.console.is_terminal:
-            self.live = Progress(TextColumn("{task.description}"), BarColumn(), console=self.console, transient=True)
+            self.live = Progress(
+                TextColumn("{task.description}", markup=False), BarColumn(), console=self.console, transient=True
+            )
             self.live.start()
             self.bar = self.live.add_task(self._title(1), total=epochs * steps)
 
@@ -82,12 +85,12 @@ class Display:
     def print(self, text: str = "") -> None:
         """A line that stays, on the screen and in train.log."""
         log.info(text)
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def _title(self, epoch: int) -> str:
         stage = f" · {self.stage}" if self.stage else ""
         which = f"task {self.position}/{self.tasks} " if self.position else ""
-        return f"{which}{self.name}{stage} · epoch {epoch}/{self.epochs}"
+        return f"{which}{inline(self.name)}{stage} · epoch {epoch}/{self.epochs}"
 
     def _left(self, now: float, done: int) -> str:
         stage = (now - self.start) / (done - self.skipped) * (self.epochs * self.steps - done)
@@ -101,9 +104,14 @@ class Display:
             self.live = None
 
 
+def say(console: Console, text: str = "") -> None:
+    """Prints a text as it is: no markup, no wrapping, nothing that the terminal obeys."""
+    console.print(printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned with spaces: the first to the left, the others to the right."""
-    cells = [list(header), *[list(row) for row in rows]]
+    cells = [[inline(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:

@@ -12,7 +12,6 @@ import numpy as np
 from clpet.backbones import Architecture, first_line
 from clpet.console import table
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
-from clpet.reading import printable
 from clpet.reopen import Recorded, Reopened
 from clpet.state import write_atomic
 from clpet.text import frame
@@ -108,7 +107,7 @@ def report(run: Reopened, names: Sequence[str], limit: int | None, found: dict[s
     parts = [make_table(found).rstrip()]
     if rows := [[name, *(f"{value:.2f}" for value in own.values())] for name, own in found.get(OWN, {}).items()]:
         parts += [NOTE, table(["task", "raw %", "chance %", "normalised"], rows)]
-    return printable("\n".join([*parts, f"written to {path}"]))
+    return "\n".join([*parts, f"written to {path}"])
 
 
 def quiet() -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from clpet.adapters import Adapters, parameter_ratio
 from clpet.config import Config
+from clpet.console import say
 from clpet.cost import peak_memory_mb
 from clpet.methods.base import Method
 from clpet.objectives import load
@@ -18,32 +19,27 @@ from clpet.training import Trainer
 
 def dry_run(console: Console, config: Config, method: Method, benchmark: Benchmark, trainer: Trainer) -> None:
     """Prints one encoded example, the labels, parameters, steps per task and a memory estimate; does one step."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     objective, pool = method.objective, method.data.train
     row = int(pool.rows_of(0)[0])
     example = objective.tokenizer.decode(pool.tokens(row))
-    say(f"benchmark {benchmark.name}: {len(benchmark)} tasks, {len(benchmark.labels)} labels")
+    say(console, f"benchmark {benchmark.name}: {len(benchmark)} tasks, {len(benchmark.labels)} labels")
     for task in benchmark.tasks:
         sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test"
-        say(f"  {task.name}: {sizes}" + (f"; labels {', '.join(task.labels)}" if task.labels else ""))
-    say(f"example  {example}")
-    say(f"tokens   {' '.join(map(str, pool.tokens(row)))}")
-    say(objective.describe(pool, row))
-    say(f"device   {objective.device}, {str(objective.dtype).removeprefix('torch.')}")
-    say(f"steps    {steps_per_task(method, config.train.epochs)}")
+        say(console, f"  {task.name}: {sizes}" + (f"; labels {', '.join(task.labels)}" if task.labels else ""))
+    say(console, f"example  {example}")
+    say(console, f"tokens   {' '.join(map(str, pool.tokens(row)))}")
+    say(console, objective.describe(pool, row))
+    say(console, f"device   {objective.device}, {str(objective.dtype).removeprefix('torch.')}")
+    say(console, f"steps    {steps_per_task(method, config.train.epochs)}")
     index, task = method.curriculum()[0]
     trainer.trial = True
     start = time.perf_counter()
     trainer.begin_task(index)
     method.learn(task, index, trainer)
     seconds = time.perf_counter() - start
-    say(_ratio(method.trainable_parameters(), objective.adapters.base_parameters))
-    say(
-        f"one step of {config.train.global_batch_size} examples: {seconds:.2f} s, peak memory {peak_memory_mb():.0f} MB"
-    )
+    say(console, _ratio(method.trainable_parameters(), objective.adapters.base_parameters))
+    did = f"one step of {config.train.global_batch_size} examples: {seconds:.2f} s"
+    say(console, f"{did}, peak memory {peak_memory_mb():.0f} MB")
 
 
 def count_parameters(console: Console, parts: dict[str, Any], benchmark: Benchmark, why: str) -> None:
@@ -60,7 +56,7 @@ def count_parameters(console: Console, parts: dict[str, Any], benchmark: Benchma
         head = (network.hidden_size + 1) * labels
         lines.append(f"adapter and a head of {labels} labels: {_ratio(adapter + head, total)}")
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
 
 
 def _ratio(trainable: int, total: int) -> str:

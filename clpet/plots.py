@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from clpet.escape import inline
 from clpet.results import TransferMatrix
 
 
@@ -36,7 +37,7 @@ def accuracy_curves(matrix: TransferMatrix, path: Path, title: str) -> Path:
     figure, axes = new_figure(7, 4.2)
     steps = np.arange(1, len(matrix) + 1)
     for index, name in enumerate(matrix.tasks):
-        axes.plot(steps[index:], matrix.scores[index + 1 :, index], marker="o", markersize=4, label=name)
+        axes.plot(steps[index:], matrix.scores[index + 1 :, index], marker="o", markersize=4, label=short(name))
     average = [matrix.average(row, row) for row in range(1, len(matrix) + 1)]
     values = [np.nan if value is None else value for value in average]
     axes.plot(steps, values, color="black", linewidth=2.5, label="average of seen")
@@ -91,7 +92,12 @@ def importance_heatmap(history: list[dict[str, Any]], tasks: list[str], path: Pa
     image = axes.imshow(values, norm=PowerNorm(0.5, 0, 1), cmap="magma", aspect="auto", interpolation="nearest")
     for place in range(1, len(tasks)):
         axes.axvline(place * width - 0.5, color="white", linewidth=1)
-    axes.set_xticks([(place + 0.5) * width - 0.5 for place in range(len(tasks))], tasks, rotation=30, ha="right")
+    axes.set_xticks(
+        [(place + 0.5) * width - 0.5 for place in range(len(tasks))],
+        [short(name) for name in tasks],
+        rotation=30,
+        ha="right",
+    )
     names = short_names(layers)
     axes.set_yticks(shown, [names[row] for row in shown], fontsize=7)
     axes.set_xlabel(f"task learned ({width} units of a layer side by side)" if width > 1 else "task learned")
@@ -108,7 +114,7 @@ def share_bars(figures: list[dict[str, float]], tasks: list[str], path: Path, ti
         height = np.array([entry[f"units_{part}"] for entry in figures])
         axes.bar(range(len(tasks)), height, bottom=foot, color=colour, label=part)
         foot += height
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    axes.set_xticks(range(len(tasks)), [short(name) for name in tasks], rotation=30, ha="right")
     axes.set_ylabel("units, %")
     axes.set_xlabel("after learning")
     axes.set_title(title, fontsize=11)
@@ -124,7 +130,8 @@ def short_names(names: list[str]) -> list[str]:
 
 
 def short(name: str, most: int = 24) -> str:
-    """A task's name as it fits beside a picture."""
+    """A task's name as it fits next to a picture."""
+    name = inline(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
@@ -135,10 +142,12 @@ def room(names: Sequence[str]) -> tuple[float, float]:
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A figure in inches with its axes, or one axes per column; no display is needed."""
+    """A figure in inches with its axes, or one axes per column; no display is needed. A dollar sign is one."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(ncols=columns)

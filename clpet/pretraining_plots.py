@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from clpet.plots import frame, new_figure, save
+from clpet.escape import inline
+from clpet.plots import frame, new_figure, save, short
 from clpet.pretraining import figures, headline, own_checkpoint
 from clpet.results import TransferMatrix
 
@@ -66,7 +67,7 @@ def _domain_axis(axis: Any, names: Sequence[str], start: int) -> None:
     if len(names) <= NAMED + 1:
         turned = {"rotation": 30, "ha": "right"} if axis.axis_name == "x" else {}
         axis.axes.tick_params(axis=axis.axis_name, labelsize=8)
-        axis.set_ticks(range(len(names)), names, **turned)
+        axis.set_ticks(range(len(names)), [short(name) for name in names], **turned)
     else:
         step = 10 if len(names) <= 120 else 20
         places = [place for place in range(len(names)) if (place + 1 - start) % step == 0]
@@ -195,7 +196,10 @@ def side_by_side(groups: Mapping[str, list[dict[str, Any]]], key: str, path: Pat
         bars = left.bar(x, values, width, color=COLOURS[column], label=f"{column.upper()}: {WORDS[column]}")
         left.bar_label(bars, [("" if v != v else f"{v:.3g}") for v in values], fontsize=7)
     left.set_xticks(
-        places, list(groups), rotation=20 if len(groups) > 3 else 0, ha="right" if len(groups) > 3 else "center"
+        places,
+        [inline(name) for name in groups],
+        rotation=20 if len(groups) > 3 else 0,
+        ha="right" if len(groups) > 3 else "center",
     )
     left.set_xlabel(key)
     left.set_ylabel("mean perplexity over domains")
@@ -205,7 +209,7 @@ def side_by_side(groups: Mapping[str, list[dict[str, Any]]], key: str, path: Pat
         curves = [dict(zip(*by_distance(found, "mean"), strict=True)) for found in runs]
         distance = sorted(set().union(*curves))
         means_there = [_over([curve.get(at) for curve in curves]) for at in distance]
-        right.plot(distance, _floats(means_there), label=name, color=colormaps["viridis"](place / len(groups)))
+        right.plot(distance, _floats(means_there), label=inline(name), color=colormaps["viridis"](place / len(groups)))
     right.axvline(0, color="crimson", linewidth=1)
     right.set_xlabel("domains learned since the tested domain (below 0: until its turn)")
     _ratio_axes(right)

@@ -99,11 +99,6 @@ def readable(what: str) -> Iterator[None]:
         raise DataError(f"{what}: {type(error).__name__}: {text[:200]}") from error
 
 
-def printable(text: str) -> str:
-    """A text without what a terminal would obey."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in text)
-
-
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text} is no finite number")

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from clpet import __version__, pretraining
 from clpet.adapters import parameter_ratio
-from clpet.console import matrix_table
+from clpet.console import matrix_table, say
+from clpet.escape import spreadsheet
 from clpet.methods.base import Method
 from clpet.pretraining import DAPT
 from clpet.pretraining_tables import LEGEND, average_table
@@ -172,7 +173,7 @@ def transfer_csv(matrix: TransferMatrix) -> str:
     """Header after,<task>,...; rows 0 to T; an empty cell was not measured."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["after", *matrix.tasks])
+    writer.writerow(["after", *map(spreadsheet, matrix.tasks)])
     for index, values in enumerate(matrix.scores):
         writer.writerow([index, *("" if v != v else repr(float(v)) for v in values)])
     return text.getvalue()
@@ -192,32 +193,32 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     """The final table, where the run lies, and what to try next."""
     matrix = TransferMatrix.from_json(results)
 
-    def say(text: str = "") -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     words, lower = results.get("objective") == "text_to_text", matrix.direction == "lower"
     what = f"{'score' if words else 'accuracy'} in % after each task (rows)"
     what = f"{results.get('metric', 'perplexity')} after each domain (rows), lower is better" if lower else what
-    say(f"{results['method']} on {results['benchmark']}, seed {results['seed']}: {what}")
-    say(matrix_table(matrix))
-    say()
+    say(console, f"{results['method']} on {results['benchmark']}, seed {results['seed']}: {what}")
+    say(console, matrix_table(matrix))
+    say(console)
     if lower:
-        say(average_table(results["pretraining"]))
-        say(LEGEND)
+        say(console, average_table(results["pretraining"]))
+        say(console, LEGEND)
     else:
         for name in ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy"):
-            say(f"{name.replace('_', ' '):18} {round2(results[name]):>7}")
+            say(console, f"{name.replace('_', ' '):18} {round2(results[name]):>7}")
     for name, value in results["diagnostics"][-1].items():
         if name != "row" and "/" not in name:
-            say(f"{name.replace('_', ' '):18} {round2(value):>7}")
+            say(console, f"{name.replace('_', ' '):18} {round2(value):>7}")
     ratio = results["parameters"]
-    say(f"trained per task   {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.2f} %)")
-    say()
-    say(f"run   {out}")
-    say(f"next  clpet show {out}")
+    say(
+        console,
+        f"trained per task   {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.2f} %)",
+    )
+    say(console)
+    say(console, f"run   {out}")
+    say(console, f"next  clpet show {out}")
     better = DAPT if lower else "o_lora" if words else "dynamic_conpet"
     other = better if results["method"] in ("sequential", "joint", "independent") else "sequential"
-    say(f"      {command(results, other)}")
+    say(console, f"      {command(results, other)}")
 
 
 def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchmark: Benchmark) -> dict[str, Any]:

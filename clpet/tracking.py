@@ -14,6 +14,7 @@ import numpy as np
 
 from clpet.config import require
 from clpet.console import Display, matrix_table, summary_line
+from clpet.escape import inline
 from clpet.evaluation import Evaluation
 from clpet.ranks import world
 from clpet.results import TransferMatrix
@@ -95,7 +96,10 @@ class Tracker:
                 key: line[key] for key in ("average", "whole", *evaluation.diagnostics) if line.get(key) is not None
             }
             cost = {f"cost/{key}": value for key, value in line.get("cost", {}).items()}
-            self._safely("log", lambda: self.run.log({"task": row, **scalars, **cost}))
+            self._safely(
+                "log",
+                lambda: self.run.log({"task": row, **{inline(key): value for key, value in scalars.items()}, **cost}),
+            )
 
     def finished(self, results: dict[str, Any], pictures: list[Path]) -> None:
         """Writes the final table, pictures and summary to wandb."""
@@ -107,11 +111,12 @@ class Tracker:
             matrix = TransferMatrix.from_json(results)
             views = {"transfer": results["scores"], "backward": results["backward"], "forward": results["forward"],
                      "own_labels": results["task_scores"]}  # fmt: skip
+            names = [inline(name) for name in matrix.tasks]
             rows = [
-                [view, row, matrix.tasks[row - 1] if row else "", task, values[row][column]]
+                [view, row, names[row - 1] if row else "", task, values[row][column]]
                 for view, values in views.items()
                 for row in range(len(values))
-                for column, task in enumerate(matrix.tasks)
+                for column, task in enumerate(names)
                 if values[row][column] is not None
             ]
             table = wandb.Table(columns=["matrix", "row", "after", "task", "value"], data=rows)
