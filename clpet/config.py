@@ -82,7 +82,7 @@ def require(condition: bool, key: str, value: object, wanted: str) -> None:
 class Training:
     """How one task is trained, the same for every method."""
 
-    epochs: int = 3
+    epochs: Any = 3  # or a list
     lr: Any = 1e-3  # or a list
     global_batch_size: int = 16
     weight_decay: float = 0.01
@@ -102,7 +102,9 @@ class Training:
     keep: int = 0
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
+        passes = self.epochs if isinstance(self.epochs, list) and self.epochs else [self.epochs]
+        fits = all(type(count) is int and count >= 1 for count in passes)
+        require(fits, "train.epochs", self.epochs, "at least 1, or a list of such numbers, one a task")
         rates = self.lr if isinstance(self.lr, list) and self.lr else [self.lr]
         fits = all(type(rate) in (int, float) and rate >= 0 for rate in rates)
         require(fits, "train.lr", self.lr, "0 or more, or a list of such numbers, one a task")
@@ -124,7 +126,16 @@ class Training:
 
     def lr_of(self, task: int) -> float:
         """The learning rate of a task, counted from 0; the last one of a list is for all that follow."""
-        return self.lr[min(task, len(self.lr) - 1)] if isinstance(self.lr, list) else self.lr
+        return _of_task(self.lr, task)
+
+    def epochs_of(self, task: int) -> int:
+        """The epochs of a task, counted from 0; the last number of a list is for all that follow."""
+        return _of_task(self.epochs, task)
+
+
+def _of_task(setting: Any, task: int) -> Any:
+    """A setting, or the item of a list of them that is a task's."""
+    return setting[min(task, len(setting) - 1)] if isinstance(setting, list) else setting
 
 
 class Decode(Enum):

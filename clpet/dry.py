@@ -1,6 +1,7 @@
 """dry_run=true: what a run would be, one step of it, and no more."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def dry_run(console: Console, config: Config, method: Method, benchmark: Benchma
     say(console, f"tokens   {' '.join(map(str, pool.tokens(row)))}")
     say(console, objective.describe(pool, row))
     say(console, f"device   {objective.device}, {str(objective.dtype).removeprefix('torch.')}")
-    say(console, f"steps    {steps_per_task(method, config.train.epochs)}")
+    say(console, f"steps    {steps_per_task(method, config.train.epochs_of)}")
     index, task = method.curriculum()[0]
     trainer.trial = True
     start = time.perf_counter()
@@ -65,11 +66,11 @@ def _ratio(trainable: int, total: int) -> str:
     return f"trainable parameters {ratio['trainable']:,} of {ratio['total']:,}: {ratio['percent']:.3f} %, {times}"
 
 
-def steps_per_task(method: Method, epochs: int) -> str:
+def steps_per_task(method: Method, epochs: Callable[[int], int]) -> str:
     """Optimiser steps of every task and stage, counted on a trial memory that is thrown away again."""
     counts = []
     for index, task in method.curriculum():
-        stages = [f"{name} {plan.steps * epochs}".strip() for name, plan in method.stages(index).items()]
+        stages = [f"{name} {plan.steps * epochs(index)}".strip() for name, plan in method.stages(index).items()]
         counts.append(f"{task.name} {' + '.join(stages)}")
         method.replay.remember(index, stand_in)
     method.replay.setup(method.data, method.seed, method.replay.batch_size)

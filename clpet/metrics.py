@@ -1,39 +1,75 @@
-"""How right an answer is: exact match, accuracy, first word, Rouge-L and BERTScore, each in [0, 1]."""
+"""How right an answer is, in [0, 1]: from exact match to SARI.
+
+Each metric takes the answer, the references, of which the best counts, and the source: the text the answer is about.
+"""
 
 import functools
 import importlib.util
+import re
 import string
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from clpet.errors import ConfigError
+from clpet.sari import sari
 
-_SPACES = str.maketrans(dict.fromkeys(string.punctuation, " "))
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NOT_WORD = re.compile(r"[^\w\s]")
+_CODE_LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
 
 
 def plain(text: str) -> str:
-    """Lower case, without punctuation (unless there is nothing else), single spaces."""
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split()) or text.strip()
+    """Lower case, without ASCII punctuation, single spaces."""
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
-def exact_match(answer: str, references: Sequence[str]) -> float:
+def exact_match(answer: str, references: Sequence[str], source: str = "") -> float:
     """1 if the answer equals a reference up to case, punctuation and spaces."""
     return float(any(plain(answer) == plain(reference) for reference in references))
 
 
-def accuracy(answer: str, references: Sequence[str]) -> float:
+def chosen(answer: str, references: Sequence[str], source: str = "") -> float:
+    """1 if the answer, one of several labels, is a reference letter by letter."""
+    return float(answer in references)
+
+
+def accuracy(answer: str, references: Sequence[str], source: str = "") -> float:
     """1 if the answer equals a reference up to case and outer spaces."""
     return float(any(answer.strip().lower() == reference.strip().lower() for reference in references))
 
 
-def first_word(answer: str, references: Sequence[str]) -> float:
-    """1 if the first word, punctuation read as spaces, is a reference in the same case (SLM's generative accuracy)."""
-    return float(answer.translate(_SPACES).split()[:1] in [[reference] for reference in references])
+def first_word(answer: str, references: Sequence[str], source: str = "") -> float:
+    """1 if the answer's first word is a reference in the same case (SLM's generative accuracy).
+
+    In both, every character that is neither a word character nor white space counts as a blank.
+    """
+    first = _NOT_WORD.sub(" ", answer).split()[:1]
+    return float(bool(first) and any(first == _NOT_WORD.sub(" ", reference).split() for reference in references))
 
 
-def rouge_l(answer: str, references: Sequence[str]) -> float:
+def first_char(answer: str, references: Sequence[str], source: str = "") -> float:
+    """1 if the first character is that of a reference in the same case (TRACE's ScienceQA: "B\\nBecause ...")."""
+    first = answer.strip()[:1]
+    return float(bool(first) and any(first == reference.strip()[:1] for reference in references))
+
+
+def edit_similarity(answer: str, references: Sequence[str], source: str = "") -> float:
+    """1 - insertions and deletions / total length, of code with its literals filled in (TRACE's Py150); 0 for ""."""
+    from rapidfuzz import fuzz
+
+    if not answer:
+        return 0.0
+    return max(fuzz.ratio(_filled(answer), _filled(reference)) / 100 for reference in references)
+
+
+def _filled(code: str) -> str:
+    """Code in which <NUM_LIT> is 0, <STR_LIT> is empty and <STR_LIT:x> is x, likewise for the other literals."""
+    code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
+    return _CODE_LITERAL.sub(r"\1", code)
+
+
+def rouge_l(answer: str, references: Sequence[str], source: str = "") -> float:
     """Rouge-L F (longest common subsequence of stemmed words), the best over the references."""
     return max(_scorer().score(reference, answer)["rougeL"].fmeasure for reference in references)
 
@@ -47,7 +83,7 @@ def _scorer() -> Any:
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def bert_score(answer: str, references: Sequence[str]) -> float:
+def bert_score(answer: str, references: Sequence[str], source: str = "") -> float:
     """BERTScore F of roberta-large's 17th layer, without idf or rescaling; 0 for no answer."""
     if not answer.strip():
         return 0.0
@@ -67,10 +103,14 @@ def need(metric: str) -> None:
         raise ConfigError("benchmark.metric=bert_score needs its library: `pip install bert-score`, or take rouge_l")
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+METRICS: dict[str, Callable[[str, Sequence[str], str], float]] = {
     "accuracy": accuracy,
     "exact_match": exact_match,
     "rouge_l": rouge_l,
     "first_word": first_word,
+    "first_char": first_char,
+    "edit_similarity": edit_similarity,
+    "sari": sari,
     "bert_score": bert_score,
 }
+FREE = ("rouge_l", "first_char", "edit_similarity", "sari", "bert_score")  # metrics of texts that are not labels

@@ -51,6 +51,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         with world().main_first():
             benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
         method.check_benchmark(benchmark)
+        load_objective_class(parts["benchmark"].objective.value).check_benchmark(benchmark, config.evaluation)
         check_validation(config, method, benchmark)
         display = Display(console, len(benchmark))
         if not config.dry_run:

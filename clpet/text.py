@@ -183,6 +183,13 @@ class Batch:
         return [self.pool.references[row] for row in self.rows]
 
     @property
+    def sources(self) -> list[str]:
+        """The texts as they were read, per example."""
+        assert self.pool is not None
+        assert self.pool.sources is not None
+        return [self.pool.sources[row] for row in self.rows]
+
+    @property
     def tokens(self) -> int:
         """Token places computed on, padding included."""
         return self.input_ids.numel() + (0 if self.targets is None else self.targets.numel())
@@ -257,11 +264,12 @@ class EncodedDataset:
         mask_id: int = -1,
         answers: list[list[int]] | None = None,
         references: list[tuple[str, ...]] | None = None,
+        sources: list[str] | None = None,
         left: bool = False,
     ) -> None:
         self.source = Ragged(tokens)
         self.answer = None if answers is None else Ragged(answers)
-        self.references, self.left = references, left
+        self.references, self.sources, self.left = references, sources, left
         self.lengths = self.source.lengths + (0 if self.answer is None else self.answer.lengths)
         self.weights = np.ones(len(tokens)) if self.answer is None else self.answer.lengths.astype(float)
         self.labels = np.array(labels, dtype=np.int64)

@@ -65,9 +65,14 @@ class Trainer:
         torch.manual_seed(derive(self.seed, "task", self.objective.benchmark.key(index)))
         self.objective.meter.restart()
 
+    @property
+    def epochs(self) -> int:
+        """Passes of a fit of the present task."""
+        return self.settings.epochs_of(self.task)
+
     def rows(self, plan: Plan) -> np.ndarray:
         """The distinct rows of a plan's pool that a fit goes through, for what has to be done to them before."""
-        epochs = [plan.epoch(0)[:1]] if self.trial else map(plan.epoch, range(self.settings.epochs))
+        epochs = [plan.epoch(0)[:1]] if self.trial else map(plan.epoch, range(self.epochs))
         return np.unique(np.concatenate([part for epoch in epochs for part in epoch]))
 
     def fit(
@@ -94,7 +99,7 @@ class Trainer:
         settings, parameters = self.settings, list(parameters)
         clip = settings.clip if clip is None else clip
         step = partial(self._step, plan, loss, clip, before_step, adjust_gradients, after_step)
-        self.progress.fit(stage, settings.epochs, plan.steps)
+        self.progress.fit(stage, self.epochs, plan.steps)
         if self.trial:
             if before_step:
                 before_step(plan.epoch(0)[0])
@@ -105,7 +110,7 @@ class Trainer:
             if fit is None:
                 return
             rate = schedule(settings, settings.lr_of(self.task), self._place(plan, stage))
-            for epoch in range(fit.epoch, settings.epochs):
+            for epoch in range(fit.epoch, self.epochs):
                 self.objective.adapters.train_mode(True)
                 for rows in plan.epoch(epoch)[fit.step :]:
                     step(fit, rows, rate(epoch * plan.steps + fit.step))
@@ -156,7 +161,7 @@ class Trainer:
 
     def _place(self, plan: Plan, stage: str) -> Place:
         past = self.past.get(stage, {"steps": 0, "warmup": 0})
-        return Place(plan.steps * self.settings.epochs, past["steps"], past["warmup"], self.last)
+        return Place(plan.steps * self.epochs, past["steps"], past["warmup"], self.last)
 
     def _begin(
         self, plan: Plan, parameters: list[nn.Parameter], stage: str, validate: Callable[[], float] | None
@@ -167,7 +172,7 @@ class Trainer:
         saved = self.keeper.resume(parameters)
         if saved and "over" in saved:
             self.past[stage] = saved["over"]
-            self.keeper.passed(saved, plan.steps * self.settings.epochs)
+            self.keeper.passed(saved, plan.steps * self.epochs)
             return None
         best = Best(parameters, validate) if validate and self.settings.select is Select.best else None
         fit = Fit(stage, parameters, self._optimizer(parameters), best, self.hardware.torch_device)

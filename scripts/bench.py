@@ -60,8 +60,8 @@ class Bench:
         self.benchmark = self.parts["benchmark"].load(self.config.data_dir)
         self.batch, self.epochs, self.lr = (
             self.config.train.global_batch_size,
-            self.config.train.epochs,
-            self.config.train.lr,
+            self.config.train.epochs_of(0),
+            self.config.train.lr_of(0),
         )
 
     def method(self) -> Any:

@@ -7,6 +7,7 @@ import torch
 
 from clpet.cli import options
 from clpet.config import Config, Training, build, typed
+from clpet.dry import steps_per_task
 from clpet.errors import ConfigError
 from clpet.mistakes import composed
 from clpet.mixing import equal_compute
@@ -103,6 +104,42 @@ def test_learning_rates_by_task() -> None:
     for wrong in ([], [1e-3, -1], ["fast"], [True]):
         with pytest.raises(ConfigError, match=r"train\.lr must be 0 or more, or a list"):
             Training(lr=wrong)
+
+
+def test_a_list_of_epochs_has_one_for_every_task_and_the_last_for_all_that_follow() -> None:
+    passes = Training(epochs=[5, 3])
+    assert [passes.epochs_of(task) for task in range(4)] == [5, 3, 3, 3]
+    assert Training(epochs=2).epochs_of(7) == 2
+    for wrong in ([], [3, 0], ["two"], [True], "two", 1.5):
+        with pytest.raises(ConfigError, match=r"train\.epochs must be at least 1, or a list"):
+            Training(epochs=wrong)
+
+
+def test_a_task_is_trained_for_its_own_epochs(make) -> None:
+    """The steps that trainer, progress and dry run count, and the length of a linear schedule."""
+    run = make("method=sequential", "train.epochs=[2, 1]", "train.schedule=linear")
+    fits: list[int] = []
+    run.trainer.progress.fit = lambda stage, epochs, steps: fits.append(epochs * steps)
+    for task in range(3):
+        run.learn(task)
+    steps = run.method.plan(0).steps
+    assert fits == [2 * steps, steps, steps]
+    assert run.trainer.past[""]["steps"] == 4 * steps
+    assert [part.split()[-1] for part in steps_per_task(run.method, run.config.train.epochs_of).split("; ")] == [
+        str(count) for count in fits
+    ]
+
+
+def test_trace_is_trained_and_scored_as_by_its_authors() -> None:
+    config = typed(composed(["benchmark=trace"]))
+    assert config.train.epochs == [5, 3, 7, 5, 3, 5, 5, 7]
+    source = build(config.benchmark, "benchmark")
+    found = {name: source.metrics.get(name, source.metric) for name in source.folders}
+    assert found == {
+        "C-STANCE": "accuracy", "FOMC": "accuracy", "MeetingBank": "rouge_l", "Py150": "edit_similarity",
+        "ScienceQA": "first_char", "NumGLUE-cm": "accuracy", "NumGLUE-ds": "accuracy", "20Minuten": "sari",
+    }  # fmt: skip
+    assert source.max_target == 512
 
 
 def test_a_task_is_trained_at_its_own_rate(make) -> None:

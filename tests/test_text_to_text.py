@@ -14,7 +14,7 @@ from clpet.config import Decode, Evaluation
 from clpet.errors import ConfigError
 from clpet.hardware import Device, Dtype, Hardware
 from clpet.metrics import accuracy, exact_match, rouge_l
-from clpet.objectives.base import Choices
+from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
 from clpet.sources import Kind, Table
 from clpet.subspace import InputCovariances
@@ -206,6 +206,25 @@ def test_metrics() -> None:
     # stemmed: running = run; best over references
     assert rouge_l("running", ["other", "run"]) == pytest.approx(1.0)
     assert rouge_l("", ["word"]) == 0
+
+
+def test_a_chosen_label_is_compared_as_a_label() -> None:
+    """Labels that the metric takes for equal are not: `B` for `b` is wrong, a second reference is right."""
+    found = objective("llama", Decode.rank)
+    rows = [("B", ("b",)), ("b", ("b",)), ("c", ("b", "c"))]
+    examples = [Example("x", target[0], {"instruction": "Judge"}, references=target) for _, target in rows]
+    pool = found.encode_split(examples, [0] * 3, [0] * 3)
+    answers = Predictions(texts=[text for text, _ in rows])
+    assert found.judge(pool.batch(range(3)), answers, Choices([])).tolist() == [0, 1, 1]
+    found.evaluation.decode = Decode.generate
+    assert found.judge(pool.batch(range(3)), answers, Choices([])).tolist() == [1, 1, 1]
+
+
+def test_ranking_is_refused_where_a_task_has_no_labels() -> None:
+    """No mode of evaluation takes the place of another."""
+    with pytest.raises(ConfigError, match="task talk has none"):
+        TextToText.check_benchmark(benchmark(), Evaluation(decode=Decode.rank))
+    TextToText.check_benchmark(benchmark(), Evaluation())
 
 
 def test_real_model_answers_alike_in_batches_and_alone() -> None:

@@ -71,7 +71,7 @@ class CRL(Method):
         if index > 0:
             if not self.starred:
                 self.replay.remember(index, self.vectors)
-            self.stage(trainer, index, "replay", self.second(index, trainer.settings.epochs))
+            self.stage(trainer, index, "replay", self.second(index, trainer.epochs))
 
     @property
     def starred(self) -> bool:

@@ -124,6 +124,10 @@ class Objective:
         """Raises ConfigError for settings that do not go together, before anything is loaded."""
 
     @classmethod
+    def check_benchmark(cls, benchmark: Benchmark, evaluation: Evaluation) -> None:
+        """Raises ConfigError for tasks that cannot be evaluated as asked, before the backbone is loaded."""
+
+    @classmethod
     def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
         """What turns examples into an EncodedDataset; needs no weights."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ from torch import Tensor
 from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode, Evaluation
 from clpet.errors import ConfigError, DataError
-from clpet.metrics import METRICS
+from clpet.metrics import METRICS, chosen
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
 from clpet.tasks import Benchmark, Example
 from clpet.text import IGNORED, Batch, EncodedDataset, Ragged, Template, positions
@@ -33,6 +33,15 @@ class TextToText(Objective):
         self.start = None if self.causal else config.decoder_start_token_id
         answers = encode_answers(self.tokenizer, benchmark.labels, benchmark.max_target)
         self.label_tokens = Ragged(answers)
+
+    @classmethod
+    def check_benchmark(cls, benchmark: Benchmark, evaluation: Evaluation) -> None:
+        for task in benchmark.tasks:
+            if evaluation.decode is Decode.rank and not task.labels:
+                raise ConfigError(
+                    f"evaluation.decode=rank chooses among the labels of a task, and task {task.name} has none, only"
+                    " answers in free words: take evaluation.decode=generate, or other benchmark.tasks"
+                )
 
     @classmethod
     def check(cls, backbone: Backbone, peft: str, evaluation: Evaluation) -> None:
@@ -63,8 +72,11 @@ class TextToText(Objective):
         def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:
             answers = encode_answers(tokenizer, [str(example.target) for example in examples], benchmark.max_target)
             references = [example.references or (str(example.target),) for example in examples]
-            prompts, pad = template.encode(examples), tokenizer.pad_token_id
-            return EncodedDataset(prompts, labels, tasks, pad, answers=answers, references=references, left=causal)
+            sources = [example.text for example in examples]
+            return EncodedDataset(
+                template.encode(examples), labels, tasks, tokenizer.pad_token_id,
+                answers=answers, references=references, sources=sources, left=causal,
+            )  # fmt: skip
 
         return encode
 
@@ -120,16 +132,16 @@ class TextToText(Objective):
     # Answering
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
-        """Greedy answers; with evaluation.decode=rank the likeliest label of each example's task, if it has labels.
+        """Greedy answers; with evaluation.decode=rank the likeliest label of each example's task.
 
         An instruction names the labels to choose from, so a task's own labels are its candidates.
         """
         self.meter.count(batch, torch.is_grad_enabled())
+        if self.evaluation.decode is Decode.generate:
+            return Predictions(texts=self.generate(batch))
         labels = self.benchmark.task_labels(int(batch.tasks[0]))
-        if self.evaluation.decode is Decode.rank and labels:
-            best = self.rank(batch, labels).argmax(1).tolist()
-            return Predictions(texts=[self.benchmark.labels[labels[choice]] for choice in best])
-        return Predictions(texts=self.generate(batch))
+        best = self.rank(batch, labels).argmax(1).tolist()
+        return Predictions(texts=[self.benchmark.labels[labels[choice]] for choice in best])
 
     def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
         """Batches of one task each: a task has its own labels to choose from."""
@@ -204,11 +216,13 @@ class TextToText(Objective):
     # Judging
 
     def judge(self, batch: Batch, found: Predictions, choices: Choices) -> Tensor:
-        """[batch]: the task's metric."""
+        """[batch]: the task's metric; a label that was chosen is right where it is a reference, and not else."""
         assert found.texts is not None
         metrics = [METRICS[self.benchmark.tasks[task].metric] for task in batch.tasks.tolist()]
-        rows = zip(metrics, found.texts, batch.references, strict=True)
-        scores = [metric(text, references) for metric, text, references in rows]
+        if self.evaluation.decode is Decode.rank:
+            metrics = [chosen] * len(batch)
+        rows = zip(metrics, found.texts, batch.references, batch.sources, strict=True)
+        scores = [metric(text, references, source) for metric, text, references, source in rows]
         return torch.tensor(scores, dtype=torch.float64, device=batch.labels.device)
 
     def table(self, batch: Batch, found: Predictions, known: Predictions, choices: Choices) -> dict[str, Any]:

@@ -10,14 +10,12 @@ from typing import Any, ClassVar
 
 from clpet.config import require
 from clpet.errors import DataError, suggest
-from clpet.metrics import METRICS, need
+from clpet.metrics import FREE, METRICS, need
 from clpet.readers import existing, slots
 from clpet.splits import Splits, has_labels, sample, split_off
 from clpet.tasks import SPLITS, Benchmark, Task, order_names
 
 log = logging.getLogger(__name__)
-
-FREE = ("rouge_l", "bert_score")  # metrics of texts that are no labels
 
 
 class Kind(Enum):
