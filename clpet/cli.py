@@ -17,6 +17,7 @@ from clpet.errors import ClpetError, ConfigError, suggest
 from clpet.escape import inline, printable
 from clpet.interrupt import CODE, Interrupted
 from clpet.mistakes import GROUPS, cluster_message, composed, disk_message, hydra_message, plugin_place
+from clpet.overrides import expand
 
 COMMANDS = {
     "train": "learn a benchmark task by task and write its transfer matrix (also resumes, and sweeps with -m)",
@@ -27,8 +28,6 @@ COMMANDS = {
     "list": "what there is: methods, models, benchmarks, hardware, ...",
     "data": "look at a benchmark's data: counts, balance, lengths, repeats, overlaps",
 }
-# Short spellings of knobs that are typed often.
-SHORT = {key: f"benchmark.{key}" for key in ("tasks", "order", "objective", "text", "label", "max_train", "max_test")}
 HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i", "--config-name",
                           "-cn", "--config-path", "-cp", "--experimental-rerun", "-sc")  # fmt: skip
 RUNS = "outputs/*/*/s*-*"  # what completion offers as a run
@@ -201,10 +200,10 @@ def parted(argv: list[str]) -> tuple[list[str], list[str]]:
                 raise ConfigError(f"{word} needs a value")
             flags += [word, value]
         elif word.startswith("-"):
-            name = word.partition("=")[0]
+            name, equals, inline = word.partition("=")
             if name not in (*HYDRA_FLAGS, *HYDRA_FLAGS_WITH_VALUE):
                 raise ConfigError(f"unknown flag {name}{suggest(name, (*HYDRA_FLAGS, *HYDRA_FLAGS_WITH_VALUE))}")
-            flags.append(word)
+            flags.append(f"{name}{equals}{os.path.expanduser(inline)}")
         else:
             overrides.append(word)
     for flag, value in pairwise([*flags, ""]):
@@ -214,12 +213,6 @@ def parted(argv: list[str]) -> tuple[list[str], list[str]]:
 
             use_plugins(given or value)
     return flags, [expand(word) for word in overrides]
-
-
-def expand(word: str) -> str:
-    """`tasks=[...]` for `benchmark.tasks=[...]`, and the like."""
-    key, equals, value = word.partition("=")
-    return f"{SHORT.get(key, key)}{equals}{value}"
 
 
 def check_group_options(arguments: list[str]) -> None:

@@ -2,12 +2,14 @@
 
 import errno
 import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 from clpet.errors import ClpetError, suggest
+from clpet.overrides import quoted
 
 GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -20,7 +22,7 @@ def composed(words: list[str]) -> Any:
     from clpet.config import conf_dir, plugin_dirs, register_resolvers
 
     register_resolvers()
-    paths = ",".join(f"file://{folder}" for folder in plugin_dirs())
+    paths = ",".join(quoted(f"file://{folder}") for folder in plugin_dirs())
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("train", [*words, *([f"hydra.searchpath=[{paths}]"] if paths else [])])
 
@@ -43,13 +45,29 @@ def hydra_message(error: BaseException) -> str | None:
     text = str(error).strip()
     broken = next((link for link in chain if isinstance(link, OverrideParseException)), None)
     if broken is not None:
-        return f"cannot read {broken.override}: {broken.message.splitlines()[0]}"
+        return f"cannot read {broken.override}: {broken.message.splitlines()[0]}{quoting(str(broken.override))}"
     if "Ambiguous value" in text:
         return f"{text.splitlines()[0].rstrip('.')}: to sweep over the values, add -m"
+    append = re.search(r"To append to your config use (\+(\S+?)=\{.*)", text)
+    if append:
+        return f"{append[2]} has no such entries yet; to add them say {shell_word(append[1])}"
     missing = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if missing:
         return f"there is no key {missing.group(1)}{suggest_key(missing.group(1))}"
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def quoting(word: str) -> str:
+    """The same word with its value quoted for Hydra and for the shell, unless the value is meant as a list or dict."""
+    key, equals, value = word.partition("=")
+    if not equals or value[:1] in "[\"'" or re.match(r"\{\s*[\w'\"-]+\s*:", value):
+        return ""
+    return f"; a text with such signs is quoted twice: {shell_word(f'{key}={quoted(value)}')}"
+
+
+def shell_word(word: str) -> str:
+    """A word as it is typed in a shell."""
+    return shlex.quote(word) if set('"$`\\!') & set(word) else f'"{word}"'
 
 
 def cluster_message(error: BaseException) -> str | None:
