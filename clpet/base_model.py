@@ -1,5 +1,6 @@
 """M_0 for a backbone with random weights: trained on the benchmark's base corpus once, and kept as a model folder."""
 
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from clpet import store
 from clpet.adapters import Adapter, Adapters
 from clpet.backbones import Backbone
 from clpet.config import Evaluation, Schedule, Training, digest
@@ -21,18 +23,27 @@ from clpet.tasks import Benchmark
 from clpet.token_streams import Tokens, text_hash
 from clpet.training import Trainer
 
+log = logging.getLogger(__name__)
 
-def prepare(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, cache: Path, display: Display) -> None:
+
+def prepare(
+    backbone: Backbone, benchmark: Benchmark, hardware: Hardware, cache: Path | None, out: Path, display: Display
+) -> None:
     """Points a backbone with random weights at M_0, where the benchmark has text to make it on.
 
-    It is trained first where no earlier run has; nothing depends on the run's seed.
+    It is trained first where no earlier run has; nothing depends on the run's seed. Without a cache, or one that
+    can be written, it lies in the run directory `out`.
     """
     base = benchmark.base
     if base is None or not backbone.random_weights:
         return
     tokens = Tokens(backbone.tokenizer())
     made_of = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.isolate]
-    folder = cache / "base" / digest([*made_of, vars(backbone.base)], 16)
+    name = digest([*made_of, vars(backbone.base)], 16)
+    folder = (cache or out).expanduser() / "base" / name
+    if not ((folder / "config.json").is_file() or store.writable(folder.parent)):
+        log.warning("%s cannot be written, the base model is made in %s", folder.parent, out)
+        folder = out / "base" / name
     if world().most(not (folder / "config.json").is_file())[0]:
         display.task(0, f"base model on {base.name}")
         _train(backbone, benchmark, hardware, folder, display)

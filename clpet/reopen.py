@@ -145,7 +145,7 @@ def reopen(run: Recorded, after: int | None = None) -> Reopened:
             from clpet.base_model import prepare
 
             cache = Path(config.cache_dir or run.out.parent / ".cache")
-            prepare(parts["model"], benchmark, parts["hardware"], cache, Display(Console(stderr=True), 0))
+            prepare(parts["model"], benchmark, parts["hardware"], cache, run.out, Display(Console(stderr=True), 0))
         objective, data = load_objective(config, parts, benchmark)
         parts["replay"].setup(data, config.seed, config.train.global_batch_size)
         method.setup(objective, benchmark, data, parts["replay"], config.seed)

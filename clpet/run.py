@@ -55,7 +55,8 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         check_validation(config, method, benchmark)
         display = Display(console, len(benchmark))
         if not config.dry_run:
-            base_model.prepare(parts["model"], benchmark, parts["hardware"], Path(config.cache_dir or out), display)
+            cache = Path(config.cache_dir) if config.cache_dir else None
+            base_model.prepare(parts["model"], benchmark, parts["hardware"], cache, out, display)
         try:
             with world().main_first():
                 objective, data = load_objective(config, parts, benchmark)

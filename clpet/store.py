@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,16 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> bool:
             temporary.unlink()
         return False
     return True
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> bytes:

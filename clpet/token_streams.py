@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +16,10 @@ import numpy as np
 
 from clpet import store
 from clpet.config import digest
-from clpet.errors import HostError
 from clpet.tasks import Example
 from clpet.text import frame
+
+log = logging.getLogger(__name__)
 
 AT_ONCE = 256  # documents tokenised together
 RECENT = 1024  # documents of a lazy stream that are kept
@@ -37,11 +39,14 @@ class Stream:
 
 
 class Tokens:
-    """Token streams, made once and kept under `folder` by tokenizer and text; without a folder they stay in memory."""
+    """Token streams, made once and kept under `folder` by tokenizer and text.
+
+    Without a folder, or where it cannot be written, they stay in memory.
+    """
 
     def __init__(self, tokenizer: Any, folder: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.folder = Path(folder) / "tokens" if folder else None
+        self.folder = Path(folder).expanduser() / "tokens" if folder else None
         self.head, tail = frame(tokenizer)
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         self.tail = tail or ([] if end is None else [end])
@@ -60,7 +65,13 @@ class Tokens:
         place = self.folder / digest([self.identity, text_hash(documents), sized], 32)
         found = _read(place, self.dtype)
         if found is None:
-            self._write(place, documents, sized)
+            try:
+                self._write(place, documents, sized)
+            except OSError as error:
+                reason = error.strerror or error
+                log.warning("%s cannot be written, tokens stay in memory: %s", self.folder, reason)
+                self.folder = None
+                return self.stream(documents, sized)
             found = _read(place, self.dtype)
             assert found is not None
         return found
@@ -83,6 +94,7 @@ class Tokens:
                 yield [*head, *ids, *tail], sizes, known
 
     def _write(self, place: Path, documents: Sequence[Example], sized: bool) -> None:
+        """Makes the files of a stream, whole or not at all. Raises OSError."""
         temporary = place.with_name(f".{place.name}.{os.getpid()}")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -101,8 +113,6 @@ class Tokens:
             shutil.rmtree(place, ignore_errors=True)  # a damaged one; another process may just have made it anew
             if not place.exists():
                 temporary.rename(place)
-        except OSError as error:
-            raise HostError(f"the token cache {place} cannot be written: {error.strerror or error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -94,7 +94,11 @@ def test_a_base_model_is_made_once(prose: Path, clpet) -> None:
     assert first.code == second.code == 0
     assert "base model on tides" in first.out
     assert "base model on tides" not in second.out
-    one, two = (json.loads(path.read_text()) for path in sorted(Path("outputs").glob("*/*/s*/results.json")))
+    without = clpet("train", *args, "cache_dir=/proc/clpet", "output_dir=without")
+    assert (without.code, "base model on tides" in without.out) == (0, True)
+    found = [*sorted(Path("outputs").glob("*/*/s*/results.json")), *Path("without").glob("*/*/s*/results.json")]
+    one, two, three = (json.loads(path.read_text()) for path in found)
+    assert one["scores"] == three["scores"]
     assert one["tasks"] == ["birds", "metals"]
     assert one["scores"][0] == two["scores"][0]
     assert max(one["scores"][0]) < 230  # 266 byte tokens, and it has read some English

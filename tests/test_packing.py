@@ -40,6 +40,20 @@ def test_the_cache_gives_the_same_tokens_and_survives_damage(tmp_path: Path) -> 
     assert len(list(tmp_path.glob("tokens/*"))) == 1
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No folder can be made below a file, nor in /proc: one warning, and the same tokens."""
+    examples = [Example(text) for text in TEXTS["birds"]]
+    fresh = Tokens(byte_tokenizer()).stream(examples, sized=True)
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", Path("/proc/x")):
+        tokens = Tokens(byte_tokenizer(), str(folder))
+        for _ in range(2):
+            found = tokens.stream(examples, sized=True)
+            assert all(np.array_equal(getattr(fresh, part), getattr(found, part)) for part in vars(fresh))
+        assert [str(folder) in message for message in caplog.messages] == [True]
+        caplog.clear()
+
+
 def test_texts_read_as_they_come_give_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [Example(text) for text in TEXTS["birds"]] * 3
     tokens = Tokens(byte_tokenizer(), str(tmp_path))
