@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clpet.backbones import Architecture, Backbone
+from clpet.backbones import Architecture, Backbone, dropout_rates
 from clpet.config import require
 from clpet.errors import ModelError, suggest
 from clpet.expansion import expand
@@ -156,6 +156,7 @@ class Adapters:
         self.names: list[str] = []
         self.active: tuple[str, bool] | None = None
         self.training = False
+        self.drops = backbone.drops(trained=self.config is None)
         self.base_parameters = pretrained_parameters(model, backbone)
         model.requires_grad_(False)
         self.chosen = {id(value) for value in adapter.chosen(model).parameters()}  # by full fine-tuning, or blocks
@@ -229,16 +230,21 @@ class Adapters:
                 yield
 
     def train_mode(self, on: bool) -> None:
-        """Switches the dropout of adapters; a frozen backbone never drops, a trained one does so as a whole."""
+        """Switches the dropout of adapters, and that of the backbone's own layers where model.dropout has them drop."""
         self.training = on
-        if self.config is None:
-            self.model.train(on)
+        self.model.train(on and self.drops)
+        if self.drops or not on:
             return
         for name, module in self.model.named_modules():
             if "lora_dropout" in name:
-                module.train(on)
+                module.train()
             elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                module.training = on  # it alone: what is inside of it still never drops
+                module.training = True  # it alone: the layers inside of it do not drop
+
+    def dropout(self) -> dict[str, float]:
+        """Rates above 0 at which the backbone's own layers drop in training, by their name in its config."""
+        rates = dropout_rates(self.model.config) if self.drops else {}
+        return {key: rate for key, rate in rates.items() if rate}
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The tensors of one adapter, by their name in the model without the adapter's own name."""

@@ -30,12 +30,16 @@ class Architecture(Enum):
 
 
 class Representation(Enum):
-    """Where a text's vector is read: auto is the mask token if the template has one, else mean or last."""
+    """Where a text's vector is read: auto is the mask token if the template has one, else mean or last.
+
+    pooled is the network's own pooler, for BERT tanh(W h + b) of the first token.
+    """
 
     auto = "auto"
     mask = "mask"
     mean = "mean"
     cls = "cls"
+    pooled = "pooled"
     last = "last"
 
 
@@ -55,7 +59,10 @@ class BaseTraining:
 
 @dataclass
 class Backbone:
-    """A model group option. `path` wins over `package`, `package` over `hub`; `config` alone gives random weights."""
+    """A model group option. `path` wins over `package`, `package` over `hub`; `config` alone gives random weights.
+
+    `dropout` is auto, own, off or a rate: what the network's own layers drop in training.
+    """
 
     name: str = ""
     hub: str | None = None
@@ -69,7 +76,8 @@ class Backbone:
     config: dict[str, Any] = field(default_factory=dict)
     random_weights: bool = False
     attention: str = "auto"
-    dropout: float | None = None
+    dropout: Any = "auto"  # own, off, or a rate
+    head_dropout: float = 0.0
     trust_remote_code: bool = False
     base: BaseTraining = field(default_factory=BaseTraining)
 
@@ -82,7 +90,12 @@ class Backbone:
             require(
                 value is None or value.isidentifier(), f"model.{key}", repr(value), "a name of letters, digits and _"
             )
-        require(self.dropout is None or 0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1), or null")
+        if self.dropout is None or self.dropout is False:  # YAML reads a bare off as false
+            self.dropout = "auto" if self.dropout is None else "off"
+        named = self.dropout in ("auto", "own", "off")
+        rate = type(self.dropout) in (int, float) and 0 <= self.dropout < 1
+        require(named or rate, "model.dropout", self.dropout, "auto, own, off or a rate in [0, 1)")
+        require(0 <= self.head_dropout < 1, "model.head_dropout", self.head_dropout, "in [0, 1)")
         require(not self.random_weights or bool(self.config), "model.config", self.config, "a model config")
         if self.architecture is Architecture.auto:
             require(
@@ -118,13 +131,16 @@ class Backbone:
         kwargs |= four_bits(device, dtype) if nf4 else {}
         tokenizer = self.tokenizer()
         try:
-            if self.dropout is not None:
+            if not isinstance(self.dropout, str):
                 kwargs["config"] = self._dropping(AutoConfig.from_pretrained(source, **kwargs))
-            model = self._class(generates).from_pretrained(
-                source, dtype=dtype, attn_implementation=self.attention_on(device), use_safetensors=True, **kwargs
-            )
+            model, found = self._class(generates).from_pretrained(
+                source, dtype=dtype, attn_implementation=self.attention_on(device), use_safetensors=True,
+                output_loading_info=True, **kwargs,
+            )  # fmt: skip
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(self._absent(str(source), error)) from error
+        if self.representation is Representation.pooled and any("pooler" in key for key in found["missing_keys"]):
+            raise ModelError(f"model.representation=pooled, but the weights of {self.name} have no pooler: take cls")
         return (model if nf4 else model.to(place)).eval(), tokenizer
 
     def tokenizer(self) -> Any:
@@ -165,14 +181,18 @@ class Backbone:
         return self._class(generates).from_config(config)
 
     def _dropping(self, config: Any) -> Any:
-        """A config with the rates of `dropout`. Raises ModelError where the network has none."""
-        if self.dropout is not None:
-            rates = [key for key in DROPOUTS if getattr(config, key, None) is not None]
+        """The config with the rate of `dropout`, where it is one. Raises ModelError where the network has none."""
+        if not isinstance(self.dropout, str):
+            rates = dropout_rates(config)
             if not rates:
                 raise ModelError(f"model.dropout={self.dropout}, but model {self.name} has no dropout")
             for key in rates:
                 setattr(config, key, self.dropout)
         return config
+
+    def drops(self, trained: bool) -> bool:
+        """Whether the network's own layers drop in training; with `auto`, those of a network that is itself trained."""
+        return trained if self.dropout == "auto" else self.dropout not in ("off", 0)
 
     def _class(self, generates: bool) -> Any:
         import transformers
@@ -216,6 +236,11 @@ class Backbone:
             f"model {self.name} ({self.hub}) is not on this machine and the hub did not give it: "
             f"run `hf download {self.hub}` where there is a network, or say model.path=FOLDER{extra}"
         )
+
+
+def dropout_rates(config: Any) -> dict[str, float]:
+    """The dropout rates of a network by their name in its config, classifiers' apart."""
+    return {key: getattr(config, key) for key in DROPOUTS if getattr(config, key, None) is not None}
 
 
 def architecture(path: Path) -> Architecture:

@@ -53,7 +53,7 @@ def prepare(
 
 def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder: Path, display: Display) -> None:
     assert benchmark.base is not None
-    network = replace(backbone, dropout=None)  # what a run drops is no part of what all runs begin with
+    network = replace(backbone, dropout="auto")  # what a run drops is no part of what all runs begin with
     model, tokenizer = network.load(torch.float32, hardware.torch_device, 0, generates=True)
     adapters = Adapters(model, backbone, Adapter(), generates=True)
     adapters.add("default", 0)

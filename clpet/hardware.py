@@ -121,14 +121,14 @@ def blocks(model: nn.Module) -> list[Any]:
     return found
 
 
-def recompute(model: Any, frozen: bool) -> None:
+def recompute(model: Any, drops: bool) -> None:
     """Activations inside of blocks are computed again for the gradients instead of held (Chen et al., 2016).
 
-    transformers does so only where a block is in training mode, which a frozen one would otherwise never be: what it
-    drops by itself in that mode is set to nothing.
+    transformers does so only where a block is in training mode. Unless the network `drops`, the rates that a block
+    itself holds are set to 0; where it does, the second pass draws what the first one drew.
     """
     found = blocks(model)
-    for block in found if frozen else ():
+    for block in () if drops else found:
         for name, value in vars(block).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(block, name, 0.0)

@@ -89,6 +89,7 @@ def collect(
         **_pretraining(state.matrix, benchmark),
         "diagnostics": state.diagnostics,
         "parameters": parameter_ratio(method.trainable_parameters(), method.objective.adapters.base_parameters),
+        "dropout": method.objective.adapters.dropout(),
         "cost": state.costs,
         "data": benchmark.data_record,
     }

@@ -194,8 +194,8 @@ def check_knobs(config: Config, parts: dict[str, Any], objective: str) -> None:
     for knob, owner in EVALUATIONS.items():
         if objective != owner and getattr(config.evaluation, knob) != getattr(usual, knob):
             raise ConfigError(f"evaluation.{knob} is for {owner}; this benchmark's objective is {objective}")
-    if parts["model"].dropout is not None and not parts["peft"].full:
-        raise ConfigError("model.dropout is for a network that is trained itself: take peft=none, or peft.dropout")
+    if objective != "classification" and parts["model"].head_dropout:
+        raise ConfigError(f"model.head_dropout is for classification; this benchmark's objective is {objective}")
 
 
 def check_validation(config: Config, method: Method, benchmark: Benchmark) -> None:
@@ -213,9 +213,11 @@ def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) 
     spread, nf4 = hardware.shard and world().size > 1, hardware.quantization is Quantization.nf4
     place = torch.device("cpu") if spread else hardware.torch_device
     model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, kind.generates, place, nf4)
-    if hardware.gradient_checkpointing:
-        recompute(model, frozen=not peft.full)
     adapters = Adapters(model, backbone, peft, kind.generates)
+    if hardware.gradient_checkpointing:
+        recompute(model, adapters.drops)
+    if backbone.dropout == "own" and not adapters.dropout():
+        log.warning("model.dropout=own, but all rates in the config of %s are 0: nothing is dropped", backbone.name)
     seed = derive(config.seed, "head")
     objective = kind(benchmark, backbone, adapters, tokenizer, seed, hardware, config.evaluation)
     objective.cache_dir = config.cache_dir

@@ -103,15 +103,15 @@ def test_what_a_config_says_of_every_block_is_said_of_the_copies(tmp_path: Path)
         Adapters(model, backbone, Blocks(every=2), generates=True)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_recomputed_blocks_drop_where_they_are_trained(frozen: bool) -> None:
+@pytest.mark.parametrize("drops", [True, False])
+def test_recomputed_blocks_drop_only_where_the_network_does(drops: bool) -> None:
     """OPT's blocks drop by themselves."""
     values = {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.3}
     backbone = Backbone(name="opt", architecture=Architecture.decoder, random_weights=True,
                         config={"model_type": "opt", **values})  # fmt: skip
     model, _ = backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
-    recompute(model, frozen)
-    assert {block.dropout for block in model.model.decoder.layers} == {0.0 if frozen else 0.3}
+    recompute(model, drops)
+    assert {block.dropout for block in model.model.decoder.layers} == {0.3 if drops else 0.0}
 
 
 def test_the_base_model_is_the_same_whatever_a_run_drops(prose: Path, clpet, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_base_model_is_the_same_whatever_a_run_drops(prose: Path, clpet, tmp
 @pytest.mark.parametrize(("words_", "line"), [
     (["method=dynamic_conpet", "peft=blocks"], "keeps an adapter per task and cannot run with peft=blocks"),
     (["method=sequential", "peft=blocks"], "not those of bert"),
-    (["method=sequential", "model.dropout=1"], "model.dropout must be in [0, 1), or null, not 1"),
+    (["method=sequential", "model.dropout=1"], "model.dropout must be auto, own, off or a rate in [0, 1), not 1"),
 ])  # fmt: skip
 def test_refusals(words_: list[str], line: str, words: Path, clpet) -> None:
     found = clpet("train", *tiny_args(words), *words_)

@@ -72,8 +72,8 @@ def cut_at(make, overrides: list[str], place: Path, writes: int, before: int = 1
 
 VARIANTS = {
     "plain": ["method=sequential"],
-    "dropout": ["method=sequential", "peft.dropout=0.3", "train.clip=1", "train.schedule=cosine"],
-    "best": ["method=replay", "replay=reservoir", "train.select=best", "train.lr=1e-2"],
+    "dropout": ["method=sequential", "peft.dropout=0.3", "model.dropout=0.2", "model.head_dropout=0.1", "train.clip=1"],
+    "best": ["method=replay", "replay=reservoir", "train.select=best", "train.lr=1e-2", "train.schedule=cosine"],
     "carry": [
         "method=replay",
         "replay=all",
@@ -83,12 +83,12 @@ VARIANTS = {
         "train.optimizer_state=carry",
         "train.schedule=ar",
     ],
-    "dynamic_conpet": ["method=dynamic_conpet", "method.top_k=2", "train.select=best"],
-    "crl": ["method=crl"],
+    "dynamic_conpet": ["method=dynamic_conpet", "method.top_k=2", "train.select=best", "model.dropout=0.2"],
+    "crl": ["method=crl", "model.dropout=0.2"],
     "crl_star": ["method=crl", "replay=dynamic", "method.sample=20"],
-    "ea_emr": ["method=ea_emr", "replay=dynamic"],
-    "slm": ["method=slm", "method.stage1.min_steps=20"],
-    "kif": ["method=kif", "train.select=best"],
+    "ea_emr": ["method=ea_emr", "replay=dynamic", "model.dropout=0.2"],
+    "slm": ["method=slm", "method.stage1.min_steps=20", "model.dropout=0.2"],
+    "kif": ["method=kif", "train.select=best", "model.dropout=0.2"],
     "kif_after": ["method=kif", "replay=share", "replay.share=0.5", "method.replay_phase=after", "method.gradient=raw"],
     "recurrent_kif": ["method=recurrent_kif", "replay=all", "method.inner_steps=3", "method.outer_steps=2"],
     "lwf": ["method=lwf"],

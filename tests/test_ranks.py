@@ -341,6 +341,7 @@ def test_a_run_of_two_ranks_goes_on_with_two_bit_for_bit(words: Path, clpet, tmp
         *TWO,
         "train.epochs=10",
         "peft.dropout=0.3",
+        "model.dropout=0.2",
         "train.save_minutes=0.002",
     ]
     assert clpet(*args, "output_dir=whole").code == 0

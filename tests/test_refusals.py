@@ -28,7 +28,6 @@ BAD = [
     ("mistyped method key", ["train", "method.topk=2"], "did you mean method.top_k?"),
     ("key of another group", ["train", "lr=1e-3"], "there is no key lr; did you mean train.lr?"),
     ("part of a key", ["train", "batch_size=4"], "did you mean train.global_batch_size?"),
-    ("dropout of a frozen network", ["train", "model.dropout=0.1"], "model.dropout is for a network that is trained itself"),
     ("window of labels", ["train", "evaluation.bos=true"], "evaluation.bos is for language_modeling"),
     ("answers of labels", ["train", "evaluation.decode=rank"], "evaluation.decode is for text_to_text"),
     ("no test rows", ["train", "benchmark=files", "data_dir=NOROWS"], "test.jsonl has no rows"),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clpet.backbones import Backbone, Representation, representation
 from clpet.config import derive
+from clpet.errors import ModelError
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
 from clpet.tasks import Benchmark, Example
 from clpet.text import Batch, EncodedDataset, Template
@@ -83,6 +84,7 @@ class Classification(Objective):
     def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
         self.representation = representation(backbone, benchmark.template)
         super().__init__(benchmark, backbone, *rest)
+        self.pooler = self.own_pooler() if self.representation is Representation.pooled else None
         self.head = self.new_head(self.seed)
         own = torch.full((len(benchmark), len(benchmark.labels)), float("-inf"))
         for index in range(len(benchmark)):
@@ -99,17 +101,30 @@ class Classification(Objective):
 
         return encode
 
+    def own_pooler(self) -> nn.Module:
+        """The layer behind the last one that makes a text's vector. Raises ModelError for a network without one."""
+        pooler = getattr(self.adapters.model, "pooler", None)
+        if not isinstance(pooler, nn.Module):
+            raise ModelError(
+                f"model.representation=pooled, but model {self.backbone.name} has no pooler: take cls, mean or last"
+            )
+        return pooler
+
     def new_head(self, seed: int, names: Sequence[str] | None = None) -> Head:
         """An empty head over the benchmark's labels (or over other names, such as task names)."""
         return Head(self.dim, self.benchmark.labels if names is None else names, seed, self.device)
 
     def features(self, batch: Batch) -> Tensor:
-        """[batch, dim] fp32: the last hidden state after the final norm, read at the representation's position."""
+        """[batch, dim] fp32: the last hidden state after the final norm, read at the representation's position.
+
+        In training a share model.head_dropout of it is dropped.
+        """
         self.meter.count(batch, torch.is_grad_enabled())
         with self.autocast:
             hidden = self.adapters.model(**self.inputs(batch)).last_hidden_state
         hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompts stand in front
-        return pool(hidden, batch, self.representation)
+        h = self.pooler(hidden).float() if self.pooler else pool(hidden, batch, self.representation)
+        return F.dropout(h, self.backbone.head_dropout, self.adapters.training)
 
     def logits(self, batch: Batch) -> Tensor:
         """[batch, head rows]."""
