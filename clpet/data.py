@@ -1,5 +1,6 @@
 """What a benchmark's data is like: counts, balance, lengths, repeats, and text that occurs where it should not."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -119,9 +120,29 @@ def _union(groups: Iterable[list[str]]) -> set[str]:
     return {text for group in groups for text in group}
 
 
+def near_equal(labels: Iterable[str]) -> list[list[str]]:
+    """Groups of labels that differ in case, spaces and Unicode form only."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault("".join(unicodedata.normalize("NFKC", label).casefold().split()), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _near_equal(benchmark: Benchmark) -> list[str]:
+    """What to say of labels that may be one by mistake: of a task where answers are written, or of all tasks."""
+    spaces = {"": benchmark.labels}
+    if benchmark.max_target:
+        spaces = {f"task {task.name}: ": list(task.labels) for task in benchmark.tasks}
+    return [
+        f"{where}the labels {', '.join(map(repr, group))} differ only in case, spaces or Unicode form: are they one?"
+        for where, labels in spaces.items()
+        for group in near_equal(labels)
+    ]
+
+
 def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
     total = sum(len(task.test) for task in benchmark.tasks)
-    return [
+    return _near_equal(benchmark) + [
         f"{overlaps[pair]} of {total} test texts of {benchmark.name} also occur in {pair.split(' in ')[1]}"
         for pair in ("test in train", "test in validation")
         if pair in overlaps

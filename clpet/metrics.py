@@ -24,6 +24,16 @@ def plain(text: str) -> str:
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
+def caseless(text: str) -> str:
+    """Lower case, without outer spaces."""
+    return text.strip().lower()
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, where every character that is neither a word character nor white space is a blank."""
+    return _NOT_WORD.sub(" ", text).split()
+
+
 def exact_match(answer: str, references: Sequence[str], source: str = "") -> float:
     """1 if the answer equals a reference up to case, punctuation and spaces."""
     return float(any(plain(answer) == plain(reference) for reference in references))
@@ -36,16 +46,13 @@ def chosen(answer: str, references: Sequence[str], source: str = "") -> float:
 
 def accuracy(answer: str, references: Sequence[str], source: str = "") -> float:
     """1 if the answer equals a reference up to case and outer spaces."""
-    return float(any(answer.strip().lower() == reference.strip().lower() for reference in references))
+    return float(any(caseless(answer) == caseless(reference) for reference in references))
 
 
 def first_word(answer: str, references: Sequence[str], source: str = "") -> float:
-    """1 if the answer's first word is a reference in the same case (SLM's generative accuracy).
-
-    In both, every character that is neither a word character nor white space counts as a blank.
-    """
-    first = _NOT_WORD.sub(" ", answer).split()[:1]
-    return float(bool(first) and any(first == _NOT_WORD.sub(" ", reference).split() for reference in references))
+    """1 if the answer's first word is a reference in the same case (SLM's generative accuracy)."""
+    first = words(answer)[:1]
+    return float(bool(first) and any(first == words(reference) for reference in references))
 
 
 def first_char(answer: str, references: Sequence[str], source: str = "") -> float:
@@ -114,3 +121,22 @@ METRICS: dict[str, Callable[[str, Sequence[str], str], float]] = {
     "bert_score": bert_score,
 }
 FREE = ("rouge_l", "first_char", "edit_similarity", "sari", "bert_score")  # metrics of texts that are not labels
+# What a metric of labels compares of them.
+_COMPARED: dict[str, Callable[[str], Any]] = {"exact_match": plain, "accuracy": caseless, "first_word": words}
+
+
+def mistaken(metric: str, labels: Sequence[str]) -> str:
+    """How a metric fails to score labels, '' if it does: two are equal, or one can never be right."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        if not METRICS[metric](label, [label], ""):
+            return f"the label {label!r} can never be right"
+        other = seen.setdefault(str(_COMPARED[metric](label)), label)
+        if other != label:
+            return f"the labels {other!r} and {label!r} are equal"
+    return ""
+
+
+def that_tell_apart(labels: Sequence[str]) -> list[str]:
+    """The metrics that score these labels without mistaking one for another."""
+    return [metric for metric in _COMPARED if not mistaken(metric, labels)]

@@ -1,6 +1,10 @@
 """Examples into splits and tasks: samples spread over labels, parts cut off, tasks made of groups of labels."""
 
 import random
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +13,18 @@ from clpet.errors import DataError
 from clpet.tasks import Example
 
 Splits = dict[str, list[Example]]
+
+
+def label_name(value: Any) -> str:
+    """A label without outer spaces, in Unicode form NFC: two spellings of one name are one label."""
+    return unicodedata.normalize("NFC", str(value)).strip()
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels in the order of their ids: whole numbers by size, names as strings."""
+    found = sorted(labels)
+    whole = all(re.fullmatch(r"[+-]?[0-9]+", label) for label in found)
+    return sorted(found, key=int) if whole else found
 
 
 def sample(examples: list[Example], most: int | None, labelled: bool = True) -> list[Example]:

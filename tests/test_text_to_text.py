@@ -312,7 +312,7 @@ def test_answers_that_do_not_come_back_are_no_labels(tmp_path: Path) -> None:
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = {"name": "sums", "objective": Kind.text_to_text}
-    free = Table(label="sum", **table).load(str(tmp_path)).tasks[0]
+    free = Table(label="sum", references="references", **table).load(str(tmp_path)).tasks[0]
     assert free.labels == ()
     assert (len(free.test), len(free.validation), len(free.train)) == (10, 3, 27)
     assert free.train[0].references == (free.train[0].target,)

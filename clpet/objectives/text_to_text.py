@@ -4,6 +4,7 @@ A decoder reads [prompt; answer] with the prompt padded on the left, so that tra
 see the same positions; an encoder-decoder reads the prompt, padded on the right, and writes the answer.
 """
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode, Evaluation
 from clpet.errors import ConfigError, DataError
-from clpet.metrics import METRICS, chosen
+from clpet.metrics import METRICS, chosen, mistaken, that_tell_apart
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
 from clpet.tasks import Benchmark, Example
 from clpet.text import IGNORED, Batch, EncodedDataset, Ragged, Template, positions
@@ -42,6 +43,13 @@ class TextToText(Objective):
                     f"evaluation.decode=rank chooses among the labels of a task, and task {task.name} has none, only"
                     " answers in free words: take evaluation.decode=generate, or other benchmark.tasks"
                 )
+            mistake = mistaken(task.metric, task.labels) if evaluation.decode is Decode.generate else ""
+            if mistake:
+                better = [f"benchmark.metric={metric}" for metric in that_tell_apart(task.labels)]
+                raise ConfigError(
+                    f"task {task.name}: {mistake} under benchmark.metric={task.metric}: take "
+                    f"{' or '.join([*better, 'evaluation.decode=rank'])}"
+                )
 
     @classmethod
     def check(cls, backbone: Backbone, peft: str, evaluation: Evaluation) -> None:
@@ -67,6 +75,7 @@ class TextToText(Objective):
     @classmethod
     def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
         causal = backbone.architecture is Architecture.decoder
+        check_cut_labels(tokenizer, benchmark)
         template = Template(tokenizer, benchmark.template, benchmark.max_length, end=not causal)
 
         def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:
@@ -261,6 +270,24 @@ def encode_answers(tokenizer: Any, texts: list[str], most: int) -> list[list[int
     lead = " " if spaced and len(tokenizer("a", add_special_tokens=False)["input_ids"]) == 1 else ""
     found = tokenizer([lead + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
     return [[*ids[: most - 1], end_token(tokenizer)] for ids in found]
+
+
+def check_cut_labels(tokenizer: Any, benchmark: Benchmark) -> None:
+    """Raises DataError where two labels of a task become the same tokens."""
+    for task in benchmark.tasks:
+        whole = encode_answers(tokenizer, list(task.labels), sys.maxsize)
+        seen: dict[tuple[int, ...], int] = {}
+        for place, ids in enumerate(whole):
+            first = seen.setdefault((*ids[:-1][: benchmark.max_target - 1],), place)
+            if first == place:
+                continue
+            names = f"task {task.name}: the labels {task.labels[first]!r} and {task.labels[place]!r} are"
+            if ids == whole[first]:
+                raise DataError(f"{names} the same tokens to this model's tokenizer: give one of them another name")
+            raise DataError(
+                f"{names} the same in the first benchmark.max_target={benchmark.max_target} tokens, the end included: "
+                f"the longest label of the task needs benchmark.max_target={max(map(len, whole))}"
+            )
 
 
 def until(ids: Tensor, end: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from clpet.config import require
 from clpet.errors import DataError, suggest
 from clpet.metrics import FREE, METRICS, need
 from clpet.readers import existing, slots
-from clpet.splits import Splits, has_labels, sample, split_off
+from clpet.splits import Splits, has_labels, in_order, sample, split_off
 from clpet.tasks import SPLITS, Benchmark, Task, order_names
 
 log = logging.getLogger(__name__)
@@ -147,4 +147,4 @@ class Source:
         train = sample(train, most, labelled)
         validation = sample(validation, most and max(1, most // 5), labelled)
         test = sample(test, self.max_test, labelled)
-        return Task(name, train, validation, test, tuple(sorted(labels)), metric)
+        return Task(name, train, validation, test, tuple(in_order(labels)), metric)

@@ -22,12 +22,14 @@ class Folders(Source):
     `label_space=task` keeps the labels of different tasks apart, `union` lets equal names be one label;
     `label_sets` names tasks that share their labels (task -> set). `instructions` (task -> text) fill the
     prompt's {instruction} where the rows have no such column. `words` (task -> label -> word) are what is answered
-    for a label. `test_share` is cut from train where there is no test part.
+    for a label. `references` names a column with all answers that count as right. `test_share` is cut from train
+    where there is no test part.
     """
 
     folders: list[str] = field(default_factory=list)
     text: str = "text"
     label: str = "label"
+    references: str | None = None
     label_space: str = "task"
     label_sets: dict[str, str] | None = None
     splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
@@ -48,7 +50,9 @@ class Folders(Source):
 
     def _read_task(self, name: str, data_dir: Path | None) -> Splits:
         kept: dict[str, Any] = {"objective": self.objective, "prompt": self.prompt}
-        table = Table(name=name, text=self.text, label=self.label, splits=self.splits, **kept)
+        table = Table(
+            name=name, text=self.text, label=self.label, splits=self.splits, references=self.references, **kept
+        )
         if data_dir is not None:
             rows = read_local(self.place(data_dir) / name, table.splits)
         else:
