@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from clpet.errors import ConfigError
+from clpet.errors import ConfigError, DataError
 from clpet.escape import printable
 
 
@@ -18,20 +18,55 @@ def runs(argv: list[str]) -> int:
         help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ..., or several with commas",
     )
     parser.add_argument("--metrics", help="columns to compare, such as average,bwt or zs,cpt,lc; see docs/metrics.md")
-    parser.add_argument("--picture", metavar="FILE", help="also draw the groups side by side (perplexities)")
+    parser.add_argument(
+        "--view",
+        choices=("all", "own"),
+        default="all",
+        help="labels that compete at test: all seen so far, or each task's own (task-incremental)",
+    )
+    parser.add_argument("--by", choices=("validation",), help="of several settings show the best one on validation")
+    parser.add_argument("--against", metavar="NAME", help="the row to test the others against (default: the best)")
+    parser.add_argument("--picture", metavar="FILE", help="also draw the rows side by side (perplexities)")
     parser.add_argument("--benchmark", help="only runs of this benchmark")
     parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
     arguments = parser.parse_args(argv)
-    from clpet import compare
+    from clpet.reading import find_runs
+    from clpet.show import listing
 
-    if arguments.picture and not arguments.compare:
-        raise ConfigError("--picture needs --compare KEY, such as --compare model")
-    folder, metrics = Path(arguments.folder), arguments.metrics.split(",") if arguments.metrics else []
-    text = compare.report(folder, arguments.compare, metrics, arguments.benchmark, arguments.format)
-    if arguments.picture:
-        compare.picture(folder, arguments.compare, arguments.benchmark, Path(arguments.picture))
-    print(printable(text))
+    for name in ("metrics", "view", "by", "against", "picture"):
+        if getattr(arguments, name) != parser.get_default(name) and not arguments.compare:
+            raise ConfigError(f"--{name} needs --compare KEY, such as --compare method")
+    folder, benchmark = Path(arguments.folder), arguments.benchmark
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; runs go to outputs/ unless output_dir says otherwise")
+    found = [(path, run) for path, run in find_runs(folder) if benchmark in (None, run["benchmark"])]
+    compared = _compared(arguments, found) if arguments.compare else ""
+    print(printable(compared or listing(folder, found, benchmark, arguments.format)))
     return 0
+
+
+def _compared(arguments: argparse.Namespace, runs: Any) -> str:
+    from clpet.compare import Comparison
+
+    if not runs:
+        raise DataError(f"{arguments.folder} holds no finished runs to compare")
+    comparison = Comparison(
+        keys=_words(arguments.compare),
+        metrics=_words(arguments.metrics),
+        own=arguments.view == "own",
+        by_validation=arguments.by is not None,
+        against=arguments.against,
+        form=arguments.format,
+    )
+    text = comparison.report(runs)
+    if arguments.picture:
+        comparison.picture(runs, Path(arguments.picture))
+    return text
+
+
+def _words(text: str | None) -> list[str]:
+    """The words of a list with commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def show(argv: list[str]) -> int:
@@ -40,9 +75,9 @@ def show(argv: list[str]) -> int:
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--metrics", action="store_true", help="every figure with its formula")
     arguments = parser.parse_args(argv)
-    from clpet import compare
+    from clpet.show import show as shown
 
-    print(printable(compare.show(Path(arguments.run), arguments.metrics)))
+    print(printable(shown(Path(arguments.run), arguments.metrics)))
     return 0
 
 

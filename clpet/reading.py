@@ -33,6 +33,14 @@ RESULTS = {
         )
     ],
 }  # fmt: skip
+# What runs of older versions do not have.
+OPTIONAL = {
+    **dict.fromkeys(("objective", "metric", "split"), str),
+    "softmax": str | None,
+    "data": {"fingerprint": str},
+    "test_sets": {str: str},
+    "task_metrics": {str: NUMBER | None},
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -55,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_results(path: Path) -> dict[str, Any]:
     """results.json, of which every part that is read later has its type and size. Raises DataError."""
     run = read_json(path)
-    check(run, RESULTS, str(path))
+    check(run, {**RESULTS, **{name: shape for name, shape in OPTIONAL.items() if name in run}}, str(path))
     tasks, costs = run["tasks"], run["cost"]
     if not tasks or len(set(tasks)) < len(tasks) or run["direction"] not in ("higher", "lower"):
         raise DataError(f"{path}: there are no tasks, or one twice, or the direction is neither higher nor lower")
@@ -65,6 +73,15 @@ def read_results(path: Path) -> dict[str, Any]:
     if not run["diagnostics"] or len(costs) > len(tasks):
         raise DataError(f"{path}: diagnostics are missing, or there are more costs than tasks")
     return run
+
+
+def find_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, results) of every finished run below a folder, by path. A file that is no result is passed over."""
+    found = []
+    for path in sorted(folder.glob("*/*/s*-*/results.json")):
+        with contextlib.suppress(DataError, OSError):
+            found.append((path.parent, read_results(path)))
+    return found
 
 
 def check(value: Any, shape: Any, where: str) -> None:
@@ -121,6 +138,11 @@ def _depth(value: Any) -> int:
 
 def _inner(node: Any) -> list[Any]:
     return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+
+
+def split_of(run: dict[str, Any]) -> str:
+    """The part of the data that a run's matrix was measured on."""
+    return run.get("split", "test")
 
 
 def command(results: dict[str, Any], method: str) -> str:

@@ -121,10 +121,10 @@ def test_parameters_of_a_model_whose_weights_are_not_here(clpet) -> None:
 
 def test_a_sweep_compares_with_a_paired_test(clpet, words: Path) -> None:
     """Multirun over methods and seeds, then mean ± deviation, formulas, and references found by setting."""
-    args = [*tiny_args(words), "train.epochs=8", "train.lr=2e-2"]
-    assert clpet("train", "-m", "method=sequential,replay,joint,independent", "seed=0,1", *args).code == 0
+    args = [*tiny_args(words), "train.lr=2e-2"]
+    assert clpet("train", "-m", "method=sequential,joint,independent", "seed=0,1", *args).code == 0
     listing = clpet("runs").out
-    assert listing.count("files") >= 8
+    assert listing.count("files") >= 6
     found = clpet("runs", "--compare", "method", "--metrics", "average,bwt,fwt_single_task,intransigence")
     assert found.code == 0
     rows = {line.split()[0]: line for line in reversed(found.out.splitlines()) if line}
@@ -132,7 +132,11 @@ def test_a_sweep_compares_with_a_paired_test(clpet, words: Path) -> None:
     assert rows["sequential"].split().count("-") == 0  # both reference runs were found
     assert "95 % interval" in found.out
     assert "independent (task given)" in found.out
-    for form, mark in (("md", "| --- |"), ("csv", "method,seeds,average"), ("tex", r"\begin{tabular}")):
+    for form, mark in (
+        ("md", "| --- |"),
+        ("csv", "benchmark,objective,metric,data,split,view,method,"),
+        ("tex", r"\begin{tabular}"),
+    ):
         assert mark in clpet("runs", "--compare", "method", "--format", form).out
     assert "0.02" in clpet("runs", "--compare", "train.lr").out
 
@@ -264,17 +268,6 @@ def test_parquet_and_jsonl_give_the_same_run(clpet, words: Path, tmp_path: Path)
         (path,) = tmp_path.glob(f"out-{data.name}/*/*/s*/results.json")
         scores.append(json.loads(path.read_text())["scores"])
     assert scores[0] == scores[1]
-
-
-def test_groups_are_told_apart_by_the_knobs_that_differ(clpet, words: Path) -> None:
-    args = [*tiny_args(words), "train.epochs=1"]
-    assert clpet("train", "-m", "method=sequential,replay", "train.lr=1e-3,1e-2", *args).code == 0
-    names = [line.split("  ")[0] for line in clpet("runs", "--compare", "method").out.splitlines()]
-    assert {f"{method} (train.lr={lr})" for method in ("replay", "sequential") for lr in ("0.01", "0.001")} <= set(
-        names
-    )
-    names = [line.split("  ")[0] for line in clpet("runs", "--compare", "method,train.lr").out.splitlines()]
-    assert {"replay, 0.01", "sequential, 0.001"} <= set(names)
 
 
 def test_an_unfinished_run_is_shown_as_far_as_it_is(clpet, words: Path, tmp_path: Path) -> None:

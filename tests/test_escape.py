@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from clpet.compare import formatted
 from clpet.console import Display, table
 from clpet.escape import inline, latex, markdown, printable, spreadsheet
 from clpet.plots import transfer_heatmap
 from clpet.records import transfer_csv
 from clpet.results import TransferMatrix
+from clpet.tables import formatted
 
 from .conftest import tiny_args, write_words
 

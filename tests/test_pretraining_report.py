@@ -127,7 +127,7 @@ def test_a_picture_is_of_one_benchmark_of_perplexities(clpet) -> None:
     record = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**record, "direction": "higher", "benchmark": "fewrel"}))
     found = clpet("runs", "--compare", "model", "--picture", "models.png", "--metrics", "average")
-    assert (found.code, "these runs have accuracies" in found.err) == (2, True)
+    assert (found.code, "which these runs do not have" in found.err) == (2, True)
 
 
 def test_the_end_of_a_run_speaks_of_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

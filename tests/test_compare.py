@@ -1,0 +1,261 @@
+"""`clpet runs --compare` on results and predictions written by hand: tables, notes, tests and refusals."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from clpet.results import TransferMatrix, tolist
+from clpet.significance import holm, paired_bootstrap
+
+TASKS = ["a", "b"]
+COST = dict.fromkeys(
+    ("seconds", "forward_examples", "backward_examples", "forward_tokens", "peak_memory_mb", "trainable_parameters",
+     "stored_parameters", "replay_examples"), 1,
+)  # fmt: skip
+HITS = {"a": [1, 1, 0, 1], "b": [1, 0, 1, 1]}  # 75 % of either task
+
+
+def write_run(
+    method: str,
+    seed: int = 0,
+    hits: dict[str, list[int]] = HITS,
+    own: dict[str, list[int]] | None = None,
+    config: dict[str, Any] | None = None,
+    **more: Any,
+) -> Path:
+    """A finished run whose last row, and kept predictions, are `hits` per task (in the own-label view `own`)."""
+    own, config, tasks = own or hits, config or {}, list(hits)
+    matrix, view = (TransferMatrix(tasks) for _ in range(2))
+    for column, task in enumerate(tasks):
+        for made, right in ((matrix, hits), (view, own)):
+            values = right[task]
+            made.record(len(tasks), column, 100 * np.mean(values), sum(values), len(values))
+    signature = str(
+        more.pop("signature", None) or abs(hash(json.dumps([method, config, more], sort_keys=True, default=str)))
+    )
+    run = {
+        "method": method, "benchmark": "files", "model": "tiny", "seed": seed, "replay": "none", "peft": "lora",
+        "objective": "classification", "metric": "accuracy", "signature": signature, "setting": "same",
+        "overrides": [f"method={method}", f"seed={seed}"], "task_id_at_test": False, **matrix.to_json(),
+        "backward": tolist(matrix.backward), "task_scores": tolist(view.scores), "task_forward": tolist(view.forward),
+        "average": matrix.average(), "backward_transfer": None, "whole": 1, "forgetting": None, "learning_accuracy": None,
+        "parameters": {"trainable": 1, "total": 1, "percent": 100}, "cost": [COST] * len(tasks), "diagnostics": [{"row": 2}],
+        "data": {"fingerprint": "0123456789abcdef"}, **more,
+    }  # fmt: skip
+    folder = Path("outputs", "files", method, f"s{seed}-{signature}")
+    (folder / "predictions").mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(run))
+    whole = {"method": {"name": method}, "train": {"lr": 0.001, "epochs": 3, "keep": seed}, **config}
+    (folder / "run.json").write_text(json.dumps({"config": whole}))
+    rows = [
+        (task, "x", "x" if right else "y", float(score))
+        for task in tasks
+        for score, right in zip(hits[task], own[task], strict=True)
+    ]
+    columns = dict(zip(("task", "label", "own_prediction", "score"), map(list, zip(*rows, strict=True)), strict=True))
+    file = folder / "predictions" / f"after-{len(tasks):03d}.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return folder
+
+
+def lines(text: str, first: str | tuple[str, ...]) -> list[list[str]]:
+    """The cells of all lines that start with a word."""
+    return [line.split() for line in text.splitlines() if line.startswith(first)]
+
+
+def test_holm_by_hand() -> None:
+    """Ordered p of 0.01, 0.02, 0.03 times 3, 2, 1, never below the one before."""
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([0.04]) == [0.04]
+    assert holm([]) == []
+
+
+def test_bootstrap_by_hand() -> None:
+    """Differences 1 and 0: two draws of two are 0, 1/2 and 1 with chances 1/4, 1/2 and 1/4, so p is about 1/2."""
+    a, b = ({"t": np.array(values, float)} for values in ([1, 1], [0, 1]))
+    found = paired_bootstrap({0: a}, {0: b}, draws=20_000)
+    assert (found.value, found.low, found.high, found.seeds) == (50, 0, 100, 1)
+    assert found.p == pytest.approx(0.5, abs=0.02)
+    sure = paired_bootstrap({0: a}, {0: {"t": np.zeros(2)}}, draws=100)
+    assert (sure.value, sure.low, sure.high, sure.p) == (100, 100, 100, 0.01)
+    equal = paired_bootstrap({0: a}, {0: a}, draws=100)
+    assert (equal.value, equal.p) == (0, 1)
+
+
+def test_seeds_are_sampled_from_three_on() -> None:
+    """Seeds that differ by 1, 1 and -1 on every example: the examples say nothing, only seeds vary."""
+    one, other = {"t": np.ones(5)}, {"t": np.zeros(5)}
+    two = paired_bootstrap({0: one, 1: other}, {0: other, 1: one})
+    assert (two.low, two.high, two.p) == (0, 0, 1)
+    three = paired_bootstrap({0: one, 1: one, 2: other}, {0: other, 1: other, 2: one})
+    assert three.value == pytest.approx(100 / 3)
+    assert (round(three.low), round(three.high)) == (-100, 100)
+    assert three.p == pytest.approx(
+        2 * (1 / 27 + 3 * 2 / 27), abs=0.05
+    )  # two or three of three draws are the third seed
+
+
+def test_a_table_has_sorted_rows_swept_columns_and_says_what_else_differs(clpet) -> None:
+    for lr in (0.02, 0.003, 0.1):
+        write_run("replay", config={"train": {"lr": lr, "epochs": 5}}, replay="dynamic")
+    for seed in (0, 1, 2):
+        write_run("ewc", seed, config={"method": {"name": "ewc", "strength": 2}})
+    found = clpet("runs", "--compare", "method", "--metrics", "average").out
+    assert found.splitlines()[0] == "files: accuracy in %, mean ± standard deviation over seeds"
+    assert [line.split() for line in found.splitlines()[1:6]] == [
+        ["method", "train.lr", "seeds", "average"],
+        ["ewc", "0.001", "3", "75.00", "±", "0.00"],
+        ["replay", "0.003", "1", "75.00"],
+        ["replay", "0.02", "1", "75.00"],
+        ["replay", "0.1", "1", "75.00"],
+    ]
+    assert "also differs: replay: none (ewc), dynamic (replay)" in found
+    assert "also differs: train.epochs: 3 (ewc), 5 (replay)" in found
+    assert "strength" not in found  # of another method
+    assert "train.keep" not in found  # changes no result
+    few = "fewer than 3 seeds (replay, 0.003; replay, 0.02; replay, 0.1): seeds are not sampled"
+    assert few in found
+    assert [line[0] for line in lines(clpet("runs", "--compare", "train.lr").out, "0.")[:4]] == [
+        "0.001",
+        "0.003",
+        "0.02",
+        "0.1",
+    ]
+
+
+def test_softmax_is_compared_as_it_was_resolved(clpet) -> None:
+    config = {"benchmark": {"softmax": "auto"}}
+    write_run("ewc", config=config, softmax="task")
+    write_run("replay", config=config, softmax="seen")
+    assert "also differs: benchmark.softmax: task (ewc), seen (replay)" in clpet("runs", "--compare", "method").out
+
+
+def test_only_what_is_comparable_stands_in_one_table(clpet) -> None:
+    """Other data, objective, metric or split: another table."""
+    write_run("ewc")
+    write_run("lwf", data={"fingerprint": "f" * 16}, config={"benchmark": {"max_train": 9}})
+    write_run("kif", objective="text_to_text", metric="rouge_l")
+    write_run("crl", split="validation")
+    found = clpet("runs", "--compare", "method", "--metrics", "average").out
+    titles = [line for line in found.splitlines() if line.startswith("files")]
+    assert len(titles) == 4
+    assert "files (data ffffffff, benchmark.max_train=9)" in found
+    assert sum("rouge_l in %" in title for title in titles) == 1
+    assert sum("measured on validation" in title for title in titles) == 1
+    assert "bootstrap" not in found
+
+
+def test_options_of_the_benchmark_can_be_compared(clpet) -> None:
+    """Then data may differ in one table, and a test needs equal test sets."""
+    sets = {"a": "1", "b": "2"}
+    for most, value in ((10, "x"), (20, "y"), (30, "z")):
+        tests = {**sets, "b": "other"} if most == 30 else sets
+        write_run("ewc", config={"benchmark": {"max_train": most}}, data={"fingerprint": value}, test_sets=tests)
+    found = clpet("runs", "--compare", "benchmark.max_train", "--metrics", "average").out
+    assert [line[0] for line in lines(found, ("10 ", "20 ", "30 "))[:3]] == ["10", "20", "30"]
+    assert "20  " in found.split("bootstrap")[1]
+    assert "not tested: 10 against 30: their test sets differ" in found
+
+
+def test_no_test_between_different_tasks(clpet) -> None:
+    write_run("ewc", config={"benchmark": {"tasks": "[a,b]"}})
+    write_run("ewc", hits={"a": [1, 0]}, config={"benchmark": {"tasks": "[a]"}})
+    found = clpet("runs", "--compare", "benchmark.tasks").out
+    assert "not tested: [a,b] against [a]: their task lists differ" in found
+    assert "the task lists differ: averages are over different tasks" in found
+    assert "95 % interval" not in found
+
+
+def test_tests_against_the_best_or_a_named_row_are_corrected(clpet) -> None:
+    none = {"a": [0] * 4, "b": [0] * 4}
+    some = {"a": [1, 0, 0, 1], "b": [1, 0, 1, 1]}
+    for seed in (0, 1, 2):
+        write_run("best", seed)
+        write_run("worst", seed, none)
+        write_run("middle", seed, some)
+    found = clpet("runs", "--compare", "method").out
+    assert "fewer than" not in found
+    # At most 3 of 8 right is drawn with chance 0.027 where 3 of 4 are right, so 37.5 is the 2.5 % quantile.
+    rows = {line[0]: line[1:] for line in lines(found.split("bootstrap")[1], ("middle", "worst"))}
+    assert rows["worst"] == ["+75.00", "[+37.50,", "+100.00]", "0.0005", "0.0010", "3"]
+    assert rows["middle"][0] == "+12.50"
+    assert rows["middle"][3] == rows["middle"][4]  # the larger of two p
+    named = clpet("runs", "--compare", "method", "--against", "worst", "--format", "md").out
+    assert "| best | -75.00 |" in named
+    assert "worst minus each other row" in named
+    wrong = clpet("runs", "--compare", "method", "--against", "wrost")
+    assert (wrong.code, "did you mean 'worst'?" in wrong.err) == (2, True)
+    assert clpet("runs", "--compare", "method", "--against", "best", "--format", "csv").code == 2
+    assert "--against needs --compare" in clpet("runs", "--against", "best").err
+
+
+def test_a_row_that_is_given_the_task_is_compared_in_the_own_label_view(clpet) -> None:
+    own = {"a": [1, 1, 1, 1], "b": [1, 1, 1, 0]}
+    write_run("ewc", own=own)
+    write_run("lwf", hits={"a": [0] * 4, "b": [1, 0, 0, 0]})
+    write_run("independent", hits=own, task_id_at_test=True)
+    found = clpet("runs", "--compare", "method", "--metrics", "average,whole").out
+    assert "not tested: ewc against independent (task given): independent (task given) is given the task" in found
+    assert lines(found, "lwf")[1][1] == "+62.50"
+    found = clpet("runs", "--compare", "method", "--metrics", "average,whole", "--view", "own").out
+    assert "among each task's own labels" in found
+    assert lines(found, "ewc")[0] == ["ewc", "1", "87.50", "87.50"]
+    assert lines(found, "independent")[-1][3] == "+0.00"
+    assert lines(found, "lwf")[-1][1] == "+75.00"
+
+
+def test_csv_is_tidy(clpet) -> None:
+    for seed in (0, 1):
+        write_run("ewc", seed, hits={"a": [1, seed], "b": [1, 1]})
+    write_run("=lwf", 0, config={"train": {"lr": 0.1, "epochs": 3}})
+    found = list(
+        csv.DictReader(
+            io.StringIO(clpet("runs", "--compare", "method", "--metrics", "average,bwt", "--format", "csv").out)
+        )
+    )
+    assert [(row["method"], row["figure"], row["mean"], row["std"], row["n"]) for row in found] == [
+        ("'=lwf", "average", "75.0", "", "1"), ("'=lwf", "bwt", "", "", "0"),
+        ("ewc", "average", "87.5", "17.67767", "2"), ("ewc", "bwt", "", "", "0"),
+    ]  # fmt: skip
+    rest = {"benchmark": "files", "objective": "classification", "metric": "accuracy", "data": "0123456789abcdef",
+            "split": "test", "view": "all", "task_id_at_test": "False", "train.lr": "0.001"}  # fmt: skip
+    assert {key: found[2][key] for key in rest} == rest
+
+
+def test_latex_has_rules_and_the_best_in_bold(clpet) -> None:
+    write_run("o_lora")
+    write_run("lwf", hits={"a": [1, 0, 0, 1], "b": [1, 0, 1, 1]})
+    write_run("independent", hits={"a": [1], "b": [1]}, task_id_at_test=True)
+    found = clpet("runs", "--compare", "method", "--metrics", "average", "--format", "tex").out.splitlines()
+    assert found[0].startswith("% files: accuracy in")
+    assert found[1:9] == [
+        r"\begin{tabular}{lrr}", r"\toprule", r"method & seeds & average \\", r"\midrule",
+        r"independent (task given) & 1 & 100.00 \\", r"lwf & 1 & 62.50 \\", r"o\_lora & 1 & \textbf{75.00} \\", r"\bottomrule",
+    ]  # fmt: skip
+    assert found[10].startswith("% fewer than 3 seeds")
+
+
+def test_predictions_that_cannot_be_read_cost_one_test_and_are_named(clpet) -> None:
+    for method in ("ewc", "lwf", "kif"):
+        folder = write_run(method, hits=HITS if method != "kif" else {"a": [1, 0, 0, 0], "b": [1, 0, 0, 0]})
+    (file,) = folder.parent.parent.glob("lwf/*/predictions/*.parquet")
+    file.write_bytes(file.read_bytes()[:-9])
+    found = clpet("runs", "--compare", "method").out
+    assert f"not tested: ewc against lwf: {file} cannot be read" in found
+    assert lines(found, "kif")[1][1] == "+50.00"
+    file.unlink()
+    assert "their predictions were not kept" in clpet("runs", "--compare", "method").out
+
+
+def test_an_unknown_option_is_refused(clpet) -> None:
+    write_run("ewc")
+    wrong = clpet("runs", "--compare", "train.lrr")
+    assert (wrong.code, "no run has the option train.lrr" in wrong.err, "train.lr?" in wrong.err) == (2, True, True)
