@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from clpet.config import derive, require
 from clpet.errors import ModelError
+from clpet.fingerprint import folder_hash, hub_commit
 from clpet.hardware import four_bits
 
 # What configs of transformers call the rates of a network's dropout, classifiers' apart.
@@ -227,6 +228,16 @@ class Backbone:
         if self.hub is None:
             raise ModelError(f"model {self.name}: the package {self.package} is not installed")
         return self.hub
+
+    def fingerprint(self, cache: str | None) -> str | None:
+        """Identity of the weights: hash of a local folder, the commit of a hub's; None where it is not known.
+
+        Random weights are a function of the configuration. Raises ModelError for a folder that is not right.
+        """
+        if self.random_weights:
+            return None
+        place = self.found()
+        return folder_hash(place, cache) if isinstance(place, Path) else hub_commit(place, self.revision)
 
     def _absent(self, place: str, error: Exception) -> str:
         if place != self.hub:

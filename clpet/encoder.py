@@ -21,7 +21,8 @@ from clpet import store
 from clpet.backbones import Backbone, first_line
 from clpet.config import conf_dir, digest, plugin_dirs
 from clpet.errors import ConfigError, ModelError
-from clpet.logits import BLOCK, STEP, blocks
+from clpet.fingerprint import folder_hash
+from clpet.logits import BLOCK, STEP, blocks, platform
 from clpet.tasks import SPLITS, Benchmark
 from clpet.text import Encoded, EncodedDataset
 
@@ -31,9 +32,9 @@ FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 def locate(name: str) -> Path:
     """The folder of a sentence encoder: a model option's, a folder, or a hub id's. Raises ModelError."""
-    backbone = _backbone(name)
-    place = backbone.found()
-    folder = place if isinstance(place, Path) else _download(backbone)
+    named = backbone(name)
+    place = named.found()
+    folder = place if isinstance(place, Path) else _download(named)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"the sentence encoder {name} has no .safetensors in {folder}; pickled weights are not read")
     known = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
@@ -43,7 +44,8 @@ def locate(name: str) -> Path:
     return folder
 
 
-def _backbone(name: str) -> Backbone:
+def backbone(name: str) -> Backbone:
+    """The backbone behind a sentence encoder's name. Raises ModelError for one without weights."""
     options = [folder / "model" / f"{name}.yaml" for folder in (conf_dir(), *plugin_dirs())]
     spec: Any = next((OmegaConf.to_container(OmegaConf.load(file)) for file in options if file.is_file()), None)
     if spec is None:
@@ -80,6 +82,7 @@ class Encoder:
         self, folder: Path, max_length: int, device: torch.device | str = "cpu", cache_dir: str | None = None
     ) -> None:
         self.folder, self.max_length, self.device = folder, max_length, torch.device(device)
+        self.cache_dir = cache_dir
         self.config = json.loads((folder / "config.json").read_text())
         self.dim = int(self.config.get("hidden_size") or self.config["d_model"])
         self._check_length()
@@ -96,14 +99,8 @@ class Encoder:
 
     def key(self) -> str:
         """What an embedding depends on beside its text: every file of the encoder, length, device, library."""
-        files = sorted(
-            path for path in self.folder.rglob("*") if path.suffix in (".json", ".txt", ".model", ".safetensors")
-        )
-        contents = hashlib.sha256()
-        for path in files:
-            contents.update(f"{path.relative_to(self.folder)} ".encode() + path.read_bytes())
-        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return digest([contents.hexdigest(), self.max_length, "mean", where, torch.__version__, BLOCK, STEP], 32)
+        files = folder_hash(self.folder, self.cache_dir)
+        return digest([files, self.max_length, "mean", *platform(self.device), BLOCK, STEP], 32)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """[n, dim] fp32 on the CPU; a text that no run has encoded is encoded, each one once."""

@@ -9,10 +9,12 @@ result then depends neither on what the cache held before nor on who filled it.
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
 from clpet import store
@@ -145,22 +147,31 @@ def blocks(lengths: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def network_key(objective: Classification) -> str:
-    """What every module's logits depend on: shape and a sample of the backbone, precision, device, place of reading.
+    """What every module's logits depend on: the backbone's weights and shape, precision, device, place of reading.
 
-    The sample is about 64 values of every tensor: reading all of a large backbone would take too long.
+    Weights from files or the hub are known by their hash or commit; those that are in memory alone are hashed.
     """
     adapters, device = objective.adapters, objective.device
+    own = {id(value) for name in adapters.names for value in adapters.tensors(name).values()}
+    named = {name: value for name, value in adapters.model.named_parameters() if id(value) not in own}
+    weights = objective.backbone.fingerprint(objective.cache_dir)
     peft = adapters.config.to_dict() if adapters.config else {}
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    named = dict(adapters.model.named_parameters())
-    sample = {name: whole(value).flatten()[:: max(1, value.numel() // 64)] for name, value in named.items()}
+    config: Any = adapters.model.config
     known = [
-        adapters.model.config.to_dict(),  # type: ignore[operator, union-attr]
+        weights or tensors_key({name: whole(value) for name, value in named.items()}),
+        {name: [list(value.shape), str(value.dtype)] for name, value in named.items()},
+        [config.to_dict(), config._attn_implementation],
         {key: sorted(value) if isinstance(value, set) else value for key, value in peft.items()},
-        [str(objective.dtype), where, objective.representation.value, torch.__version__, BLOCK, STEP],
-        tensors_key(sample),
+        [str(objective.dtype), objective.representation.value, BLOCK, STEP],
+        platform(device),
     ]
     return digest(known, 64)
+
+
+def platform(device: torch.device) -> list[str]:
+    """What rounding depends on: the device and the libraries."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return [device.type, kind, torch.__version__, transformers.__version__]
 
 
 def tensors_key(tensors: dict[str, Tensor]) -> str:
@@ -168,5 +179,6 @@ def tensors_key(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        found.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found.update(data)
     return found.hexdigest()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import math
 import platform
 import shutil
@@ -19,15 +20,19 @@ from safetensors.torch import save_file
 from clpet import __version__, pretraining
 from clpet.adapters import parameter_ratio
 from clpet.console import matrix_table, say
+from clpet.errors import DataError
 from clpet.escape import spreadsheet
+from clpet.fingerprint import hub_data
 from clpet.methods.base import Method
 from clpet.pretraining import DAPT
 from clpet.pretraining_tables import LEGEND, average_table
 from clpet.ranks import world
-from clpet.reading import command
+from clpet.reading import command, read_results
 from clpet.results import TransferMatrix, round2, tolist
 from clpet.state import RunState, whole, write_atomic, write_tree
 from clpet.tasks import Benchmark
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "omegaconf", "numpy", "wandb")
 MADE = ("results.json", "transfer.csv", "*.png", "metrics.jsonl", "run.json", "downstream-*.json")
@@ -35,9 +40,12 @@ MADE = ("results.json", "transfer.csv", "*.png", "metrics.jsonl", "run.json", "d
 
 def finished(out: Path) -> dict[str, Any] | None:
     """The results of a finished run; results.json is written last, so its presence means that all is there."""
+    if not (out / "results.json").is_file():
+        return None
     try:
-        return json.loads((out / "results.json").read_text())
-    except (OSError, ValueError):
+        return read_results(out / "results.json")
+    except DataError as error:
+        log.warning("%s: it is written again from what was saved", error)
         return None
 
 
@@ -234,6 +242,8 @@ def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchm
         "seed": cfg.seed,
         "signature": identity["signature"],
         "setting": identity["setting"],
+        "inputs": {key: value for key, value in identity.items() if key not in ("signature", "setting", "seed")},
+        "hub_data": {} if cfg.data_dir else hub_data(cfg.benchmark),
         "tasks": benchmark.names,
         "overrides": overrides,
         "versions": versions(),

@@ -5,6 +5,7 @@ nothing resolved (an interpolation could read the environment), nothing is writt
 safetensors.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from clpet.backbones import Backbone
 from clpet.config import GROUPS, Config, find_class, typed
 from clpet.console import Display
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
+from clpet.fingerprint import inputs
 from clpet.hardware import Hardware
 from clpet.memory import NoReplay
 from clpet.methods.base import Method
@@ -30,6 +32,8 @@ from clpet.state import checkpoints, read_tree
 from clpet.tasks import Benchmark
 from clpet.text import Encoded
 from clpet.tracking import Tracking
+
+log = logging.getLogger(__name__)
 
 KINDS = dict(
     zip(GROUPS, (Method, NoReplay, Backbone, Adapter, Source, Hardware, Tracking), strict=True)
@@ -79,7 +83,8 @@ def recorded(out: Path, here: Sequence[str] = (), plugins: bool = False) -> Reco
     if not (out / "run.json").is_file():
         raise DataError(f"{out} is not a run directory: no run.json there")
     record = read_json(out / "run.json")
-    check(record, {"config": dict, "tasks": [str], "data": {"fingerprint": str}}, f"{out / 'run.json'}")
+    shape = {"config": dict, "tasks": [str], "data": {"fingerprint": str}}
+    check(record, shape | ({"inputs": {str: str}} if "inputs" in record else {}), f"{out / 'run.json'}")
     inspect(record["config"], plugins, "")
     for name in record["tasks"]:
         if not NAME.fullmatch(name):
@@ -146,6 +151,7 @@ def reopen(run: Recorded, after: int | None = None) -> Reopened:
 
             cache = Path(config.cache_dir or run.out.parent / ".cache")
             prepare(parts["model"], benchmark, parts["hardware"], cache, run.out, Display(Console(stderr=True), 0))
+        check_inputs(run)
         objective, data = load_objective(config, parts, benchmark)
         parts["replay"].setup(data, config.seed, config.train.global_batch_size)
         method.setup(objective, benchmark, data, parts["replay"], config.seed)
@@ -156,6 +162,17 @@ def reopen(run: Recorded, after: int | None = None) -> Reopened:
                 objective.adapters.load_saved(folder.parent)
             method.load_state_dict(state)
         return Reopened(run, benchmark, data, row, scores(run.out, row, len(benchmark)))
+
+
+def check_inputs(run: Recorded) -> None:
+    """Raises DataError where the run read other weights than are there now; other code of one's own is warned of."""
+    there = inputs(run.config, run.parts["model"], run.method)
+    for name, was in run.record.get("inputs", {}).items():
+        if (now := there.get(name, was)) == was:
+            continue
+        if name != "code":
+            raise DataError(f"the {name} of {run.out} were others ({was}, here {now}): say --here model.path=FOLDER")
+        log.warning("%s was trained by other code of yours (%s, here %s)", run.out, was, now)
 
 
 def place(run: Recorded, after: int | None) -> tuple[int, Path | None]:

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from clpet import base_model, records
+from clpet import base_model, fingerprint, records
 from clpet.adapters import Adapters
 from clpet.config import Config, Evaluation, Matrix, Select, build, derive, setting, signature, typed
 from clpet.console import Display
@@ -24,6 +24,7 @@ from clpet.methods.base import Method
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
 from clpet.ranks import world
+from clpet.reading import readable
 from clpet.results import TransferMatrix
 from clpet.state import Lock, RunState
 from clpet.tasks import Benchmark
@@ -43,13 +44,15 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     console = Console(quiet=not world().main)
     identity = {"signature": signature(cfg), "setting": setting(cfg), "seed": str(config.seed)}
     if not (config.fresh or config.dry_run) and (done := records.finished(out)):
-        records.show_finished(console, out, done)
+        with readable(f"{out / 'results.json'} is not the result of a run"):
+            fingerprint.check_finished(out, done, config)
+            records.show_finished(console, out, done)
         console.print("shown, not run again: it was finished before (fresh=true starts over)")
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
     with Interrupt() as interrupt, Lock(out), quiet_libraries():
         with world().main_first():
-            benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
+            benchmark: Benchmark = fingerprint.load(config, parts["benchmark"])
         method.check_benchmark(benchmark)
         load_objective_class(parts["benchmark"].objective.value).check_benchmark(benchmark, config.evaluation)
         check_validation(config, method, benchmark)
@@ -78,15 +81,19 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         if config.dry_run:
             dry_run(console, config, method, benchmark, trainer)
             return None
+        with world().main_first():
+            identity |= fingerprint.inputs(config, parts["model"], method)
+        identity["data"] = benchmark.data_record["fingerprint"]
+        saved = None if config.fresh else RunState.resume(out / "state", identity)
+        world().barrier()
         if world().main:
             if config.fresh:
                 records.clear(out)
             records.start(out, cfg, overrides, identity, benchmark)
         world().barrier()
-        identity["data"] = benchmark.data_record["fingerprint"]
         with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
             with enough_memory(objective.memory_advice):
-                state = Experiment(config, out, identity, method, benchmark, data, trainer, track).learn()
+                state = Experiment(config, out, identity, method, benchmark, data, trainer, track, saved).learn()
             if not world().main:
                 return state.matrix
             results = records.collect(out, cfg, overrides, identity, method, benchmark, state)
@@ -109,6 +116,7 @@ class Experiment:
     data: Encoded
     trainer: Trainer
     track: Tracker
+    saved: tuple[RunState, dict[str, Any]] | None  # what an earlier process left
 
     def learn(self) -> RunState:
         """The loop. Checkpoints follow every task and lie inside long ones; a killed run goes on after the last one."""
@@ -135,7 +143,7 @@ class Experiment:
 
     def resume(self) -> RunState:
         """The state after the last finished task, or a new one with row 0 measured."""
-        saved = RunState.resume(self.out / "state", self.identity)
+        saved, self.saved = self.saved, None
         if saved is None:
             names, direction = self.benchmark.names, self.benchmark.direction
             state = RunState(TransferMatrix(names, direction), TransferMatrix(names, direction))

@@ -66,7 +66,8 @@ class RunState:
         """(state, method state) of the newest whole checkpoint, None when there is none; no method state: a fresh one.
 
         A damaged checkpoint is passed over for the one before it. Raises ConfigError when the run was started
-        on other data or by another configuration.
+        on other data, weights or code or by another configuration. An identity's parts that it did not have
+        are not compared.
         """
         for place in reversed(checkpoints(folder)):
             try:
@@ -77,10 +78,10 @@ class RunState:
             except ValueError as error:
                 log.warning("%s: the checkpoint before %s is used", error, place.name)
                 continue
-            for key, now in identity.items():
-                if value["identity"].get(key) != now:
+            for key, was in value["identity"].items():
+                if (now := identity.get(key, was)) != was:
                     raise ConfigError(
-                        f"{folder.parent} was started with {key} {value['identity'].get(key)}, now it is {now}: "
+                        f"{folder.parent} was started with {key} {was}, now it is {now}: "
                         "start over with fresh=true, or use another output_dir"
                     )
             matrix, own = TransferMatrix.from_json(value["matrix"]), TransferMatrix.from_json(value["own"])

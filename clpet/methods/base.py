@@ -54,6 +54,10 @@ class Method:
     def check_benchmark(self, benchmark: Benchmark) -> None:
         """Raises ConfigError where the tasks do not allow what the knobs ask for, before the backbone is loaded."""
 
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints, by name, of files that the method reads: where one has changed a run is not resumed."""
+        return {}
+
     def setup(self, objective: Any, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int) -> None:
         """Attaches the first adapter; called once, before any evaluation."""
         self.objective, self.benchmark, self.data = objective, benchmark, data

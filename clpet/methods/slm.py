@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clpet.adapters import Lora
 from clpet.config import derive, require
-from clpet.encoder import Embeddings, Encoder, locate
+from clpet.encoder import Embeddings, Encoder, backbone, locate
 from clpet.errors import ConfigError
 from clpet.increments import Increments, attention_outputs
 from clpet.methods.base import Choices, Method, Predictions
@@ -85,6 +85,9 @@ class SLM(Method):
             raise ConfigError(f"method.groups={self.groups} does not divide the {dim} dimensions of {self.encoder}")
         if self.keys > dim // self.groups:
             raise ConfigError(f"method.keys={self.keys}, but a chunk of {dim // self.groups} numbers has no more keys")
+
+    def inputs(self) -> dict[str, str]:
+        return {"encoder": backbone(self.encoder).fingerprint(self.cache_dir) or ""}
 
     def first_adapter(self) -> None:
         """Row 0 is the bare backbone."""
