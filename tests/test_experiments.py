@@ -1,6 +1,8 @@
-"""The overlays of ConPET's published rows: what each one sets, and learning rates that differ by task."""
+"""The overlays of published rows: what each one sets, that its parts fit together, and learning rates by task."""
 
+from enum import Enum
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from clpet.dry import steps_per_task
 from clpet.errors import ConfigError
 from clpet.mistakes import composed
 from clpet.mixing import equal_compute
+from clpet.run import assemble
 
 ROWS = ["emr", "ea_emr", "crl", "emr_star", "ea_emr_star", "crl_star", "dynamic", "limitless", "ewc", "lwf"]
 REPLAY = ["fixed"] * 3 + ["dynamic"] * 4 + ["all", "none", "none"]
@@ -45,7 +48,18 @@ COPIES = {
 
 @cache
 def overlay(name: str) -> Config:
-    return typed(composed([f"experiment=conpet/{name}"]))
+    """The configuration of an overlay, its parts built and checked against each other."""
+    config = typed(composed([f"experiment={name}"]))
+    assemble(config)
+    return config
+
+
+def value(config: Config, key: str) -> object:
+    """The value of a dotted key."""
+    found: Any = config
+    for name in key.split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    return found.value if isinstance(found, Enum) else found
 
 
 def test_every_published_row_has_its_overlay() -> None:
@@ -59,28 +73,26 @@ def test_every_published_row_has_its_overlay() -> None:
 def test_settings_of_the_published_rows(data: str) -> None:
     epochs, dynamic, emr, crl, limit, per_class, most = SETTINGS[data]
     for row, replay in zip(ROWS, REPLAY, strict=True):
-        config = overlay(f"{data}_{row}")
+        config = overlay(f"conpet/{data}_{row}")
         rate = emr if "emr" in row else crl if "crl" in row else dynamic
         assert (config.train.epochs, config.train.lr) == (epochs, rate), row
         assert (config.train.global_batch_size, config.train.select.value) == (8, "best")
         assert (config.model["name"], config.benchmark["name"]) == ("llama_7b", data)
         assert (config.peft["r"], config.peft["alpha"], config.peft["dropout"]) == (4, 1, 0)
-        assert config.replay["name"] == replay
-        for group in ("method", "replay", "benchmark"):
-            build(getattr(config, group), group)
+        assert (config.replay["name"], config.model["dropout"]) == (replay, "auto")
         if replay in ("fixed", "dynamic"):
             assert config.replay["limit"] == limit
         if replay == "fixed":
             assert config.replay["per_class"] == per_class
             assert "crl" in row or config.replay["max_copies"] == most
-    strengths = tuple(overlay(f"{data}_{row}").method["strength"] for row in ("ewc", "lwf"))
+    strengths = tuple(overlay(f"conpet/{data}_{row}").method["strength"] for row in ("ewc", "lwf"))
     assert strengths == LAMBDAS.get(data, (1, 1))
 
 
 @pytest.mark.parametrize("data", SETTINGS)
 def test_copies_of_the_memory_equal_the_compute_of_dynamic_replay(data: str) -> None:
     """f of tasks 2 to n, from the published sizes and the overlay's L, m and most copies."""
-    replay, benchmark = overlay(f"{data}_emr").replay, overlay(f"{data}_emr").benchmark
+    replay, benchmark = overlay(f"conpet/{data}_emr").replay, overlay(f"conpet/{data}_emr").benchmark
     classes = [len(ids) for ids in benchmark["task_ids"]] if benchmark["task_ids"] else benchmark["classes_per_task"]
     knobs = replay["per_class"], replay["limit"], 8, replay["max_copies"]
     sizes = TRAIN_SIZES[data]
@@ -91,10 +103,116 @@ def test_copies_of_the_memory_equal_the_compute_of_dynamic_replay(data: str) -> 
 def test_logged_runs_with_bert_large() -> None:
     for row, method, replay in (("dynamic", "dynamic_conpet", "dynamic"), ("emr_star", "emr", "dynamic"),
                                 ("limitless", "dynamic_conpet", "all")):  # fmt: skip
-        config = overlay(f"tacred_bert_{row}")
+        config = overlay(f"conpet/tacred_bert_{row}")
         assert (config.model["name"], config.method["name"], config.replay["name"]) == ("bert_large", method, replay)
         assert (config.train.epochs, config.train.lr, config.train.global_batch_size) == (50, 1e-3, 4)
+        assert config.model["dropout"] == "own"
         assert replay == "all" or config.replay["limit"] == 50
+
+
+WORDS = {
+    "benchmark.objective": "text_to_text",
+    "train.schedule": "constant",
+    "benchmark.max_length": 512,
+    "benchmark.max_target": 50,
+}
+KIF = {
+    "train.epochs": 10,
+    "train.lr": 3e-4,
+    "train.global_batch_size": 8,
+    "train.schedule": "linear",
+    "train.warmup_steps": 50,
+    "train.clip": 1,
+    "train.weight_decay": 0,
+    "peft.r": 8,
+    "peft.dropout": 0.05,
+    "model.dropout": "own",
+}
+SLM = {
+    "train.weight_decay": 0.01,
+    "train.clip": 1,
+    "method.groups": 6,
+    "method.keys": 4,
+    "method.encoder_length": 512,
+    "method.stage1.top_k": 2,
+    "method.stage1.dropout": 0.2,
+    "method.stage1.min_steps": 0,
+    "method.stage1.lr": 1e-3,
+}
+BERT = {
+    "model.representation": "pooled",
+    "model.head_dropout": 0.1,
+    "model.dropout": "own",
+    "train.epochs": 5,
+    "train.global_batch_size": 32,
+    "train.schedule": "linear",
+    "train.warmup_steps": 100,
+}
+O_LORA = {**WORDS, "train.global_batch_size": 64, "peft.r": 8, "peft.alpha": 32, "peft.dropout": 0.1}
+SAPT = {**WORDS, "train.global_batch_size": 32, "peft.alpha": 32, "peft.dropout": 0}
+PROMPTS = {
+    "train.epochs": 10,
+    "train.lr": 0.3,
+    "train.weight_decay": 1e-5,
+    "train.global_batch_size": 8,
+    "train.select": "best",
+    "benchmark.max_length": 512,
+    "method.length": 10,
+    "method.task_id_at_test": True,
+}
+# What the papers and their code give, by overlay.
+PUBLISHED: dict[str, dict[str, object]] = {
+    "kif/superni_1_adaptive": {**KIF, "peft.alpha": 16, "benchmark.max_length": 1024, "benchmark.max_target": 128,
+                               "benchmark.prompt": "[INS] {definition}\n [IN] {text} \n [OUT] "},
+    "kif/long_order4_recurrent": {**KIF, "peft.alpha": 32, "benchmark.prompt": "{instruction}\n{text}\nAnswer:"},
+    "slm/bert_slm": {**SLM, **BERT, "train.lr": 2e-4, "method.top_k": 4, "method.rank": 12, "method.stage1.epochs": 3},
+    "slm/bert_finetune": {**BERT, "peft.name": "none"},
+    "slm/t5_slm": {**SLM, "model.dropout": "own", "method.stage1.epochs": 3, "method.stage1.batch_size": 4},
+    "slm/llama_slm": {**SLM, "train.epochs": [3, 3, 6], "train.lr": 2e-4, "train.global_batch_size": 64, "train.schedule": "cosine",
+                      "train.warmup_share": 0.03, "method.top_k": 2, "method.rank": 8, "method.stage1.epochs": 2},
+    "slm/llama_finetune": {"train.lr": 3e-5, "train.epochs": 3, "train.clip": 1, "train.warmup_share": 0.03},
+    "slm/retrieval_6x4": {"method.stage1.lr": 5e-4, "method.stage1.dropout": 0, "method.top_k": 2},
+    "slm/retrieval_6x4_mask": {"method.stage1.lr": 5e-4, "method.stage1.dropout": 0.2, "method.top_k": 2},
+    "slm/retrieval_1x24": {"method.stage1.lr": 5e-4, "method.groups": 1, "method.keys": 24, "method.top_k": 12},
+    "o_lora/standard": {**O_LORA, "train.epochs": 1, "train.lr": 1e-3, "method.orthogonality": 0.5, "method.decay": 0,
+                        "model.name": "t5_large", "model.dropout": "own"},
+    "o_lora/standard_inc_lora": {**O_LORA, "train.epochs": 1, "train.lr": 1e-3, "method.name": "inc_lora"},
+    "o_lora/standard_llama": {**O_LORA, "train.epochs": 1, "train.lr": [1e-3, 1e-4], "model.name": "llama2_7b"},
+    "sapt/superni": {**SAPT, "train.epochs": 100, "train.lr": 3e-4, "peft.r": 4, "method.kl_ratio": 0.5, "model.dropout": "own"},
+    "sapt/long": {**SAPT, "train.epochs": 10, "train.lr": 3e-4, "peft.r": 8, "method.kl_ratio": 0.1, "model.dropout": "own"},
+    "sapt/superni_llama": {**SAPT, "train.epochs": 50, "train.lr": 5e-5, "peft.r": 4, "method.kl_ratio": 1, "benchmark.max_length": 1024},
+    "sapt/long_llama": {**SAPT, "train.epochs": 20, "train.lr": 5e-5, "peft.r": 4, "method.kl_ratio": 2, "benchmark.max_length": 1024},
+    "gain_lora/superni": {**SAPT, "train.epochs": 100, "train.lr": 3e-4, "peft.r": 4, "method.epsilon": 0.995, "method.hidden": 100},
+    "gain_lora/long": {**SAPT, "train.epochs": 10, "train.lr": 3e-4, "peft.r": 8, "method.design": "svd", "model.dropout": "own"},
+    "gain_lora/long_inf_lora": {**SAPT, "train.epochs": 10, "train.lr": 3e-4, "peft.r": 8, "method.design": "random"},
+    "mocl/fewshot_llama": {**WORDS, "train.epochs": 40, "train.lr": 1e-3, "train.global_batch_size": 8, "train.select": "best",
+                           "peft.r": 4, "peft.alpha": 16, "peft.dropout": 0.1, "benchmark.shots": 16},
+    "progressive_prompts/standard": PROMPTS,
+    "progressive_prompts/long": PROMPTS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["kif", "slm", "o_lora", "sapt", "gain_lora", "mocl", "progressive_prompts", "cpt"])
+def test_overlays_of_other_papers(family: str) -> None:
+    """Every one fits together; what was published of it is set."""
+    for name in options("experiment"):
+        if name.startswith(f"{family}/"):
+            config = overlay(name)
+            expected = PUBLISHED.get(name, {})
+            assert {key: value(config, key) for key in expected} == expected, name
+    assert all(name in options("experiment") for name in PUBLISHED)
+
+
+def test_o_lora_s_weights_go_with_their_tasks() -> None:
+    """The first weight by place in the order, the second and the epochs by task."""
+    decay = {"copa": 0.1, "qqp": 0.1, "rte": 0.3, "sst2": 0.1, "yahoo": 0.1, "boolq": 0.1, "wic": 0.3}
+    for order in ("long_order4", "long_order5", "long_order6"):
+        config = overlay(f"o_lora/{order}")
+        tasks = config.benchmark["orders"][config.benchmark["order"]]
+        assert config.benchmark["order"] == order
+        assert config.method["orthogonality"] == [0] + [0.5] * 8 + [5] * 6
+        assert config.method["decay"] == [decay.get(task, 0) for task in tasks]
+        assert config.train.epochs == [2 if task == "mnli" else 1 for task in tasks]
 
 
 def test_learning_rates_by_task() -> None:
