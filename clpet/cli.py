@@ -141,6 +141,7 @@ def train(argv: list[str]) -> int:
     from hydra.types import RunMode
 
     from clpet.config import conf_dir, register_resolvers
+    from clpet.parallel_runs import ParallelSweep
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `guarded`, which prints one line
     register_resolvers()
@@ -148,6 +149,7 @@ def train(argv: list[str]) -> int:
     check_group_options(arguments)
 
     failures: list[tuple[str, Exception]] = []
+    parallel = ParallelSweep(parted(argv)[0])
 
     def job(cfg: Any) -> float | None:
         from clpet.config import typed
@@ -158,10 +160,12 @@ def train(argv: list[str]) -> int:
         if submitted:
             atexit.register(lambda: code and os._exit(code[0]))
         own = " ".join(word for word in found.overrides.task if word not in arguments)  # what the sweep varies
-        if own and not submitted:
-            print(f"\n[{found.job.num + 1}] {inline(own)}\n", flush=True)
         try:
             typed(cfg)  # a mistake in a value is told before what takes seconds to import
+            if parallel.takes(cfg, found, own):
+                return None
+            if own and not submitted:
+                print(f"\n[{found.job.num + 1}] {inline(own)}\n", flush=True)
             from clpet.launch import launch
 
             matrix = launch(cfg, Path(found.runtime.output_dir), list(found.overrides.task))
@@ -175,6 +179,11 @@ def train(argv: list[str]) -> int:
 
     sys.argv = ["clpet train", *arguments]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(job)()
+    return _report([*failures, *parallel.run()])
+
+
+def _report(failures: list[tuple[str, Exception]]) -> int:
+    """Prints a line for every run that failed; the exit code of all."""
     codes = []
     for own, error in failures:
         message, code = told(error)

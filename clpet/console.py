@@ -151,3 +151,8 @@ def summary_line(matrix: TransferMatrix, row: int) -> str:
     if matrix.direction == "lower":
         return f"perplexity: average {perplexity(average)} · whole {perplexity(whole)} on {row} seen domains"
     return f"average {round2(average)} · whole {round2(whole)} on {row} seen tasks"
+
+
+def is_summary(line: str) -> bool:
+    """Whether a line that a run has printed is the summary of a task."""
+    return line.startswith(("average ", "perplexity: average ")) and " seen " in line

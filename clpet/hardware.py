@@ -46,6 +46,7 @@ class Hardware:
     micro_batch_size: int | None = None
     eval_batch_size: int = 128
     threads: int | None = None
+    parallel_runs: int = 1
     ranks: Any = 1  # or auto
     shard: bool = False
     gradient_checkpointing: bool = False
@@ -58,6 +59,7 @@ class Hardware:
         require(size is None or size >= 1, "hardware.micro_batch_size", size, "at least 1, or null")
         require(self.eval_batch_size >= 1, "hardware.eval_batch_size", self.eval_batch_size, "at least 1")
         require(self.threads is None or self.threads >= 1, "hardware.threads", self.threads, "at least 1, or null")
+        require(self.parallel_runs >= 1, "hardware.parallel_runs", self.parallel_runs, "at least 1")
         if self.device is Device.cuda and not torch.cuda.is_available():
             raise HostError("hardware.device=cuda, but this machine has no CUDA device: use hardware=cpu or auto")
         if self.quantization is Quantization.nf4:
