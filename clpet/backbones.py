@@ -145,7 +145,7 @@ class Backbone:
         return (model if nf4 else model.to(place)).eval(), tokenizer
 
     def tokenizer(self) -> Any:
-        """The tokenizer alone, with a padding token, padding to the right. Raises ModelError when it is not there."""
+        """The tokenizer alone, padding to the right. Raises ModelError when it is not there."""
         if self.random_weights:
             return byte_tokenizer()
         from transformers import AutoTokenizer
@@ -156,7 +156,7 @@ class Backbone:
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(self._absent(str(place), error)) from error
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # or none: see text.pad_id
         tokenizer.padding_side = "right"
         return tokenizer
 

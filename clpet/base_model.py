@@ -58,6 +58,7 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
     adapters = Adapters(model, backbone, Adapter(), generates=True)
     adapters.add("default", 0)
     alone = Benchmark("base", [benchmark.base], max_length=benchmark.max_length, isolate=benchmark.isolate)
+    alone.length_set = benchmark.length_set
     objective = LanguageModeling(alone, backbone, adapters, tokenizer, 0, hardware, Evaluation())
     objective.cache_dir = str(folder.parent.parent)
     how, plan = backbone.base, NoReplay()

@@ -11,6 +11,8 @@ from clpet.corpus import Documents
 from clpet.tasks import SPLITS, Benchmark, Example, Task, normalised
 from clpet.text import Encoded
 
+OFTEN = 0.05  # share of texts or answers that are cut, from which on it is warned of
+
 
 def key(example: Example) -> str:
     """What is compared: the normalised text with its template fields."""
@@ -36,6 +38,7 @@ def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str,
             "largest_label": max(counts.values()),
             "repeats": {split: repeats(keys[task.name, split]) for split in SPLITS},
             "tokens": _lengths(data, index),
+            **_cut(data, index),
         }
     overlaps = _overlaps(benchmark, keys)
     return {
@@ -43,7 +46,10 @@ def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str,
         "labels": benchmark.labels,
         "tasks": tasks,
         "overlaps": overlaps,
-        "warnings": _warnings(benchmark, overlaps),
+        "max_length": benchmark.max_length,
+        "max_target": benchmark.max_target,
+        "truncate": benchmark.truncate.value,
+        "warnings": _warnings(benchmark, overlaps) + _much_cut(tasks, benchmark),
     }
 
 
@@ -93,10 +99,52 @@ def repeats(texts: list[str]) -> int:
     return len(texts) - len(set(texts))
 
 
+def _cut(data: Encoded | None, index: int) -> dict[str, dict[str, int]]:
+    """How many texts and answers of a task were cut, by split."""
+    pools = {split: getattr(data, split) for split in SPLITS} if data else {}
+    counts = {split: pool.cut(pool.rows_of(index)) for split, pool in pools.items()}
+    return {
+        "texts_cut": {split: texts for split, (texts, _) in counts.items()},
+        "answers_cut": {split: answers for split, (_, answers) in counts.items()},
+    }
+
+
+def cut_counts(tasks: dict[str, dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """{texts, answers: (how many were cut, of how many)} over all tasks and splits."""
+    total = sum(task[split] for task in tasks.values() for split in SPLITS)
+    return {what: (sum(sum(t[f"{what}_cut"].values()) for t in tasks.values()), total) for what in ("texts", "answers")}
+
+
+def cut_line(found: dict[str, Any]) -> str:
+    """What a run says of the texts and answers that were cut, '' where none was."""
+    if "truncate" not in found:
+        return ""
+    most = {"texts": f"{found['max_length']} tokens ({found['truncate']})", "answers": f"{found['max_target']} tokens"}
+    counts = cut_counts(found["tasks"])
+    said = [f"{count} of {total} {what} at {most[what]}" for what, (count, total) in counts.items() if count]
+    return f"cut: {', '.join(said)}" if said else ""
+
+
+def _much_cut(tasks: dict[str, dict[str, Any]], benchmark: Benchmark) -> list[str]:
+    """Warnings where more than a twentieth of all texts, or of all answers, were cut."""
+    knobs = {
+        "texts": f"tokens their prompt included: raise benchmark.max_length={benchmark.max_length}, or choose what is "
+        f"cut by benchmark.truncate={benchmark.truncate.value} and benchmark.keep",
+        "answers": f"tokens: raise benchmark.max_target={benchmark.max_target}",
+    }
+    return [
+        f"{count} of {total} {what} ({100 * count / total:.0f} %) are cut, since they have more {knobs[what]}"
+        for what, (count, total) in cut_counts(tasks).items()
+        if count > OFTEN * total
+    ]
+
+
 def _lengths(data: Encoded | None, index: int) -> dict[str, int]:
+    """Tokens of train texts with their answers, before they were cut."""
     if data is None:
         return {}
-    lengths = data.train.lengths[data.train.rows_of(index)]
+    rows = data.train.rows_of(index)
+    lengths = data.train.whole[rows] + data.train.whole_answer[rows]
     return {"median": int(np.median(lengths)), "p95": int(np.percentile(lengths, 95)), "max": int(lengths.max())}
 
 
@@ -163,14 +211,21 @@ def report(cfg: Any) -> str:
     benchmark, backbone = source.load(config.data_dir), build(config.model, "model")
     encode = load(source.objective.value).encoder(benchmark, backbone, backbone.tokenizer())
     found = inspect_data(benchmark, encode_benchmark(benchmark, encode))
-    header = ["task", *SPLITS, "labels", "label sizes", "tokens median", "p95", "max", "repeats"]
+    answers = ["answers cut"] if benchmark.max_target else []
+    header = ["task", *SPLITS, "labels", "label sizes", "tokens median", "p95", "max", "cut", *answers, "repeats"]
     rows = [
         [name, *(str(t[split]) for split in SPLITS), str(t["labels"]), f"{t['smallest_label']}-{t['largest_label']}",
          str(t["tokens"]["median"]), str(t["tokens"]["p95"]), str(t["tokens"]["max"]),
-         "/".join(str(t["repeats"][split]) for split in SPLITS)]
+         *("/".join(str(t[count][split]) for split in SPLITS)
+           for count in ("texts_cut", *(["answers_cut"] if answers else []), "repeats"))]
         for name, t in found["tasks"].items()
     ]  # fmt: skip
-    note = "repeats: train/validation/test, texts equal to an earlier one (letters and digits only)"
+    note = (
+        "tokens: of train texts with their answers, before they are cut; cut, repeats: train/validation/test\n"
+        f"cut: texts of more than benchmark.max_length={benchmark.max_length} tokens"
+        + (f", answers of more than benchmark.max_target={benchmark.max_target}" if answers else "")
+        + "\nrepeats: texts equal to an earlier one (letters and digits only)"
+    )
     return _printed(table(header, rows), note, found)
 
 

@@ -14,7 +14,7 @@ from clpet.console import table
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.reopen import Recorded, Reopened
 from clpet.state import write_atomic
-from clpet.text import frame
+from clpet.templates import frame
 
 LONGER = 8  # times: the harness' texts, against those that hardware.eval_batch_size counts
 OWN = "clpet_normalised"

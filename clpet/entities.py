@@ -12,7 +12,7 @@ from clpet.formats import LAYOUTS, Row, read_published, tidy
 from clpet.readers import Rows, read_hub, read_local
 from clpet.sources import Table
 from clpet.splits import Splits, named_tasks
-from clpet.tasks import SPLITS, Example
+from clpet.tasks import SPLITS, Example, Truncate
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Entities(Table):
         super().__post_init__()
         words = self.template_words
         require(words is None or words >= 1, "benchmark.template_words", words, "at least 1, or null")
+        fits = self.truncate is Truncate.end and self.keep is None
+        require(fits, "benchmark.truncate and benchmark.keep", "set", "unset: a sentence is cut around its entities")
         known = self.layout is None or self.layout in LAYOUTS
         require(known, "benchmark.layout", self.layout, f"{', '.join(LAYOUTS)} or null")
         require(self.resplit in (None, "label", "all"), "benchmark.resplit", self.resplit, "label, all or null")

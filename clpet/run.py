@@ -13,7 +13,7 @@ from clpet import base_model, fingerprint, records
 from clpet.adapters import Adapters
 from clpet.config import Config, Evaluation, Matrix, Select, build, derive, setting, signature, typed
 from clpet.console import Display
-from clpet.data import inspect_data
+from clpet.data import cut_line, inspect_data
 from clpet.dry import count_parameters, dry_run
 from clpet.errors import ConfigError, ModelError, enough_memory
 from clpet.evaluation import Evaluator
@@ -53,6 +53,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     with Interrupt() as interrupt, Lock(out), quiet_libraries():
         with world().main_first():
             benchmark: Benchmark = fingerprint.load(config, parts["benchmark"])
+        benchmark.length_set = any(word.lstrip("+").startswith("benchmark.max_length=") for word in overrides)
         method.check_benchmark(benchmark)
         load_objective_class(parts["benchmark"].objective.value).check_benchmark(benchmark, config.evaluation)
         check_validation(config, method, benchmark)
@@ -71,6 +72,8 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         if parts["hardware"].shard and world().size > 1:
             shard(objective.adapters.model, objective.device)
         benchmark.data_record = inspect_data(benchmark, data)
+        if line := cut_line(benchmark.data_record):
+            display.print(line)
         for warning in benchmark.data_record["warnings"]:
             log.warning(warning)
         parts["replay"].setup(data, config.seed, config.train.global_batch_size)

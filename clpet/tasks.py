@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,28 @@ def normalised(text: str) -> str:
     return _NOT_WORD.sub("", text.lower())
 
 
+class Truncate(Enum):
+    """Which side of a text is cut where not all of it fits."""
+
+    end = "end"
+    start = "start"
+    middle = "middle"
+
+
 @dataclass(frozen=True)
 class Example:
     """One piece of text and what is asked of it.
 
     `target` is a label name, an answer text, or None for plain text. `fields` fill the template's other
-    slots. `focus` are character spans of the text that a window cut must keep (entities). `references` are all
-    answers that count as right, where there is more than `target`.
+    slots. `focus` are character spans of the text that a window cut must keep (entities), `kept` those that are cut
+    last. `references` are all answers that count as right, where there is more than `target`.
     """
 
     text: str
     target: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     focus: tuple[tuple[int, int], ...] = ()
+    kept: tuple[tuple[int, int], ...] = ()
     references: tuple[str, ...] = ()
 
 
@@ -63,6 +73,8 @@ class Benchmark:
     template: str = "{text}"
     max_length: int = 128
     max_target: int = 0
+    truncate: Truncate = Truncate.end
+    length_set: bool = False  # max_length was asked for: a model that cannot read as much is refused
     own_softmax: bool = False  # the loss compares the labels of an example's own task only
     reserved: int = 0  # positions of the model that a method's prompts take, at most
     isolate: bool = False  # documents in one window of text do not see each other

@@ -19,7 +19,7 @@ from torch import Tensor
 from clpet.config import derive
 from clpet.packing import Windows
 from clpet.tasks import Benchmark, Example
-from clpet.text import frame
+from clpet.templates import frame
 from clpet.token_streams import Stream
 
 SAMPLE = 5000  # documents of a split that key terms and prompts come from

@@ -1,8 +1,7 @@
-"""Text to tokens, once per split: templates, entity windows, pooled splits and length-bucketed batches."""
+"""Tokenised splits: pools over all tasks and length-bucketed batches."""
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,140 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clpet.errors import ConfigError, DataError
 from clpet.tasks import SPLITS, Benchmark, Example
 
-# Reserved vocabulary entries that can stand for the markers [m0] to [m3] and, last, for a missing mask token.
-RESERVED = (
-    [f"[unused{i}]" for i in range(5)],
-    ["<0x00>", "<0x01>", "<0x02>", "<0x03>", "<0x05>"],
-    [f"<|reserved_special_token_{i}|>" for i in range(5)],
-    [f"madeupword000{i}" for i in range(3)] + ["<unk>", "<unk>"],
-    [f"<extra_id_{i}>" for i in range(5)],
-)
 IGNORED = -100  # target id of a place that is not learned
-PLAIN = ["#", "#", "@", "@", "_"]  # a vocabulary without reserved entries marks entities with signs
-
-
-class Template:
-    """Turns an Example into token ids: `{text}` may be cut, what stands around it never is.
-
-    `{mask}` becomes the tokenizer's mask token, or a reserved token where there is none; it must occur exactly
-    once when the representation is read there. [m0] to [m3] in a text become reserved tokens.
-    """
-
-    def __init__(
-        self, tokenizer: Any, template: str, max_length: int, needs_mask: bool = False, end: bool = True
-    ) -> None:
-        if template.count("{text}") != 1:
-            raise ConfigError(f"benchmark.template must hold {{text}} once: {template!r}")
-        if needs_mask and template.count("{mask}") != 1:
-            raise ConfigError(
-                f"model.representation=mask needs a benchmark.template with {{mask}} once, not {template!r}; "
-                "or take model.representation=mean, cls or last"
-            )
-        self.tokenizer, self.max_length, self.needs_mask = tokenizer, max_length, needs_mask
-        self.before, self.after = template.split("{text}")
-        vocabulary = tokenizer.get_vocab()
-        reserved = next((names for names in RESERVED if all(name in vocabulary for name in names)), PLAIN)
-        self.markers = {f"[m{i}]": name for i, name in enumerate(reserved[:4])}
-        self.mask = tokenizer.mask_token or reserved[4]
-        special = sorted({self.mask, *self.markers.values()} - {*PLAIN, *tokenizer.all_special_tokens})
-        if special:
-            tokenizer.add_special_tokens({"additional_special_tokens": special}, replace_extra_special_tokens=False)
-        self.mask_id = tokenizer.convert_tokens_to_ids(self.mask)
-        self.head, self.tail = frame(tokenizer)
-        if not end:  # a text that will be continued
-            self.tail = []
-
-    def encode(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Token ids of each example, at most `max_length`. Raises DataError when the template alone is too long."""
-        marked = [self._mark(example) for example in examples]
-        befores = [self._fill(self.before, example) for example in examples]
-        afters = [self._fill(self.after, example) for example in examples]
-        texts = [text for text, _ in marked]
-        wholes = self._tokens(
-            [before + text + after for before, text, after in zip(befores, texts, afters, strict=True)]
-        )
-        rows = []
-        for (ids, offsets), before, (text, focus) in zip(wholes, befores, marked, strict=True):
-            start, end = len(before), len(before) + len(text)
-            first = sum(b <= start for _, b in offsets)  # tokens of the template before the text, and after it
-            last = max(first, len(ids) - sum(b > end for _, b in offsets))
-            around = len(self.head) + len(self.tail) + first + len(ids) - last
-            room = self.max_length - around
-            if room < 1:
-                raise DataError(
-                    f"benchmark.max_length={self.max_length} leaves no room for a text beside the {around} tokens of "
-                    "its template"
-                )
-            inside = [(a - start, b - start) for a, b in offsets[first:last]]
-            window = [ids[first + place] for place in window_rows(inside, focus, room)]
-            row = [*self.head, *ids[:first], *window, *ids[last:], *self.tail]
-            if self.needs_mask and row.count(self.mask_id) != 1:
-                raise DataError(f"an example holds the mask token {row.count(self.mask_id)} times, not once")
-            rows.append(row)
-        return rows
-
-    def _fill(self, part: str, example: Example) -> str:
-        values = {"mask": self.mask, **example.fields}
-        return re.sub(r"\{(\w+)\}", lambda slot: values.get(slot.group(1), slot.group(0)), part)
-
-    def _mark(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
-        text, focus = example.text, list(example.focus)
-        if "[m" in text:
-            for marker, token in self.markers.items():
-                while (place := text.find(marker)) >= 0:
-                    text = text[:place] + token + text[place + len(marker) :]
-                    shift = len(token) - len(marker)
-                    focus = [(a + shift * (place < a), b + shift * (place < b)) for a, b in focus]
-        return text, focus
-
-    def _tokens(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Ids and character spans of each text's tokens; whole texts, since some tokenizers mark where one begins."""
-        if not texts:
-            return []
-        out = self.tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
-        return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
-
-
-def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens a tokenizer puts before and after one text."""
-    probe = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    start = next((i for i in range(len(full)) if full[i : i + len(probe)] == probe), 0)
-    return full[:start], full[start + len(probe) :]
-
-
-def window_rows(offsets: Sequence[tuple[int, int]], focus: Sequence[tuple[int, int]], room: int) -> list[int]:
-    """Which tokens of a text to keep when only `room` fit: the head of it, or a window around its entities.
-
-    The window is centred on the span of all entities; entities too far apart get half of the room each
-    (ConPET, section 2 of its input template).
-    """
-    total = len(offsets)
-    if total <= room:
-        return list(range(total))
-    spans = []
-    for first, last in focus:
-        rows = [row for row, (a, b) in enumerate(offsets) if b > first and a < last]
-        if rows:
-            spans.append((rows[0], rows[-1] + 1))
-    if not spans:
-        return list(range(room))
-    start, end = min(a for a, _ in spans), max(b for _, b in spans)
-    if end - start <= room:
-        return _centred(start, end, room, total)
-    part = room // len(spans)
-    kept = {row for a, b in spans for row in _centred(a, b, part, total)}
-    return sorted(kept)
-
-
-def _centred(start: int, end: int, room: int, total: int) -> list[int]:
-    left = max(0, min(start - max(0, room - (end - start)) // 2, total - room))
-    return list(range(left, min(total, left + room)))
 
 
 @dataclass
@@ -221,6 +89,11 @@ class Batch:
         )
 
 
+def pad_id(tokenizer: Any) -> int:
+    """Token id at places that are masked: the padding token's, or 0 for a tokenizer without one."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def positions(mask: Tensor) -> Tensor:
     """[batch, length]: the place of each token among its row's real ones."""
     return (mask.cumsum(1) - 1).clamp(min=0)
@@ -252,7 +125,8 @@ class Ragged:
 class EncodedDataset:
     """One split of all tasks, tokenised: a label id and a task number per row, and an answer where there is one.
 
-    `lengths` [rows] is what batches are sorted by; `weights` [rows] how many terms of a mean loss a row has.
+    `lengths` [rows] is what batches are sorted by; `weights` [rows] how many terms of a mean loss a row has. `whole`
+    and `whole_answer` [rows] are the tokens of text and answer before they were cut.
     """
 
     def __init__(
@@ -266,9 +140,13 @@ class EncodedDataset:
         references: list[tuple[str, ...]] | None = None,
         sources: list[str] | None = None,
         left: bool = False,
+        whole: Sequence[int] | None = None,
+        whole_answers: Sequence[int] | None = None,
     ) -> None:
         self.source = Ragged(tokens)
         self.answer = None if answers is None else Ragged(answers)
+        self.whole = self.source.lengths if whole is None else np.array(whole, np.int64)
+        self.whole_answer = np.array(whole_answers or np.zeros(len(tokens)), np.int64)
         self.references, self.sources, self.left = references, sources, left
         self.lengths = self.source.lengths + (0 if self.answer is None else self.answer.lengths)
         self.weights = np.ones(len(tokens)) if self.answer is None else self.answer.lengths.astype(float)
@@ -278,6 +156,12 @@ class EncodedDataset:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def cut(self, rows: np.ndarray) -> tuple[int, int]:
+        """How many of the texts and of the answers of these rows were cut."""
+        texts = self.whole[rows] > self.source.lengths[rows]
+        answers = self.whole_answer[rows] > (0 if self.answer is None else self.answer.lengths[rows])
+        return int(texts.sum()), int(answers.sum())
 
     def rows_of(self, *tasks: int) -> np.ndarray:
         """Row numbers of the given tasks, in order."""

@@ -17,7 +17,7 @@ import numpy as np
 from clpet import store
 from clpet.config import digest
 from clpet.tasks import Example
-from clpet.text import frame
+from clpet.templates import frame
 
 log = logging.getLogger(__name__)
 

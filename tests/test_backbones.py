@@ -14,7 +14,7 @@ from clpet.adapters import Adapters, Lora, parameter_ratio
 from clpet.backbones import Architecture, Backbone
 from clpet.config import build, conf_dir, register_resolvers, typed
 from clpet.tasks import Example
-from clpet.text import Template
+from clpet.templates import Template
 
 TEMPLATE = "{text} In this sentence, {tail} is the {mask} of {head}."
 WORDS = ["In", "this", "sentence", "is", "the", "of", "apple", "pear", "iron", "gold", "nile", "rhine"]
@@ -176,14 +176,14 @@ def test_a_template_reads_like_one_sentence(text: str, shape: tuple[str, Path]) 
     whole = text.format(text=example.text, mask=found.mask, **example.fields)
     for marker, token in found.markers.items():
         whole = whole.replace(marker, token)
-    assert found.encode([example])[0] == found.tokenizer(whole)["input_ids"]
+    assert found.encode([example]).rows[0] == found.tokenizer(whole)["input_ids"]
 
 
 def test_markers_are_one_reserved_token_each(shape: tuple[str, Path]) -> None:
     found = template(shape)
     reserved = {"roberta": ["madeupword0000", "madeupword0001", "madeupword0002", "<unk>"],
                 "llama": [f"<0x0{i}>" for i in range(4)]}.get(shape[0], [f"[unused{i}]" for i in range(4)])  # fmt: skip
-    row = found.encode([Example("[m0] a [m1] b [m2] c [m3]", "x", {"head": "a", "tail": "b"})])[0]
+    row = found.encode([Example("[m0] a [m1] b [m2] c [m3]", "x", {"head": "a", "tail": "b"})]).rows[0]
     ids = [found.tokenizer.convert_tokens_to_ids(token) for token in reserved]
     assert [row.count(marker) for marker in ids] == [1] * 4
     assert [token for token in row if token in ids] == ids
@@ -195,7 +195,7 @@ def test_a_cut_text_keeps_markers_template_and_frame(shape: tuple[str, Path]) ->
     middle = "[m0] apple [m1] of [m2] pear [m3]"
     text = f"{'gold ' * 60}{middle}{' iron' * 60}"
     place = text.index("[m0]")
-    row = found.encode([Example(text, "x", {"head": "apple", "tail": "pear"}, ((place, place + len(middle)),))])[0]
+    row = found.encode([Example(text, "x", {"head": "apple", "tail": "pear"}, ((place, place + len(middle)),))]).rows[0]
     assert len(row) == 80
     assert row.count(found.mask_id) == 1
     assert row[: len(found.head)] + row[len(row) - len(found.tail) :] == found.tokenizer("")["input_ids"]

@@ -14,7 +14,7 @@ from clpet.formats import cleaned, read_published, tidy
 from clpet.mistakes import composed
 from clpet.splits import partition
 from clpet.tasks import SPLITS, Benchmark
-from clpet.text import Template
+from clpet.templates import Template
 
 from .conftest import shared
 from .published import label_names, tacred_names, write_published
@@ -156,7 +156,7 @@ def test_a_long_sentence_is_cut_around_its_mention() -> None:
     typing = source("fewnerd")
     found = Template(byte_tokenizer(), typing.template, typing.max_length, True)
     tokens = ["word"] * 200 + ["Ulm"] + ["word"] * 200
-    ids = found.encode([mark_entities(tokens, {"entity": [(200, 200)]}, "x")])[0]
+    ids = found.encode([mark_entities(tokens, {"entity": [(200, 200)]}, "x")]).rows[0]
     text = found.tokenizer.decode(ids)
     assert len(ids) <= typing.max_length == 256
     assert "[unused0] Ulm [unused1]" in text

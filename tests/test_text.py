@@ -8,7 +8,8 @@ from clpet.backbones import byte_tokenizer
 from clpet.entities import mark_entities, mentions
 from clpet.errors import ConfigError, DataError
 from clpet.tasks import Example
-from clpet.text import EncodedDataset, Template, window_rows
+from clpet.templates import Template, window_rows
+from clpet.text import EncodedDataset
 
 MASKED = "{text} In this sentence, {tail} is the {mask} of {head}."
 
@@ -44,7 +45,7 @@ def test_mentions_from_flat_or_nested_positions() -> None:
 def test_template_reads_tail_first_and_holds_one_mask() -> None:
     found = template()
     example = mark_entities(["Paris", "is", "in", "France"], {"head": [(3, 3)], "tail": [(0, 0)]}, "x")
-    text = found.tokenizer.decode(found.encode([example])[0])
+    text = found.tokenizer.decode(found.encode([example]).rows[0])
     assert "In this sentence, Paris is the[MASK] of France." in text.replace("[MASK] of", "[MASK] of").replace(
         " [MASK]", "[MASK]"
     )
@@ -54,7 +55,7 @@ def test_template_reads_tail_first_and_holds_one_mask() -> None:
 
 def test_markers_are_single_reserved_tokens() -> None:
     found = template()
-    ids = found.encode([mark_entities(["a", "b"], {"head": [(0, 0)], "tail": [(1, 1)]}, "x")])[0]
+    ids = found.encode([mark_entities(["a", "b"], {"head": [(0, 0)], "tail": [(1, 1)]}, "x")]).rows[0]
     for marker in ("[unused0]", "[unused1]", "[unused2]", "[unused3]"):
         assert ids.count(found.tokenizer.convert_tokens_to_ids(marker)) == 1
 
@@ -73,7 +74,7 @@ def test_the_template_part_is_always_whole() -> None:
     """A long sentence is cut, the template and both entities stay."""
     tokens = ["word"] * 60 + ["Paris"] + ["word"] * 60 + ["France"] + ["word"] * 60
     found = template(length=200)
-    ids = found.encode([mark_entities(tokens, {"head": [(121, 121)], "tail": [(60, 60)]}, "x")])[0]
+    ids = found.encode([mark_entities(tokens, {"head": [(121, 121)], "tail": [(60, 60)]}, "x")]).rows[0]
     text = found.tokenizer.decode(ids)
     assert len(ids) <= 200
     for part in ("[unused0] France [unused1]", "[unused2] Paris [unused3]", "In this sentence, Paris is the"):

@@ -108,7 +108,7 @@ def test_ranking_equals_one_at_a_time_and_costs_two_passes(shape: str, monkeypat
     pool = found.encode().test
     batch = pool.batch(pool.rows_of(0))
     wanted = torch.zeros(len(batch), 3)
-    answers = encode_answers(found.tokenizer, found.benchmark.labels, 24)
+    answers = encode_answers(found.tokenizer, found.benchmark.labels, 24).rows
     for row in range(len(batch)):
         for label, answer in enumerate(answers):
             scores = plain_logits(found, pool.tokens(row).tolist(), answer).log_softmax(-1)
@@ -184,7 +184,7 @@ def test_long_text_is_cut_inside_the_prompt() -> None:
 
 def test_answers_are_cut_with_their_end_kept() -> None:
     found = objective("llama")
-    ids = encode_answers(found.tokenizer, ["abcdef", "ab"], 4)
+    ids = encode_answers(found.tokenizer, ["abcdef", "ab"], 4).rows
     assert [len(row) for row in ids] == [4, 3]
     assert {row[-1] for row in ids} == {end_token(found.tokenizer)}
 

@@ -1,6 +1,7 @@
 """Objective: a backbone with adapters and what it is asked to do; the losses and predictions methods build on."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,6 +18,8 @@ from clpet.cost import Meter
 from clpet.errors import ModelError
 from clpet.tasks import Benchmark, Example
 from clpet.text import Batch, Encoded, EncodedDataset, encode_benchmark
+
+log = logging.getLogger(__name__)
 
 Encode = Callable[[list[Example], list[int], list[int]], EncodedDataset]
 
@@ -100,20 +103,23 @@ class Objective:
             raise ModelError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model's embedding only {config.vocab_size}"
             )
-        longest, wanted = longest_input(self.adapters), self.longest_wanted()
+        longest, benchmark = longest_input(self.adapters), self.benchmark
         if longest is None:
             return
-        if wanted > longest:
-            answer = wanted - self.benchmark.max_length
-            raise ModelError(
-                f"benchmark.max_length={self.benchmark.max_length}{(answer and f' and an answer of {answer}') or ''}, "
-                f"but this model reads at most {longest} tokens"
-            )
-        reserved = self.benchmark.reserved
-        room = longest - reserved - (wanted - self.benchmark.max_length)
+        asked, reserved = benchmark.max_length, benchmark.reserved
+        answer = self.longest_wanted() - asked
+        room = longest - answer - reserved
+        beside = (f" and an answer of {answer}" if answer else "") + (
+            f" and {reserved} prompt vectors" * bool(reserved)
+        )
+        reads = f"this model reads at most {longest} tokens"
+        if benchmark.length_set and asked + answer > longest:
+            raise ModelError(f"benchmark.max_length={asked}{beside}, but {reads}")
         if room < 1:
-            raise ModelError(f"prompts of {reserved} vectors leave no room: this model reads {longest} tokens")
-        self.benchmark.max_length = min(self.benchmark.max_length, room)  # it is the text that is cut
+            raise ModelError(f"{beside.removeprefix(' and ')} leave no room for a text: {reads}")
+        if asked > room:
+            log.warning("benchmark.max_length is lowered from %d to %d%s: %s", asked, room, beside, reads)
+            benchmark.max_length = room
 
     def longest_wanted(self) -> int:
         """Tokens of the longest input that the benchmark's settings allow."""

@@ -12,7 +12,8 @@ from clpet.config import derive
 from clpet.errors import ModelError
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
 from clpet.tasks import Benchmark, Example
-from clpet.text import Batch, EncodedDataset, Template
+from clpet.templates import Template
+from clpet.text import Batch, EncodedDataset, pad_id
 
 MISSING = -100.0  # logit of a label that no selected module scores (ConPET, section 3.7)
 
@@ -94,10 +95,13 @@ class Classification(Objective):
     @classmethod
     def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
         needs_mask = representation(backbone, benchmark.template) is Representation.mask
-        template = Template(tokenizer, benchmark.template, benchmark.max_length, needs_mask)
+        template = Template(
+            tokenizer, benchmark.template, benchmark.max_length, needs_mask, truncate=benchmark.truncate
+        )
 
         def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:
-            return EncodedDataset(template.encode(examples), labels, tasks, tokenizer.pad_token_id, template.mask_id)
+            texts = template.encode(examples)
+            return EncodedDataset(texts.rows, labels, tasks, pad_id(tokenizer), template.mask_id, whole=texts.lengths)
 
         return encode
 

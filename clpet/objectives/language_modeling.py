@@ -22,7 +22,7 @@ from clpet.objectives.base import Choices, Objective, Predictions, TaskScore
 from clpet.packing import Masking, Windows, pack
 from clpet.tasks import SPLITS, Benchmark
 from clpet.terms import asked, rank_figures, ranks
-from clpet.text import Batch, Encoded, EncodedDataset
+from clpet.text import Batch, Encoded, EncodedDataset, pad_id
 from clpet.token_streams import Stream, Tokens
 
 CAPPED = ("head_logits_cap", "final_logit_softcapping")  # what some models do to logits after their output layer
@@ -86,7 +86,7 @@ class LanguageModeling(Objective):
         if benchmark.base is not None:  # its blocks can be replayed; no task learns them
             self._add(pools["train"], -1, benchmark.base.name, "train", tokens, benchmark.base.train)
         if self.evaluation.rank_prompts:
-            self.terms = asked(benchmark, self.tokenizer, self.evaluation.rank_prompts, self.tokenizer.pad_token_id)
+            self.terms = asked(benchmark, self.tokenizer, self.evaluation.rank_prompts, pad_id(self.tokenizer))
         return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.key)
 
     def _pool(self, split: str) -> Windows:
@@ -95,7 +95,7 @@ class LanguageModeling(Objective):
             special, size = np.array(self.tokenizer.all_special_ids), len(self.tokenizer)
             masking = Masking(self.tokenizer.mask_token_id, special, size, seed=0, training=split == "train")
         front = self.front if self.evaluation.bos and split == "test" else None
-        return Windows(self.tokenizer.pad_token_id, self.benchmark.isolate, masking, front)
+        return Windows(pad_id(self.tokenizer), self.benchmark.isolate, masking, front)
 
     @property
     def front(self) -> int | None:

@@ -17,7 +17,8 @@ from clpet.errors import ConfigError, DataError
 from clpet.metrics import METRICS, chosen, mistaken, that_tell_apart
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
 from clpet.tasks import Benchmark, Example
-from clpet.text import IGNORED, Batch, EncodedDataset, Ragged, Template, positions
+from clpet.templates import Template, Tokenised
+from clpet.text import IGNORED, Batch, EncodedDataset, Ragged, pad_id, positions
 
 
 class TextToText(Objective):
@@ -33,7 +34,7 @@ class TextToText(Objective):
         config: Any = self.adapters.model.config
         self.start = None if self.causal else config.decoder_start_token_id
         answers = encode_answers(self.tokenizer, benchmark.labels, benchmark.max_target)
-        self.label_tokens = Ragged(answers)
+        self.label_tokens = Ragged(answers.rows)
 
     @classmethod
     def check_benchmark(cls, benchmark: Benchmark, evaluation: Evaluation) -> None:
@@ -76,15 +77,18 @@ class TextToText(Objective):
     def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
         causal = backbone.architecture is Architecture.decoder
         check_cut_labels(tokenizer, benchmark)
-        template = Template(tokenizer, benchmark.template, benchmark.max_length, end=not causal)
+        template = Template(
+            tokenizer, benchmark.template, benchmark.max_length, end=not causal, truncate=benchmark.truncate
+        )
 
         def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:
             answers = encode_answers(tokenizer, [str(example.target) for example in examples], benchmark.max_target)
             references = [example.references or (str(example.target),) for example in examples]
             sources = [example.text for example in examples]
+            texts = template.encode(examples)
             return EncodedDataset(
-                template.encode(examples), labels, tasks, tokenizer.pad_token_id,
-                answers=answers, references=references, sources=sources, left=causal,
+                texts.rows, labels, tasks, pad_id(tokenizer), answers=answers.rows, references=references,
+                sources=sources, left=causal, whole=texts.lengths, whole_answers=answers.lengths,
             )  # fmt: skip
 
         return encode
@@ -169,7 +173,7 @@ class TextToText(Objective):
         most = self.evaluation.max_new_tokens or self.benchmark.max_target
         settings = GenerationConfig(
             max_new_tokens=most, do_sample=False, num_beams=1, eos_token_id=self.end,
-            pad_token_id=self.tokenizer.pad_token_id, decoder_start_token_id=self.start,
+            pad_token_id=pad_id(self.tokenizer), decoder_start_token_id=self.start,
             repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,  # whatever the model's own settings say
         )  # fmt: skip
         model: Any = self.adapters.model
@@ -259,23 +263,24 @@ def end_token(tokenizer: Any) -> int:
     return found
 
 
-def encode_answers(tokenizer: Any, texts: list[str], most: int) -> list[list[int]]:
-    """Token ids of answers, each with the end token, at most `most`.
+def encode_answers(tokenizer: Any, texts: list[str], most: int) -> Tokenised:
+    """Answers, each with the end token, of at most `most` tokens.
 
     A byte-level vocabulary writes the space that separates answer and prompt into the answer's first token.
     """
     if not texts:
-        return []
+        return Tokenised([], [])
     spaced = len(tokenizer(" a", add_special_tokens=False)["input_ids"]) == 1
     lead = " " if spaced and len(tokenizer("a", add_special_tokens=False)["input_ids"]) == 1 else ""
     found = tokenizer([lead + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
-    return [[*ids[: most - 1], end_token(tokenizer)] for ids in found]
+    end = end_token(tokenizer)
+    return Tokenised([[*ids[: most - 1], end] for ids in found], [len(ids) + 1 for ids in found])
 
 
 def check_cut_labels(tokenizer: Any, benchmark: Benchmark) -> None:
     """Raises DataError where two labels of a task become the same tokens."""
     for task in benchmark.tasks:
-        whole = encode_answers(tokenizer, list(task.labels), sys.maxsize)
+        whole = encode_answers(tokenizer, list(task.labels), sys.maxsize).rows
         seen: dict[tuple[int, ...], int] = {}
         for place, ids in enumerate(whole):
             first = seen.setdefault((*ids[:-1][: benchmark.max_target - 1],), place)

@@ -1,5 +1,6 @@
 """What every benchmark has: options, order, sizes, checks. A source says how to read its tasks."""
 
+import dataclasses
 import logging
 import re
 from collections.abc import Collection
@@ -13,7 +14,7 @@ from clpet.errors import DataError, suggest
 from clpet.metrics import FREE, METRICS, need
 from clpet.readers import existing, slots
 from clpet.splits import Splits, has_labels, in_order, sample, split_off
-from clpet.tasks import SPLITS, Benchmark, Task, order_names
+from clpet.tasks import SPLITS, Benchmark, Example, Task, Truncate, order_names
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,15 @@ class Softmax(Enum):
     task = "task"
 
 
+def is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression."""
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 @dataclass
 class Source:
     """Knobs every benchmark has. A subclass says how to `read` its tasks; order, sizes and checks are here."""
@@ -49,6 +59,8 @@ class Source:
     validation_share: float = 0.1
     template: str = "{text}"
     max_length: int = 128
+    truncate: Truncate = Truncate.end
+    keep: Any = None  # or a dict by task
     objective: Kind = Kind.classification
     softmax: Softmax = Softmax.seen
     prompt: str = "{text}"
@@ -65,6 +77,9 @@ class Source:
             value = getattr(self, key)
             require(value is None or value >= 1, f"benchmark.{key}", value, "at least 1, or null for all")
         require(self.max_length >= 8, "benchmark.max_length", self.max_length, "at least 8 tokens")
+        for name, pattern in (self.keep if isinstance(self.keep, dict) else {"": self.keep}).items():
+            fits = pattern is None or (isinstance(pattern, str) and is_pattern(pattern))
+            require(fits, f"benchmark.keep{name and '.' + name}", repr(pattern), "a regular expression, or null")
         require(self.max_target >= 1, "benchmark.max_target", self.max_target, "at least 1 token")
         own = self.softmax is Softmax.task and self.answers
         require(not own, "benchmark.softmax", "task", "seen with objective=text_to_text")
@@ -120,6 +135,7 @@ class Source:
         tasks = [self._task(name, splits[name]) for name in names]
         template = self.prompt.rstrip() if self.answers else self.template
         benchmark = Benchmark(self.name, tasks, template, self.max_length, self.max_target if self.answers else 0)
+        benchmark.truncate = self.truncate
         benchmark.own_softmax = self.softmax is Softmax.task
         benchmark.check()
         return benchmark
@@ -147,4 +163,18 @@ class Source:
         train = sample(train, most, labelled)
         validation = sample(validation, most and max(1, most // 5), labelled)
         test = sample(test, self.max_test, labelled)
+        train, validation, test = self._keeping(name, train, validation, test)
         return Task(name, train, validation, test, tuple(in_order(labels)), metric)
+
+    def _keeping(self, task: str, *parts: list[Example]) -> list[list[Example]]:
+        """The examples with what `keep` finds in their texts marked as not to be cut."""
+        pattern = self.keep.get(task) if isinstance(self.keep, dict) else self.keep
+        if pattern is None:
+            return list(parts)
+        spans = [[tuple(found.span() for found in re.finditer(pattern, e.text)) for e in part] for part in parts]
+        missing = sum(not found for part in spans for found in part)
+        if missing:
+            total = sum(map(len, parts))
+            log.warning("benchmark.keep finds nothing to keep in %d of %d texts of task %s", missing, total, task)
+        pairs = [zip(part, found, strict=True) for part, found in zip(parts, spans, strict=True)]
+        return [[dataclasses.replace(e, kept=tuple(found)) for e, found in pair] for pair in pairs]

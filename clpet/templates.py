@@ -1,0 +1,172 @@
+"""Text to tokens: templates, what of a text is kept where not all of it fits, entity windows."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from clpet.errors import ConfigError, DataError
+from clpet.tasks import Example, Truncate
+
+Span = tuple[int, int]
+# Reserved vocabulary entries that can stand for the markers [m0] to [m3] and, last, for a missing mask token.
+RESERVED = (
+    [f"[unused{i}]" for i in range(5)],
+    ["<0x00>", "<0x01>", "<0x02>", "<0x03>", "<0x05>"],
+    [f"<|reserved_special_token_{i}|>" for i in range(5)],
+    [f"madeupword000{i}" for i in range(3)] + ["<unk>", "<unk>"],
+    [f"<extra_id_{i}>" for i in range(5)],
+)
+PLAIN = ["#", "#", "@", "@", "_"]  # a vocabulary without reserved entries marks entities with signs
+
+
+class Tokenised(NamedTuple):
+    """Token ids of texts, and how many tokens each had before it was cut."""
+
+    rows: list[list[int]]
+    lengths: list[int]
+
+
+class Template:
+    """Turns an Example into token ids: `{text}` may be cut at its `truncate` side, what stands around it never is.
+
+    Nor is what an example keeps of its text, as long as that fits.
+    `{mask}` becomes the tokenizer's mask token, or a reserved token where there is none; it must occur exactly
+    once when the representation is read there. [m0] to [m3] in a text become reserved tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        max_length: int,
+        needs_mask: bool = False,
+        end: bool = True,
+        truncate: Truncate = Truncate.end,
+    ) -> None:
+        if template.count("{text}") != 1:
+            raise ConfigError(f"benchmark.template must hold {{text}} once: {template!r}")
+        if needs_mask and template.count("{mask}") != 1:
+            raise ConfigError(
+                f"model.representation=mask needs a benchmark.template with {{mask}} once, not {template!r}; "
+                "or take model.representation=mean, cls or last"
+            )
+        self.tokenizer, self.max_length, self.needs_mask = tokenizer, max_length, needs_mask
+        self.truncate = truncate
+        self.before, self.after = template.split("{text}")
+        vocabulary = tokenizer.get_vocab()
+        reserved = next((names for names in RESERVED if all(name in vocabulary for name in names)), PLAIN)
+        self.markers = {f"[m{i}]": name for i, name in enumerate(reserved[:4])}
+        self.mask = tokenizer.mask_token or reserved[4]
+        special = sorted({self.mask, *self.markers.values()} - {*PLAIN, *tokenizer.all_special_tokens})
+        if special:
+            tokenizer.add_special_tokens({"additional_special_tokens": special}, replace_extra_special_tokens=False)
+        found = tokenizer.convert_tokens_to_ids(self.mask)
+        self.mask_id = -1 if found is None else found
+        self.head, self.tail = frame(tokenizer)
+        if not end:  # a text that will be continued
+            self.tail = []
+
+    def encode(self, examples: Sequence[Example]) -> Tokenised:
+        """Each example, at most `max_length` tokens. Raises DataError when the template alone is too long."""
+        marked = [self._mark(example) for example in examples]
+        befores = [self._fill(self.before, example) for example in examples]
+        afters = [self._fill(self.after, example) for example in examples]
+        texts = [text for text, *_ in marked]
+        wholes = self._tokens(
+            [before + text + after for before, text, after in zip(befores, texts, afters, strict=True)]
+        )
+        rows, lengths = [], []
+        for (ids, offsets), before, (text, focus, kept) in zip(wholes, befores, marked, strict=True):
+            start, end = len(before), len(before) + len(text)
+            first = sum(b <= start for _, b in offsets)  # tokens of the template before the text, and after it
+            last = max(first, len(ids) - sum(b > end for _, b in offsets))
+            around = len(self.head) + len(self.tail) + first + len(ids) - last
+            room = self.max_length - around
+            if room < 1:
+                raise DataError(
+                    f"benchmark.max_length={self.max_length} leaves no room for a text beside the {around} tokens of "
+                    "its template"
+                )
+            inside = [(a - start, b - start) for a, b in offsets[first:last]]
+            window = [ids[first + place] for place in window_rows(inside, focus, room, kept, self.truncate)]
+            row = [*self.head, *ids[:first], *window, *ids[last:], *self.tail]
+            if self.needs_mask and row.count(self.mask_id) != 1:
+                raise DataError(f"an example holds the mask token {row.count(self.mask_id)} times, not once")
+            rows.append(row)
+            lengths.append(around + len(inside))
+        return Tokenised(rows, lengths)
+
+    def _fill(self, part: str, example: Example) -> str:
+        values = {"mask": self.mask, **example.fields}
+        return re.sub(r"\{(\w+)\}", lambda slot: values.get(slot.group(1), slot.group(0)), part)
+
+    def _mark(self, example: Example) -> tuple[str, list[Span], list[Span]]:
+        """The text with reserved tokens for markers, and where its focus and what it keeps are then."""
+        text, spans = example.text, [*example.focus, *example.kept]
+        if "[m" in text:
+            for marker, token in self.markers.items():
+                while (place := text.find(marker)) >= 0:
+                    text = text[:place] + token + text[place + len(marker) :]
+                    shift = len(token) - len(marker)
+                    spans = [(a + shift * (place < a), b + shift * (place < b)) for a, b in spans]
+        count = len(example.focus)
+        return text, spans[:count], spans[count:]
+
+    def _tokens(self, texts: list[str]) -> list[tuple[list[int], list[Span]]]:
+        """Ids and character spans of each text's tokens; whole texts, since some tokenizers mark where one begins."""
+        if not texts:
+            return []
+        out = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
+        return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+
+
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens a tokenizer puts before and after one text."""
+    probe = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(full)) if full[i : i + len(probe)] == probe), 0)
+    return full[:start], full[start + len(probe) :]
+
+
+def window_rows(
+    offsets: Sequence[Span], focus: Sequence[Span], room: int, kept: Sequence[Span] = (),
+    truncate: Truncate = Truncate.end,
+) -> list[int]:  # fmt: skip
+    """Which tokens of a text to keep when only `room` fit: a window around its entities, or all but what is cut.
+
+    The window is centred on the span of all entities; entities too far apart get half of the room each
+    (ConPET, section 2 of its input template). Elsewhere the tokens of `kept` spans are the last to be cut.
+    """
+    total = len(offsets)
+    if total <= room:
+        return list(range(total))
+    spans = [(rows[0], rows[-1] + 1) for span in focus if (rows := _inside(offsets, span))]
+    if not spans:
+        fixed = sorted({row for span in kept for row in _inside(offsets, span)})
+        fixed = _shortened(fixed, room, truncate)
+        rest = sorted(set(range(total)).difference(fixed))
+        return sorted(fixed + _shortened(rest, room - len(fixed), truncate))
+    start, end = min(a for a, _ in spans), max(b for _, b in spans)
+    if end - start <= room:
+        return _centred(start, end, room, total)
+    part = room // len(spans)
+    return sorted({row for a, b in spans for row in _centred(a, b, part, total)})
+
+
+def _inside(offsets: Sequence[Span], span: Span) -> list[int]:
+    """The tokens that a span of characters touches."""
+    return [row for row, (a, b) in enumerate(offsets) if b > span[0] and a < span[1]]
+
+
+def _shortened(rows: list[int], room: int, truncate: Truncate) -> list[int]:
+    """At most `room` of the rows, without those of the end, the start or the middle."""
+    excess = max(0, len(rows) - room)
+    cut = {Truncate.end: len(rows) - excess, Truncate.start: 0, Truncate.middle: (room + 1) // 2}[truncate]
+    return rows[:cut] + rows[cut + excess :]
+
+
+def _centred(start: int, end: int, room: int, total: int) -> list[int]:
+    left = max(0, min(start - max(0, room - (end - start)) // 2, total - room))
+    return list(range(left, min(total, left + room)))
