@@ -39,7 +39,7 @@ BAD = [
     ("wrong type in a method", ["train", "method.top_k=many"], "method.top_k"),
     ("wrong choice", ["train", "train.schedule=sometimes"], "train.schedule"),
     ("syntax", ["train", "benchmark.tasks=[a,"], "benchmark.tasks=[a,"),
-    ("no epochs", ["train", "train.epochs=0"], "train.epochs must be at least 1, not 0"),
+    ("no epochs", ["train", "train.epochs=0"], "train.epochs must be at least 1, or a list of such numbers, one a task, not 0"),
     ("negative rate", ["train", "train.lr=-1"], "train.lr must be 0 or more"),
     ("no batch", ["train", "train.global_batch_size=0"], "train.global_batch_size must be at least 1"),
     ("negative seed", ["train", "seed=-1"], "seed must be 0 or more"),
