@@ -1,8 +1,6 @@
 """M_0 for a backbone with random weights: trained on the benchmark's base corpus once, and kept as a model folder."""
 
 import logging
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,16 +33,24 @@ def prepare(
     can be written, it lies in the run directory `out`.
     """
     base = benchmark.base
-    if base is None or not backbone.random_weights:
+    if not backbone.random_weights:
+        return
+    if base is None:
+        log.warning("model %s starts from random weights: there is no base corpus to make it on", backbone.name)
         return
     tokens = Tokens(backbone.tokenizer())
-    made_of = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.isolate]
+    made_of = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.isolate,
+               str(hardware.torch_dtype)]  # fmt: skip
     name = digest([*made_of, vars(backbone.base)], 16)
     folder = (cache or out).expanduser() / "base" / name
-    if not ((folder / "config.json").is_file() or store.writable(folder.parent)):
+    found = store.intact(folder)
+    if not (found or store.writable(folder.parent)):
         log.warning("%s cannot be written, the base model is made in %s", folder.parent, out)
         folder = out / "base" / name
-    if world().most(not (folder / "config.json").is_file())[0]:
+        found = store.intact(folder)
+    if folder.exists() and not found:
+        log.warning("the base model in %s is damaged and is made again", folder)
+    if world().most(not found)[0]:
         display.task(0, f"base model on {base.name}")
         _train(backbone, benchmark, hardware, folder, display)
         display.close()
@@ -73,13 +79,9 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if not folder.exists():  # a run beside this one may have been first
-            temporary.rename(folder)
+        with store.folder(folder) as place:
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
     except OSError as error:
         raise HostError(f"the base model {folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,11 +1,17 @@
-"""Arrays on disk that processes share: written whole or not at all, never pickled, a damaged file is none."""
+"""Files and folders that processes share: written whole or not at all, never pickled, a damaged one is none."""
 
 import contextlib
+import fcntl
 import hashlib
+import json
 import logging
 import os
+import secrets
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import safetensors.numpy
@@ -14,6 +20,8 @@ from safetensors import SafetensorError
 from clpet.ranks import world
 
 log = logging.getLogger(__name__)
+
+SUMS = "sha256.json"  # {file: checksum} of a folder
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
@@ -42,6 +50,54 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> bool:
             temporary.unlink()
         return False
     return True
+
+
+@contextlib.contextmanager
+def folder(place: Path) -> Iterator[Path]:
+    """A new folder to write files into, which becomes `place` when all is written, with their checksums.
+
+    Of several processes the first one wins; a damaged folder is replaced. Raises OSError.
+    """
+    temporary = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sums = {path.name: _sha256(path) for path in temporary.iterdir() if path.is_file()}
+        (temporary / SUMS).write_text(json.dumps(sums))
+        with (place.parent / ".lock").open("w") as lock:
+            _publish(temporary, place, lock)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(made: Path, place: Path, lock: IO[str]) -> None:
+    with contextlib.suppress(OSError):  # a file system without locks: renaming alone is safe but for damaged folders
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if intact(place):
+        return
+    if place.exists():
+        aside = made.with_name(f"{made.name}.damaged")
+        place.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    try:
+        made.rename(place)
+    except OSError:
+        if not intact(place):
+            raise
+
+
+def intact(place: Path) -> bool:
+    """Whether a folder is there, as `folder` wrote it."""
+    try:
+        sums = json.loads((place / SUMS).read_text())
+        return all(_sha256(place / name) == value for name, value in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def writable(folder: Path) -> bool:

@@ -1,10 +1,7 @@
 """Plain text as rows of tokens: tokenised once into files that are mapped, or whenever it is read."""
 
 import hashlib
-import json
 import logging
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,8 +70,7 @@ class Tokens:
                 self.folder = None
                 return self.stream(documents, sized)
             found = _read(place, self.dtype)
-            assert found is not None
-        return found
+        return _joined(list(self._encode(documents, sized)), self.dtype) if found is None else found
 
     def _encode(self, documents: Iterable[Example], sized: bool) -> Iterator[tuple[list[int], list[float], bool]]:
         """(ids, bytes of each, whether a document begins here) of every document."""
@@ -95,26 +91,16 @@ class Tokens:
 
     def _write(self, place: Path, documents: Sequence[Example], sized: bool) -> None:
         """Makes the files of a stream, whole or not at all. Raises OSError."""
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        with store.folder(place) as folder:
             count, starts = 0, []
-            with (temporary / "tokens").open("wb") as tokens, (temporary / "sizes").open("wb") as sizes:
+            with (folder / "tokens").open("wb") as tokens, (folder / "sizes").open("wb") as sizes:
                 for ids, size, begins in self._encode(documents, sized):
                     if begins:
                         starts.append(count)
                     count += len(ids)
                     tokens.write(np.array(ids, self.dtype).tobytes())
                     sizes.write(np.array(size, np.float32).tobytes())
-            (temporary / "starts").write_bytes(np.array(starts, np.int64).tobytes())
-            sums = {name: _sha256(temporary / name) for name in FILES}
-            (temporary / "meta.json").write_text(json.dumps(sums))
-            shutil.rmtree(place, ignore_errors=True)  # a damaged one; another process may just have made it anew
-            if not place.exists():
-                temporary.rename(place)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            (folder / "starts").write_bytes(np.array(starts, np.int64).tobytes())
 
     def lazy(self, documents: Sequence[Example]) -> Stream:
         """The same tokens for texts that are tokenised whenever they are read; only their lengths are kept on disk."""
@@ -163,22 +149,13 @@ class Lazy:
 
 def _read(place: Path, dtype: np.dtype) -> Stream | None:
     """A stream from disk, mapped; None where it is not there or damaged."""
-    try:
-        sums = json.loads((place / "meta.json").read_text())
-        if any(_sha256(place / name) != sums.get(name) for name in FILES):
-            return None
-        return Stream(**{name: _map(place / name, kind or dtype) for name, kind in FILES.items()})
-    except (OSError, ValueError, AttributeError):
+    if not store.intact(place):
         return None
+    return Stream(**{name: _map(place / name, kind or dtype) for name, kind in FILES.items()})
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _joined(parts: list[tuple[list[int], list[float], bool]], dtype: np.dtype) -> Stream:

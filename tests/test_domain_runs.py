@@ -11,9 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from clpet import base_model
+from clpet.config import build, typed
+from clpet.console import Display
+from clpet.hardware import Hardware
+from clpet.mistakes import composed
 from clpet.rates import RateReplay
+from clpet.tasks import Benchmark
 
 from .conftest import domain_args, methods_of
 from .test_language_modeling import domains, objective
@@ -86,6 +93,49 @@ def test_replay_at_rate_zero_is_no_replay(prose: Path, clpet) -> None:
     assert half["scores"][2] != none["scores"][2]
     new, all_read = none["cost"][1]["forward_examples"], half["cost"][1]["forward_examples"]
     assert all_read == 2 * new
+
+
+def test_a_base_model_that_is_damaged_or_of_another_precision_is_made_again(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Part:
+        def save_pretrained(self, place: Path) -> None:
+            (place / f"{len(made)}.safetensors").write_bytes(b"weights")
+
+    def train(backbone, benchmark, hardware, folder: Path, display) -> None:
+        made.append(str(hardware.torch_dtype))
+        base_model._save(Part(), Part(), folder)
+
+    monkeypatch.setattr(base_model, "_train", train)
+
+    def prepared(dtype: str) -> Path:
+        config = typed(
+            composed(domain_args(prose, "method=sequential", "benchmark.base=tides", f"hardware.dtype={dtype}"))
+        )
+        model, hardware = build(config.model, "model"), build(config.hardware, "hardware")
+        benchmark = build(config.benchmark, "benchmark").load(config.data_dir)
+        base_model.prepare(model, benchmark, hardware, tmp_path, tmp_path, Display(Console(quiet=True), 0))
+        return Path(model.path)
+
+    first = prepared("fp32")
+    assert prepared("fp32") == first
+    assert prepared("bf16") != first
+    assert made == ["torch.float32", "torch.bfloat16"]
+    file = first / "1.safetensors"
+    file.write_bytes(b"weightt")
+    assert prepared("fp32") == first
+    assert len(made) == 3
+    assert [path.read_bytes() for path in first.glob("*.safetensors")] == [b"weights"]
+
+
+def test_random_weights_without_a_base_are_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    for name, warned in (("tiny_llama_s", True), ("minilm", False)):
+        caplog.clear()
+        model = build(typed(composed([f"model={name}"])).model, "model")
+        base_model.prepare(model, Benchmark("b", []), Hardware(), None, tmp_path, Display(Console(quiet=True), 0))
+        assert ("starts from random weights" in caplog.text) is warned
 
 
 def test_a_base_model_is_made_once(prose: Path, clpet) -> None:

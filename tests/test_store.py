@@ -1,0 +1,103 @@
+"""Caches that processes share: cold, damaged, and written by several at once."""
+
+import contextlib
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clpet import store
+from clpet.backbones import byte_tokenizer
+from clpet.tasks import Example
+from clpet.token_streams import Tokens
+
+FORK = multiprocessing.get_context("fork")
+ROUNDS = 8
+
+
+def together(work: Callable[[int], None], processes: int = 4) -> None:
+    """Runs `work(round)` in several processes that begin every round at the same moment; asserts that none fails."""
+    ready, failed = FORK.Barrier(processes), FORK.SimpleQueue()
+
+    def one() -> None:
+        try:
+            for index in range(ROUNDS):
+                ready.wait(30)
+                work(index)
+        except BaseException:
+            failed.put(traceback.format_exc())
+            ready.abort()
+            raise
+
+    started = [FORK.Process(target=one) for _ in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert failed.empty(), failed.get()
+    assert [process.exitcode for process in started] == [0] * processes
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer's threads do not survive a fork."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_four_processes_share_cold_token_streams(damaged: bool, tmp_path: Path) -> None:
+    examples = [Example(f"text number {index}") for index in range(40)]
+    tokenizer = byte_tokenizer()
+    wanted = Tokens(tokenizer).stream(examples, sized=True)
+    if damaged:
+        for index in range(ROUNDS):
+            Tokens(tokenizer, str(tmp_path / str(index))).stream(examples, sized=True)
+            (file,) = (tmp_path / str(index)).glob("tokens/*/tokens")
+            file.write_bytes(b"\x00" + file.read_bytes()[1:])
+
+    def work(index: int) -> None:
+        for _ in range(2):
+            found = Tokens(tokenizer, str(tmp_path / str(index))).stream(examples, sized=True)
+            np.testing.assert_array_equal(found.tokens, wanted.tokens)
+            np.testing.assert_array_equal(found.sizes, wanted.sizes)
+
+    together(work)
+    assert {path.name for path in tmp_path.glob("*/tokens/.*")} == {".lock"}
+
+
+def test_the_first_of_several_folders_stays(tmp_path: Path) -> None:
+    """Who comes later reads what is there; no reader sees it gone."""
+
+    def work(index: int) -> None:
+        place = tmp_path / str(index)
+        for _ in range(2):
+            with store.folder(place) as made:
+                (made / "a").write_text("x" * 1000)
+            inode = (place / "a").stat().st_ino
+            assert store.intact(place)
+            assert (place / "a").stat().st_ino == inode
+
+    together(work)
+
+
+def test_a_damaged_folder_is_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "x"
+    for change in (
+        lambda: (place / "a").write_text("b"),
+        (place / "a").unlink,
+        lambda: (place / store.SUMS).write_text("3"),
+    ):
+        with store.folder(place) as made:
+            (made / "a").write_text("a")
+        assert store.intact(place)
+        change()
+        assert not store.intact(place)
+    with store.folder(place) as made:
+        (made / "a").write_text("a")
+    assert store.intact(place)
+    with contextlib.suppress(ZeroDivisionError), store.folder(tmp_path / "y") as made:
+        raise ZeroDivisionError
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "x"]
