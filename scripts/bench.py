@@ -5,6 +5,7 @@
     python scripts/bench.py kif             what KIF adds to a training step, and its fusion of 1,152 units
     python scripts/bench.py slm             values mixed per text against a plain LoRA, stage 1 against training steps
     python scripts/bench.py pretraining     packed windows against a loop by hand; chunks: memory of a large vocabulary
+    python scripts/bench.py side_by_side    whole runs: one, two and four at once on this machine
     python scripts/bench.py generate benchmark=long_sequence tasks=[agnews] data_dir=FOLDER model=local \
         model.path=FOLDER model.architecture=decoder    answers in batches against one at a time
 
@@ -198,10 +199,12 @@ def main(arguments: list[str]) -> None:
     for word in arguments:
         if "=" not in word:
             import bench_methods
+            import bench_processes
             import bench_text
 
+            parts = (bench_text, bench_methods, bench_processes)
             with quiet_libraries():
-                getattr(bench_text if hasattr(bench_text, word) else bench_methods, word)(overrides, rounds)
+                next(getattr(part, word) for part in parts if hasattr(part, word))(overrides, rounds)
             return
     bench = Bench(overrides)
     with quiet_libraries():

@@ -1,7 +1,9 @@
 """Shared fixtures: a small benchmark, a method set up on the tiny model, and the command line in process."""
 
+import inspect
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,17 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(os.environ.get("CLPET_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
+
+
+# What a test of equal bits is known by in its own source.
+BITS = re.compile(r"torch\.equal|assert_array_equal|rtol=0|bit for bit|\bbits\b|bit-identical|bitwise|to_the_bit")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests that compare bits where they are selected: they hold on any processor (CONTRIBUTING.md)."""
+    for item in items if "bits" in config.option.markexpr else ():
+        if isinstance(item, pytest.Function) and BITS.search(inspect.getsource(item.function)):
+            item.add_marker("bits")
 
 
 def shared(*parts: str) -> Path:
