@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 # Behind a slow or closed network, PIP_FLAGS="--no-index --find-links DIR" installs from local files.
 PIP_FLAGS ?=
 
-.PHONY: demo test check slow clean
+.PHONY: demo test bits check slow clean
 
 demo: $(VENV)/.installed
 	$(BIN)/clpet train
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# The fast tests that compare bits, with the kernels of a processor without AVX-512; they run in fp32 on one thread.
+bits: $(VENV)/.installed
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -q -n 2 -m "bits and not slow and not slurm and not gpu and not network"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

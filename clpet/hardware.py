@@ -107,6 +107,16 @@ class Hardware:
             return torch.bfloat16 if fast else torch.float32
         return torch.bfloat16 if self.dtype is Dtype.bf16 else torch.float32
 
+    def record(self) -> dict[str, Any]:
+        """What the rounding of a run's sums depends on here: another of these gives other last bits."""
+        return {
+            "device": self.torch_device.type,
+            "dtype": str(self.torch_dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "ranks": world().size,
+            "kernels": torch.backends.cpu.get_cpu_capability(),
+        }
+
 
 def _cpu_has_bf16() -> bool:
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)

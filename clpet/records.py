@@ -21,13 +21,13 @@ from clpet import __version__, pretraining
 from clpet.adapters import parameter_ratio
 from clpet.console import matrix_table, say
 from clpet.errors import DataError
-from clpet.escape import spreadsheet
+from clpet.escape import inline, spreadsheet
 from clpet.fingerprint import hub_data
 from clpet.methods.base import Method
 from clpet.pretraining import DAPT
 from clpet.pretraining_tables import LEGEND, average_table
 from clpet.ranks import world
-from clpet.reading import command, read_results
+from clpet.reading import command, read_json, read_results
 from clpet.results import TransferMatrix, round2, tolist
 from clpet.state import RunState, whole, write_atomic, write_tree
 from clpet.tasks import Benchmark
@@ -58,14 +58,36 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def start(out: Path, cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchmark: Benchmark) -> None:
-    """Writes run.json: what is run, on what, with which versions."""
+def start(
+    out: Path,
+    cfg: DictConfig,
+    overrides: list[str],
+    identity: dict[str, str],
+    benchmark: Benchmark,
+    host: dict[str, Any],
+    resumes: bool = False,
+) -> None:
+    """Writes run.json: what is run, on what (`host`, of Hardware.record), with which versions."""
+    if resumes:
+        _warn_of_rounding(out, host)
     record = {
         **_who(cfg, overrides, identity, benchmark),
+        "host": host,
         "config": OmegaConf.to_container(cfg, resolve=True),
         "data": benchmark.data_record,
     }
     write_atomic(out / "run.json", json.dumps(record, indent=1))
+
+
+def _warn_of_rounding(out: Path, host: dict[str, Any]) -> None:
+    """Warns where a run that resumes began on hardware that rounds differently: its end is not equal bit for bit."""
+    try:
+        before = read_json(out / "run.json").get("host")
+    except DataError:
+        return
+    if isinstance(before, dict) and (other := [key for key in host if before.get(key, host[key]) != host[key]]):
+        changed = ", ".join(f"{key} {before[key]}, now {host[key]}" for key in other)
+        log.warning("the run began with %s: it ends equal to rounding, not bit for bit", inline(changed))
 
 
 def collect(

@@ -92,7 +92,8 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         if world().main:
             if config.fresh:
                 records.clear(out)
-            records.start(out, cfg, overrides, identity, benchmark)
+            host = parts["hardware"].record()
+            records.start(out, cfg, overrides, identity, benchmark, host, resumes=saved is not None)
         world().barrier()
         with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
             with enough_memory(objective.memory_advice):

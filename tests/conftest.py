@@ -3,8 +3,10 @@
 import inspect
 import json
 import os
+import pickle
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,24 +65,53 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_words(tmp_path_factory.mktemp("words"))
 
 
-@pytest.fixture
-def clpet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Runs `clpet ...` in this process, in an empty folder; returns code, out and err."""
+@pytest.fixture(scope="session", autouse=True)
+def shipped_yamls_are_parsed_once() -> Iterator[None]:
+    """Hydra parses some 30 YAMLs for each of about a thousand compositions: half of the time they take."""
+    from hydra._internal.config_repository import ConfigRepository
+
+    from clpet.config import conf_dir
+
+    parse, parsed = ConfigRepository.load_config, {}
+
+    def load_config(self, config_path):
+        if {source.path for source in self.sources if source.scheme() == "file"} != {str(conf_dir())}:
+            return parse(self, config_path)  # a test's own files may change
+        if config_path not in parsed:
+            parsed[config_path] = pickle.dumps(parse(self, config_path))
+        return pickle.loads(parsed[config_path])  # compositions write into what they are given
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigRepository, "load_config", load_config)
+        yield
+
+
+def guarded(*words: object) -> int:
+    """Runs `clpet ...` in this process; its exit code."""
     from hydra.core.global_hydra import GlobalHydra
 
     from clpet import cli
 
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["clpet", *map(str, words)])
+        try:
+            return cli.guarded(sys.argv[1:])
+        finally:
+            GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def clpet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Runs `clpet ...` in this process, in an empty folder; returns code, out and err."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["clpet", *map(str, words)])
-        GlobalHydra.instance().clear()
-        code = cli.guarded(sys.argv[1:])
+        code = guarded(*words)
         captured = capsys.readouterr()
         return SimpleNamespace(code=code, out=captured.out, err=captured.err)
 
     yield call
-    GlobalHydra.instance().clear()
     os.environ.pop("CLPET_CONFIG_DIR", None)
 
 

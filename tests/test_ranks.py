@@ -102,8 +102,8 @@ def test_what_cannot_be_is_refused_in_one_line(words: list[str], line: str, clpe
 
 
 @pytest.mark.parametrize("model", [["model=tiny", "peft=lora"], ["model=tiny_llama"], ["model=tiny", "peft=none"]])
-def test_recomputed_activations_change_nothing(model: list[str], make) -> None:
-    """Dropout of a frozen backbone would show, as would a cache that is written twice."""
+def test_recomputed_activations_change_rounding_only(model: list[str], make) -> None:
+    """Kernels may add in another order; dropout of a frozen backbone would show, as would a cache written twice."""
     plain, again = (
         make("method=sequential", "train.epochs=1", *model, f"hardware.gradient_checkpointing={on}")
         for on in ("false", "true")
@@ -111,7 +111,7 @@ def test_recomputed_activations_change_nothing(model: list[str], make) -> None:
     for run in (plain, again):
         run.learn(0)
     states = [run.method.state_dict()["objective"]["adapters"]["default"] for run in (plain, again)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.allclose(states[0][name], states[1][name], atol=1e-5) for name in states[0])
 
 
 # Slow: two processes
