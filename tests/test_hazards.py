@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import tiny_args
+from .conftest import guarded, tiny_args
 from .wandb_reader import read_wandb
 
 pytestmark = pytest.mark.slow
@@ -33,14 +33,8 @@ def scores(out: Path) -> dict:
 @pytest.fixture(scope="module")
 def undisturbed(words: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The scores of a run that nothing happened to."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    from clpet import cli
-
     out = tmp_path_factory.mktemp("undisturbed")
-    GlobalHydra.instance().clear()
-    assert cli.guarded([*RUN, *tiny_args(words), f"output_dir={out}"]) == 0
-    GlobalHydra.instance().clear()
+    assert guarded(*RUN, *tiny_args(words), f"output_dir={out}") == 0
     return scores(out)
 
 

@@ -16,7 +16,7 @@ from clpet.errors import ClpetError, DataError
 from clpet.reading import read_json
 from clpet.reopen import inspect, recorded
 
-from .conftest import domain_args, tiny_args
+from .conftest import domain_args, guarded, tiny_args
 
 SLOW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 LEAVES = st.one_of(
@@ -58,15 +58,11 @@ def mutated(draw: st.DrawFn, value: Any) -> Any:
 @pytest.fixture(scope="module")
 def runs(words: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished runs of accuracies and of perplexities."""
-    from hydra.core.global_hydra import GlobalHydra
-
     found = {}
     for name, args in {"words": tiny_args(words), "prose": domain_args(prose)}.items():
         out = tmp_path_factory.mktemp(name)
-        GlobalHydra.instance().clear()
-        assert cli.guarded(["train", "method=sequential", *args, f"output_dir={out}"]) == 0
+        assert guarded("train", "method=sequential", *args, f"output_dir={out}") == 0
         (found[name],) = out.glob("*/*/s*")
-    GlobalHydra.instance().clear()
     return found
 
 

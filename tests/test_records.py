@@ -10,15 +10,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from .conftest import tiny_args
+from .conftest import guarded, tiny_args
 from .wandb_reader import read_wandb
 
 
-@pytest.fixture
-def finished(words: Path, clpet, tmp_path: Path) -> Path:
-    """A finished dynamic_conpet run with offline wandb."""
-    assert clpet("train", *tiny_args(words), "tracking=offline").code == 0
-    (folder,) = (tmp_path / "outputs").glob("*/*/s*")
+@pytest.fixture(scope="module")
+def finished(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished dynamic_conpet run with offline wandb, which tests only read."""
+    out = tmp_path_factory.mktemp("finished")
+    assert guarded("train", *tiny_args(words), "tracking=offline", f"output_dir={out}") == 0
+    (folder,) = out.glob("*/*/s*")
     return folder
 
 

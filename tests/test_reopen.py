@@ -16,7 +16,7 @@ from clpet.errors import ClpetError
 from clpet.reopen import recorded
 from clpet.state import read_tree, write_tree
 
-from .conftest import domain_args, tiny_args
+from .conftest import domain_args, guarded, tiny_args
 
 
 def only(pattern: str = "outputs/*/*/s*") -> Path:
@@ -27,14 +27,8 @@ def only(pattern: str = "outputs/*/*/s*") -> Path:
 @pytest.fixture(scope="module")
 def finished(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sequential run on the words benchmark that kept every second task."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    from clpet import cli
-
     out = tmp_path_factory.mktemp("runs")
-    GlobalHydra.instance().clear()
-    assert cli.guarded(["train", "method=sequential", *tiny_args(words), "train.keep=2", f"output_dir={out}"]) == 0
-    GlobalHydra.instance().clear()
+    assert guarded("train", "method=sequential", *tiny_args(words), "train.keep=2", f"output_dir={out}") == 0
     (folder,) = out.glob("*/*/s*")
     return folder
 
