@@ -248,6 +248,23 @@ def test_a_task_is_trained_for_its_own_epochs(make) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["long_order4", "long_order5", "long_order6", "superni_1", "superni_2"])
+def test_baselines_of_kif_write_answers_as_its_tables_have_them(name: str) -> None:
+    """baselines.md 3.5 and 3.6: what differs from KIF's own overlay is the method alone."""
+    kif, ewc, lwf = (typed(composed([f"experiment=kif/{name}_{row}"])) for row in ("adaptive", "ewc", "lwf"))
+    found = build(ewc.method, "method")
+    assert (found.fisher.value, found.merge.value, found.strength) == ("batch", "average", 5000)
+    found = build(lwf.method, "method")
+    assert (found.temperature, found.reduction.value, found.strength) == (2, "mean", 1)
+    for config in (ewc, lwf):
+        assert (config.train, config.peft, config.benchmark, config.model) == (
+            kif.train,
+            kif.peft,
+            kif.benchmark,
+            kif.model,
+        )
+
+
 def test_trace_is_trained_and_scored_as_by_its_authors() -> None:
     config = typed(composed(["benchmark=trace"]))
     assert config.train.epochs == [5, 3, 7, 5, 3, 5, 5, 7]

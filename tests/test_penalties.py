@@ -78,3 +78,58 @@ def test_lwf_divergence() -> None:
         form(old, z, 2).backward()
         grads.append(z.grad)
     assert torch.allclose(*grads)
+
+
+WORDS = ["benchmark.objective=text_to_text", "model=tiny_llama", "benchmark.max_target=10", "train.epochs=1"]
+
+
+def test_lwf_of_answers_is_a_divergence_over_their_tokens(make) -> None:
+    """CE + lambda T^2 mean over target tokens of KL(old || new), T = 2; the teacher is the model before the task."""
+    run = make("method=lwf", "method.strength=3", "train.lr=1e-2", *WORDS)
+    method, rows = run.method, run.data.train.rows_of(1)
+    run.learn(0)
+    trained = method.trained()
+    method.before = {name: value.detach().clone() for name, value in trained.items()}
+    batch = run.data.train.batch(rows)
+    ce = method.objective.loss(batch)
+    assert method.loss(batch).item() == pytest.approx(ce.item(), rel=1e-6)  # student = teacher
+    old = method.logits(batch).detach()
+    with torch.no_grad():
+        for value in trained.values():
+            value.add_(0.05)
+    now = {name: value.detach().clone() for name, value in trained.items()}
+    new = method.logits(batch).detach().double()
+    p = (old.double() / 2).softmax(1)
+    kl = (p * (p.log() - (new / 2).log_softmax(1))).sum(1).mean()
+    assert len(old) == run.data.train.weights[rows].sum()
+    loss = method.loss(batch)
+    assert loss.item() == pytest.approx(method.objective.loss(batch).item() + 3 * 4 * kl.item(), rel=1e-5)
+    assert kl > 1e-3
+    loss.backward()
+    assert all(torch.equal(value, now[name]) for name, value in trained.items())
+    parts = [rows[:7], rows[7:]]
+    shares = [run.data.train.weights[part].sum() / len(old) for part in parts]
+    summed = sum(method.loss(run.data.train.batch(part)) * share for part, share in zip(parts, shares, strict=True))
+    assert summed.item() == pytest.approx(loss.item(), rel=1e-5)
+    run.learn(1)
+    assert all(torch.equal(value, now[name]) for name, value in method.before.items())
+    assert method.stored_parameters() == 2 * method.trainable_parameters()
+
+
+def test_ewc_of_answers_squares_the_gradient_of_a_batch(make) -> None:
+    """F = (gradient of the mean over a batch's answer tokens)^2, penalty 5000 / 2 sum F (theta - theta*)^2."""
+    form = ["method.fisher=batch", "method.merge=average", "method.strength=5000"]
+    run = make("method=ewc", *form, *WORDS, "train.global_batch_size=100")
+    run.learn(0)
+    named = run.method.named()
+    loss = run.method.objective.loss(run.data.train.batch(run.data.train.rows_of(0)))
+    grads = torch.autograd.grad(loss, list(named.values()))
+    wanted = {name: grad.double().square() for name, grad in zip(named, grads, strict=True)}
+    for name, (fisher, *_) in run.method.quadratic.items():
+        torch.testing.assert_close(fisher, wanted[name], rtol=1e-3, atol=1e-12)
+    run.method.prepare(1)
+    with torch.no_grad():
+        for value in named.values():
+            value.add_(0.1)
+    sums = sum(value.sum().item() for value in wanted.values())
+    assert run.method.penalty().item() == pytest.approx(2500 * 0.01 * sums, rel=1e-3)

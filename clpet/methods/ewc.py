@@ -63,6 +63,7 @@ class EWC(Static):
         if self.fisher is Fisher.labels and objective != "classification":
             raise ConfigError(
                 f"method.fisher=labels needs labels, which {objective} does not have: take batch or sample"
+                " (in words usually method.fisher=batch method.merge=average method.strength=5000)"
             )
 
     def first_adapter(self) -> None:

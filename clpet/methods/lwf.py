@@ -1,44 +1,66 @@
-"""LwF: distil the model from before the task on the new task's data (Li and Hoiem, 2016), on the old labels.
+"""LwF: distil the model from before the task on the new task's data (Li and Hoiem, 2016).
 
 reduction=sum, as ConPET's baseline (section 3.6): + lambda T^2 sum over the batch of CE(softmax(teacher / T),
 softmax(student / T)). reduction=mean: + lambda T^2 mean KL(softmax(teacher / T) || softmax(student / T)).
+The softmax is over the old labels, or, where answers are written, over the vocabulary at every answer token.
 """
 
+import logging
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from clpet.config import require
 from clpet.methods.replay import Static
 from clpet.tasks import Task
 from clpet.text import Batch
 
+log = logging.getLogger(__name__)
+
 
 class Reduction(Enum):
-    """Over the examples of a batch."""
+    """Over the examples of a batch, or its answer tokens; auto: sum over examples, mean over tokens."""
 
+    auto = "auto"
     sum = "sum"
     mean = "mean"
 
 
 @dataclass
 class LwF(Static):
-    """The teacher's logits on the task's own data are computed once, before training; columns match by label."""
+    """The teacher's logits of old labels are computed once, before training; columns match by label.
+
+    Those of a whole vocabulary are too large to keep: the trained tensors are, and each step asks them again.
+    """
 
     strength: float = 1.0
-    temperature: float = 1.0
-    reduction: Reduction = Reduction.sum
+    temperature: float | None = None
+    reduction: Reduction = Reduction.auto
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification",)
+    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
 
     def __post_init__(self) -> None:
         require(self.strength >= 0, "method.strength", self.strength, "0 or more")
-        require(self.temperature > 0, "method.temperature", self.temperature, "more than 0")
+        t = self.temperature
+        require(t is None or t > 0, "method.temperature", t, "more than 0, or null")
+
+    def first_adapter(self) -> None:
+        super().first_adapter()
+        self.writes = self.objective.generates
+        self.before: dict[str, Tensor] = {}  # of answers: what was trained before the task
+        self.t = self.temperature or (2.0 if self.writes else 1.0)
+        self.sums = self.reduction is Reduction.sum or (self.reduction is Reduction.auto and not self.writes)
+        log.info("LwF distils at T = %s, %s", self.t, "summed over a batch" if self.sums else "mean")
 
     def learn(self, task: Task, index: int, trainer: Any) -> None:
+        if self.writes:
+            self.before = {name: value.detach().clone() for name, value in self.trained().items()} if index else {}
+            super().learn(task, index, trainer)
+            return
         self.old = self.benchmark.seen_labels(index)
         rows = self.data.train.rows_of(index)
         self.place = torch.full((len(self.data.train),), -1)
@@ -51,16 +73,51 @@ class LwF(Static):
         """The columns of the old labels, in the order of `old`."""
         return logits[:, self.objective.head.columns(torch.as_tensor(self.old, device=logits.device))]
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What changes while a task is learned, by name."""
+        return {**self.objective.adapters.tensors("default"), **self.objective.parameters()}
+
     def loss(self, batch: Batch) -> Tensor:
+        if self.writes:
+            return self.loss_of_answers(batch)
         logits = self.logits(batch)
         loss = self.objective.cross_entropy(logits, batch)
         if not self.old:
             return loss
         teacher = self.teacher[self.place[torch.from_numpy(batch.rows)].to(self.teacher.device)]
-        student = self.old_logits(logits)
-        if self.reduction is Reduction.mean:
-            return loss + self.strength * divergence(teacher, student, self.temperature)
-        return loss + self.strength * distillation(teacher, student, self.temperature) / batch.share  # a sum, no mean
+        return loss + self.distilled(teacher, self.old_logits(logits), batch)
+
+    def loss_of_answers(self, batch: Batch) -> Tensor:
+        """Both terms over the tokens of the answers."""
+        teacher = self.answers_before(batch) if self.before else None
+        logits = self.logits(batch)
+        loss = F.cross_entropy(logits, self.objective.targets(batch))
+        return loss if teacher is None else loss + self.distilled(teacher, logits, batch)
+
+    def distilled(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
+        """The weighted distillation term; a sum over a batch is undone where a step is made of several."""
+        if self.sums:
+            return self.strength * distillation(teacher, student, self.t) / batch.share
+        return self.strength * divergence(teacher, student, self.t)
+
+    @torch.no_grad()
+    def answers_before(self, batch: Batch) -> Tensor:
+        """[answer tokens, vocabulary] logits of the model from before the task, without dropout."""
+        adapters, trained = self.objective.adapters, self.trained()
+        now = {name: value.data for name, value in trained.items()}
+        training = adapters.training
+        try:
+            for name, value in trained.items():
+                value.data = self.before[name]
+            adapters.train_mode(False)
+            return self.logits(batch)
+        finally:
+            for name, value in trained.items():
+                value.data = now[name]
+            adapters.train_mode(training)
+
+    def stored_parameters(self) -> int:
+        return super().stored_parameters() + sum(value.numel() for value in self.before.values())
 
 
 def distillation(teacher: Tensor, student: Tensor, t: float = 1.0) -> Tensor:
