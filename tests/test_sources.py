@@ -1,16 +1,19 @@
 """Benchmarks: what their tasks hold."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from omegaconf import OmegaConf
 
 from clpet.data import inspect_data
 from clpet.errors import DataError
-from clpet.readers import read_local
+from clpet.mistakes import composed
+from clpet.readers import fill, read_local
 from clpet.sources import PythonStdlib, Table
 from clpet.splits import by_label, sample, split_off
 from clpet.tasks import Example, normalised, order_names
@@ -162,6 +165,39 @@ def test_files_as_people_have_them(tmp_path: Path) -> None:
 def test_a_named_order_selects_its_tasks() -> None:
     benchmark = from_yaml("long_sequence", shared("data"), "benchmark.order=std_order1", "benchmark.max_train=20")
     assert benchmark.names == ["dbpedia", "amazon", "yahoo", "agnews"]
+
+
+HUB_FORMS = {  # the columns that the hub gives, found in a published text
+    "yelp": r"Text: (?P<text>.*)",
+    "mnli": r"sentence 1: (?P<premise>.*?)\nsentence 2: (?P<hypothesis>.*)",
+    "copa": r'Which sentence is the (?P<question>cause|effect) of "(?P<premise>.*)"\? Choose one between A and B.\nA: (?P<choice1>.*)\nB: (?P<choice2>.*)',
+    "qqp": r"first sentence: (?P<question1>.*?)\nsecond sentence: (?P<question2>.*)",
+    "imdb": r"(?P<text>.*)",
+    "sst2": r"Text: (?P<sentence>.*)",
+    "dbpedia": r"Title: (?P<title>.*?)\nText: (?P<content>.*)",
+    "multirc": r"paragraph: (?P<paragraph>.*)\nquestion: (?P<question>.*?)\ncandidate answer: (?P<answer>.*)",
+    "boolq": r"question: (?P<question>.*?)\npassage: (?P<passage>.*)",
+    "wic": r"word: (?P<word>.*?)\n(?P<sentence1>.*?)\n(?P<sentence2>.*)",
+}
+HUB_FORMS |= dict.fromkeys(("cb", "rte"), HUB_FORMS["mnli"])
+
+
+def test_the_hub_route_of_long_sequence_builds_the_published_texts_or_refuses() -> None:
+    """Columns cut out of a published text, as the hub has them, give that text again; instructions are the published."""
+    config = OmegaConf.to_container(composed(["benchmark=long_sequence"]).benchmark)
+    assert set(config["folders"]) - set(config["hub_tasks"]) == {"amazon", "agnews", "yahoo"}
+    for task in config["folders"]:
+        rows = (
+            pyarrow.parquet.read_table(shared("data", "long_sequence", task, "test.parquet")).slice(0, 20).to_pylist()
+        )
+        assert {row["instruction"] for row in rows} == {config["instructions"][task]}
+        for row in rows if task in config["hub_tasks"] else ():
+            columns = re.fullmatch(HUB_FORMS[task], row["text"], re.DOTALL).groupdict()
+            spec = config["hub_tasks"][task]["text"]
+            assert (fill(spec, columns) if "{" in spec else columns[spec]) == row["text"]
+    for name in ("amazon", "agnews", "yahoo"):
+        with pytest.raises(DataError, match=f"task {name} of long_sequence has no data set on the hub"):
+            from_yaml("long_sequence", None, f"benchmark.tasks=[{name}]", "benchmark.order=listed")
 
 
 def test_a_data_set_in_the_hubs_layout(tmp_path: Path) -> None:

@@ -57,7 +57,10 @@ class Folders(Source):
             rows = read_local(self.place(data_dir) / name, table.splits)
         else:
             if name not in self.hub_tasks:
-                raise DataError(f"task {name} of {self.name} has no hub id in its YAML: say data_dir=FOLDER")
+                raise DataError(
+                    f"task {name} of {self.name} has no data set on the hub that gives its published texts "
+                    "(benchmark.hub_tasks): say data_dir=FOLDER"
+                )
             spec = dict(self.hub_tasks[name])
             table = Table(name=name, **{**kept, **spec})
             rows = read_hub(str(table.hub), table.hub_config, table.hub_revision, table.splits, {})
