@@ -33,7 +33,7 @@ class Bank:
         self.labels = torch.from_numpy(labels).to(z.device)
         self.place = np.full(pool, -1, dtype=np.int64)
         self.place[rows] = np.arange(len(rows))
-        self.sums = torch.zeros(classes, z.shape[1], device=z.device).index_add_(0, self.labels, z)
+        self.sums = z.new_zeros(classes, z.shape[1]).index_add_(0, self.labels, z)
 
     def update(self, rows: np.ndarray, z: Tensor) -> None:
         """Replaces the entries of `rows`; of a row drawn twice in a batch the first one counts."""

@@ -1,7 +1,7 @@
 """CRL: contrastive learning over a bank of representations, with distillation of class relations.
 
 ConPET's baseline and, with replay=dynamic, its starred version (ConPET, section 3.5). Notation:
-h features, z = normalise(W2 relu(W1 h)), s_ia = z_i . z_a / tau.
+h features, z = normalise(W2 relu(W1 h + b1) + b2), s_ia = z_i . z_a / tau.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class CRL(Method):
         self.replay.cluster_seed = 0
         width, device = self.objective.dim, self.objective.device
         torch.manual_seed(derive(self.seed, "projection"))
-        layers = nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, self.dim, bias=False)
+        layers = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim)
         self.projection = nn.Sequential(*layers).to(device)
         self.prototypes = torch.zeros(len(self.benchmark.labels), width, device=device)
         self.known: list[int] = []  # labels that have a prototype
@@ -85,12 +85,13 @@ class CRL(Method):
         self.bank = Bank(z, self.data.train.labels[rows], rows, len(self.data.train), len(self.benchmark.labels))
         self.olds = torch.tensor(self.old, device=z.device)
         self.distil = name == "replay" and bool(self.old)
+        self.sampled = name == "contrast" or self.starred
         self.rng = np.random.default_rng(derive(self.seed, "bank", index, name))
         self.passed: list[tuple[np.ndarray, Tensor]] = []
         trainer.fit(
             plan,
             self.loss,
-            self.parameters(),
+            self.named_parameters(),
             stage=name,
             clip=self.clip,
             before_step=self.meet,
@@ -141,21 +142,25 @@ class CRL(Method):
         return plans
 
     def meet(self, rows: np.ndarray) -> None:
-        """The entries of the bank that a step compares with, the same ones for all parts of its batch."""
+        """Chooses the entries of the bank that a step compares with, and counts the batch's rows of old classes.
+
+        Both are those of the whole batch, the same for all of its micro-batches and ranks.
+        """
         labels = self.data.train.labels[rows]
-        self.inside = self.bank.sample(labels, self.sample, self.rng) if self.starred else slice(None)
+        self.inside = self.bank.sample(labels, self.sample, self.rng) if self.sampled else slice(None)
+        self.old_share = float(np.isin(labels, self.old).mean())
 
     def loss(self, batch: Batch) -> Tensor:
-        """L_CL + L_KD of the examples of old classes in stage 2, both means over the whole batch."""
+        """L_CL, a mean over the batch, plus in stage 2 L_KD, a mean over the batch's examples of old classes."""
         z, inside = self.project(self.objective.features(batch)), self.inside
         self.passed.append((batch.rows, z.detach()))
         loss = contrastive(z, batch.labels, self.bank.z[inside], self.bank.labels[inside], self.tau, self.eps)
-        if self.distil:
+        if self.distil and self.old_share:
             mine = torch.isin(batch.labels, self.olds)
             place = torch.searchsorted(self.olds, batch.labels).clamp(max=len(self.olds) - 1)
             means, prototypes = self.bank.means()[self.olds], self.prototypes[self.olds]
             kl = relation_distillation(z, place, prototypes, means, self.temperature)
-            loss = loss + (kl * mine).mean()
+            loss = loss + (kl * mine).mean() / self.old_share
         return loss
 
     def take(self) -> None:
@@ -167,8 +172,9 @@ class CRL(Method):
         for rows, z in self.fresh:
             self.bank.update(rows, z.to(self.bank.z.device))
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.objective.adapters.tensors("default").values(), *self.projection.parameters()]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        projection = {f"projection.{name}": value for name, value in self.projection.named_parameters()}
+        return {**self.objective.adapters.tensors("default"), **projection}
 
     def memory_vector(self, batch: Batch) -> Tensor:
         """CRL clusters h, not logits."""
@@ -190,7 +196,7 @@ class CRL(Method):
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         """Minus the squared distance to each prototype; a class without one cannot be answered."""
         h = self.objective.features(batch)
-        scores = torch.full((len(h), len(self.prototypes)), float("-inf"), device=h.device)
+        scores = h.new_full((len(h), len(self.prototypes)), float("-inf"))
         if self.known:
             scores[:, self.known] = -torch.cdist(h, self.prototypes[self.known]).square()
         return Predictions(scores)
