@@ -6,7 +6,6 @@ another component drew.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from clpet.config import derive, require
 from clpet.errors import ConfigError
 from clpet.mixing import Plan, Rows, equal_compute, split_batch, split_limit
-from clpet.selection import select_per_class, stratified
+from clpet.selection import divided, select_per_class, stratified
 from clpet.text import Encoded, EncodedDataset
 
 log = logging.getLogger(__name__)
@@ -212,9 +211,10 @@ class DynamicReplay(DrawnReplay):
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         rows = self.pool.rows_of(index)
         if self.kind == "fixed":
-            rows = select_per_class(
+            found = select_per_class(
                 self.pool, rows, self.per_class, "kmeans", features, self.cluster_seed, self.rng(index)
             )
+            rows = np.unique(found)
         self.memory[index] = rows
 
 
@@ -259,8 +259,9 @@ class FixedReplay(NoReplay):
             return self.copies
         if self.limit is None:
             return max(1, min(self.max_copies, round(new / len(old))))
-        classes = len(np.unique(self.pool.labels[old]))
-        return equal_compute(new, classes, self.per_class, self.limit, self.batch_size, self.max_copies)
+        full = -(-4 * self.per_class // 5) * len(np.unique(self.pool.labels[old]))
+        memory = len(old) if self.actual_size else full
+        return equal_compute(new, memory, self.limit, self.batch_size, self.max_copies)
 
     def validation(self, index: int) -> Held:
         """The new task's validation part and the validation share of the memories."""
@@ -270,6 +271,7 @@ class FixedReplay(NoReplay):
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         super().setup(data, seed, batch_size)
         self.spare: dict[int, Rows] = {}  # task -> kept rows that only validate
+        self.actual_size = False  # copies are counted by the memory as it is, not by ceil(0.8 m) examples a class
 
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         rng = self.rng(index)
@@ -278,7 +280,7 @@ class FixedReplay(NoReplay):
         for label in np.unique(self.pool.labels[rows]):
             own = rows[self.pool.labels[rows] == label]
             kept = select_per_class(self.pool, own, self.per_class, self.selection, features, self.cluster_seed, rng)
-            parts.append(np.split(rng.permutation(kept), [math.ceil(round(len(kept) * self.train_share, 9))]))
+            parts.append(divided(kept, self.train_share, rng))
         self.memory[index] = np.sort(np.concatenate([train for train, _ in parts]))
         self.spare[index] = np.sort(np.concatenate([spare for _, spare in parts]))
 

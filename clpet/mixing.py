@@ -15,13 +15,14 @@ class Plan:
     """The batches of one fit: `epoch(e)` lists row arrays into `pool`, `steps` of them in every epoch.
 
     `keep` marks the rows of a batch that can give a gradient: only they are computed, while the loss stays a
-    mean over the whole batch.
+    mean over the whole batch. `clock` is how many steps of the learning-rate schedule lie before step t of the fit.
     """
 
     pool: EncodedDataset
     steps: int
     epoch: Callable[[int], list[Rows]]
     keep: Callable[[Rows], np.ndarray] | None = None
+    clock: Callable[[int], int] = int
 
 
 def split_batch(size: int, ratio: float) -> tuple[int, int]:
@@ -36,7 +37,10 @@ def split_limit(limit: int) -> tuple[int, int]:
     return 4 * limit // 5, limit // 5
 
 
-def equal_compute(new: int, classes: int, per_class: int, limit: int, batch: int, most: int) -> int:
-    """f copies of the memory that fill an epoch up to ceil(0.8 L) B examples (ConPET, section 3.3)."""
+def equal_compute(new: int, memory: int, limit: int, batch: int, most: int) -> int:
+    """f copies of `memory` examples that fill an epoch up to ceil(0.8 L) B examples; `most` where `new` ones do.
+
+    ConPET, section 3.3.
+    """
     room = -(-4 * limit // 5) * batch - new
-    return most if room <= 0 else -(-room // (-(-4 * per_class // 5) * classes))
+    return most if room <= 0 else -(-room // memory)

@@ -1,5 +1,7 @@
 """Which examples of a class a small memory keeps."""
 
+import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +20,10 @@ def select_per_class(
     seed: int,
     rng: np.random.Generator,
 ) -> Rows:
-    """At most `most` rows of each class: nearest to the k-means centres, at random, or by herding."""
+    """At most `most` rows of each class: nearest to the k-means centres, at random, or by herding; in order.
+
+    With k-means a row that is the nearest to several centres is listed once for each of them.
+    """
     kept: list[int] = []
     for label in np.unique(pool.labels[rows]):
         own = rows[pool.labels[rows] == label]
@@ -30,6 +35,17 @@ def select_per_class(
             chosen = kmeans_nearest(vectors, count, seed) if how == "kmeans" else herding(vectors, count)
             kept += own[chosen].tolist()
     return np.array(sorted(kept), dtype=np.int64)
+
+
+def divided(kept: Rows, share: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
+    """ceil(share n) of the n kept rows, drawn at random, and the rest.
+
+    Of a row that is listed several times one place in the first part is enough (as ConPET draws: duplicates collapse
+    after the draw).
+    """
+    order = rng.permutation(kept)
+    first = np.unique(order[: math.ceil(round(len(kept) * share, 9))])
+    return first, np.setdiff1d(order, first)
 
 
 def stratified(labels: np.ndarray, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
@@ -47,11 +63,17 @@ def stratified(labels: np.ndarray, rows: Rows, share: float, rng: np.random.Gene
 
 
 def kmeans_nearest(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
-    """The example nearest to each of k centres, each once: duplicates collapse (ConPET, section 3.2)."""
-    from sklearn.cluster import KMeans
+    """[clusters]: the example nearest to each of k centres, in ascending order (ConPET, section 3.2).
 
-    distances = KMeans(n_clusters=clusters, random_state=seed, n_init=1).fit_transform(vectors)
-    return sorted(set(distances.argmin(0).tolist()))
+    The best of ten starts, as by default in the scikit-learn of ConPET's time.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than centres
+        distances = KMeans(n_clusters=clusters, random_state=seed, n_init=10).fit_transform(vectors)
+    return sorted(distances.argmin(0).tolist())
 
 
 def herding(vectors: np.ndarray, count: int) -> list[int]:

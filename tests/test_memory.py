@@ -161,30 +161,37 @@ TACRED = [651, 341, 2313, 2509, 667, 976, 1083, 248, 1469, 2755]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "classes", "m", "limit", "most", "expected"),
+    ("sizes", "classes", "m", "limit", "most", "expected", "sixteen"),
     [
-        (FEWNERD, [7] * 6 + [6] * 4, 100, 2500, 10, [10, 10, 10, 10, 10, 1, 10, 1, 1]),
-        (ONTONOTES, [9] * 6 + [8] * 4, 100, 1250, 10, [10, 10, 10, 10, 10, 10, 1, 10, 10]),
-        (BBN, [5] * 6 + [4] * 4, 50, 500, 5, [5, 2, 5, 5, 5, 5, 5, 1, 1]),
-        ([4480] * 10, [8] * 10, 50, 400, 5, [5] * 9),
-        (TACRED, [5] + [4] * 9, 20, 100, 5, [4, 5, 5, 5, 5, 5, 1, 5, 5]),
-        ([2507, 1013, 724, 777, 627], [4, 4, 4, 3, 3], 20, 100, 5, [5, 5, 5, 1]),
+        (FEWNERD, [7] * 6 + [6] * 4, 100, 2500, 10, [10, 10, 10, 10, 10, 1, 10, 1, 1], [13, 10, 10, 10, 1, 6, 3, 4, 4]),
+        (
+            ONTONOTES,
+            [9] * 6 + [8] * 4,
+            100,
+            1250,
+            10,
+            [10, 10, 10, 10, 10, 10, 1, 10, 10],
+            [10, 10, 10, 10, 10, 10, 2, 10, 1],
+        ),
+        (BBN, [5] * 6 + [4] * 4, 50, 500, 5, [5, 2, 5, 5, 5, 5, 5, 1, 1], [1, 10, 3, 5, 5, 1, 5, 3, 3]),
+        ([4480] * 10, [8] * 10, 50, 400, 5, [5] * 9, [2, *[1] * 8]),
+        (TACRED, [5] + [4] * 9, 20, 100, 5, [4, 5, 5, 5, 5, 5, 1, 5, 5], [12, 5, 5, 3, 1, 1, 3, 5, 5]),
+        ([2507, 1013, 724, 777, 627], [4, 4, 4, 3, 3], 20, 100, 5, [5, 5, 5, 1], [5, 5, 3, 3]),
     ],
+    ids=["fewnerd", "ontonotes", "bbn", "fewrel", "tacred", "ace2005"],
 )
-def test_copies_that_equal_the_compute_of_dynamic_sampling(sizes, classes, m, limit, most, expected) -> None:
-    """Oracle 10, f for tasks 2..n at B = 8."""
-    found = [equal_compute(sizes[k], sum(classes[:k]), m, limit, 8, most) for k in range(1, len(sizes))]
-    assert found == expected
+def test_copies_that_equal_the_compute_of_dynamic_sampling(sizes, classes, m, limit, most, expected, sixteen) -> None:
+    """Oracle 10 and O13 of the authors' code: f for tasks 2..n at B = 8 and at B = 16."""
+    for batch, copies in ((8, expected), (16, sixteen)):
+        memories = [4 * m // 5 * sum(classes[:k]) for k in range(len(sizes))]
+        found = [equal_compute(sizes[k], memories[k], limit, batch, most) for k in range(1, len(sizes))]
+        assert found == copies
 
 
 def test_kmeans_keeps_the_example_nearest_to_each_centre() -> None:
     """Oracle 10: two tight groups, their middles are kept."""
     vectors = np.array([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]])
     assert kmeans_nearest(vectors, 2, seed=0) == [1, 4]
-
-
-def test_kmeans_duplicates_collapse() -> None:
-    assert kmeans_nearest(np.zeros((5, 2)), 1, seed=0) == [0]
 
 
 def test_herding_follows_the_mean() -> None:

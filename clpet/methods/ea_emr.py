@@ -22,7 +22,10 @@ from clpet.training import Trainer
 
 @dataclass
 class EAEMR(Replay):
-    """u: raw features under the new model. e: embeddings from before, with the A of that time."""
+    """u: raw features under the new model. e: embeddings from before, with the A of that time.
+
+    Of a fixed memory, A is fitted on the examples that are trained on, and copies are counted by them.
+    """
 
     align_lr: float = 1e-4
     align_batch: int = 32
@@ -37,6 +40,8 @@ class EAEMR(Replay):
 
     def first_adapter(self) -> None:
         super().first_adapter()
+        if isinstance(self.replay, FixedReplay):
+            self.replay.actual_size = True
         dim, device = self.objective.dim, self.objective.device
         self.align = nn.Linear(dim, dim).to(device).requires_grad_(False)
         nn.init.eye_(self.align.weight)
@@ -66,7 +71,7 @@ class EAEMR(Replay):
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)
         if isinstance(self.replay, FixedReplay):
-            new = np.concatenate([self.replay.memory[index], self.replay.spare[index]])
+            new = self.replay.memory[index]
             self.held = torch.cat([self.held, self.embed(new, self.represent)])
             self.rows = np.concatenate([self.rows, new])
             self.fit_alignment(self.embed(self.rows, self.objective.features), self.held, index)
