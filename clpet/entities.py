@@ -1,7 +1,8 @@
 """Benchmarks about entities in a sentence: markers around mentions, ConPET's label partitions and splits."""
 
+import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from clpet.readers import Rows, read_hub, read_local
 from clpet.sources import Table
 from clpet.splits import Splits, named_tasks
 from clpet.tasks import SPLITS, Example, Truncate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Entities(Table):
     hub_splits: dict[str, str] | None = None
     resplit: str | None = None
     obtain: str | None = None
+    names: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +46,8 @@ class Entities(Table):
         known = self.layout is None or self.layout in LAYOUTS
         require(known, "benchmark.layout", self.layout, f"{', '.join(LAYOUTS)} or null")
         require(self.resplit in (None, "label", "all"), "benchmark.resplit", self.resplit, "label, all or null")
+        named = set(self.names or {}) <= set(self.fields)
+        require(named, "benchmark.names", self.names, f"a column for each of {', '.join(self.fields)}, or null")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
         tasks = super().read(data_dir)
@@ -120,7 +126,7 @@ class Entities(Table):
         return named_tasks([[names[label] for label in ids] for ids in self.task_ids])
 
     def example(self, row: Row) -> Example:
-        """The marked sentence; the template's slots are the first mentions."""
+        """The marked sentence; the template's slots are the mentions' names, or the first mentions themselves."""
         for column in (self.tokens, *self._columns()):
             if row.get(column) is None:
                 raise DataError(f"benchmark {self.name}: column {column} is missing or empty; found {sorted(row)}")
@@ -129,13 +135,16 @@ class Entities(Table):
         for role, found in spans.items():
             if not found or not all(0 <= first <= last < len(tokens) for first, last in found):
                 raise DataError(f"benchmark {self.name}: {role} is at {found} in a sentence of {len(tokens)} tokens")
-        return mark_entities(tokens, spans, str(row[self.label]))
+        names = {role: str(row[column]) for role, column in (self.names or {}).items() if row.get(column)}
+        return mark_entities(tokens, spans, str(row[self.label]), names)
 
     def _columns(self) -> list[str]:
         return [getattr(self, role) for role in self.fields]
 
     def _kept(self, rows: Rows, split: str) -> Iterable[Row]:
         rows.need(self.tokens, *self._columns())
+        if lacking := sorted(set((self.names or {}).values()) - rows.columns):
+            log.warning("%s has no column %s: names are read from the tokens", rows.where, " or ".join(lacking))
         for row in rows.values:
             row.setdefault(self.text, " ".join(map(str, row[self.tokens])))
         rows.columns.add(self.text)
@@ -185,8 +194,13 @@ def mentions(positions: Any) -> list[tuple[int, int]]:
     return spans
 
 
-def mark_entities(tokens: list[str], roles: dict[str, list[tuple[int, int]]], target: str) -> Example:
-    """The sentence with a pair of markers per role around its mentions; `focus` covers each role's first one."""
+def mark_entities(
+    tokens: list[str], roles: dict[str, list[tuple[int, int]]], target: str, names: Mapping[str, str] | None = None
+) -> Example:
+    """The sentence with a pair of markers per role around its mentions; `focus` covers each role's first one.
+
+    The fields are `names` by role; a role without one is named by its first mention.
+    """
     opening: dict[int, list[str]] = {}
     closing: dict[int, list[str]] = {}
     for number, spans in enumerate(roles.values()):
@@ -201,6 +215,6 @@ def mark_entities(tokens: list[str], roles: dict[str, list[tuple[int, int]]], ta
         length += len(piece) + 1
         ends[index] = length - 1
     firsts = {role: spans[0] for role, spans in roles.items()}
-    fields = {role: " ".join(tokens[first : last + 1]) for role, (first, last) in firsts.items()}
+    fields = {role: " ".join(tokens[first : last + 1]) for role, (first, last) in firsts.items()} | dict(names or {})
     focus = tuple((starts[first], ends[last]) for first, last in firsts.values())
     return Example(" ".join(pieces), target, fields, focus)

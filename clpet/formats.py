@@ -54,14 +54,23 @@ def fewrel_records(path: Path) -> Iterator[Row]:
     """FewRel: {relation: [{tokens, h: [name, id, [[positions]]], t: ...}]}, as the hub has it."""
     for relation, examples in json.loads(path.read_text(encoding="utf-8")).items():
         for example in examples:
-            head, tail = ({"indices": example[key][2]} for key in ("h", "t"))
+            head, tail = ({"text": example[key][0], "indices": example[key][2]} for key in ("h", "t"))
             yield {"relation": relation, "tokens": example["tokens"], "head": head, "tail": tail}
 
 
 def fewrel(record: Row) -> Iterator[Row]:
-    """Every mention of head and tail; the label is the relation's id."""
-    places = {f"{role}_pos": [i for part in record[role]["indices"] for i in part] for role in ("head", "tail")}
-    yield {"tokens": record["tokens"], **places, "pid": record["relation"]}
+    """Every mention of head and tail, and their names; the label is the relation's id.
+
+    A token that is a single blank is dropped, as ConPET does.
+    """
+    tokens = record["tokens"]
+    kept = [place for place, token in enumerate(tokens) if token != " "]
+    new = {place: number for number, place in enumerate(kept)}
+    row = {"tokens": [tokens[place] for place in kept], "pid": record["relation"]}
+    for role in ("head", "tail"):
+        places = [place for mention in record[role]["indices"] for place in mention]
+        row |= {role: record[role].get("text"), f"{role}_pos": [new[i] for i in places if tokens[i] != " "]}
+    yield row
 
 
 def fewnerd_records(path: Path) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from clpet.entities import Relations, Typing, cut_anew, mark_entities
 from clpet.errors import ConfigError, DataError
 from clpet.formats import cleaned, read_published, tidy
 from clpet.mistakes import composed
+from clpet.readers import Rows
 from clpet.splits import partition
 from clpet.tasks import SPLITS, Benchmark
 from clpet.templates import Template
@@ -247,6 +248,29 @@ def hub_folder(folder: Path, config: str, splits: dict[str, list[dict]], feature
     return folder
 
 
+def test_fewrel_names_are_the_data_sets_own_and_blank_tokens_are_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """O15 (`fewrel_script.py`): `h[0]` and `t[0]`; a token that is one blank is left out, wherever it stands."""
+    films = [*["The", "Assassination", "of", "Jesse", "James", "by", "the", "Coward", "Robert", "Ford"], '"']
+    tokens = ["350–351", " ", "That", *films[:4], " ", *films[4:], "are", "James", "gang", "."]
+    record = {"tokens": tokens, "h": ["the assassination of jesse james by the coward robert ford", "Q1",
+              [list(range(3, 14))]], "t": ["james gang", "Q2", [[16, 17]]]}  # fmt: skip
+    (tmp_path / "train_wiki.json").write_text(json.dumps({"P1": [record]}))
+    (row,) = read_published(tmp_path / "train_wiki.json", "fewrel")
+    named, unnamed = source("fewrel"), source("fewrel", "benchmark.names=null")
+    template = Template(byte_tokenizer(), named.template, 512, True)
+    ids, plain = (template.encode([one.example(dict(row))])[0] for one in (named, unnamed))
+    start = '350–351 That [unused0] The Assassination of Jesse James by the Coward Robert Ford [unused1] " are [unused2] James'
+    end = " gang [unused3] . In this sentence, james gang is the [MASK] of the assassination of jesse james by the coward robert ford."
+    assert template.tokenizer.decode(ids) == f"[CLS]{start}{end}[SEP]"
+    assert "In this sentence, James gang is the [MASK] of The Assassination" in template.tokenizer.decode(plain)
+    named._kept(Rows("here", set(row) - {"tail"}, []), "train")
+    assert "here has no column tail: names are read from the tokens" in caplog.text
+    with pytest.raises(ConfigError, match=r"benchmark.names must be a column for each of entity, or null"):
+        Typing(name="x", names={"head": "head"})
+
+
 def test_fewrel_in_the_hubs_layout(tmp_path: Path) -> None:
     """The published columns: relation, tokens, head and tail with nested indices; other splits are left alone."""
 
@@ -259,7 +283,9 @@ def test_fewrel_in_the_hubs_layout(tmp_path: Path) -> None:
     hub_folder(tmp_path, "default", {"train_wiki": rows, "val_wiki": rows, "pid2name": [{"relation": "P0"}]})
     found = source("fewrel", f"benchmark.hub={tmp_path}", "benchmark.classes_per_task=1").load(None)
     assert counts(found) == [(16, 2, 2)] * 2
-    assert found.tasks[0].train[0].text == "[m2] Paris [m3] in [m0] France [m1]"
+    example = found.tasks[0].train[0]
+    assert example.text == "[m2] Paris [m3] in [m0] France [m1]"
+    assert example.fields == {"head": "france", "tail": "paris"}
 
 
 def test_fewnerd_in_the_hubs_layout(tmp_path: Path) -> None:
