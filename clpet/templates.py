@@ -168,5 +168,6 @@ def _shortened(rows: list[int], room: int, truncate: Truncate) -> list[int]:
 
 
 def _centred(start: int, end: int, room: int, total: int) -> list[int]:
-    left = max(0, min(start - max(0, room - (end - start)) // 2, total - room))
+    before = (max(0, room - (end - start)) + 1) // 2  # of an odd number of places, one more before than after
+    left = max(0, min(start - before, total - room))
     return list(range(left, min(total, left + room)))

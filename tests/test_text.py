@@ -92,7 +92,7 @@ def test_window_near_an_edge_keeps_its_width() -> None:
 
 def test_entities_too_far_apart_get_half_of_the_room_each() -> None:
     rows = window_rows(spans(100), [(10, 11), (90, 91)], 20)
-    assert rows == [*range(6, 16), *range(86, 96)]
+    assert rows == [*range(5, 15), *range(85, 95)]
 
 
 def test_text_without_entities_keeps_its_head() -> None:
