@@ -72,7 +72,7 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
     settings = Training(epochs=how.epochs, lr=how.lr, schedule=Schedule.cosine, warmup_steps=20, clip=1.0)
     trainer = Trainer(settings, hardware, objective, display, 0)
     trainer.begin_task(0)
-    trainer.fit(plan.plan(0), objective.loss, adapters.tensors("default").values())
+    trainer.fit(plan.plan(0), objective.loss, adapters.tensors("default"))
     if world().main:
         _save(model, tokenizer, folder)
     world().barrier()

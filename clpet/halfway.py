@@ -8,7 +8,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,12 +49,13 @@ class Fit:
     def __init__(
         self,
         stage: str,
-        parameters: list[nn.Parameter],
+        named: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         best: Best | None,
         device: torch.device,
     ) -> None:
-        self.stage, self.parameters, self.optimizer, self.best = stage, parameters, optimizer, best
+        self.stage, self.named, self.optimizer, self.best = stage, named, optimizer, best
+        self.parameters = list(named.values())
         self.total, self.finite = torch.zeros((), device=device), torch.zeros((), device=device)
         self.epoch = self.step = self.seen = 0
 

@@ -104,8 +104,8 @@ class Increments:
             layer.set(*layer.all(), a, torch.zeros(layer.d_out, count * self.rank))
 
     def current(self) -> dict[str, nn.Parameter]:
-        """The newest branches' tensors by layer: NAME.A [count r, d_in] and NAME.B [d_out, count r]."""
-        pairs = ((name, layer.a, layer.b) for name, layer in self.layers.items())
+        """The newest branches' tensors: N.LAYER.A [count r, d_in] and N.LAYER.B [d_out, count r], of N branches."""
+        pairs = ((f"{self.branches}.{name}", layer.a, layer.b) for name, layer in self.layers.items())
         return {f"{name}.{key}": tensor for name, a, b in pairs for key, tensor in (("A", a), ("B", b))}
 
     @contextlib.contextmanager

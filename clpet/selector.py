@@ -33,8 +33,9 @@ class Selector:
         """Whether there is an adapter yet: the first task needs none."""
         return NAME in self.objective.adapters.names
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.objective.adapters.tensors(NAME).values(), *self.head.parameters()]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter and the head."""
+        return {**self.objective.adapters.tensors(NAME), **dict(self.head.named_parameters())}
 
     def learn(self, trainer: Trainer, index: int, plan: Plan, clip: float, validate: Callable[[], float]) -> None:
         """Task `index`: old rows of the head and LoRA_sel go on from where they are; row `index` starts fresh."""
@@ -43,7 +44,7 @@ class Selector:
             adapters.add(NAME, derive(self.seed, "adapter", NAME))
         adapters.activate(NAME, train=True)
         self.head.grow([index])
-        trainer.fit(plan, self.loss, self.parameters(), stage=NAME, clip=clip, validate=validate)
+        trainer.fit(plan, self.loss, self.named_parameters(), stage=NAME, clip=clip, validate=validate)
         self.freeze()
 
     def freeze(self) -> None:

@@ -53,9 +53,10 @@ class TaskHeads:
                 logits[:, head.labels] = torch.where((tasks == index)[:, None], head(h), logits[:, head.labels])
         return logits if tasks is None else logits + self.objective.own[tasks]
 
-    def parameters(self) -> list[nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
         """The rows of the newest task."""
-        return [value for head in self.heads[-1:] for value in head.parameters() if value.numel()]
+        found = {f"head{len(self.heads)}.{name}": p for head in self.heads[-1:] for name, p in head.named_parameters()}
+        return {name: value for name, value in found.items() if value.numel()}
 
     def count(self) -> int:
         """Scalars in all rows."""

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -79,7 +79,7 @@ class Trainer:
         self,
         plan: Plan,
         loss: Callable[[Batch], Tensor],
-        parameters: Iterable[nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         *,
         stage: str = "",
         clip: float | None = None,
@@ -87,23 +87,27 @@ class Trainer:
         before_step: Callable[[np.ndarray], None] | None = None,
         adjust_gradients: Callable[[], None] | None = None,
         after_step: Callable[[], None] | None = None,
+        after_batch: Callable[[], None] | None = None,
     ) -> None:
         """Minimises `loss`, the mean over a batch, for the configured number of epochs.
+
+        `parameters` are those to train; where AdamW's moments are carried over, a name of an earlier fit of the same
+        stage stands for the same tensor.
 
         With train.select=best, `validate` (higher is better) is called before and after every epoch and the
         best state of `parameters` is kept; without a strictly better epoch the first state stays.
         `before_step` gets the rows of every whole batch before any part of it is computed; `adjust_gradients` comes
-        before every update, `after_step` after every one that is not left out.
+        before every update, `after_step` after every one that is not left out, `after_batch` at the end of every step.
         Raises HostError when the loss is no longer finite.
         """
-        settings, parameters = self.settings, list(parameters)
+        settings = self.settings
         clip = settings.clip if clip is None else clip
-        step = partial(self._step, plan, loss, clip, before_step, adjust_gradients, after_step)
+        step = partial(self._step, plan, loss, clip, before_step, adjust_gradients, after_step, after_batch)
         self.progress.fit(stage, self.epochs, plan.steps)
         if self.trial:
             if before_step:
                 before_step(plan.epoch(0)[0])
-            self._backward(plan, plan.epoch(0)[0], loss, parameters)
+            self._backward(plan, plan.epoch(0)[0], loss, list(parameters.values()))
             return
         with self.keeper.interrupt.held(), enough_memory(self._sizes):
             fit = self._begin(plan, parameters, stage, validate)
@@ -113,7 +117,7 @@ class Trainer:
             for epoch in range(fit.epoch, self.epochs):
                 self.objective.adapters.train_mode(True)
                 for rows in plan.epoch(epoch)[fit.step :]:
-                    step(fit, rows, rate(epoch * plan.steps + fit.step))
+                    step(fit, rows, rate(plan.clock(epoch * plan.steps + fit.step)))
                     self.progress.step(epoch, fit.step, fit.seen, fit.total / fit.step)
                     if self.keeper.due():
                         self._check(fit)
@@ -134,6 +138,7 @@ class Trainer:
         before_step: Callable[[np.ndarray], None] | None,
         adjust_gradients: Callable[[], None] | None,
         after_step: Callable[[], None] | None,
+        after_batch: Callable[[], None] | None,
         fit: Fit,
         rows: np.ndarray,
         lr: float,
@@ -150,6 +155,8 @@ class Trainer:
             if after_step:
                 after_step()
         fit.optimizer.zero_grad(set_to_none=True)
+        if after_batch:
+            after_batch()
         fit.step, fit.seen = fit.step + 1, fit.seen + len(rows)
 
     def _sizes(self) -> str:
@@ -161,31 +168,40 @@ class Trainer:
 
     def _place(self, plan: Plan, stage: str) -> Place:
         past = self.past.get(stage, {"steps": 0, "warmup": 0})
-        return Place(plan.steps * self.epochs, past["steps"], past["warmup"], self.last)
+        return Place(plan.clock(plan.steps * self.epochs), past["steps"], past["warmup"], self.last)
 
     def _begin(
-        self, plan: Plan, parameters: list[nn.Parameter], stage: str, validate: Callable[[], float] | None
+        self, plan: Plan, named: Mapping[str, nn.Parameter], stage: str, validate: Callable[[], float] | None
     ) -> Fit | None:
         """The fit from its start, or from where a run was cut off; None if it was over then."""
         if world().size > 1:  # dropout is another one on every rank
             torch.manual_seed(derive(self.seed, "rank", world().index, self.task, stage))
+        parameters = list(named.values())
         saved = self.keeper.resume(parameters)
         if saved and "over" in saved:
             self.past[stage] = saved["over"]
             self.keeper.passed(saved, plan.steps * self.epochs)
             return None
         best = Best(parameters, validate) if validate and self.settings.select is Select.best else None
-        fit = Fit(stage, parameters, self._optimizer(parameters), best, self.hardware.torch_device)
+        fit = Fit(stage, named, self._optimizer(parameters), best, self.hardware.torch_device)
         if saved:
             fit.load(saved)
             self.progress.resumed(fit.epoch * plan.steps + fit.step, fit.seen)
         else:
-            carried = self.past.get(stage, {}).get("moments")
-            if carried and same_shapes(carried, parameters):
-                load_moments(fit.optimizer, carried)
+            self._carry(fit)
             if best:
                 best.update()
         return fit
+
+    def _carry(self, fit: Fit) -> None:
+        """Gives tensors that an earlier fit of this stage trained, and that kept their shape, their moments."""
+        carried = self.past.get(fit.stage, {}).get("moments", {})
+        found = [moments_of(parameter, carried.get(name, {})) for name, parameter in fit.named.items()]
+        if any(found):
+            load_moments(fit.optimizer, found)
+        elif carried:
+            none = "task %d: train.optimizer_state=carry carries nothing: all trained tensors are new or have grown"
+            log.warning(none, self.task + 1)
 
     def _end(self, plan: Plan, fit: Fit) -> None:
         """What later tasks and a resumed run need of a fit that is over."""
@@ -197,9 +213,9 @@ class Trainer:
             "warmup": place.warmed + warmup(self.settings, place),
         }
         if self.settings.optimizer_state is OptimizerState.carry:
-            past["moments"] = moments(fit.optimizer)
+            past["moments"] = dict(zip(fit.named, moments(fit.optimizer), strict=True))
         self.past[fit.stage] = past
-        self.keeper.end(fit.parameters, place.steps, past)
+        self.keeper.end(fit.parameters, plan.steps * self.epochs, past)
 
     def _usable(self, fit: Fit, mean: Tensor, clip: float) -> bool:
         """Clips, counts the loss and says whether to take the step. Only with on_nan=skip it waits for the device."""
@@ -269,10 +285,9 @@ class Trainer:
         self.past = dict(state)
 
 
-def same_shapes(carried: list[dict[str, Tensor]], parameters: list[nn.Parameter]) -> bool:
-    """Whether AdamW's moments can be those of these tensors; a tensor without a gradient has none."""
-    pairs = zip(carried, parameters, strict=False)
-    return len(carried) == len(parameters) and all(not own or own["exp_avg"].shape == p.shape for own, p in pairs)
+def moments_of(parameter: Tensor, carried: dict[str, Tensor]) -> dict[str, Tensor]:
+    """AdamW's moments of a tensor of the same name, none where the tensor has another shape now."""
+    return carried if carried and carried["exp_avg"].shape == parameter.shape else {}
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ class Bench:
         trainer = Trainer(self.config.train, self.parts["hardware"], method.objective, Silent(), 0)
         plan = Plan(method.data.train, len(batches), lambda epoch: batches)
         start = time.perf_counter()
-        trainer.fit(plan, method.loss, method.parameters())
+        trainer.fit(plan, method.loss, method.named_parameters())
         return self.epochs * sum(map(len, batches)) / (time.perf_counter() - start)
 
     def hand_loop(self, batches: Iterator[list[int]] | list[np.ndarray], pool: EncodedDataset) -> float:

@@ -33,7 +33,7 @@ def pretraining(overrides: list[str], rounds: int) -> None:
         trainer = Trainer(bench.config.train, bench.parts["hardware"], method.objective, Silent(), 0)
         plan = Plan(method.data.train, len(batches), lambda epoch: batches)
         start = time.perf_counter()
-        trainer.fit(plan, method.loss, method.parameters())
+        trainer.fit(plan, method.loss, method.named_parameters())
         return sum(map(len, batches)) / (time.perf_counter() - start)
 
     def by_hand() -> float:

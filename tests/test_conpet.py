@@ -59,7 +59,7 @@ def test_ewc_penalty(make) -> None:
     method.grow_head(0)
     run.trainer.begin_task(0)
     name = "weight"
-    theta = method.named()[name].detach().double()
+    theta = method.named_parameters()[name].detach().double()
     f1, f2 = torch.full_like(theta, 2.0), torch.rand_like(theta)
     first, second = theta - 3, theta + torch.rand_like(theta)
     method.quadratic = {name: (f1, f1 * first, f1 * first.square())}

@@ -1,5 +1,6 @@
 """A task that is cut off inside a fit goes on at its step and ends bit for bit as it would have."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from clpet.errors import HostError
 from clpet.halfway import Keeper
 from clpet.mixing import Plan
 from clpet.state import read_tree, write_tree
+from clpet.training import Trainer
 
 SMALL = "train.global_batch_size=4"  # 6 steps an epoch
 
@@ -90,11 +92,18 @@ VARIANTS = {
     "slm": ["method=slm", "method.stage1.min_steps=20", "model.dropout=0.2"],
     "kif": ["method=kif", "train.select=best", "model.dropout=0.2"],
     "kif_after": ["method=kif", "replay=share", "replay.share=0.5", "method.replay_phase=after", "method.gradient=raw"],
-    "recurrent_kif": ["method=recurrent_kif", "replay=all", "method.inner_steps=3", "method.outer_steps=2"],
+    "recurrent_kif": [
+        "method=recurrent_kif",
+        "replay=all",
+        "method.inner_steps=3",
+        "method.outer_steps=2",
+        "method.outer_weight=0.25",
+        "train.schedule=linear",
+    ],
     "lwf": ["method=lwf"],
     "ewc": ["method=ewc"],
     "mocl": ["method=mocl"],
-    "sapt": ["method=sapt"],
+    "sapt": ["method=sapt", "train.optimizer_state=carry"],
     "gain_lora": ["method=gain_lora", "peft.dropout=0.3"],
     "progressive_prompts": ["method=progressive_prompts"],
     "osf": ["method=osf"],
@@ -141,7 +150,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(make) -> None:
     run.method.grow_head(0)
     plan = run.method.plan(0)
     with pytest.raises(HostError, match=r"task 2 \(stage\) in epoch 2, step 3 is nan"):
-        run.trainer.fit(plan, poisoned(run, 8), run.method.parameters(), stage="stage")
+        run.trainer.fit(plan, poisoned(run, 8), run.method.named_parameters(), stage="stage")
     assert numbers == list(range(1, 9))
 
 
@@ -158,7 +167,7 @@ def test_weights_that_are_no_numbers_are_never_written(make) -> None:
                 run.method.objective.head.weight[0, 0] = float("inf")
 
     with pytest.raises(HostError, match="weights of task 1 in epoch 1, step 5"):
-        run.trainer.fit(run.method.plan(0), run.method.loss, run.method.parameters(), after_step=spoil)
+        run.trainer.fit(run.method.plan(0), run.method.loss, run.method.named_parameters(), after_step=spoil)
     assert numbers == [1, 2, 3, 4]
 
 
@@ -171,27 +180,86 @@ def test_a_step_without_a_number_can_be_left_out(make) -> None:
         batches = run.method.plan(0).epoch(0)
         loss = poisoned(run, 2) if skip else run.method.loss
         plan = listed(run, batches if skip else [*batches[:2], *batches[3:]])
-        run.trainer.fit(plan, loss, run.method.parameters(), after_step=lambda steps=steps: steps.append(1))
+        run.trainer.fit(plan, loss, run.method.named_parameters(), after_step=lambda steps=steps: steps.append(1))
         assert len(steps) == 5
         assert counted(run)["skipped_steps"] == int(skip)
         found.append(run.method.state_dict())
     assert same(*found)
 
 
+def counts(run: SimpleNamespace, tasks: int = 2) -> list[dict[str, int]]:
+    """After each task the number of updates that the kept moments of each tensor have seen."""
+    found = []
+    for index in range(tasks):
+        run.learn(index)
+        held = run.trainer.past[""].get("moments", {})
+        found.append({name: int(own["step"]) for name, own in held.items()})
+    return found
+
+
+CARRY = [SMALL, "train.epochs=1", "train.optimizer_state=carry"]
+
+
 def test_moments_are_carried_where_the_tensors_keep_their_shapes(make) -> None:
     """AdamW counts on from task to task; a head that has grown starts anew, and so does everything by default."""
+    replay = ["method=replay", "replay=all", *CARRY]
+    first, second = counts(make(*replay, "method.future_labels=true"))
+    assert (set(first.values()), set(second.values())) == ({6}, {6 + 12})
+    first, second = counts(make(*replay))
+    assert set(first.values()) == {6}
+    assert {name: second.pop(name) for name in ("weight", "bias")} == {"weight": 12, "bias": 12}
+    assert set(second.values()) == {6 + 12}
+    assert counts(make(*replay, "train.optimizer_state=reset")) == [{}, {}]
 
-    def counts(*overrides: str) -> list:
-        run, found = make("method=replay", "replay=all", SMALL, "train.epochs=1", *overrides), []
-        for index in range(2):
-            run.learn(index)
-            found.append([int(own["step"]) for own in run.trainer.past[""].get("moments", [])])
-        return [sorted(set(steps)) for steps in found]
 
-    carry = "train.optimizer_state=carry"
-    assert counts(carry, "method.future_labels=true") == [[6], [6 + 12]]
-    assert counts(carry) == [[6], [12]]
-    assert counts() == [[], []]
+AGAIN = {  # what of a method's tensors, beside the head, is trained again in the next task
+    "sequential": "base_model",
+    "l2p": "prompts|keys",
+    "crl": "base_model|projection",
+    "sapt": "query",
+    **dict.fromkeys(["o_lora", "gain_lora", "mocl", "progressive_prompts", "dynamic_conpet", "slm", "osf"], "nothing"),
+}
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_name_stands_for_one_tensor_in_all_tasks(name: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch, gate, key, prompt or module of a new task has the shape of the last one, and another name."""
+    fits: dict[str, list[dict[str, Tensor]]] = {}
+
+    def fit(self, plan: Plan, loss: Any, parameters: dict[str, Tensor], *, stage: str = "", **_: Any) -> None:
+        fits.setdefault(stage, []).append(dict(parameters))
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    run = make(
+        f"method={name}", *{"progressive_prompts": ["method.mlp=4"], "slm": ["method.stage1.min_steps=2"]}.get(name, [])
+    )
+    for index in range(2):
+        run.learn(index)
+    first, second = next(fits[stage] for stage in ("", "contrast") if stage in fits)
+    common = {key for key in first if key in second and key not in ("weight", "bias")}
+    assert common == {key for key in first if re.match(AGAIN[name], key)}
+    assert all(first[key] is second[key] for key in common)
+    assert len(first) > 2
+
+
+def test_a_new_branch_starts_without_moments(make, caplog: pytest.LogCaptureFixture) -> None:
+    """SAPT's query net is trained on; with IncLoRA all is new, which is said."""
+    steps = counts(make("method=sapt", *CARRY))[1]
+    assert {key.split(".")[0] for key, count in steps.items() if count == 12} == {"query"}
+    assert {count for key, count in steps.items() if not key.startswith("query")} == {6}
+    assert "carries nothing" not in caplog.text
+    assert set(counts(make("method=inc_lora", *CARRY))[1].values()) == {6}
+    assert "task 2: train.optimizer_state=carry carries nothing" in caplog.text
+
+
+def test_a_selector_goes_on_with_its_moments(make) -> None:
+    """Its adapter is one for all tasks; the rows of its head grow."""
+    run = make("method=dynamic_conpet", *CARRY)
+    for index in range(3):
+        run.learn(index)
+    steps = {name: int(own["step"]) for name, own in run.trainer.past["selector"]["moments"].items()}
+    assert {steps.pop(name) for name in ("weight", "bias")} == {12}
+    assert set(steps.values()) == {24}
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
@@ -204,7 +272,7 @@ def test_out_of_memory_names_the_batch_and_what_to_lower(error: Exception, make)
         raise error
 
     with pytest.raises(HostError, match=r"6 examples in a training pass: lower hardware.micro_batch_size"):
-        run.trainer.fit(run.method.plan(0), fail, run.method.parameters())
+        run.trainer.fit(run.method.plan(0), fail, run.method.named_parameters())
     run.method.predict = fail
     with pytest.raises(HostError, match=r"128 examples in a pass without gradients: lower hardware.eval_batch_size"):
         run.method.fit(run.trainer, 0)

@@ -1,7 +1,5 @@
 """Stacked low-rank increments: what a layer computes, what gets a gradient, what is saved."""
 
-from types import SimpleNamespace
-
 import peft
 import pytest
 import torch
@@ -151,11 +149,11 @@ def test_a_new_branch_keeps_the_old_ones() -> None:
 def test_dropout_has_one_mask_for_all_branches() -> None:
     """Two branches with the same factors, weighed 1 and -1, cancel only under the same mask."""
     increments = randomised(attached("bert", dropout=0.5), 1)
-    held = {name: tensor.detach().clone() for name, tensor in increments.current().items()}
+    held = [tensor.detach().clone() for tensor in increments.current().values()]
     increments.add(1)
     with torch.no_grad():
-        for name, tensor in increments.current().items():
-            tensor.copy_(held[name])
+        for tensor, before in zip(increments.current().values(), held, strict=True):
+            tensor.copy_(before)
     increments.adapters.train_mode(True)
     with increments.weighted(torch.tensor([1.0, -1.0])):
         found = read(increments, IDS)
@@ -201,7 +199,7 @@ def test_trained_parameters_of_t5_large(r: int, count: int) -> None:
 
 
 def test_targets_that_are_not_there_are_named() -> None:
-    backbone = SimpleNamespace(targets=["q_proj"], architecture=None)
+    backbone = Backbone(name="bert", path=".", targets=["q_proj"])
     with pytest.raises(ModelError, match=r"peft\.targets names the layer q_proj"):
         Increments(Adapters(network("bert"), backbone, Lora()))
     backbone.targets = ["word_embeddings"]

@@ -90,10 +90,11 @@ class Method:
         trainer.fit(
             self.plan(index),
             self.loss,
-            self.parameters(),
+            self.named_parameters(),
             validate=lambda: self.validate(index),
             adjust_gradients=self.adjust_gradients,
             after_step=self.after_step,
+            after_batch=self.after_batch,
         )
 
     def plan(self, index: int) -> Plan:
@@ -118,14 +119,23 @@ class Method:
     def after_step(self) -> None:
         """Statistics of a step: gradients are still there, weights are already new."""
 
+    def after_batch(self) -> None:
+        """The end of a step, also of one that was left out: gradients are gone."""
+
     def after_task(self, task: Task, index: int) -> None:
         """Memory selection, Fisher information, fusion, freezing."""
         self.replay.remember(index, self.vectors)
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that the optimiser moves, by name. A tensor that is new in a task needs a name of its own.
+
+        With train.optimizer_state=carry the moments of AdamW follow the names from task to task.
+        """
+        return {**self.objective.adapters.tensors("default"), **self.objective.parameters()}
+
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimiser moves."""
-        adapter = self.objective.adapters.tensors("default").values()
-        return [*adapter, *self.objective.parameters().values()]
+        """The values of `named_parameters`."""
+        return list(self.named_parameters().values())
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         """Scores over all labels (those outside `choices` are masked by the caller), or texts."""

@@ -7,6 +7,8 @@ first domain's is that of continual pretraining, bit for bit.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
 from clpet.methods.base import Method
 from clpet.tasks import Task
 from clpet.training import Trainer
@@ -20,6 +22,7 @@ class DAPT(Method):
 
     def first_adapter(self) -> None:
         super().first_adapter()
+        self.index = 0  # of the domain that is read
         self.start = {
             name: value.detach().clone() for name, value in self.objective.adapters.tensors("default").items()
         }
@@ -27,6 +30,10 @@ class DAPT(Method):
     def measured(self, row: int, tasks: range) -> range:
         return range(row - 1, row) if row else tasks
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{self.index}.{name}": value for name, value in super().named_parameters().items()}
+
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        self.index = index
         self.objective.adapters.load("default", self.start)
         super().learn(task, index, trainer)

@@ -202,7 +202,11 @@ class DynamicConPET(Modular):
     def trainable_parameters(self) -> int:
         """Module k and, from task 2 on, the selector."""
         count = super().trainable_parameters()
-        return count + sum(p.numel() for p in self.selector.parameters()) if self.selector.learned else count
+        return (
+            count + sum(p.numel() for p in self.selector.named_parameters().values())
+            if self.selector.learned
+            else count
+        )
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(p.numel() for p in self.selector.head.parameters())

@@ -70,10 +70,6 @@ class EWC(Static):
         super().first_adapter()
         self.quadratic: dict[str, Triple] = {}  # name -> S, M, Q in fp64
 
-    def named(self) -> dict[str, Tensor]:
-        """The penalised tensors."""
-        return {**self.objective.adapters.tensors("default"), **self.objective.parameters()}
-
     def loss(self, batch: Batch) -> Tensor:
         loss = super().loss(batch)
         return loss + self.penalty() if self.quadratic and self.strength else loss
@@ -93,7 +89,7 @@ class EWC(Static):
     def prepare(self, index: int) -> None:
         """Completes the square once per task."""
         self.grow_head(index)
-        self.named_now = self.named()
+        self.named_now = self.named_parameters()
         self.centres = {}
         for name, (s, m, q) in self.quadratic.items():
             centre = torch.where(s > 0, m / s.clamp(min=1e-300), m)
@@ -102,7 +98,7 @@ class EWC(Static):
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)
         for name, value in self.information(index).items():
-            theta = self.named()[name].detach().double()
+            theta = self.named_parameters()[name].detach().double()
             old = self.quadratic.get(name)
             if old is not None and self.merge is not Merge.tasks:
                 value = merged(_grown(old[0], value), value, index, self.merge, self.decay)
@@ -111,7 +107,7 @@ class EWC(Static):
 
     def information(self, index: int) -> dict[str, Tensor]:
         """F_k of the task just learned, in fp64; between fits dropout is off."""
-        named = self.named()
+        named = self.named_parameters()
         pool, size = self.data.train, self.replay.batch_size
         batches = pool.shuffled(pool.rows_of(index), size, self.replay.rng(index, "fisher"))[: self.fisher_batches]
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in named.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clpet.config import derive, require
 from clpet.embeddings import mean_pool, token_embeddings, vocabulary
-from clpet.methods.inf_lora import Design, InfLoRA
+from clpet.methods.inf_lora import InfLoRA
 from clpet.subspace import Covariance, leading, without
 from clpet.tasks import Task
 from clpet.text import Batch
@@ -52,7 +52,6 @@ class GainLoRA(InfLoRA):
     keeps the gate's updates exactly outside the span of old inputs.
     """
 
-    design: Design = Design.svd
     hidden: int = 100
     rescale: bool = True
 
@@ -122,8 +121,9 @@ class GainLoRA(InfLoRA):
         for name, covariance in self.gate_covariances(index).items():
             self.extend(name, covariance, index)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*super().parameters(), *(p for gate in self.gates[-1:] for p in gate.parameters())]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        gate = {f"gate{len(self.gates)}.{name}": p for gate in self.gates[-1:] for name, p in gate.named_parameters()}
+        return {**super().named_parameters(), **gate}
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(p.numel() for gate in self.gates for p in gate.parameters())

@@ -54,8 +54,8 @@ class IncLoRA(Method):
             found.trace["selected"] = weights.argmax(1)
         return found
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.increments.current().values(), *self.objective.parameters().values()]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {**self.increments.current(), **self.objective.parameters()}
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + self.increments.count()

@@ -36,10 +36,11 @@ class Independent(Modular):
     def loss(self, batch: Batch) -> Tensor:
         return super().loss(batch) if self.headed else self.objective.loss(batch)
 
-    def parameters(self) -> list[nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
         if self.headed:
-            return super().parameters()
-        return list(self.objective.adapters.tensors(self.objective.adapters.names[-1]).values())
+            return super().named_parameters()
+        name = self.objective.adapters.names[-1]
+        return {f"{name}.{key}": value for key, value in self.objective.adapters.tensors(name).items()}
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         assert choices.tasks is not None

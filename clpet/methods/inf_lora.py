@@ -29,9 +29,9 @@ class Design(Enum):
 
 @dataclass
 class InfLoRA(IncLoRA):
-    """design=random: Kaiming rows without their part in M; svd: the leading directions of the task's own inputs."""
+    """design=svd: the leading directions of the task's own inputs, as in the paper; random: Kaiming rows outside M."""
 
-    design: Design = Design.random
+    design: Design = Design.svd
     epsilon: float = 0.995
     faithful_padding: bool = False
 
@@ -99,8 +99,8 @@ class InfLoRA(IncLoRA):
         basis = extended(self.basis(name, covariance), covariance, epsilon).float()
         self.bases[name] = basis.contiguous()  # as it comes back from a checkpoint: products round by memory layout
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [tensor for tensor in super().parameters() if tensor.requires_grad]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: tensor for name, tensor in super().named_parameters().items() if tensor.requires_grad}
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(basis.numel() for basis in self.bases.values())

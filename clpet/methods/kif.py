@@ -213,7 +213,7 @@ class KIF(Method):
             for name, value in self.live.items():
                 value.copy_(torch.where(free[name], value, held[name]))
 
-        plan, parameters = self.replay.recall(index), self.parameters()
+        plan, parameters = self.replay.recall(index), self.named_parameters()
         trainer.fit(plan, self.loss, parameters, stage="replay", adjust_gradients=mask, after_step=hold)
 
     def diagnostics(self) -> dict[str, float]:

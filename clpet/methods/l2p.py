@@ -50,8 +50,8 @@ class L2P(Prompts):
     def loss(self, batch: Batch) -> Tensor:
         return super().loss(batch) - self.pull * self.nearest(batch)[0].sum(1).mean()
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.prompts, self.keys, *self.objective.parameters().values()]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {"prompts": self.prompts, "keys": self.keys, **self.objective.parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
         return {"prompts": self.prompts, "keys": self.keys}

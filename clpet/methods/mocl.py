@@ -90,8 +90,8 @@ class MoCL(IncLoRA):
         loss = self.mixed_loss(batch, self.weigh(cosines))
         return loss + self.matching * (1 - cosines[:, -1]).mean()
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*super().parameters(), *self.keys[-1:]]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {**super().named_parameters(), **{f"key{len(self.keys)}": key for key in self.keys[-1:]}}
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(key.numel() for key in self.keys)

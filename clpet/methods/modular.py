@@ -48,9 +48,10 @@ class Modular(Method):
         """Cross-entropy inside the current task's own labels."""
         return F.cross_entropy(self.logits(batch), self.modules[-1].columns(batch.labels))
 
-    def parameters(self) -> list[nn.Parameter]:
-        index = len(self.modules) - 1
-        return [*self.objective.adapters.tensors(module_name(index)).values(), *self.modules[index].parameters()]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        name = module_name(len(self.modules) - 1)
+        own = {**self.objective.adapters.tensors(name), **dict(self.modules[-1].named_parameters())}
+        return {f"{name}.{key}": value for key, value in own.items()}
 
     def logits(self, batch: Batch) -> Tensor:
         """[batch, labels of the newest task]: its module's logits, which must be active."""

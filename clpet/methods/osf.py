@@ -27,14 +27,21 @@ class OSF(Method):
 
     def first_adapter(self) -> None:
         super().first_adapter()
+        self.index = 0  # of the task that is learned
         if not self.layers():
             raise ModelError("peft=osf fits linear layers only, and peft.targets names none")
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        self.index = index
         if index > 0:
             self.objective.adapters.remove(merge=True)
             self.objective.adapters.add("default", derive(self.seed, "adapter", index))
         super().learn(task, index, trainer)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Singular values and vectors of the decomposition made for this task, and the head."""
+        adapter = self.objective.adapters.tensors("default")
+        return {**{f"{self.index}.{name}": value for name, value in adapter.items()}, **self.objective.parameters()}
 
     def layers(self) -> dict[str, Any]:
         """The layers that are trained."""

@@ -50,10 +50,10 @@ class ProgressivePrompts(Prompts):
         super().learn(task, index, trainer)
 
     def network(self, index: int) -> nn.Module:
-        """The MLP of a task, d -> mlp -> d."""
+        """The MLP of a task, d -> mlp -> d with tanh between."""
         torch.manual_seed(derive(self.seed, "mlp", index))
         dim = self.new.shape[1]
-        return nn.Sequential(nn.Linear(dim, self.mlp), nn.ReLU(), nn.Linear(self.mlp, dim)).to(self.objective.device)
+        return nn.Sequential(nn.Linear(dim, self.mlp), nn.Tanh(), nn.Linear(self.mlp, dim)).to(self.objective.device)
 
     def newest(self) -> Tensor:
         """P_t, or P_t + MLP(P_t)."""
@@ -74,9 +74,11 @@ class ProgressivePrompts(Prompts):
         self.shown = None
         return Predictions.joined(parts)
 
-    def parameters(self) -> list[nn.Parameter]:
-        mlp = [] if self.reparametrisation is None else self.reparametrisation.parameters()
-        return [self.new, *mlp, *self.objective.parameters().values()]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        task = len(self.frozen)
+        mlp = {} if self.reparametrisation is None else dict(self.reparametrisation.named_parameters())
+        own = {f"prompt{task}": self.new, **{f"mlp{task}.{name}": value for name, value in mlp.items()}}
+        return {**own, **self.objective.parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"task{index:03d}": prompt for index, prompt in enumerate([*self.frozen, self.newest()])}

@@ -6,7 +6,8 @@ the masks of the weights whose importance in these steps lies above the quantile
     paper  W = W_0 + m_in t_in + m_out t_out
     code   W = W_0 + w_in t_in + w_out t_out with (w_in, w_out) = (.4, .6) where both masks are 1, (.5, .5) where
            none is, (1, 0) and (0, 1) where one is: nothing is pruned, the default
-Training goes on from W. One optimiser serves both loops; inner steps left over at the end of a task stay as they are.
+Training goes on from W. One optimiser serves both loops, and the learning-rate schedule advances on inner steps only;
+inner steps left over at the end of a task stay as they are.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class RecurrentKIF(Method):
     inner_steps: int = 8
     outer_steps: int = 4
     fuse: str = "code"
+    outer_weight: float = 1.0
     quantile: float = 0.8
     beta1: float = 0.85
     beta2: float = 0.85
@@ -44,6 +46,7 @@ class RecurrentKIF(Method):
         require(self.outer_steps >= 1, "method.outer_steps", self.outer_steps, "at least 1")
         require(self.fuse in ("code", "paper"), "method.fuse", self.fuse, "code or paper")
         require(0 <= self.quantile <= 1, "method.quantile", self.quantile, "in [0, 1]")
+        require(self.outer_weight > 0, "method.outer_weight", self.outer_weight, "more than 0")
         for knob in ("beta1", "beta2"):
             require(0 <= getattr(self, knob) < 1, f"method.{knob}", getattr(self, knob), "in [0, 1)")
 
@@ -67,9 +70,11 @@ class RecurrentKIF(Method):
         self.inner, self.outer = self.scores(), self.scores()
         self.start = self.middle = flat(self.live.values())
         self.steps = self.fusions = 0
+        self.taken, self.left_out = False, [0, 0]  # whether this step was taken; inner and outer steps that were not
         super().fit(trainer, index)
-        skipped = self.inner.skipped + self.outer.skipped
-        self.figures = {"fusions": float(self.fusions), "skipped_steps": float(skipped)}
+        skipped = sum(self.left_out) + int(self.inner.skipped + self.outer.skipped)
+        figures = {"fusions": self.fusions, "skipped_steps": skipped, "skipped_outer_steps": self.left_out[1]}
+        self.figures = {name: float(value) for name, value in figures.items()}
 
     def scores(self) -> Importance:
         """First-order importance of every weight, from 0."""
@@ -77,17 +82,29 @@ class RecurrentKIF(Method):
         place = torch.zeros((), device=self.objective.device)
         return Importance(size, "first", self.beta1, self.beta2, False, place)
 
+    @property
+    def place(self) -> int:
+        """Of the current step in its round; outer steps follow the inner ones. Without a memory all are inner."""
+        return self.steps % (self.inner_steps + self.outer_steps) if self.replay.memory else 0
+
     def adjust_gradients(self) -> None:
-        """Counts a step, also one that is left out."""
-        self.steps += 1
+        """Weighs the gradient of a memory batch, before it is clipped."""
+        if self.place >= self.inner_steps and self.outer_weight != 1:
+            found = [value.grad for value in self.parameters() if value.grad is not None]
+            torch._foreach_mul_(found, self.outer_weight)
 
     def after_step(self) -> None:
-        if not self.replay.memory:
-            return
-        place = (self.steps - 1) % (self.inner_steps + self.outer_steps)
-        part = self.inner if place < self.inner_steps else self.outer
-        part.update(list(self.live.values()), gradients(self.live))
-        if place == self.inner_steps - 1:
+        self.taken = True
+        if self.replay.memory:
+            part = self.inner if self.place < self.inner_steps else self.outer
+            part.update(list(self.live.values()), gradients(self.live))
+
+    def after_batch(self) -> None:
+        """Ends the inner steps of a round, or the round, whether or not the step at its border was taken."""
+        place = self.place
+        self.left_out[place >= self.inner_steps] += not self.taken
+        self.taken, self.steps = False, self.steps + 1
+        if self.replay.memory and place == self.inner_steps - 1:
             self.middle = flat(self.live.values())
         elif place == self.inner_steps + self.outer_steps - 1:
             self.fuse_steps()
@@ -107,13 +124,14 @@ class RecurrentKIF(Method):
 
     def task_state(self) -> dict[str, Any]:
         scores = {"inner": self.inner.state(), "outer": self.outer.state()}
-        return {**scores, "start": self.start, "middle": self.middle, "steps": self.steps, "fusions": self.fusions}
+        counts = {"steps": self.steps, "fusions": self.fusions, "left_out": self.left_out}
+        return {**scores, **counts, "start": self.start, "middle": self.middle}
 
     def load_task_state(self, state: dict[str, Any]) -> None:
         self.inner.load(state["inner"])
         self.outer.load(state["outer"])
         self.start, self.middle = (state[name].to(self.start.device, copy=True) for name in ("start", "middle"))
-        self.steps, self.fusions = state["steps"], state["fusions"]
+        self.steps, self.fusions, self.left_out = state["steps"], state["fusions"], list(state["left_out"])
 
     def diagnostics(self) -> dict[str, float]:
         return self.figures
@@ -132,7 +150,7 @@ def alternate(new: Plan, old: Plan, inner: int, outer: int) -> Plan:
     """`inner` batches of the new data, `outer` of the memory, and so on; both are passed over again and again.
 
     An epoch has as many steps as one pass over the new data takes with its share of memory steps, rounded up;
-    rounds do not end with it.
+    rounds do not end with it. The learning-rate schedule counts steps on new data.
     """
     steps = new.steps + -(-new.steps * outer // inner)
     passes = [lru_cache(maxsize=2)(plan.epoch) for plan in (new, old)]
@@ -144,4 +162,11 @@ def alternate(new: Plan, old: Plan, inner: int, outer: int) -> Plan:
         count, row = divmod(number, new.steps if fresh else old.steps)
         return passes[0 if fresh else 1](count)[row]
 
-    return Plan(new.pool, steps, lambda epoch: [batch(step) for step in range(epoch * steps, (epoch + 1) * steps)])
+    def clock(step: int) -> int:
+        turn, place = divmod(step, inner + outer)
+        return turn * inner + min(place, inner)
+
+    def epoch(number: int) -> list[np.ndarray]:
+        return [batch(step) for step in range(number * steps, (number + 1) * steps)]
+
+    return Plan(new.pool, steps, epoch, clock=clock)

@@ -99,8 +99,10 @@ class SAPT(IncLoRA):
             loss = loss + self.kl_ratio * divergence(mean, self.scores(pooled))
         return loss
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [*super().parameters(), *self.query.parameters(), *(k for k in self.keys if k.requires_grad)]  # type: ignore[list-item]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        query = {f"query.{name}": value for name, value in self.query.named_parameters()}
+        key = {f"key{len(self.means)}": value for value in self.keys if isinstance(value, nn.Parameter)}
+        return {**super().named_parameters(), **query, **key}
 
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)

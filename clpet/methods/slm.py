@@ -135,9 +135,9 @@ class SLM(Method):
                 return self.objective.loss(batch)
             return self.rows.loss(self.objective.features(batch), batch.labels)
 
-    def parameters(self) -> list[nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
         """Those of the current task: its values and head rows."""
-        return [*self.increments.current().values(), *(self.rows.parameters() if self.rows else [])]
+        return {**self.increments.current(), **(self.rows.named_parameters() if self.rows else {})}
 
     # Retrieval
 
