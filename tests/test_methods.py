@@ -47,7 +47,7 @@ VARIANTS = [
     ["dynamic_conpet", "method.top_k=2"],
     ["dynamic_conpet", "method.top_k=2", "cache_dir=null"],
     ["replay", "replay=reservoir", "train.select=best"],
-    ["emr", "replay=dynamic", "peft.dropout=0.3"],
+    ["emr", "replay=dynamic", "peft.dropout=0.3", "model.dropout=0.2"],
     ["crl", "replay=dynamic"],
     ["ea_emr", "replay=dynamic"],
     ["sequential", "peft=none", "train.lr=1e-4"],
