@@ -51,6 +51,7 @@ def whole_accuracy(make, relations: Path):
 DYNAMIC = ["method=dynamic_conpet", "replay.limit=10"]
 
 
+@pytest.mark.slow
 def test_one_module_beats_two_and_two_beat_all_and_all_data_beat_a_limit(whole_accuracy) -> None:
     """Oracle 28, in the published order; oracle 21: what is right was sent to the right module.
 
@@ -66,6 +67,7 @@ def test_one_module_beats_two_and_two_beat_all_and_all_data_beat_a_limit(whole_a
     assert limitless > one + 5
 
 
+@pytest.mark.slow
 def test_replay_is_far_above_regularisation(whole_accuracy) -> None:
     """Oracle 28: tens of points between EMR* and EWC or LwF, which end near the last task's share of a sixth."""
     replay, _ = whole_accuracy("method=emr", "replay=dynamic", "replay.limit=10")
@@ -99,6 +101,7 @@ def test_examples_of_a_task_are_a_constant(limit: int, sizes: list[int], static:
             method.replay.remember(index, lambda rows: rows)
 
 
+@pytest.mark.slow
 def test_the_tenth_task_takes_as_long_as_the_second(make, tmp_path: Path) -> None:
     """Oracle 29, in processor time of learning: level with dynamic replay, growing where all data come back."""
     lines = [

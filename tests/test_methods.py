@@ -65,7 +65,7 @@ VARIANTS = [
 ]
 
 
-QUICK = {"sequential", "dynamic_conpet", "kif"}  # the others in the slow tests
+QUICK = {"dynamic_conpet"}  # the others in the slow tests
 
 
 def speed(variant: list[str]) -> Any:

@@ -5,6 +5,7 @@ import hashlib
 import sysconfig
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from clpet.config import require
@@ -59,6 +60,7 @@ def _stable_key(text: str) -> str:
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
+@cache  # the runs of a sweep read them once
 def _module_paragraphs(root: Path, module: str) -> dict[str, str]:
     places = [root / module, root / f"_py{module}.py", root / f"{module}.py"]
     place = next((path for path in places if path.exists()), None)
