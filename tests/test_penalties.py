@@ -121,7 +121,7 @@ def test_ewc_of_answers_squares_the_gradient_of_a_batch(make) -> None:
     form = ["method.fisher=batch", "method.merge=average", "method.strength=5000"]
     run = make("method=ewc", *form, *WORDS, "train.global_batch_size=100")
     run.learn(0)
-    named = run.method.named()
+    named = run.method.named_parameters()
     loss = run.method.objective.loss(run.data.train.batch(run.data.train.rows_of(0)))
     grads = torch.autograd.grad(loss, list(named.values()))
     wanted = {name: grad.double().square() for name, grad in zip(named, grads, strict=True)}

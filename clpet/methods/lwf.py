@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from clpet.config import require
 from clpet.methods.replay import Static
@@ -58,7 +58,9 @@ class LwF(Static):
 
     def learn(self, task: Task, index: int, trainer: Any) -> None:
         if self.writes:
-            self.before = {name: value.detach().clone() for name, value in self.trained().items()} if index else {}
+            self.before = (
+                {name: value.detach().clone() for name, value in self.named_parameters().items()} if index else {}
+            )
             super().learn(task, index, trainer)
             return
         self.old = self.benchmark.seen_labels(index)
@@ -72,10 +74,6 @@ class LwF(Static):
     def old_logits(self, logits: Tensor) -> Tensor:
         """The columns of the old labels, in the order of `old`."""
         return logits[:, self.objective.head.columns(torch.as_tensor(self.old, device=logits.device))]
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What changes while a task is learned, by name."""
-        return {**self.objective.adapters.tensors("default"), **self.objective.parameters()}
 
     def loss(self, batch: Batch) -> Tensor:
         if self.writes:
@@ -103,7 +101,7 @@ class LwF(Static):
     @torch.no_grad()
     def answers_before(self, batch: Batch) -> Tensor:
         """[answer tokens, vocabulary] logits of the model from before the task, without dropout."""
-        adapters, trained = self.objective.adapters, self.trained()
+        adapters, trained = self.objective.adapters, self.named_parameters()
         now = {name: value.data for name, value in trained.items()}
         training = adapters.training
         try:
