@@ -58,6 +58,19 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
+def heading(method: Method, benchmark: Benchmark, objective: str) -> str:
+    """The first line of a run: what is learned, and what was resolved from the method and the data."""
+    labels = f", {len(benchmark.labels)} labels" if benchmark.labels else ""
+    compete = {None: "", "task": "; softmax over each task's own labels", "seen": "; softmax over all labels seen"}
+    resolved = compete[softmax(benchmark, objective)]
+    return f"{method.name} on {benchmark.name}: {len(benchmark)} tasks{labels}{resolved}"
+
+
+def softmax(benchmark: Benchmark, objective: str) -> str | None:
+    """Which labels compete in the loss of a classification, as benchmark.softmax=auto was resolved."""
+    return ("task" if benchmark.own_softmax else "seen") if objective == "classification" else None
+
+
 def start(
     out: Path,
     cfg: DictConfig,
@@ -258,6 +271,7 @@ def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchm
         "model": cfg.model.name,
         "benchmark": cfg.benchmark.name,
         "objective": cfg.benchmark.get("objective", "classification"),
+        "softmax": softmax(benchmark, cfg.benchmark.get("objective", "classification")),
         "replay": cfg.replay.name,
         "peft": cfg.peft.name,
         "batch": batch_record(cfg),

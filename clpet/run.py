@@ -72,6 +72,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         if parts["hardware"].shard and world().size > 1:
             shard(objective.adapters.model, objective.device)
         benchmark.data_record = inspect_data(benchmark, data)
+        display.print(records.heading(method, benchmark, parts["benchmark"].objective.value))
         if line := cut_line(benchmark.data_record):
             display.print(line)
         for warning in benchmark.data_record["warnings"]:
@@ -192,6 +193,7 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
     parts["benchmark"] = build(config.benchmark, "benchmark", cache_dir=config.cache_dir)
     method = build(config.method, "method", cache_dir=config.cache_dir)
     objective = parts["benchmark"].objective.value
+    parts["benchmark"].settle(method.mixes_tasks(parts["replay"].name))
     method.check(objective, parts["replay"].name, parts["peft"].name)
     load_objective_class(objective).check(parts["model"], parts["peft"].name, config.evaluation)
     check_knobs(config, parts, objective)

@@ -1,6 +1,7 @@
 """Trainer.fit: the one training loop, whatever the method."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -69,6 +70,17 @@ class Trainer:
     def epochs(self) -> int:
         """Passes of a fit of the present task."""
         return self.settings.epochs_of(self.task)
+
+    @contextlib.contextmanager
+    def using(self, epochs: int | None = None, lr: float | None = None) -> Iterator[None]:
+        """Fits inside take these in place of train.epochs and train.lr, where they are given."""
+        configured = self.settings
+        changes: dict[str, Any] = {key: value for key, value in (("epochs", epochs), ("lr", lr)) if value is not None}
+        self.settings = dataclasses.replace(configured, **changes)
+        try:
+            yield
+        finally:
+            self.settings = configured
 
     def rows(self, plan: Plan) -> np.ndarray:
         """The distinct rows of a plan's pool that a fit goes through, for what has to be done to them before."""

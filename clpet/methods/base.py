@@ -51,6 +51,10 @@ class Method:
         if peft == "frozen" and peft not in self.pefts:
             raise ConfigError(f"method={self.name} trains the model, and peft=frozen leaves nothing of it to train")
 
+    def mixes_tasks(self, replay: str) -> bool:
+        """Whether the loss sees examples of several tasks, so that benchmark.softmax=auto compares all seen labels."""
+        return replay != "none"
+
     def check_benchmark(self, benchmark: Benchmark) -> None:
         """Raises ConfigError where the tasks do not allow what the knobs ask for, before the backbone is loaded."""
 

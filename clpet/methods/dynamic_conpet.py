@@ -44,6 +44,8 @@ class DynamicConPET(Modular):
     teacher_forcing: bool = True
     warm_start: WarmStart = WarmStart.scratch
     selector_clip: float = 1.0
+    selector_epochs: int | None = None
+    selector_lr: float | None = None
 
     uses_replay: ClassVar[bool] = True
 
@@ -68,7 +70,8 @@ class DynamicConPET(Modular):
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         if index > 0 and self.top_k < len(self.benchmark):
             plan = self.replay.plan(index, "selector")
-            self.selector.learn(trainer, index, plan, self.selector_clip, lambda: self.selector_accuracy(index))
+            with trainer.using(self.selector_epochs, self.selector_lr):
+                self.selector.learn(trainer, index, plan, self.selector_clip, lambda: self.selector_accuracy(index))
         self.add_module(index)
         if index > 0 and self.warm_start is not WarmStart.scratch:
             source = module_name(index - 1) if self.warm_start is WarmStart.previous else "selector"

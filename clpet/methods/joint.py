@@ -18,6 +18,9 @@ class Joint(Method):
         train, validation, test = ([e for t in self.benchmark.tasks for e in t.split(split)] for split in SPLITS)
         return [(len(self.benchmark) - 1, Task("all tasks", train, validation, test, tuple(self.benchmark.labels)))]
 
+    def mixes_tasks(self, replay: str) -> bool:
+        return True
+
     def setup(self, objective: Any, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int) -> None:
         everything = AllReplay()
         everything.setup(data, seed, replay.batch_size)

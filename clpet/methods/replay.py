@@ -17,6 +17,10 @@ class Static(Method):
 
     future_labels: bool = False
 
+    def mixes_tasks(self, replay: str) -> bool:
+        """A softmax over labels to come is asked for by name: it is not cut to a task's own."""
+        return self.future_labels or super().mixes_tasks(replay)
+
     def grow_head(self, index: int) -> None:
         if self.future_labels:
             self.objective.add_labels(range(len(self.benchmark.labels)))

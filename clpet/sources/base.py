@@ -28,8 +28,9 @@ class Kind(Enum):
 
 
 class Softmax(Enum):
-    """Labels that compete in the loss of a classification."""
+    """Labels that compete in the loss of a classification; auto becomes one of the others with the method."""
 
+    auto = "auto"
     seen = "seen"
     task = "task"
 
@@ -62,7 +63,7 @@ class Source:
     truncate: Truncate = Truncate.end
     keep: Any = None  # or a dict by task
     objective: Kind = Kind.classification
-    softmax: Softmax = Softmax.seen
+    softmax: Softmax = Softmax.auto
     prompt: str = "{text}"
     max_target: int = 50
     metric: str = "exact_match"
@@ -100,6 +101,15 @@ class Source:
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
         """The splits of every task, in listed order."""
         raise DataError(f"{type(self).__name__} does not say how to read its tasks")
+
+    def settle(self, mixes_tasks: bool) -> None:
+        """Replaces softmax=auto: all seen labels compete where the loss sees examples of several tasks, else a task's own.
+
+        Without this rule a method without replay forgets by its softmax: every step on a new task pushes the logits
+        of all old labels down, whatever the method protects.
+        """
+        if self.softmax is Softmax.auto:
+            self.softmax = Softmax.seen if mixes_tasks or self.objective is not Kind.classification else Softmax.task
 
     @property
     def answers(self) -> bool:
