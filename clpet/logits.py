@@ -6,6 +6,7 @@ block of the same shape (`blocks`): rounding depends on a block's shape, not on 
 result then depends neither on what the cache held before nor on who filled it.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from clpet.text import EncodedDataset
 
 BLOCK = 16  # examples in a block
 STEP = 8  # a block's width is a multiple of it
+BARE = "bare backbone"  # the frozen module without an adapter
 
 
 class LogitStore:
@@ -52,7 +54,7 @@ class LogitStore:
         missing = np.unique(rows[table.place[rows] < 0])
         self.objective.meter.cached(table.first(rows) - len(missing))
         if len(missing):
-            with self.objective.adapters.using(name):
+            with self._through(name):
                 for part in blocks(pool.lengths, missing):
                     table.add(part, self._compute(name, pool, part))
             table.save()
@@ -68,13 +70,17 @@ class LogitStore:
         parts = list(blocks(pool.lengths, unknown))
         asked = table.first(rows) - len(unknown)
         self.objective.meter.cached(max(0, asked) if world().main else 0)
-        with self.objective.adapters.using(name):
+        with self._through(name):
             found = world().map(lambda part: self._compute(name, pool, part), parts)
         for part, logits in zip(parts, found, strict=True):
             new = table.place[part] < 0
             table.add(part[new], logits[new])
         if parts:
             table.save()
+
+    def _through(self, name: str) -> contextlib.AbstractContextManager[None]:
+        adapters = self.objective.adapters
+        return adapters.off() if name == BARE else adapters.using(name)
 
     @torch.no_grad()
     def _compute(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""The selector of dynamic ConPET: an adapter and a head over task numbers, which rank the modules for an input."""
+"""Selectors of dynamic ConPET: they rank the modules for an input, trained as published or by class means."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive
-from clpet.logits import LogitStore
+from clpet.logits import BARE, LogitStore
 from clpet.mixing import Plan
 from clpet.objectives.classification import Classification
 from clpet.text import Batch, EncodedDataset
@@ -27,6 +28,10 @@ class Selector:
         self.objective, self.store, self.seed = objective, store, seed
         self.head = objective.new_head(seed, [f"task {name}" for name in tasks])
         self.head.grow([0])
+
+    def stored(self) -> int:
+        """Scalars of the head."""
+        return sum(p.numel() for p in self.head.parameters())
 
     @property
     def learned(self) -> bool:
@@ -51,6 +56,15 @@ class Selector:
         """Scores asked for from now on are those of the weights as they are."""
         self.store.freeze(NAME, self.head.weight, self.head.bias)
 
+    def state(self) -> dict[str, Any]:
+        """The head; the adapter is among the objective's."""
+        return self.head.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restores what `state` returned."""
+        self.head.load(state)
+        self.freeze()
+
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over task numbers."""
         return F.cross_entropy(self.head(self.objective.features(batch)), batch.tasks)
@@ -67,3 +81,57 @@ class Selector:
         """[len(rows), count]: task numbers by falling score."""
         scores = torch.from_numpy(self.store.get(NAME, pool, rows))
         return scores.topk(count, dim=1).indices.numpy()
+
+
+class Prototypes:
+    """Ranks tasks by the class mean nearest to a text's frozen features: nothing is trained, nothing is replayed.
+
+    The score of task k is max_c cos(h(x), mean of h over the task's train examples of class c), with h of the bare
+    backbone. Since |h(x)| is the same for all classes, the scores are a linear readout of h, W = normalised means.
+    An extension of ours; ConPET trains `Selector`.
+    """
+
+    learned = False  # it has no adapter
+
+    def __init__(self, objective: Classification, store: LogitStore) -> None:
+        self.objective, self.store = objective, store
+        self.means: list[Tensor] = []  # of every task [classes, dim], of length one
+
+    def add(self, h: Tensor, labels: Tensor) -> None:
+        """Takes in the next task: features [n, dim] and labels [n] of its train examples."""
+        means = torch.stack([h[labels == label].mean(0) for label in labels.unique()])
+        self.means.append(F.normalize(means, dim=1))
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Scores asked for from now on are those of the means as they are."""
+        weight = torch.cat(self.means)
+        self.store.freeze(BARE, weight, weight.new_zeros(len(weight)))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Nothing is trained."""
+        return []
+
+    def stored(self) -> int:
+        """Scalars kept."""
+        return sum(means.numel() for means in self.means)
+
+    def look_up(self, pool: EncodedDataset, rows: np.ndarray) -> None:
+        """Has the scores computed where `ranking` will ask for them."""
+        self.store.fill(BARE, pool, rows)
+
+    def ranking(self, pool: EncodedDataset, rows: np.ndarray, count: int) -> np.ndarray:
+        """[len(rows), count]: task numbers by falling score."""
+        parts = torch.from_numpy(self.store.get(BARE, pool, rows)).split([len(means) for means in self.means], dim=1)
+        scores = torch.stack([part.amax(1) for part in parts], dim=1)
+        return scores.topk(count, dim=1).indices.numpy()
+
+    def state(self) -> dict[str, Any]:
+        """The means of every task."""
+        return {"means": self.means}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restores what `state` returned."""
+        self.means = [means.to(self.objective.device) for means in state["means"]]
+        if self.means:
+            self.freeze()

@@ -87,7 +87,8 @@ def test_ewc_leaves_new_rows_free(make) -> None:
 
 def test_fisher_weights_every_label_by_its_probability(make) -> None:
     """The formula on one batch of one example: sum_c p_c (grad of -log p_c)^2."""
-    run = make("method=ewc", "train.global_batch_size=1", "method.fisher_batches=1", "train.epochs=1")
+    small = ["train.global_batch_size=1", "method.fisher_batches=1", "train.epochs=1"]
+    run = make("method=ewc", "method.fisher=labels", "benchmark.softmax=seen", *small)
     run.method.grow_head(0)
     found = run.method.information(0)["bias"]
     rows = run.data.train.shuffled(run.data.train.rows_of(0), 1, run.method.replay.rng(0, "fisher"))[0]

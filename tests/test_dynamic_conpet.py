@@ -120,7 +120,7 @@ def test_as_many_modules_as_tasks_need_no_selector(make) -> None:
 def test_selector_head_growth_keeps_old_rows(make) -> None:
     """Oracle 23: old rows and biases are identical right after the expansion."""
     run = learned(make, tasks=2)
-    selector = run.method.selector.head
+    selector = run.method.router.head
     weight, bias = selector.weight.detach().clone(), selector.bias.detach().clone()
     h = torch.randn(50, run.method.objective.dim)
     before = selector(h)[:, :2].argmax(1)
@@ -144,7 +144,7 @@ def test_teacher_forcing_is_for_training_only(make) -> None:
     batch = pool.batch(np.arange(len(pool)))
     assert (method.training_set(batch.rows) == pool.tasks[:, None]).any(1).all()
     with torch.inference_mode(), method.objective.adapters.using("selector"):
-        own = method.selector.head(method.objective.features(batch)).topk(2, 1).indices
+        own = method.router.head(method.objective.features(batch)).topk(2, 1).indices
     with torch.inference_mode():
         assert torch.equal(method.select(batch), own)
 

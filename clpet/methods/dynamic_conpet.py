@@ -22,10 +22,17 @@ from clpet.methods.base import Choices, Predictions
 from clpet.methods.modular import Modular, module_name
 from clpet.mixing import Plan
 from clpet.objectives.classification import MISSING, Head
-from clpet.selector import Selector
+from clpet.selector import Prototypes, Selector
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, EncodedDataset
 from clpet.training import Trainer
+
+
+class Routing(Enum):
+    """What ranks the modules for an input: a trained selector (the paper's), or class means of frozen features."""
+
+    trained = "trained"
+    prototypes = "prototypes"
 
 
 class WarmStart(Enum):
@@ -43,6 +50,7 @@ class DynamicConPET(Modular):
     top_k: int = 1
     teacher_forcing: bool = True
     warm_start: WarmStart = WarmStart.scratch
+    selector: Routing = Routing.trained
     selector_clip: float = 1.0
     selector_epochs: int | None = None
     selector_lr: float | None = None
@@ -52,38 +60,59 @@ class DynamicConPET(Modular):
     def __post_init__(self) -> None:
         require(self.top_k >= 1, "method.top_k", self.top_k, "at least 1")
         require(self.selector_clip >= 0, "method.selector_clip", self.selector_clip, "0 (off) or more")
+        epochs, lr = self.selector_epochs, self.selector_lr
+        require(epochs is None or epochs >= 1, "method.selector_epochs", epochs, "at least 1, or null")
+        require(lr is None or lr > 0, "method.selector_lr", lr, "more than 0, or null")
 
     def check(self, objective: str, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
-        if replay == "none":
-            raise ConfigError("method=dynamic_conpet trains its selector on old examples: replay=dynamic or replay=all")
+        if replay == "none" and self.selector is Routing.trained:
+            raise ConfigError(
+                "method=dynamic_conpet trains its selector on old examples: take replay=dynamic or replay=all, "
+                "or method.selector=prototypes"
+            )
 
     def check_benchmark(self, benchmark: Benchmark) -> None:
-        if self.warm_start is WarmStart.selector and self.top_k >= len(benchmark):
-            raise ConfigError(f"method.warm_start=selector, but with top_k={self.top_k} there is no selector")
+        trained = self.selector is Routing.trained
+        if self.warm_start is WarmStart.selector and (self.top_k >= len(benchmark) or not trained):
+            raise ConfigError("method.warm_start=selector, but no selector is trained here")
 
     def first_adapter(self) -> None:
         super().first_adapter()
         self.store = LogitStore(self.objective, self.cache_dir)
-        self.selector = Selector(self.objective, self.store, self.benchmark.names, self.seed)
+        self.router: Selector | Prototypes = (
+            Selector(self.objective, self.store, self.benchmark.names, self.seed)
+            if self.selector is Routing.trained
+            else Prototypes(self.objective, self.store)
+        )
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
-        if index > 0 and self.top_k < len(self.benchmark):
-            plan = self.replay.plan(index, "selector")
-            with trainer.using(self.selector_epochs, self.selector_lr):
-                self.selector.learn(trainer, index, plan, self.selector_clip, lambda: self.selector_accuracy(index))
+        if self.top_k < len(self.benchmark):
+            self.learn_routing(index, trainer)
         self.add_module(index)
         if index > 0 and self.warm_start is not WarmStart.scratch:
             source = module_name(index - 1) if self.warm_start is WarmStart.previous else "selector"
             self.objective.adapters.copy(source, module_name(index))
         self.fit(trainer, index)
 
+    def learn_routing(self, index: int, trainer: Trainer) -> None:
+        """The routing of a task is learned before its module; a trained selector has nothing to tell apart before two."""
+        if isinstance(self.router, Prototypes):
+            rows = self.data.train.rows_of(index)
+            with self.objective.adapters.off():
+                h = self.embed(rows, self.objective.features)
+            self.router.add(h, torch.from_numpy(self.data.train.labels[rows]).to(h.device))
+        elif index > 0:
+            plan, right = self.replay.plan(index, "selector"), partial(self.selector_accuracy, index)
+            with trainer.using(self.selector_epochs, self.selector_lr):
+                self.router.learn(trainer, index, plan, self.selector_clip, right)
+
     def ranking(self, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
         """[len(rows), min(K, modules)]: task numbers by falling selector score; all modules when K covers them."""
         modules = len(self.modules)
         if self.top_k >= modules:
             return np.tile(np.arange(modules), (len(rows), 1))
-        return self.selector.ranking(pool, rows, self.top_k)
+        return self.router.ranking(pool, rows, self.top_k)
 
     def select(self, batch: Batch) -> Tensor:
         """[batch, min(K, modules)]: the ranking of a batch."""
@@ -92,7 +121,8 @@ class DynamicConPET(Modular):
 
     def selector_accuracy(self, index: int) -> float:
         """Average over tasks of the share of validation examples sent to their own task."""
-        return self.average_score(self.replay.validation(index), self.selector.right)
+        assert isinstance(self.router, Selector)
+        return self.average_score(self.replay.validation(index), self.router.right)
 
     # Module k: logits of the selected modules over Y_{1:k}, -100 elsewhere; cross-entropy.
 
@@ -117,8 +147,8 @@ class DynamicConPET(Modular):
         return (self.training_set(rows) == index).any(1)
 
     def stages(self, index: int) -> dict[str, Plan]:
-        selector = {"selector": self.replay.plan(index, "selector")}
-        return {**(selector if index > 0 and self.top_k < len(self.benchmark) else {}), "module": self.plan(index)}
+        selects = index > 0 and self.top_k < len(self.benchmark) and self.selector is Routing.trained
+        return {**({"selector": self.replay.plan(index, "selector")} if selects else {}), "module": self.plan(index)}
 
     def fit(self, trainer: Trainer, index: int) -> None:
         """With K > 1 frozen logits come first, in large blocks: the inner loop only looks them up."""
@@ -133,7 +163,7 @@ class DynamicConPET(Modular):
     def look_up_selector(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         """Has the selector's scores computed where `ranking` will ask for them."""
         if self.top_k < len(self.modules):
-            self.selector.look_up(pool, rows)
+            self.router.look_up(pool, rows)
 
     def look_up(self, pool: EncodedDataset, rows: np.ndarray, chosen: np.ndarray) -> None:
         """Has the logits of the frozen modules among `chosen` [len(rows), any] computed where they are not known."""
@@ -203,29 +233,25 @@ class DynamicConPET(Modular):
         return self.average_score(own, right)
 
     def trainable_parameters(self) -> int:
-        """Module k and, from task 2 on, the selector."""
+        """Module k and, from task 2 on, the trained selector."""
         count = super().trainable_parameters()
-        return (
-            count + sum(p.numel() for p in self.selector.named_parameters().values())
-            if self.selector.learned
-            else count
-        )
+        own = self.router.named_parameters().values() if self.router.learned else ()
+        return count + sum(p.numel() for p in own)
 
     def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(p.numel() for p in self.selector.head.parameters())
+        return super().stored_parameters() + self.router.stored()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "selector": self.selector.head.state()}
+        return {**super().state_dict(), "selector": self.router.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.selector.head.load(state["selector"])
         for index in range(len(self.modules)):
             self.store.freeze(module_name(index), *self.readout(index))
-        self.selector.freeze()
+        self.router.load(state["selector"])
 
     def heads(self) -> dict[str, Head]:
-        return {**super().heads(), "selector": self.selector.head}
+        return {**super().heads(), **({"selector": self.router.head} if isinstance(self.router, Selector) else {})}
 
 
 def force(selected: np.ndarray, tasks: np.ndarray) -> np.ndarray:
