@@ -62,8 +62,11 @@ def heading(method: Method, benchmark: Benchmark, objective: str) -> str:
     """The first line of a run: what is learned, and what was resolved from the method and the data."""
     labels = f", {len(benchmark.labels)} labels" if benchmark.labels else ""
     compete = {None: "", "task": "; softmax over each task's own labels", "seen": "; softmax over all labels seen"}
-    resolved = compete[softmax(benchmark, objective)]
-    return f"{method.name} on {benchmark.name}: {len(benchmark)} tasks{labels}{resolved}"
+    chosen = "".join(f"; {key}={value}" for key, value in method.resolved(benchmark).items())
+    return (
+        f"{method.name} on {benchmark.name}: {len(benchmark)} tasks{labels}"
+        f"{compete[softmax(benchmark, objective)]}{chosen}"
+    )
 
 
 def softmax(benchmark: Benchmark, objective: str) -> str | None:
@@ -125,6 +128,7 @@ def collect(
         "task_backward": tolist(state.own.backward),
         "task_forward": tolist(state.own.forward),
         "task_id_at_test": method.task_id_at_test,
+        "resolved": method.resolved(benchmark),
         "metric": benchmark.tasks[0].metric,
         **headline(state.matrix),
         "metrics": state.matrix.metrics(),

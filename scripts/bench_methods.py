@@ -107,7 +107,7 @@ def generate(overrides: list[str], rounds: int) -> None:
 
 def slm(overrides: list[str], rounds: int) -> None:
     """Forward passes mixed per text against a plain LoRA of the same columns, batch by batch; stage 1 against steps."""
-    bench = Bench(["method=slm", "method.rank=12", "method.top_k=4", *overrides])
+    bench = Bench(["method=slm", "method.rank=12", "method.groups=6", "method.keys=4", "method.top_k=4", *overrides])
     method = bench.method()
     targets = ",".join(attention_outputs(method.objective.adapters.model))
     plain = Bench(["method=sequential", "peft.r=48", "peft.alpha=48", f"peft.targets=[{targets}]", *overrides]).method()
@@ -141,7 +141,7 @@ def slm(overrides: list[str], rounds: int) -> None:
             f"{name:24} {1e3 * np.median(found[which]):8.2f} ms   {np.median(found[which] / base):6.3f} of plain LoRA"
         )
     stage = KeyLearning(epochs=1, min_steps=0)
-    start = orthonormal(method.groups, method.keys, queries.shape[2], 0).to(device)
+    start = orthonormal(method.sizes.groups, method.sizes.keys, queries.shape[2], 0).to(device)
     keys = min(
         timed(lambda: stage.learn(queries, start, 0, lambda *_: None, trial=False)) for _ in range(rounds)
     ) / len(queries)
@@ -155,7 +155,7 @@ def trained(method: Any, width: int, tasks: int) -> None:
     """As after `tasks` tasks, with keys at random."""
     while len(method.key_pool) < tasks:
         task = len(method.key_pool)
-        method.key_pool.append(orthonormal(method.groups, method.keys, width, task).to(method.objective.device))
+        method.key_pool.append(orthonormal(method.sizes.groups, method.sizes.keys, width, task).to(method.objective.device))
         method.increments.add(derive(0, task), method.per_task)
         method.rows.grow(method.benchmark.task_labels(task % len(method.benchmark)), seen=False)
 
@@ -163,7 +163,7 @@ def trained(method: Any, width: int, tasks: int) -> None:
 def mixed_forward(method: Any, batch: Any) -> None:
     """What a training step computes before backward, without the loss."""
     mixture = method.mix(method.similarities(batch, method.key_pool[-1:]))
-    with method.increments.mixed(mixture.branches(method.keys)):
+    with method.increments.mixed(mixture.branches(method.sizes.keys)):
         method.rows.scores(method.objective.features(batch), None)
 
 

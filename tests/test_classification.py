@@ -139,3 +139,21 @@ def test_softmax_over_the_own_task_ignores_other_labels(make) -> None:
     assert objective.loss(batch).item() == pytest.approx(wanted.item(), rel=1e-6)
     objective.benchmark.own_softmax = False
     assert objective.loss(batch).item() > 10
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own"),
+    [
+        (["method=sequential"], True),
+        (["method=kif"], True),
+        (["method=kif", "replay=share"], False),
+        (["method=replay"], False),
+        (["method=joint"], False),
+        (["method=lwf", "method.future_labels=true"], False),
+        (["method=sequential", "benchmark.softmax=seen"], False),
+        (["method=replay", "benchmark.softmax=task"], True),
+    ],
+)
+def test_softmax_auto_depends_on_whether_the_loss_sees_old_examples(overrides: list[str], own: bool, make) -> None:
+    """auto: a task's own labels compete where nothing old is replayed, else all seen ones; what is set stays."""
+    assert make(*overrides).benchmark.own_softmax is own

@@ -297,3 +297,31 @@ def test_limitless_learns_from_everything(make) -> None:
     run.learn(2)
     cost = run.method.objective.meter.take_learning()
     assert cost["forward_examples"] == 2 * (72 + 24)
+
+
+def test_prototypes_route_to_the_nearest_class_mean(make) -> None:
+    """The ranking is that of max over a task's classes of cos(h, class mean), h of the bare backbone; nothing trains."""
+    run = learned(make, "method.selector=prototypes", "replay=none")
+    method, pool = run.method, run.data.train
+    with torch.no_grad(), method.objective.adapters.off():
+        h = method.objective.features(pool.batch(np.arange(len(pool))))
+        tested = method.objective.features(run.data.test.batch(np.arange(len(run.data.test))))
+    scores = torch.full((len(tested), 3), -2.0)
+    for task in range(3):
+        for label in run.benchmark.task_labels(task):
+            mean = h[torch.from_numpy((pool.tasks == task) & (pool.labels == label))].mean(0)
+            scores[:, task] = torch.maximum(scores[:, task], F.cosine_similarity(tested, mean[None]))
+    found = method.ranking(run.data.test, np.arange(len(run.data.test)))
+    assert np.array_equal(found[:, 0], scores.argmax(1).numpy())
+    assert method.trainable_parameters() == sum(p.numel() for p in method.parameters())
+    assert method.stored_parameters() == method.trainable_parameters() * 3 + 12 * h.shape[1]
+
+
+def test_the_selector_has_epochs_and_a_rate_of_its_own(make) -> None:
+    """Only its stage takes them; afterwards the trainer has those of the run again."""
+    run = make("method=dynamic_conpet", "method.selector_epochs=5", "method.selector_lr=0.5")
+    fits: list[tuple[str, int, float]] = []
+    run.trainer.progress.fit = lambda stage, epochs, steps: fits.append((stage, epochs, run.trainer.settings.lr))
+    run.learn(0)
+    run.learn(1)
+    assert fits == [("", 2, 1e-3), ("selector", 5, 0.5), ("", 2, 1e-3)]

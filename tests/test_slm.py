@@ -39,6 +39,7 @@ def slm(make, encoder: Path):
 
     def build(*overrides: str, spread: float | None = 10.0) -> SimpleNamespace:
         run = make("method=slm", f"method.encoder={encoder}", "train.lr=2e-2", "method.rank=4",
+                   "method.groups=6", "method.keys=4", "method.top_k=4",
                    "method.stage1.min_steps=150", *overrides)  # fmt: skip
         if spread is not None:
             run.method.embeddings = Around(run, spread)
@@ -234,7 +235,7 @@ def everything(method) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("values", ["shared", "per_group"])
 def test_earlier_tasks_keep_their_bits(values: str, slm) -> None:
     """Oracle 12, with weight decay: after each task keys, values and head rows of every earlier one are the same."""
-    run = slm(f"method.values={values}", "method.top_k=2", "train.weight_decay=0.5", "method.train_labels=seen")
+    run = slm(f"method.values={values}", "method.top_k=2", "train.weight_decay=0.5", "benchmark.softmax=seen")
     before: dict[str, torch.Tensor] = {}
     for task in range(3):
         run.learn(task)
@@ -515,7 +516,8 @@ def test_a_run_keeps_and_shows_what_was_retrieved(words: Path, encoder: Path, cl
     """results.json, the parquet and the picture; a second run finds its embeddings and gets the same."""
     from .conftest import tiny_args
 
-    args = ["train", "method=slm", f"method.encoder={encoder}", *tiny_args(words), "fresh=true"]
+    sizes = ["method.groups=6", "method.keys=4", "method.top_k=4"]
+    args = ["train", "method=slm", f"method.encoder={encoder}", *sizes, *tiny_args(words), "fresh=true"]
     assert clpet(*args).code == 0
     first, cache = results(tmp_path / "outputs"), sorted(tmp_path.glob("outputs/.cache/embeddings/*/*"))
     stamps = [path.stat().st_mtime_ns for path in cache]
@@ -529,6 +531,7 @@ def test_a_run_keeps_and_shows_what_was_retrieved(words: Path, encoder: Path, cl
     assert (folder / "retrieval.png").stat().st_size > 5000
     assert len(list((folder / "adapters").iterdir())) == 3 * 4
     assert first["cost"][0]["stored_parameters"] == 4 * 12 * 64 * 2 + 6 * 4 * 8 + 4 * 33
+    assert (first["softmax"], first["resolved"]) == ("task", {})
     assert len(cache) == 6  # train and test of three tasks
     assert clpet(*args).code == 0
     assert [path.stat().st_mtime_ns for path in cache] == stamps
@@ -541,7 +544,7 @@ def test_a_run_keeps_and_shows_what_was_retrieved(words: Path, encoder: Path, cl
     [("method.top_k=5", "method.top_k must be from 1 to the 4 keys of a task"),
      ("method.stage1.top_k=5", "method.stage1.top_k must be from 1 to the 4 keys of a task"),
      ("method.groups=7", "method.groups=7 does not divide the 48 dimensions"),
-     ("method.keys=9", "method.keys=9, but a chunk of 8 numbers has no more keys"),
+     ("method.keys=9", "method.keys=9, but a chunk of 8 numbers has no more orthogonal keys"),
      ("method.values=both", "method.values must be shared or per_group, not both"),
      ("method.rank=0", "method.rank must be at least 1"),
      ("peft=lora", "method=slm needs peft=frozen"),
@@ -553,3 +556,19 @@ def test_senseless_settings_are_refused(override: str, message: str, slm) -> Non
         slm(override, spread=None)
     assert message in str(found.value)
     assert "\n" not in str(found.value)
+
+
+def test_sizes_follow_the_labels_of_a_task_unless_they_are_set(make, encoder: Path) -> None:
+    """One group, at least 12 keys and the best one where there are labels; options that are set stay; all is said."""
+    run = make("method=slm", f"method.encoder={encoder}")
+    assert run.method.sizes == (1, 12, 1)
+    assert run.method.resolved(run.benchmark) == {"method.groups": 1, "method.keys": 12, "method.top_k": 1}
+    run.learn(0)
+    assert run.method.key_pool[0].shape == (1, 12, 48)
+    chosen = make("method=slm", f"method.encoder={encoder}", "method.groups=4", "method.keys=6").method
+    assert chosen.sizes == (4, 6, 1)
+    assert chosen.resolved(run.benchmark) == {"method.top_k": 1}
+    plain = SimpleNamespace(tasks=[SimpleNamespace(labels=())])
+    assert chosen.choose_sizes(plain) == (4, 6, 4)
+    many = SimpleNamespace(tasks=[SimpleNamespace(labels=range(5)), SimpleNamespace(labels=range(30))])
+    assert run.method.choose_sizes(many) == (1, 30, 1)

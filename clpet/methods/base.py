@@ -72,6 +72,10 @@ class Method:
         """The adapter that a fresh run evaluates and trains."""
         self.objective.adapters.add("default", derive(self.seed, "adapter", "default"))
 
+    def resolved(self, benchmark: Benchmark) -> dict[str, Any]:
+        """Options that were left to the method and what it chose from the data, for the header and the record."""
+        return {}
+
     def curriculum(self) -> list[tuple[int, Task]]:
         """(position, task) in learning order; after each, row position + 1 of the matrix is measured."""
         return list(enumerate(self.benchmark.tasks))
