@@ -5,6 +5,7 @@ A replay component keeps row numbers of the train pool, never text. `plan` gives
 another component drew.
 """
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,6 +131,12 @@ class DrawnReplay(NoReplay):
     def keeps_all(self) -> bool:
         """Whether the whole history may come back."""
         return False
+
+    def mixed(self, ratio: float | None) -> "DrawnReplay":
+        """This memory with another share of old examples in a batch; None: the same one."""
+        other = copy.copy(self)
+        other.ratio = self.ratio if ratio is None else ratio
+        return other
 
     def __post_init__(self) -> None:
         require(self.ratio != 0, "replay.ratio", self.ratio, "positive (new:old) or negative (old:new)")

@@ -108,9 +108,9 @@ class Prototypes:
         weight = torch.cat(self.means)
         self.store.freeze(BARE, weight, weight.new_zeros(len(weight)))
 
-    def parameters(self) -> list[nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
         """Nothing is trained."""
-        return []
+        return {}
 
     def stored(self) -> int:
         """Scalars kept."""

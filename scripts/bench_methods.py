@@ -155,7 +155,9 @@ def trained(method: Any, width: int, tasks: int) -> None:
     """As after `tasks` tasks, with keys at random."""
     while len(method.key_pool) < tasks:
         task = len(method.key_pool)
-        method.key_pool.append(orthonormal(method.sizes.groups, method.sizes.keys, width, task).to(method.objective.device))
+        method.key_pool.append(
+            orthonormal(method.sizes.groups, method.sizes.keys, width, task).to(method.objective.device)
+        )
         method.increments.add(derive(0, task), method.per_task)
         method.rows.grow(method.benchmark.task_labels(task % len(method.benchmark)), seen=False)
 

@@ -230,7 +230,8 @@ def test_skipping_the_old_half_gives_the_full_gradient(make) -> None:
 @pytest.mark.parametrize("teacher_forcing", [True, False])
 def test_skipping_what_meets_no_new_module_gives_the_full_gradient(make, teacher_forcing: bool) -> None:
     """K = 2: an example whose selected modules are all frozen adds a constant to the loss, whatever its label."""
-    run = learned(make, "method.top_k=2", f"method.teacher_forcing={str(teacher_forcing).lower()}")
+    forcing = f"method.teacher_forcing={str(teacher_forcing).lower()}"
+    run = learned(make, "method.top_k=2", "method.selector_ratio=null", forcing)
     method, pool = run.method, run.data.train
     rows = np.arange(len(pool))
     selected, meets = method.training_set(rows), method.meets(2, rows)

@@ -559,16 +559,16 @@ def test_senseless_settings_are_refused(override: str, message: str, slm) -> Non
 
 
 def test_sizes_follow_the_labels_of_a_task_unless_they_are_set(make, encoder: Path) -> None:
-    """One group, at least 12 keys and the best one where there are labels; options that are set stay; all is said."""
+    """One group, at least 20 keys and the best one where there are labels; options that are set stay; all is said."""
     run = make("method=slm", f"method.encoder={encoder}")
-    assert run.method.sizes == (1, 12, 1)
-    assert run.method.resolved(run.benchmark) == {"method.groups": 1, "method.keys": 12, "method.top_k": 1}
+    assert run.method.sizes == (1, 20, 1)
+    assert run.method.resolved(run.benchmark) == {"method.groups": 1, "method.keys": 20, "method.top_k": 1}
     run.learn(0)
-    assert run.method.key_pool[0].shape == (1, 12, 48)
+    assert run.method.key_pool[0].shape == (1, 20, 48)
     chosen = make("method=slm", f"method.encoder={encoder}", "method.groups=4", "method.keys=6").method
     assert chosen.sizes == (4, 6, 1)
     assert chosen.resolved(run.benchmark) == {"method.top_k": 1}
     plain = SimpleNamespace(tasks=[SimpleNamespace(labels=())])
     assert chosen.choose_sizes(plain) == (4, 6, 4)
     many = SimpleNamespace(tasks=[SimpleNamespace(labels=range(5)), SimpleNamespace(labels=range(30))])
-    assert run.method.choose_sizes(many) == (1, 30, 1)
+    assert run.method.choose_sizes(many) == (1, 60, 1)

@@ -18,6 +18,7 @@ from torch import Tensor
 from clpet.config import require
 from clpet.errors import ConfigError
 from clpet.logits import LogitStore
+from clpet.memory import DrawnReplay
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.modular import Modular, module_name
 from clpet.mixing import Plan
@@ -54,6 +55,7 @@ class DynamicConPET(Modular):
     selector_clip: float = 1.0
     selector_epochs: int | None = None
     selector_lr: float | None = None
+    selector_ratio: float | None = -3.0
 
     uses_replay: ClassVar[bool] = True
 
@@ -63,6 +65,9 @@ class DynamicConPET(Modular):
         epochs, lr = self.selector_epochs, self.selector_lr
         require(epochs is None or epochs >= 1, "method.selector_epochs", epochs, "at least 1, or null")
         require(lr is None or lr > 0, "method.selector_lr", lr, "more than 0, or null")
+        require(
+            self.selector_ratio != 0, "method.selector_ratio", 0, "positive (new:old) or negative (old:new), or null"
+        )
 
     def check(self, objective: str, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
@@ -96,16 +101,21 @@ class DynamicConPET(Modular):
         self.fit(trainer, index)
 
     def learn_routing(self, index: int, trainer: Trainer) -> None:
-        """The routing of a task is learned before its module; a trained selector has nothing to tell apart before two."""
+        """The routing of a task is learned before its module; a trained selector needs two tasks to tell apart."""
         if isinstance(self.router, Prototypes):
             rows = self.data.train.rows_of(index)
             with self.objective.adapters.off():
                 h = self.embed(rows, self.objective.features)
             self.router.add(h, torch.from_numpy(self.data.train.labels[rows]).to(h.device))
         elif index > 0:
-            plan, right = self.replay.plan(index, "selector"), partial(self.selector_accuracy, index)
+            plan, right = self.selector_plan(index), partial(self.selector_accuracy, index)
             with trainer.using(self.selector_epochs, self.selector_lr):
                 self.router.learn(trainer, index, plan, self.selector_clip, right)
+
+    def selector_plan(self, index: int) -> Plan:
+        """Batches of the selector stage: with half of a batch from the newest task it prefers that task at test."""
+        replay = self.replay.mixed(self.selector_ratio) if isinstance(self.replay, DrawnReplay) else self.replay
+        return replay.plan(index, "selector")
 
     def ranking(self, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
         """[len(rows), min(K, modules)]: task numbers by falling selector score; all modules when K covers them."""
@@ -148,7 +158,7 @@ class DynamicConPET(Modular):
 
     def stages(self, index: int) -> dict[str, Plan]:
         selects = index > 0 and self.top_k < len(self.benchmark) and self.selector is Routing.trained
-        return {**({"selector": self.replay.plan(index, "selector")} if selects else {}), "module": self.plan(index)}
+        return {**({"selector": self.selector_plan(index)} if selects else {}), "module": self.plan(index)}
 
     def fit(self, trainer: Trainer, index: int) -> None:
         """With K > 1 frozen logits come first, in large blocks: the inner loop only looks them up."""

@@ -46,9 +46,9 @@ class EWC(Static):
     sum_j F_j (theta - theta_j)^2 = S (theta - M/S)^2 + (Q - M^2/S): memory and time do not grow with the tasks.
     """
 
-    strength: float = 1.0
+    strength: float = 10_000.0
     fisher_batches: int | None = None
-    fisher: Fisher = Fisher.labels
+    fisher: Fisher = Fisher.batch
     merge: Merge = Merge.tasks
     decay: float = 0.9
 

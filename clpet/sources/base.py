@@ -103,7 +103,7 @@ class Source:
         raise DataError(f"{type(self).__name__} does not say how to read its tasks")
 
     def settle(self, mixes_tasks: bool) -> None:
-        """Replaces softmax=auto: all seen labels compete where the loss sees examples of several tasks, else a task's own.
+        """Replaces softmax=auto: all seen labels compete where the loss sees several tasks, else a task's own.
 
         Without this rule a method without replay forgets by its softmax: every step on a new task pushes the logits
         of all old labels down, whatever the method protects.
