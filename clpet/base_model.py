@@ -38,7 +38,7 @@ def prepare(
     if base is None:
         log.warning("model %s starts from random weights: there is no base corpus to make it on", backbone.name)
         return
-    tokens = Tokens(backbone.tokenizer())
+    tokens = Tokens(backbone.tokenizer(), begin=benchmark.begin)
     made_of = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.isolate,
                str(hardware.torch_dtype)]  # fmt: skip
     name = digest([*made_of, vars(backbone.base)], 16)
@@ -64,7 +64,7 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
     adapters = Adapters(model, backbone, Adapter(), generates=True)
     adapters.add("default", 0)
     alone = Benchmark("base", [benchmark.base], max_length=benchmark.max_length, isolate=benchmark.isolate)
-    alone.length_set = benchmark.length_set
+    alone.length_set, alone.begin = benchmark.length_set, benchmark.begin
     objective = LanguageModeling(alone, backbone, adapters, tokenizer, 0, hardware, Evaluation())
     objective.cache_dir = str(folder.parent.parent)
     how, plan = backbone.base, NoReplay()

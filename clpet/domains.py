@@ -46,6 +46,7 @@ class Domains(Source):
     order_encoder: str = "auto"
     order_samples: int = 500
     decontaminate: bool = True
+    begin: bool = False
     isolate: bool = False
     stream: bool = False
 
@@ -100,7 +101,7 @@ class Domains(Source):
         benchmark = Benchmark(self.name, [tasks[name] for name in order["names"]], max_length=self.max_length)
         benchmark.groups = self._groups(there, list(order["names"]))
         benchmark.base, benchmark.order = base, order
-        benchmark.isolate, benchmark.stream = self.isolate, self.stream
+        benchmark.begin, benchmark.isolate, benchmark.stream = self.begin, self.isolate, self.stream
         benchmark.check()
         return benchmark
 

@@ -77,6 +77,7 @@ class Benchmark:
     length_set: bool = False  # max_length was asked for: a model that cannot read as much is refused
     own_softmax: bool = False  # the loss compares the labels of an example's own task only
     reserved: int = 0  # positions of the model that a method's prompts take, at most
+    begin: bool = False  # every document begins with the tokenizer's begin token
     isolate: bool = False  # documents in one window of text do not see each other
     base: Task | None = None  # text that the model is made on before the first task
     data_record: dict[str, Any] = field(default_factory=dict)

@@ -122,6 +122,12 @@ class Template:
         return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
 
 
+def first_tokens(tokenizer: Any, begin: bool) -> list[int]:
+    """The special tokens before a document: the tokenizer's own, or with `begin` its begin token where it puts none."""
+    own, token = frame(tokenizer)[0], tokenizer.bos_token_id
+    return [token] if begin and not own and token is not None else own
+
+
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens a tokenizer puts before and after one text."""
     probe = tokenizer("a", add_special_tokens=False)["input_ids"]

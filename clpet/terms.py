@@ -19,7 +19,7 @@ from torch import Tensor
 from clpet.config import derive
 from clpet.packing import Windows
 from clpet.tasks import Benchmark, Example
-from clpet.templates import frame
+from clpet.templates import first_tokens
 from clpet.token_streams import Stream
 
 SAMPLE = 5000  # documents of a split that key terms and prompts come from
@@ -119,7 +119,7 @@ def asked(benchmark: Benchmark, tokenizer: Any, per_domain: int, pad_id: int) ->
     tasks = {task.name: task for task in benchmark.tasks}
     known = key_terms({name: _texts(task.train) for name, task in tasks.items()})
     places = prompts({name: _texts(task.test) for name, task in tasks.items()}, known, per_domain)
-    pool, head = Windows(pad_id), frame(tokenizer)[0]
+    pool, head = Windows(pad_id), first_tokens(tokenizer, benchmark.begin)
     for index, name in enumerate(benchmark.names):
         rows = [_ids(tokenizer, prompt) for prompt in places if prompt.domain == name]
         rows = [[*head, *ids[-(benchmark.max_length - len(head)) :]] for ids in rows]

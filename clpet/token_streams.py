@@ -14,7 +14,7 @@ import numpy as np
 from clpet import store
 from clpet.config import digest
 from clpet.tasks import Example
-from clpet.templates import frame
+from clpet.templates import first_tokens, frame
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ class Tokens:
     Without a folder, or where it cannot be written, they stay in memory.
     """
 
-    def __init__(self, tokenizer: Any, folder: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, folder: str | None = None, begin: bool = False) -> None:
         self.tokenizer = tokenizer
         self.folder = Path(folder).expanduser() / "tokens" if folder else None
-        self.head, tail = frame(tokenizer)
+        self.head, tail = first_tokens(tokenizer, begin), frame(tokenizer)[1]
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         self.tail = tail or ([] if end is None else [end])
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
@@ -53,7 +53,7 @@ class Tokens:
         self.identity = digest([known, self.head, self.tail], 32)
 
     def stream(self, documents: Sequence[Example], sized: bool) -> Stream:
-        """The documents, each between the tokenizer's own first token and its end token, one after the other.
+        """The documents, each between its first and its end token, one after the other.
 
         Bytes are counted only where `sized`.
         """

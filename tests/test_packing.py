@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from clpet.backbones import byte_tokenizer
 from clpet.packing import Windows, blocks, pack
@@ -91,3 +92,22 @@ def test_bytes_count_every_character_once() -> None:
     found = Tokens(byte_tokenizer()).stream([Example("añb")], sized=True)
     assert found.sizes.sum() == 4
     assert found.sizes[[0, -1]].tolist() == [0, 0]  # [CLS] and [SEP]
+
+
+def test_a_begin_token_stands_before_every_document_where_it_is_asked_for(tmp_path: Path) -> None:
+    """Once, whether the tokenizer puts it or not; it stands for no bytes, and the cache knows the difference."""
+    own, bare = byte_tokenizer(), byte_tokenizer()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    bare.bos_token = bare.cls_token
+    documents = [Example("ab"), Example("c")]
+    found = {
+        name: Tokens(tokenizer, str(tmp_path), begin).stream(documents, sized=True)
+        for name, tokenizer, begin in (("own", own, False), ("asked", bare, True), ("bare", bare, False))
+    }
+    assert found["asked"].tokens.tolist() == found["own"].tokens.tolist()
+    assert found["asked"].starts.tolist() == [0, 4]
+    assert found["asked"].sizes.tolist() == [0, 1, 1, 0, 0, 1, 0]
+    kept = found["asked"].tokens != bare.bos_token_id
+    assert found["bare"].tokens.tolist() == found["asked"].tokens[kept].tolist()
+    assert Tokens(own, begin=True).stream(documents, sized=False).tokens.tolist() == found["own"].tokens.tolist()
+    assert Tokens(bare, begin=True).lazy(documents).tokens[3:6].tolist() == found["asked"].tokens[3:6].tolist()

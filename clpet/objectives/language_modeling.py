@@ -56,6 +56,10 @@ class LanguageModeling(Objective):
             )
         if self.evaluation.bos and (not self.causal or self.front is None):
             raise ConfigError(f"evaluation.bos needs a decoder whose tokenizer has such a token: model {backbone.name}")
+        if benchmark.begin and (not self.causal or self.tokenizer.bos_token_id is None):
+            raise ConfigError(f"benchmark.begin needs a decoder with a begin token: model {backbone.name} has none")
+        if benchmark.begin and self.evaluation.bos:
+            raise ConfigError("evaluation.bos does not go with benchmark.begin, which puts that token before all texts")
         if self.evaluation.bos and benchmark.isolate:
             raise ConfigError("evaluation.bos does not go with benchmark.isolate, where every document begins anew")
         if benchmark.isolate and getattr(self.adapters.config, "num_virtual_tokens", None):
@@ -77,7 +81,7 @@ class LanguageModeling(Objective):
 
     def encode(self) -> Encoded:
         """Blocks of train and validation text and windows of test text, all domains in one pool each."""
-        benchmark, tokens = self.benchmark, Tokens(self.tokenizer, self.cache_dir)
+        benchmark, tokens = self.benchmark, Tokens(self.tokenizer, self.cache_dir, self.benchmark.begin)
         pools = {split: self._pool(split) for split in SPLITS}
         for index, task in enumerate(benchmark.tasks):
             for split in SPLITS:
@@ -106,8 +110,9 @@ class LanguageModeling(Objective):
     def _add(self, pool: Windows, index: int, name: str, split: str, tokens: Tokens, documents: Any) -> None:
         lazy = self.benchmark.stream and split == "train"
         stream = tokens.lazy(documents) if lazy else tokens.stream(documents, sized=split == "test")
-        if self.benchmark.isolate and len(stream.tokens) and not len(stream.starts):
-            raise DataError(f"benchmark.isolate needs borders of documents, which the files of {name} do not have")
+        needs = [key for key in ("isolate", "begin") if getattr(self.benchmark, key)]
+        if needs and len(stream.tokens) and not len(stream.starts):
+            raise DataError(f"benchmark.{needs[0]} needs borders of documents, which the files of {name} do not have")
         cap = self.evaluation
         limit = None if split == "train" else capped(stream, cap.max_tokens, cap.cap_unit)
         stride = cap.stride if split == "test" else None
