@@ -16,7 +16,7 @@ def test_ewc_penalty_around_the_newest_weights(make) -> None:
     """Oracle 3: theta = [1, 2], theta* = [.5, 2.5], F = [2, 4], lambda = 400: 300 and [400, -800]."""
     method = make("method=ewc", "method.strength=400", "method.merge=average").method
     theta, star, fisher = nn.Parameter(torch.tensor([1.0, 2.0])), double([0.5, 2.5]), double([2, 4])
-    method.named = lambda: {"x": theta}
+    method.named_parameters = lambda: {"x": theta}
     method.quadratic = {"x": (fisher, fisher * star, fisher * star.square())}
     method.prepare(0)
     method.penalty().backward()
@@ -29,7 +29,7 @@ def test_fisher_of_examples_and_of_batches(kind: str, expected: list[float], mak
     """Oracle 3: gradients [1, 2] and [3, 0] squared one by one, or their mean squared."""
     method = make("method=ewc", f"method.fisher={kind}").method
     theta, gradients = nn.Parameter(torch.zeros(2)), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
-    method.named = lambda: {"x": theta}
+    method.named_parameters = lambda: {"x": theta}
     monkeypatch.setattr(method.data.train, "rows_of", lambda *tasks: np.array([0, 1]))
     monkeypatch.setattr(Static, "loss", lambda self, batch: (gradients[batch.rows] @ theta).mean())
     assert method.information(0)["x"].tolist() == expected
@@ -88,7 +88,7 @@ def test_lwf_of_answers_is_a_divergence_over_their_tokens(make) -> None:
     run = make("method=lwf", "method.strength=3", "train.lr=1e-2", *WORDS)
     method, rows = run.method, run.data.train.rows_of(1)
     run.learn(0)
-    trained = method.trained()
+    trained = method.named_parameters()
     method.before = {name: value.detach().clone() for name, value in trained.items()}
     batch = run.data.train.batch(rows)
     ce = method.objective.loss(batch)
