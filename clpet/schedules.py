@@ -10,11 +10,14 @@ S steps, w of them warm-up, peak eta, floor eta_min. Step t = 0 .. S - 1 of the 
 The floor is reached at step S, the first that is not taken.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from clpet.config import Schedule, Training
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,6 +39,16 @@ def warmup(settings: Training, place: Place) -> int:
         return 0
     share = settings.warmup_share
     return settings.warmup_steps if share is None else min(settings.warmup_steps, int(share * place.steps))
+
+
+def warn_of_warmup(settings: Training, place: Place, stage: str) -> None:
+    """Warns of a fit that ends inside its warm-up and so never trains at its learning rate."""
+    if (warm := warmup(settings, place)) >= place.steps > 0:
+        log.warning(
+            "a fit%s has %d steps and train.warmup_steps=%d: its learning rate stays below %.0f %% of train.lr; lower "
+            "train.warmup_steps, or set train.warmup_share",
+            stage and f" of the {stage}", place.steps, warm, 100 * place.steps / warm,
+        )  # fmt: skip
 
 
 def schedule(settings: Training, peak: float, place: Place) -> Callable[[int], float]:

@@ -20,7 +20,7 @@ from clpet.hardware import Hardware
 from clpet.mixing import Plan
 from clpet.objectives.base import Objective
 from clpet.ranks import world
-from clpet.schedules import Place, schedule, warmup
+from clpet.schedules import Place, schedule, warmup, warn_of_warmup
 from clpet.text import Batch
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,9 @@ class Trainer:
             fit = self._begin(plan, parameters, stage, validate)
             if fit is None:
                 return
-            rate = schedule(settings, settings.lr_of(self.task), self._place(plan, stage))
+            place = self._place(plan, stage)
+            warn_of_warmup(settings, place, stage)
+            rate = schedule(settings, settings.lr_of(self.task), place)
             for epoch in range(fit.epoch, self.epochs):
                 self.objective.adapters.train_mode(True)
                 for rows in plan.epoch(epoch)[fit.step :]:

@@ -69,7 +69,6 @@ class KIF(Method):
     strict: bool = True
     gamma: float = 0.7
     beta: float = 0.7
-    accumulate_outer_norm: bool = True
     orth_strength: float = 0.1
     orth_squared: bool = False
     replay_phase: str = "union"
@@ -176,7 +175,7 @@ class KIF(Method):
             wanted = important(new, self.percentile, self.strict)
             weight = self.new_weight(old, new, protected, wanted)
             self.blend(weight)
-            scores = accumulate(old, new, self.beta, self.accumulate_outer_norm)
+            scores = accumulate(old, new, self.beta)
             figures |= shares(protected, wanted)
             figures |= {"new_weight_mean": weight.mean().item(), "new_weight_std": weight.std(correction=0).item()}
         self.accumulated = self.units.split(scores)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.adapters import Adapters
-from clpet.backbones import Backbone
+from clpet.backbones import Backbone, first_position
 from clpet.config import Evaluation
 from clpet.cost import Meter
 from clpet.errors import ModelError
@@ -53,7 +53,9 @@ class Predictions:
         order = torch.cat([rows for rows, _ in parts]).argsort()
         scores = [found.scores for _, found in parts if found.scores is not None]
         texts = [text for _, found in parts for text in found.texts or []]
+        facts = {name: [found.trace[name] for _, found in parts] for name in parts[0][1].trace}
         return cls(
+            trace={name: torch.cat(values)[order] for name, values in facts.items()},
             scores=torch.cat(scores)[order] if scores else None,
             texts=[texts[place] for place in order.tolist()] if texts else None,
         )
@@ -233,5 +235,4 @@ def longest_input(adapters: Adapters) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return None
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    return positions - offset - (getattr(adapters.config, "num_virtual_tokens", 0) or 0)
+    return positions - first_position(config) - (getattr(adapters.config, "num_virtual_tokens", 0) or 0)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.backbones import Architecture, Backbone
+from clpet.backbones import Architecture, Backbone, first_position
 from clpet.config import CapUnit, Evaluation
 from clpet.errors import ConfigError, DataError, ModelError
 from clpet.objectives import chunked
@@ -145,12 +145,7 @@ class LanguageModeling(Objective):
         read["attention_mask"] = torch.zeros(same.shape, dtype=self.dtype, device=same.device).masked_fill(~same, low)
         count = torch.arange(length, device=same.device).expand_as(numbers)
         first = torch.zeros_like(numbers).scatter_reduce(1, numbers, count, "amin", include_self=False)
-        return {**read, "position_ids": count - first.gather(1, numbers) + self.first_position()}
-
-    def first_position(self) -> int:
-        """RoBERTa counts its positions from behind the padding id."""
-        config: Any = self.adapters.model.config
-        return config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        return {**read, "position_ids": count - first.gather(1, numbers) + first_position(self.adapters.model.config)}
 
     @property
     def head(self) -> nn.Module:

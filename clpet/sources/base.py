@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clpet.config import require
-from clpet.errors import DataError, suggest
+from clpet.errors import ConfigError, DataError, suggest
 from clpet.metrics import FREE, METRICS, need
 from clpet.readers import existing, slots
 from clpet.splits import Splits, has_labels, in_order, sample, split_off
@@ -93,10 +93,21 @@ class Source:
         fits = (self.objective is Kind.language_modeling) == self.plain_text
         wanted = "language_modeling" if self.plain_text else "classification or text_to_text for labelled data"
         require(fits, "benchmark.objective", self.objective.value, wanted)
+        if self.plain_text:
+            self._check_unread()
         known = ("text", "mask", *self.fields)
         fits = all(slot in known for slot in re.findall(r"\{(\w+)\}", self.template))
         slots_there = ", ".join(f"{{{slot}}}" for slot in known)
         require(fits, "benchmark.template", repr(self.template), f"a text whose slots are among {slots_there}")
+
+    def _check_unread(self) -> None:
+        """Raises ConfigError for an option that plain text does not read."""
+        usual = Source()
+        for key in ("template", "softmax", "prompt", "max_target", "metric", "metrics", "truncate", "keep"):
+            value = getattr(self, key)
+            if value != getattr(usual, key):
+                shown = value.value if isinstance(value, Enum) else value
+                raise ConfigError(f"benchmark.{key}={shown} has no effect on plain text: leave it out")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
         """The splits of every task, in listed order."""

@@ -47,6 +47,9 @@ class Table(Source):
         counts = sizes if isinstance(sizes, list) else [1 if sizes is None else sizes]
         fits = all(type(count) is int and count >= 1 for count in counts)
         require(fits, "benchmark.classes_per_task", sizes, "at least 1, or a list of such numbers")
+        for key in ("classes_per_task", "partition_seed", "task_labels") if self.answers else ():
+            what = "null with objective=text_to_text, whose tasks come from benchmark.task"
+            require(getattr(self, key) is None, f"benchmark.{key}", getattr(self, key), what)
         require(0 < self.test_share < 1, "benchmark.test_share", self.test_share, "in (0, 1)")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
