@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shlex
@@ -11,6 +12,9 @@ from types import UnionType
 from typing import Any
 
 from clpet.errors import ClpetError, DataError
+from clpet.escape import inline
+
+log = logging.getLogger(__name__)
 
 DEEPEST = 32  # levels of nesting
 NUMBER = int | float
@@ -76,11 +80,13 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def find_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, results) of every finished run below a folder, by path. A file that is no result is passed over."""
+    """(folder, results) of every finished run below a folder, by path. A damaged one is named and left out."""
     found = []
     for path in sorted(folder.glob("*/*/s*-*/results.json")):
-        with contextlib.suppress(DataError, OSError):
+        try:
             found.append((path.parent, read_results(path)))
+        except (DataError, OSError) as error:
+            log.warning("%s", inline(f"left out: {error}"))
     return found
 
 

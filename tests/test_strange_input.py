@@ -16,6 +16,7 @@ from clpet.config import Training, build, typed
 from clpet.errors import ClpetError, ConfigError
 from clpet.mistakes import composed
 from clpet.objectives.base import Predictions
+from clpet.reading import find_runs
 from clpet.reopen import inside, inspect
 from clpet.schedules import Place, warn_of_warmup
 
@@ -101,6 +102,12 @@ def test_results_that_are_damaged_are_named_and_made_again(
     caplog.clear()
     assert records.finished(tmp_path) is None
     assert "results.json" in caplog.text
+    run = tmp_path / "benchmark" / "method" / "s0-12345678"
+    run.mkdir(parents=True)
+    (tmp_path / "results.json").rename(run / "results.json")
+    caplog.clear()
+    assert find_runs(tmp_path) == []
+    assert "left out: " + str(run) in caplog.text
 
 
 @pytest.mark.slow
