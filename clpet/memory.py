@@ -133,9 +133,9 @@ class DrawnReplay(NoReplay):
         return False
 
     def mixed(self, ratio: float | None) -> "DrawnReplay":
-        """This memory with another share of old examples in a batch; None: the same one."""
+        """The same memory with another share of old examples in a batch; None: with the same share."""
         other = copy.copy(self)
-        other.ratio = self.ratio if ratio is None else ratio
+        other.ratio = ratio or self.ratio
         return other
 
     def __post_init__(self) -> None:
@@ -157,9 +157,8 @@ class DrawnReplay(NoReplay):
         new = self.pool.rows_of(index)
         new_places, _ = split_batch(self.batch_size, self.ratio)
         if len(new) < new_places:
-            log.warning(
-                "task %d has %d examples for %d places of a batch: they repeat", index + 1, len(new), new_places
-            )
+            repeats = "task %d has %d examples for %d places of a batch: they repeat"
+            log.warning(repeats, index + 1, len(new), new_places)
         steps = -(-len(new) // new_places) if self.limit is None else split_limit(self.limit)[0]
         return Plan(self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(self.key(index), stage, epoch)))
 
@@ -218,10 +217,8 @@ class DynamicReplay(DrawnReplay):
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         rows = self.pool.rows_of(index)
         if self.kind == "fixed":
-            found = select_per_class(
-                self.pool, rows, self.per_class, "kmeans", features, self.cluster_seed, self.rng(index)
-            )
-            rows = np.unique(found)
+            vectors, seed, rng = features, self.cluster_seed, self.rng(index)
+            rows = np.unique(select_per_class(self.pool, rows, self.per_class, "kmeans", vectors, seed, rng))
         self.memory[index] = rows
 
 
@@ -255,10 +252,9 @@ class FixedReplay(NoReplay):
         return True
 
     def plan(self, index: int, stage: str = "") -> Plan:
-        new = self.pool.rows_of(index)
         if not self.memory:
             return super().plan(index, stage)
-        old = self.old()
+        new, old = self.pool.rows_of(index), self.old()
         return self._shuffled(new, index, stage, extra=np.tile(old, self._copies(len(new), old)))
 
     def _copies(self, new: int, old: Rows) -> int:
@@ -272,8 +268,8 @@ class FixedReplay(NoReplay):
 
     def validation(self, index: int) -> Held:
         """The new task's validation part and the validation share of the memories."""
-        kept = [self.spare[task] for task in sorted(self.spare)]
-        return [(self.held, self.held.rows_of(index)), *([(self.pool, np.concatenate(kept))] if kept else [])]
+        kept = [(self.pool, np.concatenate([self.spare[task] for task in sorted(self.spare)]))] if self.spare else []
+        return [(self.held, self.held.rows_of(index)), *kept]
 
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         super().setup(data, seed, batch_size)
@@ -337,8 +333,7 @@ class ReservoirReplay(DrawnReplay):
         self.passed = 0
 
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
-        kept = self.memory.get(0, np.empty(0, dtype=np.int64)).tolist()
-        rng = self.rng("reservoir", index)
+        kept, rng = self.memory.get(0, np.empty(0, dtype=np.int64)).tolist(), self.rng("reservoir", index)
         for row in rng.permutation(self.pool.rows_of(index)):
             self.passed += 1
             if len(kept) < self.capacity:
