@@ -179,7 +179,7 @@ class KIF(Method):
             figures |= shares(protected, wanted)
             figures |= {"new_weight_mean": weight.mean().item(), "new_weight_std": weight.std(correction=0).item()}
         self.accumulated = self.units.split(scores)
-        self.history.append({"importance": self.units.split(new.float()), "figures": figures})
+        self.history.append({"importance": self.units.split(new.float().cpu()), "figures": figures})
         self.importance, self.before = None, {}
         return protected
 
