@@ -127,13 +127,13 @@ def cut_line(found: dict[str, Any]) -> str:
 
 def _much_cut(tasks: dict[str, dict[str, Any]], benchmark: Benchmark) -> list[str]:
     """Warnings where more than a twentieth of all texts, or of all answers, were cut."""
-    knobs = {
-        "texts": f"tokens their prompt included: raise benchmark.max_length={benchmark.max_length}, or choose what is "
+    limits = {
+        "texts": f"benchmark.max_length={benchmark.max_length} tokens, prompt included: raise it, or choose what is "
         f"cut by benchmark.truncate={benchmark.truncate.value} and benchmark.keep",
-        "answers": f"tokens: raise benchmark.max_target={benchmark.max_target}",
+        "answers": f"benchmark.max_target={benchmark.max_target} tokens, end included: raise it",
     }
     return [
-        f"{count} of {total} {what} ({100 * count / total:.0f} %) are cut, since they have more {knobs[what]}"
+        f"{count} of {total} {what} ({100 * count / total:.0f} %) are cut, since they are longer than {limits[what]}"
         for what, (count, total) in cut_counts(tasks).items()
         if count > OFTEN * total
     ]
@@ -209,7 +209,9 @@ def report(cfg: Any) -> str:
     if source.plain_text:
         return _domain_report(inspect_domains(source.load(config.data_dir)))
     benchmark, backbone = source.load(config.data_dir), build(config.model, "model")
-    encode = load(source.objective.value).encoder(benchmark, backbone, backbone.tokenizer())
+    objective = load(source.objective.value)
+    objective.check_benchmark(benchmark, config.evaluation)
+    encode = objective.encoder(benchmark, backbone, backbone.tokenizer())
     found = inspect_data(benchmark, encode_benchmark(benchmark, encode))
     answers = ["answers cut"] if benchmark.max_target else []
     header = ["task", *SPLITS, "labels", "label sizes", "tokens median", "p95", "max", "cut", *answers, "repeats"]
