@@ -36,7 +36,18 @@ HYDRA_FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--resolve", 
 
 def main() -> None:
     """Entry point of the `clpet` command."""
+    use_utf8()
     sys.exit(guarded(sys.argv[1:]))
+
+
+def use_utf8() -> None:
+    """Starts Python once more in its UTF-8 mode where file names would be ASCII: LC_ALL=C with that mode turned off.
+
+    Paths, logs and tables hold names from data, which such a Python can neither hash nor print.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "clpet", *sys.argv[1:]])
 
 
 def guarded(argv: list[str]) -> int:

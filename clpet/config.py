@@ -324,4 +324,4 @@ def register_resolvers() -> None:
 def derive(seed: int, *names: object) -> int:
     """A 63-bit seed for one purpose, so that no stream of random numbers depends on how much another drew."""
     text = "/".join(str(name) for name in (seed, *names))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big") >> 1

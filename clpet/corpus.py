@@ -30,12 +30,15 @@ class Corpus:
 
     @cached_property
     def index(self) -> np.ndarray:
-        """[documents, 7] uint64: columns as named above; documents without text are left out."""
+        """[documents, 7] uint64: columns as named above; documents without text are left out and counted."""
         found = array("Q")
         for number, reader in enumerate(self.readers):
             for unit in reader.scan():
                 data = _bytes(reader.joiner.join(unit.pieces))
-                if data.strip():
+                reader.report.read[reader.name] += 1
+                if not data.strip():
+                    reader.report.drop("without text", 1)
+                else:
                     content = _hash(data)
                     key = content if unit.name is None else _hash(_bytes(unit.name))
                     found.extend((number, unit.place, unit.span, len(data), len(unit.pieces), key, content))
@@ -120,6 +123,11 @@ class Documents(Sequence[Example]):
     def pieces(self) -> int:
         """Rows of a table, files, or PIECE bytes of a long text; of documents with holes in proportion."""
         return int(self.segments[:, 3].sum())
+
+    @property
+    def units(self) -> int:
+        """Documents of which elements are parts."""
+        return len(np.unique(self.segments[:, 0]))
 
     @property
     def hashes(self) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from clpet.corpus import Documents
+from clpet.read_report import account
 from clpet.tasks import SPLITS, Benchmark, Example, Task, normalised
 from clpet.text import Encoded
 
@@ -43,6 +44,7 @@ def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str,
     overlaps = _overlaps(benchmark, keys)
     return {
         "fingerprint": benchmark.fingerprint(),
+        "read": benchmark.report.record(sum(len(task.split(split)) for task in benchmark.tasks for split in SPLITS)),
         "labels": benchmark.labels,
         "tasks": tasks,
         "overlaps": overlaps,
@@ -62,7 +64,7 @@ def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> dict[s
         "test pieces in train": sum(dropped.values()),
         "train documents in several domains": sum(count > 1 for count in owners.values()),
     }
-    warnings = [
+    warnings = benchmark.report.notes() + [
         f"domain {name}: {count} pieces of 200 characters of its test texts also occur in train and are left out"
         for name, count in dropped.items()
     ]
@@ -70,6 +72,7 @@ def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> dict[s
         warnings.append("test texts were not compared to train (benchmark.decontaminate=false)")
     return {
         "fingerprint": benchmark.fingerprint(),
+        "read": benchmark.report.record(_documents(benchmark)),
         "labels": [],
         "tasks": tasks,
         "base": benchmark.base and {"name": benchmark.base.name, **_domain(benchmark.base)},
@@ -78,6 +81,12 @@ def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> dict[s
         "overlaps": {pair: count for pair, count in found.items() if count},
         "warnings": warnings,
     }
+
+
+def _documents(benchmark: Benchmark) -> int:
+    tasks = [*benchmark.tasks, *([benchmark.base] if benchmark.base else [])]
+    parts: list[Any] = [task.split(split) for task in tasks for split in SPLITS]
+    return sum(part.units for part in parts)
 
 
 def _domain(task: Task, data: Encoded | None = None, index: int = -1) -> dict[str, Any]:
@@ -190,7 +199,7 @@ def _near_equal(benchmark: Benchmark) -> list[str]:
 
 def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
     total = sum(len(task.test) for task in benchmark.tasks)
-    return _near_equal(benchmark) + [
+    return [*benchmark.report.notes(), *_near_equal(benchmark)] + [
         f"{overlaps[pair]} of {total} test texts of {benchmark.name} also occur in {pair.split(' in ')[1]}"
         for pair in ("test in train", "test in validation")
         if pair in overlaps
@@ -251,7 +260,7 @@ def _domain_report(found: dict[str, Any]) -> str:
 
 
 def _printed(table: str, note: str, found: dict[str, Any]) -> str:
-    lines = [table, "", note]
+    lines = [table, "", note, *([account(found["read"])] if found["read"]["read"] else [])]
     lines += [f"overlap: {pair}: {count}" for pair, count in found["overlaps"].items()] or ["overlap: none"]
     lines += [f"warning: {warning}" for warning in found["warnings"]]
     return "\n".join([*lines, f"fingerprint: {found['fingerprint']}"])

@@ -1,7 +1,7 @@
 """Domains of plain text for continual pretraining: how they are split, sized, ordered and kept apart."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 
 from clpet.config import require
 from clpet.corpus import Documents
+from clpet.data_files import SPLIT_NAMES, domain_files, named_splits, text_files
 from clpet.errors import DataError, suggest
 from clpet.ordering import balanced, order_domains
 from clpet.overlaps import decontaminated
+from clpet.read_report import ReadReport
 from clpet.readers import existing
 from clpet.sources import Kind, Source
 from clpet.tasks import Benchmark, Task
-from clpet.text_files import SPLIT_NAMES, domain_files, named_splits, readers, text_files
+from clpet.text_files import readers
 
 log = logging.getLogger(__name__)
 
@@ -84,23 +86,24 @@ class Domains(Source):
 
     def load(self, data_dir: str | None) -> Benchmark:
         """The benchmark in training order, split, limited, balanced and decontaminated. Raises DataError."""
-        folder = existing(data_dir)
+        folder, self.report = existing(data_dir), ReadReport("documents")
         there = self.names(folder)
         if self.base is not None and self.base not in there:
             raise DataError(f"benchmark.base={self.base} is no domain of {self.name}{suggest(self.base, there)}")
         names = [name for name in self.chosen([name for name in there if name != self.base]) if name != self.base]
         full = {name: self.split(name, folder) for name in [*names, *([self.base] if self.base else [])]}
         if self.drop_above is not None:
-            full = {name: parts for name, parts in full.items() if not self._too_large(name, parts["train"])}
+            large = [name for name, parts in full.items() if self._too_large(name, parts["train"])]
+            self._drop("in domains above drop_above", *(part for name in large for part in full.pop(name).values()))
         tasks = self._tasks(full)
         base = tasks.pop(self.base) if self.base else None
         if not tasks:
             raise DataError(f"benchmark {self.name} has no domains left")
         trains = {name: full[name]["train"] for name in tasks}
-        order = self._ordering(trains, self._reference(there, folder))
+        order = self._ordering(trains, self._reference(full, there, folder))
         benchmark = Benchmark(self.name, [tasks[name] for name in order["names"]], max_length=self.max_length)
         benchmark.groups = self._groups(there, list(order["names"]))
-        benchmark.base, benchmark.order = base, order
+        benchmark.base, benchmark.order, benchmark.report = base, order, self.report
         benchmark.begin, benchmark.isolate, benchmark.stream = self.begin, self.isolate, self.stream
         benchmark.check()
         return benchmark
@@ -109,6 +112,9 @@ class Domains(Source):
         """A domain's three splits; what its files lack is cut from train in whole documents."""
         found = self.corpora(name, data_dir)
         train = found["train"]
+        for part in found.values():
+            len(part)  # reads the files
+        self.report.settle(self.skip_bad)
         if not len(train):
             raise DataError(f"domain {name} of benchmark {self.name} is empty")
         test, validation = found.get("test"), found.get("validation")
@@ -122,6 +128,10 @@ class Domains(Source):
             train, validation = train.split_off(self.validation_share)
         return {"train": train, "validation": validation, "test": test}
 
+    def _drop(self, reason: str, *parts: Documents, kept: Iterable[Documents] = ()) -> None:
+        """Counts the documents of `parts` that `kept` does not have."""
+        self.report.drop(reason, sum(part.units for part in parts) - sum(part.units for part in kept))
+
     def _too_large(self, name: str, train: Documents) -> bool:
         large = train.bytes > (self.drop_above or 0)
         if large and name == self.base:
@@ -134,21 +144,26 @@ class Domains(Source):
         """Limits first, then the balance inside the sequence; test texts are compared to all of train."""
         most = self.max_train and max(1, self.max_train // 5)
         limits = {self.base: self.max_base or self.max_train}
-        trains = {name: parts["train"].limited(limits.get(name, self.max_train)) for name, parts in full.items()}
+        train = {name: parts["train"].limited(limits.get(name, self.max_train)) for name, parts in full.items()}
         names = [name for name in full if name != self.base]
         if self.balance is not Balance.none and names:
             rule = "min" if self.balance is Balance.min else f"cap={self.max_bytes}"
-            sizes = balanced([trains[name].bytes for name in names], rule)
-            trains |= {name: trains[name].limited(size=size) for name, size in zip(names, sizes, strict=True)}
-        tests = [parts["test"].limited(self.max_test) for parts in full.values()]
+            sizes = balanced([train[name].bytes for name in names], rule)
+            train |= {name: train[name].limited(size=size) for name, size in zip(names, sizes, strict=True)}
+        validation = [parts["validation"].limited(most) for parts in full.values()]
+        limited = [parts["test"].limited(self.max_test) for parts in full.values()]
+        for split, kept in (("train", train.values()), ("validation", validation), ("test", limited)):
+            self._drop("beyond the limits", *(parts[split] for parts in full.values()), kept=kept)
+        test = limited
         if self.decontaminate:
-            tests = decontaminated(tests, [parts["train"] for parts in full.values()])
-        for name, test in zip(full, tests, strict=True):
-            if not len(test) and test.dropped:
+            test = decontaminated(limited, [parts["train"] for parts in full.values()])
+        self._drop("found in train", *limited, kept=test)
+        for name, part in zip(full, test, strict=True):
+            if not len(part) and part.dropped:
                 raise DataError(f"every piece of the test texts of domain {name} also occurs in train")
         return {
-            name: Task(name, trains[name], parts["validation"].limited(most), test, metric="perplexity")
-            for (name, parts), test in zip(full.items(), tests, strict=True)
+            name: Task(name, train[name], own, part, metric="perplexity")
+            for name, own, part in zip(full, validation, test, strict=True)
         }
 
     def _ordering(self, trains: dict[str, Documents], reference: Documents | None) -> dict[str, Any]:
@@ -171,19 +186,29 @@ class Domains(Source):
         )
         return found.record()
 
-    def _reference(self, there: list[str], data_dir: Path | None) -> Documents | None:
+    def _reference(
+        self, full: dict[str, dict[str, Documents]], there: list[str], data_dir: Path | None
+    ) -> Documents | None:
         """The corpus that order=similar starts from: a domain, or a folder or file of text."""
         if self.reference is None:
             return None
+        if self.reference in full:
+            return full[self.reference]["train"]
         if self.reference in there:
-            return self.split(self.reference, data_dir)["train"]
+            parts = self.split(self.reference, data_dir)
+            self._drop("of the reference", *parts.values())
+            return parts["train"]
         place = Path(self.reference).expanduser()
         if not place.exists():
             raise DataError(
                 f"benchmark.reference={self.reference} is neither a domain of {self.name} nor a file or folder"
                 f"{suggest(self.reference, there)}"
             )
-        return Documents.of(*readers([place] if place.is_file() else text_files(place), "text", "doc_id"))
+        files = [place] if place.is_file() else text_files(place, self.report)
+        found = Documents.of(*readers(files, "text", "doc_id", self.report))
+        self._drop("of the reference", found)
+        self.report.settle(self.skip_bad)
+        return found
 
     def _groups(self, there: list[str], names: list[str]) -> dict[str, list[str]]:
         """The named groups, in training order; what is not in the sequence is left out."""
@@ -204,7 +229,7 @@ class TextDomains(Domains):
     """A sub-folder or file per domain: txt, jsonl or parquet.
 
     A folder with train, validation and test files (any of their usual names, or in parts: train-1, train-2) is
-    split as they say, other files in it are no part of it. Without a train file all its texts are one pool.
+    split as they say; other files in it are not read. A folder that names no splits is one pool.
     Rows of a table are documents, or, where there is a column `document`, the pieces of one as long as it stays
     the same. A txt file is a document where there are several; a single or large one is a text without borders.
     """
@@ -217,7 +242,7 @@ class TextDomains(Domains):
         if data_dir is None:
             raise DataError(f"benchmark {self.name} is read from local files: say data_dir=FOLDER")
         place = self.place(data_dir)
-        found = domain_files(place)
+        found = domain_files(place, self.report)
         if not found:
             raise DataError(
                 f"{place} has no domains: a sub-folder or a file (txt, jsonl, parquet) for each is expected"
@@ -232,5 +257,8 @@ class TextDomains(Domains):
 
     def corpora(self, name: str, data_dir: Path | None) -> dict[str, Documents]:
         assert data_dir is not None
-        files = named_splits(domain_files(self.place(data_dir))[name])
-        return {split: Documents.of(*readers(own, self.text, self.document)) for split, own in files.items()}
+        place = self.place(data_dir)
+        files = named_splits(domain_files(place, self.report)[name], place, self.report)
+        return {
+            split: Documents.of(*readers(own, self.text, self.document, self.report)) for split, own in files.items()
+        }

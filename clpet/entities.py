@@ -1,6 +1,5 @@
 """Benchmarks about entities in a sentence: markers around mentions, ConPET's label partitions and splits."""
 
-import logging
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from clpet.config import require
+from clpet.data_files import note_unread
 from clpet.errors import DataError
+from clpet.escape import shown
 from clpet.formats import LAYOUTS, Row, read_published, tidy
 from clpet.readers import Rows, read_hub, read_local
 from clpet.sources import Table
 from clpet.splits import Splits, named_tasks
 from clpet.tasks import SPLITS, Example, Truncate
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,7 +52,9 @@ class Entities(Table):
         tasks = super().read(data_dir)
         if self.template_words is not None:
             for splits in tasks.values():
-                splits["train"] = [e for e in splits["train"] if self.words_around(e) <= self.template_words]
+                short = [example for example in splits["train"] if self.words_around(example) <= self.template_words]
+                self.report.drop("beyond benchmark.template_words", len(splits["train"]) - len(short))
+                splits["train"] = short
         return tasks
 
     def words_around(self, example: Example) -> int:
@@ -68,10 +69,11 @@ class Entities(Table):
             return self._cut(self._from_hub())
         folder = self.place(data_dir)
         if not self.published or (folder / f"{self.splits['train']}.parquet").is_file():
-            return read_local(folder, self.splits)
+            return read_local(folder, self.splits, self.report)
         missing = [name for name in self.published.values() if not (folder / name).is_file()]
         if missing:
             raise DataError(f"{folder} lacks {', '.join(missing)}: {self._wanted()}")
+        note_unread(folder, [folder / name for name in self.published.values()], self.report)
         layout = str(self.layout)
         return self._cut({part: read_published(folder / name, layout) for part, name in self.published.items()})
 
@@ -91,10 +93,10 @@ class Entities(Table):
 
     def _cut(self, parts: dict[str, list[Row]]) -> dict[str, Rows]:
         """The parts without dropped labels, as published or cut anew."""
-        parts = {
-            part: [row for row in rows if str(row.get(self.label)) not in self.drop_labels]
-            for part, rows in parts.items()
-        }
+        for part, rows in parts.items():
+            self.report.read[f"{self.name}/{part}"] += len(rows)
+            parts[part] = [row for row in rows if str(row.get(self.label)) not in self.drop_labels]
+            self.report.drop("benchmark.drop_labels", len(rows) - len(parts[part]))
         if self.resplit is not None:
             pooled = [row for rows in parts.values() for row in rows]
             rng = random.Random(self.partition_seed or 0)
@@ -125,30 +127,35 @@ class Entities(Table):
             raise DataError(f"the label partition has {count} places for {len(names)} labels: see benchmark.task_ids")
         return named_tasks([[names[label] for label in ids] for ids in self.task_ids])
 
+    def examples(self, rows: Rows, split: str) -> list[tuple[Row, Example]]:
+        if lacking := sorted(set((self.names or {}).values()) - rows.columns):
+            columns = " or ".join(lacking)
+            self.report.others.append(f"{rows.where} has no column {columns}: names are read from the tokens")
+        return super().examples(rows, split)
+
+    def columns(self) -> list[str]:
+        return [self.tokens, *self._roles(), *(column for column in super().columns() if column != self.text)]
+
     def example(self, row: Row) -> Example:
         """The marked sentence; the template's slots are the mentions' names, or the first mentions themselves."""
-        for column in (self.tokens, *self._columns()):
-            if row.get(column) is None:
-                raise DataError(f"benchmark {self.name}: column {column} is missing or empty; found {sorted(row)}")
+        for column in (self.tokens, *self._roles()):
+            if not isinstance(row.get(column), list):
+                raise DataError(f"no list in column {column}")
         tokens = [str(token) for token in row[self.tokens]]
-        spans = {role: mentions(row[column]) for role, column in zip(self.fields, self._columns(), strict=True)}
+        if not any(token.strip() for token in tokens):
+            raise DataError("an empty text")
+        try:
+            spans = {role: mentions(row[column]) for role, column in zip(self.fields, self._roles(), strict=True)}
+        except (TypeError, ValueError):
+            raise DataError("positions that are not whole numbers") from None
         for role, found in spans.items():
             if not found or not all(0 <= first <= last < len(tokens) for first, last in found):
-                raise DataError(f"benchmark {self.name}: {role} is at {found} in a sentence of {len(tokens)} tokens")
+                raise DataError(f"the {role} at {shown(found)} in a sentence of {len(tokens)} tokens")
         names = {role: str(row[column]) for role, column in (self.names or {}).items() if row.get(column)}
         return mark_entities(tokens, spans, str(row[self.label]), names)
 
-    def _columns(self) -> list[str]:
+    def _roles(self) -> list[str]:
         return [getattr(self, role) for role in self.fields]
-
-    def _kept(self, rows: Rows, split: str) -> Iterable[Row]:
-        rows.need(self.tokens, *self._columns())
-        if lacking := sorted(set((self.names or {}).values()) - rows.columns):
-            log.warning("%s has no column %s: names are read from the tokens", rows.where, " or ".join(lacking))
-        for row in rows.values:
-            row.setdefault(self.text, " ".join(map(str, row[self.tokens])))
-        rows.columns.add(self.text)
-        return super()._kept(rows, split)
 
 
 @dataclass

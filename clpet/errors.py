@@ -4,6 +4,10 @@ import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 
+from clpet.escape import named
+
+LISTED = 40  # options that are listed
+
 
 class ClpetError(Exception):
     """Wrong input. The command line prints the message alone and leaves with `exit_code`."""
@@ -44,9 +48,11 @@ def enough_memory(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def suggest(word: str, options: Iterable[str]) -> str:
-    """'; did you mean X?' when one of the options looks like the word, else the options themselves."""
+    """'; did you mean X?' when one of the options looks like the word, else the first of the options themselves."""
     options = sorted({str(option) for option in options})
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean {close[0]}?"
-    return f"; there are: {', '.join(options)}" if options else ""
+        return f"; did you mean {named(close[0])}?"
+    names = [named(option) for option in options[:LISTED]]
+    more = f" and {len(options) - LISTED} more" if len(options) > LISTED else ""
+    return f"; there are: {', '.join(names)}{more}" if options else ""

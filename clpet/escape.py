@@ -2,7 +2,9 @@
 
 import logging
 import re
+import reprlib
 import unicodedata
+from typing import Any
 
 JOINERS = "\u200c\u200d"  # zero width, and part of many scripts
 NUMBER = re.compile(
@@ -10,6 +12,13 @@ NUMBER = re.compile(
 )  # also a missing one, and one with its spread
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
          ">": r"\textgreater{}", "±": r"$\pm$", **{sign: f"\\{sign}" for sign in "&%$#_{}"}}  # fmt: skip
+
+LONGEST = 40  # characters of a value from data in a message
+LONGEST_NAME = 60
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = LONGEST
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 2
+_SHORT.maxlevel = 3
 
 
 def printable(text: str, kept: str = "\n") -> str:
@@ -31,6 +40,16 @@ def _code(sign: str) -> str:
 def inline(text: str) -> str:
     """A name on a terminal or in a picture: printable, in one line."""
     return printable(text, kept="")
+
+
+def shown(value: Any) -> str:
+    """A value from data in a message: quoted, escaped, and cut where it is long."""
+    return _SHORT.repr(value)
+
+
+def named(name: str) -> str:
+    """A name from data in a message: as it is, or quoted and cut where it is long or has spaces at its ends."""
+    return name if name == inline(name).strip() and 0 < len(name) <= LONGEST_NAME else shown(name)
 
 
 def markdown(text: str) -> str:

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from clpet.decoding import decode_strictly
 from clpet.errors import DataError
 
 Row = dict[str, Any]
@@ -29,14 +30,14 @@ def tidy(records: Iterable[Row], layout: str, where: str) -> list[Row]:
         for number, record in enumerate(records, 1):  # noqa: B007
             rows += convert(record)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)[:200]
         raise DataError(f"{where} is not in the {layout} layout near record {max(1, number)}: {reason}") from error
     return rows
 
 
 def json_records(path: Path) -> Iterator[Row]:
     """The objects of a JSON list, or of one line each."""
-    text = path.read_text(encoding="utf-8")
+    text = decode_strictly(path.read_bytes(), path).text
     if text.lstrip()[:1] == "[":
         yield from json.loads(text)
     else:
@@ -52,7 +53,7 @@ def positions(first: int, last: int, tokens: list[str]) -> list[int]:
 
 def fewrel_records(path: Path) -> Iterator[Row]:
     """FewRel: {relation: [{tokens, h: [name, id, [[positions]]], t: ...}]}, as the hub has it."""
-    for relation, examples in json.loads(path.read_text(encoding="utf-8")).items():
+    for relation, examples in json.loads(decode_strictly(path.read_bytes(), path).text).items():
         for example in examples:
             head, tail = ({"text": example[key][0], "indices": example[key][2]} for key in ("h", "t"))
             yield {"relation": relation, "tokens": example["tokens"], "head": head, "tail": tail}
@@ -75,7 +76,7 @@ def fewrel(record: Row) -> Iterator[Row]:
 
 def fewnerd_records(path: Path) -> Iterator[Row]:
     """Few-NERD: a line `token TAB tag` a token, an empty line after each sentence."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = decode_strictly(path.read_bytes(), path).text.split("\n")
     for filled, group in groupby(lines, key=lambda line: bool(line.strip())):
         if filled:
             tokens, tags = zip(*(line.rstrip("\r").rsplit("\t", 1) for line in group), strict=True)
@@ -91,7 +92,7 @@ def fewnerd(record: Row) -> Iterator[Row]:
 
 def span_records(path: Path) -> Iterator[Row]:
     """OntoNotes and BBN: a line `start TAB end TAB tokens TAB label` a mention, tokens between spaces."""
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in decode_strictly(path.read_bytes(), path).text.split("\n"):
         if line.strip():
             start, end, tokens, label = line.rstrip("\r").split("\t")
             yield {"start": int(start), "end": int(end), "tokens": tokens.split(" "), "label": label}

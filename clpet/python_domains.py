@@ -47,9 +47,9 @@ class PythonDomains(Domains):
     def corpora(self, name: str, data_dir: Path | None) -> dict[str, Documents]:
         paths = self.files[name]
         topics = [path for path in paths if path == library() / "pydoc_data" / "topics.py"]
-        readers: list[Reader] = [Strings(read_topics(path)) for path in topics]
+        readers: list[Reader] = [Strings(read_topics(path), self.report) for path in topics]
         sources = [path for path in paths if path not in topics]
-        return {"train": Documents.of(*readers, *([WholeFiles(sources)] if sources else []))}
+        return {"train": Documents.of(*readers, *([WholeFiles(sources, self.report)] if sources else []))}
 
     @cached_property
     def files(self) -> dict[str, list[Path]]:

@@ -2,23 +2,31 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clpet.data_files import split_files, suffix
+from clpet.decoding import decode_strictly
 from clpet.errors import DataError, suggest
+from clpet.escape import named, shown
+from clpet.read_report import ReadReport
 
-NOT_UTF8 = " (it is not UTF-8)"
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+LARGEST_BLOCK = 2**31 - 2  # bytes that pyarrow's csv reader takes at a time
 
 
 @dataclass
 class Rows:
-    """The rows of one split and where they came from."""
+    """The rows of one split and where they came from; `bad` are those that could not be read, by their number."""
 
     where: str
     columns: set[str]
     values: list[dict[str, Any]]
+    numbers: list[int] = field(default_factory=list)  # of the rows: lines of a jsonl file, else counted from 1
+    bad: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.numbers = self.numbers or list(range(1, len(self.values) + 1))
 
     def fill(self, column: str, value: Any) -> None:
         """Adds a column that holds one value."""
@@ -28,11 +36,11 @@ class Rows:
 
     def need(self, *columns: str) -> None:
         """Raises DataError when a column is missing."""
-        for column in columns:
+        for column in columns if self.values else ():
             if column not in self.columns:
                 only = next(iter(self.columns)) if len(self.columns) == 1 else ""
                 hint = "; its values must be separated by commas" if {";", "\t"} & set(only) else ""
-                raise DataError(f"{self.where} has no column {column}{suggest(column, self.columns)}{hint}")
+                raise DataError(f"{self.where} has no column {named(column)}{suggest(column, self.columns)}{hint}")
 
 
 def existing(data_dir: str | None) -> Path | None:
@@ -43,85 +51,149 @@ def existing(data_dir: str | None) -> Path | None:
     return folder
 
 
-def read_local(folder: Path, splits: dict[str, str]) -> dict[str, Rows]:
+def read_local(folder: Path, splits: dict[str, str], report: ReadReport | None = None) -> dict[str, Rows]:
     """{split: rows} of a folder's train, validation and test files; a single data file counts as train.
 
     Raises DataError when the folder or its train file is not there, or a file cannot be read.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not there: a folder with {splits['train']}.parquet (or .jsonl, .csv) is expected")
-    found = {split: path for split, stem in splits.items() if (path := _find(folder, stem))}
-    if "train" not in found:
-        single = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
-        if len(single) != 1:
-            raise DataError(f"{folder} has no {splits['train']}{{{','.join(SUFFIXES)}}}, nor a single data file")
-        found = {"train": single[0]}
-    rows = {split: _read_file(path) for split, path in found.items()}
+    report = report or ReadReport()
+    rows = {split: _read_file(path, report) for split, path in split_files(folder, splits, report).items()}
     for part in rows.values():
-        if not part.values:
+        if not part.values and not part.bad:
             raise DataError(f"{part.where} has no rows; without the file its part is cut from train")
+        report.read[part.where] += len(part.values) + len(part.bad)
     return rows
 
 
-def _find(folder: Path, stem: str) -> Path | None:
-    return next((path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None)
-
-
-def _read_file(path: Path) -> Rows:
+def _read_file(path: Path, report: ReadReport) -> Rows:
     import pyarrow
 
-    reader = {".parquet": _parquet, ".csv": _csv}.get(path.suffix, _json)
+    reader = {".parquet": _parquet, ".csv": _csv}.get(suffix(path), _json)
     try:
-        return Rows(str(path), *reader(path))
+        return reader(path, report)
     except (pyarrow.ArrowException, OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"{path} cannot be read as {suffix(path)[1:]}: {reason}") from error
 
 
-Table = tuple[set[str], list[dict[str, Any]]]
-
-
-def _parquet(path: Path) -> Table:
+def _parquet(path: Path, report: ReadReport) -> Rows:
     import pyarrow.parquet
 
+    _check_columns(pyarrow.parquet.read_schema(path).names, path)
     table = pyarrow.parquet.read_table(path)
-    return set(table.column_names), table.to_pylist()
+    return Rows(str(path), set(table.column_names), table.to_pylist())
 
 
-def _csv(path: Path) -> Table:
+def _csv(path: Path, report: ReadReport) -> Rows:
+    """A csv file as one block, so that a cell may be of any length. All cells are texts: labels 1 and 01 are two."""
     import pyarrow.csv
 
-    options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    names = pyarrow.csv.open_csv(path, parse_options=options).schema.names
-    as_text = pyarrow.csv.ConvertOptions(  # labels 1 and 01 are two
+    found = decode_strictly(path.read_bytes(), path)
+    report.decoded(path, found)
+    data = found.text.encode()
+    bad: dict[int, str] = {}
+
+    def invalid(row: Any) -> str:
+        lines = row.text.count("\n")
+        across = f" (a quote that is not closed? it spans {lines + 1} lines)" if lines else ""
+        bad[row.number - 1] = f"{row.actual_columns} cells instead of {row.expected_columns}{across}"
+        return "skip"
+
+    block = pyarrow.csv.ReadOptions(block_size=min(len(data) + 1, LARGEST_BLOCK), use_threads=False)
+    options = pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=invalid)
+    names = pyarrow.csv.open_csv(pyarrow.BufferReader(data), block, options).schema.names
+    _check_columns([name.strip() for name in names], path)
+    as_text = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=True, null_values=[""]
     )
-    table = pyarrow.csv.read_csv(path, parse_options=options, convert_options=as_text)
-    return set(table.column_names), table.to_pylist()
+    bad.clear()
+    table = pyarrow.csv.read_csv(pyarrow.BufferReader(data), block, options, as_text)
+    if padded := [name for name in names if name != name.strip()]:
+        report.others.append(f"spaces are removed from the column names {shown(padded)} of {path}")
+        table = table.rename_columns([name.strip() for name in names])
+    values = table.to_pylist()
+    _note_swallowed_rows(values, len(names), path, report)
+    numbers = [number for number in range(1, len(values) + len(bad) + 1) if number not in bad]
+    return Rows(str(path), set(table.column_names), values, numbers, bad)
 
 
-def _json(path: Path) -> Table:
+def _note_swallowed_rows(values: list[dict[str, Any]], width: int, path: Path, report: ReadReport) -> None:
+    """Notes cells of many lines that look like rows: an odd quote begins a cell that ends with the next quote."""
+    for number, row in enumerate(values, 1):
+        for column, value in row.items():
+            if value is None or value.count("\n") < 3:
+                continue
+            lines = value.splitlines()
+            alike = sum(line.count(",") == width - 1 for line in lines)
+            if width > 1 and 2 * alike > len(lines):
+                report.others.append(
+                    f"{path}: column {named(column)} of row {number} spans {len(lines)} lines, of which {alike} "
+                    "look like rows: is a quote missing or one too many?"
+                )
+
+
+def _check_columns(names: list[str], path: Path) -> None:
+    twice = [name for number, name in enumerate(names) if name in names[:number]]
+    if twice:
+        raise DataError(f"{path} has the column {named(twice[0])} twice")
+
+
+def _json(path: Path, report: ReadReport) -> Rows:
     """A list of objects, or an object a line. pyarrow's own reader crashes on some lines that are no objects."""
-    text = path.read_text(encoding="utf-8-sig")
+    found = decode_strictly(path.read_bytes(), path)
+    report.decoded(path, found)
+    text = found.text
+    _check_not_columns(text, path)
     if text.lstrip()[:1] == "[":
-        values = json.loads(text)
-        names = [f"entry {number}" for number in range(1, len(values) + 1)]
+        parsed = dict(enumerate(json.loads(text, object_pairs_hook=_object), 1))
     else:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        values, names = [_parsed(line, number) for number, line in lines], [f"line {number}" for number, _ in lines]
-    for name, row in zip(names, values, strict=True):
+        parsed = {number: _parsed(line) for number, line in lines}
+    rows: dict[int, dict[str, Any]] = {}
+    bad: dict[int, str] = {}
+    for number, row in parsed.items():
         if not isinstance(row, dict):
-            raise ValueError(f"{name} is no object with columns")
-        if "\\u" in text and not _encodes(row):
-            raise ValueError(f"{name} has half of a character (a lone surrogate)")
-    columns = {column for row in values for column in row}
-    return columns, [{column: row.get(column) for column in columns} for row in values]
+            bad[number] = str(row) if isinstance(row, ValueError) else "a value that is not an object"
+        elif "\\u" in text and not _encodes(row):
+            bad[number] = "half of a character (a lone surrogate)"
+        else:
+            rows[number] = row
+    columns = {column for row in rows.values() for column in row}
+    values = [{column: row.get(column) for column in columns} for row in rows.values()]
+    return Rows(str(path), columns, values, list(rows), bad)
 
 
-def _parsed(line: str, number: int) -> Any:
+def _check_not_columns(text: str, path: Path) -> None:
+    """Raises DataError for a file that is a single object of lists or objects: a table written column by column."""
+    if not re.match(r'\s*\{\s*"[^"\\]*"\s*:\s*[\[{]', text):
+        return
     try:
-        return json.loads(line)
+        whole = json.loads(text)
+    except ValueError:  # several objects, one a line
+        return
+    if all(isinstance(value, list | dict) for value in whole.values()):
+        raise DataError(
+            f"{path} is one object with the keys {shown(list(whole))}: a list of rows, or a row a line, is expected "
+            "(in pandas: to_json(FILE, orient='records', lines=True))"
+        )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {named(next(name for name in names if names.count(name) > 1))} twice")
+    return found
+
+
+def _parsed(line: str) -> Any:
+    """The value of a line, or the error that says what is wrong with it."""
+    try:
+        return json.loads(line, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        return ValueError(f"no valid JSON ({error.msg}, column {error.colno})")
     except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from error
+        return error
 
 
 def _encodes(row: dict[str, Any]) -> bool:
@@ -132,7 +204,12 @@ def _encodes(row: dict[str, Any]) -> bool:
 
 
 def read_hub(
-    name: str, config: str | None, revision: str | None, splits: dict[str, str], columns: dict[str, str]
+    name: str,
+    config: str | None,
+    revision: str | None,
+    splits: dict[str, str],
+    columns: dict[str, str],
+    report: ReadReport | None = None,
 ) -> dict[str, Rows]:
     """{split: rows} of a data set on the Hugging Face hub (or a local folder in its layout); label ids become names.
 
@@ -166,6 +243,8 @@ def read_hub(
                     for row in values:
                         row[column] = _named(row[column], label.names)
             rows[split] = Rows(f"{name}/{hub_split}", set(part.column_names), values)
+            if report:
+                report.read[rows[split].where] += len(values)
     return rows
 
 
@@ -180,11 +259,31 @@ def slots(column: str) -> list[str]:
     return re.findall(r"\{(\w+)\}", column) or [column]
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing: null, a missing number, or spaces alone; the same in all formats."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def cell(value: Any, column: str) -> str:
+    """A cell as text; an empty one is the empty text. Raises DataError for a list, an object or bytes."""
+    if is_empty(value):
+        return ""
+    if isinstance(value, list | dict | bytes):
+        kind = {list: "a list", dict: "an object"}.get(type(value), "bytes that are not UTF-8")
+        raise DataError(f"{kind} in column {named(column)}, where a text is needed")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers with a hole is read as floats
+    return str(value).replace("\r\n", "\n")
+
+
 def fill(column: str, row: dict[str, Any]) -> str:
-    """The text of a row: one column, or several put into a text with {name} slots."""
+    """The text of a row: one column, or several put into a text with {name} slots.
+
+    Raises DataError for what is not a text; a number is one only inside a text with slots.
+    """
     if "{" in column:
-        return re.sub(r"\{(\w+)\}", lambda slot: str(row[slot.group(1)]), column)
+        return re.sub(r"\{(\w+)\}", lambda slot: cell(row[slot.group(1)], slot.group(1)), column)
     value = row[column]
-    if not isinstance(value, str):
-        raise DataError(f"column {column} holds {value!r} where a text is needed{NOT_UTF8 * isinstance(value, bytes)}")
-    return value
+    if not isinstance(value, str | list | dict | bytes) and not is_empty(value):
+        raise DataError(f"a {type(value).__name__} in column {named(column)}, where a text is needed")
+    return cell(value, column)

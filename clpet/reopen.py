@@ -34,7 +34,6 @@ from clpet.text import Encoded
 from clpet.tracking import Tracking
 
 log = logging.getLogger(__name__)
-
 KINDS = dict(
     zip(GROUPS, (Method, NoReplay, Backbone, Adapter, Source, Hardware, Tracking), strict=True)
 )  # what each group's class must be
@@ -145,6 +144,8 @@ def reopen(run: Recorded, after: int | None = None) -> Reopened:
     """Loads the data, the backbone and the weights after `after` tasks (None: the newest). Raises DataError."""
     config, parts, method = run.config, run.parts, run.method
     benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
+    for note in benchmark.report.notes():
+        log.warning(note)
     there, wanted = benchmark.fingerprint(), run.record["data"]["fingerprint"]
     if benchmark.names != run.record["tasks"] or there != wanted:
         raise DataError(

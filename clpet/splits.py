@@ -10,6 +10,7 @@ import numpy as np
 
 from clpet.config import derive
 from clpet.errors import DataError
+from clpet.escape import shown
 from clpet.tasks import Example
 
 Splits = dict[str, list[Example]]
@@ -41,6 +42,24 @@ def sample(examples: list[Example], most: int | None, labelled: bool = True) -> 
     return [examples[index] for index in sorted(index for _, _, index in sorted(ranked)[:most])]
 
 
+def stratified(examples: list[Example], most: int | None, labelled: bool = True) -> list[Example]:
+    """At most `most` examples, the labels, if any, in their proportions; the same ones whatever the run's seed.
+
+    Each label gets the whole part of its share; what is left goes to the largest remainders.
+    """
+    if most is None or len(examples) <= most:
+        return examples
+    rng = np.random.default_rng(derive(0, "stratified", len(examples)))
+    rows: dict[str | None, list[int]] = {}
+    for index in rng.permutation(len(examples)).tolist():
+        rows.setdefault(examples[index].target if labelled else None, []).append(index)
+    shares = {label: divmod(most * len(own), len(examples)) for label, own in rows.items()}
+    rest = most - sum(whole for whole, _ in shares.values())
+    favoured = sorted(shares, key=lambda label: (-shares[label][1], str(label)))[:rest]
+    taken = [own[: shares[label][0] + (label in favoured)] for label, own in rows.items()]
+    return [examples[index] for index in sorted(index for part in taken for index in part)]
+
+
 def has_labels(train: list[Example], *others: list[Example]) -> bool:
     """Whether targets are labels, which come back and are all known from training, or answers free in their words."""
     targets = {example.target for example in train}
@@ -70,19 +89,21 @@ def by_label(splits: Splits, groups: dict[str, list[str]]) -> dict[str, Splits]:
     for task, labels in groups.items():
         for label in labels:
             if label in owner:
-                raise DataError(f"label {label!r} is in two tasks, {owner[label]} and {task}")
+                raise DataError(f"label {shown(label)} is in two tasks, {owner[label]} and {task}")
             owner[label] = task
     present = {str(example.target) for example in splits["train"]}
     for split, examples in splits.items():
         for example in examples:
             if str(example.target) not in present:
-                raise DataError(f"label {example.target!r} occurs in {split} but not in train, so it cannot be learned")
+                label = shown(example.target)
+                raise DataError(f"label {label} occurs in {split} but not in train, so it cannot be learned")
     missing = sorted(present - owner.keys())
     if missing:
-        raise DataError(f"the label partition does not cover {len(missing)} labels of the data, e.g. {missing[0]!r}")
+        first = shown(missing[0])
+        raise DataError(f"the label partition does not cover {len(missing)} labels of the data, e.g. {first}")
     absent = sorted(owner.keys() - present)
     if absent:
-        raise DataError(f"the label partition names {len(absent)} labels the data lacks, e.g. {absent[0]!r}")
+        raise DataError(f"the label partition names {len(absent)} labels the data lacks, e.g. {shown(absent[0])}")
     tasks: dict[str, Splits] = {task: {split: [] for split in splits} for task in groups}
     for split, examples in splits.items():
         for example in examples:

@@ -11,6 +11,8 @@ import numpy as np
 
 from clpet.config import derive
 from clpet.errors import DataError
+from clpet.escape import shown
+from clpet.read_report import ReadReport
 
 SPLITS = ("train", "validation", "test")
 
@@ -82,6 +84,7 @@ class Benchmark:
     base: Task | None = None  # text that the model is made on before the first task
     data_record: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)  # of domains, reported apart
+    report: ReadReport = field(default_factory=ReadReport)  # what reading it skipped, repaired and dropped
     order: dict[str, Any] = field(default_factory=dict)  # how the domains were ordered, and its hash
     stream: bool = False  # texts are read as they are trained on, not tokenised beforehand
 
@@ -121,7 +124,7 @@ class Benchmark:
         hasher = hashlib.sha256()
         for task in [*self.tasks, *([self.base] if self.base else [])]:
             for split in SPLITS:
-                hasher.update(f"\x1e{task.name}\x1e{split}".encode())
+                hasher.update(f"\x1e{task.name}\x1e{split}".encode(errors="surrogatepass"))
                 examples = task.split(split)
                 if isinstance(examples, Documents):
                     hasher.update(examples.fingerprint().encode())
@@ -145,7 +148,7 @@ class Benchmark:
             for split, example in _labelled(task):
                 if example.target not in trained:
                     raise DataError(
-                        f"task {task.name} of benchmark {self.name}: label {example.target!r} occurs in {split} "
+                        f"task {task.name} of benchmark {self.name}: label {shown(example.target)} occurs in {split} "
                         "but not in train, so it cannot be learned"
                     )
 

@@ -5,24 +5,26 @@ A reader never holds more than one document and one batch of rows. `scan` yields
 """
 
 import json
-import re
 from bisect import bisect_right
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from io import BufferedReader, BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from clpet.data_files import suffix
+from clpet.decoding import decode, encoding, remedy
 from clpet.errors import DataError, suggest
+from clpet.escape import named
+from clpet.read_report import ReadReport
 
 PIECE = 2000  # bytes of a long text without document borders that are one piece, to the end of a line
 STRETCH = 65536  # bytes of it that are read together, at most, and to the end of a line
 LONGEST_LINE = 65536
 BATCH = 256  # rows of a parquet file that are decoded at a time
 LARGE = 16 << 20  # bytes above which a txt file is no document
-SUFFIXES = (".parquet", ".jsonl", ".txt")
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
-               "dev": "validation", "test": "test"}  # fmt: skip
 
 
 class Unit(NamedTuple):
@@ -39,6 +41,8 @@ class Reader(Protocol):
 
     borders: bool
     joiner: str  # stands between the pieces of a document
+    name: str  # what messages call it
+    report: ReadReport
 
     def scan(self) -> Iterator[Unit]:
         """All documents in order."""
@@ -50,10 +54,10 @@ class Reader(Protocol):
 class Strings:
     """Texts in memory, one document each."""
 
-    borders, joiner = True, ""
+    borders, joiner, name = True, "", "texts in memory"
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts = list(texts)
+    def __init__(self, texts: Iterable[str], report: ReadReport | None = None) -> None:
+        self.texts, self.report = list(texts), report or ReadReport()
 
     def scan(self) -> Iterator[Unit]:
         for place, text in enumerate(self.texts):
@@ -66,17 +70,20 @@ class Strings:
 class WholeFiles:
     """One document per file."""
 
-    borders, joiner = True, ""
+    borders, joiner, name = True, "", "txt files"
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[Path], report: ReadReport | None = None) -> None:
+        self.paths, self.report = paths, report or ReadReport()
 
     def scan(self) -> Iterator[Unit]:
-        for place in range(len(self.paths)):
-            yield Unit(place, 1, self.read(place, 1), None)
+        for place, path in enumerate(self.paths):
+            found = decode(path.read_bytes(), path)
+            self.report.decoded(path, found)
+            yield Unit(place, 1, [found.text], None)
 
     def read(self, place: int, span: int) -> list[str]:
-        return [decoded(self.paths[place].read_bytes()).replace("\r\n", "\n")]
+        path = self.paths[place]
+        return [decode(path.read_bytes(), path).text]
 
 
 class LongText:
@@ -84,21 +91,53 @@ class LongText:
 
     borders, joiner = False, ""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, report: ReadReport | None = None) -> None:
+        self.path, self.name, self.report = path, str(path), report or ReadReport()
 
     def scan(self) -> Iterator[Unit]:
         length = min(STRETCH, max(PIECE, self.path.stat().st_size // 1000))
-        with self.path.open("rb") as file:
-            place = 0
+        with self._open() as file:
+            place = file.tell()
             while data := _stretch(file, length):
-                yield Unit(place, len(data), _pieces(data), None)
+                yield Unit(place, len(data), self._pieces(data, self.report), None)
                 place += len(data)
 
     def read(self, place: int, span: int) -> list[str]:
-        with self.path.open("rb") as file:
+        with self._open() as file:
             file.seek(place)
-            return _pieces(file.read(span))
+            return self._pieces(file.read(span))
+
+    def _open(self) -> Any:
+        """The file as UTF-8, behind its byte order mark; one in another encoding is held in memory."""
+        file = self.path.open("rb")
+        codec = encoding(file.peek(4)[:4])
+        if codec.startswith("utf-8"):
+            file.seek(3 if codec == "utf-8-sig" else 0)
+            return file
+        file.close()
+        raw: Any = BytesIO(self._converted)
+        return BufferedReader(raw)
+
+    @cached_property
+    def _converted(self) -> bytes:
+        if self.path.stat().st_size > LARGE:
+            raise DataError(f"{self.path} is too large to be read as other than UTF-8: {remedy(self.path, 'UTF-16')}")
+        found = decode(self.path.read_bytes(), self.path)
+        self.report.decoded(self.path, found)
+        return found.text.encode(errors="replace")
+
+    def _pieces(self, data: bytes, report: ReadReport | None = None) -> list[str]:
+        """Lines together, of about PIECE bytes."""
+        parts = [b""]
+        for line in data.splitlines(keepends=True):
+            if len(parts[-1]) >= PIECE:
+                parts.append(b"")
+            parts[-1] += line
+        found = [decode(part, self.path, "utf-8") for part in parts]
+        if report:
+            for part in found:
+                report.decoded(self.path, part)
+        return [part.text for part in found]
 
 
 def _stretch(file: Any, length: int) -> bytes:
@@ -106,19 +145,14 @@ def _stretch(file: Any, length: int) -> bytes:
     data: bytes = file.read(length)
     if data and not data.endswith(b"\n"):
         data += file.readline(LONGEST_LINE)
-    while not data.endswith(b"\n") and (ahead := file.peek(1)[:1]) and ahead[0] & 0xC0 == 0x80:
+    while not data.endswith(b"\n") and (ahead := file.peek(1)[:1]) and _inside(data, ahead):
         data += file.read(1)
     return data
 
 
-def _pieces(data: bytes) -> list[str]:
-    """Lines together, of about PIECE bytes."""
-    parts = [b""]
-    for line in data.splitlines(keepends=True):
-        if len(parts[-1]) >= PIECE:
-            parts.append(b"")
-        parts[-1] += line
-    return [decoded(part) for part in parts]
+def _inside(data: bytes, ahead: bytes) -> bool:
+    """Whether a character, or a line end, begins in `data` and goes on with the next byte."""
+    return ahead[0] & 0xC0 == 0x80 or (data.endswith(b"\r") and ahead == b"\n")
 
 
 class Rows:
@@ -126,11 +160,12 @@ class Rows:
 
     borders, joiner = True, "\n\n"
 
-    def __init__(self, path: Path, text: str, document: str) -> None:
-        self.path, self.text, self.document = path, text, document
+    def __init__(self, path: Path, text: str, document: str, report: ReadReport | None = None) -> None:
+        self.path, self.name, self.report = path, str(path), report or ReadReport()
+        self.text, self.document = text, document
 
-    def rows(self) -> Iterator[tuple[int, str, str | None]]:
-        """(place, text, document id or None) of every row."""
+    def rows(self) -> Iterator[tuple[int, str | None, str | None]]:
+        """(place, text, document id or None) of every row; bad ones are complained of and have no text."""
         raise NotImplementedError
 
     def read(self, place: int, span: int) -> list[str]:
@@ -139,7 +174,9 @@ class Rows:
 
     def scan(self) -> Iterator[Unit]:
         unit: Unit | None = None
-        for place, text, name in self.rows():
+        for place, value, name in self.rows():
+            text = self.cleaned(value)
+            self.report.line_ends[str(self.path)] += (value or "").count("\r\n")
             if unit is not None and name is not None and name == unit.name:
                 unit.pieces.append(text)
             else:
@@ -149,11 +186,16 @@ class Rows:
         if unit is not None:
             yield unit._replace(span=len(unit.pieces))
 
-    def checked(self, value: Any, row: int) -> str:
-        """The text of a row. Raises DataError where it is none."""
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"{self.path}: row {row} holds {value!r} in column {self.text}; a text is needed")
-        return value or ""
+    def checked(self, value: Any, row: int) -> str | None:
+        """The text of a row counted from 1; None for an empty one, or for what is not a text, which is noted."""
+        if value is None or isinstance(value, str):
+            return value
+        self.report.complain(self.path, f"a {type(value).__name__} in column {named(self.text)}, not a text", row)
+        return None
+
+    def cleaned(self, value: Any) -> str:
+        """The text of a cell as `scan` gives it."""
+        return value.replace("\r\n", "\n") if isinstance(value, str) else ""
 
 
 class ParquetRows(Rows):
@@ -162,14 +204,14 @@ class ParquetRows(Rows):
     _next, _last = 0, -1  # the row that comes next, and the row group it is in
     _ahead: Iterator[Any]
 
-    def rows(self) -> Iterator[tuple[int, str, str | None]]:
+    def rows(self) -> Iterator[tuple[int, str | None, str | None]]:
         with self._open() as file:
             columns = [self.text, *([self.document] if self.document in file.schema_arrow.names else [])]
             place = 0
             for batch in file.iter_batches(BATCH, columns=columns):
                 ids = batch.column(1).to_pylist() if len(columns) == 2 else [None] * len(batch)
                 for value, name in zip(batch.column(0).to_pylist(), ids, strict=True):
-                    yield place, self.checked(value, place), None if name is None else str(name)
+                    yield place, self.checked(value, place + 1), None if name is None else str(name)
                     place += 1
 
     def read(self, place: int, span: int) -> list[str]:
@@ -179,7 +221,7 @@ class ParquetRows(Rows):
             self._ahead = self._texts(group)
         for _ in range(place - self._next):
             next(self._ahead)
-        found = [next(self._ahead) or "" for _ in range(span)]
+        found = [self.cleaned(next(self._ahead)) for _ in range(span)]
         self._next = place + span
         self._last = bisect_right(self._ends, self._next)
         return found
@@ -212,69 +254,48 @@ class ParquetRows(Rows):
 class JsonLines(Rows):
     """A jsonl file; a place is a byte offset."""
 
-    def rows(self) -> Iterator[tuple[int, str, str | None]]:
+    def rows(self) -> Iterator[tuple[int, str | None, str | None]]:
         place = 0
         with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                row = self.row(line, number)
-                name = row.get(self.document)
-                yield place, self.checked(row[self.text], number), None if name is None else str(name)
+            if not encoding(file.peek(4)[:4]).startswith("utf-8"):
+                raise DataError(f"{self.path} is not UTF-8: {remedy(self.path, 'UTF-16')}")
+            for number, line in enumerate(file, 1):
+                row = self.row(line)
+                if isinstance(row, str):
+                    self.report.complain(self.path, row, number)
+                    yield place, None, None
+                else:
+                    name = row.get(self.document)
+                    yield place, self.checked(row[self.text], number), None if name is None else str(name)
                 place += len(line)
 
     def read(self, place: int, span: int) -> list[str]:
         with self.path.open("rb") as file:
             file.seek(place)
-            return [self.checked(self.row(file.readline(), 0)[self.text], 0) for _ in range(span)]
+            rows = [self.row(file.readline()) for _ in range(span)]
+        return [self.cleaned(row[self.text]) if isinstance(row, dict) else "" for row in rows]
 
-    def row(self, line: bytes, number: int) -> dict[str, Any]:
-        """One line as a dict that has the text. Raises DataError."""
+    def row(self, line: bytes) -> dict[str, Any] | str:
+        """One line as a dict that has the text, or what is wrong with it."""
         try:
-            row = json.loads(line) if line.strip() else {self.text: ""}
+            row = json.loads(line.removeprefix(BOM_UTF8)) if line.strip() else {self.text: ""}
+        except UnicodeDecodeError:
+            return "bytes that are not UTF-8"
         except ValueError as error:
-            raise DataError(f"{self.path}: line {number + 1} is no JSON: {error}") from error
+            return f"no valid JSON ({getattr(error, 'msg', error)})"
         if not isinstance(row, dict) or self.text not in row:
-            there = suggest(self.text, row) if isinstance(row, dict) else ""
-            raise DataError(f"{self.path}: line {number + 1} has no {self.text}{there}")
+            return f"no {named(self.text)}{suggest(self.text, row) if isinstance(row, dict) else ''}"
+        if b"\\u" in line and any("\ud800" <= sign <= "\udfff" for sign in str(row[self.text])):
+            return "half of a character (a lone surrogate)"
         return row
 
 
-def decoded(data: bytes) -> str:
-    """UTF-8 text; bytes that are none become the replacement character."""
-    return data.decode(errors="replace")
-
-
-def text_files(folder: Path) -> list[Path]:
-    """Files of plain text in a folder and below it, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-
-
-def domain_files(folder: Path) -> dict[str, list[Path]]:
-    """{domain: its files}, sorted: every sub-folder that has any, and every file."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        files = text_files(path) if path.is_dir() else [path] if path.suffix in SUFFIXES else []
-        if files:
-            found.setdefault(path.name if path.is_dir() else path.stem, []).extend(files)
-    return found
-
-
-def named_splits(files: list[Path]) -> dict[str, list[Path]]:
-    """Files by the split that their name, or their folder's, begins with; all are train where none says so."""
-    found: dict[str, list[Path]] = {}
-    for path in files:
-        for name in (path.stem, path.parent.name):
-            split = SPLIT_NAMES.get(re.split(r"[-_.]", name)[0])
-            if split:
-                found.setdefault(split, []).append(path)
-                break
-    return found if "train" in found else {"train": files}
-
-
-def readers(files: Sequence[Path], text: str, document: str) -> list[Reader]:
+def readers(files: Sequence[Path], text: str, document: str, report: ReadReport | None = None) -> list[Reader]:
     """A reader per file, or one for all txt files that are documents."""
     tables = {".parquet": ParquetRows, ".jsonl": JsonLines}
-    found: list[Reader] = [tables[path.suffix](path, text, document) for path in files if path.suffix in tables]
-    texts = [path for path in files if path.suffix not in tables]
+    rows = [path for path in files if suffix(path) in tables]
+    found: list[Reader] = [tables[suffix(path)](path, text, document, report) for path in rows]
+    texts = [path for path in files if suffix(path) not in tables]
     if len(texts) == 1 or any(path.stat().st_size > LARGE for path in texts):
-        return found + [LongText(path) for path in texts]
-    return found + ([WholeFiles(texts)] if texts else [])
+        return found + [LongText(path, report) for path in texts]
+    return found + ([WholeFiles(texts, report)] if texts else [])

@@ -114,18 +114,24 @@ def test_the_fingerprint_is_of_the_text_alone(tmp_path: Path) -> None:
     assert len({one, whole.limited(size=34).fingerprint(), whole[1:].fingerprint()}) == 3
 
 
+def settled(reader: JsonLines) -> None:
+    """Reads all documents, and refuses bad rows."""
+    len(Documents.of(reader))
+    reader.report.settle(skip_bad=False)
+
+
 def test_wrong_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"rows\.parquet cannot be read as parquet"):
         len(Documents.of(ParquetRows(tmp_path / "rows.parquet", "text", "doc_id")))
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
-    with pytest.raises(DataError, match="line 2 has no text; did you mean txt"):
-        len(Documents.of(JsonLines(tmp_path / "rows.jsonl", "text", "doc_id")))
+    with pytest.raises(DataError, match="row 2 has no text; did you mean txt"):
+        settled(JsonLines(tmp_path / "rows.jsonl", "text", "doc_id"))
     with pytest.raises(DataError, match="has no column body"):
         len(Documents.of(ParquetRows(parquet(tmp_path, ROWS).path, "body", "doc_id")))
     (tmp_path / "rows.jsonl").write_text('{"text": 3}\n')
-    with pytest.raises(DataError, match="row 0 holds 3 in column text"):
-        len(Documents.of(JsonLines(tmp_path / "rows.jsonl", "text", "doc_id")))
+    with pytest.raises(DataError, match="row 1 has a int in column text, not a text"):
+        settled(JsonLines(tmp_path / "rows.jsonl", "text", "doc_id"))
 
 
 def test_a_limit_takes_documents_by_hash_and_cuts_the_last() -> None:

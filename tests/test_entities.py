@@ -248,9 +248,7 @@ def hub_folder(folder: Path, config: str, splits: dict[str, list[dict]], feature
     return folder
 
 
-def test_fewrel_names_are_the_data_sets_own_and_blank_tokens_are_dropped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fewrel_names_are_the_data_sets_own_and_blank_tokens_are_dropped(tmp_path: Path) -> None:
     """O15 (`fewrel_script.py`): `h[0]` and `t[0]`; a token that is one blank is left out, wherever it stands."""
     films = [*["The", "Assassination", "of", "Jesse", "James", "by", "the", "Coward", "Robert", "Ford"], '"']
     tokens = ["350–351", " ", "That", *films[:4], " ", *films[4:], "are", "James", "gang", "."]
@@ -265,8 +263,8 @@ def test_fewrel_names_are_the_data_sets_own_and_blank_tokens_are_dropped(
     end = " gang [unused3] . In this sentence, james gang is the [MASK] of the assassination of jesse james by the coward robert ford."
     assert template.tokenizer.decode(ids) == f"[CLS]{start}{end}[SEP]"
     assert "In this sentence, James gang is the [MASK] of The Assassination" in template.tokenizer.decode(plain)
-    named._kept(Rows("here", set(row) - {"tail"}, []), "train")
-    assert "here has no column tail: names are read from the tokens" in caplog.text
+    named.examples(Rows("here", set(row) - {"tail"}, []), "train")
+    assert "here has no column tail: names are read from the tokens" in named.report.notes()
     with pytest.raises(ConfigError, match=r"benchmark.names must be a column for each of entity, or null"):
         Typing(name="x", names={"head": "head"})
 

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 from clpet.config import require
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.metrics import FREE, METRICS, need
+from clpet.read_report import ReadReport
 from clpet.readers import existing, slots
-from clpet.splits import Splits, has_labels, in_order, sample, split_off
+from clpet.splits import Splits, has_labels, in_order, sample, split_off, stratified
 from clpet.tasks import SPLITS, Benchmark, Example, Task, Truncate, order_names
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,14 @@ class Source:
     max_target: int = 50
     metric: str = "exact_match"
     metrics: dict[str, str] = field(default_factory=dict)
+    skip_bad: bool = False
 
     fields: ClassVar[tuple[str, ...]] = ()  # slots that examples fill beside {text} and {mask}
     cache_dir: ClassVar[str | None] = None  # set by the run: a folder for what other runs can use
     plain_text: ClassVar[bool] = False  # texts to be continued, without labels or answers
 
     def __post_init__(self) -> None:
+        self.report = ReadReport()  # of the last reading
         for key in ("max_train", "max_test", "shots"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"benchmark.{key}", value, "at least 1, or null for all")
@@ -143,7 +146,7 @@ class Source:
 
     def load(self, data_dir: str | None) -> Benchmark:
         """The benchmark in training order, limited, with a validation part in every task. Raises DataError."""
-        folder = existing(data_dir)
+        folder, self.report = existing(data_dir), ReadReport()
         for name in (self.tasks or self.named_order() or self.metrics) if self.answers else ():
             need(self.metrics.get(name, self.metric))
         splits = self.read(folder)
@@ -153,13 +156,20 @@ class Source:
             log.warning(
                 "tasks are learned as benchmark.order=%s has them; order=listed: as tasks lists them", self.order
             )
+        for name in splits.keys() - set(names):
+            self.report.drop("in tasks that are not learned", sum(map(len, splits[name].values())))
         tasks = [self._task(name, splits[name]) for name in names]
         template = self.prompt.rstrip() if self.answers else self.template
         benchmark = Benchmark(self.name, tasks, template, self.max_length, self.max_target if self.answers else 0)
         benchmark.truncate = self.truncate
         benchmark.own_softmax = self.softmax is Softmax.task
+        benchmark.report = self.report
         benchmark.check()
         return benchmark
+
+    def drop_bad(self) -> None:
+        """Drops and counts the bad rows read so far. Raises DataError, which names them, unless `skip_bad`."""
+        self.report.drop("bad", self.report.settle(self.skip_bad))
 
     def chosen(self, there: Collection[str]) -> list[str]:
         """The tasks of the sequence, in listed order. Raises DataError for a task that is not there."""
@@ -181,10 +191,15 @@ class Source:
         most = self.shots * max(1, len(labels)) if self.shots else self.max_train
         if most is not None and most < len(labels):
             raise DataError(f"benchmark.max_train={most} is too few for the {len(labels)} labels of task {name}")
-        train = sample(train, most, labelled)
-        validation = sample(validation, most and max(1, most // 5), labelled)
-        test = sample(test, self.max_test, labelled)
-        train, validation, test = self._keeping(name, train, validation, test)
+        cut = {
+            "train": sample(train, most, labelled),
+            "validation": sample(validation, most and max(1, most // 5), labelled),
+            "test": stratified(test, self.max_test, labelled),
+        }
+        reason = "beyond benchmark.shots" if self.shots else "beyond benchmark.max_train"
+        self.report.drop(reason, len(train) + len(validation) - len(cut["train"]) - len(cut["validation"]))
+        self.report.drop("beyond benchmark.max_test", len(test) - len(cut["test"]))
+        train, validation, test = self._keeping(name, *cut.values())
         return Task(name, train, validation, test, tuple(in_order(labels)), metric)
 
     def _keeping(self, task: str, *parts: list[Example]) -> list[list[Example]]:

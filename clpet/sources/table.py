@@ -1,19 +1,18 @@
 """Labelled rows of one table as tasks."""
 
-import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clpet.config import require
 from clpet.errors import DataError
-from clpet.readers import Rows, fill, read_hub, read_local, slots
+from clpet.escape import named, shown
+from clpet.readers import Rows, cell, fill, is_empty, read_hub, read_local, slots
 from clpet.sources.base import Source
 from clpet.splits import Splits, by_label, has_labels, in_order, label_name, named_tasks, partition, split_off
 from clpet.tasks import SPLITS, Example
 
-log = logging.getLogger(__name__)
+Row = dict[str, Any]
 
 
 @dataclass
@@ -53,10 +52,11 @@ class Table(Source):
         require(0 < self.test_share < 1, "benchmark.test_share", self.test_share, "in (0, 1)")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
-        rows = self.rows(data_dir)
+        found = {split: self.examples(part, split) for split, part in self.rows(data_dir).items()}
+        self.drop_bad()
         if self.task is not None:
-            return self._by_column(rows, self.task)
-        splits = {split: [self.example(row) for row in self._kept(part, split)] for split, part in rows.items()}
+            return self._by_column(found, self.task)
+        splits = {split: [example for _, example in part] for split, part in found.items()}
         self._with_test(splits)
         if self.answers:
             return {self.name: splits}
@@ -65,44 +65,78 @@ class Table(Source):
     def rows(self, data_dir: Path | None) -> dict[str, Rows]:
         """The rows of every split, before they are checked and made into examples."""
         if data_dir is not None:
-            return read_local(self.place(data_dir), self.splits)
+            return read_local(self.place(data_dir), self.splits, self.report)
         if self.hub is None:
             raise DataError(f"benchmark {self.name} is read from local files: say data_dir=FOLDER")
-        return read_hub(self.hub, self.hub_config, self.hub_revision, self.splits, self.hub_columns or {})
+        columns = self.hub_columns or {}
+        return read_hub(self.hub, self.hub_config, self.hub_revision, self.splits, columns, self.report)
 
-    def _kept(self, rows: Rows, split: str) -> Iterable[dict[str, Any]]:
-        columns = [self.text, self.label, *self.prompt_columns, *(self.task, self.references)]
-        rows.need(*(name for column in columns if column for name in slots(column)))
+    def examples(self, rows: Rows, split: str) -> list[tuple[Row, Example]]:
+        """The rows that are used, with their examples; bad rows and what is left out are noted in the report."""
         where = (self.where or {}).items() if split == "train" else ()
-        rows.need(*(column for column, _ in where))
+        rows.need(*self.columns(), *(column for column, _ in where))
+        for number, what in rows.bad.items():
+            self.report.complain(rows.where, what, number)
+        found: list[tuple[Row, Example]] = []
         respelt: dict[str, int] = {}
-        for number, row in enumerate(rows.values, 1):
+        for number, row in zip(rows.numbers, rows.values, strict=True):
             if any(str(row[column]).lower() != str(value).lower() for column, value in where):
+                self.report.drop("benchmark.where", 1)
                 continue
             try:
-                label, text = row[self.label], fill(self.text, row)
+                label = self._label(row)
+                if label in self.drop_labels:
+                    self.report.drop("benchmark.drop_labels", 1)
+                    continue
+                if isinstance(row[self.label], str) and label != row[self.label]:
+                    respelt.setdefault(row[self.label], number)
+                row[self.label] = label
+                found.append((row, self._checked(row)))
             except DataError as error:
-                raise DataError(f"{rows.where}: row {number}: {error}") from None
-            if isinstance(label, float) and label.is_integer():
-                label = row[self.label] = int(label)  # a column of whole numbers with a hole is read as floats
-            if isinstance(label, str) and label != label_name(label):
-                respelt.setdefault(label, number)
-                label = row[self.label] = label_name(label)
-            if label is None or not isinstance(label, str | int | bool):
-                raise DataError(f"{rows.where}: row {number} has the label {label!r}; a name or a number is needed")
-            if not text.strip():
-                raise DataError(f"{rows.where}: row {number} has an empty text")
-            if str(label) not in self.drop_labels:
-                yield row
+                self.report.complain(rows.where, str(error), number)
+                continue
+            self._note_empty(row, rows.where)
         if respelt:
-            log.warning(
-                "%s: outer spaces are removed from %d labels, or their Unicode form becomes NFC: first %r in row %d",
-                rows.where, len(respelt), *next(iter(respelt.items())),
-            )  # fmt: skip
+            first, number = next(iter(respelt.items()))
+            self.report.others.append(
+                f"{rows.where}: outer spaces are removed from {len(respelt)} labels, or their Unicode form becomes "
+                f"NFC: first {shown(first)} in row {number}"
+            )
+        return found
 
-    def example(self, row: dict[str, Any]) -> Example:
+    def columns(self) -> list[str]:
+        """Columns that the rows must have."""
+        options = [self.text, self.label, *self.prompt_columns, self.task, self.references]
+        return [name for option in options if option for name in slots(option)]
+
+    def _label(self, row: Row) -> str:
+        value = row[self.label]
+        if is_empty(value):
+            raise DataError("no label")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # a column of whole numbers with a hole is read as floats
+        if not isinstance(value, str | int | bool):
+            raise DataError(f"the label {shown(value)}, which is neither a name nor a whole number")
+        return label_name(value)
+
+    def _checked(self, row: Row) -> Example:
+        """The example of a row. Raises DataError, a noun phrase, for what the row has or lacks."""
+        if self.task and is_empty(row[self.task]):
+            raise DataError("no task")
+        example = self.example(row)
+        if not example.text.strip():
+            raise DataError("an empty text")
+        return example
+
+    def _note_empty(self, row: Row, where: str) -> None:
+        """Counts empty cells inside a text or prompt of several columns: they are read as an empty text."""
+        for column in [*self.prompt_columns, *(slots(self.text) if "{" in self.text else ())]:
+            if is_empty(row.get(column, "")):
+                self.report.empty[f"column {named(column)} of {where}"] += 1
+
+    def example(self, row: Row) -> Example:
         """One row as an Example; what the prompt needs beside the text becomes its fields."""
-        fields = {name: str(row[name]) for name in self.prompt_columns}
+        fields = {name: cell(row[name], name) for name in self.prompt_columns}
         known = row[self.references] if self.references and self.answers else None
         references = tuple(map(label_name, [known] if isinstance(known, str) else known or ()))
         return Example(fill(self.text, row), str(row[self.label]), fields, references=references)
@@ -117,11 +151,11 @@ class Table(Source):
             sizes = [sizes] * (len(labels) // sizes) + ([rest] if rest else [])
         return named_tasks(partition(labels, sizes, self.partition_seed))
 
-    def _by_column(self, rows: dict[str, Rows], column: str) -> dict[str, Splits]:
+    def _by_column(self, found: dict[str, list[tuple[Row, Example]]], column: str) -> dict[str, Splits]:
         tasks: dict[str, Splits] = {}
-        for split, part in rows.items():
-            for row in self._kept(part, split):
-                tasks.setdefault(str(row[column]), {}).setdefault(split, []).append(self.example(row))
+        for split, part in found.items():
+            for row, example in part:
+                tasks.setdefault(cell(row[column], column).strip(), {}).setdefault(split, []).append(example)
         for splits in tasks.values():
             self._with_test(splits)
         return tasks

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clpet.config import require
+from clpet.data_files import note_unread, subfolders, tables
 from clpet.errors import DataError
 from clpet.readers import read_hub, read_local
 from clpet.sources.base import Source
@@ -19,6 +20,7 @@ from clpet.tasks import SPLITS
 class Folders(Source):
     """One folder per task with train, validation and test files; from the hub, one data set per task.
 
+    `folders` are the tasks; without any, all sub-folders of data_dir that have data files, in the order of names.
     `label_space=task` keeps the labels of different tasks apart, `union` lets equal names be one label;
     `label_sets` names tasks that share their labels (task -> set). `instructions` (task -> text) fill the
     prompt's {instruction} where the rows have no such column. `words` (task -> label -> word) are what is answered
@@ -45,8 +47,29 @@ class Folders(Source):
         require(self.label_space in ("task", "union"), "benchmark.label_space", self.label_space, "task or union")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
-        wanted = [str(name) for name in self.tasks or self.named_order() or self.folders if name in self.folders]
-        return {name: self._read_task(name, data_dir) for name in wanted or self.folders}
+        there = self._discovered(data_dir)
+        wanted = [str(name) for name in self.tasks or self.named_order() or there if name in there]
+        found = {name: self._read_task(name, data_dir) for name in wanted or there}
+        self.drop_bad()
+        for splits in found.values():
+            if self.test_share and not splits.get("test"):
+                labelled = not self.answers or has_labels(splits["train"])
+                splits["train"], splits["test"] = split_off(splits["train"], self.test_share, labelled)
+        return found
+
+    def _discovered(self, data_dir: Path | None) -> list[str]:
+        """The task names; where none are given, all sub-folders of data_dir that have a data file."""
+        if data_dir is None:
+            if not self.folders:
+                raise DataError(f"benchmark {self.name} is read from local files: say data_dir=FOLDER")
+            return self.folders
+        place = self.place(data_dir)
+        there = subfolders(place)
+        names = self.folders or [name for name, path in there.items() if tables(path)]
+        if not names:
+            raise DataError(f"{place} has no folders with data files: one for each task, as a/train.csv, is expected")
+        note_unread(place, [there[name] for name in names if name in there], self.report)
+        return names
 
     def _read_task(self, name: str, data_dir: Path | None) -> Splits:
         kept: dict[str, Any] = {"objective": self.objective, "prompt": self.prompt}
@@ -54,7 +77,7 @@ class Folders(Source):
             name=name, text=self.text, label=self.label, splits=self.splits, references=self.references, **kept
         )
         if data_dir is not None:
-            rows = read_local(self.place(data_dir) / name, table.splits)
+            rows = read_local(self._folder(name, data_dir), table.splits, self.report)
         else:
             if name not in self.hub_tasks:
                 raise DataError(
@@ -63,18 +86,20 @@ class Folders(Source):
                 )
             spec = dict(self.hub_tasks[name])
             table = Table(name=name, **{**kept, **spec})
-            rows = read_hub(str(table.hub), table.hub_config, table.hub_revision, table.splits, {})
+            rows = read_hub(str(table.hub), table.hub_config, table.hub_revision, table.splits, {}, self.report)
+        table.report = self.report
         label = self._labeller(name)
         splits = {}
         for split, part in rows.items():
             if "instruction" in table.prompt_columns and "instruction" not in part.columns:
                 part.fill("instruction", self.instructions.get(name, ""))
-            examples = [(table.example(row), row[table.label]) for row in table._kept(part, split)]
-            splits[split] = [dataclasses.replace(example, target=label(value)) for example, value in examples]
-        if self.test_share and not splits.get("test"):
-            labelled = not self.answers or has_labels(splits["train"])
-            splits["train"], splits["test"] = split_off(splits["train"], self.test_share, labelled)
+            found = [example for _, example in table.examples(part, split)]
+            splits[split] = [dataclasses.replace(example, target=label(str(example.target))) for example in found]
         return splits
+
+    def _folder(self, name: str, data_dir: Path) -> Path:
+        place = self.place(data_dir)
+        return subfolders(place).get(name, place / name)
 
     def _labeller(self, task: str) -> Callable[[Any], str]:
         prefix = "" if self.answers or self.label_space == "union" else f"{(self.label_sets or {}).get(task, task)}: "

@@ -1,0 +1,168 @@
+"""Which files of a data folder are read: hidden ones are ignored, all others that are not read are named."""
+
+import os
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from clpet.errors import DataError
+from clpet.escape import named
+from clpet.read_report import ReadReport
+
+TEXTS = (".parquet", ".jsonl", ".txt")  # files of plain text
+TABLES = (".parquet", ".jsonl", ".json", ".csv")  # files of labelled rows
+SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
+               "dev": "validation", "test": "test"}  # fmt: skip
+PART = re.compile(r"([a-z]+)([-_.]?\d+)?([-_.]of[-_.]\d+)?", re.IGNORECASE)  # train, train-1, test-00000-of-00001
+ABOUT = ("readme", "license", "licence")  # files about the data, which need no word
+
+
+def file_name(path: Path) -> str:
+    """The last part of a path as text, the same in every locale; bytes that are not UTF-8 are escaped."""
+    return os.fsencode(path.name).decode(errors="backslashreplace")
+
+
+def stem(path: Path) -> str:
+    """`file_name` without the suffix."""
+    return os.fsencode(path.stem).decode(errors="backslashreplace")
+
+
+def suffix(path: Path) -> str:
+    """The suffix in small letters."""
+    return path.suffix.lower()
+
+
+def visible(folder: Path) -> list[Path]:
+    """Files and sub-folders in the order of their names, without those that begin with a dot."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def subfolders(folder: Path) -> dict[str, Path]:
+    """{name: path} of the visible sub-folders."""
+    return {file_name(path): path for path in visible(folder) if path.is_dir()}
+
+
+def tables(folder: Path) -> list[Path]:
+    """Visible files of labelled rows."""
+    return [path for path in visible(folder) if suffix(path) in TABLES and path.is_file()]
+
+
+def note_unread(folder: Path, read: Collection[Path], report: ReadReport) -> None:
+    """Names what lies in a folder and is not read."""
+    report.skip(folder, [_label(path, folder) for path in visible(folder) if path not in read and not _about(path)])
+
+
+def split_files(folder: Path, splits: dict[str, str], report: ReadReport) -> dict[str, Path]:
+    """{split: its file} of a folder of tables; a single data file that is not named as another split is train.
+
+    Raises DataError where train is missing or a split has two files.
+    """
+    train = splits["train"]
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not there: a folder with {train}.parquet (or .jsonl, .csv) is expected")
+    there = tables(folder)
+    found = {}
+    for split, name in splits.items():
+        files = [path for path in there if stem(path) == name]
+        if len(files) > 1:
+            both = " and ".join(file_name(path) for path in files)
+            raise DataError(f"{folder} has {both} for one part: keep the one that is meant")
+        if files:
+            found[split] = files[0]
+    if "train" not in found:
+        if len(there) == 1 and (other := split_of(stem(there[0]))) not in (None, "train"):
+            raise DataError(f"{folder} has only {file_name(there[0])}: a {other} file is not taken for train")
+        if len(there) != 1 or found:
+            more = f"; there are {_few(there)}" if there else ""
+            raise DataError(f"{folder} has no {train}{{{','.join(TABLES)}}}, nor a single data file{more}")
+        found = {"train": there[0]}
+    note_unread(folder, found.values(), report)
+    return found
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file name says, alone or as one of several parts; None where it says none."""
+    match = PART.fullmatch(name)
+    return SPLIT_NAMES.get(match[1].lower()) if match else None
+
+
+def text_files(folder: Path, report: ReadReport, root: Path | None = None) -> list[Path]:
+    """Files of plain text in a folder and below it, sorted; what else lies there is named below `root`."""
+    root = root or folder
+    found: list[Path] = []
+    others: list[str] = []
+    for path in visible(folder):
+        if path.is_dir() and not path.is_symlink():
+            inner = text_files(path, report, root)
+            found += inner
+            others += [] if inner else [_label(path, root)]
+        elif suffix(path) in TEXTS and path.is_file():
+            found.append(path)
+        elif not _about(path):
+            others.append(_label(path, root))
+    if found or folder == root:  # a folder without any text is named as a whole
+        report.skip(root, others)
+    return sorted(found)
+
+
+def domain_files(folder: Path, report: ReadReport) -> dict[str, list[Path]]:
+    """{domain: its files}, sorted: every sub-folder that has any, and every file.
+
+    Raises DataError for two of one name.
+    """
+    found: dict[str, tuple[Path, list[Path]]] = {}
+    others = []
+    for path in visible(folder):
+        files = text_files(path, report, folder) if path.is_dir() else [path] * (suffix(path) in TEXTS)
+        if not files or not path.exists():
+            others += [] if _about(path) else [_label(path, folder)]
+            continue
+        name = file_name(path) if path.is_dir() else stem(path)
+        if name in found:
+            both = f"{_label(found[name][0], folder)} and {_label(path, folder)}"
+            raise DataError(f"{folder}: {both} would both be the domain {named(name)}: rename or remove one")
+        found[name] = path, files
+    report.skip(folder, others)
+    return {name: files for name, (_, files) in found.items()}
+
+
+def named_splits(files: list[Path], folder: Path, report: ReadReport) -> dict[str, list[Path]]:
+    """Files of a domain by the split that their name, or their folder's, begins with.
+
+    Without a train file all are one pool to be split. Raises DataError for files of test or validation without
+    train, and for two files of one name.
+    """
+    names: dict[Path, Path] = {}
+    for path in files:
+        if (other := names.setdefault(path.with_suffix(""), path)) != path:
+            both = f"{_label(other, folder)} and {_label(path, folder)}"
+            raise DataError(f"{folder}: {both} are two files of one name: keep the one that is meant")
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        for name in (stem(path), file_name(path.parent)):
+            split = SPLIT_NAMES.get(re.split(r"[-_.]", name)[0].lower())
+            if split:
+                found.setdefault(split, []).append(path)
+                break
+    if "train" in found:
+        taken = {path for own in found.values() for path in own}
+        report.skip(folder, [_label(path, folder) for path in files if path not in taken and not _about(path)])
+        return found
+    lone = [path for path in files if split_of(stem(path)) or split_of(file_name(path.parent))]
+    if lone:
+        raise DataError(f"{folder}: {_few(lone)} has no train file beside it, and is not taken for one")
+    return {"train": files}
+
+
+def _about(path: Path) -> bool:
+    return path.stem.lower() in ABOUT
+
+
+def _label(path: Path, folder: Path) -> str:
+    inner = os.fsencode(path.relative_to(folder)).decode(errors="backslashreplace")
+    return inner + ("/" if path.is_dir() else "")
+
+
+def _few(paths: Iterable[Path]) -> str:
+    names = [named(file_name(path)) for path in paths]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,67 @@
+"""Bytes of a file as text: in the encoding that its byte order mark names, in UTF-8 without one."""
+
+import codecs
+from pathlib import Path
+from typing import NamedTuple
+
+from clpet.errors import DataError
+
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+
+
+class Decoded(NamedTuple):
+    """A text, and what became of its bytes."""
+
+    text: str
+    codec: str
+    replaced: int = 0  # bytes that are not in the encoding and became U+FFFD
+    line_ends: int = 0  # Windows line ends that became line feeds
+
+
+def encoding(head: bytes) -> str:
+    """The codec of a file that begins with these four or more bytes."""
+    return next((codec for mark, codec in MARKS.items() if head.startswith(mark)), "utf-8")
+
+
+def decode(data: bytes, path: Path, codec: str | None = None) -> Decoded:
+    """Plain text: wrong bytes are replaced, Windows line ends become \\n. Raises DataError for what is not text."""
+    codec = codec or encoding(data)
+    replaced = 0
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        nonlocal replaced
+        assert isinstance(error, UnicodeDecodeError)
+        replaced += error.end - error.start
+        return "\ufffd", error.end
+
+    _check_zeros(data, codec, path)
+    try:
+        text = data.decode(codec)
+    except UnicodeDecodeError:
+        codecs.register_error("clpet.replace", replace)
+        text = data.decode(codec, "clpet.replace")
+    ends = text.count("\r\n")
+    return Decoded(text.replace("\r\n", "\n") if ends else text, codec, replaced, ends)
+
+
+def decode_strictly(data: bytes, path: Path) -> Decoded:
+    """A table's text as it stands. Raises DataError where a byte is not in the encoding."""
+    codec = encoding(data)
+    _check_zeros(data, codec, path)
+    try:
+        return Decoded(data.decode(codec), codec)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        reason = f"byte 0x{data[error.start]:02x} in line {line}" if codec.startswith("utf-8") else error.reason
+        raise DataError(f"{path} is not {codec.removesuffix('-sig').upper()} ({reason}): {remedy(path)}") from None
+
+
+def _check_zeros(data: bytes, codec: str, path: Path) -> None:
+    if codec.startswith("utf-8") and 8 * data.count(0) > len(data):
+        raise DataError(f"{path} is not UTF-8 (UTF-16 without a byte order mark?): {remedy(path, 'UTF-16LE')}")
+
+
+def remedy(path: Path, codec: str = "LATIN1") -> str:
+    """How a file becomes UTF-8."""
+    return f"convert it, such as with iconv -f {codec} -t UTF-8 {path.name} > new{path.suffix}"
