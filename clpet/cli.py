@@ -177,16 +177,18 @@ def train(argv: list[str]) -> int:
                 return None
             if own and not submitted:
                 print(f"\n[{found.job.num + 1}] {inline(own)}\n", flush=True)
+            from clpet.figures import outcome
             from clpet.launch import launch
 
-            matrix = launch(cfg, Path(found.runtime.output_dir), list(found.overrides.task))
+            out = Path(found.runtime.output_dir)
+            finished = launch(cfg, out, list(found.overrides.task)) is not None
         except Exception as error:
             if submitted:  # the launcher carries the error home as an answer: the job has to fail by itself
                 code.append(getattr(error, "exit_code", 1))
                 raise
             failures.append((own, error))  # the other runs of a sweep go on
             return None
-        return matrix.average() if matrix is not None else None
+        return outcome(out) if finished else None
 
     sys.argv = ["clpet train", *arguments]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(job)()

@@ -8,7 +8,7 @@ from pathlib import Path
 from clpet import pretraining
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.escape import inline, markdown
-from clpet.figures import Spread, figures, pretraining_figures, spread
+from clpet.figures import Spread, figures, pretraining_figures, spread, validation_average
 from clpet.groups import GIVEN, SPLIT, Group, Row, Section, differing, fingerprint, on_validation, sections, value_of
 from clpet.pretraining import DAPT
 from clpet.results import CONVENTIONS
@@ -61,7 +61,7 @@ class Comparison:
                 raise ConfigError("--view own is about labels, and these runs have perplexities: leave it out")
         if not self.by_validation:
             return found
-        chosen = on_validation(found, self.best)
+        chosen = on_validation(found, lambda runs: mean.mean if (mean := self.on_validation(runs)) else None)
         if not chosen:
             raise DataError(
                 "--by validation: no run was measured on validation (train with evaluation.split=validation)"
@@ -115,7 +115,7 @@ class Comparison:
         rows = [
             [
                 *row.cells,
-                *([str(row.tried), self.chosen_average(row)] if self.by_validation else []),
+                *([str(row.tried), str(self.on_validation(row.chosen_by))] if self.by_validation else []),
                 str(len(row.runs)),
                 *(str(found.get(metric) or "-") for metric in metrics),
             ]
@@ -134,9 +134,9 @@ class Comparison:
         """The figures of a section's table."""
         return self.metrics or (pretraining.COLUMNS if section.lower else COLUMNS)
 
-    def chosen_average(self, row: Row) -> str:
-        """The validation average by which a row was chosen."""
-        return str(self.spreads(row.chosen_by, row.chosen_by)["average"])
+    def on_validation(self, runs: Group) -> Spread | None:
+        """The final average on validation of a setting."""
+        return spread([validation_average(run, self.own) for _, run in runs])
 
     def leading(self, section: Section, column: Sequence[Spread | None], metric: str) -> list[int]:
         """Places of the best values of a column as printed; rows that are given the task do not compete."""
@@ -159,8 +159,9 @@ class Comparison:
             found.append("the task lists differ: averages are over different tasks")
         if few := [row.name for row in section.rows if len(row.runs) < SAMPLED]:
             which = "" if len(few) == len(section.rows) else f" ({'; '.join(few)})"
-            alone = f"tests are over {section.split} examples alone"
-            found.append(f"fewer than {SAMPLED} seeds{which}: seeds are not sampled, {alone}")
+            found.append(
+                f"fewer than {SAMPLED} seeds{which}: tests sample {section.split} examples, seeds are not sampled"
+            )
         if section.left_out:
             found.append(f"left out, since it has no runs on validation: {'; '.join(section.left_out)}")
         pending = [row for row in section.rows if not row.runs]
@@ -214,17 +215,16 @@ class Comparison:
     def tidy(self, found: list[Section]) -> str:
         """One line a row and figure, one value a cell, all sections in one table."""
         options = list(dict.fromkeys(key for section in found for key in (*section.columns, GIVEN, *section.others)))
-        lines = []
+        lines, view = [], "own" if self.own else "all"
         for section in found:
             for row in section.rows:
                 named = [row.columns.get(key) or value_of(row.options, key) or "" for key in options]
-                for split, runs in ((section.split, row.runs), ("validation", row.chosen_by)):
-                    spreads = self.spreads(runs, section.runs)
-                    kind = [section.benchmark, section.objective, section.metric]
-                    for metric in self.shown(section) if runs is row.runs else ["average"] * bool(runs):
-                        data = fingerprint(row.evidence[0][1])
-                        values = _numbers(spreads.get(metric))
-                        lines.append([*kind, data, split, "own" if self.own else "all", *named, metric, *values])
+                kind = [section.benchmark, section.objective, section.metric, fingerprint(row.evidence[0][1])]
+                spreads = self.spreads(row.runs, section.runs)
+                cells = [(section.split, metric, spreads.get(metric)) for metric in self.shown(section)]
+                if self.by_validation:
+                    cells.append(("validation", "average", self.on_validation(row.chosen_by)))
+                lines += [[*kind, split, view, *named, name, *_numbers(found)] for split, name, found in cells]
         return formatted([*TIDY, *options, "figure", "mean", "std", "n"], lines, "csv")
 
     # Pictures

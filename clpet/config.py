@@ -145,6 +145,13 @@ class Decode(Enum):
     rank = "rank"
 
 
+class Split(Enum):
+    """Which held-out examples the matrix is measured on."""
+
+    test = "test"
+    validation = "validation"
+
+
 class CapUnit(Enum):
     """What evaluation.max_tokens counts."""
 
@@ -154,8 +161,10 @@ class CapUnit(Enum):
 
 @dataclass
 class Evaluation:
-    """Which tasks are scored when, and how answers are found."""
+    """What is scored when, and how answers are found."""
 
+    split: Split = Split.test
+    validation: bool = True
     matrix: Matrix = Matrix.full
     every: int = 1
     predictions: bool = True

@@ -142,7 +142,7 @@ class Domains(Source):
 
     def _tasks(self, full: dict[str, dict[str, Documents]]) -> dict[str, Task]:
         """Limits first, then the balance inside the sequence; test texts are compared to all of train."""
-        most = self.max_train and max(1, self.max_train // 5)
+        most = self.most_validation(self.max_train)
         limits = {self.base: self.max_base or self.max_train}
         train = {name: parts["train"].limited(limits.get(name, self.max_train)) for name, parts in full.items()}
         names = [name for name in full if name != self.base]

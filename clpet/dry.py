@@ -31,6 +31,7 @@ def dry_run(console: Console, config: Config, method: Method, benchmark: Benchma
     say(console, f"tokens   {' '.join(map(str, pool.tokens(row)))}")
     say(console, objective.describe(pool, row))
     say(console, f"device   {objective.device}, {str(objective.dtype).removeprefix('torch.')}")
+    say(console, f"measured on {config.evaluation.split.value}")
     rates = [f"{name} {rate}" for name, rate in objective.adapters.dropout().items()]
     say(console, f"dropout  {', '.join(rates) or 'none'} (of the model's own layers, in training)")
     say(console, f"steps    {steps_per_task(method, config.train.epochs_of)}")

@@ -1,9 +1,10 @@
-"""`clpet eval`: the test sets once more on the weights of a run, or tasks of lm-evaluation-harness."""
+"""`clpet eval`: what a run was measured on once more with its weights, or tasks of lm-evaluation-harness."""
 
 from clpet.console import perplexity, table
 from clpet.errors import DataError, enough_memory
 from clpet.evaluation import Evaluator
 from clpet.reopen import Reopened
+from clpet.results import on_split
 
 
 def again(run: Reopened) -> tuple[str, bool]:
@@ -13,7 +14,7 @@ def again(run: Reopened) -> tuple[str, bool]:
     if not tasks:
         raise DataError(f"method={run.method.name} has no model to test after {run.row} tasks")
     with enough_memory(run.method.objective.memory_advice):
-        found = Evaluator(run.benchmark, run.data)(run.method, run.row, tasks)
+        found = Evaluator(run.benchmark, run.data, run.split)(run.method, run.row, tasks)
     spell = perplexity if run.benchmark.direction == "lower" else _percent
     rows = [
         [run.benchmark.names[index], spell(run.scores[index]), spell(found.seen[index].value),
@@ -21,7 +22,8 @@ def again(run: Reopened) -> tuple[str, bool]:
         for index in tasks
     ]  # fmt: skip
     equal = all(run.scores[index] in (None, found.seen[index].value) for index in tasks)
-    head = f"{run.method.name} on {run.benchmark.name} after {run.row} of {len(run.benchmark)} tasks"
+    name = on_split(run.benchmark.name, run.split)
+    head = f"{run.method.name} on {name} after {run.row} of {len(run.benchmark)} tasks"
     return f"{head}\n{table(['task', 'recorded', 'now', ''], rows)}", equal
 
 

@@ -1,4 +1,4 @@
-"""Evaluator: one pass over the test sets gives every task's score, in two views, and a row per example."""
+"""Evaluator: one pass over a split gives every task's score, in two views, and a row per example."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,22 +24,23 @@ class Evaluation:
 
 
 class Evaluator:
-    """Scores a method on the test sets of a benchmark, all tasks in one pass of large batches sorted by length.
+    """Scores a method on a split of a benchmark, all tasks in one pass of large batches sorted by length.
 
     What a prediction is and how right it is are the objective's to say. Where labels are answered there are two
     views of the same predictions: class-incremental (all labels seen so far compete) and task-incremental (a
     task's own labels only).
     """
 
-    def __init__(self, benchmark: Benchmark, data: Encoded) -> None:
-        self.benchmark, self.pool = benchmark, data.test
+    def __init__(self, benchmark: Benchmark, data: Encoded, split: str = "test") -> None:
+        self.benchmark, self.split, self.pool = benchmark, split, data.split(split)
 
     @without_gradients()
     def __call__(self, method: Method, learned: int, tasks: list[int]) -> Evaluation:
         """Scores of `tasks` after the first `learned` tasks."""
         objective, labels = method.objective, self.benchmark.seen_labels(learned)
         asked = self.pool.rows_of(*tasks)
-        objective.meter.kind = "evaluated"
+        measured = self.split == objective.evaluation.split.value  # else it only helps to choose settings
+        objective.meter.kind = "evaluated" if measured else "validated"
         method.before_evaluation(self.pool, asked)
 
         def judged(part: np.ndarray) -> dict[str, Any]:
@@ -54,12 +55,13 @@ class Evaluator:
         for columns in world().map(judged, method.batches(self.pool, asked)):
             for name, values in columns.items():
                 table.setdefault(name, []).append(values)
-        probed = objective.probe(lambda batch: method.predict(batch, method.choices(batch, labels)))
+        if measured:
+            probed = objective.probe(lambda batch: method.predict(batch, method.choices(batch, labels)))
         method.after_evaluation()
         objective.meter.kind = "learned"
         rows = {name: np.concatenate([np.asarray(part) for part in parts]) for name, parts in table.items()}
         result = self._summary(method, rows, tasks, learned)
-        result.diagnostics |= probed
+        result.diagnostics |= probed if measured else {}
         return result
 
     def _summary(self, method: Method, table: dict[str, np.ndarray], tasks: list[int], learned: int) -> Evaluation:

@@ -1,12 +1,14 @@
 """Figures of finished runs: of one run, with what they need of reference runs, and their spread over seeds."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from clpet import pretraining
 from clpet.groups import Group, fingerprint
+from clpet.reading import read_results, split_of
 from clpet.results import TransferMatrix
 
 
@@ -45,6 +47,20 @@ def figures(run: dict[str, Any], runs: Group, own: bool = False) -> dict[str, fl
     if matrix.direction == "lower":
         found |= pretraining.headline(pretraining_figures(run, runs))
     return found
+
+
+def validation_average(run: dict[str, Any], own: bool = False) -> float | None:
+    """The final average on validation, by which settings are chosen; None where it was not measured."""
+    if split_of(run) != "test":
+        return matrix_of(run, own).average()
+    return (run.get("validation") or {}).get("own_average" if own else "average")
+
+
+def outcome(out: Path) -> float | None:
+    """What a sweep is told of a finished run: its final average on validation where there is one, else that on test."""
+    run = read_results(out / "results.json")
+    chosen = validation_average(run)
+    return TransferMatrix.from_json(run).average() if chosen is None else chosen
 
 
 def pretraining_figures(run: dict[str, Any], runs: Group) -> dict[str, Any]:

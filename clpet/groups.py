@@ -24,7 +24,7 @@ class Row:
     options: dict[str, str]
     runs: Group
     columns: dict[str, str] = field(default_factory=dict)
-    chosen_by: Group = field(default_factory=list)  # the validation runs of a row that was chosen on validation
+    chosen_by: Group = field(default_factory=list)  # of a row that was chosen on validation, by which runs
     tried: int = 0  # settings that it was chosen from
 
     @property
@@ -73,9 +73,10 @@ class Section:
         """Whether lower scores are better."""
         return self.direction == "lower"
 
-    def alike(self, other: "Section") -> bool:
-        """Whether only the split tells two sections apart."""
-        return replace(self, split="", rows=[], runs=[]) == replace(other, split="", rows=[], runs=[])
+    @property
+    def measure(self) -> tuple[str, ...]:
+        """What its figures are, whichever split they are measured on."""
+        return self.benchmark, self.objective, self.metric, self.direction, self.data
 
     def values(self, row: Row) -> tuple[str, ...]:
         """What rows are compared by."""
@@ -97,6 +98,8 @@ def options_of(path: Path, run: dict[str, Any]) -> dict[str, str]:
     record = read_json(path / "run.json")
     found = flat(record.get("config"))
     found |= {key: str(run[key]) for key in NAMES}
+    found |= {f"inputs.{name}": value for name, value in run.get("inputs", {}).items() if name != "data"}
+    found |= {key: str(value) for key, value in run.get("resolved", {}).items()}
     if run.get("softmax"):  # as benchmark.softmax=auto was resolved
         found["benchmark.softmax"] = str(run["softmax"])
     return {**found, GIVEN: str(run["task_id_at_test"]), SPLIT: split_of(run)}
@@ -143,12 +146,17 @@ def sections(runs: Group, keys: list[str]) -> list[Section]:
             raise ConfigError(f"no run has the option {key} in its configuration{suggest(key, known)}")
     found = []
     for kind, part in _by(described, lambda one: _kind(one[0][1], one[1], own_data)).items():
-        alike = _by(part, lambda one: (one[0][1]["signature"], fingerprint(one[0][1]), *values_of(one[1], keys)))
+        alike = _by(part, lambda one: (_made_of(one[0][1]), values_of(one[1], keys)))
         rows = [Row(group[0][1], [run for run, _ in group]) for group in alike.values()]
         benchmark, objective, metric, direction, split, data = kind
         every = [run for run, _ in part]
         found.append(Section(benchmark, objective, metric, direction, split, data, keys, arranged(rows, keys), every))
     return sorted(found, key=lambda section: (section.benchmark, section.split != "test"))
+
+
+def _made_of(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What a run is up to its seed: its configuration, its data, and the weights and the code that it has read."""
+    return run["signature"], fingerprint(run), *sorted(run.get("inputs", {}).items())
 
 
 def _kind(run: dict[str, Any], options: dict[str, str], own_data: bool) -> tuple[str, str, str, str, str, str]:
@@ -162,40 +170,50 @@ def _kind(run: dict[str, Any], options: dict[str, str], own_data: bool) -> tuple
     return run["benchmark"], objective, metric, run["direction"], split_of(run), fingerprint(run) if own_data else ""
 
 
-def on_validation(found: Sequence[Section], best: Callable[[Section, list[Row]], Row | None]) -> list[Section]:
-    """Per section of validation runs the test runs of the settings chosen there; `best` chooses one of several rows.
-
-    Rows compete that have the same values of the compared keys. A row whose setting was not run on test has no runs.
-    """
-    chosen = []
-    for section in found:
-        if section.split != "test":
-            twin = next((other for other in found if other.split == "test" and other.alike(section)), None)
-            tests = {recipe(row): row.runs for row in twin.rows} if twin else {}
-            parts = _by(section.rows, section.values)
-            rows = [
-                Row(row.options, tests.get(recipe(row), []), chosen_by=row.runs, tried=len(part))
-                for part in parts.values()
-                if (row := best(section, part))
-            ]
-            left_out = [row.name for row in (twin.rows if twin else []) if section.values(row) not in parts]
-            pool = twin.runs if twin else []
-            made = replace(section, split="test", rows=arranged(rows, section.keys), runs=pool, left_out=left_out)
-            chosen += [made] if rows else []
-    return chosen
-
-
-def recipe(row: Row) -> tuple[Any, ...]:
-    """What a run learns and how, whichever split it is measured on."""
-    kept = {key: value for key, value in row.options.items() if _identifies(key) and key != SPLIT}
-    return tuple(sorted(kept.items())), {fingerprint(run) for _, run in row.evidence}.pop()
-
-
 def _by(items: Iterable[T], key: Callable[[T], Hashable]) -> dict[Any, list[T]]:
     found: dict[Any, list[T]] = {}
     for item in items:
         found.setdefault(key(item), []).append(item)
     return found
+
+
+def on_validation(found: Sequence[Section], average: Callable[[Group], float | None]) -> list[Section]:
+    """Of the settings of equal compared values the one with the best average on validation, with its test runs.
+
+    Runs count that were measured on validation, or recorded it beside test; `average` is None where none did. A row
+    whose setting was not run on test has no runs.
+    """
+    chosen = []
+    for alike in _by(found, lambda section: section.measure).values():
+        first, rows, left_out = alike[0], [], []
+        settings = _by([row for section in alike for row in section.rows], recipe).values()
+        candidates = arranged([candidate(own) for own in settings], first.keys)
+        for part in _by(candidates, first.values).values():
+            known = [(mean, row) for row in part if (mean := average(row.chosen_by)) is not None]
+            if known:
+                best = (min if first.lower else max)(known, key=lambda one: one[0])[1]
+                rows.append(replace(best, tried=len(known)))
+            else:
+                left_out += [row.name for row in part]
+        if rows:
+            runs = [run for section in alike if section.split == "test" for run in section.runs]
+            chosen.append(replace(first, split="test", rows=rows, runs=runs, left_out=left_out))
+    return chosen
+
+
+def candidate(rows: Sequence[Row]) -> Row:
+    """One setting's runs on test, and, a run per seed, those that say how good it is on validation."""
+    test = [run for row in rows for run in row.runs if split_of(run[1]) == "test"]
+    other = [run for row in rows for run in row.runs if split_of(run[1]) != "test"]
+    seeds = {run["seed"] for _, run in other}
+    options = {**rows[0].options, SPLIT: "test"}
+    return Row(options, test, chosen_by=[*other, *(one for one in test if one[1]["seed"] not in seeds)])
+
+
+def recipe(row: Row) -> tuple[Any, ...]:
+    """What a run learns and how, whichever split it is measured on."""
+    kept = {key: value for key, value in row.options.items() if _identifies(key) and key != SPLIT}
+    return tuple(sorted(kept.items())), row.options[GIVEN], fingerprint(row.runs[0][1])
 
 
 def values_of(options: dict[str, str], keys: Sequence[str]) -> tuple[str, ...]:
@@ -215,7 +233,7 @@ def arranged(rows: list[Row], keys: Sequence[str]) -> list[Row]:
         row.columns = dict(zip(columns, values_of(row.options, columns), strict=True))
         if equal:  # the configuration does not say what tells them apart
             _, run = row.evidence[0]
-            row.columns["run"] = digest([run["signature"], fingerprint(run)])
+            row.columns["run"] = digest(_made_of(run))
     return sorted(rows, key=lambda row: [natural(value) for value in row.columns.values()])
 
 

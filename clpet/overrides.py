@@ -5,7 +5,8 @@ import re
 
 # Short spellings of options that are typed often.
 SHORT = {key: f"benchmark.{key}" for key in
-         ("tasks", "order", "objective", "text", "label", "task", "max_train", "max_test")}  # fmt: skip
+         ("tasks", "order", "objective", "text", "label", "task", "max_train", "max_validation", "max_test")
+         }  # fmt: skip
 # Options whose value is a path, or may be one.
 PATHS = ("data_dir", "output_dir", "cache_dir", "model.path", "benchmark.folder", "benchmark.reference",
          "benchmark.order_encoder", "method.encoder")  # fmt: skip

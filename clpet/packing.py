@@ -205,12 +205,14 @@ class Windows(EncodedDataset):
 
 def pack(
     task: int, name: str, pool: Windows, stream: Stream, context: int, limit: int | None = None,
-    stride: int | None = None, train: bool = True,
+    stride: int | None = None, split: str = "train",
 ) -> None:  # fmt: skip
     """Adds a domain's windows to a pool. Raises DataError where there is not even one."""
     total = len(stream.tokens) if limit is None else min(limit, len(stream.tokens))
+    train = split == "train"
     cut = blocks(total, context) if train else windows(total, context, stride, int(pool.front is not None))
     if len(cut[0]) == 0:
-        what = f"its train text has {total} tokens, not one window of {context}" if train else "its test text is empty"
+        what = f"{total} tokens, not one window of {context}" if train else "nothing to predict"
+        what = f"its {split} text has {what}"
         raise DataError(f"domain {name}: {what}; lower benchmark.max_length or leave the domain out")
     pool.add(task, stream, cut)

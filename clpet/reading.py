@@ -42,7 +42,9 @@ OPTIONAL = {
     **dict.fromkeys(("objective", "metric", "split"), str),
     "softmax": str | None,
     "data": {"fingerprint": str},
-    "test_sets": {str: str},
+    "resolved": dict,
+    **{name: {str: str} for name in ("test_sets", "inputs")},
+    "validation": {str: NUMBER | None},
     "task_metrics": {str: NUMBER | None},
 }
 

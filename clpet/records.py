@@ -27,8 +27,8 @@ from clpet.methods.base import Method
 from clpet.pretraining import DAPT
 from clpet.pretraining_tables import LEGEND, average_table
 from clpet.ranks import world
-from clpet.reading import command, read_json, read_results
-from clpet.results import TransferMatrix, round2, tolist
+from clpet.reading import command, read_json, read_results, split_of
+from clpet.results import TransferMatrix, on_split, round2, tolist
 from clpet.state import RunState, whole, write_atomic, write_tree
 from clpet.tasks import Benchmark
 
@@ -58,13 +58,13 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def heading(method: Method, benchmark: Benchmark, objective: str) -> str:
+def heading(method: Method, benchmark: Benchmark, objective: str, split: str) -> str:
     """The first line of a run: what is learned, and what was resolved from the method and the data."""
     labels = f", {len(benchmark.labels)} labels" if benchmark.labels else ""
     compete = {None: "", "task": "; softmax over each task's own labels", "seen": "; softmax over all labels seen"}
     chosen = "".join(f"; {key}={value}" for key, value in method.resolved(benchmark).items())
     return (
-        f"{method.name} on {benchmark.name}: {len(benchmark)} tasks{labels}"
+        f"{method.name} on {on_split(benchmark.name, split)}: {len(benchmark)} tasks{labels}"
         f"{compete[softmax(benchmark, objective)]}{chosen}"
     )
 
@@ -118,7 +118,7 @@ def collect(
     """Writes adapters, heads and transfer.csv; returns what results.json will hold."""
     method.save(out / "adapters")
     save_heads(method, out / "heads")
-    write_atomic(out / "transfer.csv", transfer_csv(state.matrix))
+    write_atomic(out / "transfer.csv", transfer_csv(state.matrix, cfg.evaluation.split))
     return {
         **_who(cfg, overrides, identity, benchmark),
         **state.matrix.to_json(),
@@ -130,6 +130,8 @@ def collect(
         "task_id_at_test": method.task_id_at_test,
         "resolved": method.resolved(benchmark),
         "metric": benchmark.tasks[0].metric,
+        **({"validation": state.validation} if state.validation else {}),
+        "test_sets": benchmark.fingerprints(cfg.evaluation.split),
         **headline(state.matrix),
         "metrics": state.matrix.metrics(),
         "task_metrics": state.own.metrics(),
@@ -202,9 +204,9 @@ def _pretraining(matrix: TransferMatrix, benchmark: Benchmark) -> dict[str, Any]
     return {"pretraining": pretraining.figures(matrix.scores, matrix.tasks, groups=benchmark.groups)}
 
 
-def pictures(out: Path, state: RunState, method: str, benchmark: Benchmark) -> list[Path]:
+def pictures(out: Path, state: RunState, method: str, benchmark: Benchmark, split: str = "test") -> list[Path]:
     """Draws the matrix and the curves, and the similarities behind an order of domains."""
-    title = f"{method} on {benchmark.name}"
+    title = f"{method} on {on_split(benchmark.name, split)}"
     if state.matrix.direction == "lower":
         from clpet.pretraining_plots import draw
 
@@ -217,11 +219,11 @@ def pictures(out: Path, state: RunState, method: str, benchmark: Benchmark) -> l
     ]
 
 
-def transfer_csv(matrix: TransferMatrix) -> str:
-    """Header after,<task>,...; rows 0 to T; an empty cell was not measured."""
+def transfer_csv(matrix: TransferMatrix, split: str = "test") -> str:
+    """Header after,<task>,..., of another split "after (validation)"; rows 0 to T; an empty cell was not measured."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["after", *map(spreadsheet, matrix.tasks)])
+    writer.writerow([on_split("after", split), *map(spreadsheet, matrix.tasks)])
     for index, values in enumerate(matrix.scores):
         writer.writerow([index, *("" if v != v else repr(float(v)) for v in values)])
     return text.getvalue()
@@ -244,7 +246,8 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     words, lower = results.get("objective") == "text_to_text", matrix.direction == "lower"
     what = f"{'score' if words else 'accuracy'} in % after each task (rows)"
     what = f"{results.get('metric', 'perplexity')} after each domain (rows), lower is better" if lower else what
-    say(console, f"{results['method']} on {results['benchmark']}, seed {results['seed']}: {what}")
+    benchmark = on_split(results["benchmark"], split_of(results))
+    say(console, f"{results['method']} on {benchmark}, seed {results['seed']}: {what}")
     say(console, matrix_table(matrix))
     say(console)
     if lower:
@@ -253,6 +256,8 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     else:
         for name in ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy"):
             say(console, f"{name.replace('_', ' '):18} {round2(results[name]):>7}")
+    if found := results.get("validation"):
+        say(console, f"{'validation average':18} {round2(found['average']):>7}")
     for name, value in results["diagnostics"][-1].items():
         if name != "row" and "/" not in name:
             say(console, f"{name.replace('_', ' '):18} {round2(value):>7}")
@@ -280,6 +285,7 @@ def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchm
         "peft": cfg.peft.name,
         "batch": batch_record(cfg),
         "seed": cfg.seed,
+        "split": cfg.evaluation.split,
         "signature": identity["signature"],
         "setting": identity["setting"],
         "inputs": {key: value for key, value in identity.items() if key not in ("signature", "setting", "seed")},

@@ -74,6 +74,11 @@ class Reopened:
         """With its weights."""
         return self.run.method
 
+    @property
+    def split(self) -> str:
+        """What its matrix is measured on."""
+        return self.run.config.evaluation.split.value
+
 
 def recorded(out: Path, here: Sequence[str] = (), plugins: bool = False) -> Recorded:
     """Reads run.json; `here` are key=value words for what lies elsewhere now. Raises ConfigError and DataError.

@@ -142,6 +142,11 @@ class TransferMatrix:
         return cls(list(value["tasks"]), value["direction"], **arrays)
 
 
+def on_split(benchmark: str, split: str) -> str:
+    """A benchmark as it is named beside figures, which says so where they are not measured on test."""
+    return benchmark if split == "test" else f"{benchmark} ({split})"
+
+
 def _nan(value: float | None) -> float:
     return float("nan") if value is None else value
 

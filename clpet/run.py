@@ -11,7 +11,7 @@ from rich.console import Console
 
 from clpet import base_model, fingerprint, records
 from clpet.adapters import Adapters
-from clpet.config import Config, Evaluation, Matrix, Select, build, derive, setting, signature, typed
+from clpet.config import Config, Evaluation, Matrix, Select, Split, build, derive, setting, signature, typed
 from clpet.console import Display
 from clpet.data import cut_line, inspect_data
 from clpet.dry import count_parameters, dry_run
@@ -72,7 +72,8 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         if parts["hardware"].shard and world().size > 1:
             shard(objective.adapters.model, objective.device)
         benchmark.data_record = inspect_data(benchmark, data)
-        display.print(records.heading(method, benchmark, parts["benchmark"].objective.value))
+        kind, split = parts["benchmark"].objective.value, config.evaluation.split.value
+        display.print(records.heading(method, benchmark, kind, split))
         if line := cut_line(benchmark.data_record):
             display.print(line)
         for warning in benchmark.data_record["warnings"]:
@@ -102,7 +103,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
             if not world().main:
                 return state.matrix
             results = records.collect(out, cfg, overrides, identity, method, benchmark, state)
-            pictures = [*records.pictures(out, state, method.name, benchmark), *method.pictures(out)]
+            pictures = [*records.pictures(out, state, method.name, benchmark, results["split"]), *method.pictures(out)]
             track.finished(results, pictures)
             records.finish(out, results)
         records.show_finished(console, out, results)
@@ -173,7 +174,9 @@ class Experiment:
         tasks = self.method.measured(row, tasks)
         if not tasks:
             return
-        evaluator = Evaluator(self.benchmark, self.data)
+        if row == total:
+            state.validation = self.validate(tasks)
+        evaluator = Evaluator(self.benchmark, self.data, self.split)
         found = evaluator(self.method, row, list(tasks))
         found.diagnostics |= self.method.diagnostics()
         for matrix, scores in ((state.matrix, found.seen), (state.own, found.own)):
@@ -185,6 +188,23 @@ class Experiment:
         if self.config.evaluation.predictions and world().main:
             write_predictions(self.out / "predictions", row, found, self.benchmark.names, self.benchmark.labels)
         self.track.evaluated(state, row, found)
+
+    def validate(self, tasks: range) -> dict[str, Any] | None:
+        """The averages on validation after the last task, by which settings are chosen; None unless all tasks have it.
+
+        It is measured before the last row, so that whatever a method keeps of an evaluation is of that one.
+        """
+        wanted = self.config.evaluation.validation and self.split == "test"
+        if not wanted or len(tasks) < len(self.benchmark) or not all(task.validation for task in self.benchmark.tasks):
+            return None
+        found = Evaluator(self.benchmark, self.data, "validation")(self.method, len(self.benchmark), list(tasks))
+        views = {"average": found.seen, "own_average": found.own}
+        return {name: sum(view[index].value for index in tasks) / len(tasks) for name, view in views.items()}
+
+    @property
+    def split(self) -> str:
+        """What the matrix is measured on."""
+        return self.config.evaluation.split.value
 
 
 def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
@@ -213,10 +233,16 @@ def check_knobs(config: Config, parts: dict[str, Any], objective: str) -> None:
 
 
 def check_validation(config: Config, method: Method, benchmark: Benchmark) -> None:
-    """The best epoch needs something to be chosen on."""
+    """The best epoch, and settings, need something to be chosen on."""
+    chosen = method.validates and config.train.select is Select.best
+    measured = config.evaluation.split is Split.validation
     for task in benchmark.tasks:
-        if method.validates and config.train.select is Select.best and not task.validation:
-            raise ConfigError(f"train.select=best, but task {task.name} has no validation examples")
+        if (chosen or measured) and not task.validation:
+            what = "evaluation.split=validation" if measured else "train.select=best"
+            remedy = "benchmark.validation_share cuts some from train"
+            raise ConfigError(f"{what}, but task {task.name} has no validation examples: {remedy}")
+    if chosen and measured:
+        log.warning("evaluation.split=validation measures what train.select=best chooses by: figures are too good")
 
 
 def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) -> tuple[Objective, Encoded]:

@@ -14,7 +14,7 @@ from clpet.figures import figures, pretraining_figures
 from clpet.groups import Group
 from clpet.pretraining_tables import average_table, domain_table, formula_lines, transfer_tables
 from clpet.reading import command, find_runs, read_json, read_results, readable, split_of
-from clpet.results import CONVENTIONS, NEEDS, TransferMatrix, round2
+from clpet.results import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
 from clpet.tables import formatted
 
 
@@ -59,7 +59,7 @@ def _so_far(path: Path) -> str:
         done = int(line["done"])
         for name, found in line["tasks"].items():
             matrix.scores[int(line["row"]), matrix.tasks.index(name)] = float(found["score"])
-    head = f"{run['method']} on {run['benchmark']} with {run['model']}, seed {run['seed']}"
+    head = f"{run['method']} on {on_split(run['benchmark'], split_of(run))} with {run['model']}, seed {run['seed']}"
     goes_on = (
         f"not finished, {done} tasks done of {len(matrix)}; this goes on:\nclpet train {shlex.join(run['overrides'])}"
     )
@@ -87,11 +87,12 @@ def _shown(run: dict[str, Any], others: Group, every_metric: bool) -> str:
 
 def _head(run: dict[str, Any]) -> str:
     label = " (task given at test: task-incremental)" if run["task_id_at_test"] else ""
-    ratio = run["parameters"]
+    ratio, found, benchmark = run["parameters"], run.get("validation"), on_split(run["benchmark"], split_of(run))
+    chosen = f"\naverage on validation after the last task: {round2(found['average'])}" if found else ""
     return (
-        f"{run['method']} on {run['benchmark']} with {run['model']}, seed {run['seed']}{label}\n"
+        f"{run['method']} on {benchmark} with {run['model']}, seed {run['seed']}{label}\n"
         f"trained per task {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.3f} %)\n"
-        f"clpet train {shlex.join(run['overrides'])}"
+        f"clpet train {shlex.join(run['overrides'])}{chosen}"
     )
 
 

@@ -37,6 +37,7 @@ class RunState:
     diagnostics: list[dict[str, float]] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] | None = None
+    validation: dict[str, Any] | None = None  # averages on validation after the last task
 
     def figures(self) -> dict[str, Any]:
         """What was measured so far."""
@@ -46,6 +47,7 @@ class RunState:
             "own": self.own.to_json(),
             "costs": list(self.costs),
             "diagnostics": list(self.diagnostics),
+            "validation": self.validation,
         }
 
     def save(self, folder: Path, method_state: dict[str, Any], identity: dict[str, str]) -> None:
@@ -85,7 +87,7 @@ class RunState:
                         "start over with fresh=true, or use another output_dir"
                     )
             matrix, own = TransferMatrix.from_json(value["matrix"]), TransferMatrix.from_json(value["own"])
-            rest = value["trainer"], value["task"]
+            rest = value["trainer"], value["task"], value.get("validation")
             return cls(matrix, own, value["done"], value["costs"], value["diagnostics"], *rest), value["method"]
         if checkpoints(folder):
             log.warning("no whole checkpoint is left in %s: the run starts over", folder)

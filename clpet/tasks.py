@@ -119,20 +119,18 @@ class Benchmark:
 
     def fingerprint(self) -> str:
         """Hash of every text and target in order: it changes when the data does."""
-        from clpet.corpus import Documents
-
         hasher = hashlib.sha256()
         for task in [*self.tasks, *([self.base] if self.base else [])]:
             for split in SPLITS:
                 hasher.update(f"\x1e{task.name}\x1e{split}".encode(errors="surrogatepass"))
-                examples = task.split(split)
-                if isinstance(examples, Documents):
-                    hasher.update(examples.fingerprint().encode())
-                    continue
-                for example in examples:
-                    parts = (example.text, str(example.target), *example.fields.values(), *example.references)
-                    hasher.update("\x1f".join(parts).encode(errors="surrogatepass"))
+                for part in _bytes(task.split(split)):
+                    hasher.update(part)
         return hasher.hexdigest()[:16]
+
+    def fingerprints(self, split: str) -> dict[str, str]:
+        """{task: hash of its examples in a split}: scores on equal ones can be paired."""
+        parts = {task.name: b"\x1e".join(_bytes(task.split(split))) for task in self.tasks}
+        return {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
 
     def check(self) -> None:
         """Raises DataError for a task that cannot be learned or tested as given."""
@@ -151,6 +149,18 @@ class Benchmark:
                         f"task {task.name} of benchmark {self.name}: label {shown(example.target)} occurs in {split} "
                         "but not in train, so it cannot be learned"
                     )
+
+
+def _bytes(examples: Sequence[Example]) -> Iterator[bytes]:
+    """All that the examples of a split hold, one after the other; of plain text its own fingerprint."""
+    from clpet.corpus import Documents
+
+    if isinstance(examples, Documents):
+        yield examples.fingerprint().encode()
+        return
+    for example in examples:
+        parts = (example.text, str(example.target), *example.fields.values(), *example.references)
+        yield "\x1f".join(parts).encode(errors="surrogatepass")
 
 
 def _labelled(task: Task) -> Iterator[tuple[str, Example]]:

@@ -114,11 +114,11 @@ def _places(domain: str, text: str, terms: set[str], characters: int, least: int
         yield Prompt(domain, term, context, text[start - 1 : free])
 
 
-def asked(benchmark: Benchmark, tokenizer: Any, per_domain: int, pad_id: int) -> Windows:
+def asked(benchmark: Benchmark, tokenizer: Any, per_domain: int, pad_id: int, split: str = "test") -> Windows:
     """A window for every prompt: the end of its context, then the first token of its term, the only one predicted."""
     tasks = {task.name: task for task in benchmark.tasks}
     known = key_terms({name: _texts(task.train) for name, task in tasks.items()})
-    places = prompts({name: _texts(task.test) for name, task in tasks.items()}, known, per_domain)
+    places = prompts({name: _texts(task.split(split)) for name, task in tasks.items()}, known, per_domain)
     pool, head = Windows(pad_id), first_tokens(tokenizer, benchmark.begin)
     for index, name in enumerate(benchmark.names):
         rows = [_ids(tokenizer, prompt) for prompt in places if prompt.domain == name]

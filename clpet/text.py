@@ -220,6 +220,10 @@ class Encoded:
     test: EncodedDataset
     key: Callable[[int], int | str] = int  # of a task number: what its random draws are named by
 
+    def split(self, name: str) -> EncodedDataset:
+        """One of SPLITS."""
+        return getattr(self, name)
+
 
 def encode_benchmark(
     benchmark: Benchmark, encode: Callable[[list[Example], list[int], list[int]], EncodedDataset]

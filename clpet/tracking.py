@@ -17,7 +17,7 @@ from clpet.console import Display, matrix_table, summary_line
 from clpet.escape import inline
 from clpet.evaluation import Evaluation
 from clpet.ranks import world
-from clpet.results import TransferMatrix
+from clpet.results import TransferMatrix, on_split
 from clpet.state import RunState, write_atomic
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ class Tracker:
                            "own_labels": evaluation.own[index].value}
             for index, score in evaluation.seen.items()
         }  # fmt: skip
-        line: dict[str, Any] = {"done": state.done, "row": row, "tasks": tasks, **evaluation.diagnostics}
+        line: dict[str, Any] = {"done": state.done, "row": row, "split": self.split, "tasks": tasks}
+        line |= evaluation.diagnostics
         line |= {"average": state.matrix.average(row, row), "whole": state.matrix.whole(row, row)} if row else {}
         line |= {"cost": state.costs[-1]} if state.costs else {}
         with (self.out / "metrics.jsonl").open("a") as file:
@@ -96,10 +97,8 @@ class Tracker:
                 key: line[key] for key in ("average", "whole", *evaluation.diagnostics) if line.get(key) is not None
             }
             cost = {f"cost/{key}": value for key, value in line.get("cost", {}).items()}
-            self._safely(
-                "log",
-                lambda: self.run.log({"task": row, **{inline(key): value for key, value in scalars.items()}, **cost}),
-            )
+            named = {self._key(inline(key)): value for key, value in scalars.items()}
+            self._safely("log", lambda: self.run.log({"task": row, **named, **cost}))
 
     def finished(self, results: dict[str, Any], pictures: list[Path]) -> None:
         """Writes the final table, pictures and summary to wandb."""
@@ -120,10 +119,23 @@ class Tracker:
                 if values[row][column] is not None
             ]
             table = wandb.Table(columns=["matrix", "row", "after", "task", "value"], data=rows)
-            self.run.log({"transfer": table, **{f"{path.stem}_picture": wandb.Image(str(path)) for path in pictures}})
-            self.run.summary.update({key: value for key, value in results["metrics"].items() if value is not None})
+            drawn = {self._key(f"{path.stem}_picture"): wandb.Image(str(path)) for path in pictures}
+            self.run.log({self._key("transfer"): table, **drawn})
+            known = {self._key(key): value for key, value in results["metrics"].items() if value is not None}
+            if found := results.get("validation"):
+                known["validation/average"] = found["average"]
+            self.run.summary.update(known)
 
         self._safely("log", write)
+
+    @property
+    def split(self) -> str:
+        """What the matrix is measured on."""
+        return self.config["evaluation"]["split"]
+
+    def _key(self, name: str) -> str:
+        """The name of a figure on wandb: those of validation never mix with those of test."""
+        return name if self.split == "test" else f"{self.split}/{name}"
 
     def _show(self, state: RunState, row: int, evaluation: Evaluation) -> None:
         self.display.print()
@@ -131,7 +143,7 @@ class Tracker:
         if row:
             overall = {key: value for key, value in evaluation.diagnostics.items() if "/" not in key}
             extra = "".join(f" · {key.replace('_', ' ')} {value:.2f}" for key, value in overall.items())
-            self.display.print(summary_line(state.matrix, row) + extra)
+            self.display.print(summary_line(state.matrix, row) + extra + on_split("", self.split))
         self.display.print()
 
     def _start_wandb(self) -> Any:

@@ -121,7 +121,7 @@ def test_a_table_has_sorted_rows_swept_columns_and_says_what_else_differs(clpet)
     assert "also differs: train.epochs: 3 (ewc), 5 (replay)" in found
     assert "strength" not in found  # of another method
     assert "train.keep" not in found  # changes no result
-    few = "fewer than 3 seeds (replay, 0.003; replay, 0.02; replay, 0.1): seeds are not sampled"
+    few = "fewer than 3 seeds (replay, 0.003; replay, 0.02; replay, 0.1): tests sample test examples, seeds are not sampled"
     assert few in found
     assert [line[0] for line in lines(clpet("runs", "--compare", "train.lr").out, "0.")[:4]] == [
         "0.001",
@@ -259,3 +259,39 @@ def test_an_unknown_option_is_refused(clpet) -> None:
     write_run("ewc")
     wrong = clpet("runs", "--compare", "train.lrr")
     assert (wrong.code, "no run has the option train.lrr" in wrong.err, "train.lr?" in wrong.err) == (2, True, True)
+
+
+def test_settings_are_chosen_on_validation(clpet) -> None:
+    """ewc: 0.1 is best on validation (50), though 0.2 is on test; a validation run counts as what a test run recorded."""
+    right = {"a": [1, 1, 1, 1], "b": [1, 1, 1, 1]}
+    for lr, validation, hits in ((0.1, 50.0, HITS), (0.2, 40.0, right)):
+        for seed in (0, 1):
+            found = {"average": validation + seed, "own_average": 60.0}
+            write_run("ewc", seed, hits, config={"train": {"lr": lr, "epochs": 3}}, validation=found)
+    for lr, hits in ((0.1, right), (0.2, HITS)):
+        write_run("lwf", 0, hits, config={"train": {"lr": lr, "epochs": 3}}, split="validation")
+    write_run("kif")
+    found = clpet("runs", "--compare", "method", "--by", "validation", "--metrics", "average").out
+    assert found.splitlines()[0].startswith("files: accuracy in %, settings chosen on validation, figures on test")
+    assert lines(found, "method")[0] == ["method", "train.lr", "settings", "validation", "seeds", "average"]
+    assert lines(found, "ewc")[0] == ["ewc", "0.1", "2", "50.50", "±", "0.71", "2", "75.00", "±", "0.00"]
+    assert lines(found, "lwf")[0] == ["lwf", "0.1", "2", "100.00", "0", "-"]
+    assert "not run on test yet: lwf, 0.1: clpet train method=lwf seed=0" in found
+    assert "left out, since it has no runs on validation: kif" in found
+    assert "75.00" not in "".join(line for line in found.splitlines() if line.startswith("lwf"))
+    tidy = csv.DictReader(
+        io.StringIO(
+            clpet("runs", "--compare", "method", "--by", "validation", "--format", "csv", "--metrics", "average").out
+        )
+    )
+    assert [(row["method"], row["split"], row["mean"], row["n"]) for row in tidy] == [
+        ("ewc", "test", "75.0", "2"), ("ewc", "validation", "50.5", "2"), ("lwf", "test", "", "0"), ("lwf", "validation", "100.0", "1"),
+    ]  # fmt: skip
+    apart = clpet("runs", "--compare", "method", "--metrics", "average").out
+    assert "files: accuracy in %, measured on validation" in apart  # never in one table with test
+
+
+def test_nothing_is_chosen_without_validation(clpet) -> None:
+    write_run("ewc")
+    found = clpet("runs", "--compare", "method", "--by", "validation")
+    assert (found.code, "no run was measured on validation" in found.err) == (2, True)

@@ -90,7 +90,8 @@ class LanguageModeling(Objective):
         if benchmark.base is not None:  # its blocks can be replayed; no task learns them
             self._add(pools["train"], -1, benchmark.base.name, "train", tokens, benchmark.base.train)
         if self.evaluation.rank_prompts:
-            self.terms = asked(benchmark, self.tokenizer, self.evaluation.rank_prompts, pad_id(self.tokenizer))
+            pad, split = pad_id(self.tokenizer), self.evaluation.split.value
+            self.terms = asked(benchmark, self.tokenizer, self.evaluation.rank_prompts, pad, split)
         return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.key)
 
     def _pool(self, split: str) -> Windows:
@@ -98,7 +99,7 @@ class LanguageModeling(Objective):
         if not self.causal:
             special, size = np.array(self.tokenizer.all_special_ids), len(self.tokenizer)
             masking = Masking(self.tokenizer.mask_token_id, special, size, seed=0, training=split == "train")
-        front = self.front if self.evaluation.bos and split == "test" else None
+        front = self.front if self.evaluation.bos and split != "train" else None
         return Windows(pad_id(self.tokenizer), self.benchmark.isolate, masking, front)
 
     @property
@@ -109,14 +110,14 @@ class LanguageModeling(Objective):
 
     def _add(self, pool: Windows, index: int, name: str, split: str, tokens: Tokens, documents: Any) -> None:
         lazy = self.benchmark.stream and split == "train"
-        stream = tokens.lazy(documents) if lazy else tokens.stream(documents, sized=split == "test")
+        stream = tokens.lazy(documents) if lazy else tokens.stream(documents, sized=split != "train")
         needs = [key for key in ("isolate", "begin") if getattr(self.benchmark, key)]
         if needs and len(stream.tokens) and not len(stream.starts):
             raise DataError(f"benchmark.{needs[0]} needs borders of documents, which the files of {name} do not have")
         cap = self.evaluation
         limit = None if split == "train" else capped(stream, cap.max_tokens, cap.cap_unit)
-        stride = cap.stride if split == "test" else None
-        pack(index, name, pool, stream, self.benchmark.max_length, limit, stride, split == "train")
+        stride = cap.stride if split != "train" else None
+        pack(index, name, pool, stream, self.benchmark.max_length, limit, stride, split)
 
     def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
         size = max(1, self.eval_batch_size * EVAL_LENGTH // self.benchmark.max_length)

@@ -56,6 +56,7 @@ class Source:
     order_seed: int = 0
     orders: dict[str, list[str]] | None = None
     max_train: int | None = None
+    max_validation: int | None = None
     max_test: int | None = None
     shots: int | None = None
     validation_share: float = 0.1
@@ -77,7 +78,7 @@ class Source:
 
     def __post_init__(self) -> None:
         self.report = ReadReport()  # of the last reading
-        for key in ("max_train", "max_test", "shots"):
+        for key in ("max_train", "max_validation", "max_test", "shots"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"benchmark.{key}", value, "at least 1, or null for all")
         require(self.max_length >= 8, "benchmark.max_length", self.max_length, "at least 8 tokens")
@@ -181,6 +182,10 @@ class Source:
                 raise DataError(f"benchmark.tasks names {name}, which {self.name} does not have{suggest(name, there)}")
         return names
 
+    def most_validation(self, train: int | None) -> int | None:
+        """Validation examples of a task at most, where it has at most `train` to learn from."""
+        return self.max_validation or (train and max(1, train // 5))
+
     def _task(self, name: str, splits: Splits) -> Task:
         train, validation, test = (list(splits.get(split, [])) for split in SPLITS)
         metric = self.metrics.get(name, self.metric) if self.answers else "accuracy"
@@ -193,11 +198,13 @@ class Source:
             raise DataError(f"benchmark.max_train={most} is too few for the {len(labels)} labels of task {name}")
         cut = {
             "train": sample(train, most, labelled),
-            "validation": sample(validation, most and max(1, most // 5), labelled),
+            "validation": sample(validation, self.most_validation(most), labelled),
             "test": stratified(test, self.max_test, labelled),
         }
         reason = "beyond benchmark.shots" if self.shots else "beyond benchmark.max_train"
-        self.report.drop(reason, len(train) + len(validation) - len(cut["train"]) - len(cut["validation"]))
+        held = "beyond benchmark.max_validation" if self.max_validation else reason
+        self.report.drop(reason, len(train) - len(cut["train"]))
+        self.report.drop(held, len(validation) - len(cut["validation"]))
         self.report.drop("beyond benchmark.max_test", len(test) - len(cut["test"]))
         train, validation, test = self._keeping(name, *cut.values())
         return Task(name, train, validation, test, tuple(in_order(labels)), metric)
