@@ -258,7 +258,7 @@ def test_fewrel_names_are_the_data_sets_own_and_blank_tokens_are_dropped(tmp_pat
     (row,) = read_published(tmp_path / "train_wiki.json", "fewrel")
     named, unnamed = source("fewrel"), source("fewrel", "benchmark.names=null")
     template = Template(byte_tokenizer(), named.template, 512, True)
-    ids, plain = (template.encode([one.example(dict(row))])[0] for one in (named, unnamed))
+    ids, plain = (template.encode([one.example(dict(row))]).rows[0] for one in (named, unnamed))
     start = '350–351 That [unused0] The Assassination of Jesse James by the Coward Robert Ford [unused1] " are [unused2] James'
     end = " gang [unused3] . In this sentence, james gang is the [MASK] of the assassination of jesse james by the coward robert ford."
     assert template.tokenizer.decode(ids) == f"[CLS]{start}{end}[SEP]"
