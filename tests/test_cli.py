@@ -105,7 +105,7 @@ def test_dry_run_shows_what_a_run_would_be_and_leaves_nothing(clpet, words: Path
     found = clpet("train", *tiny_args(words), "dry_run=true")
     assert found.code == 0
     for part in ("3 tasks, 12 labels", "labels apple, fig, pear, plum", "[CLS]", "trainable parameters", "times fewer",
-                 "steps    fruit module 4", "selector 6 + module 6", "peak memory"):  # fmt: skip
+                 "steps    fruit module 4", "selector 12 + module 6", "peak memory"):  # fmt: skip
         assert part in found.out, part
     assert not list(tmp_path.glob("outputs/files"))
 

@@ -254,7 +254,7 @@ def test_a_new_branch_starts_without_moments(make, caplog: pytest.LogCaptureFixt
 
 def test_a_selector_goes_on_with_its_moments(make) -> None:
     """Its adapter is one for all tasks; the rows of its head grow."""
-    run = make("method=dynamic_conpet", *CARRY)
+    run = make("method=dynamic_conpet", "method.selector_ratio=null", *CARRY)
     for index in range(3):
         run.learn(index)
     steps = {name: int(own["step"]) for name, own in run.trainer.past["selector"]["moments"].items()}

@@ -201,7 +201,7 @@ def test_module_stage_of_dynamic_conpet(k: int) -> None:
     method.benchmark = SimpleNamespace(labels=range(6), seen_labels=lambda tasks: list(range(2 * tasks)))
     method.modules = [head(2 * index, 2 * index + 1) for index in range(3)]
     method.start = torch.zeros(6, 1)
-    method.selector = SimpleNamespace(ranking=lambda pool, rows, count: SELECTOR[rows].topk(count, 1).indices.numpy())
+    method.router = SimpleNamespace(ranking=lambda pool, rows, count: SELECTOR[rows].topk(count, 1).indices.numpy())
     method.store = SimpleNamespace(get=lambda name, pool, rows: MODULES[int(name[-1])][rows].numpy())
     method.logits = lambda batch: newest[batch.rows]
     training, test = SETS[k]

@@ -80,7 +80,8 @@ def test_retrieval_and_increment() -> None:
 def test_initial_values_and_keys(make, tmp_path: Path) -> None:
     """Retriever.__init__: a = 0, b of standard deviation 1, keys orthonormal in every group."""
     encoder = make_encoder(tmp_path / "encoder", size=48)
-    run = make("method=slm", f"method.encoder={encoder}", "method.stage1.lr=0", "method.stage1.weight_decay=0",
+    sizes = ["method.groups=6", "method.keys=4", "method.top_k=4"]
+    run = make("method=slm", f"method.encoder={encoder}", *sizes, "method.stage1.lr=0", "method.stage1.weight_decay=0",
                "method.stage1.min_steps=0", "train.lr=0", "train.epochs=1")  # fmt: skip
     run.learn(0)
     assert torch.allclose(run.method.key_pool[0] @ run.method.key_pool[0].mT, torch.eye(4).expand(6, 4, 4), atol=1e-5)

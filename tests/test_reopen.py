@@ -112,7 +112,7 @@ def test_perplexities_are_measured_again_to_the_bit(peft_option: str, clpet, pro
 
 
 def test_another_score_than_the_recorded_one_is_said(clpet, run: Path) -> None:
-    edit(run, lambda value: value["scores"][3].__setitem__(1, 1.5), "results.json")
+    edit(run, lambda value: value["scores"][3].__setitem__(1, 14.0), "results.json")
     found = clpet("eval", run)
     assert found.code == 1
     assert found.out.count("equal") == 2
