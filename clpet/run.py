@@ -72,12 +72,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         if parts["hardware"].shard and world().size > 1:
             shard(objective.adapters.model, objective.device)
         benchmark.data_record = inspect_data(benchmark, data)
-        kind, split = parts["benchmark"].objective.value, config.evaluation.split.value
-        display.print(records.heading(method, benchmark, kind, split))
-        if line := cut_line(benchmark.data_record):
-            display.print(line)
-        for warning in benchmark.data_record["warnings"]:
-            log.warning(warning)
+        announce(display, method, benchmark, parts["benchmark"].objective.value, config.evaluation.split.value)
         parts["replay"].setup(data, config.seed, config.train.global_batch_size)
         method.setup(objective, benchmark, data, parts["replay"], config.seed)
         display.tasks = len(method.curriculum())
@@ -205,6 +200,15 @@ class Experiment:
     def split(self) -> str:
         """What the matrix is measured on."""
         return self.config.evaluation.split.value
+
+
+def announce(display: Display, method: Method, benchmark: Benchmark, objective: str, split: str) -> None:
+    """Prints what is about to be learned, what was resolved, how many texts are cut, and what the data warn of."""
+    display.print(records.heading(method, benchmark, objective, split))
+    if line := cut_line(benchmark.data_record):
+        display.print(line)
+    for warning in benchmark.data_record["warnings"]:
+        log.warning(warning)
 
 
 def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
