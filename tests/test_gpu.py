@@ -17,11 +17,14 @@ ONE_EXAMPLE = 100 / 24  # percent of the test examples of the words benchmark
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", sorted(set(options("method")) - NEEDS_AN_ENCODER - PLAIN_TEXT))
 def test_a_gpu_gives_what_a_cpu_gives(method: str, clpet, words: Path, tmp_path: Path) -> None:
-    """In fp32 the averages differ by two test examples at most, which rounding may decide."""
+    """In fp32 the averages differ by two test examples at most, which rounding may decide.
+
+    AdamW makes a full step of a gradient that is nothing but rounding: a larger eps leaves such steps out.
+    """
     found = {}
     for device in ("cpu", "cuda"):
         out = tmp_path / device
-        args = [*tiny_args(words), f"method={method}", "train.lr=1e-2", f"output_dir={out}"]
+        args = [*tiny_args(words), f"method={method}", "train.lr=1e-2", "train.eps=1e-3", f"output_dir={out}"]
         ran = clpet("train", *args, f"hardware.device={device}", "hardware.dtype=fp32")
         assert ran.code == 0, ran.err
         found[device] = results(out)["average"]
