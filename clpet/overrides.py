@@ -10,7 +10,7 @@ SHORT = {key: f"benchmark.{key}" for key in
 # Options whose value is a path, or may be one.
 PATHS = ("data_dir", "output_dir", "cache_dir", "model.path", "benchmark.folder", "benchmark.reference",
          "benchmark.order_encoder", "method.encoder")  # fmt: skip
-PLAIN = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)  # what Hydra reads as the text it is, unless it is a number
+PLAIN = re.compile(r"[\w./][\w./-]*", re.ASCII)  # what Hydra reads as the text it is, unless it is a number
 FUNCTION = re.compile(r"(choice|glob|sort|shuffle|tag|str)\(.*\)")
 
 
@@ -38,7 +38,7 @@ def path_value(value: str) -> str:
 
 
 def _plain(path: str) -> bool:
-    return bool(PLAIN.fullmatch(path)) and not re.fullmatch(r"true|false|[-.]?(nan|inf|[\d.]+(e\d+)?)", path.lower())
+    return bool(PLAIN.fullmatch(path)) and not re.fullmatch(r"true|false|[-.]?(nan|inf|[\d._]+(e-?\d+)?)", path.lower())
 
 
 def quoted(text: str) -> str:

@@ -1,7 +1,6 @@
 """Answers and labels: what is read as a label, which labels are told apart, and what is said of those that are not."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -74,15 +73,15 @@ def test_labels_that_are_equal_after_cutting_are_refused() -> None:
         check_cut_labels(tokenizer, labelled("Yes", "yes", metric="first_word"))
 
 
-def test_labels_are_stripped_and_composed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_are_stripped_and_composed(tmp_path: Path) -> None:
     """Spellings of one name are one label, and that is said."""
     spellings = ["café", " cafe\u0301", "café\t", "tea"]
     rows = [{"text": f"text {i}", "label": spellings[i % 4]} for i in range(24)]
-    with caplog.at_level(logging.WARNING):
-        found = table(tmp_path, rows)
+    found = table(tmp_path, rows)
     assert found.labels == ["café", "tea"]
-    assert "2 labels" in caplog.text
-    assert "in row 2" in caplog.text
+    (note,) = found.report.notes()
+    assert "2 labels" in note
+    assert "in row 2" in note
 
 
 def test_near_equal_labels_are_found() -> None:

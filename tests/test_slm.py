@@ -532,7 +532,7 @@ def test_a_run_keeps_and_shows_what_was_retrieved(words: Path, encoder: Path, cl
     assert len(list((folder / "adapters").iterdir())) == 3 * 4
     assert first["cost"][0]["stored_parameters"] == 4 * 12 * 64 * 2 + 6 * 4 * 8 + 4 * 33
     assert (first["softmax"], first["resolved"]) == ("task", {})
-    assert len(cache) == 6  # train and test of three tasks
+    assert len(cache) == 9  # train, validation and test of three tasks
     assert clpet(*args).code == 0
     assert [path.stat().st_mtime_ns for path in cache] == stamps
     assert results(tmp_path / "outputs")["scores"] == first["scores"]
