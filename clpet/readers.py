@@ -1,5 +1,7 @@
 """Rows of tables, from files and from the hub."""
 
+import csv
+import io
 import json
 import re
 from dataclasses import dataclass, field
@@ -71,7 +73,7 @@ def _read_file(path: Path, report: ReadReport) -> Rows:
     reader = {".parquet": _parquet, ".csv": _csv}.get(suffix(path), _json)
     try:
         return reader(path, report)
-    except (pyarrow.ArrowException, OSError, ValueError, AttributeError, RecursionError) as error:
+    except (pyarrow.ArrowException, csv.Error, OSError, ValueError, AttributeError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(f"{path} cannot be read as {suffix(path)[1:]}: {reason}") from error
 
@@ -101,13 +103,14 @@ def _csv(path: Path, report: ReadReport) -> Rows:
 
     block = pyarrow.csv.ReadOptions(block_size=min(len(data) + 1, LARGEST_BLOCK), use_threads=False)
     options = pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=invalid)
-    names = pyarrow.csv.open_csv(pyarrow.BufferReader(data), block, options).schema.names
+    names = _header(found.text)
     _check_columns([name.strip() for name in names], path)
     as_text = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=True, null_values=[""]
     )
-    bad.clear()
     table = pyarrow.csv.read_csv(pyarrow.BufferReader(data), block, options, as_text)
+    if table.column_names != names:
+        raise ValueError(f"its first row is read as {shown(table.column_names)} and as {shown(names)}")
     if padded := [name for name in names if name != name.strip()]:
         report.others.append(f"spaces are removed from the column names {shown(padded)} of {path}")
         table = table.rename_columns([name.strip() for name in names])
@@ -115,6 +118,11 @@ def _csv(path: Path, report: ReadReport) -> Rows:
     _note_swallowed_rows(values, len(names), path, report)
     numbers = [number for number in range(1, len(values) + len(bad) + 1) if number not in bad]
     return Rows(str(path), set(table.column_names), values, numbers, bad)
+
+
+def _header(text: str) -> list[str]:
+    """The cells of the first row. A stream of pyarrow's would do, but its thread can abort the process at exit."""
+    return next((row for row in csv.reader(io.StringIO(text, newline="")) if row), [])
 
 
 def _note_swallowed_rows(values: list[dict[str, Any]], width: int, path: Path, report: ReadReport) -> None:
