@@ -41,7 +41,12 @@ def four_tasks(words: Path) -> list[str]:
     return [*tiny_args(words), "benchmark.task=null", "benchmark.classes_per_task=3"]
 
 
-WORDS_OUT = ["objective=text_to_text", "benchmark.max_target=8", "benchmark.task=task"]
+WORDS_OUT = [
+    "objective=text_to_text",
+    "benchmark.max_target=8",
+    "benchmark.task=task",
+    "benchmark.classes_per_task=null",
+]
 VARIANTS = [
     *([method] for method in METHODS),
     ["dynamic_conpet", "method.top_k=2"],
