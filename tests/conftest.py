@@ -1,9 +1,9 @@
 """Shared fixtures: a small benchmark, a method set up on the tiny model, and the command line in process."""
 
+import copy
 import inspect
 import json
 import os
-import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -78,8 +78,8 @@ def shipped_yamls_are_parsed_once() -> Iterator[None]:
         if {source.path for source in self.sources if source.scheme() == "file"} != {str(conf_dir())}:
             return parse(self, config_path)  # a test's own files may change
         if config_path not in parsed:
-            parsed[config_path] = pickle.dumps(parse(self, config_path))
-        return pickle.loads(parsed[config_path])  # compositions write into what they are given
+            parsed[config_path] = parse(self, config_path)
+        return copy.deepcopy(parsed[config_path])  # compositions write into what they are given
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigRepository, "load_config", load_config)
