@@ -311,7 +311,7 @@ def data(argv: list[str]) -> int:
     words = normalised([*folder, f"benchmark={arguments.benchmark}", *arguments.overrides])[len(folder) :]
     check_group_options(words)
     cfg = composed(words)
-    from clpet.data import report
+    from clpet.evaluation.data_inspection import report
 
     print(printable(report(cfg)))
     return 0

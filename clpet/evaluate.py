@@ -2,7 +2,7 @@
 
 from clpet.console import perplexity, table
 from clpet.errors import DataError, enough_memory
-from clpet.evaluation import Evaluator
+from clpet.evaluation.evaluator import Evaluator
 from clpet.reopen import Reopened
 from clpet.results import on_split
 

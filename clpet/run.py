@@ -13,10 +13,10 @@ from clpet import base_model, fingerprint, records
 from clpet.adapters import Adapters
 from clpet.config import Config, Evaluation, Matrix, Select, Split, build, derive, setting, signature, typed
 from clpet.console import Display
-from clpet.data import cut_line, inspect_data
 from clpet.dry import count_parameters, dry_run
 from clpet.errors import ConfigError, ModelError, enough_memory
-from clpet.evaluation import Evaluator
+from clpet.evaluation.data_inspection import cut_line, inspect_data
+from clpet.evaluation.evaluator import Evaluator
 from clpet.halfway import Keeper
 from clpet.hardware import Quantization, recompute, shard
 from clpet.interrupt import Interrupt

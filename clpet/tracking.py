@@ -15,7 +15,7 @@ import numpy as np
 from clpet.config import require
 from clpet.console import Display, matrix_table, summary_line
 from clpet.escape import inline
-from clpet.evaluation import Evaluation
+from clpet.evaluation.evaluator import Evaluation
 from clpet.ranks import world
 from clpet.results import TransferMatrix, on_split
 from clpet.state import RunState, write_atomic

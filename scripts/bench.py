@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from clpet.adapters import Adapters
 from clpet.config import conf_dir, register_resolvers, typed
-from clpet.evaluation import Evaluator
+from clpet.evaluation.evaluator import Evaluator
 from clpet.mixing import Plan
 from clpet.run import assemble, load_objective
 from clpet.text import EncodedDataset

@@ -9,8 +9,8 @@ from tokenizers import normalizers
 from clpet import metrics
 from clpet.backbones import byte_tokenizer
 from clpet.config import Evaluation
-from clpet.data import near_equal
 from clpet.errors import ConfigError, DataError
+from clpet.evaluation.data_inspection import near_equal
 from clpet.objectives.text_to_text import TextToText, check_cut_labels
 from clpet.sources import Kind, Table
 from clpet.splits import in_order

@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 
 from clpet.corpus import Documents
-from clpet.data import inspect_data
 from clpet.data_files import file_name
 from clpet.domains import TextDomains
 from clpet.errors import DataError
+from clpet.evaluation.data_inspection import inspect_data
 from clpet.read_report import account
 from clpet.sources import Folders, Kind, Table
 from clpet.splits import stratified

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clpet.evaluation import Evaluator
+from clpet.evaluation.evaluator import Evaluator
 from clpet.memory import DynamicReplay
 from clpet.methods.dynamic_conpet import DynamicConPET
 from clpet.methods.replay import Replay

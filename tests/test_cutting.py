@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from clpet.backbones import byte_tokenizer
-from clpet.data import cut_counts
 from clpet.errors import ConfigError, ModelError
+from clpet.evaluation.data_inspection import cut_counts
 from clpet.objectives.text_to_text import encode_answers
 from clpet.sources import Table
 from clpet.tasks import Example, Truncate

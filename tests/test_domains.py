@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from clpet import m2d2, python_domains
-from clpet.data import inspect_data
 from clpet.domains import Balance, TextDomains
 from clpet.errors import ConfigError, DataError
+from clpet.evaluation.data_inspection import inspect_data
 from clpet.m2d2 import M2D2
 from clpet.sources import Kind, Table
 from clpet.tasks import SPLITS

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clpet.console import Display
-from clpet.evaluation import Evaluator
+from clpet.evaluation.evaluator import Evaluator
 from clpet.interrupt import CODE, Interrupt, Interrupted
 from clpet.training import Trainer
 

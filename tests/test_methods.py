@@ -116,7 +116,7 @@ def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
 def test_a_method_learns_the_words(method: str, make) -> None:
     """After training on a task, its own labels are told apart better than by chance among four."""
     run = make(f"method={method}", "train.lr=2e-2", "train.epochs=6")
-    from clpet.evaluation import Evaluator
+    from clpet.evaluation.evaluator import Evaluator
 
     index, task = run.method.curriculum()[0]
     run.trainer.begin_task(index)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clpet.evaluation import Evaluator
+from clpet.evaluation.evaluator import Evaluator
 from clpet.interrupt import CODE
 from clpet.launch import RankError, slurm_environment, start
 from clpet.ranks import Ranks, chunks, joined, on_host, split, sum_flat, world

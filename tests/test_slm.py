@@ -16,7 +16,7 @@ from clpet.adapters import Adapters, Frozen, Lora
 from clpet.backbones import Backbone
 from clpet.config import derive
 from clpet.errors import ConfigError, ModelError
-from clpet.evaluation import Evaluator
+from clpet.evaluation.evaluator import Evaluator
 from clpet.increments import Increments, attention_outputs
 from clpet.mixing import Plan
 from clpet.objectives.base import Choices

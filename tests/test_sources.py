@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
-from clpet.data import inspect_data
 from clpet.errors import DataError
+from clpet.evaluation.data_inspection import inspect_data
 from clpet.mistakes import composed
 from clpet.readers import fill, read_local
 from clpet.sources import PythonStdlib, Table

@@ -10,7 +10,7 @@ import pytest
 
 from clpet import cli
 from clpet.config import Split
-from clpet.evaluation import Evaluator
+from clpet.evaluation.evaluator import Evaluator
 from clpet.figures import outcome
 from clpet.tracking import Tracker
 

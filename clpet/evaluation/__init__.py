@@ -1,0 +1,1 @@
+"""Scoring a method on every task, and inspecting a benchmark's data."""
