@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clpet import pretraining
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.escape import inline, markdown
 from clpet.figures import Spread, figures, pretraining_figures, spread, validation_average
 from clpet.groups import GIVEN, SPLIT, Group, Row, Section, differing, fingerprint, on_validation, sections, value_of
-from clpet.pretraining import DAPT
-from clpet.results import CONVENTIONS
+from clpet.metrics import perplexity_transfer
+from clpet.metrics.perplexity_transfer import DAPT
+from clpet.metrics.transfer_matrix import CONVENTIONS
 from clpet.significance import DRAWS, SAMPLED, Difference, difference, holm
 from clpet.tables import formatted
 
@@ -37,7 +37,7 @@ class Comparison:
 
     def report(self, runs: Group) -> str:
         """What `clpet runs --compare` prints. Raises ConfigError and DataError where there is nothing to compare."""
-        known = {**CONVENTIONS, **pretraining.FORMULAS}
+        known = {**CONVENTIONS, **perplexity_transfer.FORMULAS}
         for metric in self.metrics:
             if metric not in known:
                 raise ConfigError(f"there is no metric {metric}{suggest(metric, known)}")
@@ -132,7 +132,7 @@ class Comparison:
 
     def shown(self, section: Section) -> Sequence[str]:
         """The figures of a section's table."""
-        return self.metrics or (pretraining.COLUMNS if section.lower else COLUMNS)
+        return self.metrics or (perplexity_transfer.COLUMNS if section.lower else COLUMNS)
 
     def on_validation(self, runs: Group) -> Spread | None:
         """The final average on validation of a setting."""

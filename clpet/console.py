@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from clpet.escape import inline, printable
-from clpet.results import TransferMatrix, round2
+from clpet.metrics.transfer_matrix import TransferMatrix, round2
 
 if TYPE_CHECKING:  # reading runs back needs no torch
     from torch import Tensor

@@ -3,8 +3,8 @@
 from clpet.console import perplexity, table
 from clpet.errors import DataError, enough_memory
 from clpet.evaluation.evaluator import Evaluator
+from clpet.metrics.transfer_matrix import on_split
 from clpet.reopen import Reopened
-from clpet.results import on_split
 
 
 def again(run: Reopened) -> tuple[str, bool]:

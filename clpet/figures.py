@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clpet import pretraining
 from clpet.groups import Group, fingerprint
+from clpet.metrics import perplexity_transfer
+from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.reading import read_results, split_of
-from clpet.results import TransferMatrix
 
 
 class Spread(NamedTuple):
@@ -45,7 +45,7 @@ def figures(run: dict[str, Any], runs: Group, own: bool = False) -> dict[str, fl
     matrix = matrix_of(run, own)
     found = matrix.metrics(**{name: reference(run, runs, name, own) for name in ("independent", "joint")})
     if matrix.direction == "lower":
-        found |= pretraining.headline(pretraining_figures(run, runs))
+        found |= perplexity_transfer.headline(pretraining_figures(run, runs))
     return found
 
 
@@ -66,11 +66,11 @@ def outcome(out: Path) -> float | None:
 def pretraining_figures(run: dict[str, Any], runs: Group) -> dict[str, Any]:
     """The figures of a run of perplexities, with DAPT from the diagonal of a dapt run of the same setting and seed."""
     matrix, alone = TransferMatrix.from_json(run), None
-    if found := reference(run, runs, pretraining.DAPT):
-        known = dict(zip(found.tasks, pretraining.own_checkpoint(found.scores), strict=True))
+    if found := reference(run, runs, perplexity_transfer.DAPT):
+        known = dict(zip(found.tasks, perplexity_transfer.own_checkpoint(found.scores), strict=True))
         alone = np.array([known.get(name, np.nan) for name in matrix.tasks])
     groups = {name: part["domains"] for name, part in run["pretraining"]["groups"].items()}
-    return pretraining.figures(matrix.scores, matrix.tasks, alone, groups)
+    return perplexity_transfer.figures(matrix.scores, matrix.tasks, alone, groups)
 
 
 def reference(run: dict[str, Any], runs: Group, method: str, own: bool = False) -> TransferMatrix | None:

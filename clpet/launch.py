@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from clpet.config import require, typed
 from clpet.errors import ClpetError
 from clpet.interrupt import CODE, Interrupt, Interrupted
-from clpet.results import TransferMatrix
+from clpet.metrics.transfer_matrix import TransferMatrix
 
 GRACE = 90  # seconds that ranks have to save after a signal, before they are killed
 

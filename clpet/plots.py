@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from clpet.escape import inline
-from clpet.results import TransferMatrix
+from clpet.metrics.transfer_matrix import TransferMatrix
 
 
 def transfer_heatmap(matrix: TransferMatrix, path: Path, title: str) -> Path:

@@ -17,18 +17,19 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import save_file
 
-from clpet import __version__, pretraining
+from clpet import __version__
 from clpet.adapters import parameter_ratio
 from clpet.console import matrix_table, say
 from clpet.errors import DataError
 from clpet.escape import inline, spreadsheet
 from clpet.fingerprint import hub_data
 from clpet.methods.base import Method
-from clpet.pretraining import DAPT
+from clpet.metrics import perplexity_transfer
+from clpet.metrics.perplexity_transfer import DAPT
+from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2, tolist
 from clpet.pretraining_tables import LEGEND, average_table
 from clpet.ranks import world
 from clpet.reading import command, read_json, read_results, split_of
-from clpet.results import TransferMatrix, on_split, round2, tolist
 from clpet.state import RunState, whole, write_atomic, write_tree
 from clpet.tasks import Benchmark
 
@@ -201,7 +202,7 @@ def headline(matrix: TransferMatrix) -> dict[str, float | None]:
 def _pretraining(matrix: TransferMatrix, benchmark: Benchmark) -> dict[str, Any]:
     if matrix.direction == "higher":
         return {}
-    return {"pretraining": pretraining.figures(matrix.scores, matrix.tasks, groups=benchmark.groups)}
+    return {"pretraining": perplexity_transfer.figures(matrix.scores, matrix.tasks, groups=benchmark.groups)}
 
 
 def pictures(out: Path, state: RunState, method: str, benchmark: Benchmark, split: str = "test") -> list[Path]:

@@ -21,11 +21,11 @@ from clpet.halfway import Keeper
 from clpet.hardware import Quantization, recompute, shard
 from clpet.interrupt import Interrupt
 from clpet.methods.base import Method
+from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
 from clpet.ranks import world
 from clpet.reading import readable
-from clpet.results import TransferMatrix
 from clpet.state import Lock, RunState
 from clpet.tasks import Benchmark
 from clpet.text import Encoded

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from clpet import pretraining
 from clpet.console import matrix_table, table
 from clpet.errors import DataError
 from clpet.figures import figures, pretraining_figures
 from clpet.groups import Group
+from clpet.metrics import perplexity_transfer
+from clpet.metrics.transfer_matrix import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
 from clpet.pretraining_tables import average_table, domain_table, formula_lines, transfer_tables
 from clpet.reading import command, find_runs, read_json, read_results, readable, split_of
-from clpet.results import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
 from clpet.tables import formatted
 
 
@@ -105,7 +105,7 @@ def _pretraining(run: dict[str, Any], matrix: TransferMatrix, others: Group, eve
         average_table(found),
         transfer_tables(found),
     ]
-    return [*parts, formula_lines(found, command(run, pretraining.DAPT))] if every else parts
+    return [*parts, formula_lines(found, command(run, perplexity_transfer.DAPT))] if every else parts
 
 
 def _metrics(run: dict[str, Any], others: Group, every: bool) -> str:

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clpet.errors import ConfigError, HostError
+from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.ranks import world
-from clpet.results import TransferMatrix
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from tokenizers import normalizers
 
-from clpet import metrics
 from clpet.backbones import byte_tokenizer
 from clpet.config import Evaluation
 from clpet.errors import ConfigError, DataError
 from clpet.evaluation.data_inspection import near_equal
+from clpet.metrics import text_scores
 from clpet.objectives.text_to_text import TextToText, check_cut_labels
 from clpet.sources import Kind, Table
 from clpet.splits import in_order
@@ -55,7 +55,7 @@ def test_labels_that_a_metric_takes_for_equal_are_refused(
     assert said in str(error.value)
     assert remedy in str(error.value)
     TextToText.check_benchmark(labelled(*labels, metric=metric), Evaluation(decode="rank"))
-    for better in metrics.that_tell_apart(labels):
+    for better in text_scores.that_tell_apart(labels):
         TextToText.check_benchmark(labelled(*labels, metric=better), Evaluation())
 
 

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from clpet.results import TransferMatrix, tolist
+from clpet.metrics.transfer_matrix import TransferMatrix, tolist
 from clpet.significance import holm, paired_bootstrap
 
 TASKS = ["a", "b"]

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from clpet.console import Display, table
 from clpet.escape import inline, latex, markdown, printable, spreadsheet
+from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.plots import transfer_heatmap
 from clpet.records import transfer_csv
-from clpet.results import TransferMatrix
 from clpet.tables import formatted
 
 from .conftest import tiny_args, write_words

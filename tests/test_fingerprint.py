@@ -199,7 +199,7 @@ def test_a_finished_run_notices_a_line_of_a_plugin(clpet, tmp_path: Path, words:
 
 
 def test_a_stopped_run_is_not_resumed_with_other_inputs(tmp_path: Path) -> None:
-    from clpet.results import TransferMatrix
+    from clpet.metrics.transfer_matrix import TransferMatrix
 
     state = RunState(TransferMatrix(["a"]), TransferMatrix(["a"]), done=1)
     was = {"signature": "s", "weights": "w", "code": "c", "encoder": "e", "data": "d"}

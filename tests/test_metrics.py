@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clpet import metrics
 from clpet.errors import ConfigError
-from clpet.sari import sari, words
+from clpet.metrics import text_scores
+from clpet.metrics.sari import sari, words
 
 S1 = [("A", "A.", 1), ("A", "(A) foo", 1), ("positive", "Positive", 0), ("A", "", 0), ("A", "Answer: A", 0),
       ("A", "A_B", 0), ("A", "A–B", 1), ("A", "“A”", 1), ("B", "B…", 1)]  # fmt: skip
@@ -17,7 +17,7 @@ S1 = [("A", "A.", 1), ("A", "(A) foo", 1), ("positive", "Positive", 0), ("A", ""
 @pytest.mark.parametrize(("label", "answer", "score"), S1)
 def test_the_first_word_as_the_reference_scores_it(label: str, answer: str, score: int) -> None:
     """score.py of SLM's authors, and with signs around the label."""
-    assert metrics.first_word(answer, [label]) == metrics.first_word(answer, [f"«{label}».", "other"]) == score
+    assert text_scores.first_word(answer, [label]) == text_scores.first_word(answer, [f"«{label}».", "other"]) == score
 
 
 NINE = [
@@ -36,24 +36,24 @@ def test_rouge_l_and_exact_match_as_the_references_compute_them(
     answer: str, reference: str, rouge: float, match: int
 ) -> None:
     """compute_metrics.py of SAPT and O-LoRA."""
-    assert metrics.rouge_l(answer, [reference]) == pytest.approx(rouge)
-    assert metrics.exact_match(answer, [reference]) == match
+    assert text_scores.rouge_l(answer, [reference]) == pytest.approx(rouge)
+    assert text_scores.exact_match(answer, [reference]) == match
 
 
 def test_the_first_character_is_the_answer_to_a_question_with_options() -> None:
     """eval_ScienceQA.py of TRACE's authors: the reasons are not compared."""
     gold = ["B\nPhotosynthesis is what plants use."]
-    assert metrics.first_char("B\nBecause plants make food from light.", gold) == 1
-    assert metrics.first_char("A\nPhotosynthesis is what plants use.", gold) == 0
-    assert metrics.first_char("", ["", " "]) == 0
+    assert text_scores.first_char("B\nBecause plants make food from light.", gold) == 1
+    assert text_scores.first_char("A\nPhotosynthesis is what plants use.", gold) == 0
+    assert text_scores.first_char("", ["", " "]) == 0
 
 
 def test_edit_similarity_counts_insertions_and_deletions() -> None:
     """fuzz.ratio: 2 * 3 common signs / (4 + 5); literals are filled in as eval_Py150.py of TRACE's authors does."""
-    assert metrics.edit_similarity("abcd", ["xbcdx"]) == pytest.approx(6 / 9)
-    assert metrics.edit_similarity("f(<NUM_LIT>, <STR_LIT:a>)", ["f(0, a)", "g"]) == 1
-    assert metrics.edit_similarity("<STR_LIT>x<NUM_LIT:7><CHAR_LIT>", ["x7"]) == 1
-    assert metrics.edit_similarity("", [""]) == 0
+    assert text_scores.edit_similarity("abcd", ["xbcdx"]) == pytest.approx(6 / 9)
+    assert text_scores.edit_similarity("f(<NUM_LIT>, <STR_LIT:a>)", ["f(0, a)", "g"]) == 1
+    assert text_scores.edit_similarity("<STR_LIT>x<NUM_LIT:7><CHAR_LIT>", ["x7"]) == 1
+    assert text_scores.edit_similarity("", [""]) == 0
 
 
 def test_sari_by_hand() -> None:
@@ -92,12 +92,12 @@ def test_words_of_sari_are_mteval_s() -> None:
 
 def test_the_first_word_decides_in_its_own_case() -> None:
     """SLM's generative accuracy."""
-    assert metrics.first_word("A.", ["A"]) == 1
-    assert metrics.first_word("  B) because", ["A", "B"]) == 1
-    assert metrics.first_word("Positive", ["positive"]) == 0
-    assert metrics.first_word("neutral or negative", ["negative"]) == 0
-    assert metrics.first_word("", [""]) == 0
-    assert metrics.first_word("...", ["A"]) == 0
+    assert text_scores.first_word("A.", ["A"]) == 1
+    assert text_scores.first_word("  B) because", ["A", "B"]) == 1
+    assert text_scores.first_word("Positive", ["positive"]) == 0
+    assert text_scores.first_word("neutral or negative", ["negative"]) == 0
+    assert text_scores.first_word("", [""]) == 0
+    assert text_scores.first_word("...", ["A"]) == 0
 
 
 def test_bert_score_is_its_library_s_f(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,17 +113,17 @@ def test_bert_score_is_its_library_s_f(monkeypatch: pytest.MonkeyPatch) -> None:
             return torch.tensor([0.1]), torch.tensor([0.2]), torch.tensor([0.85])
 
     monkeypatch.setitem(sys.modules, "bert_score", SimpleNamespace(BERTScorer=BERTScorer))
-    metrics._bert_scorer.cache_clear()
+    text_scores._bert_scorer.cache_clear()
     references = ["see a doctor", "rest"]
-    assert [metrics.bert_score(answer, references) for answer in ("go home", " ", "rest")] == pytest.approx(
+    assert [text_scores.bert_score(answer, references) for answer in ("go home", " ", "rest")] == pytest.approx(
         [0.85, 0, 0.85]
     )
     assert made == [{"model_type": "roberta-large", "num_layers": 17, "idf": False, "rescale_with_baseline": False}]
-    metrics._bert_scorer.cache_clear()
+    text_scores._bert_scorer.cache_clear()
 
 
 def test_a_metric_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    metrics.need("rouge_l")
+    text_scores.need("rouge_l")
     with pytest.raises(ConfigError, match="pip install bert-score"):
-        metrics.need("bert_score")
+        text_scores.need("bert_score")

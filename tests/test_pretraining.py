@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clpet.pretraining import FORMULAS, figures, headline, saturation
+from clpet.metrics.perplexity_transfer import FORMULAS, figures, headline, saturation
 
 P = np.array([[40, 30, 20, 50], [20, 32, 22, 60], [24, 18, 21, 55], [30, 24, 10, 52], [28, 27, 15, 25]], dtype=float)
 NAMES = ["d1", "d2", "d3", "d4"]

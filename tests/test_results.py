@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clpet.metrics.transfer_matrix import CONVENTIONS, TransferMatrix
 from clpet.records import transfer_csv
-from clpet.results import CONVENTIONS, TransferMatrix
 
 
 def matrix(rows: list[list[float]], direction: str = "higher") -> TransferMatrix:

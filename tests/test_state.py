@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from clpet.results import TransferMatrix
+from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.state import RunState, checkpoints, read_tree, write_tree
 
 from .conftest import methods_of

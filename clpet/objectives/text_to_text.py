@@ -14,7 +14,7 @@ from torch import Tensor
 from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode, Evaluation
 from clpet.errors import ConfigError, DataError
-from clpet.metrics import METRICS, chosen, mistaken, that_tell_apart
+from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
 from clpet.tasks import Benchmark, Example
 from clpet.templates import Template, Tokenised

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from clpet.config import require
 from clpet.errors import ConfigError, DataError, suggest
-from clpet.metrics import FREE, METRICS, need
+from clpet.metrics.text_scores import FREE, METRICS, need
 from clpet.read_report import ReadReport
 from clpet.readers import existing, slots
 from clpet.splits import Splits, has_labels, in_order, sample, split_off, stratified

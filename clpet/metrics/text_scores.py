@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from clpet.errors import ConfigError
-from clpet.sari import sari
+from clpet.metrics.sari import sari
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NOT_WORD = re.compile(r"[^\w\s]")

@@ -1,0 +1,1 @@
+"""Transfer matrices and text scores: numbers in, numbers out."""
