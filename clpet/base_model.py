@@ -19,7 +19,7 @@ from clpet.objectives.language_modeling import LanguageModeling
 from clpet.ranks import world
 from clpet.tasks import Benchmark
 from clpet.token_streams import Tokens, text_hash
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

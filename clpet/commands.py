@@ -94,7 +94,7 @@ def evaluate(argv: list[str]) -> int:
         raise ConfigError(f"--limit must be at least 1, not {arguments.limit}")
     from clpet import downstream, reopen
     from clpet.evaluate import again
-    from clpet.training import quiet_libraries
+    from clpet.training.trainer import quiet_libraries
 
     run = _recorded(arguments)
     names = [name for name in (arguments.downstream or "").split(",") if name]
@@ -120,7 +120,7 @@ def export(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     from clpet import reopen
     from clpet.export import check, write
-    from clpet.training import quiet_libraries
+    from clpet.training.trainer import quiet_libraries
 
     run = _recorded(arguments)
     check(run, arguments.folder, arguments.merge)

@@ -34,7 +34,7 @@ def conf_dir() -> Path:
 
 
 class Schedule(Enum):
-    """How the learning rate moves (clpet/schedules.py)."""
+    """How the learning rate moves (clpet/training/lr_schedules.py)."""
 
     constant = "constant"
     linear = "linear"

@@ -15,7 +15,7 @@ from clpet.methods.base import Method
 from clpet.objectives import load
 from clpet.selection import stand_in
 from clpet.tasks import Benchmark
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 def dry_run(console: Console, config: Config, method: Method, benchmark: Benchmark, trainer: Trainer) -> None:

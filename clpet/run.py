@@ -17,7 +17,6 @@ from clpet.dry import count_parameters, dry_run
 from clpet.errors import ConfigError, ModelError, enough_memory
 from clpet.evaluation.data_inspection import cut_line, inspect_data
 from clpet.evaluation.evaluator import Evaluator
-from clpet.halfway import Keeper
 from clpet.hardware import Quantization, recompute, shard
 from clpet.interrupt import Interrupt
 from clpet.methods.base import Method
@@ -30,7 +29,8 @@ from clpet.state import Lock, RunState
 from clpet.tasks import Benchmark
 from clpet.text import Encoded
 from clpet.tracking import Tracker, write_predictions
-from clpet.training import Trainer, quiet_libraries
+from clpet.training.fit_checkpoint import Keeper
+from clpet.training.trainer import Trainer, quiet_libraries
 
 log = logging.getLogger(__name__)
 # Knobs of `evaluation` that one objective alone reads.

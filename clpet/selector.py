@@ -13,7 +13,7 @@ from clpet.logits import BARE, LogitStore
 from clpet.mixing import Plan
 from clpet.objectives.classification import Classification
 from clpet.text import Batch, EncodedDataset
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 NAME = "selector"
 

@@ -37,7 +37,7 @@ from clpet.evaluation.evaluator import Evaluator
 from clpet.mixing import Plan
 from clpet.run import assemble, load_objective
 from clpet.text import EncodedDataset
-from clpet.training import Trainer, quiet_libraries
+from clpet.training.trainer import Trainer, quiet_libraries
 
 
 class Silent:

@@ -16,7 +16,7 @@ from bench import Bench, Silent, medians
 from torch import nn
 
 from clpet.mixing import Plan
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 STEPS = 24  # timed in one go
 

@@ -83,7 +83,7 @@ def start(words: list[str], log: Path, beat: Path | None = None) -> int:
 
 def watch(beat: Path) -> None:
     """Has every step of this process noted: the file's text says when the first one was, its time the last one."""
-    from clpet.halfway import Keeper
+    from clpet.training.fit_checkpoint import Keeper
 
     due = Keeper.due
 

@@ -173,7 +173,7 @@ def made(overrides: list[str]) -> SimpleNamespace:
 
     from clpet.config import conf_dir, register_resolvers, typed
     from clpet.run import assemble, load_objective
-    from clpet.training import Trainer
+    from clpet.training.trainer import Trainer
 
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -184,15 +184,15 @@ def test_all_that_is_old_comes_before_any_of_it_comes_again() -> None:
 
 HALFWAY = """
 import os, signal, sys
-from clpet import halfway
+from clpet.training import fit_checkpoint
 from clpet.cli import main
-save, saves = halfway.Keeper.save, []
+save, saves = fit_checkpoint.Keeper.save, []
 def save_and_die(self, *args):
     save(self, *args)
     saves.append(args)
     if len(saves) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-halfway.Keeper.save = save_and_die
+fit_checkpoint.Keeper.save = save_and_die
 sys.argv[0] = "clpet"
 main()
 """

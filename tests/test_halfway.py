@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from clpet.errors import HostError
-from clpet.halfway import Keeper
 from clpet.mixing import Plan
 from clpet.state import read_tree, write_tree
-from clpet.training import Trainer
+from clpet.training.fit_checkpoint import Keeper
+from clpet.training.trainer import Trainer
 
 SMALL = "train.global_batch_size=4"  # 6 steps an epoch
 

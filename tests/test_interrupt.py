@@ -10,7 +10,7 @@ import pytest
 from clpet.console import Display
 from clpet.evaluation.evaluator import Evaluator
 from clpet.interrupt import CODE, Interrupt, Interrupted
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 from .conftest import tiny_args
 

@@ -21,7 +21,7 @@ from clpet.ranks import split
 from clpet.selection import divided, kmeans_nearest
 from clpet.templates import window_rows
 from clpet.text import EncodedDataset
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 from .conftest import double
 

@@ -25,8 +25,8 @@ from clpet.methods.o_lora import OLoRA
 from clpet.methods.recurrent_kif import alternate, fused_step
 from clpet.methods.sapt import Query, divergence, scores
 from clpet.mixing import Plan
-from clpet.schedules import Place, schedule
 from clpet.subspace import extended, threshold
+from clpet.training.lr_schedules import Place, schedule
 
 from .conftest import double
 

@@ -7,7 +7,7 @@ import torch
 
 from clpet.config import Schedule, Training
 from clpet.errors import ConfigError
-from clpet.schedules import Place, schedule, warmup
+from clpet.training.lr_schedules import Place, schedule, warmup
 
 
 def rates(place: Place, **knobs) -> list[float]:

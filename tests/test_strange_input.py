@@ -18,7 +18,7 @@ from clpet.mistakes import composed
 from clpet.objectives.base import Predictions
 from clpet.reading import find_runs
 from clpet.reopen import inside, inspect
-from clpet.schedules import Place, warn_of_warmup
+from clpet.training.lr_schedules import Place, warn_of_warmup
 
 from .wandb_reader import read_wandb
 

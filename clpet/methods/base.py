@@ -18,7 +18,7 @@ from clpet.objectives.classification import Head
 from clpet.ranks import without_gradients, world
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, Encoded, EncodedDataset
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 @dataclass

@@ -22,7 +22,7 @@ from clpet.ranks import world
 from clpet.selection import stand_in
 from clpet.tasks import Task
 from clpet.text import Batch
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 @dataclass

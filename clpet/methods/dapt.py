@@ -11,7 +11,7 @@ from torch import nn
 
 from clpet.methods.base import Method
 from clpet.tasks import Task
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 @dataclass

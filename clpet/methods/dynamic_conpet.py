@@ -26,7 +26,7 @@ from clpet.objectives.classification import MISSING, Head
 from clpet.selector import Prototypes, Selector
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, EncodedDataset
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 class Routing(Enum):

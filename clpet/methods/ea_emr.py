@@ -17,7 +17,7 @@ from clpet.methods.base import Choices, Predictions
 from clpet.methods.replay import Replay
 from clpet.tasks import Task
 from clpet.text import Batch
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 @dataclass

@@ -12,7 +12,7 @@ from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.modular import module_name
 from clpet.tasks import Task
 from clpet.text import Batch
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 @dataclass

@@ -17,7 +17,7 @@ from clpet.methods.inc_lora import IncLoRA
 from clpet.subspace import InputCovariances, extended, leading, threshold, without
 from clpet.tasks import Task
 from clpet.text import Batch
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 class Design(Enum):

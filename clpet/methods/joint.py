@@ -7,7 +7,7 @@ from clpet.memory import AllReplay, NoReplay
 from clpet.methods.base import Method
 from clpet.tasks import SPLITS, Benchmark, Task
 from clpet.text import Encoded
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 @dataclass

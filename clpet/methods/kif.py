@@ -38,7 +38,7 @@ from clpet.methods.base import Method
 from clpet.mixing import Plan
 from clpet.tasks import Task
 from clpet.text import Batch
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 KNOWN = {
     "unit": ("lora_rank", "matrix"),

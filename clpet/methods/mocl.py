@@ -16,7 +16,7 @@ from clpet.embeddings import hidden_states, mean_pool
 from clpet.methods.inc_lora import IncLoRA
 from clpet.tasks import Task
 from clpet.text import Batch
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 class Compose(Enum):

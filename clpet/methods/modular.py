@@ -12,7 +12,7 @@ from clpet.methods.base import Method, Predictions
 from clpet.objectives.classification import MISSING, Head
 from clpet.tasks import Task
 from clpet.text import Batch
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 def module_name(index: int) -> str:

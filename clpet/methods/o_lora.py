@@ -14,7 +14,7 @@ from clpet.errors import ConfigError
 from clpet.methods.inc_lora import IncLoRA
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 @dataclass

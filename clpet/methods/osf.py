@@ -16,7 +16,7 @@ from clpet.config import derive
 from clpet.errors import ModelError
 from clpet.methods.base import Method
 from clpet.tasks import Task
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 @dataclass

@@ -14,7 +14,7 @@ from clpet.methods.base import Choices, Predictions
 from clpet.methods.prompts import Prompts
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 @dataclass

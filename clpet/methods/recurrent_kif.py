@@ -23,7 +23,7 @@ from clpet.errors import ConfigError
 from clpet.importance import Importance, above_quantile, flat, gradients, unflat
 from clpet.methods.base import Method
 from clpet.mixing import Plan
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 @dataclass

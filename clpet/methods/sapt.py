@@ -17,7 +17,7 @@ from clpet.methods.inc_lora import IncLoRA
 from clpet.selection import stratified
 from clpet.tasks import Task
 from clpet.text import Batch, EncodedDataset
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 
 class Query(nn.Module):

@@ -28,7 +28,7 @@ from clpet.retrieval import KeyLearning, Mixture, Tally, cosines, majority, mix,
 from clpet.task_heads import TaskHeads
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, EncodedDataset
-from clpet.training import Trainer
+from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

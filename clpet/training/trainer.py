@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from clpet.config import OnNan, OptimizerState, Select, Training, derive
 from clpet.errors import HostError, enough_memory
-from clpet.halfway import Best, Fit, Keeper, load_moments, moments
 from clpet.hardware import Hardware
 from clpet.mixing import Plan
 from clpet.objectives.base import Objective
 from clpet.ranks import world
-from clpet.schedules import Place, schedule, warmup, warn_of_warmup
 from clpet.text import Batch
+from clpet.training.fit_checkpoint import Best, Fit, Keeper, load_moments, moments
+from clpet.training.lr_schedules import Place, schedule, warmup, warn_of_warmup
 
 log = logging.getLogger(__name__)
 

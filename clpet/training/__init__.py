@@ -1,0 +1,1 @@
+"""Fitting one task: the trainer, its checkpoints inside a task, and learning-rate schedules."""
