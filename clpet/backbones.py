@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from clpet.config import derive, require
 from clpet.errors import ModelError
 from clpet.fingerprint import folder_hash, hub_commit
-from clpet.hardware import four_bits
+from clpet.runtime.hardware import four_bits
 
 # What configs of transformers call the rates of a network's dropout, classifiers' apart.
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout", "hidden_dropout_prob",

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from clpet import store
 from clpet.adapters import Adapter, Adapters
 from clpet.backbones import Backbone
 from clpet.config import Evaluation, Schedule, Training, digest
 from clpet.console import Display
 from clpet.errors import HostError
-from clpet.hardware import Hardware
 from clpet.memory import NoReplay
 from clpet.objectives.language_modeling import LanguageModeling
-from clpet.ranks import world
+from clpet.runtime import atomic_io
+from clpet.runtime.distributed import world
+from clpet.runtime.hardware import Hardware
 from clpet.tasks import Benchmark
 from clpet.token_streams import Tokens, text_hash
 from clpet.training.trainer import Trainer
@@ -43,11 +43,11 @@ def prepare(
                str(hardware.torch_dtype)]  # fmt: skip
     name = digest([*made_of, vars(backbone.base)], 16)
     folder = (cache or out).expanduser() / "base" / name
-    found = store.intact(folder)
-    if not (found or store.writable(folder.parent)):
+    found = atomic_io.intact(folder)
+    if not (found or atomic_io.writable(folder.parent)):
         log.warning("%s cannot be written, the base model is made in %s", folder.parent, out)
         folder = out / "base" / name
-        found = store.intact(folder)
+        found = atomic_io.intact(folder)
     if folder.exists() and not found:
         log.warning("the base model in %s is damaged and is made again", folder)
     if world().most(not found)[0]:
@@ -80,7 +80,7 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
-        with store.folder(folder) as place:
+        with atomic_io.folder(folder) as place:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
     except OSError as error:

@@ -15,9 +15,9 @@ from typing import Any
 from clpet import __version__, commands
 from clpet.errors import ClpetError, ConfigError, suggest
 from clpet.escape import inline, printable
-from clpet.interrupt import CODE, Interrupted
 from clpet.mistakes import GROUPS, cluster_message, composed, disk_message, hydra_message, plugin_place
 from clpet.overrides import expand
+from clpet.runtime.signals import CODE, Interrupted
 
 COMMANDS = {
     "train": "learn a benchmark task by task and write its transfer matrix (also resumes, and sweeps with -m)",

@@ -30,7 +30,7 @@ def runs(argv: list[str]) -> int:
     parser.add_argument("--benchmark", help="only runs of this benchmark")
     parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
     arguments = parser.parse_args(argv)
-    from clpet.reading import find_runs
+    from clpet.runtime.untrusted_json import find_runs
     from clpet.show import listing
 
     for name in ("metrics", "view", "by", "against", "picture"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from clpet.ranks import world
+from clpet.runtime.distributed import world
 from clpet.text import Batch
 
 

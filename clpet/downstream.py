@@ -13,7 +13,7 @@ from clpet.backbones import Architecture, first_line
 from clpet.console import table
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.reopen import Recorded, Reopened
-from clpet.state import write_atomic
+from clpet.runtime.run_checkpoint import write_atomic
 from clpet.templates import frame
 
 LONGER = 8  # times: the harness' texts, against those that hardware.eval_batch_size counts

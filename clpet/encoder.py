@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clpet import store
 from clpet.backbones import Backbone, first_line, first_position
 from clpet.config import conf_dir, digest, plugin_dirs
 from clpet.errors import ConfigError, ModelError
 from clpet.fingerprint import folder_hash
 from clpet.logits import BLOCK, STEP, blocks, platform
+from clpet.runtime import atomic_io
 from clpet.tasks import SPLITS, Benchmark
 from clpet.text import Encoded, EncodedDataset
 
@@ -129,14 +129,14 @@ class Encoder:
                     keys = [row.tobytes() for row in file.get_tensor("keys")]
             except (OSError, SafetensorError):
                 continue
-            if not wanted.keys().isdisjoint(keys) and (found := store.load(path)):
+            if not wanted.keys().isdisjoint(keys) and (found := atomic_io.load(path)):
                 yield keys, found["vectors"]
 
     def _save(self, keys: list[bytes], vectors: np.ndarray) -> None:
         if self.cache:
             name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
             rows = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
-            if not store.save(self.cache / f"{name}.safetensors", {"keys": rows, "vectors": vectors}):
+            if not atomic_io.save(self.cache / f"{name}.safetensors", {"keys": rows, "vectors": vectors}):
                 self.cache = None
 
     @torch.inference_mode()

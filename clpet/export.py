@@ -6,10 +6,10 @@ from typing import Any
 
 from clpet import __version__
 from clpet.errors import ConfigError
-from clpet.hardware import Quantization
 from clpet.records import save_heads
 from clpet.reopen import Recorded, Reopened
-from clpet.state import whole
+from clpet.runtime.hardware import Quantization
+from clpet.runtime.run_checkpoint import whole
 
 PARTS = "what was trained beside the backbone's own weights"
 UNMERGED = ("prompt", "prefix", "frozen")

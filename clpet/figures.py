@@ -9,7 +9,7 @@ import numpy as np
 from clpet.groups import Group, fingerprint
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import TransferMatrix
-from clpet.reading import read_results, split_of
+from clpet.runtime.untrusted_json import read_results, split_of
 
 
 class Spread(NamedTuple):

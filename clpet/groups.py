@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from clpet.config import NOT_IDENTITY, digest
 from clpet.errors import ConfigError, suggest
-from clpet.reading import read_json, split_of
+from clpet.runtime.untrusted_json import read_json, split_of
 
 T = TypeVar("T")
 Group = list[tuple[Path, dict[str, Any]]]

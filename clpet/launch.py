@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from clpet.config import require, typed
 from clpet.errors import ClpetError
-from clpet.interrupt import CODE, Interrupt, Interrupted
 from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.runtime.signals import CODE, Interrupt, Interrupted
 
 GRACE = 90  # seconds that ranks have to save after a signal, before they are killed
 
@@ -57,8 +57,8 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
 def rank(config: dict, out: Path, overrides: list[str], logs: dict | None) -> None:
     """One rank of a run; its log is the main rank's."""
     from clpet.config import build
-    from clpet.ranks import joined
     from clpet.run import run
+    from clpet.runtime.distributed import joined
 
     hardware = build(config["hardware"], "hardware")
     with joined(hardware.torch_device, hardware.threads) as ranks:
@@ -107,7 +107,7 @@ def start(count: int, work: Callable[..., object], *arguments: Any) -> None:
 def _rank(folder: str, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """A process of `start`: leaves what ended it in the folder."""
     from clpet.cli import told
-    from clpet.ranks import LostRank
+    from clpet.runtime.distributed import LostRank
 
     os.setpgrp()  # Ctrl-C reaches the launcher, which passes it on: twice would end it without saving
     try:

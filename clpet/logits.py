@@ -18,10 +18,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from clpet import store
 from clpet.config import digest
 from clpet.objectives.classification import Classification
-from clpet.ranks import whole, world
+from clpet.runtime import atomic_io
+from clpet.runtime.distributed import whole, world
 from clpet.text import EncodedDataset
 
 BLOCK = 16  # examples in a block
@@ -123,7 +123,7 @@ class Table:
 
     def merge(self) -> None:
         """Takes in what the file knows; a file that is not there or damaged knows nothing."""
-        found = store.load(self.path) if self.path else {}
+        found = atomic_io.load(self.path) if self.path else {}
         if found:
             new = self.place[found["rows"]] < 0
             self.add(found["rows"][new], found["logits"][new])
@@ -134,7 +134,7 @@ class Table:
             return
         self.merge()
         rows = np.flatnonzero(self.place >= 0)
-        if not store.save(self.path, {"rows": rows, "logits": self.values[self.place[rows]]}):
+        if not atomic_io.save(self.path, {"rows": rows, "logits": self.values[self.place[rows]]}):
             self.path = None
 
 

@@ -24,7 +24,7 @@ from clpet.config import require
 from clpet.console import is_summary
 from clpet.errors import ClpetError, ConfigError
 from clpet.escape import inline
-from clpet.interrupt import Interrupt
+from clpet.runtime.signals import Interrupt
 
 CLPET = [sys.executable, "-m", "clpet", "train"]
 POLL = 0.2  # seconds between looks for a signal

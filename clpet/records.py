@@ -28,9 +28,9 @@ from clpet.metrics import perplexity_transfer
 from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2, tolist
 from clpet.pretraining_tables import LEGEND, average_table
-from clpet.ranks import world
-from clpet.reading import command, read_json, read_results, split_of
-from clpet.state import RunState, whole, write_atomic, write_tree
+from clpet.runtime.distributed import world
+from clpet.runtime.run_checkpoint import RunState, whole, write_atomic, write_tree
+from clpet.runtime.untrusted_json import command, read_json, read_results, split_of
 from clpet.tasks import Benchmark
 
 log = logging.getLogger(__name__)

@@ -21,14 +21,14 @@ from clpet.config import GROUPS, Config, find_class, typed
 from clpet.console import Display
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.fingerprint import inputs
-from clpet.hardware import Hardware
 from clpet.memory import NoReplay
 from clpet.methods.base import Method
-from clpet.reading import check, read_json, read_results, readable
 from clpet.records import kept
 from clpet.run import assemble, load_objective
+from clpet.runtime.hardware import Hardware
+from clpet.runtime.run_checkpoint import checkpoints, read_tree
+from clpet.runtime.untrusted_json import check, read_json, read_results, readable
 from clpet.sources import Source
-from clpet.state import checkpoints, read_tree
 from clpet.tasks import Benchmark
 from clpet.text import Encoded
 from clpet.tracking import Tracking

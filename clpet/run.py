@@ -17,15 +17,15 @@ from clpet.dry import count_parameters, dry_run
 from clpet.errors import ConfigError, ModelError, enough_memory
 from clpet.evaluation.data_inspection import cut_line, inspect_data
 from clpet.evaluation.evaluator import Evaluator
-from clpet.hardware import Quantization, recompute, shard
-from clpet.interrupt import Interrupt
 from clpet.methods.base import Method
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
-from clpet.ranks import world
-from clpet.reading import readable
-from clpet.state import Lock, RunState
+from clpet.runtime.distributed import world
+from clpet.runtime.hardware import Quantization, recompute, shard
+from clpet.runtime.run_checkpoint import Lock, RunState
+from clpet.runtime.signals import Interrupt
+from clpet.runtime.untrusted_json import readable
 from clpet.tasks import Benchmark
 from clpet.text import Encoded
 from clpet.tracking import Tracker, write_predictions

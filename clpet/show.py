@@ -14,7 +14,7 @@ from clpet.groups import Group
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
 from clpet.pretraining_tables import average_table, domain_table, formula_lines, transfer_tables
-from clpet.reading import command, find_runs, read_json, read_results, readable, split_of
+from clpet.runtime.untrusted_json import command, find_runs, read_json, read_results, readable, split_of
 from clpet.tables import formatted
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from clpet.errors import DataError
 from clpet.groups import Group, same_tests
-from clpet.reading import readable
+from clpet.runtime.untrusted_json import readable
 
 DRAWS = 2000  # bootstrap resamples
 SAMPLED = 3  # seeds that it takes to resample them

@@ -17,8 +17,8 @@ from clpet.console import Display, matrix_table, summary_line
 from clpet.escape import inline
 from clpet.evaluation.evaluator import Evaluation
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
-from clpet.ranks import world
-from clpet.state import RunState, write_atomic
+from clpet.runtime.distributed import world
+from clpet.runtime.run_checkpoint import RunState, write_atomic
 
 log = logging.getLogger(__name__)
 

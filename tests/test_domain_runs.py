@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from clpet import base_model
 from clpet.config import build, typed
 from clpet.console import Display
-from clpet.hardware import Hardware
 from clpet.mistakes import composed
 from clpet.rates import RateReplay
+from clpet.runtime.hardware import Hardware
 from clpet.tasks import Benchmark
 
 from .conftest import domain_args, methods_of

@@ -10,7 +10,7 @@ import transformers
 from clpet.adapters import Adapter, Adapters, Frozen, Lora
 from clpet.backbones import Architecture, Backbone, byte_tokenizer
 from clpet.errors import ConfigError, ModelError
-from clpet.hardware import recompute
+from clpet.runtime.hardware import recompute
 
 from .conftest import tiny_args
 

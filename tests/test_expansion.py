@@ -11,7 +11,7 @@ import transformers
 from clpet.adapters import Adapters, Blocks, Lora
 from clpet.backbones import Architecture, Backbone
 from clpet.errors import ModelError
-from clpet.hardware import recompute
+from clpet.runtime.hardware import recompute
 
 from .conftest import domain_args, tiny_args
 

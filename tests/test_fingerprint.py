@@ -17,7 +17,7 @@ from clpet.fingerprint import check_finished, code, file_hash, folder_hash, hub_
 from clpet.logits import network_key, tensors_key
 from clpet.mistakes import composed
 from clpet.reopen import check_inputs, recorded
-from clpet.state import RunState
+from clpet.runtime.run_checkpoint import RunState
 
 from .conftest import made, tiny_args, write_words
 

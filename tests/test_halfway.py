@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clpet.errors import HostError
 from clpet.mixing import Plan
-from clpet.state import read_tree, write_tree
+from clpet.runtime.run_checkpoint import read_tree, write_tree
 from clpet.training.fit_checkpoint import Keeper
 from clpet.training.trainer import Trainer
 

@@ -9,7 +9,7 @@ import pytest
 
 from clpet.console import Display
 from clpet.evaluation.evaluator import Evaluator
-from clpet.interrupt import CODE, Interrupt, Interrupted
+from clpet.runtime.signals import CODE, Interrupt, Interrupted
 from clpet.training.trainer import Trainer
 
 from .conftest import tiny_args

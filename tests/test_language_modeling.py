@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from clpet.adapters import Adapter, Adapters, Lora
 from clpet.backbones import Architecture, Backbone
 from clpet.config import CapUnit, Evaluation
-from clpet.hardware import Device, Dtype, Hardware
 from clpet.objectives import chunked
 from clpet.objectives.base import Choices
 from clpet.objectives.language_modeling import LanguageModeling, capped, perplexity
 from clpet.packing import Masking, windows
+from clpet.runtime.hardware import Device, Dtype, Hardware
 from clpet.tasks import Benchmark, Example, Task
 from clpet.text import Encoded
 from clpet.token_streams import Stream

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from clpet.logits import BLOCK, LogitStore, Table, block_widths, blocks
 from clpet.methods.modular import module_name
-from clpet.state import RunState
+from clpet.runtime.run_checkpoint import RunState
 
 from .conftest import tiny_args
 

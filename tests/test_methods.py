@@ -18,14 +18,14 @@ from .conftest import methods_of, tiny_args
 METHODS = methods_of("classification")
 KILL = """
 import os, signal, sys
-from clpet import state
+from clpet.runtime import run_checkpoint
 from clpet.cli import main
-save = state.RunState.save
+save = run_checkpoint.RunState.save
 def save_and_die(self, folder, method_state, identity):
     save(self, folder, method_state, identity)
     if self.done == {after}:
         os.kill(os.getpid(), signal.SIGKILL)
-state.RunState.save = save_and_die
+run_checkpoint.RunState.save = save_and_die
 sys.argv[0] = "clpet"
 main()
 """
@@ -250,7 +250,7 @@ def test_changed_data_is_not_resumed(tmp_path: Path, clpet) -> None:
 
 
 def test_two_processes_do_not_share_a_run_directory(words: Path, clpet, tmp_path: Path) -> None:
-    from clpet.state import Lock
+    from clpet.runtime.run_checkpoint import Lock
 
     args = ["train", "method=sequential", *tiny_args(words)]
     assert clpet(*args).code == 0

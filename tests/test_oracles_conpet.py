@@ -17,7 +17,7 @@ from clpet.methods.ea_emr import EAEMR
 from clpet.methods.ewc import EWC, Fisher, Merge
 from clpet.methods.lwf import distillation
 from clpet.mixing import split_batch, split_limit
-from clpet.ranks import split
+from clpet.runtime.distributed import split
 from clpet.selection import divided, kmeans_nearest
 from clpet.templates import window_rows
 from clpet.text import EncodedDataset

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from clpet import parallel_runs
-from clpet.interrupt import CODE
+from clpet.runtime.signals import CODE
 
 from .conftest import tiny_args
 

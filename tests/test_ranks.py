@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from clpet.evaluation.evaluator import Evaluator
-from clpet.interrupt import CODE
 from clpet.launch import RankError, slurm_environment, start
-from clpet.ranks import Ranks, chunks, joined, on_host, split, sum_flat, world
+from clpet.runtime.distributed import Ranks, chunks, joined, on_host, split, sum_flat, world
+from clpet.runtime.signals import CODE
 
 from .conftest import Silent, domain_args, made, methods_of, tiny_args
 

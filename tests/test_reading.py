@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from clpet import cli
 from clpet.errors import ClpetError, DataError
-from clpet.reading import read_json
 from clpet.reopen import inspect, recorded
+from clpet.runtime.untrusted_json import read_json
 
 from .conftest import domain_args, guarded, tiny_args
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from clpet.errors import ClpetError
 from clpet.reopen import recorded
-from clpet.state import read_tree, write_tree
+from clpet.runtime.run_checkpoint import read_tree, write_tree
 
 from .conftest import domain_args, guarded, tiny_args
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clpet.metrics.transfer_matrix import TransferMatrix
-from clpet.state import RunState, checkpoints, read_tree, write_tree
+from clpet.runtime.run_checkpoint import RunState, checkpoints, read_tree, write_tree
 
 from .conftest import methods_of
 

@@ -16,8 +16,8 @@ from clpet.config import Training, build, typed
 from clpet.errors import ClpetError, ConfigError
 from clpet.mistakes import composed
 from clpet.objectives.base import Predictions
-from clpet.reading import find_runs
 from clpet.reopen import inside, inspect
+from clpet.runtime.untrusted_json import find_runs
 from clpet.training.lr_schedules import Place, warn_of_warmup
 
 from .wandb_reader import read_wandb

@@ -12,10 +12,10 @@ from clpet.adapters import Adapter, Adapters, Lora
 from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode, Evaluation
 from clpet.errors import ConfigError
-from clpet.hardware import Device, Dtype, Hardware
 from clpet.metrics.text_scores import accuracy, exact_match, rouge_l
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
+from clpet.runtime.hardware import Device, Dtype, Hardware
 from clpet.sources import Kind, Table
 from clpet.subspace import InputCovariances
 from clpet.tasks import Benchmark, Example, Task

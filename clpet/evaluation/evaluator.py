@@ -8,7 +8,7 @@ import torch
 
 from clpet.methods.base import Method
 from clpet.objectives.base import TaskScore
-from clpet.ranks import without_gradients, world
+from clpet.runtime.distributed import without_gradients, world
 from clpet.tasks import Benchmark
 from clpet.text import Encoded
 

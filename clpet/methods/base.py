@@ -15,7 +15,7 @@ from clpet.memory import Held, NoReplay
 from clpet.mixing import Plan
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.classification import Head
-from clpet.ranks import without_gradients, world
+from clpet.runtime.distributed import without_gradients, world
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, Encoded, EncodedDataset
 from clpet.training.trainer import Trainer

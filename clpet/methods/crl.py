@@ -18,7 +18,7 @@ from clpet.errors import ConfigError
 from clpet.memory import DrawnReplay, FixedReplay
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.mixing import Plan, split_batch
-from clpet.ranks import world
+from clpet.runtime.distributed import world
 from clpet.selection import stand_in
 from clpet.tasks import Task
 from clpet.text import Batch

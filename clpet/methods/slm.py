@@ -23,8 +23,8 @@ from clpet.increments import Increments, attention_outputs
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.modular import module_name
 from clpet.objectives.classification import Head
-from clpet.ranks import world
 from clpet.retrieval import KeyLearning, Mixture, Tally, cosines, majority, mix, orthonormal, unrelated
+from clpet.runtime.distributed import world
 from clpet.task_heads import TaskHeads
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, EncodedDataset

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.interrupt import Interrupt
-from clpet.ranks import world
-from clpet.state import copied
+from clpet.runtime.distributed import world
+from clpet.runtime.run_checkpoint import copied
+from clpet.runtime.signals import Interrupt
 
 Write = Callable[[int, dict[str, Any]], None]
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from clpet.config import OnNan, OptimizerState, Select, Training, derive
 from clpet.errors import HostError, enough_memory
-from clpet.hardware import Hardware
 from clpet.mixing import Plan
 from clpet.objectives.base import Objective
-from clpet.ranks import world
+from clpet.runtime.distributed import world
+from clpet.runtime.hardware import Hardware
 from clpet.text import Batch
 from clpet.training.fit_checkpoint import Best, Fit, Keeper, load_moments, moments
 from clpet.training.lr_schedules import Place, schedule, warmup, warn_of_warmup

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from clpet.errors import ConfigError, HostError
 from clpet.metrics.transfer_matrix import TransferMatrix
-from clpet.ranks import world
+from clpet.runtime.distributed import world
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from clpet.config import require
 from clpet.errors import ConfigError, HostError, ModelError
-from clpet.ranks import world
+from clpet.runtime.distributed import world
 
 
 class Device(Enum):

@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from clpet.ranks import world
+from clpet.runtime.distributed import world
 
 log = logging.getLogger(__name__)
 
