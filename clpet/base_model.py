@@ -12,8 +12,8 @@ from clpet.backbones import Backbone
 from clpet.config import Evaluation, Schedule, Training, digest
 from clpet.console import Display
 from clpet.errors import HostError
-from clpet.memory import NoReplay
 from clpet.objectives.language_modeling import LanguageModeling
+from clpet.replay.base import NoReplay
 from clpet.runtime import atomic_io
 from clpet.runtime.distributed import world
 from clpet.runtime.hardware import Hardware

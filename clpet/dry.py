@@ -13,7 +13,7 @@ from clpet.console import say
 from clpet.cost import peak_memory_mb
 from clpet.methods.base import Method
 from clpet.objectives import load
-from clpet.selection import stand_in
+from clpet.replay.exemplar_selection import stand_in
 from clpet.tasks import Benchmark
 from clpet.training.trainer import Trainer
 

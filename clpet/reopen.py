@@ -21,9 +21,9 @@ from clpet.config import GROUPS, Config, find_class, typed
 from clpet.console import Display
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.fingerprint import inputs
-from clpet.memory import NoReplay
 from clpet.methods.base import Method
 from clpet.records import kept
+from clpet.replay.base import NoReplay
 from clpet.run import assemble, load_objective
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree

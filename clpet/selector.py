@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from clpet.config import derive
 from clpet.logits import BARE, LogitStore
-from clpet.mixing import Plan
 from clpet.objectives.classification import Classification
+from clpet.replay.batch_plan import Plan
 from clpet.text import Batch, EncodedDataset
 from clpet.training.trainer import Trainer
 

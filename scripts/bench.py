@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from clpet.adapters import Adapters
 from clpet.config import conf_dir, register_resolvers, typed
 from clpet.evaluation.evaluator import Evaluator
-from clpet.mixing import Plan
+from clpet.replay.batch_plan import Plan
 from clpet.run import assemble, load_objective
 from clpet.text import EncodedDataset
 from clpet.training.trainer import Trainer, quiet_libraries

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from bench import Bench, Silent, medians
 from torch import nn
 
-from clpet.mixing import Plan
+from clpet.replay.batch_plan import Plan
 from clpet.training.trainer import Trainer
 
 STEPS = 24  # timed in one go

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clpet.methods import mocl, o_lora, sapt
-from clpet.selection import stratified
+from clpet.replay.exemplar_selection import stratified
 
 from .conftest import double, scores
 

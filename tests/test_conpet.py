@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from clpet.contrast import Bank, contrastive, relation_distillation
-from clpet.memory import FixedReplay
 from clpet.methods.base import Choices
 from clpet.methods.lwf import distillation
+from clpet.replay.base import FixedReplay
 
 
 def test_contrastive_loss() -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from clpet.evaluation.evaluator import Evaluator
-from clpet.memory import DynamicReplay
 from clpet.methods.dynamic_conpet import DynamicConPET
 from clpet.methods.replay import Replay
+from clpet.replay.base import DynamicReplay
 from clpet.text import Encoded, EncodedDataset
 
 

@@ -18,7 +18,7 @@ from clpet import base_model
 from clpet.config import build, typed
 from clpet.console import Display
 from clpet.mistakes import composed
-from clpet.rates import RateReplay
+from clpet.replay.fixed_fraction import RateReplay
 from clpet.runtime.hardware import Hardware
 from clpet.tasks import Benchmark
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clpet.selection import stand_in
+from clpet.replay.exemplar_selection import stand_in
 
 from .conftest import tiny_args
 

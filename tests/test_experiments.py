@@ -12,7 +12,7 @@ from clpet.config import Config, Training, build, typed
 from clpet.dry import steps_per_task
 from clpet.errors import ConfigError
 from clpet.mistakes import composed
-from clpet.mixing import equal_compute
+from clpet.replay.batch_plan import equal_compute
 from clpet.run import assemble
 
 ROWS = ["emr", "ea_emr", "crl", "emr_star", "ea_emr_star", "crl_star", "dynamic", "limitless", "ewc", "lwf"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clpet.errors import HostError
-from clpet.mixing import Plan
+from clpet.replay.batch_plan import Plan
 from clpet.runtime.run_checkpoint import read_tree, write_tree
 from clpet.training.fit_checkpoint import Keeper
 from clpet.training.trainer import Trainer

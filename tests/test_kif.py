@@ -15,7 +15,7 @@ from clpet.importance import Importance, norm
 from clpet.methods.base import Method
 from clpet.methods.kif import KIF
 from clpet.methods.recurrent_kif import RecurrentKIF, alternate, fused_step
-from clpet.mixing import Plan
+from clpet.replay.batch_plan import Plan
 
 from .conftest import tiny_args
 from .test_configs import composed

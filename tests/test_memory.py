@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from clpet.errors import ConfigError
-from clpet.memory import (
+from clpet.replay.base import (
     AllReplay,
     DynamicReplay,
     FixedReplay,
@@ -15,8 +15,8 @@ from clpet.memory import (
     ReservoirReplay,
     ShareReplay,
 )
-from clpet.mixing import equal_compute, split_batch, split_limit
-from clpet.selection import herding, kmeans_nearest
+from clpet.replay.batch_plan import equal_compute, split_batch, split_limit
+from clpet.replay.exemplar_selection import herding, kmeans_nearest
 from clpet.text import Encoded, EncodedDataset
 
 

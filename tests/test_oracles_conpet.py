@@ -16,9 +16,9 @@ from clpet.methods.dynamic_conpet import DynamicConPET
 from clpet.methods.ea_emr import EAEMR
 from clpet.methods.ewc import EWC, Fisher, Merge
 from clpet.methods.lwf import distillation
-from clpet.mixing import split_batch, split_limit
+from clpet.replay.batch_plan import split_batch, split_limit
+from clpet.replay.exemplar_selection import divided, kmeans_nearest
 from clpet.runtime.distributed import split
-from clpet.selection import divided, kmeans_nearest
 from clpet.templates import window_rows
 from clpet.text import EncodedDataset
 from clpet.training.trainer import Trainer

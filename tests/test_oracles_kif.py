@@ -24,7 +24,7 @@ from clpet.methods.mocl import MoCL
 from clpet.methods.o_lora import OLoRA
 from clpet.methods.recurrent_kif import alternate, fused_step
 from clpet.methods.sapt import Query, divergence, scores
-from clpet.mixing import Plan
+from clpet.replay.batch_plan import Plan
 from clpet.subspace import extended, threshold
 from clpet.training.lr_schedules import Place, schedule
 

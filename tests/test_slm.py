@@ -18,8 +18,8 @@ from clpet.config import derive
 from clpet.errors import ConfigError, ModelError
 from clpet.evaluation.evaluator import Evaluator
 from clpet.increments import Increments, attention_outputs
-from clpet.mixing import Plan
 from clpet.objectives.base import Choices
+from clpet.replay.batch_plan import Plan
 
 from .test_encoder import make_encoder
 from .test_increments import IDS, network, read

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from clpet.config import derive
 from clpet.errors import ConfigError
-from clpet.memory import Held, NoReplay
-from clpet.mixing import Plan
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.classification import Head
+from clpet.replay.base import Held, NoReplay
+from clpet.replay.batch_plan import Plan
 from clpet.runtime.distributed import without_gradients, world
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, Encoded, EncodedDataset

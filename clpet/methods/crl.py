@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from clpet.config import derive, require
 from clpet.contrast import Bank, contrastive, draw, relation_distillation
 from clpet.errors import ConfigError
-from clpet.memory import DrawnReplay, FixedReplay
 from clpet.methods.base import Choices, Method, Predictions
-from clpet.mixing import Plan, split_batch
+from clpet.replay.base import DrawnReplay, FixedReplay
+from clpet.replay.batch_plan import Plan, split_batch
+from clpet.replay.exemplar_selection import stand_in
 from clpet.runtime.distributed import world
-from clpet.selection import stand_in
 from clpet.tasks import Task
 from clpet.text import Batch
 from clpet.training.trainer import Trainer

@@ -18,11 +18,11 @@ from torch import Tensor
 from clpet.config import require
 from clpet.errors import ConfigError
 from clpet.logits import LogitStore
-from clpet.memory import DrawnReplay
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.modular import Modular, module_name
-from clpet.mixing import Plan
 from clpet.objectives.classification import MISSING, Head
+from clpet.replay.base import DrawnReplay
+from clpet.replay.batch_plan import Plan
 from clpet.selector import Prototypes, Selector
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, EncodedDataset

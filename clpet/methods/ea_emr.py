@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import derive, require
-from clpet.memory import FixedReplay
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.replay import Replay
+from clpet.replay.base import FixedReplay
 from clpet.tasks import Task
 from clpet.text import Batch
 from clpet.training.trainer import Trainer

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from clpet.memory import AllReplay, NoReplay
 from clpet.methods.base import Method
+from clpet.replay.base import AllReplay, NoReplay
 from clpet.tasks import SPLITS, Benchmark, Task
 from clpet.text import Encoded
 from clpet.training.trainer import Trainer

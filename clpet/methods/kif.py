@@ -35,7 +35,7 @@ from clpet.importance import (
     unflat,
 )
 from clpet.methods.base import Method
-from clpet.mixing import Plan
+from clpet.replay.batch_plan import Plan
 from clpet.tasks import Task
 from clpet.text import Batch
 from clpet.training.trainer import Trainer

@@ -22,7 +22,7 @@ from clpet.config import require
 from clpet.errors import ConfigError
 from clpet.importance import Importance, above_quantile, flat, gradients, unflat
 from clpet.methods.base import Method
-from clpet.mixing import Plan
+from clpet.replay.batch_plan import Plan
 from clpet.training.trainer import Trainer
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clpet.config import derive, require
 from clpet.embeddings import max_pool, token_embeddings, vocabulary
 from clpet.methods.inc_lora import IncLoRA
-from clpet.selection import stratified
+from clpet.replay.exemplar_selection import stratified
 from clpet.tasks import Task
 from clpet.text import Batch, EncodedDataset
 from clpet.training.trainer import Trainer

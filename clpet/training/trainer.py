@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from clpet.config import OnNan, OptimizerState, Select, Training, derive
 from clpet.errors import HostError, enough_memory
-from clpet.mixing import Plan
 from clpet.objectives.base import Objective
+from clpet.replay.batch_plan import Plan
 from clpet.runtime.distributed import world
 from clpet.runtime.hardware import Hardware
 from clpet.text import Batch

@@ -7,8 +7,8 @@ import numpy as np
 
 from clpet.config import require
 from clpet.errors import ConfigError
-from clpet.memory import NoReplay
-from clpet.mixing import Plan, Rows
+from clpet.replay.base import NoReplay
+from clpet.replay.batch_plan import Plan, Rows
 
 
 @dataclass

@@ -15,8 +15,8 @@ import numpy as np
 
 from clpet.config import derive, require
 from clpet.errors import ConfigError
-from clpet.mixing import Plan, Rows, equal_compute, split_batch, split_limit
-from clpet.selection import divided, select_per_class, stratified
+from clpet.replay.batch_plan import Plan, Rows, equal_compute, split_batch, split_limit
+from clpet.replay.exemplar_selection import divided, select_per_class, stratified
 from clpet.text import Encoded, EncodedDataset
 
 log = logging.getLogger(__name__)

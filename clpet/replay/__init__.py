@@ -1,0 +1,1 @@
+"""Which old examples come back, and how they are mixed with the new ones."""
