@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from clpet.adapters import Adapter, Adapters
-from clpet.backbones import Backbone
 from clpet.config import Evaluation, Schedule, Training, digest
 from clpet.console import Display
 from clpet.errors import HostError
+from clpet.models.adapters import Adapter, Adapters
+from clpet.models.backbone import Backbone
 from clpet.objectives.language_modeling import LanguageModeling
 from clpet.replay.base import NoReplay
 from clpet.runtime import atomic_io

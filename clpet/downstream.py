@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from clpet.backbones import Architecture, first_line
 from clpet.console import table
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
+from clpet.models.backbone import Architecture, first_line
 from clpet.reopen import Recorded, Reopened
 from clpet.runtime.run_checkpoint import write_atomic
 from clpet.templates import frame

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from clpet.adapters import Adapters, parameter_ratio
 from clpet.config import Config
 from clpet.console import say
 from clpet.cost import peak_memory_mb
 from clpet.methods.base import Method
+from clpet.models.adapters import Adapters, parameter_ratio
 from clpet.objectives import load
 from clpet.replay.exemplar_selection import stand_in
 from clpet.tasks import Benchmark

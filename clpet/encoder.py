@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clpet.backbones import Backbone, first_line, first_position
 from clpet.config import conf_dir, digest, plugin_dirs
 from clpet.errors import ConfigError, ModelError
 from clpet.fingerprint import folder_hash
 from clpet.logits import BLOCK, STEP, blocks, platform
+from clpet.models.backbone import Backbone, first_line, first_position
 from clpet.runtime import atomic_io
 from clpet.tasks import SPLITS, Benchmark
 from clpet.text import Encoded, EncodedDataset

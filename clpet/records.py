@@ -18,7 +18,6 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from clpet import __version__
-from clpet.adapters import parameter_ratio
 from clpet.console import matrix_table, say
 from clpet.errors import DataError
 from clpet.escape import inline, spreadsheet
@@ -27,6 +26,7 @@ from clpet.methods.base import Method
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2, tolist
+from clpet.models.adapters import parameter_ratio
 from clpet.pretraining_tables import LEGEND, average_table
 from clpet.runtime.distributed import world
 from clpet.runtime.run_checkpoint import RunState, whole, write_atomic, write_tree

@@ -15,13 +15,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from clpet.adapters import Adapter
-from clpet.backbones import Backbone
 from clpet.config import GROUPS, Config, find_class, typed
 from clpet.console import Display
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.fingerprint import inputs
 from clpet.methods.base import Method
+from clpet.models.adapters import Adapter
+from clpet.models.backbone import Backbone
 from clpet.records import kept
 from clpet.replay.base import NoReplay
 from clpet.run import assemble, load_objective

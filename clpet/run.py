@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from clpet import base_model, fingerprint, records
-from clpet.adapters import Adapters
 from clpet.config import Config, Evaluation, Matrix, Select, Split, build, derive, setting, signature, typed
 from clpet.console import Display
 from clpet.dry import count_parameters, dry_run
@@ -19,6 +18,7 @@ from clpet.evaluation.data_inspection import cut_line, inspect_data
 from clpet.evaluation.evaluator import Evaluator
 from clpet.methods.base import Method
 from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.models.adapters import Adapters
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
 from clpet.runtime.distributed import world

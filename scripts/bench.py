@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from clpet.adapters import Adapters
 from clpet.config import conf_dir, register_resolvers, typed
 from clpet.evaluation.evaluator import Evaluator
+from clpet.models.adapters import Adapters
 from clpet.replay.batch_plan import Plan
 from clpet.run import assemble, load_objective
 from clpet.text import EncodedDataset

@@ -12,7 +12,7 @@ from torch import nn
 
 from clpet.config import derive
 from clpet.importance import Importance, Units, adaptive, fuse, norm, unflat
-from clpet.increments import attention_outputs
+from clpet.models.stacked_lora import attention_outputs
 from clpet.objectives.base import Choices
 from clpet.retrieval import KeyLearning, orthonormal
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from tokenizers import normalizers
 
-from clpet.backbones import byte_tokenizer
 from clpet.config import Evaluation
 from clpet.errors import ConfigError, DataError
 from clpet.evaluation.data_inspection import near_equal
 from clpet.metrics import text_scores
+from clpet.models.backbone import byte_tokenizer
 from clpet.objectives.text_to_text import TextToText, check_cut_labels
 from clpet.sources import Kind, Table
 from clpet.splits import in_order

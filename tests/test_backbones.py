@@ -10,9 +10,9 @@ import transformers
 from hydra import compose, initialize_config_dir
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from clpet.adapters import Adapters, Lora, parameter_ratio
-from clpet.backbones import Architecture, Backbone
 from clpet.config import build, conf_dir, register_resolvers, typed
+from clpet.models.adapters import Adapters, Lora, parameter_ratio
+from clpet.models.backbone import Architecture, Backbone
 from clpet.tasks import Example
 from clpet.templates import Template
 
@@ -164,7 +164,7 @@ def test_adapters_attach_to_the_named_layers_of_every_block(shape: tuple[str, Pa
 
 
 def template(shape: tuple[str, Path], text: str = TEMPLATE, length: int = 100) -> Template:
-    backbone = build({"_target_": "clpet.backbones.Backbone", "path": str(shape[1])}, "model")
+    backbone = build({"_target_": "clpet.models.backbone.Backbone", "path": str(shape[1])}, "model")
     return Template(backbone.tokenizer(), text, length, "{mask}" in text)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from clpet.adapters import Adapters, Lora, parameter_ratio
-from clpet.backbones import Backbone
+from clpet.models.adapters import Adapters, Lora, parameter_ratio
+from clpet.models.backbone import Backbone
 from clpet.objectives.classification import Head
 
 

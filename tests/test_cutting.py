@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clpet.backbones import byte_tokenizer
 from clpet.errors import ConfigError, ModelError
 from clpet.evaluation.data_inspection import cut_counts
+from clpet.models.backbone import byte_tokenizer
 from clpet.objectives.text_to_text import encode_answers
 from clpet.sources import Table
 from clpet.tasks import Example, Truncate

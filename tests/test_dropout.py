@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from clpet.adapters import Adapter, Adapters, Frozen, Lora
-from clpet.backbones import Architecture, Backbone, byte_tokenizer
 from clpet.errors import ConfigError, ModelError
+from clpet.models.adapters import Adapter, Adapters, Frozen, Lora
+from clpet.models.backbone import Architecture, Backbone, byte_tokenizer
 from clpet.runtime.hardware import recompute
 
 from .conftest import tiny_args

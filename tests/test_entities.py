@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from clpet.backbones import byte_tokenizer
 from clpet.config import build, typed
 from clpet.entities import Relations, Typing, cut_anew, mark_entities
 from clpet.errors import ConfigError, DataError
 from clpet.formats import cleaned, read_published, tidy
 from clpet.mistakes import composed
+from clpet.models.backbone import byte_tokenizer
 from clpet.readers import Rows
 from clpet.splits import partition
 from clpet.tasks import SPLITS, Benchmark

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from clpet.adapters import Adapters, Blocks, Lora
-from clpet.backbones import Architecture, Backbone
 from clpet.errors import ModelError
+from clpet.models.adapters import Adapters, Blocks, Lora
+from clpet.models.backbone import Architecture, Backbone
 from clpet.runtime.hardware import recompute
 
 from .conftest import domain_args, tiny_args
@@ -140,7 +140,7 @@ def test_dropout_is_that_of_the_run_while_the_network_is_trained(tmp_path: Path)
     """Of a network with random weights and of a saved one; two passes differ in training only."""
     backbone, model = network("gpt2")
     model.save_pretrained(tmp_path)
-    from clpet.backbones import byte_tokenizer
+    from clpet.models.backbone import byte_tokenizer
 
     byte_tokenizer().save_pretrained(tmp_path)
     saved = Backbone(name="saved", path=str(tmp_path), architecture=Architecture.decoder, dropout=0.2)

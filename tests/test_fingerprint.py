@@ -29,7 +29,7 @@ def write_model(folder: Path) -> Path:
     """A BERT of one layer over bytes, in the hub's layout."""
     from transformers import BertConfig, BertModel
 
-    from clpet.backbones import byte_tokenizer
+    from clpet.models.backbone import byte_tokenizer
 
     torch.manual_seed(0)
     BertModel(BertConfig(**MODEL)).save_pretrained(folder)

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from clpet.adapters import Adapters, Lora
-from clpet.backbones import Backbone
 from clpet.errors import ModelError
-from clpet.increments import Increments
+from clpet.models.adapters import Adapters, Lora
+from clpet.models.backbone import Backbone
+from clpet.models.stacked_lora import Increments
 
 SHAPES = {
     "bert": ({"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}, ["query", "value"]),

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clpet.adapters import Adapter, Adapters, Lora
 from clpet.config import build
 from clpet.importance import Importance, norm
 from clpet.methods.base import Method
 from clpet.methods.kif import KIF
 from clpet.methods.recurrent_kif import RecurrentKIF, alternate, fused_step
+from clpet.models.adapters import Adapter, Adapters, Lora
 from clpet.replay.batch_plan import Plan
 
 from .conftest import tiny_args

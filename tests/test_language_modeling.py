@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clpet.adapters import Adapter, Adapters, Lora
-from clpet.backbones import Architecture, Backbone
 from clpet.config import CapUnit, Evaluation
+from clpet.models.adapters import Adapter, Adapters, Lora
+from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives import chunked
 from clpet.objectives.base import Choices
 from clpet.objectives.language_modeling import LanguageModeling, capped, perplexity

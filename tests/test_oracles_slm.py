@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from clpet.adapters import Adapters, Frozen, Lora
-from clpet.backbones import Backbone
-from clpet.increments import Increments, attention_outputs
+from clpet.models.adapters import Adapters, Frozen, Lora
+from clpet.models.backbone import Backbone
+from clpet.models.stacked_lora import Increments, attention_outputs
 from clpet.retrieval import KeyLearning, cosines, mix, over_groups
 
 from .conftest import double

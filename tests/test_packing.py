@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from clpet.backbones import byte_tokenizer
+from clpet.models.backbone import byte_tokenizer
 from clpet.packing import Windows, blocks, pack
 from clpet.tasks import Example
 from clpet.token_streams import Stream, Tokens, byte_sizes

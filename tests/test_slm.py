@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clpet.adapters import Adapters, Frozen, Lora
-from clpet.backbones import Backbone
 from clpet.config import derive
 from clpet.errors import ConfigError, ModelError
 from clpet.evaluation.evaluator import Evaluator
-from clpet.increments import Increments, attention_outputs
+from clpet.models.adapters import Adapters, Frozen, Lora
+from clpet.models.backbone import Backbone
+from clpet.models.stacked_lora import Increments, attention_outputs
 from clpet.objectives.base import Choices
 from clpet.replay.batch_plan import Plan
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clpet.backbones import byte_tokenizer
+from clpet.models.backbone import byte_tokenizer
 from clpet.runtime import atomic_io
 from clpet.tasks import Example
 from clpet.token_streams import Tokens

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from clpet import records
-from clpet.backbones import Backbone, first_position
 from clpet.config import Training, build, typed
 from clpet.errors import ClpetError, ConfigError
 from clpet.mistakes import composed
+from clpet.models.backbone import Backbone, first_position
 from clpet.objectives.base import Predictions
 from clpet.reopen import inside, inspect
 from clpet.runtime.untrusted_json import find_runs

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from clpet.increments import product
 from clpet.methods import gain_lora
 from clpet.methods.inf_lora import projected
+from clpet.models.stacked_lora import product
 from clpet.subspace import extended, threshold
 
 from .conftest import double

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from clpet.backbones import byte_tokenizer
 from clpet.entities import mark_entities, mentions
 from clpet.errors import ConfigError, DataError
+from clpet.models.backbone import byte_tokenizer
 from clpet.tasks import Example
 from clpet.templates import Template, window_rows
 from clpet.text import EncodedDataset

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clpet.adapters import Adapter, Adapters, Lora
-from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode, Evaluation
 from clpet.errors import ConfigError
 from clpet.metrics.text_scores import accuracy, exact_match, rouge_l
+from clpet.models.adapters import Adapter, Adapters, Lora
+from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
 from clpet.runtime.hardware import Device, Dtype, Hardware

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from clpet.config import derive
-from clpet.increments import Increments
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.modular import module_name
+from clpet.models.stacked_lora import Increments
 from clpet.tasks import Task
 from clpet.text import Batch
 from clpet.training.trainer import Trainer

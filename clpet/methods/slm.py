@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.adapters import Lora
 from clpet.config import derive, require
 from clpet.encoder import Embeddings, Encoder, backbone, locate
 from clpet.errors import ConfigError
-from clpet.increments import Increments, attention_outputs
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.modular import module_name
+from clpet.models.adapters import Lora
+from clpet.models.stacked_lora import Increments, attention_outputs
 from clpet.objectives.classification import Head
 from clpet.retrieval import KeyLearning, Mixture, Tally, cosines, majority, mix, orthonormal, unrelated
 from clpet.runtime.distributed import world

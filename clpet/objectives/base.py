@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.adapters import Adapters
-from clpet.backbones import Backbone, first_position
 from clpet.config import Evaluation
 from clpet.cost import Meter
 from clpet.errors import ModelError
+from clpet.models.adapters import Adapters
+from clpet.models.backbone import Backbone, first_position
 from clpet.tasks import Benchmark, Example
 from clpet.text import Batch, Encoded, EncodedDataset, encode_benchmark
 

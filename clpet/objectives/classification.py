@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.backbones import Backbone, Representation, representation
 from clpet.config import derive
 from clpet.errors import ModelError
+from clpet.models.backbone import Backbone, Representation, representation
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
 from clpet.tasks import Benchmark, Example
 from clpet.templates import Template

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.backbones import Architecture, Backbone, first_position
 from clpet.config import CapUnit, Evaluation
 from clpet.errors import ConfigError, DataError, ModelError
+from clpet.models.backbone import Architecture, Backbone, first_position
 from clpet.objectives import chunked
 from clpet.objectives.base import Choices, Objective, Predictions, TaskScore
 from clpet.packing import Masking, Windows, pack

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clpet.backbones import Architecture, Backbone
 from clpet.config import Decode, Evaluation
 from clpet.errors import ConfigError, DataError
 from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
+from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
 from clpet.tasks import Benchmark, Example
 from clpet.templates import Template, Tokenised

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clpet.backbones import Architecture, Backbone, dropout_rates
 from clpet.config import require
 from clpet.errors import ModelError, suggest
-from clpet.expansion import expand
+from clpet.models.backbone import Architecture, Backbone, dropout_rates
+from clpet.models.block_expansion import expand
 
 TASK_TYPES = {
     Architecture.decoder: peft.TaskType.CAUSAL_LM,

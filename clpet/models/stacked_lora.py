@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from clpet.adapters import Adapters, plain_config
 from clpet.errors import ModelError, suggest
+from clpet.models.adapters import Adapters, plain_config
 
 Start = Callable[[Tensor, torch.Generator], object]
 

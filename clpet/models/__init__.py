@@ -1,0 +1,1 @@
+"""Backbones and what is trained in them."""
