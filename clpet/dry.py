@@ -9,10 +9,10 @@ from rich.console import Console
 
 from clpet.config import Config
 from clpet.console import say
-from clpet.cost import peak_memory_mb
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, parameter_ratio
 from clpet.objectives import load
+from clpet.objectives.cost_meter import peak_memory_mb
 from clpet.replay.exemplar_selection import stand_in
 from clpet.tasks import Benchmark
 from clpet.training.trainer import Trainer

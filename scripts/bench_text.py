@@ -76,7 +76,7 @@ def step_memory(chunked: bool) -> float:
 def _one_step(chunked: bool) -> float:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from clpet.objectives.chunked import mean_nll
+    from clpet.objectives.chunked_cross_entropy import mean_nll
     from clpet.objectives.language_modeling import without_head
 
     torch.manual_seed(0)

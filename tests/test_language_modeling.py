@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from clpet.config import CapUnit, Evaluation
 from clpet.models.adapters import Adapter, Adapters, Lora
 from clpet.models.backbone import Architecture, Backbone
-from clpet.objectives import chunked
+from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import Choices
 from clpet.objectives.language_modeling import LanguageModeling, capped, perplexity
 from clpet.packing import Masking, windows
@@ -98,7 +98,7 @@ def test_perplexity_is_weighted_by_tokens() -> None:
 def test_uniform_logits_have_the_perplexity_of_the_vocabulary_and_eight_bits_per_byte() -> None:
     head = torch.nn.Linear(4, 50257, bias=False)
     torch.nn.init.zeros_(head.weight)
-    nll = chunked.token_nll(torch.randn(7, 4), torch.arange(7), head)
+    nll = chunked_cross_entropy.token_nll(torch.randn(7, 4), torch.arange(7), head)
     assert nll.mean().item() == pytest.approx(10.824905, abs=1e-5)
     rows = {"nll": np.full(3, 10 * math.log(256)), "tokens": np.full(3, 10.0), "bytes": np.full(3, 10.0)}
     assert objective().diagnostics(rows)["bits_per_byte"] == pytest.approx(8)
@@ -269,25 +269,25 @@ def test_chunked_loss_and_gradients_are_those_of_the_whole(monkeypatch: pytest.M
         torch.nn.Sequential(torch.nn.Linear(8, 50)),
     ):
         inner = head[0] if isinstance(head, torch.nn.Sequential) else head
-        monkeypatch.setattr(chunked, "_rows", lambda _: 5)
-        monkeypatch.setattr(chunked, "CHUNK", 5 * 50)
+        monkeypatch.setattr(chunked_cross_entropy, "_rows", lambda _: 5)
+        monkeypatch.setattr(chunked_cross_entropy, "CHUNK", 5 * 50)
         leaves = [states, *inner.parameters()]
         whole = F.cross_entropy(head(states), targets)
         expected = torch.autograd.grad(whole, leaves)
-        loss = chunked.mean_nll(states, targets, head)
+        loss = chunked_cross_entropy.mean_nll(states, targets, head)
         assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
         for found, wanted in zip(torch.autograd.grad(3 * loss, leaves), expected, strict=True):
             assert torch.allclose(found, 3 * wanted, atol=1e-6)
-        parts = chunked.token_nll(states, targets, head)
+        parts = chunked_cross_entropy.token_nll(states, targets, head)
         assert torch.allclose(parts, F.cross_entropy(head(states), targets, reduction="none"), atol=1e-6)
 
 
 def test_no_terms_give_no_loss_and_a_frozen_head_no_gradient() -> None:
     head = torch.nn.Linear(4, 9)
     states = torch.randn(3, 4, requires_grad=True)
-    assert chunked.mean_nll(states[:0], torch.empty(0, dtype=torch.long), head).item() == 0
+    assert chunked_cross_entropy.mean_nll(states[:0], torch.empty(0, dtype=torch.long), head).item() == 0
     head.requires_grad_(False)
-    chunked.mean_nll(states, torch.tensor([1, 2, 3]), head).backward()
+    chunked_cross_entropy.mean_nll(states, torch.tensor([1, 2, 3]), head).backward()
     assert states.grad is not None
     assert head.weight.grad is None
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from clpet.terms import key_terms, ngrams, prompts, rank_figures, ranks
+from clpet.objectives.key_term_rank import key_terms, ngrams, prompts, rank_figures, ranks
 
 TEXTS = {
     "birds": [

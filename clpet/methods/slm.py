@@ -23,9 +23,9 @@ from clpet.methods.modular import module_name
 from clpet.models.adapters import Lora
 from clpet.models.stacked_lora import Increments, attention_outputs
 from clpet.objectives.classification import Head
+from clpet.objectives.per_task_heads import TaskHeads
 from clpet.retrieval import KeyLearning, Mixture, Tally, cosines, majority, mix, orthonormal, unrelated
 from clpet.runtime.distributed import world
-from clpet.task_heads import TaskHeads
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, EncodedDataset
 from clpet.training.trainer import Trainer

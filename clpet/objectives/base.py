@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import Evaluation
-from clpet.cost import Meter
 from clpet.errors import ModelError
 from clpet.models.adapters import Adapters
 from clpet.models.backbone import Backbone, first_position
+from clpet.objectives.cost_meter import Meter
 from clpet.tasks import Benchmark, Example
 from clpet.text import Batch, Encoded, EncodedDataset, encode_benchmark
 

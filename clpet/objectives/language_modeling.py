@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from clpet.config import CapUnit, Evaluation
 from clpet.errors import ConfigError, DataError, ModelError
 from clpet.models.backbone import Architecture, Backbone, first_position
-from clpet.objectives import chunked
+from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import Choices, Objective, Predictions, TaskScore
+from clpet.objectives.key_term_rank import asked, rank_figures, ranks
 from clpet.packing import Masking, Windows, pack
 from clpet.tasks import SPLITS, Benchmark
-from clpet.terms import asked, rank_figures, ranks
 from clpet.text import Batch, Encoded, EncodedDataset, pad_id
 from clpet.token_streams import Stream, Tokens
 
@@ -164,7 +164,7 @@ class LanguageModeling(Objective):
         return batch.wanted
 
     def loss(self, batch: Batch) -> Tensor:
-        return chunked.mean_nll(self.states(batch), self.targets(batch), self.head)
+        return chunked_cross_entropy.mean_nll(self.states(batch), self.targets(batch), self.head)
 
     # Judging
 
@@ -174,7 +174,7 @@ class LanguageModeling(Objective):
         if batch.pool is self.terms:
             return Predictions(trace={"rank": ranks(self.logits(batch), self.targets(batch))})
         with self.autocast:
-            nll = chunked.token_nll(self.states(batch), self.targets(batch), self.head).double()
+            nll = chunked_cross_entropy.token_nll(self.states(batch), self.targets(batch), self.head).double()
         row = batch.places // batch.input_ids.shape[1]
         sums = nll.new_zeros(len(batch)).index_add_(0, row, nll)
         counts = nll.new_zeros(len(batch)).index_add_(0, row, torch.ones_like(nll))
