@@ -11,10 +11,10 @@ from bench import Bench
 from torch import nn
 
 from clpet.config import derive
-from clpet.importance import Importance, Units, adaptive, fuse, norm, unflat
+from clpet.methods.components.importance import Importance, Units, adaptive, fuse, norm, unflat
+from clpet.methods.components.key_retrieval import KeyLearning, orthonormal
 from clpet.models.stacked_lora import attention_outputs
 from clpet.objectives.base import Choices
-from clpet.retrieval import KeyLearning, orthonormal
 
 
 def kif(overrides: list[str], rounds: int) -> None:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from clpet.contrast import Bank, contrastive, relation_distillation
 from clpet.methods.base import Choices
+from clpet.methods.components.contrastive import Bank, contrastive, relation_distillation
 from clpet.methods.lwf import distillation
 from clpet.replay.base import FixedReplay
 

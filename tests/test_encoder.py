@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from clpet.encoder import Embeddings, Encoder, locate
 from clpet.errors import ConfigError, ModelError
+from clpet.methods.components.sentence_encoder import Embeddings, Encoder, locate
 from clpet.models.backbone import byte_tokenizer
 
 TEXTS = ["a short text", "something else that is longer " * 3, "x", "", "a short text", "y" * 15]

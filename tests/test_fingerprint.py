@@ -14,7 +14,7 @@ from clpet import fingerprint
 from clpet.config import typed
 from clpet.errors import ConfigError, DataError
 from clpet.fingerprint import check_finished, code, file_hash, folder_hash, hub_commit, hub_data, remembered
-from clpet.logits import network_key, tensors_key
+from clpet.methods.components.logit_cache import network_key, tensors_key
 from clpet.mistakes import composed
 from clpet.reopen import check_inputs, recorded
 from clpet.runtime.run_checkpoint import RunState

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clpet.importance import (
+from clpet.methods.components.importance import (
     Importance,
     Units,
     above_quantile,

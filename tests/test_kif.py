@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import build
-from clpet.importance import Importance, norm
 from clpet.methods.base import Method
+from clpet.methods.components.importance import Importance, norm
 from clpet.methods.kif import KIF
 from clpet.methods.recurrent_kif import RecurrentKIF, alternate, fused_step
 from clpet.models.adapters import Adapter, Adapters, Lora

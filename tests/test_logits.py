@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clpet.logits import BLOCK, LogitStore, Table, block_widths, blocks
+from clpet.methods.components.logit_cache import BLOCK, LogitStore, Table, block_widths, blocks
 from clpet.methods.modular import module_name
 from clpet.runtime.run_checkpoint import RunState
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from clpet.config import Training
-from clpet.contrast import Bank, contrastive, relation_distillation
 from clpet.methods.base import Choices
+from clpet.methods.components.contrastive import Bank, contrastive, relation_distillation
 from clpet.methods.crl import CRL
 from clpet.methods.dynamic_conpet import DynamicConPET
 from clpet.methods.ea_emr import EAEMR

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import Schedule, Training
-from clpet.importance import (
+from clpet.methods.components.importance import (
     Importance,
     Units,
     above_quantile,
@@ -18,6 +18,7 @@ from clpet.importance import (
     orthogonality,
     unflat,
 )
+from clpet.methods.components.subspace import extended, threshold
 from clpet.methods.gain_lora import Gate, opening, projected_step
 from clpet.methods.l2p import L2P
 from clpet.methods.mocl import MoCL
@@ -25,7 +26,6 @@ from clpet.methods.o_lora import OLoRA
 from clpet.methods.recurrent_kif import alternate, fused_step
 from clpet.methods.sapt import Query, divergence, scores
 from clpet.replay.batch_plan import Plan
-from clpet.subspace import extended, threshold
 from clpet.training.lr_schedules import Place, schedule
 
 from .conftest import double

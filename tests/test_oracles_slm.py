@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from clpet.methods.components.key_retrieval import KeyLearning, cosines, mix, over_groups
 from clpet.models.adapters import Adapters, Frozen, Lora
 from clpet.models.backbone import Backbone
 from clpet.models.stacked_lora import Increments, attention_outputs
-from clpet.retrieval import KeyLearning, cosines, mix, over_groups
 
 from .conftest import double
 from .test_encoder import make_encoder

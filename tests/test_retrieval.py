@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from clpet.errors import ConfigError
-from clpet.retrieval import KeyLearning, Tally, cosines, majority, mix, orthonormal, pull, unrelated
+from clpet.methods.components.key_retrieval import (
+    KeyLearning,
+    Tally,
+    cosines,
+    majority,
+    mix,
+    orthonormal,
+    pull,
+    unrelated,
+)
 
 
 def silent(*_: object) -> None: ...
@@ -141,15 +150,15 @@ def test_a_dropped_key_is_replaced_by_what_is_left() -> None:
 
 def test_dropout_of_keys_has_its_rate_and_touches_the_choice_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle 11: p +- 3 sigma over a learning; similarities of what is left are those without dropout."""
-    from clpet import retrieval
+    from clpet.methods.components import key_retrieval
 
-    masks, original = [], retrieval.pull
+    masks, original = [], key_retrieval.pull
 
     def keep(sigma: torch.Tensor, top_k: int, dropped: torch.Tensor) -> torch.Tensor:
         masks.append(dropped)
         return original(sigma, top_k, dropped)
 
-    monkeypatch.setattr(retrieval, "pull", keep)
+    monkeypatch.setattr(key_retrieval, "pull", keep)
     stage = KeyLearning(dropout=0.2, epochs=2, min_steps=0, batch_size=50)
     stage.learn(drawn(500, 6, 8), orthonormal(6, 4, 8, 0), 0, silent, trial=False)
     drops = torch.cat([mask.flatten() for mask in masks]).float()

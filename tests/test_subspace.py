@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from clpet.methods import gain_lora
+from clpet.methods.components.subspace import extended, threshold
 from clpet.methods.inf_lora import projected
 from clpet.models.stacked_lora import product
-from clpet.subspace import extended, threshold
 
 from .conftest import double
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from clpet.config import Decode, Evaluation
 from clpet.errors import ConfigError
+from clpet.methods.components.subspace import InputCovariances
 from clpet.metrics.text_scores import accuracy, exact_match, rouge_l
 from clpet.models.adapters import Adapter, Adapters, Lora
 from clpet.models.backbone import Architecture, Backbone
@@ -17,7 +18,6 @@ from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
 from clpet.runtime.hardware import Device, Dtype, Hardware
 from clpet.sources import Kind, Table
-from clpet.subspace import InputCovariances
 from clpet.tasks import Benchmark, Example, Task
 from clpet.text import IGNORED
 from tests.conftest import shared

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive, require
-from clpet.contrast import Bank, contrastive, draw, relation_distillation
 from clpet.errors import ConfigError
 from clpet.methods.base import Choices, Method, Predictions
+from clpet.methods.components.contrastive import Bank, contrastive, draw, relation_distillation
 from clpet.replay.base import DrawnReplay, FixedReplay
 from clpet.replay.batch_plan import Plan, split_batch
 from clpet.replay.exemplar_selection import stand_in

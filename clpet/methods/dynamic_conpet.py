@@ -17,13 +17,13 @@ from torch import Tensor
 
 from clpet.config import require
 from clpet.errors import ConfigError
-from clpet.logits import LogitStore
 from clpet.methods.base import Choices, Predictions
+from clpet.methods.components.logit_cache import LogitStore
+from clpet.methods.components.task_selector import Prototypes, Selector
 from clpet.methods.modular import Modular, module_name
 from clpet.objectives.classification import MISSING, Head
 from clpet.replay.base import DrawnReplay
 from clpet.replay.batch_plan import Plan
-from clpet.selector import Prototypes, Selector
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, EncodedDataset
 from clpet.training.trainer import Trainer

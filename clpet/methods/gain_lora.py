@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive, require
-from clpet.embeddings import mean_pool, token_embeddings, vocabulary
+from clpet.methods.components.features import mean_pool, token_embeddings, vocabulary
+from clpet.methods.components.subspace import Covariance, leading, without
 from clpet.methods.inf_lora import InfLoRA
-from clpet.subspace import Covariance, leading, without
 from clpet.tasks import Task
 from clpet.text import Batch
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import require
-from clpet.embeddings import mean_pool, token_embeddings
+from clpet.methods.components.features import mean_pool, token_embeddings
 from clpet.methods.prompts import Prompts
 from clpet.tasks import Benchmark
 from clpet.text import Batch

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive, require
-from clpet.embeddings import hidden_states, mean_pool
+from clpet.methods.components.features import hidden_states, mean_pool
 from clpet.methods.inc_lora import IncLoRA
 from clpet.tasks import Task
 from clpet.text import Batch

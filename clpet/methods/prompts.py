@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clpet.config import derive, require
-from clpet.embeddings import vocabulary
 from clpet.methods.base import Method
+from clpet.methods.components.features import vocabulary
 from clpet.tasks import Benchmark
 from clpet.text import Batch
 

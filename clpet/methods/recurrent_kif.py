@@ -20,8 +20,8 @@ from torch import Tensor
 
 from clpet.config import require
 from clpet.errors import ConfigError
-from clpet.importance import Importance, above_quantile, flat, gradients, unflat
 from clpet.methods.base import Method
+from clpet.methods.components.importance import Importance, above_quantile, flat, gradients, unflat
 from clpet.replay.batch_plan import Plan
 from clpet.training.trainer import Trainer
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import derive, require
-from clpet.embeddings import max_pool, token_embeddings, vocabulary
+from clpet.methods.components.features import max_pool, token_embeddings, vocabulary
 from clpet.methods.inc_lora import IncLoRA
 from clpet.replay.exemplar_selection import stratified
 from clpet.tasks import Task

@@ -1,6 +1,6 @@
 """SLM: keys find the low-rank increments that an input needs (Peng et al., ICLR 2024, arXiv 2404.07470).
 
-DTKR (clpet/retrieval.py): stage 1 learns a task's keys on cached sentence embeddings, without the backbone.
+DTKR (clpet/methods/components/key_retrieval.py): stage 1 learns a task's keys on cached sentence embeddings, without the backbone.
 JARe: every key owns a value, a low-rank increment on every target layer; stage 2 learns a task's values,
     h = W u + sum_i w_i(x) A_i B_i u,    w_i = s_i / sum_j s_j over the K keys most similar to x, 0 elsewhere,
 A = 0, B ~ N(0, 1) at the start, in factored form. Nothing of an earlier task is ever trained again.
@@ -16,15 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import derive, require
-from clpet.encoder import Embeddings, Encoder, backbone, locate
 from clpet.errors import ConfigError
 from clpet.methods.base import Choices, Method, Predictions
+from clpet.methods.components.key_retrieval import (
+    KeyLearning,
+    Mixture,
+    Tally,
+    cosines,
+    majority,
+    mix,
+    orthonormal,
+    unrelated,
+)
+from clpet.methods.components.sentence_encoder import Embeddings, Encoder, backbone, locate
 from clpet.methods.modular import module_name
 from clpet.models.adapters import Lora
 from clpet.models.stacked_lora import Increments, attention_outputs
 from clpet.objectives.classification import Head
 from clpet.objectives.per_task_heads import TaskHeads
-from clpet.retrieval import KeyLearning, Mixture, Tally, cosines, majority, mix, orthonormal, unrelated
 from clpet.runtime.distributed import world
 from clpet.tasks import Benchmark, Task
 from clpet.text import Batch, EncodedDataset

@@ -1,7 +1,7 @@
 """Sentence embeddings of a frozen encoder: computed once per text, kept on disk by encoder and text.
 
 An embedding is looked up or computed with the same bits: a text always goes through the encoder in a block of the
-same shape, as in clpet/logits.py. A file of the cache holds some texts' hashes and vectors and is never changed,
+same shape, as in clpet/methods/components/logit_cache.py. A file of the cache holds some texts' hashes and vectors and is never changed,
 so that processes side by side can only write the same thing twice.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from clpet.config import conf_dir, digest, plugin_dirs
 from clpet.errors import ConfigError, ModelError
 from clpet.fingerprint import folder_hash
-from clpet.logits import BLOCK, STEP, blocks, platform
+from clpet.methods.components.logit_cache import BLOCK, STEP, blocks, platform
 from clpet.models.backbone import Backbone, first_line, first_position
 from clpet.runtime import atomic_io
 from clpet.tasks import SPLITS, Benchmark

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive
-from clpet.logits import BARE, LogitStore
+from clpet.methods.components.logit_cache import BARE, LogitStore
 from clpet.objectives.classification import Classification
 from clpet.replay.batch_plan import Plan
 from clpet.text import Batch, EncodedDataset
