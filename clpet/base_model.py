@@ -9,6 +9,8 @@ import torch
 
 from clpet.config import Evaluation, Schedule, Training, digest
 from clpet.console import Display
+from clpet.data.benchmark import Benchmark
+from clpet.data.token_cache import Tokens, text_hash
 from clpet.errors import HostError
 from clpet.models.adapters import Adapter, Adapters
 from clpet.models.backbone import Backbone
@@ -17,8 +19,6 @@ from clpet.replay.base import NoReplay
 from clpet.runtime import atomic_io
 from clpet.runtime.distributed import world
 from clpet.runtime.hardware import Hardware
-from clpet.tasks import Benchmark
-from clpet.token_streams import Tokens, text_hash
 from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)

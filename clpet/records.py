@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from clpet import __version__
 from clpet.console import matrix_table, say
+from clpet.data.benchmark import Benchmark
 from clpet.errors import DataError
 from clpet.escape import inline, spreadsheet
 from clpet.fingerprint import hub_data
@@ -31,7 +32,6 @@ from clpet.pretraining_tables import LEGEND, average_table
 from clpet.runtime.distributed import world
 from clpet.runtime.run_checkpoint import RunState, whole, write_atomic, write_tree
 from clpet.runtime.untrusted_json import command, read_json, read_results, split_of
-from clpet.tasks import Benchmark
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,9 @@ from rich.console import Console
 
 from clpet.config import GROUPS, Config, find_class, typed
 from clpet.console import Display
+from clpet.data.batches import Encoded
+from clpet.data.benchmark import Benchmark
+from clpet.data.sources import Source
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.fingerprint import inputs
 from clpet.methods.base import Method
@@ -28,9 +31,6 @@ from clpet.run import assemble, load_objective
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
 from clpet.runtime.untrusted_json import check, read_json, read_results, readable
-from clpet.sources import Source
-from clpet.tasks import Benchmark
-from clpet.text import Encoded
 from clpet.tracking import Tracking
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,8 @@ from rich.console import Console
 from clpet import base_model, fingerprint, records
 from clpet.config import Config, Evaluation, Matrix, Select, Split, build, derive, setting, signature, typed
 from clpet.console import Display
+from clpet.data.batches import Encoded
+from clpet.data.benchmark import Benchmark
 from clpet.dry import count_parameters, dry_run
 from clpet.errors import ConfigError, ModelError, enough_memory
 from clpet.evaluation.data_inspection import cut_line, inspect_data
@@ -26,8 +28,6 @@ from clpet.runtime.hardware import Quantization, recompute, shard
 from clpet.runtime.run_checkpoint import Lock, RunState
 from clpet.runtime.signals import Interrupt
 from clpet.runtime.untrusted_json import readable
-from clpet.tasks import Benchmark
-from clpet.text import Encoded
 from clpet.tracking import Tracker, write_predictions
 from clpet.training.fit_checkpoint import Keeper
 from clpet.training.trainer import Trainer, quiet_libraries

@@ -32,11 +32,11 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from clpet.config import conf_dir, register_resolvers, typed
+from clpet.data.batches import EncodedDataset
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.adapters import Adapters
 from clpet.replay.batch_plan import Plan
 from clpet.run import assemble, load_objective
-from clpet.text import EncodedDataset
 from clpet.training.trainer import Trainer, quiet_libraries
 
 

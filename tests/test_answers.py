@@ -7,14 +7,14 @@ import pytest
 from tokenizers import normalizers
 
 from clpet.config import Evaluation
+from clpet.data.benchmark import Benchmark, Example, Task
+from clpet.data.sources import Kind, Table
+from clpet.data.splits import in_order
 from clpet.errors import ConfigError, DataError
 from clpet.evaluation.data_inspection import near_equal
 from clpet.metrics import text_scores
 from clpet.models.backbone import byte_tokenizer
 from clpet.objectives.text_to_text import TextToText, check_cut_labels
-from clpet.sources import Kind, Table
-from clpet.splits import in_order
-from clpet.tasks import Benchmark, Example, Task
 
 
 def labelled(*labels: str, metric: str = "exact_match", max_target: int = 50) -> Benchmark:

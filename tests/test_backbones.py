@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from clpet.config import build, conf_dir, register_resolvers, typed
+from clpet.data.benchmark import Example
+from clpet.data.template import Template
 from clpet.models.adapters import Adapters, Lora, parameter_ratio
 from clpet.models.backbone import Architecture, Backbone
-from clpet.tasks import Example
-from clpet.templates import Template
 
 TEMPLATE = "{text} In this sentence, {tail} is the {mask} of {head}."
 WORDS = ["In", "this", "sentence", "is", "the", "of", "apple", "pear", "iron", "gold", "nile", "rhine"]

@@ -9,16 +9,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from clpet.corpus import Documents
-from clpet.data_files import file_name
-from clpet.domains import TextDomains
+from clpet.data.benchmark import Benchmark, Example, Task
+from clpet.data.data_files import file_name
+from clpet.data.document_readers import JsonLines, LongText, WholeFiles, readers
+from clpet.data.documents import Documents
+from clpet.data.read_report import account
+from clpet.data.sources import Folders, Kind, Table
+from clpet.data.sources.text_domains import TextDomains
+from clpet.data.splits import stratified
 from clpet.errors import DataError
 from clpet.evaluation.data_inspection import inspect_data
-from clpet.read_report import account
-from clpet.sources import Folders, Kind, Table
-from clpet.splits import stratified
-from clpet.tasks import Benchmark, Example, Task
-from clpet.text_files import JsonLines, LongText, WholeFiles, readers
 
 LINES = [f"line {i} of a text that is long enough to be a document\n" for i in range(60)]
 
@@ -327,7 +327,7 @@ def test_windows_line_ends_are_removed_by_every_reader(tmp_path: Path) -> None:
 
 def test_a_line_end_is_not_cut_in_two(tmp_path: Path) -> None:
     """A line of more than STRETCH bytes is cut; its CRLF may lie on both sides."""
-    from clpet.text_files import LONGEST_LINE, PIECE
+    from clpet.data.document_readers import LONGEST_LINE, PIECE
 
     for size in range(PIECE + LONGEST_LINE - 2, PIECE + LONGEST_LINE + 2):
         path = put(tmp_path / f"{size}.txt", b"x" * size + b"\r\nend")

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clpet.data.batches import Encoded, EncodedDataset
 from clpet.evaluation.evaluator import Evaluator
 from clpet.methods.dynamic_conpet import DynamicConPET
 from clpet.methods.replay import Replay
 from clpet.replay.base import DynamicReplay
-from clpet.text import Encoded, EncodedDataset
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from clpet.corpus import Documents
+from clpet.data.decontamination import WINDOW, decontaminated, starts, window_hashes
+from clpet.data.document_readers import PIECE, STRETCH, JsonLines, LongText, ParquetRows, WholeFiles
+from clpet.data.documents import Documents
 from clpet.errors import DataError
-from clpet.overlaps import WINDOW, decontaminated, starts, window_hashes
-from clpet.text_files import PIECE, STRETCH, JsonLines, LongText, ParquetRows, WholeFiles
 
 ROWS = [("a", "one"), ("a", "two"), ("a", "three"), ("b", "four"), (None, "five"), (None, "six"), ("c", "sieben ü")]
 TEXTS = ["one\n\ntwo\n\nthree", "four", "five", "six", "sieben ü"]

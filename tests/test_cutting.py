@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from clpet.data.batches import EncodedDataset
+from clpet.data.benchmark import Example, Truncate
+from clpet.data.sources import Table
+from clpet.data.template import Template, window_rows
 from clpet.errors import ConfigError, ModelError
 from clpet.evaluation.data_inspection import cut_counts
 from clpet.models.backbone import byte_tokenizer
 from clpet.objectives.text_to_text import encode_answers
-from clpet.sources import Table
-from clpet.tasks import Example, Truncate
-from clpet.templates import Template, window_rows
-from clpet.text import EncodedDataset
 from tests.conftest import shared, tiny_args
 from tests.test_sources import from_yaml
 

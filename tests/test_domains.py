@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from clpet import m2d2, python_domains
-from clpet.domains import Balance, TextDomains
+from clpet.data.benchmark import SPLITS
+from clpet.data.sources import Kind, Table, m2d2, python_domains
+from clpet.data.sources.m2d2 import M2D2
+from clpet.data.sources.text_domains import Balance, TextDomains
 from clpet.errors import ConfigError, DataError
 from clpet.evaluation.data_inspection import inspect_data
-from clpet.m2d2 import M2D2
-from clpet.sources import Kind, Table
-from clpet.tasks import SPLITS
 
 from .conftest import shared
 from .test_corpus import letters

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from clpet.config import build, typed
-from clpet.entities import Relations, Typing, cut_anew, mark_entities
+from clpet.data.benchmark import SPLITS, Benchmark
+from clpet.data.sources.entities import Relations, Typing, cut_anew, mark_entities
+from clpet.data.sources.entity_formats import cleaned, read_published, tidy
+from clpet.data.splits import partition
+from clpet.data.tabular_files import Rows
+from clpet.data.template import Template
 from clpet.errors import ConfigError, DataError
-from clpet.formats import cleaned, read_published, tidy
 from clpet.mistakes import composed
 from clpet.models.backbone import byte_tokenizer
-from clpet.readers import Rows
-from clpet.splits import partition
-from clpet.tasks import SPLITS, Benchmark
-from clpet.templates import Template
 
 from .conftest import shared
 from .published import label_names, tacred_names, write_published

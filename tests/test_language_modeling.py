@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 
 from clpet.config import CapUnit, Evaluation
+from clpet.data.batches import Encoded
+from clpet.data.benchmark import Benchmark, Example, Task
+from clpet.data.packing import Masking, windows
+from clpet.data.token_cache import Stream
 from clpet.models.adapters import Adapter, Adapters, Lora
 from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import Choices
 from clpet.objectives.language_modeling import LanguageModeling, capped, perplexity
-from clpet.packing import Masking, windows
 from clpet.runtime.hardware import Device, Dtype, Hardware
-from clpet.tasks import Benchmark, Example, Task
-from clpet.text import Encoded
-from clpet.token_streams import Stream
 from tests.conftest import shared
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from clpet.data.batches import Encoded, EncodedDataset
 from clpet.errors import ConfigError
 from clpet.replay.base import (
     AllReplay,
@@ -17,7 +18,6 @@ from clpet.replay.base import (
 )
 from clpet.replay.batch_plan import equal_compute, split_batch, split_limit
 from clpet.replay.exemplar_selection import herding, kmeans_nearest
-from clpet.text import Encoded, EncodedDataset
 
 
 def pool(sizes: list[int], classes: int = 2) -> EncodedDataset:

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
+from clpet.data.tabular_files import read_local
 from clpet.errors import DataError
-from clpet.readers import read_local
 
 from .conftest import tiny_args, write_words
 from .test_reading import mutated

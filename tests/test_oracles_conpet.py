@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from clpet.config import Training
+from clpet.data.batches import EncodedDataset
+from clpet.data.template import window_rows
 from clpet.methods.base import Choices
 from clpet.methods.components.contrastive import Bank, contrastive, relation_distillation
 from clpet.methods.crl import CRL
@@ -19,8 +21,6 @@ from clpet.methods.lwf import distillation
 from clpet.replay.batch_plan import split_batch, split_limit
 from clpet.replay.exemplar_selection import divided, kmeans_nearest
 from clpet.runtime.distributed import split
-from clpet.templates import window_rows
-from clpet.text import EncodedDataset
 from clpet.training.trainer import Trainer
 
 from .conftest import double

@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from clpet.errors import DataError, ModelError
-from clpet.ordering import (
+from clpet.data.task_order import (
     Ordering,
     arranged,
     balanced,
@@ -21,6 +20,7 @@ from clpet.ordering import (
     swapped,
     walk,
 )
+from clpet.errors import DataError, ModelError
 
 S4 = np.array([[1, 0.9, 0.8, 0.2], [0.9, 1, 0.3, 0.4], [0.8, 0.3, 1, 0.1], [0.2, 0.4, 0.1, 1]])
 S5 = np.array([[1, 0.9, 0.1, 0.2, 0.3], [0.9, 1, 0.3, 0.8, 0.2], [0.1, 0.3, 1, 0.4, 0.7],

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
+from clpet.data.benchmark import Example
+from clpet.data.packing import Windows, blocks, pack
+from clpet.data.token_cache import Stream, Tokens, byte_sizes
 from clpet.models.backbone import byte_tokenizer
-from clpet.packing import Windows, blocks, pack
-from clpet.tasks import Example
-from clpet.token_streams import Stream, Tokens, byte_sizes
 
 from .test_language_modeling import TEXTS
 
@@ -64,7 +64,7 @@ def test_texts_read_as_they_come_give_the_same_windows(tmp_path: Path, monkeypat
     for start, stop in [(0, 5), (30, 80), (0, len(whole.tokens)), (69, 70), (70, 71)]:
         assert lazy.tokens[start:stop].tolist() == whole.tokens[start:stop].tolist()
     assert not (Tokens(byte_tokenizer(), str(tmp_path)).lazy(examples).tokens.ends - lazy.tokens.ends).any()
-    monkeypatch.setattr("clpet.packing.BUFFER", 4)
+    monkeypatch.setattr("clpet.data.packing.BUFFER", 4)
     pool = Windows(pad_id=0)
     pack(0, "birds", pool, lazy, 16)
     order = np.concatenate(pool.shuffled(np.arange(len(pool)), 3, np.random.default_rng(0)))
@@ -74,7 +74,7 @@ def test_texts_read_as_they_come_give_the_same_windows(tmp_path: Path, monkeypat
 
 def test_domains_that_are_read_as_they_come_are_mixed_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As replay and joint training need it: in every fifth of an epoch each has its share."""
-    monkeypatch.setattr("clpet.packing.BUFFER", 4)
+    monkeypatch.setattr("clpet.data.packing.BUFFER", 4)
     tokens, pool = Tokens(byte_tokenizer(), str(tmp_path)), Windows(pad_id=0)
     for task in range(3):
         pack(task, "d", pool, tokens.lazy([Example(text) for text in TEXTS["birds"]] * 60), 16)

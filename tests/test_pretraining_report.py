@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from clpet.console import matrix_table, perplexity, summary_line
+from clpet.data.task_order import order_domains
 from clpet.metrics.perplexity_transfer import figures
 from clpet.metrics.transfer_matrix import TransferMatrix, tolist
-from clpet.ordering import order_domains
 from clpet.pretraining_tables import few
 from clpet.records import pictures, show_finished
 

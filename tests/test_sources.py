@@ -10,14 +10,14 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
+from clpet.data.benchmark import Example, normalised, order_names
+from clpet.data.sources import PythonStdlib, Table
+from clpet.data.sources.python_stdlib import _module_paragraphs
+from clpet.data.splits import by_label, sample, split_off
+from clpet.data.tabular_files import fill, read_local
 from clpet.errors import DataError
 from clpet.evaluation.data_inspection import inspect_data
 from clpet.mistakes import composed
-from clpet.readers import fill, read_local
-from clpet.sources import PythonStdlib, Table
-from clpet.sources.python_stdlib import _module_paragraphs
-from clpet.splits import by_label, sample, split_off
-from clpet.tasks import Example, normalised, order_names
 
 from .conftest import shared
 

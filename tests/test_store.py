@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clpet.data.benchmark import Example
+from clpet.data.token_cache import Tokens
 from clpet.models.backbone import byte_tokenizer
 from clpet.runtime import atomic_io
-from clpet.tasks import Example
-from clpet.token_streams import Tokens
 
 FORK = multiprocessing.get_context("fork")
 ROUNDS = 8

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from clpet.entities import mark_entities, mentions
+from clpet.data.batches import EncodedDataset
+from clpet.data.benchmark import Example
+from clpet.data.sources.entities import mark_entities, mentions
+from clpet.data.template import Template, window_rows
 from clpet.errors import ConfigError, DataError
 from clpet.models.backbone import byte_tokenizer
-from clpet.tasks import Example
-from clpet.templates import Template, window_rows
-from clpet.text import EncodedDataset
 
 MASKED = "{text} In this sentence, {tail} is the {mask} of {head}."
 

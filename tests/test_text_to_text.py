@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from clpet.config import Decode, Evaluation
+from clpet.data.batches import IGNORED
+from clpet.data.benchmark import Benchmark, Example, Task
+from clpet.data.sources import Kind, Table
 from clpet.errors import ConfigError
 from clpet.methods.components.subspace import InputCovariances
 from clpet.metrics.text_scores import accuracy, exact_match, rouge_l
@@ -17,9 +20,6 @@ from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
 from clpet.runtime.hardware import Device, Dtype, Hardware
-from clpet.sources import Kind, Table
-from clpet.tasks import Benchmark, Example, Task
-from clpet.text import IGNORED
 from tests.conftest import shared
 
 COMMON = {"vocab_size": 266, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}

@@ -132,7 +132,7 @@ def test_tasks_without_validation_are_refused(clpet, words: Path, tmp_path: Path
 
 
 def test_max_validation_limits_every_task(tmp_path: Path) -> None:
-    from clpet.sources import Table
+    from clpet.data.sources import Table
 
     folder = write_words(tmp_path)
     for most, train, count in ((3, None, 3), (None, 20, 4), (None, None, 8), (6, 20, 6)):

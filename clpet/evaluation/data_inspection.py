@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from clpet.corpus import Documents
-from clpet.read_report import account
-from clpet.tasks import SPLITS, Benchmark, Example, Task, normalised
-from clpet.text import Encoded
+from clpet.data.batches import Encoded
+from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, normalised
+from clpet.data.documents import Documents
+from clpet.data.read_report import account
 
 OFTEN = 0.05  # share of texts or answers that are cut, from which on it is warned of
 
@@ -210,8 +210,8 @@ def report(cfg: Any) -> str:
     """What `clpet data` prints: the tables of a benchmark composed in `cfg`, with the model's tokenizer."""
     from clpet.config import build, typed
     from clpet.console import table
+    from clpet.data.batches import encode_benchmark
     from clpet.objectives import load
-    from clpet.text import encode_benchmark
 
     config = typed(cfg)
     source = build(config.benchmark, "benchmark")

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from clpet.data.batches import Encoded
+from clpet.data.benchmark import Benchmark
 from clpet.methods.base import Method
 from clpet.objectives.base import TaskScore
 from clpet.runtime.distributed import without_gradients, world
-from clpet.tasks import Benchmark
-from clpet.text import Encoded
 
 
 @dataclass

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import derive
+from clpet.data.batches import Batch, Encoded, EncodedDataset
+from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.classification import Head
 from clpet.replay.base import Held, NoReplay
 from clpet.replay.batch_plan import Plan
 from clpet.runtime.distributed import without_gradients, world
-from clpet.tasks import Benchmark, Task
-from clpet.text import Batch, Encoded, EncodedDataset
 from clpet.training.trainer import Trainer
 
 

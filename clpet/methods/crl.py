@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive, require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.components.contrastive import Bank, contrastive, draw, relation_distillation
@@ -20,8 +22,6 @@ from clpet.replay.base import DrawnReplay, FixedReplay
 from clpet.replay.batch_plan import Plan, split_batch
 from clpet.replay.exemplar_selection import stand_in
 from clpet.runtime.distributed import world
-from clpet.tasks import Task
-from clpet.text import Batch
 from clpet.training.trainer import Trainer
 
 

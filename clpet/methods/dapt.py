@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from torch import nn
 
+from clpet.data.benchmark import Task
 from clpet.methods.base import Method
-from clpet.tasks import Task
 from clpet.training.trainer import Trainer
 
 

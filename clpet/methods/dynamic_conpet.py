@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clpet.config import require
+from clpet.data.batches import Batch, EncodedDataset
+from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.components.logit_cache import LogitStore
@@ -24,8 +26,6 @@ from clpet.methods.modular import Modular, module_name
 from clpet.objectives.classification import MISSING, Head
 from clpet.replay.base import DrawnReplay
 from clpet.replay.batch_plan import Plan
-from clpet.tasks import Benchmark, Task
-from clpet.text import Batch, EncodedDataset
 from clpet.training.trainer import Trainer
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import derive, require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Task
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.replay import Replay
 from clpet.replay.base import FixedReplay
-from clpet.tasks import Task
-from clpet.text import Batch
 from clpet.training.trainer import Trainer
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from clpet.config import require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.replay import Static
-from clpet.tasks import Task
-from clpet.text import Batch
 
 
 class Fisher(Enum):

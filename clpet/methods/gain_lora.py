@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive, require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Task
 from clpet.methods.components.features import mean_pool, token_embeddings, vocabulary
 from clpet.methods.components.subspace import Covariance, leading, without
 from clpet.methods.inf_lora import InfLoRA
-from clpet.tasks import Task
-from clpet.text import Batch
 
 READS = {"down": "x", "up": "hidden", "key": "gate"}  # which basis each of a gate's tensors must stay outside of
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from clpet.config import derive
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Task
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.modular import module_name
 from clpet.models.stacked_lora import Increments
-from clpet.tasks import Task
-from clpet.text import Batch
 from clpet.training.trainer import Trainer
 
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from clpet.config import derive
+from clpet.data.batches import Batch
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.modular import Modular, module_name
-from clpet.text import Batch
 
 
 @dataclass

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Task
 from clpet.methods.components.subspace import InputCovariances, extended, leading, threshold, without
 from clpet.methods.inc_lora import IncLoRA
-from clpet.tasks import Task
-from clpet.text import Batch
 from clpet.training.trainer import Trainer
 
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from clpet.data.batches import Encoded
+from clpet.data.benchmark import SPLITS, Benchmark, Task
 from clpet.methods.base import Method
 from clpet.replay.base import AllReplay, NoReplay
-from clpet.tasks import SPLITS, Benchmark, Task
-from clpet.text import Encoded
 from clpet.training.trainer import Trainer
 
 

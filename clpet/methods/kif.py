@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from clpet.config import require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.methods.components.importance import (
@@ -36,8 +38,6 @@ from clpet.methods.components.importance import (
     unflat,
 )
 from clpet.replay.batch_plan import Plan
-from clpet.tasks import Task
-from clpet.text import Batch
 from clpet.training.trainer import Trainer
 
 KNOWN = {

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Benchmark
 from clpet.methods.components.features import mean_pool, token_embeddings
 from clpet.methods.prompts import Prompts
-from clpet.tasks import Benchmark
-from clpet.text import Batch
 
 
 @dataclass

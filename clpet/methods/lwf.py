@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clpet.config import require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Task
 from clpet.methods.replay import Static
-from clpet.tasks import Task
-from clpet.text import Batch
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Task
 from clpet.methods.base import Method, Predictions
 from clpet.objectives.classification import MISSING, Head
-from clpet.tasks import Task
-from clpet.text import Batch
 from clpet.training.trainer import Trainer
 
 

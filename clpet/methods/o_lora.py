@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from clpet.config import require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
 from clpet.methods.inc_lora import IncLoRA
-from clpet.tasks import Benchmark, Task
-from clpet.text import Batch
 from clpet.training.trainer import Trainer
 
 

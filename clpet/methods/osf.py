@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clpet.config import derive
+from clpet.data.benchmark import Task
 from clpet.errors import ModelError
 from clpet.methods.base import Method
-from clpet.tasks import Task
 from clpet.training.trainer import Trainer
 
 

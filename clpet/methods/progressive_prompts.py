@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import derive, require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Benchmark, Task
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.prompts import Prompts
-from clpet.tasks import Benchmark, Task
-from clpet.text import Batch
 from clpet.training.trainer import Trainer
 
 

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clpet.config import derive, require
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Benchmark
 from clpet.methods.base import Method
 from clpet.methods.components.features import vocabulary
-from clpet.tasks import Benchmark
-from clpet.text import Batch
 
 
 @dataclass

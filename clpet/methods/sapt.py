@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import derive, require
+from clpet.data.batches import Batch, EncodedDataset
+from clpet.data.benchmark import Task
 from clpet.methods.components.features import max_pool, token_embeddings, vocabulary
 from clpet.methods.inc_lora import IncLoRA
 from clpet.replay.exemplar_selection import stratified
-from clpet.tasks import Task
-from clpet.text import Batch, EncodedDataset
 from clpet.training.trainer import Trainer
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import derive, require
+from clpet.data.batches import Batch, EncodedDataset
+from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.components.key_retrieval import (
@@ -35,8 +37,6 @@ from clpet.models.stacked_lora import Increments, attention_outputs
 from clpet.objectives.classification import Head
 from clpet.objectives.per_task_heads import TaskHeads
 from clpet.runtime.distributed import world
-from clpet.tasks import Benchmark, Task
-from clpet.text import Batch, EncodedDataset
 from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import Evaluation
+from clpet.data.batches import Batch, Encoded, EncodedDataset, encode_benchmark
+from clpet.data.benchmark import Benchmark, Example
 from clpet.errors import ModelError
 from clpet.models.adapters import Adapters
 from clpet.models.backbone import Backbone, first_position
 from clpet.objectives.cost_meter import Meter
-from clpet.tasks import Benchmark, Example
-from clpet.text import Batch, Encoded, EncodedDataset, encode_benchmark
 
 log = logging.getLogger(__name__)
 

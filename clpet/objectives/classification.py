@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive
+from clpet.data.batches import Batch, EncodedDataset, pad_id
+from clpet.data.benchmark import Benchmark, Example
+from clpet.data.template import Template
 from clpet.errors import ModelError
 from clpet.models.backbone import Backbone, Representation, representation
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
-from clpet.tasks import Benchmark, Example
-from clpet.templates import Template
-from clpet.text import Batch, EncodedDataset, pad_id
 
 MISSING = -100.0  # logit of a label that no selected module scores (ConPET, section 3.7)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from clpet.data.batches import Batch
 from clpet.runtime.distributed import world
-from clpet.text import Batch
 
 
 @dataclass

@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from clpet.config import derive
-from clpet.packing import Windows
-from clpet.tasks import Benchmark, Example
-from clpet.templates import first_tokens
-from clpet.token_streams import Stream
+from clpet.data.benchmark import Benchmark, Example
+from clpet.data.packing import Windows
+from clpet.data.template import first_tokens
+from clpet.data.token_cache import Stream
 
 SAMPLE = 5000  # documents of a split that key terms and prompts come from
 _WORD = re.compile(r"[^\W\d_]{3,}")  # letters, three or more

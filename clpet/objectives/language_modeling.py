@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import CapUnit, Evaluation
+from clpet.data.batches import Batch, Encoded, EncodedDataset, pad_id
+from clpet.data.benchmark import SPLITS, Benchmark
+from clpet.data.packing import Masking, Windows, pack
+from clpet.data.token_cache import Stream, Tokens
 from clpet.errors import ConfigError, DataError, ModelError
 from clpet.models.backbone import Architecture, Backbone, first_position
 from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import Choices, Objective, Predictions, TaskScore
 from clpet.objectives.key_term_rank import asked, rank_figures, ranks
-from clpet.packing import Masking, Windows, pack
-from clpet.tasks import SPLITS, Benchmark
-from clpet.text import Batch, Encoded, EncodedDataset, pad_id
-from clpet.token_streams import Stream, Tokens
 
 CAPPED = ("head_logits_cap", "final_logit_softcapping")  # what some models do to logits after their output layer
 EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of so many tokens

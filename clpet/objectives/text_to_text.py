@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from clpet.config import Decode, Evaluation
+from clpet.data.batches import IGNORED, Batch, EncodedDataset, Ragged, pad_id, positions
+from clpet.data.benchmark import Benchmark, Example
+from clpet.data.template import Template, Tokenised
 from clpet.errors import ConfigError, DataError
 from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
 from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives.base import Choices, Encode, Objective, Predictions
-from clpet.tasks import Benchmark, Example
-from clpet.templates import Template, Tokenised
-from clpet.text import IGNORED, Batch, EncodedDataset, Ragged, pad_id, positions
 
 
 class TextToText(Objective):

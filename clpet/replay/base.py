@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from clpet.config import derive, require
+from clpet.data.batches import Encoded, EncodedDataset
 from clpet.errors import ConfigError
 from clpet.replay.batch_plan import Plan, Rows, equal_compute, split_batch, split_limit
 from clpet.replay.exemplar_selection import divided, select_per_class, stratified
-from clpet.text import Encoded, EncodedDataset
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clpet.text import EncodedDataset
+from clpet.data.batches import EncodedDataset
 
 Rows = np.ndarray
 

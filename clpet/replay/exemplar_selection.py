@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clpet.text import EncodedDataset
+from clpet.data.batches import EncodedDataset
 
 Rows = np.ndarray
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config import OnNan, OptimizerState, Select, Training, derive
+from clpet.data.batches import Batch
 from clpet.errors import HostError, enough_memory
 from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import Plan
 from clpet.runtime.distributed import world
 from clpet.runtime.hardware import Hardware
-from clpet.text import Batch
 from clpet.training.fit_checkpoint import Best, Fit, Keeper, load_moments, moments
 from clpet.training.lr_schedules import Place, schedule, warmup, warn_of_warmup
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clpet.text import Batch, positions
+from clpet.data.batches import Batch, positions
 
 
 def vocabulary(model: nn.Module) -> Tensor:

@@ -19,10 +19,10 @@ import transformers
 from torch import Tensor
 
 from clpet.config import digest
+from clpet.data.batches import EncodedDataset
 from clpet.objectives.classification import Classification
 from clpet.runtime import atomic_io
 from clpet.runtime.distributed import whole, world
-from clpet.text import EncodedDataset
 
 BLOCK = 16  # examples in a block
 STEP = 8  # a block's width is a multiple of it

@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clpet.config import conf_dir, digest, plugin_dirs
+from clpet.data.batches import Encoded, EncodedDataset
+from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.errors import ConfigError, ModelError
 from clpet.fingerprint import folder_hash
 from clpet.methods.components.logit_cache import BLOCK, STEP, blocks, platform
 from clpet.models.backbone import Backbone, first_line, first_position
 from clpet.runtime import atomic_io
-from clpet.tasks import SPLITS, Benchmark
-from clpet.text import Encoded, EncodedDataset
 
 PART = 16384  # texts of one file at most: what is lost when a run is stopped
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]

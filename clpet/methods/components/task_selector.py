@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clpet.config import derive
+from clpet.data.batches import Batch, EncodedDataset
 from clpet.methods.components.logit_cache import BARE, LogitStore
 from clpet.objectives.classification import Classification
 from clpet.replay.batch_plan import Plan
-from clpet.text import Batch, EncodedDataset
 from clpet.training.trainer import Trainer
 
 NAME = "selector"

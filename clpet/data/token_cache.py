@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from clpet.config import digest
+from clpet.data.benchmark import Example
+from clpet.data.template import first_tokens, frame
 from clpet.runtime import atomic_io
-from clpet.tasks import Example
-from clpet.templates import first_tokens, frame
 
 log = logging.getLogger(__name__)
 

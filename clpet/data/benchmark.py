@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from clpet.config import derive
+from clpet.data.read_report import ReadReport
 from clpet.errors import DataError
 from clpet.escape import shown
-from clpet.read_report import ReadReport
 
 SPLITS = ("train", "validation", "test")
 
@@ -153,7 +153,7 @@ class Benchmark:
 
 def _bytes(examples: Sequence[Example]) -> Iterator[bytes]:
     """All that the examples of a split hold, one after the other; of plain text its own fingerprint."""
-    from clpet.corpus import Documents
+    from clpet.data.documents import Documents
 
     if isinstance(examples, Documents):
         yield examples.fingerprint().encode()

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 
 from clpet.config import require
+from clpet.data.benchmark import Example, normalised
+from clpet.data.sources.base import Source
+from clpet.data.splits import Splits, by_label, split_off
 from clpet.errors import DataError
-from clpet.sources.base import Source
-from clpet.splits import Splits, by_label, split_off
-from clpet.tasks import Example, normalised
 
 
 @dataclass

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from clpet.config import require
-from clpet.data_files import note_unread, subfolders, tables
+from clpet.data.benchmark import SPLITS
+from clpet.data.data_files import note_unread, subfolders, tables
+from clpet.data.sources.base import Source
+from clpet.data.sources.table import Table
+from clpet.data.splits import Splits, has_labels, split_off
+from clpet.data.tabular_files import read_hub, read_local
 from clpet.errors import DataError
-from clpet.readers import read_hub, read_local
-from clpet.sources.base import Source
-from clpet.sources.table import Table
-from clpet.splits import Splits, has_labels, split_off
-from clpet.tasks import SPLITS
 
 
 @dataclass

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from clpet.decoding import decode_strictly
+from clpet.data.decoding import decode_strictly
 from clpet.errors import DataError
 
 Row = dict[str, Any]

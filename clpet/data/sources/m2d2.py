@@ -14,10 +14,10 @@ from enum import Enum
 from pathlib import Path
 
 from clpet.config import require
-from clpet.corpus import Documents
-from clpet.domains import Domains
+from clpet.data.document_readers import LongText
+from clpet.data.documents import Documents
+from clpet.data.sources.text_domains import Domains
 from clpet.errors import ConfigError, DataError, suggest
-from clpet.text_files import LongText
 
 HUB = "machelreid/m2d2"
 FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}

@@ -14,11 +14,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from clpet.data_files import suffix
-from clpet.decoding import decode, encoding, remedy
+from clpet.data.data_files import suffix
+from clpet.data.decoding import decode, encoding, remedy
+from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, suggest
 from clpet.escape import named
-from clpet.read_report import ReadReport
 
 PIECE = 2000  # bytes of a long text without document borders that are one piece, to the end of a line
 STRETCH = 65536  # bytes of it that are read together, at most, and to the end of a line

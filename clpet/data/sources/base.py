@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clpet.config import require
+from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, Truncate, order_names
+from clpet.data.read_report import ReadReport
+from clpet.data.splits import Splits, has_labels, in_order, sample, split_off, stratified
+from clpet.data.tabular_files import existing, slots
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.metrics.text_scores import FREE, METRICS, need
-from clpet.read_report import ReadReport
-from clpet.readers import existing, slots
-from clpet.splits import Splits, has_labels, in_order, sample, split_off, stratified
-from clpet.tasks import SPLITS, Benchmark, Example, Task, Truncate, order_names
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from clpet.data.read_report import ReadReport
 from clpet.errors import DataError
 from clpet.escape import named
-from clpet.read_report import ReadReport
 
 TEXTS = (".parquet", ".jsonl", ".txt")  # files of plain text
 TABLES = (".parquet", ".jsonl", ".json", ".csv")  # files of labelled rows

@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 
-from clpet.corpus import Documents
+from clpet.data.documents import Documents
 
 WINDOW = 200  # characters of a piece
 STEP = 1 << 19  # characters of train that are looked at together

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clpet.tasks import SPLITS, Benchmark, Example
+from clpet.data.benchmark import SPLITS, Benchmark, Example
 
 IGNORED = -100  # target id of a place that is not learned
 

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 from clpet.config import require
-from clpet.corpus import Documents
-from clpet.domains import Domains
+from clpet.data.document_readers import Reader, Strings, WholeFiles
+from clpet.data.documents import Documents
+from clpet.data.sources.text_domains import Domains
 from clpet.errors import DataError
-from clpet.text_files import Reader, Strings, WholeFiles
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from clpet.config import derive
+from clpet.data.benchmark import Example
 from clpet.errors import DataError
 from clpet.escape import shown
-from clpet.tasks import Example
 
 Splits = dict[str, list[Example]]
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from clpet.data.benchmark import Example, Truncate
 from clpet.errors import ConfigError, DataError
-from clpet.tasks import Example, Truncate
 
 Span = tuple[int, int]
 # Reserved vocabulary entries that can stand for the markers [m0] to [m3] and, last, for a missing mask token.

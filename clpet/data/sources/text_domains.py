@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clpet.config import require
-from clpet.corpus import Documents
-from clpet.data_files import SPLIT_NAMES, domain_files, named_splits, text_files
+from clpet.data.benchmark import Benchmark, Task
+from clpet.data.data_files import SPLIT_NAMES, domain_files, named_splits, text_files
+from clpet.data.decontamination import decontaminated
+from clpet.data.document_readers import readers
+from clpet.data.documents import Documents
+from clpet.data.read_report import ReadReport
+from clpet.data.sources import Kind, Source
+from clpet.data.tabular_files import existing
+from clpet.data.task_order import balanced, order_domains
 from clpet.errors import DataError, suggest
-from clpet.ordering import balanced, order_domains
-from clpet.overlaps import decontaminated
-from clpet.read_report import ReadReport
-from clpet.readers import existing
-from clpet.sources import Kind, Source
-from clpet.tasks import Benchmark, Task
-from clpet.text_files import readers
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from clpet.decoding import Decoded
+from clpet.data.decoding import Decoded
 from clpet.errors import DataError
 from clpet.escape import inline
 

@@ -14,8 +14,8 @@ from typing import overload
 
 import numpy as np
 
-from clpet.tasks import Example
-from clpet.text_files import Reader, Strings
+from clpet.data.benchmark import Example
+from clpet.data.document_readers import Reader, Strings
 
 Cut = Callable[[int, int, int, int, int], tuple[int, int]]  # (segment, what is left) -> its new end and pieces
 READER, PLACE, SPAN, SIZE, PIECES, KEY, HASH = range(7)  # columns of the index

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from clpet.config import require
+from clpet.data.benchmark import SPLITS, Example
+from clpet.data.sources.base import Source
+from clpet.data.splits import Splits, by_label, has_labels, in_order, label_name, named_tasks, partition, split_off
+from clpet.data.tabular_files import Rows, cell, fill, is_empty, read_hub, read_local, slots
 from clpet.errors import DataError
 from clpet.escape import named, shown
-from clpet.readers import Rows, cell, fill, is_empty, read_hub, read_local, slots
-from clpet.sources.base import Source
-from clpet.splits import Splits, by_label, has_labels, in_order, label_name, named_tasks, partition, split_off
-from clpet.tasks import SPLITS, Example
 
 Row = dict[str, Any]
 

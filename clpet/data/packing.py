@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from clpet.config import derive
+from clpet.data.batches import Batch, EncodedDataset, Ragged
+from clpet.data.token_cache import Lazy, Stream
 from clpet.errors import DataError
-from clpet.text import Batch, EncodedDataset, Ragged
-from clpet.token_streams import Lazy, Stream
 
 BUFFER = 4096  # windows of a lazy stream that are shuffled among themselves
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clpet.data_files import split_files, suffix
-from clpet.decoding import decode_strictly
+from clpet.data.data_files import split_files, suffix
+from clpet.data.decoding import decode_strictly
+from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, suggest
 from clpet.escape import named, shown
-from clpet.read_report import ReadReport
 
 LARGEST_BLOCK = 2**31 - 2  # bytes that pyarrow's csv reader takes at a time
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from clpet.config import require
-from clpet.data_files import note_unread
+from clpet.data.benchmark import SPLITS, Example, Truncate
+from clpet.data.data_files import note_unread
+from clpet.data.sources import Table
+from clpet.data.sources.entity_formats import LAYOUTS, Row, read_published, tidy
+from clpet.data.splits import Splits, named_tasks
+from clpet.data.tabular_files import Rows, read_hub, read_local
 from clpet.errors import DataError
 from clpet.escape import shown
-from clpet.formats import LAYOUTS, Row, read_published, tidy
-from clpet.readers import Rows, read_hub, read_local
-from clpet.sources import Table
-from clpet.splits import Splits, named_tasks
-from clpet.tasks import SPLITS, Example, Truncate
 
 
 @dataclass

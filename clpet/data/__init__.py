@@ -1,0 +1,1 @@
+"""Benchmarks: tasks, their order, templates, splits, and batches of encoded examples."""
