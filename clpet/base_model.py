@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from clpet.config import Evaluation, Schedule, Training, digest
-from clpet.console import Display
 from clpet.data.benchmark import Benchmark
 from clpet.data.token_cache import Tokens, text_hash
 from clpet.errors import HostError
@@ -16,6 +15,7 @@ from clpet.models.adapters import Adapter, Adapters
 from clpet.models.backbone import Backbone
 from clpet.objectives.language_modeling import LanguageModeling
 from clpet.replay.base import NoReplay
+from clpet.reporting.progress import Display
 from clpet.runtime import atomic_io
 from clpet.runtime.distributed import world
 from clpet.runtime.hardware import Hardware

@@ -177,8 +177,8 @@ def train(argv: list[str]) -> int:
                 return None
             if own and not submitted:
                 print(f"\n[{found.job.num + 1}] {inline(own)}\n", flush=True)
-            from clpet.figures import outcome
             from clpet.launch import launch
+            from clpet.reporting.figures import outcome
 
             out = Path(found.runtime.output_dir)
             finished = launch(cfg, out, list(found.overrides.task)) is not None

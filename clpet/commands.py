@@ -30,8 +30,8 @@ def runs(argv: list[str]) -> int:
     parser.add_argument("--benchmark", help="only runs of this benchmark")
     parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
     arguments = parser.parse_args(argv)
+    from clpet.reporting.show import listing
     from clpet.runtime.untrusted_json import find_runs
-    from clpet.show import listing
 
     for name in ("metrics", "view", "by", "against", "picture"):
         if getattr(arguments, name) != parser.get_default(name) and not arguments.compare:
@@ -46,7 +46,7 @@ def runs(argv: list[str]) -> int:
 
 
 def _compared(arguments: argparse.Namespace, runs: Any) -> str:
-    from clpet.compare import Comparison
+    from clpet.reporting.comparison import Comparison
 
     if not runs:
         raise DataError(f"{arguments.folder} holds no finished runs to compare")
@@ -75,7 +75,7 @@ def show(argv: list[str]) -> int:
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--metrics", action="store_true", help="every figure with its formula")
     arguments = parser.parse_args(argv)
-    from clpet.show import show as shown
+    from clpet.reporting.show import show as shown
 
     print(printable(shown(Path(arguments.run), arguments.metrics)))
     return 0

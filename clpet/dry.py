@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 
 from clpet.config import Config
-from clpet.console import say
 from clpet.data.benchmark import Benchmark
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, parameter_ratio
 from clpet.objectives import load
 from clpet.objectives.cost_meter import peak_memory_mb
 from clpet.replay.exemplar_selection import stand_in
+from clpet.reporting.progress import say
 from clpet.training.trainer import Trainer
 
 

@@ -1,10 +1,10 @@
 """`clpet eval`: what a run was measured on once more with its weights, or tasks of lm-evaluation-harness."""
 
-from clpet.console import perplexity, table
 from clpet.errors import DataError, enough_memory
 from clpet.evaluation.evaluator import Evaluator
 from clpet.metrics.transfer_matrix import on_split
 from clpet.reopen import Reopened
+from clpet.reporting.progress import perplexity, table
 
 
 def again(run: Reopened) -> tuple[str, bool]:

@@ -21,9 +21,9 @@ from typing import Any
 from hydra.types import RunMode
 
 from clpet.config import require
-from clpet.console import is_summary
 from clpet.errors import ClpetError, ConfigError
 from clpet.escape import inline
+from clpet.reporting.progress import is_summary
 from clpet.runtime.signals import Interrupt
 
 CLPET = [sys.executable, "-m", "clpet", "train"]

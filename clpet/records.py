@@ -18,7 +18,6 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from clpet import __version__
-from clpet.console import matrix_table, say
 from clpet.data.benchmark import Benchmark
 from clpet.errors import DataError
 from clpet.escape import inline, spreadsheet
@@ -28,7 +27,8 @@ from clpet.metrics import perplexity_transfer
 from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2, tolist
 from clpet.models.adapters import parameter_ratio
-from clpet.pretraining_tables import LEGEND, average_table
+from clpet.reporting.perplexity_tables import LEGEND, average_table
+from clpet.reporting.progress import matrix_table, say
 from clpet.runtime.distributed import world
 from clpet.runtime.run_checkpoint import RunState, whole, write_atomic, write_tree
 from clpet.runtime.untrusted_json import command, read_json, read_results, split_of
@@ -209,10 +209,10 @@ def pictures(out: Path, state: RunState, method: str, benchmark: Benchmark, spli
     """Draws the matrix and the curves, and the similarities behind an order of domains."""
     title = f"{method} on {on_split(benchmark.name, split)}"
     if state.matrix.direction == "lower":
-        from clpet.pretraining_plots import draw
+        from clpet.reporting.plots.perplexity import draw
 
         return draw(out, state.matrix, benchmark.data_record.get("order"), title)
-    from clpet.plots import accuracy_curves, transfer_heatmap
+    from clpet.reporting.plots.matrix import accuracy_curves, transfer_heatmap
 
     return [
         transfer_heatmap(state.matrix, out / "transfer.png", title),

@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from clpet.config import GROUPS, Config, find_class, typed
-from clpet.console import Display
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
 from clpet.data.sources import Source
@@ -27,6 +26,7 @@ from clpet.models.adapters import Adapter
 from clpet.models.backbone import Backbone
 from clpet.records import kept
 from clpet.replay.base import NoReplay
+from clpet.reporting.progress import Display
 from clpet.run import assemble, load_objective
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from clpet import base_model, fingerprint, records
 from clpet.config import Config, Evaluation, Matrix, Select, Split, build, derive, setting, signature, typed
-from clpet.console import Display
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
 from clpet.dry import count_parameters, dry_run
@@ -23,6 +22,7 @@ from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.models.adapters import Adapters
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
+from clpet.reporting.progress import Display
 from clpet.runtime.distributed import world
 from clpet.runtime.hardware import Quantization, recompute, shard
 from clpet.runtime.run_checkpoint import Lock, RunState

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from clpet.config import require
-from clpet.console import Display, matrix_table, summary_line
 from clpet.escape import inline
 from clpet.evaluation.evaluator import Evaluation
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
+from clpet.reporting.progress import Display, matrix_table, summary_line
 from clpet.runtime.distributed import world
 from clpet.runtime.run_checkpoint import RunState, write_atomic
 

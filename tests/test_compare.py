@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from clpet.metrics.transfer_matrix import TransferMatrix, tolist
-from clpet.significance import holm, paired_bootstrap
+from clpet.reporting.significance import holm, paired_bootstrap
 
 TASKS = ["a", "b"]
 COST = dict.fromkeys(

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from clpet import base_model
 from clpet.config import build, typed
-from clpet.console import Display
 from clpet.data.benchmark import Benchmark
 from clpet.mistakes import composed
 from clpet.replay.fixed_fraction import RateReplay
+from clpet.reporting.progress import Display
 from clpet.runtime.hardware import Hardware
 
 from .conftest import domain_args, methods_of

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from clpet.console import Display, table
 from clpet.escape import inline, latex, markdown, printable, spreadsheet
 from clpet.metrics.transfer_matrix import TransferMatrix
-from clpet.plots import transfer_heatmap
 from clpet.records import transfer_csv
-from clpet.tables import formatted
+from clpet.reporting.plots.matrix import transfer_heatmap
+from clpet.reporting.progress import Display, table
+from clpet.reporting.tables import formatted
 
 from .conftest import tiny_args, write_words
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clpet.console import Display
 from clpet.evaluation.evaluator import Evaluator
+from clpet.reporting.progress import Display
 from clpet.runtime.signals import CODE, Interrupt, Interrupted
 from clpet.training.trainer import Trainer
 

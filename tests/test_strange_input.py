@@ -113,7 +113,7 @@ def test_results_that_are_damaged_are_named_and_made_again(
 @pytest.mark.slow
 def test_a_killed_run_leaves_its_rows_in_the_offline_file(tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\nfrom clpet.console import Display\n"
+        "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\nfrom clpet.reporting.progress import Display\n"
         "from clpet.tracking import Mode, Tracker, Tracking\n"
         "config = {'method': {'name': 'm'}, 'benchmark': {'name': 'b'}}\n"
         "tracker = Tracker(Tracking(mode=Mode.offline), Path(sys.argv[1]), Display(Console(quiet=True), 1), config, "

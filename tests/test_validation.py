@@ -11,7 +11,7 @@ import pytest
 from clpet import cli
 from clpet.config import Split
 from clpet.evaluation.evaluator import Evaluator
-from clpet.figures import outcome
+from clpet.reporting.figures import outcome
 from clpet.tracking import Tracker
 
 from .conftest import domain_args, made, tiny_args, write_words

@@ -209,9 +209,9 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
 def report(cfg: Any) -> str:
     """What `clpet data` prints: the tables of a benchmark composed in `cfg`, with the model's tokenizer."""
     from clpet.config import build, typed
-    from clpet.console import table
     from clpet.data.batches import encode_benchmark
     from clpet.objectives import load
+    from clpet.reporting.progress import table
 
     config = typed(cfg)
     source = build(config.benchmark, "benchmark")
@@ -241,7 +241,7 @@ def report(cfg: Any) -> str:
 
 
 def _domain_report(found: dict[str, Any]) -> str:
-    from clpet.console import table
+    from clpet.reporting.progress import table
 
     header = ["domain", "documents", "pieces", "MB", "repeats", "left out"]
     domains = dict(found["tasks"])

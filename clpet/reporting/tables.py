@@ -4,8 +4,8 @@ import csv
 import io
 from collections.abc import Collection, Sequence
 
-from clpet.console import table
 from clpet.escape import latex, markdown, spreadsheet
+from clpet.reporting.progress import table
 
 Rows = Sequence[Sequence[str]]
 

@@ -9,7 +9,7 @@ import numpy as np
 from clpet.escape import inline
 from clpet.metrics.perplexity_transfer import figures, headline, own_checkpoint
 from clpet.metrics.transfer_matrix import TransferMatrix
-from clpet.plots import frame, new_figure, save, short
+from clpet.reporting.plots.matrix import frame, new_figure, save, short
 
 NAMED = 24  # domains whose names fit on an axis
 NUMBERED = 16  # domains whose perplexities fit into the cells of a matrix

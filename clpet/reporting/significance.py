@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from clpet.errors import DataError
-from clpet.groups import Group, same_tests
+from clpet.reporting.run_groups import Group, same_tests
 from clpet.runtime.untrusted_json import readable
 
 DRAWS = 2000  # bootstrap resamples

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from clpet.console import matrix_table, table
 from clpet.errors import DataError
-from clpet.figures import figures, pretraining_figures
-from clpet.groups import Group
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
-from clpet.pretraining_tables import average_table, domain_table, formula_lines, transfer_tables
+from clpet.reporting.figures import figures, pretraining_figures
+from clpet.reporting.perplexity_tables import average_table, domain_table, formula_lines, transfer_tables
+from clpet.reporting.progress import matrix_table, table
+from clpet.reporting.run_groups import Group
+from clpet.reporting.tables import formatted
 from clpet.runtime.untrusted_json import command, find_runs, read_json, read_results, readable, split_of
-from clpet.tables import formatted
 
 
 def listing(folder: Path, runs: Group, benchmark: str | None, form: str) -> str:

@@ -7,13 +7,24 @@ from pathlib import Path
 
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.escape import inline, markdown
-from clpet.figures import Spread, figures, pretraining_figures, spread, validation_average
-from clpet.groups import GIVEN, SPLIT, Group, Row, Section, differing, fingerprint, on_validation, sections, value_of
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import CONVENTIONS
-from clpet.significance import DRAWS, SAMPLED, Difference, difference, holm
-from clpet.tables import formatted
+from clpet.reporting.figures import Spread, figures, pretraining_figures, spread, validation_average
+from clpet.reporting.run_groups import (
+    GIVEN,
+    SPLIT,
+    Group,
+    Row,
+    Section,
+    differing,
+    fingerprint,
+    on_validation,
+    sections,
+    value_of,
+)
+from clpet.reporting.significance import DRAWS, SAMPLED, Difference, difference, holm
+from clpet.reporting.tables import formatted
 
 COLUMNS = ("average", "whole", "bwt", "fwt", "forgetting", "learning_accuracy")  # of a comparison, by default
 LOSSES = ("forgetting", "intransigence")  # of accuracies: lower is better
@@ -231,7 +242,7 @@ class Comparison:
 
     def picture(self, runs: Group, path: Path) -> Path:
         """Rows of perplexities side by side. Raises ConfigError where they are not of one table."""
-        from clpet.pretraining_plots import side_by_side
+        from clpet.reporting.plots.perplexity import side_by_side
 
         found = self.sections(runs)
         lower = [section for section in found if section.lower and section.split == "test"]

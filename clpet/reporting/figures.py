@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clpet.groups import Group, fingerprint
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.reporting.run_groups import Group, fingerprint
 from clpet.runtime.untrusted_json import read_results, split_of
 
 
