@@ -92,22 +92,22 @@ def evaluate(argv: list[str]) -> int:
         raise ConfigError("--tasks-dir and --limit are for --downstream TASKS")
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {arguments.limit}")
-    from clpet import downstream, reopen
-    from clpet.evaluate import again
+    from clpet.runs import lm_eval, load_run
+    from clpet.runs.reevaluate import again
     from clpet.training.trainer import quiet_libraries
 
     run = _recorded(arguments)
     names = [name for name in (arguments.downstream or "").split(",") if name]
     with quiet_libraries():
         if names:
-            downstream.check(run)
-            downstream.quiet()
-            tasks = downstream.load_tasks(names, arguments.tasks_dir)
-            opened = reopen.reopen(run, arguments.after)
-            found = downstream.measure(opened, tasks, arguments.limit)
-            print(printable(downstream.report(opened, names, arguments.limit, found)))
+            lm_eval.check(run)
+            lm_eval.quiet()
+            tasks = lm_eval.load_tasks(names, arguments.tasks_dir)
+            opened = load_run.reopen(run, arguments.after)
+            found = lm_eval.measure(opened, tasks, arguments.limit)
+            print(printable(lm_eval.report(opened, names, arguments.limit, found)))
             return 0
-        text, equal = again(reopen.reopen(run, arguments.after))
+        text, equal = again(load_run.reopen(run, arguments.after))
     print(printable(text))
     return 0 if equal else 1
 
@@ -118,14 +118,14 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--merge", action="store_true", help="put adapters into the backbone's weights")
     parser.add_argument("folder", type=Path, help="a new folder")
     arguments = parser.parse_args(argv)
-    from clpet import reopen
-    from clpet.export import check, write
+    from clpet.runs import load_run
+    from clpet.runs.export import check, write
     from clpet.training.trainer import quiet_libraries
 
     run = _recorded(arguments)
     check(run, arguments.folder, arguments.merge)
     with quiet_libraries():
-        print(printable(write(reopen.reopen(run, arguments.after), arguments.folder, arguments.merge)))
+        print(printable(write(load_run.reopen(run, arguments.after), arguments.folder, arguments.merge)))
     return 0
 
 
@@ -147,7 +147,7 @@ def _opening(name: str, description: str) -> argparse.ArgumentParser:
 
 def _recorded(arguments: argparse.Namespace) -> Any:
     from clpet.config import use_plugins
-    from clpet.reopen import recorded
+    from clpet.runs.load_run import recorded
 
     if arguments.config_dir:
         if not arguments.allow_plugins:

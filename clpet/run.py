@@ -9,11 +9,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from clpet import base_model, fingerprint, records
+from clpet import base_model
 from clpet.config import Config, Evaluation, Matrix, Select, Split, build, derive, setting, signature, typed
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
-from clpet.dry import count_parameters, dry_run
 from clpet.errors import ConfigError, ModelError, enough_memory
 from clpet.evaluation.data_inspection import cut_line, inspect_data
 from clpet.evaluation.evaluator import Evaluator
@@ -23,12 +22,14 @@ from clpet.models.adapters import Adapters
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
 from clpet.reporting.progress import Display
+from clpet.runs import provenance, run_dir
+from clpet.runs.dry_run import count_parameters, dry_run
+from clpet.runs.tracking import Tracker, write_predictions
 from clpet.runtime.distributed import world
 from clpet.runtime.hardware import Quantization, recompute, shard
 from clpet.runtime.run_checkpoint import Lock, RunState
 from clpet.runtime.signals import Interrupt
 from clpet.runtime.untrusted_json import readable
-from clpet.tracking import Tracker, write_predictions
 from clpet.training.fit_checkpoint import Keeper
 from clpet.training.trainer import Trainer, quiet_libraries
 
@@ -43,16 +44,16 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     config = typed(cfg)
     console = Console(quiet=not world().main)
     identity = {"signature": signature(cfg), "setting": setting(cfg), "seed": str(config.seed)}
-    if not (config.fresh or config.dry_run) and (done := records.finished(out)):
+    if not (config.fresh or config.dry_run) and (done := run_dir.finished(out)):
         with readable(f"{out / 'results.json'} is not the result of a run"):
-            fingerprint.check_finished(out, done, config)
-            records.show_finished(console, out, done)
+            provenance.check_finished(out, done, config)
+            run_dir.show_finished(console, out, done)
         console.print("shown, not run again: it was finished before (fresh=true starts over)")
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
     with Interrupt() as interrupt, Lock(out), quiet_libraries():
         with world().main_first():
-            benchmark: Benchmark = fingerprint.load(config, parts["benchmark"])
+            benchmark: Benchmark = provenance.load(config, parts["benchmark"])
         benchmark.length_set = any(word.lstrip("+").startswith("benchmark.max_length=") for word in overrides)
         method.check_benchmark(benchmark)
         load_objective_class(parts["benchmark"].objective.value).check_benchmark(benchmark, config.evaluation)
@@ -82,26 +83,26 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
             dry_run(console, config, method, benchmark, trainer)
             return None
         with world().main_first():
-            identity |= fingerprint.inputs(config, parts["model"], method)
+            identity |= provenance.inputs(config, parts["model"], method)
         identity["data"] = benchmark.data_record["fingerprint"]
         saved = None if config.fresh else RunState.resume(out / "state", identity)
         world().barrier()
         if world().main:
             if config.fresh:
-                records.clear(out)
+                run_dir.clear(out)
             host = parts["hardware"].record()
-            records.start(out, cfg, overrides, identity, benchmark, host, resumes=saved is not None)
+            run_dir.start(out, cfg, overrides, identity, benchmark, host, resumes=saved is not None)
         world().barrier()
         with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
             with enough_memory(objective.memory_advice):
                 state = Experiment(config, out, identity, method, benchmark, data, trainer, track, saved).learn()
             if not world().main:
                 return state.matrix
-            results = records.collect(out, cfg, overrides, identity, method, benchmark, state)
-            pictures = [*records.pictures(out, state, method.name, benchmark, results["split"]), *method.pictures(out)]
+            results = run_dir.collect(out, cfg, overrides, identity, method, benchmark, state)
+            pictures = [*run_dir.pictures(out, state, method.name, benchmark, results["split"]), *method.pictures(out)]
             track.finished(results, pictures)
-            records.finish(out, results)
-        records.show_finished(console, out, results)
+            run_dir.finish(out, results)
+        run_dir.show_finished(console, out, results)
     return state.matrix
 
 
@@ -131,13 +132,13 @@ class Experiment:
             keeper.begin(state.task, state.task_writer(folder, self.identity))
             method.learn(task, index, trainer)
             method.after_task(task, index)
-            state.costs.append(records.task_cost(method))
+            state.costs.append(run_dir.task_cost(method))
             state.done, state.task, state.trainer = position + 1, None, trainer.state()
             self.evaluate(state, index + 1)
             with keeper.between():
                 every = self.config.train.keep
                 if every and (position + 1) % every == 0 and world().main:
-                    records.keep(self.out, index + 1, method)
+                    run_dir.keep(self.out, index + 1, method)
                 state.save(folder, method.state_dict(), self.identity)
             track.display.task_done()
         return state
@@ -204,7 +205,7 @@ class Experiment:
 
 def announce(display: Display, method: Method, benchmark: Benchmark, objective: str, split: str) -> None:
     """Prints what is about to be learned, what was resolved, how many texts are cut, and what the data warn of."""
-    display.print(records.heading(method, benchmark, objective, split))
+    display.print(run_dir.heading(method, benchmark, objective, split))
     if line := cut_line(benchmark.data_record):
         display.print(line)
     for warning in benchmark.data_record["warnings"]:

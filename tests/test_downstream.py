@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clpet.reopen import recorded, reopen
+from clpet.runs.load_run import recorded, reopen
 
 from .conftest import domain_args, tiny_args
 

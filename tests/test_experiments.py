@@ -9,11 +9,11 @@ import torch
 
 from clpet.cli import options
 from clpet.config import Config, Training, build, typed
-from clpet.dry import steps_per_task
 from clpet.errors import ConfigError
 from clpet.mistakes import composed
 from clpet.replay.batch_plan import equal_compute
 from clpet.run import assemble
+from clpet.runs.dry_run import steps_per_task
 
 ROWS = ["emr", "ea_emr", "crl", "emr_star", "ea_emr_star", "crl_star", "dynamic", "limitless", "ewc", "lwf"]
 REPLAY = ["fixed"] * 3 + ["dynamic"] * 4 + ["all", "none", "none"]

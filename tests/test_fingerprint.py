@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clpet import fingerprint
 from clpet.config import typed
 from clpet.errors import ConfigError, DataError
-from clpet.fingerprint import check_finished, code, file_hash, folder_hash, hub_commit, hub_data, remembered
 from clpet.methods.components.logit_cache import network_key, tensors_key
 from clpet.mistakes import composed
-from clpet.reopen import check_inputs, recorded
+from clpet.runs import provenance
+from clpet.runs.load_run import check_inputs, recorded
+from clpet.runs.provenance import check_finished, code, file_hash, folder_hash, hub_commit, hub_data, remembered
 from clpet.runtime.run_checkpoint import RunState
 
 from .conftest import made, tiny_args, write_words
@@ -47,20 +47,20 @@ def flip_weight(folder: Path) -> None:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file counts as having rested."""
-    monkeypatch.setattr(fingerprint, "SETTLED", -1.0)
+    monkeypatch.setattr(provenance, "SETTLED", -1.0)
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of all files that are hashed from now on."""
     found: list[str] = []
-    original = fingerprint.hashlib.file_digest
+    original = provenance.hashlib.file_digest
 
     def spy(file, kind: str):
         found.append(Path(file.name).name)
         return original(file, kind)
 
-    monkeypatch.setattr(fingerprint.hashlib, "file_digest", spy)
+    monkeypatch.setattr(provenance.hashlib, "file_digest", spy)
     return found
 
 
@@ -253,15 +253,15 @@ def test_the_record_of_a_cached_benchmark_is_read_only_where_the_files_are_the_s
     (tmp_path / "d" / "inner").mkdir(parents=True)
     (tmp_path / "d" / "inner" / "train.csv").write_text("a")
     (tmp_path / "d" / ".hidden").write_text("a")
-    monkeypatch.setattr(fingerprint, "build", lambda *_, **__: source)
-    fingerprint.load(config, source)
+    monkeypatch.setattr(provenance, "build", lambda *_, **__: source)
+    provenance.load(config, source)
     for _ in range(2):
-        assert fingerprint._data_now(config, "f") == "f"
+        assert provenance._data_now(config, "f") == "f"
     (tmp_path / "d" / ".hidden").write_text("b")
-    assert fingerprint._data_now(config, "f") == "f"
+    assert provenance._data_now(config, "f") == "f"
     assert len(loads) == 1
     (tmp_path / "d" / "inner" / "train.csv").write_text("b")
-    assert fingerprint._data_now(config, "f") == "f"
+    assert provenance._data_now(config, "f") == "f"
     config.benchmark = {"name": "other"}
-    fingerprint._data_now(config, "f")
+    provenance._data_now(config, "f")
     assert len(loads) == 3

@@ -277,21 +277,21 @@ def test_how_much_of_the_matrix_is_measured(matrix: str, words: Path, clpet, tmp
 
 def test_what_is_missing_after_a_kill_is_made_again(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
     """results.json comes after the pictures, and a cut line of metrics.jsonl does not matter."""
-    from clpet import records
+    from clpet.runs import run_dir
 
     args = ["train", "method=sequential", *tiny_args(words)]
-    original = records.pictures
+    original = run_dir.pictures
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(records, "pictures", die)
+    monkeypatch.setattr(run_dir, "pictures", die)
     assert clpet(*args).code == 130
     (folder,) = tmp_path.glob("outputs/*/*/s*")
     assert not (folder / "results.json").exists()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"done": 3, "ro')
-    monkeypatch.setattr(records, "pictures", original)
+    monkeypatch.setattr(run_dir, "pictures", original)
     assert clpet(*args).code == 0
     assert (folder / "results.json").exists()
     assert (folder / "transfer.png").exists()

@@ -12,9 +12,9 @@ from rich.console import Console
 from clpet.data.task_order import order_domains
 from clpet.metrics.perplexity_transfer import figures
 from clpet.metrics.transfer_matrix import TransferMatrix, tolist
-from clpet.records import pictures, show_finished
 from clpet.reporting.perplexity_tables import few
 from clpet.reporting.progress import matrix_table, perplexity, summary_line
+from clpet.runs.run_dir import pictures, show_finished
 
 NAN = float("nan")
 P = [[40, 30, 20, 50], [20, 32, 22, 60], [24, 18, 21, 55], [30, 24, 10, 52], [28, 27, 15, 25]]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clpet import cli
 from clpet.errors import ClpetError, DataError
-from clpet.reopen import inspect, recorded
+from clpet.runs.load_run import inspect, recorded
 from clpet.runtime.untrusted_json import read_json
 
 from .conftest import domain_args, guarded, tiny_args

@@ -13,7 +13,7 @@ import transformers
 from safetensors import safe_open
 
 from clpet.errors import ClpetError
-from clpet.reopen import recorded
+from clpet.runs.load_run import recorded
 from clpet.runtime.run_checkpoint import read_tree, write_tree
 
 from .conftest import domain_args, guarded, tiny_args
@@ -166,7 +166,7 @@ MALICIOUS = {
     "a class in a list": (put("config", "benchmark", "x", value=[{"_target_": "os.system"}]), "no part of clpet"),
     "a module that is like clpet": (put("config", "method", "_target_", value="clpet_evil.X"), "no part of clpet"),
     "a path as class": (put("config", "method", "_target_", value="clpet./tmp/x"), "no part of clpet"),
-    "a class of another kind": (put("config", "method", "_target_", value="clpet.tracking.Tracking"), "is no Method"),
+    "a class of another kind": (put("config", "method", "_target_", value="clpet.runs.tracking.Tracking"), "is no Method"),
     "an interpolation": (put("config", "model", "hub", value="${oc.env:HOME}"), "holds ${...}"),
     "a folder as hub id": (put("config", "model", "hub", value="../../etc"), "no hub id"),
     "an absolute hub id": (put("config", "model", "hub", value="/etc"), "no hub id"),

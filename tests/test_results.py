@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clpet.metrics.transfer_matrix import CONVENTIONS, TransferMatrix
-from clpet.records import transfer_csv
+from clpet.runs.run_dir import transfer_csv
 
 
 def matrix(rows: list[list[float]], direction: str = "higher") -> TransferMatrix:

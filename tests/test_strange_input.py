@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from clpet import records
 from clpet.config import Training, build, typed
 from clpet.errors import ClpetError, ConfigError
 from clpet.mistakes import composed
 from clpet.models.backbone import Backbone, first_position
 from clpet.objectives.base import Predictions
-from clpet.reopen import inside, inspect
+from clpet.runs import run_dir
+from clpet.runs.load_run import inside, inspect
 from clpet.runtime.untrusted_json import find_runs
 from clpet.training.lr_schedules import Place, warn_of_warmup
 
@@ -97,10 +97,10 @@ def test_names_with_a_slash_are_names() -> None:
 def test_results_that_are_damaged_are_named_and_made_again(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert records.finished(tmp_path) is None
+    assert run_dir.finished(tmp_path) is None
     (tmp_path / "results.json").write_text(text)
     caplog.clear()
-    assert records.finished(tmp_path) is None
+    assert run_dir.finished(tmp_path) is None
     assert "results.json" in caplog.text
     run = tmp_path / "benchmark" / "method" / "s0-12345678"
     run.mkdir(parents=True)
@@ -114,7 +114,7 @@ def test_results_that_are_damaged_are_named_and_made_again(
 def test_a_killed_run_leaves_its_rows_in_the_offline_file(tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\nfrom clpet.reporting.progress import Display\n"
-        "from clpet.tracking import Mode, Tracker, Tracking\n"
+        "from clpet.runs.tracking import Mode, Tracker, Tracking\n"
         "config = {'method': {'name': 'm'}, 'benchmark': {'name': 'b'}}\n"
         "tracker = Tracker(Tracking(mode=Mode.offline), Path(sys.argv[1]), Display(Console(quiet=True), 1), config, "
         "{'signature': 's', 'seed': '0'})\n"

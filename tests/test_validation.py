@@ -12,7 +12,7 @@ from clpet import cli
 from clpet.config import Split
 from clpet.evaluation.evaluator import Evaluator
 from clpet.reporting.figures import outcome
-from clpet.tracking import Tracker
+from clpet.runs.tracking import Tracker
 
 from .conftest import domain_args, made, tiny_args, write_words
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from clpet.config import derive, require
 from clpet.errors import ModelError
-from clpet.fingerprint import folder_hash, hub_commit
+from clpet.runs.provenance import folder_hash, hub_commit
 from clpet.runtime.hardware import four_bits
 
 # What configs of transformers call the rates of a network's dropout, classifiers' apart.

@@ -22,9 +22,9 @@ from clpet.config import conf_dir, digest, plugin_dirs
 from clpet.data.batches import Encoded, EncodedDataset
 from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.errors import ConfigError, ModelError
-from clpet.fingerprint import folder_hash
 from clpet.methods.components.logit_cache import BLOCK, STEP, blocks, platform
 from clpet.models.backbone import Backbone, first_line, first_position
+from clpet.runs.provenance import folder_hash
 from clpet.runtime import atomic_io
 
 PART = 16384  # texts of one file at most: what is lost when a run is stopped

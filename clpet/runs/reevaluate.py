@@ -3,8 +3,8 @@
 from clpet.errors import DataError, enough_memory
 from clpet.evaluation.evaluator import Evaluator
 from clpet.metrics.transfer_matrix import on_split
-from clpet.reopen import Reopened
 from clpet.reporting.progress import perplexity, table
+from clpet.runs.load_run import Reopened
 
 
 def again(run: Reopened) -> tuple[str, bool]:

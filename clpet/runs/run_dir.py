@@ -21,7 +21,6 @@ from clpet import __version__
 from clpet.data.benchmark import Benchmark
 from clpet.errors import DataError
 from clpet.escape import inline, spreadsheet
-from clpet.fingerprint import hub_data
 from clpet.methods.base import Method
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.perplexity_transfer import DAPT
@@ -29,6 +28,7 @@ from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2, toli
 from clpet.models.adapters import parameter_ratio
 from clpet.reporting.perplexity_tables import LEGEND, average_table
 from clpet.reporting.progress import matrix_table, say
+from clpet.runs.provenance import hub_data
 from clpet.runtime.distributed import world
 from clpet.runtime.run_checkpoint import RunState, whole, write_atomic, write_tree
 from clpet.runtime.untrusted_json import command, read_json, read_results, split_of

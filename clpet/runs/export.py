@@ -6,8 +6,8 @@ from typing import Any
 
 from clpet import __version__
 from clpet.errors import ConfigError
-from clpet.records import save_heads
-from clpet.reopen import Recorded, Reopened
+from clpet.runs.load_run import Recorded, Reopened
+from clpet.runs.run_dir import save_heads
 from clpet.runtime.hardware import Quantization
 from clpet.runtime.run_checkpoint import whole
 
