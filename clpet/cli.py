@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from clpet import __version__, commands
+from clpet.config.error_messages import GROUPS, cluster_message, composed, disk_message, hydra_message, plugin_place
+from clpet.config.overrides import expand
 from clpet.errors import ClpetError, ConfigError, suggest
 from clpet.escape import inline, printable
-from clpet.mistakes import GROUPS, cluster_message, composed, disk_message, hydra_message, plugin_place
-from clpet.overrides import expand
 from clpet.runtime.signals import CODE, Interrupted
 
 COMMANDS = {
@@ -151,7 +151,7 @@ def train(argv: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from clpet.config import conf_dir, register_resolvers
+    from clpet.config.schema import conf_dir, register_resolvers
     from clpet.parallel_runs import ParallelSweep
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `guarded`, which prints one line
@@ -163,7 +163,7 @@ def train(argv: list[str]) -> int:
     parallel = ParallelSweep(parted(argv)[0])
 
     def job(cfg: Any) -> float | None:
-        from clpet.config import typed
+        from clpet.config.schema import typed
 
         found = HydraConfig.get()
         submitted = found.mode is RunMode.MULTIRUN and "BasicLauncher" not in found.launcher._target_
@@ -231,7 +231,7 @@ def parted(argv: list[str]) -> tuple[list[str], list[str]]:
     for flag, value in pairwise([*flags, ""]):
         name, _, given = flag.partition("=")
         if name in ("--config-dir", "-cd"):
-            from clpet.config import use_plugins
+            from clpet.config.schema import use_plugins
 
             use_plugins(given or value)
     return flags, [expand(word) for word in overrides]
@@ -250,7 +250,7 @@ def check_group_options(arguments: list[str]) -> None:
 
 def options(group: str) -> dict[str, Path]:
     """{option: its YAML} of a config group, the user's own --config-dir included."""
-    from clpet.config import conf_dir, plugin_dirs
+    from clpet.config.schema import conf_dir, plugin_dirs
 
     found: dict[str, Path] = {}
     for folder in (conf_dir(), *plugin_dirs()):

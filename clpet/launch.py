@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from clpet.config import require, typed
+from clpet.config.schema import require, typed
 from clpet.errors import ClpetError
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.runtime.signals import CODE, Interrupt, Interrupted
@@ -56,7 +56,7 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
 
 def rank(config: dict, out: Path, overrides: list[str], logs: dict | None) -> None:
     """One rank of a run; its log is the main rank's."""
-    from clpet.config import build
+    from clpet.config.schema import build
     from clpet.run import run
     from clpet.runtime.distributed import joined
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from hydra.types import RunMode
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.errors import ClpetError, ConfigError
 from clpet.escape import inline
 from clpet.reporting.progress import is_summary

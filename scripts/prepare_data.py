@@ -25,9 +25,9 @@ import pyarrow
 import pyarrow.parquet
 
 from clpet.cli import options
-from clpet.config import build, derive, typed
+from clpet.config.error_messages import composed
+from clpet.config.schema import build, derive, typed
 from clpet.errors import ClpetError, ConfigError, DataError, HostError, suggest
-from clpet.mistakes import composed
 
 Row = dict[str, Any]
 Parts = dict[str, list[Row]]

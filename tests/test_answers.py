@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import normalizers
 
-from clpet.config import Evaluation
+from clpet.config.schema import Evaluation
 from clpet.data.benchmark import Benchmark, Example, Task
 from clpet.data.sources import Kind, Table
 from clpet.data.splits import in_order

@@ -9,7 +9,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from clpet.cli import GROUPS, first_comment, options
-from clpet.config import Config, Evaluation, Training, build, conf_dir, register_resolvers, run_name, signature, typed
+from clpet.config.schema import (
+    Config,
+    Evaluation,
+    Training,
+    build,
+    conf_dir,
+    register_resolvers,
+    run_name,
+    signature,
+    typed,
+)
 
 CHOICES = [(group, name) for group in GROUPS for name in options(group)]
 KNOBS = ("method", "replay", "peft", "hardware", "tracking")  # groups whose every knob has a comment in every option

@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from clpet import base_model
-from clpet.config import build, typed
+from clpet.config.error_messages import composed
+from clpet.config.schema import build, typed
 from clpet.data.benchmark import Benchmark
-from clpet.mistakes import composed
 from clpet.replay.fixed_fraction import RateReplay
 from clpet.reporting.progress import Display
 from clpet.runtime.hardware import Hardware

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clpet.config import build, typed
+from clpet.config.error_messages import composed
+from clpet.config.schema import build, typed
 from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.data.sources.entities import Relations, Typing, cut_anew, mark_entities
 from clpet.data.sources.entity_formats import cleaned, read_published, tidy
@@ -14,7 +15,6 @@ from clpet.data.splits import partition
 from clpet.data.tabular_files import Rows
 from clpet.data.template import Template
 from clpet.errors import ConfigError, DataError
-from clpet.mistakes import composed
 from clpet.models.backbone import byte_tokenizer
 
 from .conftest import shared

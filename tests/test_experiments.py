@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from clpet.cli import options
-from clpet.config import Config, Training, build, typed
+from clpet.config.error_messages import composed
+from clpet.config.schema import Config, Training, build, typed
 from clpet.errors import ConfigError
-from clpet.mistakes import composed
 from clpet.replay.batch_plan import equal_compute
 from clpet.run import assemble
 from clpet.runs.dry_run import steps_per_task

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clpet.config import typed
+from clpet.config.error_messages import composed
+from clpet.config.schema import typed
 from clpet.errors import ConfigError, DataError
 from clpet.methods.components.logit_cache import network_key, tensors_key
-from clpet.mistakes import composed
 from clpet.runs import provenance
 from clpet.runs.load_run import check_inputs, recorded
 from clpet.runs.provenance import check_finished, code, file_hash, folder_hash, hub_commit, hub_data, remembered

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clpet.config import CapUnit, Evaluation
+from clpet.config.schema import CapUnit, Evaluation
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark, Example, Task
 from clpet.data.packing import Masking, windows

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from clpet.config import Training
+from clpet.config.schema import Training
 from clpet.data.batches import EncodedDataset
 from clpet.data.template import window_rows
 from clpet.methods.base import Choices

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clpet.config import Schedule, Training
+from clpet.config.schema import Schedule, Training
 from clpet.methods.components.importance import (
     Importance,
     Units,

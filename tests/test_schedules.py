@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from clpet.config import Schedule, Training
+from clpet.config.schema import Schedule, Training
 from clpet.errors import ConfigError
 from clpet.training.lr_schedules import Place, schedule, warmup
 

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
+from clpet.config.error_messages import composed
 from clpet.data.benchmark import Example, normalised, order_names
 from clpet.data.sources import PythonStdlib, Table
 from clpet.data.sources.python_stdlib import _module_paragraphs
@@ -17,7 +18,6 @@ from clpet.data.splits import by_label, sample, split_off
 from clpet.data.tabular_files import fill, read_local
 from clpet.errors import DataError
 from clpet.evaluation.data_inspection import inspect_data
-from clpet.mistakes import composed
 
 from .conftest import shared
 
@@ -26,7 +26,7 @@ def from_yaml(name: str, data_dir: Path | None = None, *overrides: str):
     """A benchmark as `clpet train benchmark=NAME` loads it."""
     from hydra import compose, initialize_config_dir
 
-    from clpet.config import build, conf_dir, register_resolvers, typed
+    from clpet.config.schema import build, conf_dir, register_resolvers, typed
 
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clpet.config import Training, build, typed
+from clpet.config.error_messages import composed
+from clpet.config.schema import Training, build, typed
 from clpet.errors import ClpetError, ConfigError
-from clpet.mistakes import composed
 from clpet.models.backbone import Backbone, first_position
 from clpet.objectives.base import Predictions
 from clpet.runs import run_dir

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clpet.config import Decode, Evaluation
+from clpet.config.schema import Decode, Evaluation
 from clpet.data.batches import IGNORED
 from clpet.data.benchmark import Benchmark, Example, Task
 from clpet.data.sources import Kind, Table

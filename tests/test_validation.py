@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clpet import cli
-from clpet.config import Split
+from clpet.config.schema import Split
 from clpet.evaluation.evaluator import Evaluator
 from clpet.reporting.figures import outcome
 from clpet.runs.tracking import Tracker

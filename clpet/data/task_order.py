@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from clpet.config import derive, digest
+from clpet.config.schema import derive, digest
 from clpet.errors import DataError, ModelError
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.config import derive, require
+from clpet.config.schema import derive, require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.base import Choices, Predictions

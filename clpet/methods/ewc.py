@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.errors import ConfigError

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.components.subspace import InputCovariances, extended, leading, threshold, without

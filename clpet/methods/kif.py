@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.errors import ConfigError

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Benchmark
 from clpet.methods.components.features import mean_pool, token_embeddings

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clpet.config import derive, require
+from clpet.config.schema import derive, require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Benchmark, Task
 from clpet.methods.base import Choices, Predictions

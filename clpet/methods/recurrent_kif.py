@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.methods.components.importance import Importance, above_quantile, flat, gradients, unflat

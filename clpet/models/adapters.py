@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.errors import ModelError, suggest
 from clpet.models.backbone import Architecture, Backbone, dropout_rates
 from clpet.models.block_expansion import expand

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.config import Evaluation
+from clpet.config.schema import Evaluation
 from clpet.data.batches import Batch, Encoded, EncodedDataset, encode_benchmark
 from clpet.data.benchmark import Benchmark, Example
 from clpet.errors import ModelError

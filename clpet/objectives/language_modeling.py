@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.config import CapUnit, Evaluation
+from clpet.config.schema import CapUnit, Evaluation
 from clpet.data.batches import Batch, Encoded, EncodedDataset, pad_id
 from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.data.packing import Masking, Windows, pack

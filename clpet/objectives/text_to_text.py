@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clpet.config import Decode, Evaluation
+from clpet.config.schema import Decode, Evaluation
 from clpet.data.batches import IGNORED, Batch, EncodedDataset, Ragged, pad_id, positions
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template, Tokenised

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from clpet.config import derive, require
+from clpet.config.schema import derive, require
 from clpet.data.batches import Encoded, EncodedDataset
 from clpet.errors import ConfigError
 from clpet.replay.batch_plan import Plan, Rows, equal_compute, split_batch, split_limit

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.errors import ConfigError
 from clpet.replay.base import NoReplay
 from clpet.replay.batch_plan import Plan, Rows

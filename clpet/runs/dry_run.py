@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from clpet.config import Config
+from clpet.config.schema import Config
 from clpet.data.benchmark import Benchmark
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, parameter_ratio

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clpet import __version__
-from clpet.config import GROUPS, Config, build, digest, plugin_dirs
+from clpet.config.schema import GROUPS, Config, build, digest, plugin_dirs
 from clpet.errors import ClpetError, ConfigError
 
 log = logging.getLogger(__name__)

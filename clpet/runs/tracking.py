@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.escape import inline
 from clpet.evaluation.evaluator import Evaluation
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.errors import ConfigError, HostError, ModelError
 from clpet.runtime.distributed import world
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from clpet.config import Schedule, Training
+from clpet.config.schema import Schedule, Training
 
 log = logging.getLogger(__name__)
 

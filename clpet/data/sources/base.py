@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, Truncate, order_names
 from clpet.data.read_report import ReadReport
 from clpet.data.splits import Splits, has_labels, in_order, sample, split_off, stratified

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.document_readers import LongText
 from clpet.data.documents import Documents
 from clpet.data.sources.text_domains import Domains

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.document_readers import Reader, Strings, WholeFiles
 from clpet.data.documents import Documents
 from clpet.data.sources.text_domains import Domains

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.benchmark import Example, normalised
 from clpet.data.sources.base import Source
 from clpet.data.splits import Splits, by_label, split_off

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.benchmark import SPLITS, Example
 from clpet.data.sources.base import Source
 from clpet.data.splits import Splits, by_label, has_labels, in_order, label_name, named_tasks, partition, split_off

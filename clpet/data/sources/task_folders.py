@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.benchmark import SPLITS
 from clpet.data.data_files import note_unread, subfolders, tables
 from clpet.data.sources.base import Source

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clpet.config import require
+from clpet.config.schema import require
 from clpet.data.benchmark import Benchmark, Task
 from clpet.data.data_files import SPLIT_NAMES, domain_files, named_splits, text_files
 from clpet.data.decontamination import decontaminated

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.config import require
+from clpet.config.schema import require
 
 EPS = 1e-9  # of the ratio of similarities
 UNRELATED = 1e-6  # a sum of similarities up to this is shared out evenly

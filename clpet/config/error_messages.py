@@ -8,8 +8,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from clpet.config.overrides import quoted
 from clpet.errors import ClpetError, suggest
-from clpet.overrides import quoted
 
 GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -19,7 +19,7 @@ def composed(words: list[str]) -> Any:
     """The configuration that overrides give, the user's --config-dir included."""
     from hydra import compose, initialize_config_dir
 
-    from clpet.config import conf_dir, plugin_dirs, register_resolvers
+    from clpet.config.schema import conf_dir, plugin_dirs, register_resolvers
 
     register_resolvers()
     paths = ",".join(quoted(f"file://{folder}") for folder in plugin_dirs())
@@ -89,7 +89,7 @@ def disk_message(error: BaseException) -> str | None:
 
 def plugin_place(error: BaseException) -> str | None:
     """FILE:LINE of the user's own code, below --config-dir, where an error comes from; None where it is not theirs."""
-    from clpet.config import plugin_dirs
+    from clpet.config.schema import plugin_dirs
 
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:

@@ -1,0 +1,1 @@
+"""The typed configuration: schema, composition, construction, identity and seeds."""
