@@ -1,6 +1,6 @@
 """`python -m clpet` is the `clpet` command."""
 
-from clpet.cli import main
+from clpet.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from clpet.cli import options
+from clpet.cli.main import options
 from clpet.config.error_messages import composed
 from clpet.config.schema import build, derive, typed
 from clpet.errors import ClpetError, ConfigError, DataError, HostError, suggest

@@ -71,12 +71,12 @@ def start(words: list[str], log: Path, beat: Path | None = None) -> int:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from clpet import cli
+    from clpet.cli import main
 
     sys.argv = ["clpet", *words]
     code = 1
     with contextlib.suppress(BaseException):
-        code = cli.guarded(sys.argv[1:])
+        code = main.guarded(sys.argv[1:])
     sys.stdout.flush()
     os._exit(code)
 

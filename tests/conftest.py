@@ -90,13 +90,13 @@ def guarded(*words: object) -> int:
     """Runs `clpet ...` in this process; its exit code."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from clpet import cli
+    from clpet.cli import main
 
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["clpet", *map(str, words)])
         try:
-            return cli.guarded(sys.argv[1:])
+            return main.guarded(sys.argv[1:])
         finally:
             GlobalHydra.instance().clear()
 
@@ -119,7 +119,7 @@ def methods_of(objective: str) -> list[str]:
     """The methods that do an objective."""
     from omegaconf import OmegaConf
 
-    from clpet.cli import options
+    from clpet.cli.main import options
     from clpet.config.schema import find_class
 
     classes = {name: find_class(OmegaConf.load(path)["_target_"], "method") for name, path in options("method").items()}

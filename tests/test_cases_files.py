@@ -501,16 +501,16 @@ def test_an_ascii_locale_becomes_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python starts once more in its UTF-8 mode, with the same arguments; not twice."""
     import sys
 
-    from clpet import cli
+    from clpet.cli import main
 
     started: list = []
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
     monkeypatch.setattr(os, "execv", lambda *words: started.append(words))
     monkeypatch.setattr(sys, "argv", ["clpet", "list", "methods"])
     monkeypatch.setenv("PYTHONUTF8", "0")
-    cli.use_utf8()
+    main.use_utf8()
     assert started == [(sys.executable, [sys.executable, "-m", "clpet", "list", "methods"])]
     assert os.environ["PYTHONUTF8"] == "1"
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "utf-8")
-    cli.use_utf8()
+    main.use_utf8()
     assert len(started) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from clpet.cli import GROUPS, first_comment, options
+from clpet.cli.main import GROUPS, first_comment, options
 from clpet.config.schema import (
     Config,
     Evaluation,

@@ -185,7 +185,7 @@ def test_all_that_is_old_comes_before_any_of_it_comes_again() -> None:
 HALFWAY = """
 import os, signal, sys
 from clpet.training import fit_checkpoint
-from clpet.cli import main
+from clpet.cli.main import main
 save, saves = fit_checkpoint.Keeper.save, []
 def save_and_die(self, *args):
     save(self, *args)

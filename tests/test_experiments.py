@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from clpet.cli import options
+from clpet.cli.main import options
 from clpet.config.error_messages import composed
 from clpet.config.schema import Config, Training, build, typed
 from clpet.errors import ConfigError

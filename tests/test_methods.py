@@ -19,7 +19,7 @@ METHODS = methods_of("classification")
 KILL = """
 import os, signal, sys
 from clpet.runtime import run_checkpoint
-from clpet.cli import main
+from clpet.cli.main import main
 save = run_checkpoint.RunState.save
 def save_and_die(self, folder, method_state, identity):
     save(self, folder, method_state, identity)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from clpet import parallel_runs
+from clpet.cli import parallel_runs
 from clpet.runtime.signals import CODE
 
 from .conftest import tiny_args

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clpet.cli.launch import RankError, slurm_environment, start
 from clpet.evaluation.evaluator import Evaluator
-from clpet.launch import RankError, slurm_environment, start
 from clpet.runtime.distributed import Ranks, chunks, joined, on_host, split, sum_flat, world
 from clpet.runtime.signals import CODE
 

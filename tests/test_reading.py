@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clpet import cli
+from clpet.cli import main
 from clpet.errors import ClpetError, DataError
 from clpet.runs.load_run import inspect, recorded
 from clpet.runtime.untrusted_json import read_json
@@ -68,7 +68,7 @@ def runs(words: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def shown(path: Path, capsys: pytest.CaptureFixture, *flags: str) -> None:
     """`clpet show` prints, or says in one line why it does not."""
-    code = cli.guarded(["show", str(path), *flags])
+    code = main.guarded(["show", str(path), *flags])
     out, err = capsys.readouterr()
     assert (code, err.count("\n")) in ((0, 0), (2, 1)), err
     assert "internal error" not in err
@@ -122,7 +122,7 @@ def test_other_runs_that_are_spoilt_are_passed_over(runs: dict[str, Path], tmp_p
     (spoilt,) = out.glob("*/*/s*")
     shutil.copytree(spoilt, spoilt.with_name("s1-00000000"))
     (spoilt / "results.json").write_text('{"method": 3}')
-    assert cli.guarded(["runs", str(out), "--compare", "method"]) == 0
+    assert main.guarded(["runs", str(out), "--compare", "method"]) == 0
     assert capsys.readouterr().out.count("sequential") == 1
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clpet import cli
+from clpet.cli import main
 from clpet.config.schema import Split
 from clpet.evaluation.evaluator import Evaluator
 from clpet.reporting.figures import outcome
@@ -27,7 +27,7 @@ def runs(words: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
         out = tmp_path_factory.getbasetemp() / "measured"
         GlobalHydra.instance().clear()
         words_ = ["method=sequential", *tiny_args(words), f"output_dir={out}", f"evaluation.split={split}"]
-        assert cli.guarded(["train", *words_]) == 0
+        assert main.guarded(["train", *words_]) == 0
         (found[split],) = [path for path in out.glob("*/*/s*") if path not in found.values()]
     GlobalHydra.instance().clear()
     return SimpleNamespace(out=out, **found)

@@ -12,7 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from clpet import __version__, commands
+from clpet import __version__
+from clpet.cli import runs
 from clpet.config.error_messages import GROUPS, cluster_message, composed, disk_message, hydra_message, plugin_place
 from clpet.config.overrides import expand
 from clpet.errors import ClpetError, ConfigError, suggest
@@ -105,8 +106,8 @@ def dispatch(argv: list[str]) -> int:
     if argv[0] == "-sc":
         return train(argv)
     handlers: dict[str, Callable[[list[str]], int]] = {
-        "train": train, "runs": commands.runs, "show": commands.show, "eval": commands.evaluate,
-        "export": commands.export, "list": listing, "data": data, "sweep": sweep,
+        "train": train, "runs": runs.runs, "show": runs.show, "eval": runs.evaluate,
+        "export": runs.export, "list": listing, "data": data, "sweep": sweep,
     }  # fmt: skip
     if argv[0] not in handlers:
         raise ConfigError(f"unknown command {argv[0]}{suggest(argv[0], COMMANDS)}")
@@ -151,8 +152,8 @@ def train(argv: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from clpet.cli.parallel_runs import ParallelSweep
     from clpet.config.schema import conf_dir, register_resolvers
-    from clpet.parallel_runs import ParallelSweep
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `guarded`, which prints one line
     register_resolvers()
@@ -177,7 +178,7 @@ def train(argv: list[str]) -> int:
                 return None
             if own and not submitted:
                 print(f"\n[{found.job.num + 1}] {inline(own)}\n", flush=True)
-            from clpet.launch import launch
+            from clpet.cli.launch import launch
             from clpet.reporting.figures import outcome
 
             out = Path(found.runtime.output_dir)
@@ -321,7 +322,7 @@ def sweep(argv: list[str]) -> int:
     """`clpet sweep key=value,value ...`: what scripts/slurm_array.sh asks before it submits."""
     overrides = parted(argv)[1]
     check_group_options(overrides)
-    from clpet.sweep import plan
+    from clpet.cli.slurm_array import plan
 
     print("\n".join(plan(overrides)))
     return 0

@@ -1,0 +1,1 @@
+"""What a shell calls: commands, options, completion and the start of processes."""
