@@ -29,7 +29,7 @@ NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fre
 
 def conf_dir() -> Path:
     """The folder of the shipped configs: inside the package when installed, beside it in a checkout."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
 

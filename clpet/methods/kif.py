@@ -1,7 +1,7 @@
 """KIF: old and new weights are fused after every task, unit by unit, by their importance (arXiv 2408.05200).
 
 L = loss + lambda mean(||A A^T - I||_F, ||B^T B - I||_F over the LoRA pairs), lambda = orth_strength: ranks stay apart.
-While task k is trained, the importance I_k of every unit is measured (clpet/methods/components/importance.py). After it, with
+While task k is trained, the importance I_k of every unit is measured (components/importance.py). After it, with
 p = Norm(J_{k-1}) and c = Norm(I_k), each unit becomes w new + (1 - w) old:
     adaptive  w = sigmoid((c - p) / tau)
     static    w = 1 - gamma (p and c above their percentile), 0 (p alone), 1 (c alone), 1/2 (neither)

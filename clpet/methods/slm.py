@@ -1,6 +1,6 @@
 """SLM: keys find the low-rank increments that an input needs (Peng et al., ICLR 2024, arXiv 2404.07470).
 
-DTKR (clpet/methods/components/key_retrieval.py): stage 1 learns a task's keys on cached sentence embeddings, without the backbone.
+DTKR (components/key_retrieval.py): stage 1 learns a task's keys on cached sentence embeddings, without the backbone.
 JARe: every key owns a value, a low-rank increment on every target layer; stage 2 learns a task's values,
     h = W u + sum_i w_i(x) A_i B_i u,    w_i = s_i / sum_j s_j over the K keys most similar to x, 0 elsewhere,
 A = 0, B ~ N(0, 1) at the start, in factored form. Nothing of an earlier task is ever trained again.

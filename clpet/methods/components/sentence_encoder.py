@@ -1,8 +1,8 @@
 """Sentence embeddings of a frozen encoder: computed once per text, kept on disk by encoder and text.
 
-An embedding is looked up or computed with the same bits: a text always goes through the encoder in a block of the
-same shape, as in clpet/methods/components/logit_cache.py. A file of the cache holds some texts' hashes and vectors and is never changed,
-so that processes side by side can only write the same thing twice.
+A looked-up embedding has the same bits as a computed one: texts always pass through the encoder in blocks of one
+fixed shape, as in logit_cache.py. A cache file holds the hashes and vectors of some texts and is never changed
+after it is written, so concurrent processes can at worst write the same file twice.
 """
 
 import hashlib
