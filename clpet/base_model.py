@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from clpet.config.schema import Evaluation, Schedule, Training, digest
+from clpet.config.identity import digest
+from clpet.config.schema import Evaluation, Schedule, Training
 from clpet.data.benchmark import Benchmark
 from clpet.data.token_cache import Tokens, text_hash
 from clpet.errors import HostError

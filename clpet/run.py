@@ -10,7 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from clpet import base_model
-from clpet.config.schema import Config, Evaluation, Matrix, Select, Split, build, derive, setting, signature, typed
+from clpet.config.build import build, typed
+from clpet.config.identity import setting, signature
+from clpet.config.schema import Config, Evaluation, Matrix, Select, Split
+from clpet.config.seeding import derive
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
 from clpet.errors import ConfigError, ModelError, enough_memory

@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from clpet.config.schema import conf_dir, register_resolvers, typed
+from clpet.config.build import typed
+from clpet.config.compose import conf_dir
+from clpet.config.identity import register_resolvers
 from clpet.data.batches import EncodedDataset
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.adapters import Adapters

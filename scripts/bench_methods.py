@@ -10,7 +10,7 @@ import torch
 from bench import Bench
 from torch import nn
 
-from clpet.config.schema import derive
+from clpet.config.seeding import derive
 from clpet.methods.components.importance import Importance, Units, adaptive, fuse, norm, unflat
 from clpet.methods.components.key_retrieval import KeyLearning, orthonormal
 from clpet.models.stacked_lora import attention_outputs

@@ -25,8 +25,9 @@ import pyarrow
 import pyarrow.parquet
 
 from clpet.cli.main import options
-from clpet.config.error_messages import composed
-from clpet.config.schema import build, derive, typed
+from clpet.config.build import build, typed
+from clpet.config.compose import composed
+from clpet.config.seeding import derive
 from clpet.errors import ClpetError, ConfigError, DataError, HostError, suggest
 
 Row = dict[str, Any]

@@ -70,7 +70,7 @@ def shipped_yamls_are_parsed_once() -> Iterator[None]:
     """Hydra parses some 30 YAMLs for each of about a thousand compositions: half of the time they take."""
     from hydra._internal.config_repository import ConfigRepository
 
-    from clpet.config.schema import conf_dir
+    from clpet.config.compose import conf_dir
 
     parse, parsed = ConfigRepository.load_config, {}
 
@@ -120,7 +120,7 @@ def methods_of(objective: str) -> list[str]:
     from omegaconf import OmegaConf
 
     from clpet.cli.main import options
-    from clpet.config.schema import find_class
+    from clpet.config.build import find_class
 
     classes = {name: find_class(OmegaConf.load(path)["_target_"], "method") for name, path in options("method").items()}
     return sorted(name for name, found in classes.items() if objective in found.objectives)
@@ -171,7 +171,9 @@ def made(overrides: list[str]) -> SimpleNamespace:
     """A method set up as a run would: (method, trainer, benchmark, data, config), and `learn` for a task by number."""
     from hydra import compose, initialize_config_dir
 
-    from clpet.config.schema import conf_dir, register_resolvers, typed
+    from clpet.config.build import typed
+    from clpet.config.compose import conf_dir
+    from clpet.config.identity import register_resolvers
     from clpet.run import assemble, load_objective
     from clpet.training.trainer import Trainer
 

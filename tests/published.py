@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from clpet.config.schema import conf_dir
+from clpet.config.compose import conf_dir
 
 PARTS = ("train", "dev", "test")
 

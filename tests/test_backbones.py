@@ -10,7 +10,9 @@ import transformers
 from hydra import compose, initialize_config_dir
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from clpet.config.schema import build, conf_dir, register_resolvers, typed
+from clpet.config.build import build, typed
+from clpet.config.compose import conf_dir
+from clpet.config.identity import register_resolvers
 from clpet.data.benchmark import Example
 from clpet.data.template import Template
 from clpet.models.adapters import Adapters, Lora, parameter_ratio

@@ -483,7 +483,7 @@ def test_train_data_and_eval_say_what_was_skipped_and_the_record_holds_it(tmp_pa
 
 def test_names_that_are_not_utf8_have_one_name_everywhere(tmp_path: Path) -> None:
     """A file name of other bytes is read, named, hashed and drawn by; whatever the locale made of it."""
-    from clpet.config.schema import derive
+    from clpet.config.seeding import derive
 
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
     put(path, "".join(LINES))

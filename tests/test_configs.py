@@ -9,17 +9,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from clpet.cli.main import GROUPS, first_comment, options
-from clpet.config.schema import (
-    Config,
-    Evaluation,
-    Training,
-    build,
-    conf_dir,
-    register_resolvers,
-    run_name,
-    signature,
-    typed,
-)
+from clpet.config.build import build, typed
+from clpet.config.compose import conf_dir
+from clpet.config.identity import register_resolvers, run_name, signature
+from clpet.config.schema import Config, Evaluation, Training
 
 CHOICES = [(group, name) for group in GROUPS for name in options(group)]
 KNOBS = ("method", "replay", "peft", "hardware", "tracking")  # groups whose every knob has a comment in every option

@@ -15,8 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from clpet import base_model
-from clpet.config.error_messages import composed
-from clpet.config.schema import build, typed
+from clpet.config.build import build, typed
+from clpet.config.compose import composed
 from clpet.data.benchmark import Benchmark
 from clpet.replay.fixed_fraction import RateReplay
 from clpet.reporting.progress import Display

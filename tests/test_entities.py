@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clpet.config.error_messages import composed
-from clpet.config.schema import build, typed
+from clpet.config.build import build, typed
+from clpet.config.compose import composed
 from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.data.sources.entities import Relations, Typing, cut_anew, mark_entities
 from clpet.data.sources.entity_formats import cleaned, read_published, tidy

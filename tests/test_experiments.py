@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from clpet.cli.main import options
-from clpet.config.error_messages import composed
-from clpet.config.schema import Config, Training, build, typed
+from clpet.config.build import build, typed
+from clpet.config.compose import composed
+from clpet.config.schema import Config, Training
 from clpet.errors import ConfigError
 from clpet.replay.batch_plan import equal_compute
 from clpet.run import assemble

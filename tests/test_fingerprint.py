@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clpet.config.error_messages import composed
-from clpet.config.schema import typed
+from clpet.config.build import typed
+from clpet.config.compose import composed
 from clpet.errors import ConfigError, DataError
 from clpet.methods.components.logit_cache import network_key, tensors_key
 from clpet.runs import provenance

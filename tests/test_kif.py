@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clpet.config.schema import build
+from clpet.config.build import build
 from clpet.methods.base import Method
 from clpet.methods.components.importance import Importance, norm
 from clpet.methods.kif import KIF

@@ -53,7 +53,7 @@ def keys(node: DictConfig, prefix: str = "") -> list[str]:
 
 @pytest.fixture(scope="module")
 def knobs(words: Path) -> list[str]:
-    from clpet.config.error_messages import composed
+    from clpet.config.compose import composed
 
     return keys(composed(["method=kif", *tiny_args(words)]))
 

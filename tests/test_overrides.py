@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from clpet.config.error_messages import composed
+from clpet.config.compose import composed
 from clpet.config.overrides import expand, path_value
 
 from .test_refusals import one_line

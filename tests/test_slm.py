@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clpet.config.schema import derive
+from clpet.config.seeding import derive
 from clpet.errors import ConfigError, ModelError
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.adapters import Adapters, Frozen, Lora

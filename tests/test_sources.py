@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
-from clpet.config.error_messages import composed
+from clpet.config.compose import composed
 from clpet.data.benchmark import Example, normalised, order_names
 from clpet.data.sources import PythonStdlib, Table
 from clpet.data.sources.python_stdlib import _module_paragraphs
@@ -26,7 +26,9 @@ def from_yaml(name: str, data_dir: Path | None = None, *overrides: str):
     """A benchmark as `clpet train benchmark=NAME` loads it."""
     from hydra import compose, initialize_config_dir
 
-    from clpet.config.schema import build, conf_dir, register_resolvers, typed
+    from clpet.config.build import build, typed
+    from clpet.config.compose import conf_dir
+    from clpet.config.identity import register_resolvers
 
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clpet.config.error_messages import composed
-from clpet.config.schema import Training, build, typed
+from clpet.config.build import build, typed
+from clpet.config.compose import composed
+from clpet.config.schema import Training
 from clpet.errors import ClpetError, ConfigError
 from clpet.models.backbone import Backbone, first_position
 from clpet.objectives.base import Predictions

@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from clpet.config.schema import require, typed
+from clpet.config.build import typed
+from clpet.config.schema import require
 from clpet.errors import ClpetError
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.runtime.signals import CODE, Interrupt, Interrupted
@@ -56,7 +57,7 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
 
 def rank(config: dict, out: Path, overrides: list[str], logs: dict | None) -> None:
     """One rank of a run; its log is the main rank's."""
-    from clpet.config.schema import build
+    from clpet.config.build import build
     from clpet.run import run
     from clpet.runtime.distributed import joined
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from clpet import __version__
 from clpet.cli import runs
-from clpet.config.error_messages import GROUPS, cluster_message, composed, disk_message, hydra_message, plugin_place
+from clpet.cli.error_messages import cluster_message, disk_message, hydra_message, plugin_place
+from clpet.config.compose import GROUPS, composed
 from clpet.config.overrides import expand
 from clpet.errors import ClpetError, ConfigError, suggest
 from clpet.escape import inline, printable
@@ -153,7 +154,8 @@ def train(argv: list[str]) -> int:
     from hydra.types import RunMode
 
     from clpet.cli.parallel_runs import ParallelSweep
-    from clpet.config.schema import conf_dir, register_resolvers
+    from clpet.config.compose import conf_dir
+    from clpet.config.identity import register_resolvers
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `guarded`, which prints one line
     register_resolvers()
@@ -164,7 +166,7 @@ def train(argv: list[str]) -> int:
     parallel = ParallelSweep(parted(argv)[0])
 
     def job(cfg: Any) -> float | None:
-        from clpet.config.schema import typed
+        from clpet.config.build import typed
 
         found = HydraConfig.get()
         submitted = found.mode is RunMode.MULTIRUN and "BasicLauncher" not in found.launcher._target_
@@ -232,7 +234,7 @@ def parted(argv: list[str]) -> tuple[list[str], list[str]]:
     for flag, value in pairwise([*flags, ""]):
         name, _, given = flag.partition("=")
         if name in ("--config-dir", "-cd"):
-            from clpet.config.schema import use_plugins
+            from clpet.config.compose import use_plugins
 
             use_plugins(given or value)
     return flags, [expand(word) for word in overrides]
@@ -251,7 +253,7 @@ def check_group_options(arguments: list[str]) -> None:
 
 def options(group: str) -> dict[str, Path]:
     """{option: its YAML} of a config group, the user's own --config-dir included."""
-    from clpet.config.schema import conf_dir, plugin_dirs
+    from clpet.config.compose import conf_dir, plugin_dirs
 
     found: dict[str, Path] = {}
     for folder in (conf_dir(), *plugin_dirs()):

@@ -146,7 +146,7 @@ def _opening(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _recorded(arguments: argparse.Namespace) -> Any:
-    from clpet.config.schema import use_plugins
+    from clpet.config.compose import use_plugins
     from clpet.runs.load_run import recorded
 
     if arguments.config_dir:

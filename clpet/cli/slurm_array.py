@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clpet.config.schema import conf_dir, digest, plugin_dirs, register_resolvers
+from clpet.config.compose import conf_dir, plugin_dirs
+from clpet.config.identity import digest, register_resolvers
 
 # sbatch's names of what hydra.launcher calls otherwise; all other knobs that sbatch knows are called the same.
 SBATCH = {"name": "job-name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks-per-node"}

@@ -4,33 +4,14 @@ Every config group names a dataclass by `_target_`. The dataclass holds the type
 holds the values and a comment per knob. `build` merges the two: there is no second schema.
 """
 
-import dataclasses
-import hashlib
-import importlib
-import importlib.util
-import json
-import os
 import re
-import sys
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
-from clpet.errors import ConfigError, suggest
+from clpet.errors import ConfigError
 
 GROUPS = ("method", "replay", "model", "peft", "benchmark", "hardware", "tracking")
-# What does not change a run's result, or only says where it goes, is no part of its identity.
-NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fresh", "dry_run", "seed")
-
-
-def conf_dir() -> Path:
-    """The folder of the shipped configs: inside the package when installed, beside it in a checkout."""
-    here = Path(__file__).resolve().parents[1]
-    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
 
 class Schedule(Enum):
@@ -213,124 +194,3 @@ class Config:
             name = str(getattr(self, group).get("name", ""))
             fits = re.fullmatch(r"\w[\w.-]*", name)
             require(bool(fits), f"{group}.name", repr(name), "letters, digits, _, - and .")
-
-
-def typed(cfg: DictConfig) -> Config:
-    """The composed config with every top-level knob checked; raises ConfigError on an unknown key or wrong type."""
-    plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return _merge(Config, OmegaConf.to_container(plain, resolve=True), "")
-
-
-def build(node: dict, where: str, **runtime: Any) -> Any:
-    """The object that a config node names by `_target_`, its fields checked against the dataclass.
-
-    This is the only place where a config decides which code runs: the class must belong to clpet or to a
-    folder the user named with --config-dir. `runtime` sets attributes that are no knobs.
-    """
-    values = {key: value for key, value in node.items() if key != "_target_"}
-    instance = _merge(find_class(str(node["_target_"]), where), values, where)
-    for key, value in runtime.items():
-        setattr(instance, key, value)
-    return instance
-
-
-def plugin_dirs() -> list[Path]:
-    """The folders given with --config-dir: their Python files may be named by `_target_`."""
-    return [Path(folder) for folder in os.environ.get("CLPET_CONFIG_DIR", "").split(os.pathsep) if folder]
-
-
-def use_plugins(folder: str) -> None:
-    """Makes a --config-dir known to `find_class`. Raises ConfigError where it is no folder."""
-    if not Path(folder).is_dir():
-        raise ConfigError(f"--config-dir {folder} is not a folder")
-    os.environ["CLPET_CONFIG_DIR"] = str(Path(folder).resolve())
-
-
-def find_class(target: str, where: str) -> type:
-    """The dataclass that a `_target_` names, of clpet or of a --config-dir folder. Raises ConfigError."""
-    module_name, _, class_name = target.rpartition(".")
-    for folder in plugin_dirs():
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
-    try:
-        if module_name.partition(".")[0] != "clpet":
-            spec = importlib.util.find_spec(module_name.partition(".")[0]) if module_name else None
-            origin = Path(spec.origin).resolve() if spec and spec.origin else None
-            if origin is None or not any(origin.is_relative_to(folder.resolve()) for folder in plugin_dirs()):
-                raise ConfigError(
-                    f"{where}._target_ names {target}, which is neither part of clpet nor in a --config-dir folder"
-                )
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{where}._target_ names {target}, which cannot be imported: {error}") from error
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise ConfigError(f"{where}._target_ names {target}, which is not a dataclass")
-    return found
-
-
-def _merge(cls: type, values: Any, where: str) -> Any:
-    prefix = f"{where}." if where else ""
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
-    except ConfigKeyError as error:
-        names = [item.name for item in dataclasses.fields(cls)]
-        raise ConfigError(f"unknown key {prefix}{error.full_key}{suggest(str(error.key), names)}") from error
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        key = getattr(error, "full_key", None) or ""
-        raise ConfigError(f"{prefix}{key}: {reason}") from error
-
-
-def digest(value: object, length: int = 8) -> str:
-    """The first hex digits of the SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
-
-
-def _identity(cfg: Any, without: tuple[str, ...]) -> dict:
-    plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in without])
-    identity: dict = OmegaConf.to_container(plain, resolve=True)  # type: ignore[assignment]
-    if identity.get("train"):
-        for key in ("save_minutes", "keep"):  # when something is written changes no result
-            identity["train"].pop(key, None)
-    if (cfg.get("hardware") or {}).get("quantization", "none") != "none":  # alone of hardware it is a coarser model
-        identity["quantization"] = str(cfg.hardware.quantization)
-    for place, key in ((identity, "data_dir"), (identity.get("model") or {}, "path")):
-        if place.get(key):
-            place[key] = os.path.abspath(os.path.expanduser(place[key]))
-    return _numbers(identity)
-
-
-def _numbers(node: Any) -> Any:
-    """1 and 1.0 are the same setting."""
-    if isinstance(node, dict):
-        return {key: _numbers(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_numbers(value) for value in node]
-    return float(node) if isinstance(node, int) and not isinstance(node, bool) else node
-
-
-def signature(cfg: Any) -> str:
-    """Identity of an experiment up to its seed: the hash of every knob that can change its result."""
-    return digest(_identity(cfg, NOT_IDENTITY))
-
-
-def setting(cfg: Any) -> str:
-    """Identity of what methods are compared on: the signature without method and replay."""
-    return digest(_identity(cfg, (*NOT_IDENTITY, "method", "replay")))
-
-
-def run_name(root: Any) -> str:
-    """`benchmark/method/sSEED-SIGNATURE`: the run directory is a function of the configuration."""
-    name = f"{root.benchmark.name}/{root.method.name}/s{root.seed}-{signature(root)}"
-    return f".dry/{name}" if root.dry_run else name
-
-
-def register_resolvers() -> None:
-    """Makes ${run_name:} known to OmegaConf; safe to call twice."""
-    OmegaConf.register_new_resolver("run_name", lambda _root_: run_name(_root_), replace=True)
-
-
-def derive(seed: int, *names: object) -> int:
-    """A 63-bit seed for one purpose, so that no stream of random numbers depends on how much another drew."""
-    text = "/".join(str(name) for name in (seed, *names))
-    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big") >> 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clpet.config.schema import derive
+from clpet.config.seeding import derive
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError
 from clpet.escape import shown

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from clpet.config.schema import derive
+from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset, Ragged
 from clpet.data.token_cache import Lazy, Stream
 from clpet.errors import DataError

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clpet.config.schema import derive
+from clpet.config.seeding import derive
 from clpet.data.benchmark import Example
 from clpet.errors import DataError
 from clpet.escape import shown

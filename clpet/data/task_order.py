@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from clpet.config.schema import derive, digest
+from clpet.config.identity import digest
+from clpet.config.seeding import derive
 from clpet.errors import DataError, ModelError
 
 log = logging.getLogger(__name__)

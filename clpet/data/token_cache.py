@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clpet.config.schema import digest
+from clpet.config.identity import digest
 from clpet.data.benchmark import Example
 from clpet.data.template import first_tokens, frame
 from clpet.runtime import atomic_io

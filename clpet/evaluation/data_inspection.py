@@ -208,7 +208,7 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
 
 def report(cfg: Any) -> str:
     """What `clpet data` prints: the tables of a benchmark composed in `cfg`, with the model's tokenizer."""
-    from clpet.config.schema import build, typed
+    from clpet.config.build import build, typed
     from clpet.data.batches import encode_benchmark
     from clpet.objectives import load
     from clpet.reporting.progress import table

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.config.schema import derive
+from clpet.config.seeding import derive
 from clpet.data.batches import Batch, Encoded, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from clpet.config.schema import derive
+from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.modular import Modular, module_name

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clpet.config.schema import derive
+from clpet.config.seeding import derive
 from clpet.data.benchmark import Task
 from clpet.errors import ModelError
 from clpet.methods.base import Method

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clpet.config.schema import derive, require
+from clpet.config.schema import require
+from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Benchmark
 from clpet.methods.base import Method

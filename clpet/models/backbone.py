@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from clpet.config.schema import derive, require
+from clpet.config.schema import require
+from clpet.config.seeding import derive
 from clpet.errors import ModelError
 from clpet.runs.provenance import folder_hash, hub_commit
 from clpet.runtime.hardware import four_bits

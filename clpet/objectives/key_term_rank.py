@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from clpet.config.schema import derive
+from clpet.config.seeding import derive
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.packing import Windows
 from clpet.data.template import first_tokens

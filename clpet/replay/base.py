@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from clpet.config.schema import derive, require
+from clpet.config.schema import require
+from clpet.config.seeding import derive
 from clpet.data.batches import Encoded, EncodedDataset
 from clpet.errors import ConfigError
 from clpet.replay.batch_plan import Plan, Rows, equal_compute, split_batch, split_limit

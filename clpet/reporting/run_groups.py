@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clpet.config.schema import NOT_IDENTITY, digest
+from clpet.config.identity import NOT_IDENTITY, digest
 from clpet.errors import ConfigError, suggest
 from clpet.runtime.untrusted_json import read_json, split_of
 

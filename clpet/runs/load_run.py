@@ -15,7 +15,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from clpet.config.schema import GROUPS, Config, find_class, typed
+from clpet.config.build import find_class, typed
+from clpet.config.schema import GROUPS, Config
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
 from clpet.data.sources import Source

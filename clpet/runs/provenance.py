@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from clpet import __version__
-from clpet.config.schema import GROUPS, Config, build, digest, plugin_dirs
+from clpet.config.build import build
+from clpet.config.compose import plugin_dirs
+from clpet.config.identity import digest
+from clpet.config.schema import GROUPS, Config
 from clpet.errors import ClpetError, ConfigError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.config.schema import OnNan, OptimizerState, Select, Training, derive
+from clpet.config.schema import OnNan, OptimizerState, Select, Training
+from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.errors import HostError, enough_memory
 from clpet.objectives.base import Objective

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from clpet.config.schema import digest
+from clpet.config.identity import digest
 from clpet.data.batches import EncodedDataset
 from clpet.objectives.classification import Classification
 from clpet.runtime import atomic_io

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clpet.config.schema import conf_dir, digest, plugin_dirs
+from clpet.config.compose import conf_dir, plugin_dirs
+from clpet.config.identity import digest
 from clpet.data.batches import Encoded, EncodedDataset
 from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.errors import ConfigError, ModelError

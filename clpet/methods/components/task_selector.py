@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.config.schema import derive
+from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset
 from clpet.methods.components.logit_cache import BARE, LogitStore
 from clpet.objectives.classification import Classification

@@ -6,25 +6,12 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
+from clpet.config.compose import GROUPS, composed
 from clpet.config.overrides import quoted
 from clpet.errors import ClpetError, suggest
 
-GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def composed(words: list[str]) -> Any:
-    """The configuration that overrides give, the user's --config-dir included."""
-    from hydra import compose, initialize_config_dir
-
-    from clpet.config.schema import conf_dir, plugin_dirs, register_resolvers
-
-    register_resolvers()
-    paths = ",".join(quoted(f"file://{folder}") for folder in plugin_dirs())
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", [*words, *([f"hydra.searchpath=[{paths}]"] if paths else [])])
 
 
 def hydra_message(error: BaseException) -> str | None:
@@ -89,7 +76,7 @@ def disk_message(error: BaseException) -> str | None:
 
 def plugin_place(error: BaseException) -> str | None:
     """FILE:LINE of the user's own code, below --config-dir, where an error comes from; None where it is not theirs."""
-    from clpet.config.schema import plugin_dirs
+    from clpet.config.compose import plugin_dirs
 
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:

@@ -1,0 +1,69 @@
+"""Objects from config nodes: the only place where a config decides which code runs."""
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from clpet.config.compose import plugin_dirs
+from clpet.config.schema import Config
+from clpet.errors import ConfigError, suggest
+
+
+def typed(cfg: DictConfig) -> Config:
+    """The composed config with every top-level knob checked; raises ConfigError on an unknown key or wrong type."""
+    plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    return _merge(Config, OmegaConf.to_container(plain, resolve=True), "")
+
+
+def build(node: dict, where: str, **runtime: Any) -> Any:
+    """The object that a config node names by `_target_`, its fields checked against the dataclass.
+
+    This is the only place where a config decides which code runs: the class must belong to clpet or to a
+    folder the user named with --config-dir. `runtime` sets attributes that are no knobs.
+    """
+    values = {key: value for key, value in node.items() if key != "_target_"}
+    instance = _merge(find_class(str(node["_target_"]), where), values, where)
+    for key, value in runtime.items():
+        setattr(instance, key, value)
+    return instance
+
+
+def find_class(target: str, where: str) -> type:
+    """The dataclass that a `_target_` names, of clpet or of a --config-dir folder. Raises ConfigError."""
+    module_name, _, class_name = target.rpartition(".")
+    for folder in plugin_dirs():
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    try:
+        if module_name.partition(".")[0] != "clpet":
+            spec = importlib.util.find_spec(module_name.partition(".")[0]) if module_name else None
+            origin = Path(spec.origin).resolve() if spec and spec.origin else None
+            if origin is None or not any(origin.is_relative_to(folder.resolve()) for folder in plugin_dirs()):
+                raise ConfigError(
+                    f"{where}._target_ names {target}, which is neither part of clpet nor in a --config-dir folder"
+                )
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{where}._target_ names {target}, which cannot be imported: {error}") from error
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise ConfigError(f"{where}._target_ names {target}, which is not a dataclass")
+    return found
+
+
+def _merge(cls: type, values: Any, where: str) -> Any:
+    prefix = f"{where}." if where else ""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+    except ConfigKeyError as error:
+        names = [item.name for item in dataclasses.fields(cls)]
+        raise ConfigError(f"unknown key {prefix}{error.full_key}{suggest(str(error.key), names)}") from error
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        key = getattr(error, "full_key", None) or ""
+        raise ConfigError(f"{prefix}{key}: {reason}") from error
