@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from clpet.cli.main import options
+from clpet.cli.options import options
 from clpet.config.build import build, typed
 from clpet.config.compose import composed
 from clpet.config.seeding import derive

@@ -119,7 +119,7 @@ def methods_of(objective: str) -> list[str]:
     """The methods that do an objective."""
     from omegaconf import OmegaConf
 
-    from clpet.cli.main import options
+    from clpet.cli.options import options
     from clpet.config.build import find_class
 
     classes = {name: find_class(OmegaConf.load(path)["_target_"], "method") for name, path in options("method").items()}

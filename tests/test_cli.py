@@ -72,7 +72,7 @@ def test_train_help_names_groups_and_examples(clpet) -> None:
 
 
 def test_flags_may_stand_anywhere(clpet) -> None:
-    from clpet.cli.main import normalised
+    from clpet.cli.options import normalised
 
     words = ["method=sequential", "-m", "seed=0,1", "--cfg", "job", "tasks=[a]"]
     assert normalised(words) == ["-m", "--cfg", "job", "method=sequential", "seed=0,1", "benchmark.tasks=[a]"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from clpet.cli.main import options
+from clpet.cli.options import options
 from clpet.config.build import build, typed
 from clpet.config.compose import composed
 from clpet.config.schema import Config, Training

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clpet.cli.main import options
+from clpet.cli.options import options
 
 from .conftest import domain_args, tiny_args
 from .test_methods import results

@@ -1,15 +1,18 @@
 """What Hydra, OmegaConf, SLURM and the disk say of mistakes, put into one line. Imports no torch."""
 
 import errno
+import os
 import re
 import shlex
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
 from clpet.config.compose import GROUPS, composed
 from clpet.config.overrides import quoted
 from clpet.errors import ClpetError, suggest
+from clpet.runtime.signals import CODE, Interrupted
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -112,3 +115,27 @@ def suggest_key(key: str) -> str:
     parent = key.rpartition(".")[0]
     near = [name for name in keys if name.rpartition(".")[0] == parent]
     return suggest(key, keys) if suggest(key, keys).startswith("; did") else suggest(key, near)
+
+
+def told(error: Exception | Interrupted) -> tuple[str, int]:
+    """An error in one line, and the exit code; what nobody foresaw leaves its traceback in a file."""
+    if isinstance(error, ClpetError):
+        return str(error), error.exit_code
+    if isinstance(error, Interrupted):
+        return str(error), CODE
+    for message, code in ((disk_message(error), 1), (hydra_message(error), 2), (cluster_message(error), 1)):
+        if message is not None:
+            return message, code
+    if type(error).__name__ == "OutOfMemoryError":
+        hint = "lower hardware.micro_batch_size (training) or hardware.eval_batch_size (tests)"
+        return f"the device is out of memory: {hint}; finished tasks are saved", 1
+    if isinstance(error, OSError):
+        return f"{error.filename or 'system'}: {error.strerror or error}", 2
+    if os.environ.get("CLPET_DEBUG"):
+        raise error
+    with tempfile.NamedTemporaryFile("w", prefix="clpet-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    text = (str(error).splitlines() or [""])[0]
+    if place := plugin_place(error):
+        return f"{place}: {type(error).__name__}: {text} (the whole traceback: {file.name})", 1
+    return f"internal error, please report it with {file.name}: {type(error).__name__}: {text}", 1

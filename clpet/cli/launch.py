@@ -107,7 +107,7 @@ def start(count: int, work: Callable[..., object], *arguments: Any) -> None:
 
 def _rank(folder: str, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """A process of `start`: leaves what ended it in the folder."""
-    from clpet.cli.main import told
+    from clpet.cli.error_messages import told
     from clpet.runtime.distributed import LostRank
 
     os.setpgrp()  # Ctrl-C reaches the launcher, which passes it on: twice would end it without saving

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clpet.cli.options import check_group_options, parted
 from clpet.config.compose import conf_dir, plugin_dirs
 from clpet.config.identity import digest, register_resolvers
 
@@ -86,3 +87,13 @@ def sbatch_flags(launcher: Any, runs: int) -> list[str]:
     found |= launcher.additional_parameters
     flags = [(f"--{key.replace('_', '-')}", value) for key, value in found.items() if value not in (None, False)]
     return [flag if value is True else f"{flag}={value}" for flag, value in flags]
+
+
+def sweep(argv: list[str]) -> int:
+    """`clpet sweep key=value,value ...`: what scripts/slurm_array.sh asks before it submits."""
+    overrides = parted(argv)[1]
+    check_group_options(overrides)
+    from clpet.cli.slurm_array import plan
+
+    print("\n".join(plan(overrides)))
+    return 0

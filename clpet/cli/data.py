@@ -1,0 +1,25 @@
+"""`clpet data`: a report on a benchmark, without training."""
+
+import argparse
+
+from clpet.cli.options import check_group_options, normalised
+from clpet.config.compose import composed
+from clpet.escape import printable
+
+
+def data(argv: list[str]) -> int:
+    """`clpet data BENCHMARK key=value ...`: a report on the data, without training."""
+    description = "Counts, balance, lengths, repeats and overlaps of a benchmark, without training."
+    parser = argparse.ArgumentParser("clpet data", description=description)
+    parser.add_argument("benchmark")
+    parser.add_argument("overrides", nargs="*", help="such as data_dir=FOLDER model=bert_base benchmark.max_train=100")
+    parser.add_argument("--config-dir", help="a folder with your own configs")
+    arguments = parser.parse_args(argv)
+    folder = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
+    words = normalised([*folder, f"benchmark={arguments.benchmark}", *arguments.overrides])[len(folder) :]
+    check_group_options(words)
+    cfg = composed(words)
+    from clpet.evaluation.data_inspection import report
+
+    print(printable(report(cfg)))
+    return 0
