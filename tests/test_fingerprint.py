@@ -16,7 +16,8 @@ from clpet.errors import ConfigError, DataError
 from clpet.methods.components.logit_cache import network_key, tensors_key
 from clpet.runs import provenance
 from clpet.runs.load_run import check_inputs, recorded
-from clpet.runs.provenance import check_finished, code, file_hash, folder_hash, hub_commit, hub_data, remembered
+from clpet.runs.provenance import check_finished, code, hub_data
+from clpet.runtime.fingerprint import file_hash, folder_hash, hub_commit, remembered
 from clpet.runtime.run_checkpoint import RunState
 
 from .conftest import made, tiny_args, write_words

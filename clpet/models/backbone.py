@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from clpet.config.schema import require
 from clpet.config.seeding import derive
 from clpet.errors import ModelError
-from clpet.runs.provenance import folder_hash, hub_commit
+from clpet.runtime.fingerprint import folder_hash, hub_commit
 from clpet.runtime.hardware import four_bits
 
 # What configs of transformers call the rates of a network's dropout, classifiers' apart.

@@ -9,10 +9,11 @@ import contextlib
 import hashlib
 import logging
 import os
-import re
+import platform
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,9 @@ from clpet.config.compose import plugin_dirs
 from clpet.config.identity import digest
 from clpet.config.schema import GROUPS, Config
 from clpet.errors import ClpetError, ConfigError
+from clpet.runtime.fingerprint import _stat, hub_commit, remembered
 
 log = logging.getLogger(__name__)
-
-READ = (".json", ".txt", ".model", ".safetensors", ".py")  # what is read of a model's folder
-SETTLED = 2.0  # seconds after which a change of a file is sure to change its time stamp
 
 
 def inputs(config: Config, backbone: Any, method: Any) -> dict[str, str]:
@@ -93,70 +92,6 @@ def _walk(place: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
-def _stat(path: Path) -> list[Any] | None:
-    """A file's path, size, times and inode; None where it has just changed, so that it may change unnoticed."""
-    try:
-        found = path.stat()
-    except OSError:
-        return [str(path)]
-    newest = max(found.st_mtime, found.st_ctime)
-    if time.time() - newest < SETTLED:
-        return None
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def remembered(cache: str | None, key: str | None, compute: Callable[[], str]) -> str:
-    """A value that is kept under a key in the cache folder; without a folder or a key it is computed."""
-    place = Path(cache).expanduser() / "fingerprints" / key if cache and key else None
-    with contextlib.suppress(OSError, ValueError):
-        value, check = place.read_text().split() if place else ("", "")
-        if place and check == digest([key, value]):
-            return value
-    value = compute()
-    if place:
-        remember(place, value)
-    return value
-
-
-def remember(place: Path, value: str) -> None:
-    """Writes a value whole with its checksum; a disk that refuses costs only the time to compute it again."""
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(f"{value} {digest([place.name, value])}\n")
-        temporary.replace(place)
-
-
-def file_hash(path: Path, cache: str | None) -> str:
-    """SHA-256 of a file, remembered by its path, size, times and inode."""
-    before = _stat(path)
-
-    def compute() -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return remembered(cache, digest(before, 32) if before else None, compute)
-
-
-def folder_hash(folder: Path, cache: str | None) -> str:
-    """Hash of the files that are read of a model's folder, and of the modules of a sentence encoder in it."""
-    files = sorted(path for path in (*folder.glob("*"), *folder.glob("[0-9]_*/*")) if path.suffix in READ)
-    return digest([[path.relative_to(folder).as_posix(), file_hash(path, cache)] for path in files], 32)
-
-
-def hub_commit(name: str, revision: str | None, kind: str = "model") -> str | None:
-    """The commit of a model or dataset of the hub that lies in this machine's cache; None where none does."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import repo_folder_name
-
-    if revision and re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
-    folder = repo_folder_name(repo_id=name, repo_type=kind)
-    with contextlib.suppress(OSError):
-        return (Path(HF_HUB_CACHE) / folder / "refs" / (revision or "main")).read_text().strip() or None
-    return None
-
-
 def hub_data(benchmark: Mapping[str, Any]) -> dict[str, str]:
     """{data set: commit} of what a benchmark's settings name of the hub, as far as it lies in this machine's cache."""
     named = [benchmark, *(benchmark.get("hub_tasks") or {}).values()]
@@ -200,3 +135,35 @@ def _imported(source: bytes, name: str, package: bool) -> Iterator[str]:
                 above = parts[: len(parts) - node.level + package] if node.level else []
                 base = ".".join([*above, *([node.module] if node.module else [])])
                 yield from (base, *(f"{base}.{alias.name}" if base else alias.name for alias in node.names))
+
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "omegaconf", "numpy", "wandb")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, clpet and the packages that results depend on."""
+    found = {"python": platform.python_version(), "clpet": __version__, "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout clpet runs from, with + when it has changes; None outside a checkout."""
+    here = Path(sys.modules["clpet"].__file__ or "").resolve().parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", "run.py")
+    revision = git("rev-parse", "HEAD") if tracked else None
+    return revision and revision + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

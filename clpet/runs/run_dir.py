@@ -5,11 +5,7 @@ import io
 import json
 import logging
 import math
-import platform
 import shutil
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import save_file
 
-from clpet import __version__
 from clpet.data.benchmark import Benchmark
 from clpet.errors import DataError
 from clpet.escape import inline, spreadsheet
@@ -28,14 +23,13 @@ from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2, toli
 from clpet.models.adapters import parameter_ratio
 from clpet.reporting.perplexity_tables import LEGEND, average_table
 from clpet.reporting.progress import matrix_table, say
-from clpet.runs.provenance import hub_data
+from clpet.runs.provenance import git_revision, hub_data, versions
 from clpet.runtime.distributed import world
 from clpet.runtime.run_checkpoint import RunState, whole, write_atomic, write_tree
 from clpet.runtime.untrusted_json import command, read_json, read_results, split_of
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "omegaconf", "numpy", "wandb")
 MADE = ("results.json", "transfer.csv", "*.png", "metrics.jsonl", "run.json", "downstream-*.json")
 
 
@@ -304,32 +298,3 @@ def batch_record(cfg: DictConfig) -> dict[str, int]:
     part = -(-whole // ranks)
     micro = min(part, cfg.hardware.micro_batch_size or part)
     return {"global": whole, "per_device": micro, "accumulation": -(-part // micro), "devices": ranks}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, clpet and the packages that results depend on."""
-    found = {"python": platform.python_version(), "clpet": __version__, "platform": platform.platform()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
-def git_revision() -> str | None:
-    """Revision of the checkout clpet runs from, with + when it has changes; None outside a checkout."""
-    here = Path(sys.modules["clpet"].__file__ or "").resolve().parent
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    tracked = git("ls-files", "--error-unmatch", "run.py")
-    revision = git("rev-parse", "HEAD") if tracked else None
-    return revision and revision + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -25,8 +25,8 @@ from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.errors import ConfigError, ModelError
 from clpet.methods.components.logit_cache import BLOCK, STEP, blocks, platform
 from clpet.models.backbone import Backbone, first_line, first_position
-from clpet.runs.provenance import folder_hash
 from clpet.runtime import atomic_io
+from clpet.runtime.fingerprint import folder_hash
 
 PART = 16384  # texts of one file at most: what is lost when a run is stopped
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
