@@ -28,9 +28,10 @@ from clpet.reporting.progress import Display
 from clpet.runs import provenance, run_dir
 from clpet.runs.dry_run import count_parameters, dry_run
 from clpet.runs.tracking import Tracker, write_predictions
+from clpet.runtime.atomic_io import Lock
 from clpet.runtime.distributed import world
 from clpet.runtime.hardware import Quantization, recompute, shard
-from clpet.runtime.run_checkpoint import Lock, RunState
+from clpet.runtime.run_checkpoint import RunState
 from clpet.runtime.signals import Interrupt
 from clpet.runtime.untrusted_json import readable
 from clpet.training.fit_checkpoint import Keeper

@@ -250,7 +250,7 @@ def test_changed_data_is_not_resumed(tmp_path: Path, clpet) -> None:
 
 
 def test_two_processes_do_not_share_a_run_directory(words: Path, clpet, tmp_path: Path) -> None:
-    from clpet.runtime.run_checkpoint import Lock
+    from clpet.runtime.atomic_io import Lock
 
     args = ["train", "method=sequential", *tiny_args(words)]
     assert clpet(*args).code == 0

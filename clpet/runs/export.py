@@ -8,8 +8,8 @@ from clpet import __version__
 from clpet.errors import ConfigError
 from clpet.runs.load_run import Recorded, Reopened
 from clpet.runs.run_dir import save_heads
+from clpet.runtime.atomic_io import whole
 from clpet.runtime.hardware import Quantization
-from clpet.runtime.run_checkpoint import whole
 
 PARTS = "what was trained beside the backbone's own weights"
 UNMERGED = ("prompt", "prefix", "frozen")

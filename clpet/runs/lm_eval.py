@@ -14,7 +14,7 @@ from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.models.backbone import Architecture, first_line
 from clpet.reporting.progress import table
 from clpet.runs.load_run import Recorded, Reopened
-from clpet.runtime.run_checkpoint import write_atomic
+from clpet.runtime.atomic_io import write_atomic
 
 LONGER = 8  # times: the harness' texts, against those that hardware.eval_batch_size counts
 OWN = "clpet_normalised"

@@ -24,8 +24,9 @@ from clpet.models.adapters import parameter_ratio
 from clpet.reporting.perplexity_tables import LEGEND, average_table
 from clpet.reporting.progress import matrix_table, say
 from clpet.runs.provenance import git_revision, hub_data, versions
+from clpet.runtime.atomic_io import whole, write_atomic
 from clpet.runtime.distributed import world
-from clpet.runtime.run_checkpoint import RunState, whole, write_atomic, write_tree
+from clpet.runtime.run_checkpoint import RunState, write_tree
 from clpet.runtime.untrusted_json import command, read_json, read_results, split_of
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from clpet.escape import inline
 from clpet.evaluation.evaluator import Evaluation
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
 from clpet.reporting.progress import Display, matrix_table, summary_line
+from clpet.runtime.atomic_io import write_atomic
 from clpet.runtime.distributed import world
-from clpet.runtime.run_checkpoint import RunState, write_atomic
+from clpet.runtime.run_checkpoint import RunState
 
 log = logging.getLogger(__name__)
 

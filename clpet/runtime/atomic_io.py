@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from clpet.errors import HostError
 from clpet.runtime.distributed import world
 
 log = logging.getLogger(__name__)
@@ -116,3 +117,58 @@ def _checksum(arrays: dict[str, np.ndarray]) -> bytes:
         found.update(f"{name} {values.shape} {values.dtype}".encode())
         found.update(np.ascontiguousarray(values).tobytes())
     return found.digest()
+
+
+@contextlib.contextmanager
+def whole(place: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `place` when all is written. Raises HostError when the disk refuses."""
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(place, ignore_errors=True)
+        temporary.rename(place)
+    except (OSError, SafetensorError) as error:
+        raise HostError(f"{place} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replaces a file's text whole. Raises HostError when the disk refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write_synced(temporary, text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise HostError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+class Lock:
+    """Holds a run directory for this process and its ranks. Raises HostError when another process has it."""
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = (out / ".lock").open("w")
+        if not world().main:
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.file.close()
+            raise HostError(f"another process is working in {out}: wait for it, or use another output_dir") from error
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()

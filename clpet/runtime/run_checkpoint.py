@@ -1,14 +1,11 @@
 """What a run leaves on disk to go on from: checkpoints between tasks, written whole or not at all."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from clpet.errors import ConfigError, HostError
+from clpet.errors import ConfigError
 from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.runtime.atomic_io import _write_synced, whole
 from clpet.runtime.distributed import world
 
 log = logging.getLogger(__name__)
@@ -137,22 +135,6 @@ def write_tree(place: Path, tree: dict[str, Any]) -> None:
         _write_synced(folder / "state.json", json.dumps(plain))
 
 
-@contextlib.contextmanager
-def whole(place: Path) -> Iterator[Path]:
-    """A new folder to write into, which becomes `place` when all is written. Raises HostError when the disk refuses."""
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(place, ignore_errors=True)
-        temporary.rename(place)
-    except (OSError, SafetensorError) as error:
-        raise HostError(f"{place} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def read_tree(place: Path) -> dict[str, Any]:
     """The inverse of `write_tree`. Raises ValueError when the files are damaged."""
     try:
@@ -199,42 +181,3 @@ def _checksum(tensors: Path, plain: dict[str, Any]) -> str:
         found = hashlib.file_digest(file, "sha256")
     found.update(json.dumps(plain).encode())
     return found.hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replaces a file's text whole. Raises HostError when the disk refuses."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        _write_synced(temporary, text)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise HostError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-class Lock:
-    """Holds a run directory for this process and its ranks. Raises HostError when another process has it."""
-
-    def __init__(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.file = (out / ".lock").open("w")
-        if not world().main:
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.file.close()
-            raise HostError(f"another process is working in {out}: wait for it, or use another output_dir") from error
-
-    def __enter__(self) -> "Lock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
