@@ -22,6 +22,7 @@ from clpet.evaluation.evaluator import Evaluator
 from clpet.methods.base import Method
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.models.adapters import Adapters
+from clpet.models.memory_saving import recompute, shard
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
 from clpet.reporting.progress import Display
@@ -30,7 +31,7 @@ from clpet.runs.dry_run import count_parameters, dry_run
 from clpet.runs.tracking import Tracker, write_predictions
 from clpet.runtime.atomic_io import Lock
 from clpet.runtime.distributed import world
-from clpet.runtime.hardware import Quantization, recompute, shard
+from clpet.runtime.hardware import Quantization
 from clpet.runtime.run_checkpoint import RunState
 from clpet.runtime.signals import Interrupt
 from clpet.runtime.untrusted_json import readable

@@ -10,7 +10,7 @@ import transformers
 from clpet.errors import ConfigError, ModelError
 from clpet.models.adapters import Adapter, Adapters, Frozen, Lora
 from clpet.models.backbone import Architecture, Backbone, byte_tokenizer
-from clpet.runtime.hardware import recompute
+from clpet.models.memory_saving import recompute
 
 from .conftest import tiny_args
 

@@ -11,7 +11,7 @@ import transformers
 from clpet.errors import ModelError
 from clpet.models.adapters import Adapters, Blocks, Lora
 from clpet.models.backbone import Architecture, Backbone
-from clpet.runtime.hardware import recompute
+from clpet.models.memory_saving import recompute
 
 from .conftest import domain_args, tiny_args
 

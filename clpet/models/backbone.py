@@ -14,8 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from clpet.config.schema import require
 from clpet.config.seeding import derive
 from clpet.errors import ModelError
+from clpet.models.memory_saving import four_bits
 from clpet.runtime.fingerprint import folder_hash, hub_commit
-from clpet.runtime.hardware import four_bits
 
 # What configs of transformers call the rates of a network's dropout, classifiers' apart.
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout", "hidden_dropout_prob",
