@@ -7,7 +7,7 @@ import torch
 from clpet.methods.base import Choices
 from clpet.methods.components.contrastive import Bank, contrastive, relation_distillation
 from clpet.methods.lwf import distillation
-from clpet.replay.base import FixedReplay
+from clpet.replay.exemplar import FixedReplay
 
 
 def test_contrastive_loss() -> None:

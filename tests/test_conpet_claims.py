@@ -12,7 +12,7 @@ from clpet.data.batches import Encoded, EncodedDataset
 from clpet.evaluation.evaluator import Evaluator
 from clpet.methods.dynamic_conpet import DynamicConPET
 from clpet.methods.replay import Replay
-from clpet.replay.base import DynamicReplay
+from clpet.replay.sampled import DynamicReplay
 
 
 @pytest.fixture(scope="module")

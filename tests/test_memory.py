@@ -8,16 +8,11 @@ from scipy import stats
 
 from clpet.data.batches import Encoded, EncodedDataset
 from clpet.errors import ConfigError
-from clpet.replay.base import (
-    AllReplay,
-    DynamicReplay,
-    FixedReplay,
-    NoReplay,
-    ReservoirReplay,
-    ShareReplay,
-)
+from clpet.replay.base import AllReplay, NoReplay
 from clpet.replay.batch_plan import equal_compute, split_batch, split_limit
+from clpet.replay.exemplar import FixedReplay, ShareReplay
 from clpet.replay.exemplar_selection import herding, kmeans_nearest
+from clpet.replay.sampled import DynamicReplay, ReservoirReplay
 
 
 def pool(sizes: list[int], classes: int = 2) -> EncodedDataset:

@@ -19,9 +19,10 @@ from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.components.contrastive import Bank, contrastive, draw, relation_distillation
-from clpet.replay.base import DrawnReplay, FixedReplay
 from clpet.replay.batch_plan import Plan, split_batch
+from clpet.replay.exemplar import FixedReplay
 from clpet.replay.exemplar_selection import stand_in
+from clpet.replay.sampled import DrawnReplay
 from clpet.runtime.distributed import world
 from clpet.training.trainer import Trainer
 

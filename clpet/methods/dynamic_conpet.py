@@ -24,8 +24,8 @@ from clpet.methods.components.logit_cache import LogitStore
 from clpet.methods.components.task_selector import Prototypes, Selector
 from clpet.methods.modular import Modular, module_name
 from clpet.objectives.classification import MISSING, Head
-from clpet.replay.base import DrawnReplay
 from clpet.replay.batch_plan import Plan
+from clpet.replay.sampled import DrawnReplay
 from clpet.training.trainer import Trainer
 
 

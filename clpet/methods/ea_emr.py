@@ -17,7 +17,7 @@ from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.base import Choices, Predictions
 from clpet.methods.replay import Replay
-from clpet.replay.base import FixedReplay
+from clpet.replay.exemplar import FixedReplay
 from clpet.training.trainer import Trainer
 
 

@@ -1,0 +1,108 @@
+"""Replay of a small memory chosen once per task."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clpet.config.schema import require
+from clpet.data.batches import Encoded
+from clpet.replay.base import Held, NoReplay
+from clpet.replay.batch_plan import Plan, Rows, equal_compute
+from clpet.replay.exemplar_selection import divided, select_per_class, stratified
+
+
+@dataclass
+class FixedReplay(NoReplay):
+    """A small memory chosen once per task, mixed into the new data as `copies` of itself (ConPET, 3.2 and 3.3).
+
+    `train_share` of the kept examples are trained on, the rest is for validation. copies=null takes the f of
+    ConPET that equals the compute of dynamic sampling at `limit` = L, and `max_copies` where the new data alone
+    fill an epoch; without a limit about as many old as new examples an epoch.
+    """
+
+    name: str = "fixed"
+    selection: str = "kmeans"
+    per_class: int = 20
+    train_share: float = 0.8
+    copies: int | None = None
+    max_copies: int = 5
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        known = ("kmeans", "random", "herding")
+        require(self.selection in known, "replay.selection", self.selection, " or ".join(known))
+        require(self.per_class >= 1, "replay.per_class", self.per_class, "at least 1")
+        require(0 < self.train_share <= 1, "replay.train_share", self.train_share, "in (0, 1]")
+        require(self.max_copies >= 1, "replay.max_copies", self.max_copies, "at least 1")
+        require(self.copies is None or self.copies >= 1, "replay.copies", self.copies, "at least 1, or null")
+
+    @property
+    def by_class(self) -> bool:
+        return True
+
+    def plan(self, index: int, stage: str = "") -> Plan:
+        if not self.memory:
+            return super().plan(index, stage)
+        new, old = self.pool.rows_of(index), self.old()
+        return self._shuffled(new, index, stage, extra=np.tile(old, self._copies(len(new), old)))
+
+    def _copies(self, new: int, old: Rows) -> int:
+        if self.copies is not None:
+            return self.copies
+        if self.limit is None:
+            return max(1, min(self.max_copies, round(new / len(old))))
+        full = -(-4 * self.per_class // 5) * len(np.unique(self.pool.labels[old]))
+        memory = len(old) if self.actual_size else full
+        return equal_compute(new, memory, self.limit, self.batch_size, self.max_copies)
+
+    def validation(self, index: int) -> Held:
+        """The new task's validation part and the validation share of the memories."""
+        kept = [(self.pool, np.concatenate([self.spare[task] for task in sorted(self.spare)]))] if self.spare else []
+        return [(self.held, self.held.rows_of(index)), *kept]
+
+    def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
+        super().setup(data, seed, batch_size)
+        self.spare: dict[int, Rows] = {}  # task -> kept rows that only validate
+        self.actual_size = False  # copies are counted by the memory as it is, not by ceil(0.8 m) examples a class
+
+    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        rng = self.rng(index)
+        rows = self.pool.rows_of(index)
+        parts = []
+        for label in np.unique(self.pool.labels[rows]):
+            own = rows[self.pool.labels[rows] == label]
+            kept = select_per_class(self.pool, own, self.per_class, self.selection, features, self.cluster_seed, rng)
+            parts.append(divided(kept, self.train_share, rng))
+        self.memory[index] = np.sort(np.concatenate([train for train, _ in parts]))
+        self.spare[index] = np.sort(np.concatenate([spare for _, spare in parts]))
+
+    def stored(self) -> int:
+        return super().stored() + sum(len(rows) for rows in self.spare.values())
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "spare": {str(task): rows.tolist() for task, rows in self.spare.items()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.spare = {int(task): np.array(rows, dtype=np.int64) for task, rows in state["spare"].items()}
+
+
+@dataclass
+class ShareReplay(NoReplay):
+    """A share of every task, spread over its labels, mixed into the new data once an epoch (MixReplay)."""
+
+    name: str = "share"
+    share: float = 0.02
+
+    def __post_init__(self) -> None:
+        require(0 <= self.share <= 1, "replay.share", self.share, "in [0, 1]")
+
+    def plan(self, index: int, stage: str = "") -> Plan:
+        return self._shuffled(self.pool.rows_of(index), index, stage, extra=self.old() if self.memory else None)
+
+    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        rows = self.pool.rows_of(index)
+        if self.share:
+            self.memory[index] = stratified(self.pool.labels, rows, self.share, self.rng(index))

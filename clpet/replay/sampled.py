@@ -1,0 +1,160 @@
+"""Replay that draws old examples at every step."""
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clpet.config.schema import require
+from clpet.data.batches import Encoded
+from clpet.errors import ConfigError
+from clpet.replay.base import Held, NoReplay
+from clpet.replay.batch_plan import Plan, Rows, split_batch, split_limit
+from clpet.replay.exemplar_selection import select_per_class
+
+log = logging.getLogger(__name__)
+
+EVAL_BATCH = 32  # examples of a validation batch in ConPET's counts
+
+
+@dataclass
+class DrawnReplay(NoReplay):
+    """Every step mixes new examples with old ones drawn anew; what may be drawn is a subclass's `memory`.
+
+    `limit` = L gives 4L // 5 steps an epoch; null as many as show every new example about once. Task 1 is an
+    ordinary shuffled epoch.
+    """
+
+    name: str = "drawn"
+    ratio: float = 1.0
+    limit: int | None = None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the whole history may come back."""
+        return False
+
+    def mixed(self, ratio: float | None) -> "DrawnReplay":
+        """The same memory with another share of old examples in a batch; None: with the same share."""
+        other = copy.copy(self)
+        other.ratio = ratio or self.ratio
+        return other
+
+    def __post_init__(self) -> None:
+        require(self.ratio != 0, "replay.ratio", self.ratio, "positive (new:old) or negative (old:new)")
+        require(self.limit is None or self.limit >= 2, "replay.limit", self.limit, "at least 2, or null")
+
+    def check(self, batch_size: int, objective: str) -> None:
+        super().check(batch_size, objective)
+        new, old = split_batch(batch_size, self.ratio)
+        if new < 1 or old < 1:
+            raise ConfigError(
+                f"replay.ratio={self.ratio} splits train.global_batch_size={batch_size} into {new} new and {old} old "
+                "examples: both must be at least 1"
+            )
+
+    def plan(self, index: int, stage: str = "") -> Plan:
+        if not self.memory:
+            return super().plan(index, stage)
+        new = self.pool.rows_of(index)
+        new_places, _ = split_batch(self.batch_size, self.ratio)
+        if len(new) < new_places:
+            repeats = "task %d has %d examples for %d places of a batch: they repeat"
+            log.warning(repeats, index + 1, len(new), new_places)
+        steps = -(-len(new) // new_places) if self.limit is None else split_limit(self.limit)[0]
+        return Plan(self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(self.key(index), stage, epoch)))
+
+    def validation(self, index: int) -> Held:
+        """L // 5 batches of 32, half new and half old, drawn once per task; all validation parts without a limit."""
+        if not self.keeps_all or not self.memory:
+            return super().validation(index)  # a small memory has no old validation examples
+        if self.limit is None:
+            return [(self.held, self.held.rows_of(*range(index + 1)))]
+        rng, size = self.rng(index, "validation"), split_limit(self.limit)[1] * EVAL_BATCH
+        new, old = self.held.rows_of(index), [self.held.rows_of(task) for task in range(index)]
+        fresh = rng.choice(new, size - size // 2, replace=True)
+        drawn = [rng.choice(old[task]) for task in rng.integers(len(old), size=size // 2)]
+        return [(self.held, np.concatenate([fresh, np.array(drawn, dtype=np.int64)]))]
+
+    def draw(self, new: Rows, steps: int, rng: np.random.Generator) -> list[Rows]:
+        """`steps` batches, the new rows first: distinct new examples, independent old draws (task, then example)."""
+        n_new, n_old = split_batch(self.batch_size, self.ratio)
+        old = [self.memory[task] for task in sorted(self.memory)]
+        sizes = np.array([len(rows) for rows in old])
+        batches = []
+        for _ in range(steps):
+            fresh = rng.choice(new, n_new, replace=len(new) < n_new)
+            tasks = rng.integers(len(old), size=n_old)
+            places = rng.integers(sizes[tasks])
+            drawn = np.array([old[task][place] for task, place in zip(tasks, places, strict=True)], dtype=np.int64)
+            batches.append(np.concatenate([fresh, drawn]))
+        return batches
+
+
+@dataclass
+class DynamicReplay(DrawnReplay):
+    """Dynamic sampling (ConPET, section 3.1): old draws are uniform over tasks, then over a task's examples.
+
+    `kind=history` keeps all old examples (storage grows, compute does not); `fixed` draws from a memory chosen
+    per class by k-means.
+    """
+
+    name: str = "dynamic"
+    kind: str = "history"
+    per_class: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.kind in ("history", "fixed"), "replay.kind", self.kind, "history or fixed")
+        require(self.per_class >= 1, "replay.per_class", self.per_class, "at least 1")
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.kind == "history"
+
+    @property
+    def by_class(self) -> bool:
+        return self.kind == "fixed"
+
+    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        rows = self.pool.rows_of(index)
+        if self.kind == "fixed":
+            vectors, seed, rng = features, self.cluster_seed, self.rng(index)
+            rows = np.unique(select_per_class(self.pool, rows, self.per_class, "kmeans", vectors, seed, rng))
+        self.memory[index] = rows
+
+
+@dataclass
+class ReservoirReplay(DrawnReplay):
+    """A uniform sample of everything seen, of constant size (Vitter, 1985); drawn from uniformly at every step."""
+
+    name: str = "reservoir"
+    capacity: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.capacity >= 1, "replay.capacity", self.capacity, "at least 1")
+
+    def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
+        super().setup(data, seed, batch_size)
+        self.passed = 0
+
+    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+        kept, rng = self.memory.get(0, np.empty(0, dtype=np.int64)).tolist(), self.rng("reservoir", index)
+        for row in rng.permutation(self.pool.rows_of(index)):
+            self.passed += 1
+            if len(kept) < self.capacity:
+                kept.append(row)
+            elif (place := int(rng.integers(self.passed))) < self.capacity:
+                kept[place] = row
+        self.memory = {0: np.array(kept, dtype=np.int64)}
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "passed": self.passed}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.passed = int(state["passed"])
