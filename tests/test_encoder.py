@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from clpet.errors import ConfigError, ModelError
-from clpet.methods.components.sentence_encoder import Embeddings, Encoder, locate
+from clpet.methods.components.features import Embeddings
+from clpet.models.sentence_encoder import Encoder, locate
 from clpet.models.backbone import byte_tokenizer
 
 TEXTS = ["a short text", "something else that is longer " * 3, "x", "", "a short text", "y" * 15]

@@ -204,7 +204,7 @@ def test_without_an_encoder_words_are_hashed_unless_one_was_named(monkeypatch: p
     def absent(name: str) -> None:
         raise ModelError("not on this machine")
 
-    monkeypatch.setattr("clpet.methods.components.sentence_encoder.locate", absent)
+    monkeypatch.setattr("clpet.models.sentence_encoder.locate", absent)
     assert order_domains(TEXTS, "similar", encoder="auto").encoder == "hashed (no sentence encoder)"
     with pytest.raises(ModelError):
         order_domains(TEXTS, "similar", encoder="minilm")

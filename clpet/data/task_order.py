@@ -251,7 +251,7 @@ def pieces(texts: Iterable[str]) -> Iterator[str]:
 def sentence_embedder(name: str, cache_dir: str | None) -> tuple[str, Embed]:
     """(what the record calls it, the function). `auto` is minilm where it can be had, else `hashed` word 1-2-grams."""
     if name != "hashed":
-        from clpet.methods.components.sentence_encoder import Encoder, locate
+        from clpet.models.sentence_encoder import Encoder, locate
 
         try:
             encoder = Encoder(locate("minilm" if name == "auto" else name), TOKENS, _device(), cache_dir)

@@ -21,6 +21,7 @@ from clpet.data.batches import Batch, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
 from clpet.methods.base import Choices, Method, Predictions
+from clpet.methods.components.features import Embeddings
 from clpet.methods.components.key_retrieval import (
     KeyLearning,
     Mixture,
@@ -31,7 +32,7 @@ from clpet.methods.components.key_retrieval import (
     orthonormal,
     unrelated,
 )
-from clpet.methods.components.sentence_encoder import Embeddings, Encoder, backbone, locate
+from clpet.models.sentence_encoder import Encoder, backbone, locate
 from clpet.methods.modular import module_name
 from clpet.models.adapters import Lora
 from clpet.models.stacked_lora import Increments, attention_outputs

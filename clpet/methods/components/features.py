@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.data.batches import Batch, positions
+from clpet.data.batches import Batch, Encoded, EncodedDataset, positions
+from clpet.data.benchmark import SPLITS, Benchmark
+from clpet.models.sentence_encoder import Encoder
 
 
 def vocabulary(model: nn.Module) -> Tensor:
@@ -38,3 +41,23 @@ def mean_pool(x: Tensor, mask: Tensor) -> Tensor:
 def max_pool(x: Tensor, mask: Tensor) -> Tensor:
     """[batch, length, dim] -> [batch, dim]: the largest value of each component where `mask` is 1."""
     return x.masked_fill(mask[:, :, None] == 0, float("-inf")).amax(1)
+
+
+class Embeddings:
+    """The embeddings of a benchmark's texts by split and row, encoded task by task when they are first asked for."""
+
+    def __init__(self, encoder: Encoder, benchmark: Benchmark, data: Encoded) -> None:
+        self.encoder, self.data = encoder, data
+        self.texts = {split: [e.text for task in benchmark.tasks for e in task.split(split)] for split in SPLITS}
+        self.tables = {split: torch.zeros(len(texts), encoder.dim) for split, texts in self.texts.items()}
+        self.known = {split: np.zeros(len(texts), dtype=bool) for split, texts in self.texts.items()}
+
+    def __call__(self, pool: EncodedDataset, rows: np.ndarray) -> Tensor:
+        """[len(rows), dim] of rows of one of the benchmark's pools."""
+        split = next(split for split in SPLITS if getattr(self.data, split) is pool)
+        if not (known := self.known[split])[rows].all():
+            for task in np.unique(pool.tasks[rows[~known[rows]]]).tolist():
+                own = pool.rows_of(task)
+                self.tables[split][own] = self.encoder.encode([self.texts[split][row] for row in own])
+                known[own] = True
+        return self.tables[split][torch.from_numpy(rows)]

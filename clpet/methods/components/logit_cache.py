@@ -8,24 +8,21 @@ result then depends neither on what the cache held before nor on who filled it.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 
 from clpet.config.identity import digest
 from clpet.data.batches import EncodedDataset
+from clpet.models.fixed_blocks import BLOCK, STEP, blocks, platform
 from clpet.objectives.classification import Classification
 from clpet.runtime import atomic_io
 from clpet.runtime.distributed import whole, world
 
-BLOCK = 16  # examples in a block
-STEP = 8  # a block's width is a multiple of it
 BARE = "bare backbone"  # the frozen module without an adapter
 
 
@@ -143,15 +140,6 @@ def block_widths(lengths: np.ndarray) -> np.ndarray:
     return np.minimum(-(-lengths // STEP) * STEP, lengths.max())
 
 
-def blocks(lengths: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows in parts of at most BLOCK of one shape; rows without padding, whose mask is all ones, stay apart."""
-    widths = block_widths(lengths)[rows]
-    shapes = 2 * widths + (lengths[rows] == widths)
-    for shape in np.unique(shapes):
-        same = rows[shapes == shape]
-        yield from (same[start : start + BLOCK] for start in range(0, len(same), BLOCK))
-
-
 def network_key(objective: Classification) -> str:
     """What every module's logits depend on: the backbone's weights and shape, precision, device, place of reading.
 
@@ -172,12 +160,6 @@ def network_key(objective: Classification) -> str:
         platform(device),
     ]
     return digest(known, 64)
-
-
-def platform(device: torch.device) -> list[str]:
-    """What rounding depends on: the device and the libraries."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return [device.type, kind, torch.__version__, transformers.__version__]
 
 
 def tensors_key(tensors: dict[str, Tensor]) -> str:

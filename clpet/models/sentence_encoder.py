@@ -20,11 +20,9 @@ from torch import Tensor
 
 from clpet.config.compose import conf_dir, plugin_dirs
 from clpet.config.identity import digest
-from clpet.data.batches import Encoded, EncodedDataset
-from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.errors import ConfigError, ModelError
-from clpet.methods.components.logit_cache import BLOCK, STEP, blocks, platform
 from clpet.models.backbone import Backbone, first_line, first_position
+from clpet.models.fixed_blocks import BLOCK, STEP, blocks, platform
 from clpet.runtime import atomic_io
 from clpet.runtime.fingerprint import folder_hash
 
@@ -164,23 +162,3 @@ class Encoder:
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"the sentence encoder in {self.folder} cannot be loaded: {first_line(error)}") from error
         return model.float().eval().requires_grad_(False)
-
-
-class Embeddings:
-    """The embeddings of a benchmark's texts by split and row, encoded task by task when they are first asked for."""
-
-    def __init__(self, encoder: Encoder, benchmark: Benchmark, data: Encoded) -> None:
-        self.encoder, self.data = encoder, data
-        self.texts = {split: [e.text for task in benchmark.tasks for e in task.split(split)] for split in SPLITS}
-        self.tables = {split: torch.zeros(len(texts), encoder.dim) for split, texts in self.texts.items()}
-        self.known = {split: np.zeros(len(texts), dtype=bool) for split, texts in self.texts.items()}
-
-    def __call__(self, pool: EncodedDataset, rows: np.ndarray) -> Tensor:
-        """[len(rows), dim] of rows of one of the benchmark's pools."""
-        split = next(split for split in SPLITS if getattr(self.data, split) is pool)
-        if not (known := self.known[split])[rows].all():
-            for task in np.unique(pool.tasks[rows[~known[rows]]]).tolist():
-                own = pool.rows_of(task)
-                self.tables[split][own] = self.encoder.encode([self.texts[split][row] for row in own])
-                known[own] = True
-        return self.tables[split][torch.from_numpy(rows)]
