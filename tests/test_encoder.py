@@ -10,8 +10,8 @@ import torch
 
 from clpet.errors import ConfigError, ModelError
 from clpet.methods.components.features import Embeddings
-from clpet.models.sentence_encoder import Encoder, locate
 from clpet.models.backbone import byte_tokenizer
+from clpet.models.sentence_encoder import Encoder, locate
 
 TEXTS = ["a short text", "something else that is longer " * 3, "x", "", "a short text", "y" * 15]
 

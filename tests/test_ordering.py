@@ -5,21 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from clpet.data.task_order import (
-    Ordering,
-    arranged,
-    balanced,
-    chain,
-    cosines,
-    domain_embeddings,
-    draw,
-    first,
-    hierarchy,
-    order_domains,
-    pieces,
-    swapped,
-    walk,
-)
+from clpet.data.domain_similarity import cosines, domain_embeddings, draw, pieces
+from clpet.data.task_order import Ordering, arranged, balanced, chain, first, hierarchy, order_domains, swapped, walk
 from clpet.errors import DataError, ModelError
 
 S4 = np.array([[1, 0.9, 0.8, 0.2], [0.9, 1, 0.3, 0.4], [0.8, 0.3, 1, 0.1], [0.2, 0.4, 0.1, 1]])

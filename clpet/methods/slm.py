@@ -32,9 +32,9 @@ from clpet.methods.components.key_retrieval import (
     orthonormal,
     unrelated,
 )
-from clpet.models.sentence_encoder import Encoder, backbone, locate
 from clpet.methods.modular import module_name
 from clpet.models.adapters import Lora
+from clpet.models.sentence_encoder import Encoder, backbone, locate
 from clpet.models.stacked_lora import Increments, attention_outputs
 from clpet.objectives.classification import Head
 from clpet.objectives.per_task_heads import TaskHeads
