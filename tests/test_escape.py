@@ -11,8 +11,8 @@ from rich.console import Console
 from clpet.escape import inline, latex, markdown, printable, spreadsheet
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.reporting.plots.matrix import transfer_heatmap
-from clpet.reporting.progress import Display, table
-from clpet.reporting.tables import formatted
+from clpet.reporting.progress import Display
+from clpet.reporting.tables import formatted, table
 from clpet.runs.run_dir import transfer_csv
 
 from .conftest import tiny_args, write_words

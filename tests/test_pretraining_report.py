@@ -13,7 +13,7 @@ from clpet.data.task_order import order_domains
 from clpet.metrics.perplexity_transfer import figures
 from clpet.metrics.transfer_matrix import TransferMatrix, tolist
 from clpet.reporting.perplexity_tables import few
-from clpet.reporting.progress import matrix_table, perplexity, summary_line
+from clpet.reporting.tables import matrix_table, perplexity, summary_line
 from clpet.runs.run_dir import pictures, show_finished
 
 NAN = float("nan")

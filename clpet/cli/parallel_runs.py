@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from clpet.config.schema import require
 from clpet.errors import ClpetError, ConfigError
 from clpet.escape import inline
-from clpet.reporting.progress import is_summary
+from clpet.reporting.tables import is_summary
 from clpet.runtime.signals import Interrupt
 
 CLPET = [sys.executable, "-m", "clpet", "train"]

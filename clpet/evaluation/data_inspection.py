@@ -211,7 +211,7 @@ def report(cfg: Any) -> str:
     from clpet.config.build import build, typed
     from clpet.data.batches import encode_benchmark
     from clpet.objectives import load
-    from clpet.reporting.progress import table
+    from clpet.reporting.tables import table
 
     config = typed(cfg)
     source = build(config.benchmark, "benchmark")
@@ -241,7 +241,7 @@ def report(cfg: Any) -> str:
 
 
 def _domain_report(found: dict[str, Any]) -> str:
-    from clpet.reporting.progress import table
+    from clpet.reporting.tables import table
 
     header = ["domain", "documents", "pieces", "MB", "repeats", "left out"]
     domains = dict(found["tasks"])

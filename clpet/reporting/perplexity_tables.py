@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clpet.metrics.perplexity_transfer import FORMULAS, headline
-from clpet.reporting.progress import perplexity, table
+from clpet.reporting.tables import perplexity, table
 
 NAMED = {"zs": "ZS", "dapt": "DAPT", "cpt": "CPT", "lc": "LC", "fg": "FG"}
 AVERAGES = ("zs", "dapt", "cpt", "lc", "fg", "fg_before_last", "cpt_minus_dapt", "lc_minus_dapt")

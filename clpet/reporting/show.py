@@ -12,9 +12,8 @@ from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
 from clpet.reporting.figures import figures, pretraining_figures
 from clpet.reporting.perplexity_tables import average_table, domain_table, formula_lines, transfer_tables
-from clpet.reporting.progress import matrix_table, table
 from clpet.reporting.run_groups import Group
-from clpet.reporting.tables import formatted
+from clpet.reporting.tables import formatted, matrix_table, table
 from clpet.runtime.untrusted_json import command, find_runs, read_json, read_results, readable, split_of
 
 

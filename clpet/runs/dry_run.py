@@ -14,7 +14,7 @@ from clpet.models.adapters import Adapters, parameter_ratio
 from clpet.objectives import load
 from clpet.objectives.cost_meter import peak_memory_mb
 from clpet.replay.exemplar_selection import stand_in
-from clpet.reporting.progress import say
+from clpet.reporting.tables import say
 from clpet.training.trainer import Trainer
 
 

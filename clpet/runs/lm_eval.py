@@ -12,7 +12,7 @@ import numpy as np
 from clpet.data.template import frame
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.models.backbone import Architecture, first_line
-from clpet.reporting.progress import table
+from clpet.reporting.tables import table
 from clpet.runs.load_run import Recorded, Reopened
 from clpet.runtime.atomic_io import write_atomic
 

@@ -3,7 +3,7 @@
 from clpet.errors import DataError, enough_memory
 from clpet.evaluation.evaluator import Evaluator
 from clpet.metrics.transfer_matrix import on_split
-from clpet.reporting.progress import perplexity, table
+from clpet.reporting.tables import perplexity, table
 from clpet.runs.load_run import Reopened
 
 

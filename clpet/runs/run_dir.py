@@ -22,7 +22,7 @@ from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2, tolist
 from clpet.models.adapters import parameter_ratio
 from clpet.reporting.perplexity_tables import LEGEND, average_table
-from clpet.reporting.progress import matrix_table, say
+from clpet.reporting.tables import matrix_table, say
 from clpet.runs.provenance import git_revision, hub_data, versions
 from clpet.runtime.atomic_io import whole, write_atomic
 from clpet.runtime.distributed import world

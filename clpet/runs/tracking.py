@@ -16,7 +16,8 @@ from clpet.config.schema import require
 from clpet.escape import inline
 from clpet.evaluation.evaluator import Evaluation
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
-from clpet.reporting.progress import Display, matrix_table, summary_line
+from clpet.reporting.progress import Display
+from clpet.reporting.tables import matrix_table, summary_line
 from clpet.runtime.atomic_io import write_atomic
 from clpet.runtime.distributed import world
 from clpet.runtime.run_checkpoint import RunState
