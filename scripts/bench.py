@@ -38,7 +38,7 @@ from clpet.data.batches import EncodedDataset
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.adapters import Adapters
 from clpet.replay.batch_plan import Plan
-from clpet.run import assemble, load_objective
+from clpet.session import assemble, load_objective
 from clpet.training.trainer import Trainer, quiet_libraries
 
 

@@ -174,7 +174,7 @@ def made(overrides: list[str]) -> SimpleNamespace:
     from clpet.config.build import typed
     from clpet.config.compose import conf_dir
     from clpet.config.identity import register_resolvers
-    from clpet.run import assemble, load_objective
+    from clpet.session import assemble, load_objective
     from clpet.training.trainer import Trainer
 
     register_resolvers()

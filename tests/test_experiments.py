@@ -13,8 +13,8 @@ from clpet.config.compose import composed
 from clpet.config.schema import Config, Training
 from clpet.errors import ConfigError
 from clpet.replay.batch_plan import equal_compute
-from clpet.run import assemble
 from clpet.runs.dry_run import steps_per_task
+from clpet.session import assemble
 
 ROWS = ["emr", "ea_emr", "crl", "emr_star", "ea_emr_star", "crl_star", "dynamic", "limitless", "ewc", "lwf"]
 REPLAY = ["fixed"] * 3 + ["dynamic"] * 4 + ["all", "none", "none"]

@@ -34,8 +34,9 @@ class RankError(ClpetError):
 
 def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
     """Runs the experiment of `cfg` on as many ranks as hardware.ranks says."""
-    from clpet.run import assemble, run
+    from clpet.run import run
     from clpet.runs import run_dir
+    from clpet.session import assemble
 
     if cfg.hardware.get("ranks", 1) == 1 or (run_dir.finished(out) and not cfg.fresh):
         return run(cfg, out, overrides)

@@ -26,13 +26,13 @@ from clpet.models.adapters import Adapter
 from clpet.models.backbone import Backbone
 from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
-from clpet.run import assemble, load_objective
 from clpet.runs.provenance import inputs
 from clpet.runs.run_dir import kept
 from clpet.runs.tracking import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
 from clpet.runtime.untrusted_json import check, read_json, read_results, readable
+from clpet.session import assemble, load_objective
 
 log = logging.getLogger(__name__)
 KINDS = dict(
