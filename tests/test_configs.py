@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from clpet.cli.main import GROUPS
 from clpet.cli.options import first_comment, options
 from clpet.config.build import build, typed
-from clpet.config.compose import conf_dir
+from clpet.config.compose import GROUPS, conf_dir
 from clpet.config.identity import register_resolvers, run_name, signature
 from clpet.config.schema import Config, Evaluation, Training
 

@@ -17,6 +17,7 @@ from clpet.methods.components.logit_cache import network_key, tensors_key
 from clpet.runs import provenance
 from clpet.runs.load_run import check_inputs, recorded
 from clpet.runs.provenance import check_finished, code, hub_data
+from clpet.runtime import fingerprint
 from clpet.runtime.fingerprint import file_hash, folder_hash, hub_commit, remembered
 from clpet.runtime.run_checkpoint import RunState
 
@@ -48,20 +49,20 @@ def flip_weight(folder: Path) -> None:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file counts as having rested."""
-    monkeypatch.setattr(provenance, "SETTLED", -1.0)
+    monkeypatch.setattr(fingerprint, "SETTLED", -1.0)
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of all files that are hashed from now on."""
     found: list[str] = []
-    original = provenance.hashlib.file_digest
+    original = fingerprint.hashlib.file_digest
 
     def spy(file, kind: str):
         found.append(Path(file.name).name)
         return original(file, kind)
 
-    monkeypatch.setattr(provenance.hashlib, "file_digest", spy)
+    monkeypatch.setattr(fingerprint.hashlib, "file_digest", spy)
     return found
 
 

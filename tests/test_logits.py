@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clpet.methods.components.logit_cache import LogitStore, Table, block_widths
+from clpet.methods.components.logit_cache import LogitStore, Table
 from clpet.methods.modular import module_name
-from clpet.models.fixed_blocks import BLOCK, blocks
+from clpet.models.fixed_blocks import BLOCK, block_widths, blocks
 from clpet.runtime.run_checkpoint import RunState
 
 from .conftest import tiny_args

@@ -12,6 +12,7 @@ from pathlib import Path
 from clpet.config.compose import GROUPS, composed
 from clpet.config.overrides import quoted
 from clpet.errors import ClpetError, suggest
+from clpet.escape import inline
 from clpet.runtime.signals import CODE, Interrupted
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -139,3 +140,8 @@ def told(error: Exception | Interrupted) -> tuple[str, int]:
     if place := plugin_place(error):
         return f"{place}: {type(error).__name__}: {text} (the whole traceback: {file.name})", 1
     return f"internal error, please report it with {file.name}: {type(error).__name__}: {text}", 1
+
+
+def fail(message: str, code: int) -> int:
+    print(f"clpet: {inline(' '.join(message.split()))}", file=sys.stderr)
+    return code

@@ -8,10 +8,10 @@ from clpet import __version__
 from clpet.cli import runs
 from clpet.cli.completion import complete
 from clpet.cli.data import data
-from clpet.cli.error_messages import told
+from clpet.cli.error_messages import fail, told
 from clpet.cli.options import COMMANDS, listing
 from clpet.cli.slurm_array import sweep
-from clpet.cli.train import _fail, train
+from clpet.cli.train import train
 from clpet.errors import ConfigError, suggest
 from clpet.runtime.signals import Interrupted
 
@@ -37,12 +37,12 @@ def guarded(argv: list[str]) -> int:
     try:
         return dispatch(argv)
     except KeyboardInterrupt:
-        return _fail("stopped; the same command goes on from what is saved", 130)
+        return fail("stopped; the same command goes on from what is saved", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, Interrupted) as error:
-        return _fail(*told(error))
+        return fail(*told(error))
 
 
 def dispatch(argv: list[str]) -> int:

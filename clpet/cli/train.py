@@ -6,14 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clpet.cli.error_messages import told
+from clpet.cli.error_messages import fail, told
 from clpet.cli.options import check_group_options, normalised, parted
 from clpet.escape import inline
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"clpet: {inline(' '.join(message.split()))}", file=sys.stderr)
-    return code
 
 
 def train(argv: list[str]) -> int:
@@ -72,5 +67,5 @@ def _report(failures: list[tuple[str, Exception]]) -> int:
     codes = []
     for own, error in failures:
         message, code = told(error)
-        codes.append(_fail(f"{own}: {message}" if own else message, code))
+        codes.append(fail(f"{own}: {message}" if own else message, code))
     return max(codes, default=0)

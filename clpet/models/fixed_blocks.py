@@ -6,8 +6,6 @@ import numpy as np
 import torch
 import transformers
 
-from clpet.methods.components.logit_cache import block_widths
-
 BLOCK = 16  # examples in a block
 STEP = 8  # a block's width is a multiple of it
 
@@ -25,3 +23,8 @@ def platform(device: torch.device) -> list[str]:
     """What rounding depends on: the device and the libraries."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return [device.type, kind, torch.__version__, transformers.__version__]
+
+
+def block_widths(lengths: np.ndarray) -> np.ndarray:
+    """The width of each row's block: its length rounded up, at most the longest row of the pool."""
+    return np.minimum(-(-lengths // STEP) * STEP, lengths.max())

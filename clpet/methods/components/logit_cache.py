@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clpet.config.identity import digest
 from clpet.data.batches import EncodedDataset
-from clpet.models.fixed_blocks import BLOCK, STEP, blocks, platform
+from clpet.models.fixed_blocks import BLOCK, STEP, block_widths, blocks, platform
 from clpet.objectives.classification import Classification
 from clpet.runtime import atomic_io
 from clpet.runtime.distributed import whole, world
@@ -133,11 +133,6 @@ class Table:
         rows = np.flatnonzero(self.place >= 0)
         if not atomic_io.save(self.path, {"rows": rows, "logits": self.values[self.place[rows]]}):
             self.path = None
-
-
-def block_widths(lengths: np.ndarray) -> np.ndarray:
-    """The width of each row's block: its length rounded up, at most the longest row of the pool."""
-    return np.minimum(-(-lengths // STEP) * STEP, lengths.max())
 
 
 def network_key(objective: Classification) -> str:
