@@ -19,7 +19,7 @@ bits: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 -m "bits and not slow and not slurm and not gpu and not network"
 
 check: $(VENV)/.installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow and not gpu and not network"

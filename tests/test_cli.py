@@ -19,7 +19,7 @@ CLPET = [sys.executable, "-m", "clpet"]
 def imported(tmp_path: Path, *words: str, code: int = 0) -> set[str]:
     """The packages that are slow to import and that a command imports all the same."""
     probe = (
-        "import sys; from clpet import cli; code = cli.guarded(sys.argv[1:]); "
+        "import sys; from clpet.cli import main; code = main.guarded(sys.argv[1:]); "
         "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr); sys.exit(code)"
     )
     command = [sys.executable, "-c", probe, *words]

@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from clpet.config.compose import GROUPS, composed
+from clpet.config.compose import GROUPS, composed, plugin_dirs
 from clpet.config.overrides import quoted
 from clpet.errors import ClpetError, suggest
 from clpet.escape import inline
@@ -80,8 +80,6 @@ def disk_message(error: BaseException) -> str | None:
 
 def plugin_place(error: BaseException) -> str | None:
     """FILE:LINE of the user's own code, below --config-dir, where an error comes from; None where it is not theirs."""
-    from clpet.config.compose import plugin_dirs
-
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((Path(error.filename), error.lineno))

@@ -15,11 +15,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from clpet.config.build import typed
+from clpet.cli.error_messages import told
+from clpet.config.build import build, typed
 from clpet.config.schema import require
 from clpet.errors import ClpetError
 from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.run import run
+from clpet.runs import run_dir
+from clpet.runtime.distributed import LostRank, joined
 from clpet.runtime.signals import CODE, Interrupt, Interrupted
+from clpet.session import assemble
 
 GRACE = 90  # seconds that ranks have to save after a signal, before they are killed
 
@@ -34,10 +39,6 @@ class RankError(ClpetError):
 
 def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
     """Runs the experiment of `cfg` on as many ranks as hardware.ranks says."""
-    from clpet.run import run
-    from clpet.runs import run_dir
-    from clpet.session import assemble
-
     if cfg.hardware.get("ranks", 1) == 1 or (run_dir.finished(out) and not cfg.fresh):
         return run(cfg, out, overrides)
     hardware = assemble(typed(cfg))[1]["hardware"]
@@ -58,10 +59,6 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
 
 def rank(config: dict, out: Path, overrides: list[str], logs: dict | None) -> None:
     """One rank of a run; its log is the main rank's."""
-    from clpet.config.build import build
-    from clpet.run import run
-    from clpet.runtime.distributed import joined
-
     hardware = build(config["hardware"], "hardware")
     with joined(hardware.torch_device, hardware.threads) as ranks:
         if logs and ranks.main:
@@ -108,9 +105,6 @@ def start(count: int, work: Callable[..., object], *arguments: Any) -> None:
 
 def _rank(folder: str, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """A process of `start`: leaves what ended it in the folder."""
-    from clpet.cli.error_messages import told
-    from clpet.runtime.distributed import LostRank
-
     os.setpgrp()  # Ctrl-C reaches the launcher, which passes it on: twice would end it without saving
     try:
         work(*arguments)

@@ -10,7 +10,6 @@ from clpet.cli.completion import complete
 from clpet.cli.data import data
 from clpet.cli.error_messages import fail, told
 from clpet.cli.options import COMMANDS, listing
-from clpet.cli.slurm_array import sweep
 from clpet.cli.train import train
 from clpet.errors import ConfigError, suggest
 from clpet.runtime.signals import Interrupted
@@ -64,6 +63,13 @@ def dispatch(argv: list[str]) -> int:
     if argv[0] not in handlers:
         raise ConfigError(f"unknown command {argv[0]}{suggest(argv[0], COMMANDS)}")
     return handlers[argv[0]](argv[1:])
+
+
+def sweep(argv: list[str]) -> int:
+    """`clpet sweep key=value,value ...`: what scripts/slurm_array.sh calls before it submits."""
+    from clpet.cli import slurm_array  # keeps OmegaConf out of `clpet --help`
+
+    return slurm_array.sweep(argv)
 
 
 def usage() -> str:

@@ -6,7 +6,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from clpet.config.compose import GROUPS
+from clpet.config.compose import GROUPS, conf_dir, plugin_dirs, use_plugins
 from clpet.config.overrides import expand
 from clpet.errors import ConfigError, suggest
 from clpet.escape import inline, printable
@@ -52,8 +52,6 @@ def parted(argv: list[str]) -> tuple[list[str], list[str]]:
     for flag, value in pairwise([*flags, ""]):
         name, _, given = flag.partition("=")
         if name in ("--config-dir", "-cd"):
-            from clpet.config.compose import use_plugins
-
             use_plugins(given or value)
     return flags, [expand(word) for word in overrides]
 
@@ -71,8 +69,6 @@ def check_group_options(arguments: list[str]) -> None:
 
 def options(group: str) -> dict[str, Path]:
     """{option: its YAML} of a config group, the user's own --config-dir included."""
-    from clpet.config.compose import conf_dir, plugin_dirs
-
     found: dict[str, Path] = {}
     for folder in (conf_dir(), *plugin_dirs()):
         for path in sorted((folder / group).glob("**/*.yaml")):

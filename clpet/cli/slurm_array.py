@@ -93,7 +93,5 @@ def sweep(argv: list[str]) -> int:
     """`clpet sweep key=value,value ...`: what scripts/slurm_array.sh asks before it submits."""
     overrides = parted(argv)[1]
     check_group_options(overrides)
-    from clpet.cli.slurm_array import plan
-
     print("\n".join(plan(overrides)))
     return 0

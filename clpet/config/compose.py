@@ -33,8 +33,7 @@ def composed(words: list[str]) -> Any:
     """The configuration that overrides give, the user's --config-dir included."""
     from hydra import compose, initialize_config_dir
 
-    from clpet.config.compose import conf_dir, plugin_dirs
-    from clpet.config.identity import register_resolvers
+    from clpet.config.identity import register_resolvers  # like Hydra, OmegaConf stays out of `clpet --help`
 
     register_resolvers()
     paths = ",".join(quoted(f"file://{folder}") for folder in plugin_dirs())

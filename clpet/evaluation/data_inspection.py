@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from clpet.data.batches import Encoded
+from clpet.config.build import build, typed
+from clpet.data.batches import Encoded, encode_benchmark
 from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, normalised
 from clpet.data.documents import Documents
 from clpet.data.read_report import account
+from clpet.objectives import load
+from clpet.reporting.tables import table
 
 OFTEN = 0.05  # share of texts or answers that are cut, from which on it is warned of
 
@@ -208,11 +211,6 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
 
 def report(cfg: Any) -> str:
     """What `clpet data` prints: the tables of a benchmark composed in `cfg`, with the model's tokenizer."""
-    from clpet.config.build import build, typed
-    from clpet.data.batches import encode_benchmark
-    from clpet.objectives import load
-    from clpet.reporting.tables import table
-
     config = typed(cfg)
     source = build(config.benchmark, "benchmark")
     if source.plain_text:
@@ -241,7 +239,6 @@ def report(cfg: Any) -> str:
 
 
 def _domain_report(found: dict[str, Any]) -> str:
-    from clpet.reporting.tables import table
 
     header = ["domain", "documents", "pieces", "MB", "repeats", "left out"]
     domains = dict(found["tasks"])

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from clpet.base_model import prepare
 from clpet.config.build import find_class, typed
 from clpet.config.schema import GROUPS, Config
 from clpet.data.batches import Encoded
@@ -160,8 +161,6 @@ def reopen(run: Recorded, after: int | None = None) -> Reopened:
     with readable(f"{run.out} cannot be opened again"), enough_memory(lambda: "the model of this run"):
         method.check_benchmark(benchmark)
         if benchmark.base is not None and parts["model"].random_weights:
-            from clpet.base_model import prepare
-
             cache = Path(config.cache_dir or run.out.parent / ".cache")
             prepare(parts["model"], benchmark, parts["hardware"], cache, run.out, Display(Console(stderr=True), 0))
         check_inputs(run)
