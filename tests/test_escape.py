@@ -14,8 +14,7 @@ from clpet.reporting.plots.matrix import transfer_heatmap
 from clpet.reporting.progress import Display
 from clpet.reporting.tables import formatted, table
 from clpet.runs.run_dir import transfer_csv
-
-from .conftest import tiny_args, write_words
+from tests.conftest import tiny_args, write_words
 
 
 @pytest.mark.parametrize(("text", "shown"), [

@@ -1,0 +1,418 @@
+"""Domains of plain text: where they lie, how they are split, sized, grouped and kept apart."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from clpet.data.benchmark import SPLITS
+from clpet.data.sources import Kind, Table, m2d2, python_domains
+from clpet.data.sources.m2d2 import M2D2
+from clpet.data.sources.text_domains import Balance, TextDomains
+from clpet.errors import ConfigError, DataError
+from clpet.evaluation.data_inspection import inspect_data
+from tests.conftest import shared
+from tests.data.test_documents import letters
+from tests.data.test_sources import from_yaml
+
+
+def write_domain(folder: Path, seed: int, documents: int = 50, length: int = 400) -> None:
+    folder.mkdir(parents=True)
+    rows = [{"text": letters(1000 * seed + i, length)} for i in range(documents)]
+    (folder / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("ant", "bee", "cat", "dog")):
+        write_domain(tmp_path / name, seed + 1)
+    return tmp_path
+
+
+def domains(folder: Path, **knobs) -> TextDomains:
+    return TextDomains(name="mine", **{"test_share": 0.1, "validation_share": 0.1, **knobs})
+
+
+def texts(documents) -> list[str]:
+    return [example.text for example in documents]
+
+
+def test_every_sub_folder_is_a_domain_split_by_document(four: Path) -> None:
+    benchmark = domains(four).load(str(four))
+    assert benchmark.names == ["ant", "bee", "cat", "dog"]
+    for task in benchmark.tasks:
+        assert (task.labels, task.metric) == ((), "perplexity")
+        parts = [texts(task.split(split)) for split in SPLITS]
+        assert [len(part) for part in parts] == [41, 4, 5]
+        assert len(set().union(*parts)) == 50
+    assert benchmark.labels == []
+
+
+def test_files_and_folders_say_which_split_they_are(tmp_path: Path) -> None:
+    def put(name: str, *lines: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("jsonl"):
+            (tmp_path / name).write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        else:
+            (tmp_path / name).write_text("".join(lines))
+
+    put("a/train-1.jsonl", "one"), put("a/train-2.jsonl", "two"), put("a/dev.jsonl", "three")
+    put("a/test.jsonl", "four"), put("a/LICENCE.txt", "none of it")
+    put("b/train/x.txt", "one"), put("b/train/y.txt", "two"), put("b/valid/z.txt", "three"), put("b/test/w.txt", "four")
+    put("c.txt", *(f"line {i}\n" for i in range(2000)))
+    put("d/testimony.txt", "one"), put("d/validity.txt", "two"), put("d/other.txt", "three")
+    benchmark = domains(tmp_path).load(str(tmp_path))
+    for task in benchmark.tasks[:2]:
+        assert [texts(task.split(split)) for split in SPLITS] == [["one", "two"], ["three"], ["four"]]
+    c, d = benchmark.tasks[2:]
+    assert not c.train.borders
+    assert "".join(texts(c.train) + texts(c.validation) + texts(c.test)) == (tmp_path / "c.txt").read_text()
+    assert [len(d.split(split)) for split in SPLITS] == [1, 1, 1]  # no train file: one pool
+
+
+def test_text_domains_as_their_readme_counts_them() -> None:
+    """Pieces and documents of the given splits; test documents may get holes."""
+    folder = shared("data", "text_domains")
+    benchmark = from_yaml("text_domains", folder, "benchmark.decontaminate=false")
+    found = {task.name: [task.split(split).pieces for split in SPLITS] for task in benchmark.tasks}
+    assert found["medical"] == [5338, 269, 254]
+    assert found["python_peps"] == [4545, 224, 234]
+    assert found["wikipedia"] == [1308, 95, 104]
+    documents = {task.name: [len(task.split(split)) for split in SPLITS] for task in benchmark.tasks}
+    assert documents["fiction"] == [34, 2, 2]
+    assert documents["medical"] == [2120, 101, 95]
+    assert documents["arxiv_mathematics"] == [12478, 636, 611]
+    assert inspect_data(benchmark)["warnings"] == [
+        "test texts were not compared to train (benchmark.decontaminate=false)"
+    ]
+
+
+def test_test_pieces_of_real_text_that_train_has_are_left_out() -> None:
+    folder = shared("data", "text_domains")
+    knobs = ["benchmark.tasks=[python_peps]", "benchmark.max_test=30"]
+    before = from_yaml("text_domains", folder, *knobs, "benchmark.decontaminate=false").tasks[0]
+    after = from_yaml("text_domains", folder, *knobs).tasks[0]
+    train, remains = ("\0".join(texts(documents)) for documents in (before.train, after.test))
+    pieces = [text[at : at + 200] for text in texts(before.test) for at in range(0, len(text) - 200, 400)]
+    known = {piece for piece in pieces if piece in train}
+    assert after.test.dropped > len(known) > 10
+    assert [piece for piece in pieces if (piece in remains) == (piece in known)] == []
+
+
+def test_a_limit_of_one_domain_does_not_depend_on_the_others(four: Path) -> None:
+    whole = domains(four, max_train=10, max_test=2).load(str(four))
+    some = domains(four, max_train=10, max_test=2, tasks=["cat", "ant"]).load(str(four))
+    assert some.names == ["cat", "ant"]
+    for task in some.tasks:
+        other = whole.tasks[whole.names.index(task.name)]
+        assert (len(task.train), len(task.validation), len(task.test)) == (10, 2, 2)
+        assert [task.split(split).fingerprint() for split in SPLITS] == [
+            other.split(split).fingerprint() for split in SPLITS
+        ]
+
+
+def sized(folder: Path, sizes: list[int]) -> Path:
+    for name, size in zip("abcd", sizes, strict=True):
+        (folder / name).mkdir()
+        (folder / name / "train.txt").write_text("x" * size)
+        (folder / name / "test.txt").write_text(name)
+    return folder
+
+
+def test_domains_are_balanced_by_bytes_of_train(tmp_path: Path) -> None:
+    folder = str(sized(tmp_path, [10, 40, 25, 5]))
+
+    def sizes(**knobs) -> list[int]:
+        return [task.train.bytes for task in domains(tmp_path, **knobs).load(folder).tasks]
+
+    assert sizes() == [10, 40, 25, 5]
+    assert sizes(balance=Balance.min) == [5, 5, 5, 5]
+    assert sizes(balance=Balance.cap, max_bytes=20) == [10, 20, 20, 5]
+    assert sizes(drop_above=25) == [10, 25, 5]
+    assert sizes(balance=Balance.min, base="d") == [10, 10, 10]  # the base corpus is not balanced
+
+
+def test_a_base_corpus_is_limited_apart_from_the_tasks(four: Path) -> None:
+    alike, apart = (domains(four, base="ant", max_train=2, max_base=most).load(str(four)) for most in (None, 4))
+    assert [len(task.train) for task in [*alike.tasks, *apart.tasks]] == [2] * 6
+    assert alike.base is not None
+    assert apart.base is not None
+    assert (len(alike.base.train), len(apart.base.train)) == (2, 4)
+
+
+def test_a_base_corpus_is_no_task_but_counts_as_train(four: Path) -> None:
+    """What a test text shares with it is left out too."""
+    copied = json.loads((four / "ant" / "all.jsonl").read_text().splitlines()[0])["text"]
+    (four / "bee" / "test.jsonl").write_text(json.dumps({"text": letters(1, 300) + copied[:200]}) + "\n")
+    (four / "bee" / "all.jsonl").rename(four / "bee" / "train.jsonl")
+    (four / "ant" / "all.jsonl").rename(four / "ant" / "train.jsonl")
+    (four / "ant" / "test.jsonl").write_text(json.dumps({"text": letters(2, 300)}) + "\n")
+    benchmark = domains(four, base="ant").load(str(four))
+    assert benchmark.names == ["bee", "cat", "dog"]
+    assert benchmark.base is not None
+    assert benchmark.base.name == "ant"
+    assert benchmark.tasks[0].test.dropped == 1  # of the pieces at 0, 200 and 300 the last
+
+
+def test_what_is_left_out_is_recorded(four: Path) -> None:
+    train = [json.loads(line)["text"] for line in (four / "ant" / "all.jsonl").read_text().splitlines()]
+    (four / "bee" / "all.jsonl").rename(four / "bee" / "train.jsonl")
+    (four / "bee" / "test.jsonl").write_text(json.dumps({"text": train[7][30:230] + letters(5, 350)}) + "\n")
+    found = inspect_data(domains(four).load(str(four)))
+    assert found["tasks"]["bee"]["dropped"] == 1
+    assert found["tasks"]["bee"]["bytes"]["test"] == 350
+    assert found["overlaps"] == {"test pieces in train": 1}
+    assert found["warnings"] == [
+        "domain bee: 1 pieces of 200 characters of its test texts also occur in train and are left out"
+    ]
+    (four / "bee" / "test.jsonl").write_text(json.dumps({"text": train[7][30:230]}) + "\n")
+    with pytest.raises(DataError, match="every piece of the test texts of domain bee also occurs in train"):
+        domains(four).load(str(four))
+
+
+def test_groups_follow_the_order(four: Path) -> None:
+    groups = {"pets": ["cat", "dog"], "insects": ["bee", "ant"]}
+    benchmark = domains(four, groups=groups, order="reversed", base="cat").load(str(four))
+    assert benchmark.groups == {"pets": ["dog"], "insects": ["bee", "ant"]}
+    swapped = domains(four, groups=groups, source_order=["insects", "pets"], order="reversed").load(str(four))
+    assert swapped.names == ["bee", "ant", "dog", "cat"]
+    with pytest.raises(DataError, match=r"benchmark\.groups\.pets names owl, which is no domain"):
+        domains(four, groups={"pets": ["owl"]}).load(str(four))
+
+
+def test_similar_domains_follow_each_other_from_the_reference(tmp_path: Path) -> None:
+    words = {"fruit": "apple pear plum fig", "tree": "apple pear oak elm", "river": "rhine nile oder elbe"}
+    for name, line in words.items():
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(30):
+            (tmp_path / "in" / name / f"{i}.txt").write_text(" ".join(line.split() * (i + 1)))
+    (tmp_path / "elsewhere.txt").write_text("oak elm oak elm oak\n" * 50)
+    knobs = {"order": "similar", "order_encoder": "hashed", "decontaminate": False}
+    for reference, first in (("river", "river"), (str(tmp_path / "elsewhere.txt"), "tree")):
+        benchmark = domains(tmp_path, reference=reference, **knobs).load(str(tmp_path / "in"))
+        assert benchmark.names[0] == first
+        assert benchmark.order["encoder"] == "hashed (no sentence encoder)"
+    assert benchmark.names == ["tree", "fruit", "river"]
+    limited = domains(tmp_path, reference="river", max_train=1, **knobs).load(str(tmp_path / "in"))
+    assert limited.names == domains(tmp_path, reference="river", **knobs).load(str(tmp_path / "in")).names
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"base": "owl"}, "benchmark.base=owl is no domain of mine; there are: ant, bee, cat, dog"),
+        ({"reference": "owls"}, "benchmark.reference=owls is neither a domain of mine nor a file or folder"),
+        ({"tasks": ["ant", "cot"]}, "benchmark.tasks names cot, which mine does not have; did you mean cat"),
+        ({"domains": ["ant", "emu"]}, "has no domain emu"),
+        ({"drop_above": 10}, "no domains left"),
+        ({"order": "alphabetical"}, "benchmark.order=alphabetical is none of"),
+    ],
+)
+def test_what_is_not_there_is_named(four: Path, knobs: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message.replace(".", r"\.")):
+        domains(four, **knobs).load(str(four))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"base": "a", "tasks": ["a"]}, "benchmark.base must be none of benchmark.tasks"),
+        ({"balance": Balance.cap}, "benchmark.max_bytes must be given with balance=cap"),
+        ({"max_bytes": 5}, "benchmark.max_bytes must be given with balance=cap"),
+        ({"shots": 3}, "benchmark.shots must be null"),
+        ({"objective": Kind.classification}, "benchmark.objective must be language_modeling"),
+    ],
+)
+def test_knobs_that_make_no_sense_are_refused(knobs: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        TextDomains(name="d", **knobs)
+
+
+def test_labelled_data_is_not_read_as_plain_text() -> None:
+    with pytest.raises(ConfigError, match="classification or text_to_text for labelled data, not language_modeling"):
+        Table(name="x", objective=Kind.language_modeling)
+
+
+def test_domains_without_text_are_refused(four: Path, tmp_path: Path) -> None:
+    (four / "eel").mkdir()
+    (four / "eel" / "all.jsonl").write_text('{"text": "  "}\n')
+    with pytest.raises(DataError, match="domain eel of benchmark mine is empty"):
+        domains(four).load(str(four))
+    (four / "eel" / "all.jsonl").write_text('{"text": "alone"}\n')
+    with pytest.raises(DataError, match="domain eel of benchmark mine has a single document: no test part can be cut"):
+        domains(four).load(str(four))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="has no domains: a sub-folder or a file"):
+        domains(four).load(str(tmp_path / "nothing"))
+    (tmp_path / "nothing" / "train.txt").write_text("text")
+    with pytest.raises(DataError, match="train are splits, not domains: make a sub-folder for each domain"):
+        domains(four).load(str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match="say data_dir=FOLDER"):
+        domains(four).load(None)
+
+
+def test_a_method_of_labels_is_refused(clpet) -> None:
+    done = clpet("train", "method=dynamic_conpet", "benchmark=python_domains", "model=tiny", "tracking=off")
+    assert done.code == 2
+    assert "language_modeling" in done.err
+    assert "dynamic_conpet" in done.err
+
+
+# The standard library
+
+
+@pytest.fixture(scope="module")
+def library_benchmark():
+    return from_yaml("python_domains")
+
+
+def test_the_standard_library_is_several_domains(library_benchmark) -> None:
+    assert len(library_benchmark) >= 6
+    assert library_benchmark.base.name == "general"
+    assert library_benchmark.base.train.bytes > 500_000
+    for task in library_benchmark.tasks:
+        sizes = [task.split(split).bytes for split in SPLITS]
+        assert sum(sizes) >= 100_000
+        assert min(sizes) >= 5_000
+    if "language" in library_benchmark.names:  # text, not the file that holds it
+        language = library_benchmark.tasks[library_benchmark.names.index("language")]
+        assert not any(text.startswith("topics =") for text in texts(language.train))
+
+
+def test_the_standard_library_is_the_same_every_time(library_benchmark) -> None:
+    assert from_yaml("python_domains").fingerprint() == library_benchmark.fingerprint()
+
+
+def fake_library(folder: Path, sizes: dict[str, int]) -> Path:
+    for name, size in sizes.items():
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}\n" + "".join(f"x{i} = 1\n" for i in range(size // 10)))
+    return folder
+
+
+def test_modules_that_are_gone_and_small_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A domain below min_bytes joins the smallest other one; tests and installed packages are no library."""
+    files = {f"big/m{i}": 2000 for i in range(6)} | {f"wide/m{i}": 3000 for i in range(6)}
+    files |= {"small": 900, "left": 4000, "over": 4000, "tables/t": 5000, "big/test/x": 9000, "site-packages/y": 9000}
+    monkeypatch.setattr(python_domains, "library", lambda: fake_library(tmp_path, files))
+    source = python_domains.PythonDomains(
+        name="p", modules={"one": ["big"], "two": ["wide"], "three": ["small", "imp"], "rest": ["*"]}, base="rest",
+        exclude=["tables"], min_bytes=5000, test_share=0.2, validation_share=0.2,
+    )  # fmt: skip
+    found = {name: sorted(path.stem for path in paths) for name, paths in source.files.items()}
+    assert found == {
+        "one": [*(f"m{i}" for i in range(6)), "small"],
+        "two": [f"m{i}" for i in range(6)],
+        "rest": ["left", "over"],
+    }
+    with pytest.raises(ConfigError, match="big twice"):
+        python_domains.PythonDomains(name="p", modules={"one": ["big"], "two": ["big"]})
+
+
+def test_a_python_without_its_source_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_domains, "library", lambda: tmp_path)
+    with pytest.raises(DataError, match="source of the standard library is not installed"):
+        python_domains.PythonDomains(name="p", modules={"one": ["*"]}).load(None)
+
+
+# M2D2
+
+
+def test_m2d2_has_the_published_ids() -> None:
+    assert len(m2d2.IDS) == len(set(m2d2.IDS)) == 236
+    assert len({*m2d2.IDS, *m2d2.JUNK}) == 239
+    wiki, s2orc = m2d2.SOURCES["wiki"], m2d2.SOURCES["s2orc"]
+    parents = set(m2d2.PARENTS.values())
+    assert (len(wiki), len(parents & set(wiki)), len(set(wiki) - parents)) == (49, 11, 38)
+    assert (len(s2orc), len(parents & set(s2orc)), len(set(s2orc) - parents)) == (187, 11, 174 + 2)
+    assert {"General_referece", "Human_activites__Human_activities", "cs.CL", "q-bio", "hep-ph", "Art"} <= set(m2d2.IDS)
+    assert m2d2.PARENTS["astro-ph"] == m2d2.PARENTS["astro-ph.CO"] == "astro-ph_l1"
+    assert m2d2.PARENTS["Culture_and_the_arts__Mass_media"] == "Culture_and_the_arts"
+    assert "hep-ph" not in m2d2.PARENTS
+
+
+def test_m2d2_presets_are_leaves() -> None:
+    sizes = {preset: len(M2D2(name="m", preset=preset).names(None)) for preset in m2d2.Preset}
+    assert [sizes[preset] for preset in (m2d2.Preset.wiki, m2d2.Preset.s2orc, m2d2.Preset.all)] == [38, 176, 214]
+
+
+def test_m2d2_never_has_a_domain_together_with_its_parts() -> None:
+    for knobs in ({"tasks": ["cs_l1", "cs.CL"]}, {"tasks": ["cs.CL"], "base": "cs_l1"}):
+        with pytest.raises(ConfigError, match=r"cs_l1 holds the text of cs\.CL"):
+            M2D2(name="m", **knobs).load(None)
+    with pytest.raises(ConfigError, match=r"cs\.CLL is no domain of M2D2; did you mean cs\.CL"):
+        M2D2(name="m", tasks=["cs.CLL"])
+
+
+def write_m2d2(folder: Path, seed: int) -> None:
+    folder.mkdir(parents=True)
+    for number, (file, lines) in enumerate((("train.txt", 90), ("valid.txt", 10), ("test.txt", 10))):
+        (folder / file).write_text("".join(letters(seed * 1000 + number * 100 + i, 150) + "\n" for i in range(lines)))
+
+
+def archive(folder: Path, path: Path, *more: tuple[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for file in folder.iterdir():
+            tar.add(file, f"{path.name.removesuffix('.tar.gz')}/{file.name}")
+        for name, data in more:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_m2d2_from_folders_and_archives(tmp_path: Path) -> None:
+    """Only the three files leave an archive, whatever their names say about folders."""
+    write_m2d2(tmp_path / "in" / "cs.CL", 1), write_m2d2(tmp_path / "out" / "Philosophy", 2)
+    write_m2d2(tmp_path / "out" / "Health_and_fitness__Exercise", 3)
+    evil = [("../../evil.txt", b"x"), ("/tmp/clpet-evil.txt", b"x"), ("notes/readme.md", b"x")]
+    archive(tmp_path / "out" / "Philosophy", tmp_path / "in" / "data" / "Philosophy.tar.gz", *evil)
+    archive(tmp_path / "out" / "Health_and_fitness__Exercise", tmp_path / "in" / "Health_and_fitness__Exercise.tar.gz")
+    tasks = ["cs.CL", "Philosophy", "Health_and_fitness__Exercise"]
+    benchmark = M2D2(name="m", tasks=tasks).load(str(tmp_path / "in"))
+    assert benchmark.names == tasks
+    assert benchmark.groups == {"wiki": tasks[2:], "s2orc": tasks[:2]}
+    for task, place in zip(
+        benchmark.tasks, ("in/cs.CL", "out/Philosophy", "out/Health_and_fitness__Exercise"), strict=True
+    ):
+        for split, file in m2d2.FILES.items():
+            assert "".join(texts(task.split(split))) == (tmp_path / place / file).read_text()
+        assert not task.train.borders
+    assert sorted(path.name for path in (tmp_path / "in" / "Philosophy").iterdir()) == [
+        "test.txt",
+        "train.txt",
+        "valid.txt",
+    ]
+    assert not list(tmp_path.rglob("evil*"))
+    assert not Path("/tmp/clpet-evil.txt").exists()
+
+
+def test_m2d2_archives_that_are_damaged_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_m2d2(tmp_path / "out", 1)
+    whole = archive(tmp_path / "out", tmp_path / "in" / "Art.tar.gz")
+    whole.write_bytes(whole.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"Art\.tar\.gz cannot be unpacked"):
+        M2D2(name="m", tasks=["Art"]).load(str(tmp_path / "in"))
+    assert not (tmp_path / "in" / "Art").exists()
+    (tmp_path / "in" / "cs.CL").mkdir()
+    with pytest.raises(DataError, match=r"cs\.CL lacks train\.txt and valid\.txt and test\.txt"):
+        M2D2(name="m", tasks=["cs.CL"]).load(str(tmp_path / "in"))
+    with pytest.raises(
+        DataError, match=r"data/hep-ph\.tar\.gz of .* cannot be loaded from the hub .* say data_dir=FOLDER"
+    ):
+        M2D2(name="m", tasks=["hep-ph"], hub="nobody/nothing-clpet").load(None)
+
+
+def test_clpet_data_prints_domains(clpet, four: Path) -> None:
+    done = clpet("data", "text_domains", f"data_dir={four}", "benchmark.test_share=0.1", "benchmark.base=dog")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0].split()[:3] == ["domain", "documents", "pieces"]
+    assert lines[1].split()[:3] == ["ant", "44/1/5", "44/1/5"]
+    assert any(line.startswith("dog (base)") for line in lines)
+    assert "overlap: none" in done.out

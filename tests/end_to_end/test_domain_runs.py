@@ -1,0 +1,268 @@
+"""Whole runs on plain text: every method that can, the identities that perplexities have to obey, and resuming."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from clpet import base_model
+from clpet.config.build import build, typed
+from clpet.config.compose import composed
+from clpet.data.benchmark import Benchmark
+from clpet.replay.fixed_fraction import RateReplay
+from clpet.reporting.progress import Display
+from clpet.runtime.hardware import Hardware
+from tests.conftest import domain_args, methods_of
+from tests.methods.test_all_methods import KILL
+from tests.objectives.test_language_modeling import domains, objective
+
+METHODS = methods_of("language_modeling")
+QUICK = {"sequential", "dapt", "kif"}  # the others in the slow tests
+NEEDS = {"replay": ["replay=rate"], "emr": ["replay=rate"]}
+FULL = {"sequential", "joint", "dapt", "replay", "emr"}  # train the whole model; the others adapters
+
+
+def found(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("*/*/s*/results.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in METHODS])
+def test_a_method_makes_the_text_it_reads_likelier(method: str, prose: Path, clpet) -> None:
+    peft = [] if method in FULL else ["peft=lora"]
+    peft = {"osf": ["peft=osf"], "l2p": ["peft=frozen"], "progressive_prompts": ["peft=frozen"]}.get(method, peft)
+    fisher = ["method.fisher=batch"] if method == "ewc" else []
+    done = clpet("train", f"method={method}", *domain_args(prose, *peft, *fisher, *NEEDS.get(method, [])))
+    assert done.code == 0, done.err
+    scores, last = found(Path("outputs"))["scores"], -1 if method == "joint" else 1
+    assert scores[last][0] < 0.99 * scores[0][0]
+
+
+def test_identities(prose: Path, clpet) -> None:
+    """CPT of the first domain is its DAPT, bit for bit; row 0 is that of every order; lr=0 changes nothing."""
+    runs = {"listed": [], "reversed": ["order=reversed"], "dapt": ["method=dapt"], "still": ["train.lr=0"],
+            "two": ["tasks=[birds,tides]"]}  # fmt: skip
+    for name, more in runs.items():
+        args = domain_args(prose, "method=sequential", f"output_dir={name}", "peft=none", *more)
+        assert clpet("train", *args).code == 0
+    listed, back, dapt, still, two = (found(Path(name)) for name in runs)
+    assert listed["tasks"] == ["birds", "metals", "tides"]
+    assert listed["direction"] == "lower"
+    assert listed["scores"][1][0] == dapt["scores"][1][0]
+    assert listed["scores"][0] == back["scores"][0][::-1] == dapt["scores"][0]
+    assert dapt["scores"][2] == [None, dapt["scores"][2][1], None]
+    assert all(row == still["scores"][0] for row in still["scores"])
+    assert two["scores"][1] == [listed["scores"][1][0], listed["scores"][1][2]]  # another domain changes no draw
+    assert back["scores"][1][0] == dapt["scores"][3][2]
+    assert listed["whole"] == pytest.approx(math.exp(sum(listed["correct"][-1]) / sum(listed["total"][-1])), rel=1e-12)
+
+
+def test_key_terms_become_likelier(prose: Path, clpet) -> None:
+    args = domain_args(prose, "method=sequential", "evaluation.rank_prompts=4", "train.epochs=4")
+    assert clpet("train", *args).code == 0
+    rows = found(Path("outputs"))["diagnostics"]
+    assert {"median_rank", "mean_log_rank", "median_rank/birds", "mean_log_rank/tides"} <= rows[0].keys()
+    assert rows[1]["mean_log_rank/birds"] < rows[0]["mean_log_rank/birds"]
+    assert all(1 <= row["median_rank"] <= 266 for row in rows)
+
+
+def test_every_third_row_keeps_the_diagonal_and_both_ends(prose: Path, clpet) -> None:
+    assert clpet("train", *domain_args(prose, "method=sequential", "evaluation.every=3")).code == 0
+    scores = found(Path("outputs"))["scores"]
+    assert [[value is not None for value in row] for row in scores] == [
+        [True] * 3, [True, False, False], [False, True, False], [True] * 3]  # fmt: skip
+
+
+def test_replay_at_rate_zero_is_no_replay(prose: Path, clpet) -> None:
+    for name, more in {"none": ["method=sequential"], "zero": ["method=replay", "replay=rate", "replay.rate=0"],
+                       "half": ["method=replay", "replay=rate", "replay.rate=0.5"]}.items():  # fmt: skip
+        assert clpet("train", *domain_args(prose, f"output_dir={name}", *more)).code == 0
+    none, zero, half = (found(Path(name)) for name in ("none", "zero", "half"))
+    assert none["scores"] == zero["scores"]
+    assert half["scores"][1] == none["scores"][1]
+    assert half["scores"][2] != none["scores"][2]
+    new, all_read = none["cost"][1]["forward_examples"], half["cost"][1]["forward_examples"]
+    assert all_read == 2 * new
+
+
+def test_a_base_model_that_is_damaged_or_of_another_precision_is_made_again(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Part:
+        def save_pretrained(self, place: Path) -> None:
+            (place / f"{len(made)}.safetensors").write_bytes(b"weights")
+
+    def train(backbone, benchmark, hardware, folder: Path, display) -> None:
+        made.append(str(hardware.torch_dtype))
+        base_model._save(Part(), Part(), folder)
+
+    monkeypatch.setattr(base_model, "_train", train)
+
+    def prepared(dtype: str) -> Path:
+        config = typed(
+            composed(domain_args(prose, "method=sequential", "benchmark.base=tides", f"hardware.dtype={dtype}"))
+        )
+        model, hardware = build(config.model, "model"), build(config.hardware, "hardware")
+        benchmark = build(config.benchmark, "benchmark").load(config.data_dir)
+        base_model.prepare(model, benchmark, hardware, tmp_path, tmp_path, Display(Console(quiet=True), 0))
+        return Path(model.path)
+
+    first = prepared("fp32")
+    assert prepared("fp32") == first
+    assert prepared("bf16") != first
+    assert made == ["torch.float32", "torch.bfloat16"]
+    file = first / "1.safetensors"
+    file.write_bytes(b"weightt")
+    assert prepared("fp32") == first
+    assert len(made) == 3
+    assert [path.read_bytes() for path in first.glob("*.safetensors")] == [b"weights"]
+
+
+def test_random_weights_without_a_base_are_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    for name, warned in (("tiny_llama_s", True), ("minilm", False)):
+        caplog.clear()
+        model = build(typed(composed([f"model={name}"])).model, "model")
+        base_model.prepare(model, Benchmark("b", []), Hardware(), None, tmp_path, Display(Console(quiet=True), 0))
+        assert ("starts from random weights" in caplog.text) is warned
+
+
+def test_a_base_model_is_made_once(prose: Path, clpet) -> None:
+    args = domain_args(prose, "method=sequential", "benchmark.base=tides", "model.base.epochs=2")
+    first, second = (clpet("train", *args, f"seed={seed}") for seed in (0, 1))
+    assert first.code == second.code == 0
+    assert "base model on tides" in first.out
+    assert "base model on tides" not in second.out
+    without = clpet("train", *args, "cache_dir=/proc/clpet", "output_dir=without")
+    assert (without.code, "base model on tides" in without.out) == (0, True)
+    found = [*sorted(Path("outputs").glob("*/*/s*/results.json")), *Path("without").glob("*/*/s*/results.json")]
+    one, two, three = (json.loads(path.read_text()) for path in found)
+    assert one["scores"] == three["scores"]
+    assert one["tasks"] == ["birds", "metals"]
+    assert one["scores"][0] == two["scores"][0]
+    assert max(one["scores"][0]) < 230  # 266 byte tokens, and it has read some English
+
+
+def test_a_share_of_what_is_read_is_old() -> None:
+    """|replayed / total - rate| is at most one window; the base corpus can be what comes back."""
+    data = objective(benchmark=domains(length=8, base=True)).encode()
+    for rate, source in [(0.01, "past"), (0.05, "past"), (0.25, "base"), (0.5, "both")]:
+        replay = RateReplay(rate=rate, source=source)
+        replay.setup(data, 0, 4)
+        replay.remember(0, lambda rows: np.empty(0))
+        rows = np.concatenate(replay.plan(1).epoch(0))
+        old = (data.train.tasks[rows] != 1).sum()
+        assert abs(old - rate * len(rows)) <= 1
+        assert {"past": {0}, "base": {-1}, "both": {-1, 0}}[source] >= set(data.train.tasks[rows]) - {1}
+        assert sorted(rows[data.train.tasks[rows] == 1]) == data.train.rows_of(1).tolist()
+        assert replay.plan(1).steps == len(replay.plan(1).epoch(0))
+
+
+def test_all_that_is_old_comes_before_any_of_it_comes_again() -> None:
+    """Through several epochs and turns."""
+    data = objective(benchmark=domains(length=8, base=True)).encode()
+    replay = RateReplay(rate=0.3)
+    replay.setup(data, 0, 4)
+    replay.remember(0, lambda rows: np.empty(0))
+    plan, counts = replay.plan(1), np.zeros(len(data.train), int)
+    for epoch in range(7):
+        counts += np.bincount(np.concatenate(plan.epoch(epoch)), minlength=len(counts))
+        assert np.ptp(counts[data.train.rows_of(0)]) <= 1
+    assert counts[data.train.rows_of(0)].min() >= 1
+
+
+HALFWAY = """
+import os, signal, sys
+from clpet.training import fit_checkpoint
+from clpet.cli.main import main
+save, saves = fit_checkpoint.Keeper.save, []
+def save_and_die(self, *args):
+    save(self, *args)
+    saves.append(args)
+    if len(saves) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+fit_checkpoint.Keeper.save = save_and_die
+sys.argv[0] = "clpet"
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["benchmark.stream=true"], ["method=kif", "peft=lora", "replay=rate"]])
+def test_killed_inside_a_domain_ends_bit_for_bit_like_uninterrupted(
+    more: list[str], prose: Path, clpet, tmp_path: Path
+) -> None:
+    method = [] if "method=kif" in more else ["method=sequential"]
+    args = ["train", *domain_args(prose, "train.global_batch_size=4", *method, *more)]
+    assert clpet(*args, "output_dir=whole").code == 0
+    command = [sys.executable, "-c", HALFWAY, *args, "output_dir=cut", "train.save_minutes=1e-9"]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    again = clpet(*args, "output_dir=cut")
+    assert again.code == 0
+    assert "inside task" in again.out
+    assert found(Path("whole"))["scores"] == found(Path("cut"))["scores"]
+    (one,), (two,) = (sorted(Path(name).glob("*/*/s*/adapters/*/*.safetensors")) for name in ("whole", "cut"))
+    a, b = load_file(one), load_file(two)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ["sequential"],
+        ["sequential", "benchmark.stream=true"],
+        ["kif", "peft=lora"],
+        ["replay", "replay=rate"],
+        ["dapt"],
+    ],
+)
+def test_killed_after_a_domain_ends_bit_for_bit_like_uninterrupted(
+    variant: list[str], prose: Path, clpet, tmp_path: Path
+) -> None:
+    args = ["train", *domain_args(prose, *[f"method={variant[0]}", *variant[1:]])]
+    assert clpet(*args, "output_dir=whole").code == 0
+    command = [sys.executable, "-c", KILL.format(after=2), *args, "output_dir=cut"]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    again = clpet(*args, "output_dir=cut")
+    assert again.code == 0
+    assert "resuming after 2 of 3" in again.out
+    assert found(Path("whole"))["scores"] == found(Path("cut"))["scores"]
+    (one,), (two,) = (sorted(Path(name).glob("*/*/s*/adapters/*/*.safetensors")) for name in ("whole", "cut"))
+    a, b = load_file(one), load_file(two)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=crl"], "method=crl does not do language_modeling; it does classification"),
+        (["method=sequential", "replay=fixed", "method=replay"], "chooses its memory by class logits"),
+        (["method=sequential", "benchmark.max_length=9000", "benchmark.max_test=1"], "this model reads at most 1024 tokens"),
+        (["method=sequential", "benchmark.max_length=1000", "max_train=2"], "not one window of 1000"),
+        (["method=sequential", "evaluation.bos=true", "benchmark.isolate=true"], "does not go with benchmark.isolate"),
+        (["method=sequential", "model=tiny_t5"], "language_modeling needs a decoder or encoder"),
+        (["method=sequential", "benchmark.base=cloud"], "benchmark.base=cloud is no domain"),
+        (["method=sequential", "order=similar", "benchmark.reference=nowhere"], "benchmark.reference=nowhere is neither"),
+        (["method=sequential", "evaluation.stride=40"], "evaluation.stride=40 passes over text"),
+        (["method=sequential", "evaluation.every=0"], "evaluation.every must be at least 1"),
+    ],
+)  # fmt: skip
+def test_refusals(words: list[str], message: str, prose: Path, clpet) -> None:
+    done = clpet("train", *domain_args(prose, *words))
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert not list(Path("outputs").glob("*/*/s*/run.json"))

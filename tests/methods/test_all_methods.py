@@ -1,0 +1,357 @@
+"""Every method on a tiny model: it runs, and a run that was killed ends as one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import methods_of, tiny_args
+
+METHODS = methods_of("classification")
+KILL = """
+import os, signal, sys
+from clpet.runtime import run_checkpoint
+from clpet.cli.main import main
+save = run_checkpoint.RunState.save
+def save_and_die(self, folder, method_state, identity):
+    save(self, folder, method_state, identity)
+    if self.done == {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+run_checkpoint.RunState.save = save_and_die
+sys.argv[0] = "clpet"
+main()
+"""
+
+
+def results(folder: Path) -> dict:
+    (path,) = folder.glob("*/*/s*/results.json")
+    return json.loads(path.read_text())
+
+
+def four_tasks(words: Path) -> list[str]:
+    """The words benchmark in 4 tasks of 3 labels."""
+    return [*tiny_args(words), "benchmark.task=null", "benchmark.classes_per_task=3"]
+
+
+WORDS_OUT = [
+    "objective=text_to_text",
+    "benchmark.max_target=8",
+    "benchmark.task=task",
+    "benchmark.classes_per_task=null",
+]
+VARIANTS = [
+    *([method] for method in METHODS),
+    ["dynamic_conpet", "method.top_k=2"],
+    ["dynamic_conpet", "method.top_k=2", "cache_dir=null"],
+    ["replay", "replay=reservoir", "train.select=best"],
+    ["emr", "replay=dynamic", "peft.dropout=0.3", "model.dropout=0.2"],
+    ["crl", "replay=dynamic"],
+    ["ea_emr", "replay=dynamic"],
+    ["sequential", "peft=none", "train.lr=1e-4"],
+    ["kif", "peft=none", "train.lr=1e-4", "method.unit=matrix", "method.fusion=static", "train.select=best"],
+    ["kif", "replay=share", "method.replay_phase=after", "train.weight_decay=0.1"],
+    ["ewc", "peft=none", "train.lr=1e-4", "method.fisher_batches=1"],
+    ["ewc", "method.merge=average", "method.fisher=batch"],
+    ["gain_lora", "peft.dropout=0.3"],
+    ["slm", "method.values=per_group", "method.top_k=2", "train.select=best"],
+    ["slm", "method.head=per_task", "cache_dir=null"],
+    ["progressive_prompts", "method.mlp=16", "method.task_id_at_test=true"],
+    ["kif", *WORDS_OUT, "model=tiny_llama"],
+    ["sapt", *WORDS_OUT, "model=tiny_t5", "evaluation.decode=rank"],
+    ["independent", *WORDS_OUT, "model=tiny_llama", "evaluation.decode=rank"],
+]
+
+
+QUICK = {"dynamic_conpet"}  # the others in the slow tests
+
+
+def speed(variant: list[str]) -> Any:
+    """A variant with its mark."""
+    quick = variant[0] in QUICK and len(variant) == 1
+    return pytest.param(variant, id="-".join(variant), marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("variant", [speed(variant) for variant in VARIANTS])
+def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
+    variant: list[str], words: Path, clpet, tmp_path: Path
+) -> None:
+    """kill -9 after task 3 (joint: after its only fit), the same command again: same matrices, adapters, predictions."""
+    method, *more = variant
+    args = ["train", f"method={method}", *four_tasks(words), *more]
+    assert clpet(*args, "output_dir=whole").code == 0
+    after = 1 if method == "joint" else 3
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL.format(after=after), *args, "output_dir=cut"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert not list((tmp_path / "cut").glob("*/*/s*/results.json"))
+    again = clpet(*args, "output_dir=cut")
+    assert again.code == 0
+    assert f"resuming after {after} of" in again.out
+    whole, cut = results(tmp_path / "whole"), results(tmp_path / "cut")
+    for key in ("scores", "correct", "task_scores", "backward", "forward", "diagnostics"):
+        assert whole[key] == cut[key], key
+    (one,), (two,) = ((tmp_path / name).glob("*/*/s*") for name in ("whole", "cut"))
+    for file in one.glob("adapters/*/adapter_model.safetensors"):
+        a, b = load_file(file), load_file(two / file.relative_to(one))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    for file in one.glob("predictions/*.parquet"):
+        assert pyarrow.parquet.read_table(file).equals(pyarrow.parquet.read_table(two / file.relative_to(one)))
+    lines = [(json.loads(line)["row"]) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    assert lines == sorted(set(lines))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_learns_the_words(method: str, make) -> None:
+    """After training on a task, its own labels are told apart better than by chance among four."""
+    run = make(f"method={method}", "train.lr=2e-2", "train.epochs=6")
+    from clpet.evaluation.evaluator import Evaluator
+
+    index, task = run.method.curriculum()[0]
+    run.trainer.begin_task(index)
+    run.method.learn(task, index, run.trainer)
+    run.method.after_task(task, index)
+    found = Evaluator(run.benchmark, run.data)(run.method, index + 1, [0])
+    assert found.own[0].value > 50
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trained_parameters_are_those_that_change(method: str, make) -> None:
+    """No tensor outside `parameters()` moves while a task is learned."""
+    run = make(f"method={method}")
+    model = run.method.objective.adapters.model
+    base = {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if "lora" not in name and "osf" not in name
+    }
+    index, task = run.method.curriculum()[0]
+    run.trainer.begin_task(index)
+    run.method.learn(task, index, run.trainer)
+    after = {name.removeprefix("base_model.model.").replace(".base_layer", ""): v
+             for name, v in run.method.objective.adapters.model.named_parameters()}  # fmt: skip
+    for name, value in base.items():
+        assert torch.equal(value, after[name.removeprefix("base_model.model.").replace(".base_layer", "")]), name
+
+
+@pytest.mark.parametrize("replay", ["dynamic", "fixed", "share", "reservoir", "all"])
+@pytest.mark.parametrize("method", ["replay", "dynamic_conpet"])
+def test_every_memory_goes_with_every_method_that_replays(method: str, replay: str, make) -> None:
+    run = make(f"method={method}", f"replay={replay}")
+    for index in range(3):
+        run.learn(index)
+    assert run.method.replay.stored() > 0
+
+
+@pytest.mark.parametrize("peft", ["ia3", "prompt"])
+def test_a_module_per_task_with_other_adapters(peft: str, make) -> None:
+    """Each task has its own adapter of any kind; the first one keeps its bits while the second learns."""
+    run = make("method=independent", f"peft={peft}", "train.lr=1e-2")
+    run.learn(0)
+    adapters = run.method.objective.adapters
+    before = {key: value.detach().clone() for key, value in adapters.tensors("task000").items()}
+    run.learn(1)
+    assert before
+    assert all(torch.equal(before[key], value) for key, value in adapters.tensors("task000").items())
+    assert any(not torch.equal(before[key], value) for key, value in adapters.tensors("task001").items())
+
+
+def test_best_epoch_is_kept_by_validation(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train.select=best keeps the state of the best validation score, not the last one."""
+    run = make("method=sequential", "train.select=best", "train.epochs=3")
+    scores = iter([0.1, 0.5, 0.9, 0.3])
+    states = []
+
+    def validate(index: int) -> float:
+        states.append(run.method.objective.head.weight.detach().clone())
+        return next(scores)
+
+    monkeypatch.setattr(run.method, "validate", validate)
+    run.learn(0)
+    assert torch.equal(run.method.objective.head.weight, states[2])
+    assert not torch.equal(states[2], states[3])
+
+
+def test_first_state_stays_without_a_better_epoch(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make("method=sequential", "train.select=best", "train.epochs=2")
+    monkeypatch.setattr(run.method, "validate", lambda index: 0.5)
+    before = [p.detach().clone() for p in run.method.objective.adapters.tensors("default").values()]
+    run.learn(0)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, run.method.objective.adapters.tensors("default").values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", ["sequential", "lwf", "ewc", "dynamic_conpet"])
+def test_micro_batches_give_the_same_gradients(method: str, make) -> None:
+    """16 at once and 4 times 4 end in the same weights, penalties and distillation included.
+
+    AdamW makes a full step of a gradient that is nothing but rounding: a larger eps leaves such steps out.
+    """
+    weights = []
+    for size in ("null", "4"):
+        run = make(f"method={method}", f"hardware.micro_batch_size={size}", "train.lr=1e-4", "train.eps=1e-3")
+        run.learn(0)
+        run.learn(1)
+        weights.append(torch.cat([value.detach().flatten() for value in run.method.parameters()]))
+    assert torch.allclose(*weights, atol=1e-5)
+
+
+def test_a_finished_run_returns_at_once_and_fresh_starts_over(words: Path, clpet, tmp_path: Path) -> None:
+    args = ["train", "method=sequential", *tiny_args(words)]
+    assert clpet(*args).code == 0
+    (path,) = (tmp_path / "outputs").glob("*/*/s*/results.json")
+    first = path.stat().st_mtime_ns
+    again = clpet(*args)
+    assert again.code == 0
+    assert "average" in again.out
+    assert path.stat().st_mtime_ns == first
+    assert clpet(*args, "fresh=true").code == 0
+    assert path.stat().st_mtime_ns != first
+
+
+def test_a_damaged_checkpoint_is_passed_over(words: Path, clpet, tmp_path: Path) -> None:
+    args = ["train", "method=replay", *four_tasks(words)]
+    assert clpet(*args).code == 0
+    (folder,) = (tmp_path / "outputs").glob("*/*/s*")
+    whole = json.loads((folder / "results.json").read_text())["scores"]
+    (folder / "results.json").unlink()
+    newest = max(folder.glob("state/[0-9]*")) / "tensors.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    again = clpet(*args)
+    assert "resuming after 3 of 4" in again.out
+    assert json.loads((folder / "results.json").read_text())["scores"] == whole
+
+
+def test_changed_data_is_not_resumed(tmp_path: Path, clpet) -> None:
+    from tests.conftest import write_words
+
+    data = write_words(tmp_path / "data")
+    args = ["train", "method=sequential", *tiny_args(data)]
+    assert clpet(*args).code == 0
+    (path,) = (tmp_path / "outputs").glob("*/*/s*/results.json")
+    path.unlink()
+    write_words(data, copies=7)
+    found = clpet(*args)
+    assert found.code == 2
+    assert "fresh=true" in found.err
+
+
+def test_two_processes_do_not_share_a_run_directory(words: Path, clpet, tmp_path: Path) -> None:
+    from clpet.runtime.atomic_io import Lock
+
+    args = ["train", "method=sequential", *tiny_args(words)]
+    assert clpet(*args).code == 0
+    (folder,) = (tmp_path / "outputs").glob("*/*/s*")
+    (folder / "results.json").unlink()
+    with Lock(folder):
+        found = clpet(*args)
+    assert found.code == 1
+    assert "another process" in found.err
+
+
+@pytest.mark.parametrize("matrix", ["full", "seen", "last"])
+def test_how_much_of_the_matrix_is_measured(matrix: str, words: Path, clpet, tmp_path: Path) -> None:
+    assert clpet("train", "method=sequential", *tiny_args(words), f"evaluation.matrix={matrix}").code == 0
+    scores = results(tmp_path / "outputs")["scores"]
+    measured = [[value is not None for value in row] for row in scores]
+    expected = {
+        "full": [[True] * 3] * 4,
+        "seen": [[False] * 3, [True, False, False], [True, True, False], [True] * 3],
+        "last": [[False] * 3] * 3 + [[True] * 3],
+    }
+    assert measured == expected[matrix]
+
+
+def test_what_is_missing_after_a_kill_is_made_again(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
+    """results.json comes after the pictures, and a cut line of metrics.jsonl does not matter."""
+    from clpet.runs import run_dir
+
+    args = ["train", "method=sequential", *tiny_args(words)]
+    original = run_dir.pictures
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_dir, "pictures", die)
+    assert clpet(*args).code == 130
+    (folder,) = tmp_path.glob("outputs/*/*/s*")
+    assert not (folder / "results.json").exists()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"done": 3, "ro')
+    monkeypatch.setattr(run_dir, "pictures", original)
+    assert clpet(*args).code == 0
+    assert (folder / "results.json").exists()
+    assert (folder / "transfer.png").exists()
+
+
+def test_fresh_keeps_the_old_run_when_the_new_one_cannot_start(tmp_path: Path, clpet) -> None:
+    from tests.conftest import write_words
+
+    data = write_words(tmp_path / "data")
+    args = ["train", "method=sequential", *tiny_args(data)]
+    assert clpet(*args).code == 0
+    (path,) = tmp_path.glob("outputs/*/*/s*/results.json")
+    (data / "train.jsonl").rename(data / "gone.txt")
+    (data / "validation.jsonl").unlink()
+    (data / "test.jsonl").unlink()
+    assert clpet(*args, "fresh=true").code == 2
+    assert path.exists()
+
+
+@pytest.mark.parametrize("method", ["independent", "dynamic_conpet"])
+def test_tasks_that_share_labels(method: str, tmp_path: Path, clpet) -> None:
+    """Task 2 has a label of task 1 and one that sorts before it."""
+    lines = [{"text": f"{label} {label} {i}", "label": label, "task": task}
+             for task, labels in (("t1", "bd"), ("t2", "ab")) for label in labels for i in range(10)]  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = clpet("train", f"method={method}", *tiny_args(tmp_path / "data"), "train.epochs=15", "train.lr=2e-2")
+    assert found.code == 0, found.err
+    own = results(tmp_path / "outputs")["task_scores"]
+    assert own[2][0] > 50
+    assert own[2][1] > 50
+
+
+def test_joint_validates_on_all_tasks(make) -> None:
+    run = make("method=joint", "train.select=best")
+    ((held, rows),) = run.method.validation(2)
+    assert set(held.tasks[rows]) == {0, 1, 2}
+
+
+def test_seconds_are_those_of_learning(make) -> None:
+    """What came before the first task is not counted as its time."""
+    import time
+
+    run = make("method=sequential", "train.epochs=1")
+    time.sleep(0.7)
+    run.learn(0)
+    assert run.method.objective.meter.take_learning()["seconds"] < 0.7
+
+
+def test_validation_is_counted_apart(make) -> None:
+    run = make("method=sequential", "train.select=best")
+    run.learn(0)
+    cost = run.method.objective.meter.take_learning()
+    assert cost["forward_examples"] == 24 * 2
+    assert cost["validated_examples"] == 8 * 3
+
+
+def test_a_diverging_loss_stops_the_task_and_says_where(words: Path, clpet) -> None:
+    found = clpet("train", "method=sequential", *tiny_args(words), "train.lr=1e30")
+    assert found.code == 1
+    assert "the loss of task 1" in found.err
+    assert "train.lr" in found.err
+    assert os.linesep.join(found.err.splitlines()[-1:]).count("\n") == 0

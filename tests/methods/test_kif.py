@@ -1,0 +1,442 @@
+"""KIF and Recurrent-KIF as methods: what is scored when, what is fused with what, and what survives."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clpet.config.build import build
+from clpet.methods.base import Method
+from clpet.methods.components.importance import Importance, norm
+from clpet.methods.kif import KIF
+from clpet.methods.recurrent_kif import RecurrentKIF, alternate, fused_step
+from clpet.models.adapters import Adapter, Adapters, Lora
+from clpet.replay.batch_plan import Plan
+from tests.config.test_configs import composed
+from tests.conftest import tiny_args
+
+
+def weights(run) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in run.method.objective.adapters.tensors("default").items()}
+
+
+def head(run) -> Tensor:
+    return run.method.objective.head.weight.detach().clone()
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def watch(run, monkeypatch: pytest.MonkeyPatch) -> list[Importance]:
+    """What each task's importance was when it was over."""
+    found, consolidate = [], run.method.consolidate
+
+    def record() -> Tensor:
+        found.append(run.method.importance)
+        return consolidate()
+
+    monkeypatch.setattr(run.method, "consolidate", record)
+    return found
+
+
+def one_weight(value: list[float], **knobs) -> tuple[KIF, Tensor]:
+    """KIF whose only scored tensor is `value`; with beta 0 the running score is the last step's."""
+    method = KIF(**{"score": "first", "skip_first_step": False, "beta1": 0.0, "beta2": 0.0, **knobs})
+    weight = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+    method.live = {"w": weight}
+    method.importance = Importance(len(value), method.score, method.beta1, method.beta2, False, weight.detach())
+    return method, weight
+
+
+def step(method: KIF, weight: Tensor, gradient: list[float], lr: float, clip: float = 0.0) -> list[float]:
+    """One step as the trainer does it; the step's scores."""
+    weight.grad = torch.tensor(gradient, dtype=torch.float64)
+    method.adjust_gradients()
+    if clip:
+        nn.utils.clip_grad_norm_([weight], clip)
+    torch.optim.SGD([weight], lr).step()
+    method.after_step()
+    return method.importance.mean.tolist()
+
+
+@pytest.mark.parametrize(("weight_at", "expected"), [("post_step", 0.975), ("pre_step", 1.0)])
+def test_weights_from_after_or_before_the_step(weight_at: str, expected: float) -> None:
+    assert step(*one_weight([2], weight_at=weight_at), [0.5], lr=0.1) == pytest.approx([expected])
+
+
+@pytest.mark.parametrize(("gradient", "expected"), [("clipped", [0.6, 0.8]), ("raw", [3, 4])])
+def test_gradients_after_or_before_clipping(gradient: str, expected: list[float]) -> None:
+    assert step(*one_weight([1, 1], gradient=gradient), [3, 4], lr=0, clip=1) == pytest.approx(expected)
+
+
+def test_weights_that_start_at_zero_have_no_importance_before_their_first_step() -> None:
+    assert step(*one_weight([0], weight_at="pre_step"), [3], lr=0.1) == [0]
+    assert step(*one_weight([0]), [3], lr=0.1)[0] > 0
+
+
+def test_every_step_but_the_first_counts(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 examples in batches of 16, 3 epochs: 6 steps; scores start anew with every task."""
+    for skip, counted in (("true", 5), ("false", 6)):
+        run = make("method=kif", "train.epochs=3", f"method.skip_first_step={skip}")
+        found = watch(run, monkeypatch)
+        run.learn(0)
+        run.learn(1)
+        assert [(importance.counted.item(), importance.steps) for importance in found] == [(counted, 6)] * 2
+        assert run.method.diagnostics()["skipped_steps"] == 0
+
+
+def test_the_first_task_is_that_of_sequential_training(make) -> None:
+    run, plain = make("method=kif", "method.orth_strength=0"), make("method=sequential")
+    run.learn(0)
+    plain.learn(0)
+    assert equal(weights(run), weights(plain))
+    assert torch.equal(head(run), head(plain))
+
+
+def test_the_first_importance_is_kept_as_it_is(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make("method=kif")
+    found = watch(run, monkeypatch)
+    run.learn(0)
+    (importance,) = found
+    units = run.method.units
+    scores = units.scores(dict(zip(run.method.live, _split(importance, run.method.live), strict=True)))
+    assert torch.equal(units.join(run.method.accumulated), scores)
+    assert scores.dtype is torch.float64
+    assert len(scores) == 2 * 2 * 8  # layers, projections, ranks
+
+
+def _split(importance: Importance, like: dict[str, Tensor]) -> list[Tensor]:
+    parts = importance.elements().split([value.numel() for value in like.values()])
+    return [part.view_as(value) for part, value in zip(parts, like.values(), strict=True)]
+
+
+def test_no_fusion_is_sequential_training(make) -> None:
+    run, plain = make("method=kif", "method.fusion=none", "method.orth_strength=0"), make("method=sequential")
+    for index in range(3):
+        run.learn(index)
+        plain.learn(index)
+    assert equal(weights(run), weights(plain))
+    assert len(run.method.history) == 3
+
+
+def pair(make, *knobs: str, fusion: str) -> SimpleNamespace:
+    """Two tasks with and without fusion: weights before the second task, trained, and fused."""
+    run, plain = make("method=kif", *knobs, f"method.fusion={fusion}"), make("method=kif", *knobs, "method.fusion=none")
+    run.learn(0)
+    plain.learn(0)
+    before, head_before, accumulated = weights(run), head(run), dict(run.method.accumulated)
+    run.learn(1)
+    plain.learn(1)
+    return SimpleNamespace(
+        run=run, plain=plain, before=before, new=weights(plain), fused=weights(run), accumulated=accumulated,
+        head_before=head_before, head_new=head(plain), head=head(run),
+    )  # fmt: skip
+
+
+def test_adaptive_fusion_of_every_rank(make) -> None:
+    """The coefficient of a rank holds for its row of A and its column of B; heads keep what they learned."""
+    found = pair(make, fusion="adaptive")
+    units = found.run.method.units
+    old, new = norm(units.join(found.accumulated)), units.join(found.run.method.history[1]["importance"])
+    weight = units.spread(torch.sigmoid((new - old) / 0.25))
+    for name, w in weight.items():
+        expected = w * found.new[name] + (1 - w) * found.before[name]
+        torch.testing.assert_close(found.fused[name], expected.float(), atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(found.fused[name], found.new[name])
+    assert torch.equal(found.head, found.head_new)
+    merged = norm(0.7 * old + 0.3 * new)
+    torch.testing.assert_close(units.join(found.run.method.accumulated), merged, atol=1e-6, rtol=1e-5)
+
+
+def test_uniform_fusion_of_tensors_fuses_the_heads_old_rows_too(make) -> None:
+    found = pair(make, "method.unit=matrix", fusion="uniform")
+    for name, value in found.fused.items():
+        torch.testing.assert_close(value, (found.before[name] + found.new[name]) / 2)
+    known = len(found.head_before)
+    torch.testing.assert_close(found.head[:known], (found.head_before + found.head_new[:known]) / 2)
+    assert torch.equal(found.head[known:], found.head_new[known:])
+    assert len(found.run.method.units.groups) == 2 * 2 * 2 + 2  # layers, projections, A and B; weight and bias
+
+
+def test_uniform_is_adaptive_at_a_high_temperature(make) -> None:
+    hot, uniform = make("method=kif", "method.tau=1e12"), make("method=kif", "method.fusion=uniform")
+    for index in range(2):
+        hot.learn(index)
+        uniform.learn(index)
+    for name, value in weights(hot).items():
+        torch.testing.assert_close(value, weights(uniform)[name])
+
+
+def test_micro_batches_give_the_same_scores(make) -> None:
+    """8 at once or 2 times 4: the gradient of the whole batch is scored, with the orthogonality term counted once."""
+    found = []
+    for size in ("null", "4"):
+        run = make("method=kif", "train.global_batch_size=8", f"hardware.micro_batch_size={size}", "train.lr=1e-4")
+        run.learn(0)
+        found.append(run.method.units.join(run.method.accumulated))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=0)
+    assert found[0].max() > 0
+
+
+def test_the_loss_holds_the_orthogonality_of_the_ranks(make) -> None:
+    """At the start A is Kaiming and B is 0, so that the term is about lambda sqrt(8) 5/6 = 0.2357."""
+    runs = [make("method=kif", f"method.orth_strength={strength}") for strength in (0.1, 0)]
+    losses = []
+    for run in runs:
+        run.method.grow_head(0)
+        run.method.begin()
+        batch = run.data.train.batch(run.data.train.rows_of(0)[:8])
+        losses.append(run.method.loss(batch).item())
+    assert losses[0] - losses[1] == pytest.approx(0.2357, rel=0.1)
+
+
+def test_importance_belongs_to_the_chosen_epoch(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps an epoch, of which the first is skipped: the best epoch of 4 gives the scores."""
+    for scores, counted in (
+        ([0.1, 0.5, 0.9, 0.3, 0.2], 3),
+        ([0.5, 0.1, 0.1, 0.1, 0.5], 0),
+        ([0, 0.1, 0.2, 0.3, 0.4], 7),
+    ):
+        run = make("method=kif", "train.select=best", "train.epochs=4")
+        values = iter(scores)
+        monkeypatch.setattr(Method, "validate", lambda self, index, values=values: next(values))
+        found = watch(run, monkeypatch)
+        run.learn(0)
+        assert found[0].counted.item() == counted
+
+
+def test_replay_is_mixed_in_or_comes_after(make) -> None:
+    for phase, old in (("union", True), ("after", False)):
+        run = make("method=kif", "replay=share", "replay.share=0.5", f"method.replay_phase={phase}")
+        run.learn(0)
+        rows = np.concatenate(run.method.plan(1).epoch(0))
+        assert (run.data.train.tasks[rows] == 0).any() == old
+        assert list(run.method.stages(1)) == (["", "replay"] if phase == "after" else [""])
+
+
+def test_replay_after_fusion_trains_old_units_alone(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other unit keeps its bits, weight decay or not."""
+    run = make("method=kif", "replay=share", "replay.share=0.5", "method.replay_phase=after", "train.weight_decay=0.5")
+    run.learn(0)
+    fused, rehearse = {}, run.method.rehearse
+
+    def record(trainer, index: int, protected: Tensor) -> None:
+        fused.update(weights(run), protected=protected)
+        rehearse(trainer, index, protected)
+
+    monkeypatch.setattr(run.method, "rehearse", record)
+    run.learn(1)
+    protected = fused.pop("protected")
+    assert protected.sum() == 7  # of 32, strictly above the percentile
+    free = run.method.units.spread(protected)
+    moved = [value != fused[name] for name, value in weights(run).items()]
+    assert not any((change & ~mask).any() for change, mask in zip(moved, free.values(), strict=True))
+    assert sum((change & mask).sum() for change, mask in zip(moved, free.values(), strict=True)) > 0
+
+
+def test_tied_parameters_are_scored_once() -> None:
+    """T5's embedding is the encoder's, the decoder's and the output's: one unit of full fine-tuning."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    model = T5ForConditionalGeneration(config)
+    backbone = build({**composed("model=t5_base").model}, "model")
+    adapters = Adapters(model, backbone, Adapter())
+    adapters.add("default", 0)
+    method = KIF(unit="matrix")
+    head = nn.Linear(16, 2)
+    method.objective = SimpleNamespace(adapters=adapters, parameters=lambda: dict(head.named_parameters()))
+    scored = method.scored()
+    assert len({value.data_ptr() for value in scored.values()}) == len(scored)
+    assert sum(value.numel() for value in scored.values()) == model.num_parameters() + 16 * 2 + 2
+    assert list(scored)[-2:] == ["head.0", "head.1"]
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "r", "expected", "matrices", "total"),
+    [
+        ("t5_large", ["q", "v"], 8, 2_359_296, 144, 740_027_392),
+        ("t5_large", ["q", "v"], 4, 1_179_648, 144, None),
+        ("flan_t5_large", ["q", "v"], 8, 2_359_296, 144, None),
+        ("t5_base", ["q", "v"], 8, 884_736, 72, None),
+        ("llama2_7b", ["q_proj", "v_proj"], 8, 4_194_304, 64, None),
+        ("llama_7b", ["q_proj", "k_proj", "v_proj", "o_proj"], 8, 8_388_608, 128, None),
+        ("llama2_13b", ["q_proj", "v_proj"], 8, 6_553_600, 80, None),
+    ],
+)
+def test_trained_parameters_of_published_models(model, targets, r, expected, matrices, total) -> None:
+    """Counted on the meta device: no weights are needed."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    backbone = build({**composed(f"model={model}").model}, "model")
+    with torch.device("meta"):
+        if backbone.architecture.value == "encoder_decoder":  # generation takes both halves
+            values = dict(backbone.config)
+            network = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+        else:
+            network = backbone.skeleton()
+        adapters = Adapters(network, backbone, Lora(r=r, targets=targets))
+        adapters.add("default", 0)
+    assert adapters.count("default") == expected
+    assert len(adapters.tensors("default")) == 2 * matrices
+    if total:
+        assert sum(value.numel() for value in network.parameters()) == total
+
+
+def test_figures_and_pictures_of_a_run(words: Path, clpet, tmp_path: Path) -> None:
+    found = clpet("train", "method=kif", *tiny_args(words))
+    assert found.code == 0, found.err
+    (path,) = (tmp_path / "outputs").glob("*/*/s*/results.json")
+    rows = json.loads(path.read_text())["diagnostics"]
+    assert set(rows[0]) == {"row"}
+    assert rows[1]["skipped_steps"] == 0
+    for row in rows[2:]:
+        assert sum(row[f"units_{part}"] for part in ("kept", "shared", "taken", "averaged")) == pytest.approx(100)
+        assert 0.018 <= row["new_weight_mean"] <= 0.982
+        assert row["units_kept"] + row["units_shared"] == pytest.approx(100 * 7 / 32)  # n - 1 - floor(.8 (n - 1))
+    for name in ("importance.png", "fusion.png"):
+        assert (path.parent / name).stat().st_size > 5000
+
+
+def test_pictures_are_drawn_from_a_loaded_state(make, tmp_path: Path) -> None:
+    run, again = make("method=kif"), make("method=kif")
+    run.learn(0)
+    run.learn(1)
+    again.method.load_state_dict(run.method.state_dict())
+    assert [path.name for path in again.method.pictures(tmp_path)] == ["importance.png", "fusion.png"]
+
+
+def test_carved_validation_never_meets_the_test_set() -> None:
+    """Best epochs are chosen on examples cut from train; no example is in two parts."""
+    benchmark = build({**composed("benchmark=python_stdlib").benchmark}, "benchmark").load(None)
+    for task in benchmark.tasks:
+        parts = [{example.text for example in task.split(split)} for split in ("train", "validation", "test")]
+        assert all(parts)
+        assert not parts[0] & parts[1]
+        assert not (parts[0] | parts[1]) & parts[2]
+
+
+# Recurrent-KIF
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("code", {(1, 1): 0.28, (0, 0): 0.4, (1, 0): 1, (0, 1): -0.2}), ("paper", {(1, 1): 0.8, (0, 0): 0, (1, 0): 1, (0, 1): -0.2})],
+)  # fmt: skip
+def test_fusion_of_a_round(how: str, expected: dict[tuple[int, int], float]) -> None:
+    inner, outer = torch.tensor([1.0] * 4), torch.tensor([-0.2] * 4)
+    masks = torch.tensor(list(expected), dtype=torch.bool)
+    found = fused_step(inner, outer, masks[:, 0], masks[:, 1], how)
+    assert found.tolist() == pytest.approx(list(expected.values()))
+
+
+def batches(*numbers: int) -> Plan:
+    """Each epoch: one batch per number, marked with the epoch."""
+    return Plan(None, len(numbers), lambda epoch: [np.array([number + 100 * epoch]) for number in numbers])
+
+
+def test_inner_and_outer_batches_take_turns_across_epochs() -> None:
+    """3 new and 2 old batches a pass, Q = 2, M = 1: rounds go on over the end of an epoch."""
+    plan = alternate(batches(0, 1, 2), batches(50, 51), 2, 1)
+    assert plan.steps == 5  # 3 and half of it, rounded up
+    stream = [int(rows[0]) for epoch in range(3) for rows in plan.epoch(epoch)]
+    assert stream == [0, 1, 50, 2, 100, 51, 101, 102, 150, 200, 201, 151, 202, 300, 250]
+    assert [int(rows[0]) for rows in plan.epoch(1)] == stream[5:10]
+
+
+def one_round(skipped: tuple[int, ...] = (), **knobs: float) -> tuple[RecurrentKIF, list[list[float]], list[Tensor]]:
+    """Five weights of 1 in two inner steps of .5 and an outer one of .1; weights and gradient after each step."""
+    method = RecurrentKIF(inner_steps=2, outer_steps=1, **knobs)
+    weight = nn.Parameter(torch.ones(5))
+    method.objective = SimpleNamespace(device="cpu", adapters=SimpleNamespace(tensors=lambda name: {"w": weight}))
+    method.replay = SimpleNamespace(memory={0: [1]})
+    inner, outer = torch.tensor([9.0, 1, 2, 3, 4]), torch.tensor([1.0, 9, 2, 3, 4])
+    seen, used = [], []
+
+    class Steps:
+        def fit(self, plan, loss, parameters, *, adjust_gradients, after_step, after_batch, **_) -> None:
+            for number, (gradient, size) in enumerate(((inner, 0.5), (inner, 0.5), (outer, 0.1))):
+                weight.grad = gradient.clone()
+                adjust_gradients()
+                used.append(weight.grad)
+                if number not in skipped:
+                    with torch.no_grad():
+                        weight.add_(size)
+                    after_step()
+                weight.grad = None
+                after_batch()
+                seen.append(weight.tolist())
+
+    method.plan = lambda index: None
+    method.named_parameters = lambda: {"w": weight}
+    method.fit(Steps(), 1)
+    assert torch.equal(method.start, weight.detach())
+    return method, seen, used
+
+
+def test_a_round_of_two_inner_steps_and_one_outer_step() -> None:
+    """Of five weights one counts in the inner steps and another in the outer one; then a new round begins."""
+    method, seen, used = one_round()
+    assert seen[1] == pytest.approx([2.0] * 5)
+    assert seen[2] == pytest.approx([2.0, 1.1, 1.55, 1.55, 1.55])
+    assert method.inner.mean.max() == 0
+    assert method.outer.mean.max() > 0
+    assert method.diagnostics() == {"fusions": 1.0, "skipped_steps": 0.0, "skipped_outer_steps": 0.0}
+    weighed = one_round(outer_weight=0.25)[2]
+    assert [(a / b).tolist() for a, b in zip(weighed, used, strict=True)] == [[1.0] * 5] * 2 + [[0.25] * 5]
+
+
+@pytest.mark.parametrize(
+    ("skipped", "end", "outer"),
+    [
+        (1, [1.5, 1.1, 1.3, 1.3, 1.3], 0),  # t_in = .5, t_out = .1, masks as in the whole round
+        (2, [2.0, 1.5, 1.5, 1.5, 1.5], 1),  # t_in = 1, t_out = 0 and nothing important in it
+    ],
+)
+def test_a_step_left_out_at_a_border_of_a_round_loses_neither_middle_nor_fusion(
+    skipped: int, end: list[float], outer: int
+) -> None:
+    method, seen, _ = one_round((skipped,))
+    assert seen[2] == pytest.approx(end)
+    assert method.diagnostics() == {"fusions": 1.0, "skipped_steps": 1.0, "skipped_outer_steps": float(outer)}
+
+
+def test_the_first_task_of_recurrent_kif_is_that_of_sequential_training(make) -> None:
+    run, plain = make("method=recurrent_kif"), make("method=sequential")
+    run.learn(0)
+    plain.learn(0)
+    assert equal(weights(run), weights(plain))
+
+
+def test_recurrent_kif_fuses_as_often_as_rounds_are_full(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 batches of new data an epoch, 6 epochs: 6 * (2 + 2 * 1 / 2) = 18 steps of rounds of 3.
+
+    The rate falls over the 12 inner steps; an outer step takes the rate of the inner step to come.
+    """
+    taken: list[float] = []
+    step = torch.optim.AdamW.step
+    run = make("method=recurrent_kif", "train.epochs=6", "method.inner_steps=2", "method.outer_steps=1",
+               "train.schedule=linear", "train.lr=1.2e-2")  # fmt: skip
+    run.learn(0)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: taken.append(self.param_groups[0]["lr"]) or step(self))
+    run.learn(1)
+    assert run.method.diagnostics()["fusions"] == 6
+    assert run.method.replay.stored() == 2
+    assert taken == pytest.approx([1e-3 * (12 - i) for turn in range(0, 12, 2) for i in (turn, turn + 1, turn + 2)])
+    assert run.trainer.past[""]["steps"] == 12 + 12
+
+
+def test_a_poisoned_step_of_recurrent_kif_is_left_out_and_counted(make) -> None:
+    """on_nan=skip leaves out the last inner and the only outer step of the first round; both rounds are fused."""
+    run = make("method=recurrent_kif", "method.inner_steps=2", "method.outer_steps=1", "train.on_nan=skip")
+    run.learn(0)
+    loss, calls = run.method.loss, iter(range(100))
+    run.method.loss = lambda batch: loss(batch) * (float("nan") if next(calls) in (1, 2) else 1)
+    run.learn(1)  # 2 epochs of 3 steps
+    assert run.method.diagnostics() == {"fusions": 2.0, "skipped_steps": 2.0, "skipped_outer_steps": 1.0}
+    assert run.method.objective.meter.take_learning()["skipped_steps"] == 2

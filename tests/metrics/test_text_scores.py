@@ -1,0 +1,129 @@
+"""How right answers are, beside what tests/objectives/test_text_to_text.py says."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from clpet.errors import ConfigError
+from clpet.metrics import text_scores
+from clpet.metrics.sari import sari, words
+
+S1 = [("A", "A.", 1), ("A", "(A) foo", 1), ("positive", "Positive", 0), ("A", "", 0), ("A", "Answer: A", 0),
+      ("A", "A_B", 0), ("A", "A–B", 1), ("A", "“A”", 1), ("B", "B…", 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("label", "answer", "score"), S1)
+def test_the_first_word_as_the_reference_scores_it(label: str, answer: str, score: int) -> None:
+    """score.py of SLM's authors, and with signs around the label."""
+    assert text_scores.first_word(answer, [label]) == text_scores.first_word(answer, [f"«{label}».", "other"]) == score
+
+
+NINE = [
+    ("The cats were sitting on mats", "A cat sat on the mat.", 0.5, 0),
+    ("Charlie asks for help", "Charlie asks guys present at the party for help in cleaning", 8 / 15, 0),
+    ("", "x", 0, 0),
+    ("science or technology.", "Science or Technology", 1, 1),
+    ("don't know", "dont know", 0.4, 1),
+    ("-5", "5", 1, 1),
+    ("!", "?", 0, 1),
+]
+
+
+@pytest.mark.parametrize(("answer", "reference", "rouge", "match"), NINE)
+def test_rouge_l_and_exact_match_as_the_references_compute_them(
+    answer: str, reference: str, rouge: float, match: int
+) -> None:
+    """compute_metrics.py of SAPT and O-LoRA."""
+    assert text_scores.rouge_l(answer, [reference]) == pytest.approx(rouge)
+    assert text_scores.exact_match(answer, [reference]) == match
+
+
+def test_the_first_character_is_the_answer_to_a_question_with_options() -> None:
+    """eval_ScienceQA.py of TRACE's authors: the reasons are not compared."""
+    gold = ["B\nPhotosynthesis is what plants use."]
+    assert text_scores.first_char("B\nBecause plants make food from light.", gold) == 1
+    assert text_scores.first_char("A\nPhotosynthesis is what plants use.", gold) == 0
+    assert text_scores.first_char("", ["", " "]) == 0
+
+
+def test_edit_similarity_counts_insertions_and_deletions() -> None:
+    """fuzz.ratio: 2 * 3 common signs / (4 + 5); literals are filled in as eval_Py150.py of TRACE's authors does."""
+    assert text_scores.edit_similarity("abcd", ["xbcdx"]) == pytest.approx(6 / 9)
+    assert text_scores.edit_similarity("f(<NUM_LIT>, <STR_LIT:a>)", ["f(0, a)", "g"]) == 1
+    assert text_scores.edit_similarity("<STR_LIT>x<NUM_LIT:7><CHAR_LIT>", ["x7"]) == 1
+    assert text_scores.edit_similarity("", [""]) == 0
+
+
+def test_sari_by_hand() -> None:
+    """Source a b, answer a c, reference a d.
+
+    Unigrams: added c, wanted d: 0; kept a, rightly: 1; deleted b, rightly: 1. Bigrams: none of a c is wanted: 0;
+    nothing is kept and nothing was to be: 1; a b is deleted, rightly: 1. Longer ones: 0/0 = 1 throughout.
+    """
+    assert sari("a c", ["a d"], "a b") == pytest.approx(((0 + 1 + 1) + (0 + 1 + 1) + 3 + 3) / 12)
+    assert sari("A cat, sat.", ["a cat , sat ."], "The dog") == 1
+
+
+def test_sari_as_the_hub_s_metric_documents_it() -> None:
+    """The example in the documentation of `sari` on the hub: 26.953601953601954."""
+    references = ["About 95 species are currently known .", "About 95 species are now accepted .",
+                  "95 species are now accepted ."]  # fmt: skip
+    found = sari("About 95 you now get in .", references, "About 95 species are currently accepted .")
+    assert 100 * found == pytest.approx(26.953601953601954, rel=1e-12)
+
+
+def test_words_of_sari_are_mteval_s() -> None:
+    assert words('He "said" 1,000.5-ish,&amp; x-y.') == [
+        "he",
+        '"',
+        "said",
+        '"',
+        "1,000.5",
+        "-",
+        "ish",
+        ",",
+        "&",
+        "x-y",
+        ".",
+    ]
+
+
+def test_the_first_word_decides_in_its_own_case() -> None:
+    """SLM's generative accuracy."""
+    assert text_scores.first_word("A.", ["A"]) == 1
+    assert text_scores.first_word("  B) because", ["A", "B"]) == 1
+    assert text_scores.first_word("Positive", ["positive"]) == 0
+    assert text_scores.first_word("neutral or negative", ["negative"]) == 0
+    assert text_scores.first_word("", [""]) == 0
+    assert text_scores.first_word("...", ["A"]) == 0
+
+
+def test_bert_score_is_its_library_s_f(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scorer for all answers; an empty one is 0 and asks nothing."""
+    made = []
+
+    class BERTScorer:
+        def __init__(self, **settings: object) -> None:
+            made.append(settings)
+
+        def score(self, answers: list[str], references: list[list[str]]) -> tuple[torch.Tensor, ...]:
+            assert references == [["see a doctor", "rest"]]
+            return torch.tensor([0.1]), torch.tensor([0.2]), torch.tensor([0.85])
+
+    monkeypatch.setitem(sys.modules, "bert_score", SimpleNamespace(BERTScorer=BERTScorer))
+    text_scores._bert_scorer.cache_clear()
+    references = ["see a doctor", "rest"]
+    assert [text_scores.bert_score(answer, references) for answer in ("go home", " ", "rest")] == pytest.approx(
+        [0.85, 0, 0.85]
+    )
+    assert made == [{"model_type": "roberta-large", "num_layers": 17, "idf": False, "rescale_with_baseline": False}]
+    text_scores._bert_scorer.cache_clear()
+
+
+def test_a_metric_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text_scores.need("rouge_l")
+    with pytest.raises(ConfigError, match="pip install bert-score"):
+        text_scores.need("bert_score")

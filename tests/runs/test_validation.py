@@ -1,0 +1,139 @@
+"""Figures on held-out training data: what settings are chosen by, never taken for figures on test."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from clpet.cli import main
+from clpet.config.schema import Split
+from clpet.evaluation.evaluator import Evaluator
+from clpet.reporting.figures import outcome
+from clpet.runs.tracking import Tracker
+from tests.conftest import domain_args, made, tiny_args, write_words
+
+
+@pytest.fixture(scope="module")
+def runs(words: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The same run measured on test and on validation: its folders, and what each printed."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    found = {}
+    for split in ("test", "validation"):
+        out = tmp_path_factory.getbasetemp() / "measured"
+        GlobalHydra.instance().clear()
+        words_ = ["method=sequential", *tiny_args(words), f"output_dir={out}", f"evaluation.split={split}"]
+        assert main.guarded(["train", *words_]) == 0
+        (found[split],) = [path for path in out.glob("*/*/s*") if path not in found.values()]
+    GlobalHydra.instance().clear()
+    return SimpleNamespace(out=out, **found)
+
+
+def results(run: Path) -> dict:
+    """results.json of a run."""
+    return json.loads((run / "results.json").read_text())
+
+
+def test_the_matrix_is_measured_on_validation(runs: SimpleNamespace) -> None:
+    """The same weights; the last row is what the run on test recorded of validation, and what a sweep returns."""
+    test, validation = results(runs.test), results(runs.validation)
+    assert [found["split"] for found in (test, validation)] == ["test", "validation"]
+    assert validation["total"][-1] == [8, 8, 8]  # 4 labels of 2 examples; as many are in test
+    assert validation["test_sets"].keys() == test["test_sets"].keys()
+    assert all(validation["test_sets"][task] != test["test_sets"][task] for task in test["tasks"])
+    assert np.isfinite(np.array(validation["scores"], float)).all()
+    own = np.mean(validation["task_scores"][-1])
+    assert test["validation"] == pytest.approx({"average": validation["average"], "own_average": own})
+    assert "validation" not in validation
+    assert outcome(runs.test) == outcome(runs.validation) == pytest.approx(validation["average"])
+    for name in ("adapters/default/adapter_model.safetensors", "heads/default.safetensors"):
+        assert (runs.test / name).read_bytes() == (runs.validation / name).read_bytes()
+
+
+def test_everything_that_prints_a_figure_says_so(runs: SimpleNamespace, clpet) -> None:
+    assert "sequential on files (validation) with tiny" in clpet("show", runs.validation).out
+    assert "average on validation after the last task: " in clpet("show", runs.test).out
+    assert "(validation)" not in clpet("show", runs.test).out
+    again = clpet("eval", runs.validation)
+    assert (again.code, "sequential on files (validation) after 3 of 3 tasks" in again.out) == (0, True)
+    assert (runs.validation / "transfer.csv").read_text().startswith("after (validation),fruit,")
+    rows = [json.loads(line)["split"] for line in (runs.validation / "metrics.jsonl").read_text().splitlines()]
+    assert rows == ["validation"] * 4
+    listed = [line.split()[5] for line in clpet("runs", runs.out).out.splitlines()]
+    assert sorted(listed) == ["split", "test", "validation"]
+    compared = clpet("runs", runs.out, "--compare", "method", "--metrics", "average").out
+    assert compared.count("measured on validation") == 1
+    assert compared.count("sequential") == 2
+    log = (runs.validation / "train.log").read_text()
+    assert "on 3 seen tasks (validation)" in log
+
+
+def test_a_finished_run_is_shown_with_its_split(runs: SimpleNamespace, words: Path, clpet) -> None:
+    again = clpet(
+        "train", "method=sequential", *tiny_args(words), f"output_dir={runs.out}", "evaluation.split=validation"
+    )
+    assert "sequential on files (validation), seed 0: accuracy" in again.out
+    again = clpet("train", "method=sequential", *tiny_args(words), f"output_dir={runs.out}")
+    assert "validation average" in again.out
+
+
+def test_names_on_wandb_tell_the_splits_apart(tmp_path: Path) -> None:
+    keys = [
+        Tracker(None, tmp_path, None, {"evaluation": {"split": split}}, {})._key("average")
+        for split in ("test", "validation")
+    ]  # type: ignore[arg-type]
+    assert keys == ["average", "validation/average"]
+
+
+def test_measuring_validation_changes_nothing_on_test(make) -> None:
+    """Also where a method looks up answers before an evaluation."""
+    run = make("method=dynamic_conpet")
+    run.learn(0)
+    found = [
+        Evaluator(run.benchmark, run.data, split)(run.method, 1, [0, 1, 2]) for split in ("test", "validation", "test")
+    ]
+    for name in ("prediction", "own_prediction", "score"):
+        np.testing.assert_array_equal(found[0].rows[name], found[2].rows[name])
+    assert len(found[1].rows["score"]) == 24
+    meter = run.method.objective.meter.cost
+    assert (meter.evaluated_examples > 0, meter.validated_examples > 0) == (True, True)
+
+
+def test_plain_text_is_measured_on_validation_as_on_test(prose: Path) -> None:
+    """Windows of validation begin, overlap and count bytes as those of test do."""
+    args = ["method=sequential", "evaluation.split=validation", "evaluation.bos=true", "evaluation.stride=8"]
+    run = made(domain_args(prose, *args))
+    assert run.config.evaluation.split is Split.validation
+    for split in ("validation", "test"):
+        pool = run.data.split(split)
+        texts = [example.text for example in run.benchmark.tasks[0].split(split)]
+        assert sum(pool.bytes(row) for row in pool.rows_of(0)) == pytest.approx(
+            sum(len(text.encode()) for text in texts), abs=1
+        )
+    found = Evaluator(run.benchmark, run.data, "validation")(run.method, 0, [0])
+    assert found.diagnostics["bits_per_byte/birds"] > 0
+
+
+def test_tasks_without_validation_are_refused(clpet, words: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(words, tmp_path / "words"))
+    (folder / "validation.jsonl").unlink()
+    args = [*tiny_args(folder), "method=sequential", "benchmark.validation_share=0"]
+    found = clpet("train", *args, "evaluation.split=validation")
+    assert (found.code, found.err.count("\n")) == (2, 1)
+    assert "evaluation.split=validation, but task fruit has no validation examples" in found.err
+    assert clpet("train", *args, "train.epochs=1").code == 0
+    (file,) = tmp_path.glob("outputs/*/*/s*/results.json")
+    assert "validation" not in results(file.parent)
+    assert outcome(file.parent) == results(file.parent)["average"]
+
+
+def test_max_validation_limits_every_task(tmp_path: Path) -> None:
+    from clpet.data.sources import Table
+
+    folder = write_words(tmp_path)
+    for most, train, count in ((3, None, 3), (None, 20, 4), (None, None, 8), (6, 20, 6)):
+        tasks = Table(name="files", task="task", max_validation=most, max_train=train).load(str(folder)).tasks
+        assert [len(task.validation) for task in tasks] == [count] * 3

@@ -1,0 +1,141 @@
+"""What anyone may have written into a run directory: shown, or refused in one line, and nothing else."""
+
+import contextlib
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from clpet.cli import main
+from clpet.errors import ClpetError, DataError
+from clpet.runs.load_run import inspect, recorded
+from clpet.runtime.untrusted_json import read_json
+from tests.conftest import domain_args, guarded, tiny_args
+
+SLOW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8),
+    st.sampled_from(["../../x", "/etc/passwd", "\x1b[2J", "\ud800", "${oc.env:HOME}", "os.system", "higher", "lower"]),
+)  # fmt: skip
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6
+)  # fmt: skip
+
+
+def places(node: Any, path: tuple = ()) -> list[tuple]:
+    """The paths to all of a tree's nodes."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path, *(place for key, value in items for place in places(value, (*path, key)))]
+
+
+@st.composite
+def mutated(draw: st.DrawFn, value: Any) -> Any:
+    """A tree with one to three of its nodes replaced, removed or doubled."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(places(value)[1:] or [()]))
+        if not path:
+            return draw(VALUES)
+        parent = value
+        for key in path[:-1]:
+            parent = parent[key]
+        action = draw(st.sampled_from(["replace", "replace", "remove", "double"]))
+        if action == "remove":
+            del parent[path[-1]]
+        elif action == "double" and isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[path[-1]]))
+        else:
+            parent[path[-1]] = draw(VALUES)
+    return value
+
+
+@pytest.fixture(scope="module")
+def runs(words: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished runs of accuracies and of perplexities."""
+    found = {}
+    for name, args in {"words": tiny_args(words), "prose": domain_args(prose)}.items():
+        out = tmp_path_factory.mktemp(name)
+        assert guarded("train", "method=sequential", *args, f"output_dir={out}") == 0
+        (found[name],) = out.glob("*/*/s*")
+    return found
+
+
+def shown(path: Path, capsys: pytest.CaptureFixture, *flags: str) -> None:
+    """`clpet show` prints, or says in one line why it does not."""
+    code = main.guarded(["show", str(path), *flags])
+    out, err = capsys.readouterr()
+    assert (code, err.count("\n")) in ((0, 0), (2, 1)), err
+    assert "internal error" not in err
+    assert all(sign.isprintable() or sign == "\n" for sign in out)
+
+
+@pytest.mark.parametrize("kind", ["words", "prose"])
+def test_show_survives_any_results(kind: str, runs: dict[str, Path], tmp_path: Path, capsys) -> None:
+    run = Path(shutil.copytree(runs[kind], tmp_path / "a" / "b" / "run"))
+    whole = json.loads((run / "results.json").read_text())
+
+    @SLOW
+    @given(mutated(whole), st.sampled_from([(), ("--metrics",)]))
+    def survives(value: Any, flags: tuple[str, ...]) -> None:
+        (run / "results.json").write_text(json.dumps(value))
+        shown(run, capsys, *flags)
+
+    survives()
+
+
+def test_show_survives_any_bytes(runs: dict[str, Path], tmp_path: Path, capsys) -> None:
+    run = Path(shutil.copytree(runs["words"], tmp_path / "run"))
+    whole = (run / "results.json").read_bytes()
+
+    @SLOW
+    @given(st.integers(0, len(whole)), st.integers(0, 200), st.binary(max_size=20))
+    def survives(at: int, gone: int, new: bytes) -> None:
+        (run / "results.json").write_bytes(whole[:at] + new + whole[at + gone :])
+        shown(run, capsys)
+
+    survives()
+
+
+def test_a_recorded_config_is_built_or_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever run.json says, what is not ours is not imported and nothing but a ClpetError is raised."""
+    run = Path(shutil.copytree(runs["words"], tmp_path / "run"))
+    whole = json.loads((run / "run.json").read_text())
+
+    @SLOW
+    @given(mutated(whole))
+    def survives(value: Any) -> None:
+        (run / "run.json").write_text(json.dumps(value))
+        with contextlib.suppress(ClpetError):
+            assert type(recorded(run).method).__module__.startswith("clpet.")
+
+    survives()
+
+
+def test_other_runs_that_are_spoilt_are_passed_over(runs: dict[str, Path], tmp_path: Path, capsys) -> None:
+    out = Path(shutil.copytree(runs["words"].parents[2], tmp_path / "out"))
+    (spoilt,) = out.glob("*/*/s*")
+    shutil.copytree(spoilt, spoilt.with_name("s1-00000000"))
+    (spoilt / "results.json").write_text('{"method": 3}')
+    assert main.guarded(["runs", str(out), "--compare", "method"]) == 0
+    assert capsys.readouterr().out.count("sequential") == 1
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1]", "no object"), ("NaN", "no finite"), ('{"a": 1e999}', "no finite"), ('{"a": -Infinity}', "no finite"),
+                                  ('{"a": 99999999999999999999}', "too large"), ('{"a":' * 40 + "1" + "}" * 40, "too deeply")])  # fmt: skip
+def test_json_that_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_json(tmp_path / "x.json")
+
+
+def test_inspection_leaves_a_clean_config_as_it_is(runs: dict[str, Path]) -> None:
+    for run in runs.values():
+        config = json.loads((run / "run.json").read_text())["config"]
+        before = copy.deepcopy(config)
+        inspect(config, False, "")
+        assert config == before
