@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # An OpenMP thread that waits for work spins before it sleeps: in libgomp for about 14 ms, in the runtimes of Intel and
 # LLVM for 200 ms. Runs side by side on one machine stall each other so (`scripts/bench.py side_by_side`). The
