@@ -18,9 +18,11 @@ from clpet.errors import ModelError, enough_memory
 from clpet.evaluation.data_inspection import cut_line, inspect_data
 from clpet.evaluation.evaluator import Evaluator
 from clpet.methods.base import Method
-from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.metrics.transfer_matrix import TransferMatrix, on_split
 from clpet.models.memory_saving import shard
 from clpet.objectives import load as load_objective_class
+from clpet.reporting import run_summary
+from clpet.reporting.plots import run_figures
 from clpet.reporting.progress import Display
 from clpet.runs import provenance, run_dir
 from clpet.runs.dry_run import count_parameters, dry_run
@@ -42,10 +44,10 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     config = typed(cfg)
     console = Console(quiet=not world().main)
     identity = {"signature": signature(cfg), "setting": setting(cfg), "seed": str(config.seed)}
-    if not (config.fresh or config.dry_run) and (done := run_dir.finished(out)):
+    if not (config.fresh or config.dry_run) and (done := run_dir.finished_results(out)):
         with readable(f"{out / 'results.json'} is not the result of a run"):
             provenance.check_finished(out, done, config)
-            run_dir.show_finished(console, out, done)
+            run_summary.show_finished(console, out, done)
         console.print("shown, not run again: it was finished before (fresh=true starts over)")
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
@@ -97,10 +99,11 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
             if not world().main:
                 return state.matrix
             results = run_dir.collect(out, cfg, overrides, identity, method, benchmark, state)
-            pictures = [*run_dir.pictures(out, state, method.name, benchmark, results["split"]), *method.pictures(out)]
-            track.finished(results, pictures)
+            title = f"{method.name} on {on_split(benchmark.name, results['split'])}"
+            paths = run_figures.draw(out, state.matrix, title, benchmark.data_record.get("order"))
+            track.finished(results, [*paths, *method.pictures(out)])
             run_dir.finish(out, results)
-        run_dir.show_finished(console, out, results)
+        run_summary.show_finished(console, out, results)
     return state.matrix
 
 
@@ -136,7 +139,7 @@ class Experiment:
             with keeper.between():
                 every = self.config.train.keep
                 if every and (position + 1) % every == 0 and world().main:
-                    run_dir.keep(self.out, index + 1, method)
+                    run_dir.save_snapshot(self.out, index + 1, method)
                 state.save(folder, method.state_dict(), self.identity)
             track.display.task_done()
         return state
@@ -203,7 +206,9 @@ class Experiment:
 
 def announce(display: Display, method: Method, benchmark: Benchmark, objective: str, split: str) -> None:
     """Prints what is about to be learned, what was resolved, how many texts are cut, and what the data warn of."""
-    display.print(run_dir.heading(method, benchmark, objective, split))
+    name, softmax = on_split(benchmark.name, split), run_dir.softmax(benchmark, objective)
+    labels, resolved = len(benchmark.labels), method.resolved(benchmark)
+    display.print(run_summary.heading(method.name, name, len(benchmark), labels, softmax, resolved))
     if line := cut_line(benchmark.data_record):
         display.print(line)
     for warning in benchmark.data_record["warnings"]:

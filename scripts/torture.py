@@ -176,7 +176,7 @@ def one_round(variant: str, place: Path, minutes: float, dice: random.Random) ->
 def torture(rounds: int, minutes: float, seed: int, place: Path, first: int) -> int:
     """Runs the rounds; returns how many ended unequal."""
 
-    import clpet.reporting.plots.matrix
+    import clpet.reporting.plots.transfer_matrix
     import clpet.run  # noqa: F401  what every child would import
 
     dice, equal, total = random.Random(seed), 0, Outcome()

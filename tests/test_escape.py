@@ -10,7 +10,7 @@ from rich.console import Console
 
 from clpet.escape import inline, latex, markdown, printable, spreadsheet
 from clpet.metrics.transfer_matrix import TransferMatrix
-from clpet.reporting.plots.matrix import transfer_heatmap
+from clpet.reporting.plots.transfer_matrix import transfer_heatmap
 from clpet.reporting.progress import Display
 from clpet.reporting.tables import formatted, table
 from clpet.runs.run_dir import transfer_csv

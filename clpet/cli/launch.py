@@ -39,7 +39,7 @@ class RankError(ClpetError):
 
 def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
     """Runs the experiment of `cfg` on as many ranks as hardware.ranks says."""
-    if cfg.hardware.get("ranks", 1) == 1 or (run_dir.finished(out) and not cfg.fresh):
+    if cfg.hardware.get("ranks", 1) == 1 or (run_dir.finished_results(out) and not cfg.fresh):
         return run(cfg, out, overrides)
     hardware = assemble(typed(cfg))[1]["hardware"]
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -53,7 +53,7 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
         return run(cfg, out, overrides)
     else:
         start(count, rank, plain, out, overrides, logs)
-    done = run_dir.finished(out)
+    done = run_dir.finished_results(out)
     return TransferMatrix.from_json(done) if done else None
 
 

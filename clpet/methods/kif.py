@@ -219,7 +219,7 @@ class KIF(Method):
         return self.history[-1]["figures"] if self.history else {}
 
     def pictures(self, folder: Path) -> list[Path]:
-        from clpet.reporting.plots.matrix import importance_heatmap, share_bars
+        from clpet.reporting.plots.method_figures import importance_heatmap, share_bars
 
         tasks = self.benchmark.names[: len(self.history)]
         importance = [entry["importance"] for entry in self.history]

@@ -257,7 +257,7 @@ class SLM(Method):
         return self.tally.figures(names) if measured and names else {}
 
     def pictures(self, folder: Path) -> list[Path]:
-        from clpet.reporting.plots.matrix import retrieval_heatmap
+        from clpet.reporting.plots.method_figures import retrieval_heatmap
 
         shares = self.tally.votes / self.tally.votes.sum(1, keepdim=True)
         return [retrieval_heatmap(shares.cpu().numpy(), self.benchmark.names, folder / "retrieval.png", self.name)]

@@ -242,7 +242,7 @@ class Comparison:
 
     def picture(self, runs: Group, path: Path) -> Path:
         """Rows of perplexities side by side. Raises ConfigError where they are not of one table."""
-        from clpet.reporting.plots.perplexity import side_by_side
+        from clpet.reporting.plots.perplexity import plot_groups
 
         found = self.sections(runs)
         lower = [section for section in found if section.lower and section.split == "test"]
@@ -257,7 +257,7 @@ class Comparison:
             for row in section.rows
         }
         drawn = {name: own for name, own in groups.items() if own}
-        return side_by_side(drawn, ", ".join(self.keys), path, section.benchmark)
+        return plot_groups(drawn, ", ".join(self.keys), path, section.benchmark)
 
 
 def _numbers(found: Spread | None) -> list[str]:

@@ -28,7 +28,7 @@ from clpet.models.backbone import Backbone
 from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
 from clpet.runs.provenance import inputs
-from clpet.runs.run_dir import kept
+from clpet.runs.run_dir import snapshot_folder
 from clpet.runs.tracking import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
@@ -192,7 +192,7 @@ def place(run: Recorded, after: int | None) -> tuple[int, Path | None]:
     rows = [0, *(index + 1 for index, _ in run.method.curriculum())]
     found: dict[int, Path | None] = {0: None}
     for row in rows[1:]:
-        if (folder := kept(run.out, row) / "state").is_dir():
+        if (folder := snapshot_folder(run.out, row) / "state").is_dir():
             found[row] = folder
     for folder in checkpoints(run.out / "state"):
         if folder.name.isdigit() and 0 < int(folder.name) < len(rows):

@@ -1,4 +1,4 @@
-"""The run directory: what a run writes at its start and its end, and how a finished one is recognised."""
+"""The run directory: files written at the start, during and at the end of a run, and the test for a finished one."""
 
 import csv
 import io
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from safetensors.torch import save_file
 
 from clpet.data.benchmark import Benchmark
@@ -18,55 +17,43 @@ from clpet.errors import DataError
 from clpet.escape import inline, spreadsheet
 from clpet.methods.base import Method
 from clpet.metrics import perplexity_transfer
-from clpet.metrics.perplexity_transfer import DAPT
-from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2, tolist
+from clpet.metrics.transfer_matrix import TransferMatrix, on_split, tolist
 from clpet.models.adapters import parameter_ratio
-from clpet.reporting.perplexity_tables import LEGEND, average_table
-from clpet.reporting.tables import matrix_table, say
 from clpet.runs.provenance import git_revision, hub_data, versions
 from clpet.runtime.atomic_io import whole, write_atomic
 from clpet.runtime.distributed import world
 from clpet.runtime.run_checkpoint import RunState, write_tree
-from clpet.runtime.untrusted_json import command, read_json, read_results, split_of
+from clpet.runtime.untrusted_json import read_json, read_results
 
 log = logging.getLogger(__name__)
 
-MADE = ("results.json", "transfer.csv", "*.png", "metrics.jsonl", "run.json", "downstream-*.json")
+# What a run writes into its directory, next to Hydra's own files and train.log.
+OUTPUT_PATTERNS = ("results.json", "transfer.csv", "*.png", "metrics.jsonl", "run.json", "downstream-*.json")
+OUTPUT_FOLDERS = ("state", "predictions", "adapters", "heads", "checkpoints", "wandb")
 
 
-def finished(out: Path) -> dict[str, Any] | None:
-    """The results of a finished run; results.json is written last, so its presence means that all is there."""
+def finished_results(out: Path) -> dict[str, Any] | None:
+    """results.json of a finished run, else None. It is written last: if it exists, all other files are complete."""
     if not (out / "results.json").is_file():
         return None
     try:
         return read_results(out / "results.json")
     except DataError as error:
-        log.warning("%s: it is written again from what was saved", error)
+        log.warning("%s: results.json will be written again from the checkpoint", error)
         return None
 
 
 def clear(out: Path) -> None:
-    """Removes what an earlier run left in its directory."""
-    for pattern in MADE:
+    """Removes the outputs of an earlier run from its directory."""
+    for pattern in OUTPUT_PATTERNS:
         for path in out.glob(pattern):
             path.unlink()
-    for name in ("state", "predictions", "adapters", "heads", "checkpoints", "wandb"):
+    for name in OUTPUT_FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def heading(method: Method, benchmark: Benchmark, objective: str, split: str) -> str:
-    """The first line of a run: what is learned, and what was resolved from the method and the data."""
-    labels = f", {len(benchmark.labels)} labels" if benchmark.labels else ""
-    compete = {None: "", "task": "; softmax over each task's own labels", "seen": "; softmax over all labels seen"}
-    chosen = "".join(f"; {key}={value}" for key, value in method.resolved(benchmark).items())
-    return (
-        f"{method.name} on {on_split(benchmark.name, split)}: {len(benchmark)} tasks{labels}"
-        f"{compete[softmax(benchmark, objective)]}{chosen}"
-    )
-
-
 def softmax(benchmark: Benchmark, objective: str) -> str | None:
-    """Which labels compete in the loss of a classification, as benchmark.softmax=auto was resolved."""
+    """Labels that compete in a classification loss, "task" or "seen": what benchmark.softmax=auto resolved to."""
     return ("task" if benchmark.own_softmax else "seen") if objective == "classification" else None
 
 
@@ -79,11 +66,11 @@ def start(
     host: dict[str, Any],
     resumes: bool = False,
 ) -> None:
-    """Writes run.json: what is run, on what (`host`, of Hardware.record), with which versions."""
+    """Writes run.json: the resolved configuration, the data, the hardware (`host`, of Hardware.record), versions."""
     if resumes:
         _warn_of_rounding(out, host)
     record = {
-        **_who(cfg, overrides, identity, benchmark),
+        **_description(cfg, overrides, identity, benchmark),
         "host": host,
         "config": OmegaConf.to_container(cfg, resolve=True),
         "data": benchmark.data_record,
@@ -92,14 +79,14 @@ def start(
 
 
 def _warn_of_rounding(out: Path, host: dict[str, Any]) -> None:
-    """Warns where a run that resumes began on hardware that rounds differently: its end is not equal bit for bit."""
+    """Warns that a run started on hardware that rounds differently: resumed here, it will not end bit for bit equal."""
     try:
         before = read_json(out / "run.json").get("host")
     except DataError:
         return
     if isinstance(before, dict) and (other := [key for key in host if before.get(key, host[key]) != host[key]]):
-        changed = ", ".join(f"{key} {before[key]}, now {host[key]}" for key in other)
-        log.warning("the run began with %s: it ends equal to rounding, not bit for bit", inline(changed))
+        changes = ", ".join(f"{key} {before[key]}, now {host[key]}" for key in other)
+        log.warning("the run began with %s: it ends equal to rounding, not bit for bit", inline(changes))
 
 
 def collect(
@@ -111,12 +98,12 @@ def collect(
     benchmark: Benchmark,
     state: RunState,
 ) -> dict[str, Any]:
-    """Writes adapters, heads and transfer.csv; returns what results.json will hold."""
+    """Writes adapters, heads and transfer.csv; returns the contents of results.json, which `finish` writes."""
     method.save(out / "adapters")
     save_heads(method, out / "heads")
     write_atomic(out / "transfer.csv", transfer_csv(state.matrix, cfg.evaluation.split))
     return {
-        **_who(cfg, overrides, identity, benchmark),
+        **_description(cfg, overrides, identity, benchmark),
         **state.matrix.to_json(),
         "backward": tolist(state.matrix.backward),
         "forward": tolist(state.matrix.forward),
@@ -141,40 +128,41 @@ def collect(
 
 
 def save_heads(method: Method, folder: Path) -> None:
-    """Writes every classification head as safetensors, its labels in the metadata."""
+    """Writes every classification head as safetensors, with the names of its labels in the metadata."""
     folder.mkdir(exist_ok=True)
     names, labels = method.benchmark.names, method.benchmark.labels
     for name, head in method.heads().items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in head.named_parameters()}
+        # The outputs of ConPET's task selector are tasks; those of every other head are labels.
         rows = [labels[label] for label in head.labels] if name != "selector" else names
         save_file(tensors, folder / f"{name}.safetensors", metadata={"labels": json.dumps(rows)})
 
 
-def kept(out: Path, row: int) -> Path:
-    """Where what was trained lies after the first `row` tasks, with train.keep."""
+def snapshot_folder(out: Path, row: int) -> Path:
+    """Folder of the weights after the first `row` tasks."""
     return out / "checkpoints" / f"after-{row:03d}"
 
 
-def keep(out: Path, row: int, method: Method) -> None:
-    """Writes what was trained so far: as in adapters/ and heads/, and what else the method reads at test."""
+def save_snapshot(out: Path, row: int, method: Method) -> None:
+    """Writes the weights after `row` tasks: adapters and heads as at the end, and the state that inference needs."""
     state = method.state_dict()
-    if method.objective.adapters.config is None:  # the weights of the whole model lie beside it already
+    if method.objective.adapters.config is None:  # without PEFT adapters method.save already writes these weights
         state["objective"] = {**state["objective"], "adapters": {}}
-    if not world().main:
+    if not world().main:  # after state_dict, in which all ranks take part
         return
-    with whole(kept(out, row)) as folder:
+    with whole(snapshot_folder(out, row)) as folder:
         method.save(folder)
         save_heads(method, folder / "heads")
         write_tree(folder / "state", {"row": row, "method": state})
 
 
 def finish(out: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, after all else: from now on the run is finished."""
+    """Writes results.json, as the last file: its presence marks the run as finished."""
     write_atomic(out / "results.json", json.dumps(_finite(results), indent=1, allow_nan=False))
 
 
 def _finite(node: Any) -> Any:
-    """None in place of what JSON has no word for: an infinite perplexity, whose sums lie beside it."""
+    """Replaces NaN and infinity by None, since JSON cannot hold them; the sums behind a perplexity are stored too."""
     if isinstance(node, dict):
         return {key: _finite(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -183,7 +171,7 @@ def _finite(node: Any) -> Any:
 
 
 def headline(matrix: TransferMatrix) -> dict[str, float | None]:
-    """The figures that scripts read by name."""
+    """The summary metrics at the top level of results.json, for scripts that read them by name."""
     return {
         "average": matrix.average(),
         "whole": matrix.whole(),
@@ -200,23 +188,11 @@ def _pretraining(matrix: TransferMatrix, benchmark: Benchmark) -> dict[str, Any]
     return {"pretraining": perplexity_transfer.figures(matrix.scores, matrix.tasks, groups=benchmark.groups)}
 
 
-def pictures(out: Path, state: RunState, method: str, benchmark: Benchmark, split: str = "test") -> list[Path]:
-    """Draws the matrix and the curves, and the similarities behind an order of domains."""
-    title = f"{method} on {on_split(benchmark.name, split)}"
-    if state.matrix.direction == "lower":
-        from clpet.reporting.plots.perplexity import draw
-
-        return draw(out, state.matrix, benchmark.data_record.get("order"), title)
-    from clpet.reporting.plots.matrix import accuracy_curves, transfer_heatmap
-
-    return [
-        transfer_heatmap(state.matrix, out / "transfer.png", title),
-        accuracy_curves(state.matrix, out / "accuracy.png", title),
-    ]
-
-
 def transfer_csv(matrix: TransferMatrix, split: str = "test") -> str:
-    """Header after,<task>,..., of another split "after (validation)"; rows 0 to T; an empty cell was not measured."""
+    """The matrix as CSV: header after,<task>,...; rows 0 to T; an empty cell was not measured.
+
+    If `split` is not test, the first header cell names it: "after (validation)".
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([on_split("after", split), *map(spreadsheet, matrix.tasks)])
@@ -226,7 +202,7 @@ def transfer_csv(matrix: TransferMatrix, split: str = "test") -> str:
 
 
 def task_cost(method: Method) -> dict[str, Any]:
-    """What learning the last task cost, with the parameters it trained and what is kept."""
+    """The cost of learning the last task, the number of trained parameters, and what the method stores by now."""
     return {
         **method.objective.meter.take_learning(),
         "trainable_parameters": method.trainable_parameters(),
@@ -235,42 +211,10 @@ def task_cost(method: Method) -> dict[str, Any]:
     }
 
 
-def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
-    """The final table, where the run lies, and what to try next."""
-    matrix = TransferMatrix.from_json(results)
-
-    words, lower = results.get("objective") == "text_to_text", matrix.direction == "lower"
-    what = f"{'score' if words else 'accuracy'} in % after each task (rows)"
-    what = f"{results.get('metric', 'perplexity')} after each domain (rows), lower is better" if lower else what
-    benchmark = on_split(results["benchmark"], split_of(results))
-    say(console, f"{results['method']} on {benchmark}, seed {results['seed']}: {what}")
-    say(console, matrix_table(matrix))
-    say(console)
-    if lower:
-        say(console, average_table(results["pretraining"]))
-        say(console, LEGEND)
-    else:
-        for name in ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy"):
-            say(console, f"{name.replace('_', ' '):18} {round2(results[name]):>7}")
-    if found := results.get("validation"):
-        say(console, f"{'validation average':18} {round2(found['average']):>7}")
-    for name, value in results["diagnostics"][-1].items():
-        if name != "row" and "/" not in name:
-            say(console, f"{name.replace('_', ' '):18} {round2(value):>7}")
-    ratio = results["parameters"]
-    say(
-        console,
-        f"trained per task   {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.2f} %)",
-    )
-    say(console)
-    say(console, f"run   {out}")
-    say(console, f"next  clpet show {out}")
-    better = DAPT if lower else "o_lora" if words else "dynamic_conpet"
-    other = better if results["method"] in ("sequential", "joint", "independent") else "sequential"
-    say(console, f"      {command(results, other)}")
-
-
-def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchmark: Benchmark) -> dict[str, Any]:
+def _description(
+    cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchmark: Benchmark
+) -> dict[str, Any]:
+    """The keys that run.json and results.json share: what is run, on which inputs, with which versions."""
     return {
         "method": cfg.method.name,
         "model": cfg.model.name,
@@ -294,8 +238,8 @@ def _who(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchm
 
 
 def batch_record(cfg: DictConfig) -> dict[str, int]:
-    """How the configured global batch is carried out: examples per forward pass, and passes per step."""
-    whole, ranks = cfg.train.global_batch_size, world().size
-    part = -(-whole // ranks)
-    micro = min(part, cfg.hardware.micro_batch_size or part)
-    return {"global": whole, "per_device": micro, "accumulation": -(-part // micro), "devices": ranks}
+    """How the global batch is split: examples per forward pass and device, and forward passes per step."""
+    global_batch, devices = cfg.train.global_batch_size, world().size
+    per_device = -(-global_batch // devices)  # rounded up, as the trainer splits it
+    micro = min(per_device, cfg.hardware.micro_batch_size or per_device)
+    return {"global": global_batch, "per_device": micro, "accumulation": -(-per_device // micro), "devices": devices}

@@ -97,10 +97,10 @@ def test_names_with_a_slash_are_names() -> None:
 def test_results_that_are_damaged_are_named_and_made_again(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert run_dir.finished(tmp_path) is None
+    assert run_dir.finished_results(tmp_path) is None
     (tmp_path / "results.json").write_text(text)
     caplog.clear()
-    assert run_dir.finished(tmp_path) is None
+    assert run_dir.finished_results(tmp_path) is None
     assert "results.json" in caplog.text
     run = tmp_path / "benchmark" / "method" / "s0-12345678"
     run.mkdir(parents=True)

@@ -275,23 +275,23 @@ def test_how_much_of_the_matrix_is_measured(matrix: str, words: Path, clpet, tmp
     assert measured == expected[matrix]
 
 
-def test_what_is_missing_after_a_kill_is_made_again(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
-    """results.json comes after the pictures, and a cut line of metrics.jsonl does not matter."""
-    from clpet.runs import run_dir
+def test_files_missing_after_a_kill_are_written_on_resume(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
+    """results.json is written after the figures, and a truncated line of metrics.jsonl does no harm."""
+    from clpet.reporting.plots import run_figures
 
     args = ["train", "method=sequential", *tiny_args(words)]
-    original = run_dir.pictures
+    original = run_figures.draw
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_dir, "pictures", die)
+    monkeypatch.setattr(run_figures, "draw", die)
     assert clpet(*args).code == 130
     (folder,) = tmp_path.glob("outputs/*/*/s*")
     assert not (folder / "results.json").exists()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"done": 3, "ro')
-    monkeypatch.setattr(run_dir, "pictures", original)
+    monkeypatch.setattr(run_figures, "draw", original)
     assert clpet(*args).code == 0
     assert (folder / "results.json").exists()
     assert (folder / "transfer.png").exists()

@@ -3,7 +3,6 @@
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ from clpet.data.task_order import order_domains
 from clpet.metrics.perplexity_transfer import figures
 from clpet.metrics.transfer_matrix import TransferMatrix, tolist
 from clpet.reporting.perplexity_tables import few
+from clpet.reporting.plots.run_figures import draw
+from clpet.reporting.run_summary import show_finished
 from clpet.reporting.tables import matrix_table, perplexity, summary_line
-from clpet.runs.run_dir import pictures, show_finished
 
 NAN = float("nan")
 P = [[40, 30, 20, 50], [20, 32, 22, 60], [24, 18, 21, 55], [30, 24, 10, 52], [28, 27, 15, 25]]
@@ -148,10 +148,9 @@ def test_a_run_draws_its_matrix_domains_transfer_and_order(tmp_path: Path) -> No
     record = order_domains(texts, "similar", encoder="hashed", reference=["the law"]).record()
     for order, names in ((None, ["transfer", "domains", "transfer_curves"]),
                          (record, ["transfer", "domains", "transfer_curves", "order"])):  # fmt: skip
-        benchmark = SimpleNamespace(name="domains", data_record={"order": order})
-        found = pictures(tmp_path, SimpleNamespace(matrix=made_up(P)), "sequential", benchmark)
-        assert found == [tmp_path / f"{name}.png" for name in names]
-        assert all(path.read_bytes().startswith(b"\x89PNG") for path in found)
+        paths = draw(tmp_path, made_up(P), "sequential on domains", order)
+        assert paths == [tmp_path / f"{name}.png" for name in names]
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
 @pytest.mark.parametrize("scores", [
@@ -163,8 +162,7 @@ def test_a_run_draws_its_matrix_domains_transfer_and_order(tmp_path: Path) -> No
 def test_pictures_of_any_matrix(scores: list, tmp_path: Path) -> None:
     """One domain, unmeasured cells, a perplexity beyond all numbers, many domains."""
     matrix = made_up(scores, [f"d{i}" for i in range(len(scores[0]))])
-    benchmark = SimpleNamespace(name="domains", data_record={})
-    assert len(pictures(tmp_path, SimpleNamespace(matrix=matrix), "sequential", benchmark)) == 3
+    assert len(draw(tmp_path, matrix, "sequential on domains")) == 3
 
 
 def test_perplexities_are_printed_with_fitting_digits() -> None:

@@ -1,1 +1,1 @@
-"""Pictures, drawn with matplotlib."""
+"""Figures drawn with matplotlib, one module per subject; run_figures.py draws those of a whole run."""

@@ -1,0 +1,30 @@
+"""The figures that every finished run gets, chosen by what its transfer matrix holds: scores or perplexities."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clpet.metrics.perplexity_transfer import figures
+from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.reporting.plots.perplexity import by_position, order_heatmap, perplexity_heatmap, transfer_curves
+from clpet.reporting.plots.transfer_matrix import accuracy_curves, transfer_heatmap
+
+
+def draw(out: Path, matrix: TransferMatrix, title: str, order: Mapping[str, Any] | None = None) -> list[Path]:
+    """Draws a run's figures into its directory and returns their paths.
+
+    `order` is the record of the task order; order.png is drawn where it holds the similarities of the domains.
+    """
+    if matrix.direction == "higher":
+        return [
+            transfer_heatmap(matrix, out / "transfer.png", title),
+            accuracy_curves(matrix, out / "accuracy.png", title),
+        ]
+    paths = [
+        perplexity_heatmap(matrix, out / "transfer.png", title),
+        by_position(matrix, out / "domains.png", title),
+        transfer_curves(figures(matrix.scores, matrix.tasks), out / "transfer_curves.png", title),
+    ]
+    if order and order.get("similarity"):
+        paths.append(order_heatmap(order, out / "order.png", title))
+    return paths
