@@ -18,7 +18,7 @@ from clpet.objectives.language_modeling import LanguageModeling
 from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
 from clpet.runtime import atomic_io
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware
 from clpet.training.trainer import Trainer
 
@@ -51,7 +51,7 @@ def prepare(
         found = atomic_io.intact(folder)
     if folder.exists() and not found:
         log.warning("the base model in %s is damaged and is made again", folder)
-    if world().most(not found)[0]:
+    if get_world().all_reduce_max(not found)[0]:
         display.task(0, f"base model on {base.name}")
         _train(backbone, benchmark, hardware, folder, display)
         display.close()
@@ -74,9 +74,9 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
     trainer = Trainer(settings, hardware, objective, display, 0)
     trainer.begin_task(0)
     trainer.fit(plan.plan(0), objective.loss, adapters.tensors("default"))
-    if world().main:
+    if get_world().is_main:
         _save(model, tokenizer, folder)
-    world().barrier()
+    get_world().barrier()
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

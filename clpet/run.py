@@ -28,7 +28,7 @@ from clpet.runs import provenance, run_dir
 from clpet.runs.dry_run import count_parameters, dry_run
 from clpet.runs.tracking import Tracker, write_predictions
 from clpet.runtime.atomic_io import Lock
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
 from clpet.runtime.signals import Interrupt
 from clpet.runtime.untrusted_json import readable
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
     """Runs, resumes or, if it is finished, just shows the experiment that `cfg` describes, in the folder `out`."""
     config = typed(cfg)
-    console = Console(quiet=not world().main)
+    console = Console(quiet=not get_world().is_main)
     identity = {"signature": signature(cfg), "setting": setting(cfg), "seed": str(config.seed)}
     if not (config.fresh or config.dry_run) and (done := run_dir.finished_results(out)):
         with readable(f"{out / 'results.json'} is not the result of a run"):
@@ -52,7 +52,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
     with Interrupt() as interrupt, Lock(out), quiet_libraries():
-        with world().main_first():
+        with get_world().main_first():
             benchmark: Benchmark = provenance.load(config, parts["benchmark"])
         benchmark.length_set = any(word.lstrip("+").startswith("benchmark.max_length=") for word in overrides)
         method.check_benchmark(benchmark)
@@ -63,14 +63,14 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
             cache = Path(config.cache_dir) if config.cache_dir else None
             base_model.prepare(parts["model"], benchmark, parts["hardware"], cache, out, display)
         try:
-            with world().main_first():
+            with get_world().main_first():
                 objective, data = load_objective(config, parts, benchmark)
         except ModelError as error:
             if not (config.dry_run and parts["model"].config):
                 raise
             count_parameters(console, parts, benchmark, str(error))
             return None
-        if parts["hardware"].shard and world().size > 1:
+        if parts["hardware"].shard and get_world().size > 1:
             shard(objective.adapters.model, objective.device)
         benchmark.data_record = inspect_data(benchmark, data)
         announce(display, method, benchmark, parts["benchmark"].objective.value, config.evaluation.split.value)
@@ -82,21 +82,21 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         if config.dry_run:
             dry_run(console, config, method, benchmark, trainer)
             return None
-        with world().main_first():
+        with get_world().main_first():
             identity |= provenance.inputs(config, parts["model"], method)
         identity["data"] = benchmark.data_record["fingerprint"]
         saved = None if config.fresh else RunState.resume(out / "state", identity)
-        world().barrier()
-        if world().main:
+        get_world().barrier()
+        if get_world().is_main:
             if config.fresh:
                 run_dir.clear(out)
             host = parts["hardware"].record()
             run_dir.start(out, cfg, overrides, identity, benchmark, host, resumes=saved is not None)
-        world().barrier()
+        get_world().barrier()
         with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
             with enough_memory(objective.memory_advice):
                 state = Experiment(config, out, identity, method, benchmark, data, trainer, track, saved).learn()
-            if not world().main:
+            if not get_world().is_main:
                 return state.matrix
             results = run_dir.collect(out, cfg, overrides, identity, method, benchmark, state)
             title = f"{method.name} on {on_split(benchmark.name, results['split'])}"
@@ -138,7 +138,7 @@ class Experiment:
             self.evaluate(state, index + 1)
             with keeper.between():
                 every = self.config.train.keep
-                if every and (position + 1) % every == 0 and world().main:
+                if every and (position + 1) % every == 0 and get_world().is_main:
                     run_dir.save_snapshot(self.out, index + 1, method)
                 state.save(folder, method.state_dict(), self.identity)
             track.display.task_done()
@@ -182,7 +182,7 @@ class Experiment:
         state.diagnostics.append({"row": row, **found.diagnostics})
         if state.costs:
             state.costs[-1] |= self.method.objective.meter.take_evaluation()
-        if self.config.evaluation.predictions and world().main:
+        if self.config.evaluation.predictions and get_world().is_main:
             write_predictions(self.out / "predictions", row, found, self.benchmark.names, self.benchmark.labels)
         self.track.evaluated(state, row, found)
 

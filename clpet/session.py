@@ -16,7 +16,7 @@ from clpet.models.adapters import Adapters
 from clpet.models.memory_saving import recompute
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Quantization
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) 
     backbone, hardware, peft = parts["model"], parts["hardware"], parts["peft"]
     kind = load_objective_class(parts["benchmark"].objective.value)
     dtype = torch.float32 if peft.full else hardware.torch_dtype
-    spread, nf4 = hardware.shard and world().size > 1, hardware.quantization is Quantization.nf4
+    spread, nf4 = hardware.shard and get_world().size > 1, hardware.quantization is Quantization.nf4
     place = torch.device("cpu") if spread else hardware.torch_device
     model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, kind.generates, place, nf4)
     adapters = Adapters(model, backbone, peft, kind.generates)

@@ -22,11 +22,11 @@ from clpet.errors import ClpetError
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.run import run
 from clpet.runs import run_dir
-from clpet.runtime.distributed import LostRank, joined
+from clpet.runtime.distributed import LostRank, init_distributed
 from clpet.runtime.signals import CODE, Interrupt, Interrupted
 from clpet.session import assemble
 
-GRACE = 90  # seconds that ranks have to save after a signal, before they are killed
+SHUTDOWN_TIMEOUT = 90  # seconds that ranks have to save after a signal, before they are killed
 
 
 class RankError(ClpetError):
@@ -60,10 +60,10 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
 def rank(config: dict, out: Path, overrides: list[str], logs: dict | None) -> None:
     """One rank of a run; its log is the main rank's."""
     hardware = build(config["hardware"], "hardware")
-    with joined(hardware.torch_device, hardware.threads) as ranks:
-        if logs and ranks.main:
+    with init_distributed(hardware.torch_device, hardware.threads) as ranks:
+        if logs and ranks.is_main:
             logging.config.dictConfig(logs)
-        elif not ranks.main:
+        elif not ranks.is_main:
             logging.disable()
         run(OmegaConf.create(config), out, overrides)
 
@@ -79,7 +79,7 @@ def start(count: int, work: Callable[..., object], *arguments: Any) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT))
     for name in logging.root.manager.loggerDict:
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what a person has to know is raised

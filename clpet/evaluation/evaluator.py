@@ -10,7 +10,7 @@ from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
 from clpet.methods.base import Method
 from clpet.objectives.base import TaskScore
-from clpet.runtime.distributed import without_gradients, world
+from clpet.runtime.distributed import get_world, without_gradients
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Evaluator:
             return {name: values.cpu() if torch.is_tensor(values) else values for name, values in columns.items()}
 
         table: dict[str, list[Any]] = {}
-        for columns in world().map(judged, method.batches(self.pool, asked)):
+        for columns in get_world().map(judged, method.batches(self.pool, asked)):
             for name, values in columns.items():
                 table.setdefault(name, []).append(values)
         if measured:

@@ -17,7 +17,7 @@ from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.classification import Head
 from clpet.replay.base import Held, NoReplay
 from clpet.replay.batch_plan import Plan
-from clpet.runtime.distributed import without_gradients, world
+from clpet.runtime.distributed import get_world, without_gradients
 from clpet.training.trainer import Trainer
 
 
@@ -194,7 +194,9 @@ class Method:
             found = score(batch).float()
             return {task: found[batch.tasks == task] for task in np.unique(pool.tasks[part]).tolist()}
 
-        for found in world().map(right, [(pool, part) for pool, rows in parts for part in self.batches(pool, rows)]):
+        for found in get_world().map(
+            right, [(pool, part) for pool, rows in parts for part in self.batches(pool, rows)]
+        ):
             for task, values in found.items():
                 hits.setdefault(task, []).append(values)
         meter.kind = "learned"
@@ -211,7 +213,7 @@ class Method:
         order = np.argsort(-pool.lengths[rows], kind="stable")
         size = self.objective.eval_batch_size
         parts = [order[start : start + size] for start in range(0, len(rows), size)]
-        found = world().map(lambda part: vector(pool.batch(rows[part], self.objective.device)).float(), parts)
+        found = get_world().map(lambda part: vector(pool.batch(rows[part], self.objective.device)).float(), parts)
         vectors = torch.cat(found).to(self.objective.device)
         return vectors[torch.from_numpy(np.argsort(np.concatenate(parts))).to(vectors.device)]
 

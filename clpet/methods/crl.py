@@ -23,7 +23,7 @@ from clpet.replay.batch_plan import Plan, split_batch
 from clpet.replay.exemplar import FixedReplay
 from clpet.replay.exemplar_selection import stand_in
 from clpet.replay.sampled import DrawnReplay
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 from clpet.training.trainer import Trainer
 
 
@@ -167,7 +167,7 @@ class CRL(Method):
 
     def take(self) -> None:
         """The representations of a step, from all ranks; those of one that is left out go with it."""
-        self.fresh, self.passed = [one for passed in world().gather(self.passed) for one in passed], []
+        self.fresh, self.passed = [one for passed in get_world().gather(self.passed) for one in passed], []
 
     def refresh(self) -> None:
         """The bank takes the representations of the step's examples."""

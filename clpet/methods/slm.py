@@ -38,7 +38,7 @@ from clpet.models.sentence_encoder import Encoder, backbone, locate
 from clpet.models.stacked_lora import Increments, attention_outputs
 from clpet.objectives.classification import Head
 from clpet.objectives.per_task_heads import TaskHeads
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -246,8 +246,8 @@ class SLM(Method):
         self.tally = Tally(len(self.benchmark), self.objective.device)
 
     def after_evaluation(self) -> None:
-        if not world().sharded:
-            world().sum([self.tally.votes, self.tally.right])
+        if not get_world().sharded:
+            get_world().sum([self.tally.votes, self.tally.right])
 
     # Records
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clpet.errors import ModelError
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 
 
 def blocks(model: nn.Module) -> list[Any]:
@@ -44,11 +44,11 @@ def shard(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     model.requires_grad_(False)
-    mesh = init_device_mesh(device.type, (world().size,))
+    mesh = init_device_mesh(device.type, (get_world().size,))
     for block in blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     model.to(device)
-    world().sharded = True
+    get_world().sharded = True
 
 
 def four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

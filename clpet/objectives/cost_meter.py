@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from clpet.data.batches import Batch
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 
 
 @dataclass
@@ -69,12 +69,12 @@ class Meter:
         """The counters of training so far, of all ranks."""
         peak = max(self.cost.peak_memory_mb, peak_memory_mb())
         mine = {**asdict(self.cost), "seconds": time.perf_counter() - self._since, "peak_memory_mb": peak}
-        ranks = world().gather(mine)
+        ranks = get_world().gather(mine)
         return {name: (max if name in SAME else sum)(one[name] for one in ranks) for name in mine}
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a state: what was done again since then is not counted twice."""
-        self.cost = Cost(**(state if world().main else {name: state[name] for name in SAME}))
+        self.cost = Cost(**(state if get_world().is_main else {name: state[name] for name in SAME}))
         self._since = time.perf_counter() - self.cost.seconds
 
     def take_learning(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Meter:
         """Seconds and examples of the evaluation since the last call, and starts anew."""
         taken = {
             "evaluation_seconds": time.perf_counter() - self._since,
-            "evaluated_examples": sum(world().gather(self.cost.evaluated_examples)),
+            "evaluated_examples": sum(get_world().gather(self.cost.evaluated_examples)),
         }
         self.restart()
         return taken

@@ -21,7 +21,7 @@ from clpet.metrics.transfer_matrix import TransferMatrix, on_split, tolist
 from clpet.models.adapters import parameter_ratio
 from clpet.runs.provenance import git_revision, hub_data, versions
 from clpet.runtime.atomic_io import whole, write_atomic
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState, write_tree
 from clpet.runtime.untrusted_json import read_json, read_results
 
@@ -148,7 +148,7 @@ def save_snapshot(out: Path, row: int, method: Method) -> None:
     state = method.state_dict()
     if method.objective.adapters.config is None:  # without PEFT adapters method.save already writes these weights
         state["objective"] = {**state["objective"], "adapters": {}}
-    if not world().main:  # after state_dict, in which all ranks take part
+    if not get_world().is_main:  # after state_dict, in which all ranks take part
         return
     with whole(snapshot_folder(out, row)) as folder:
         method.save(folder)
@@ -239,7 +239,7 @@ def _description(
 
 def batch_record(cfg: DictConfig) -> dict[str, int]:
     """How the global batch is split: examples per forward pass and device, and forward passes per step."""
-    global_batch, devices = cfg.train.global_batch_size, world().size
+    global_batch, devices = cfg.train.global_batch_size, get_world().size
     per_device = -(-global_batch // devices)  # rounded up, as the trainer splits it
     micro = min(per_device, cfg.hardware.micro_batch_size or per_device)
     return {"global": global_batch, "per_device": micro, "accumulation": -(-per_device // micro), "devices": devices}

@@ -19,7 +19,7 @@ from clpet.metrics.transfer_matrix import TransferMatrix, on_split
 from clpet.reporting.progress import Display
 from clpet.reporting.tables import matrix_table, summary_line
 from clpet.runtime.atomic_io import write_atomic
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Tracker:
         self.run: Any = None
 
     def __enter__(self) -> "Tracker":
-        if self.settings.mode is not Mode.off and world().main:
+        if self.settings.mode is not Mode.off and get_world().is_main:
             self.run = self._start_wandb()
         return self
 
@@ -71,13 +71,13 @@ class Tracker:
     def forget_after(self, done: int) -> None:
         """Drops the lines of entries that will be learned again after a resume."""
         path = self.out / "metrics.jsonl"
-        if path.exists() and world().main:
+        if path.exists() and get_world().is_main:
             lines = [line for line in path.read_text().splitlines() if _done(line) <= done]
             write_atomic(path, "".join(f"{line}\n" for line in lines))
 
     def evaluated(self, state: RunState, row: int, evaluation: Evaluation) -> None:
         """Records one row of the matrix: lines, table on the screen, wandb scalars on the task axis."""
-        if not world().main:
+        if not get_world().is_main:
             return
         names = state.matrix.tasks
         tasks = {

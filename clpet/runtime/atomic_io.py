@@ -18,7 +18,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from clpet.errors import HostError
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> bool:
     """Replaces a file whole; a disk that refuses gets a warning. Returns whether it was written, by the main rank."""
-    if not world().main:
+    if not get_world().is_main:
         return True
     checksum = np.frombuffer(_checksum(arrays), dtype=np.uint8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -159,7 +159,7 @@ class Lock:
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.file = (out / ".lock").open("w")
-        if not world().main:
+        if not get_world().is_main:
             return
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)

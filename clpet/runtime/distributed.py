@@ -19,26 +19,26 @@ from clpet.errors import HostError
 
 Part = TypeVar("Part")
 Found = TypeVar("Found")
-BUCKET = 2**26  # scalars of gradients that are summed at a time
-PATIENCE = datetime.timedelta(hours=2)  # for a rank that writes or reads alone while the others wait
+BUCKET_NUMEL = 2**26  # scalars of gradients that are summed at a time
+TIMEOUT = datetime.timedelta(hours=2)  # for a rank that writes or reads alone while the others wait
 
 
 class LostRank(HostError):
     """Another rank has ended, for a reason that it gives itself."""
 
 
-class Ranks:
+class World:
     """One process alone."""
 
     size, index = 1, 0
     sharded = False  # the backbone is spread over the ranks: they must pass through it together
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes."""
         return self.index == 0
 
-    def passes(self, rows: np.ndarray, micro: int | None) -> list[tuple[np.ndarray, bool]]:
+    def micro_batches(self, rows: np.ndarray, micro: int | None) -> list[tuple[np.ndarray, bool]]:
         """This rank's part of a batch in micro-batches, each with whether it counts.
 
         Where the backbone is sharded every rank passes as often as the first one, which has the most rows: one
@@ -63,11 +63,11 @@ class Ranks:
         return [work(part) for part in parts]
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
+    def local_only(self) -> Iterator[None]:
         """What is inside differs from rank to rank: `map` does all by itself."""
         yield
 
-    def most(self, *numbers: float) -> tuple[float, ...]:
+    def all_reduce_max(self, *numbers: float) -> tuple[float, ...]:
         """The largest of every rank's numbers, place by place: how the ranks come to one decision."""
         return numbers
 
@@ -80,7 +80,7 @@ class Ranks:
         yield
 
 
-class Joined(Ranks):
+class DistributedWorld(World):
     """This process among others, by torch.distributed: gloo on the host, NCCL between GPUs."""
 
     def __init__(self, device: torch.device) -> None:
@@ -90,8 +90,8 @@ class Joined(Ranks):
         local, place = int(os.environ["LOCAL_RANK"]), os.environ["LOCAL_WORLD_SIZE"]
         if cuda:
             torch.cuda.set_device(local % torch.cuda.device_count())
-        with heard():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        with raise_on_lost_rank():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
         self.size, self.index, self.dist = dist.get_world_size(), dist.get_rank(), dist
         self.threads = max(1, (os.cpu_count() or 1) // int(place))
         self.alone = False
@@ -102,7 +102,7 @@ class Joined(Ranks):
 
     def reduce(self, tensor: Tensor, most: bool = False) -> None:
         """The sum, or the largest value, over ranks, in place."""
-        with heard():
+        with raise_on_lost_rank():
             self.dist.all_reduce(tensor, self.dist.ReduceOp.MAX if most else self.dist.ReduceOp.SUM)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], mean: Tensor) -> None:
@@ -121,62 +121,62 @@ class Joined(Ranks):
 
     def gather(self, value: Found) -> list[Found]:
         found: list[Any] = [None] * self.size
-        with heard():
-            self.dist.all_gather_object(found, on_host(value))
+        with raise_on_lost_rank():
+            self.dist.all_gather_object(found, to_cpu(value))
         return found
 
     def map(self, work: Callable[[Part], Found], parts: Sequence[Part]) -> list[Found]:
         if self.alone or self.sharded:
             return super().map(work, parts)
-        with self.apart():
-            own = [on_host(work(part)) for part in parts[self.index :: self.size]]
+        with self.local_only():
+            own = [to_cpu(work(part)) for part in parts[self.index :: self.size]]
         found = self.gather(own)
         return [found[place % self.size][place // self.size] for place in range(len(parts))]
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
+    def local_only(self) -> Iterator[None]:
         before, self.alone = self.alone, True
         try:
             yield
         finally:
             self.alone = before
 
-    def most(self, *numbers: float) -> tuple[float, ...]:
+    def all_reduce_max(self, *numbers: float) -> tuple[float, ...]:
         values = torch.tensor(numbers, dtype=torch.float64)
         self.reduce(values, most=True)
         return tuple(values.tolist())
 
     def barrier(self) -> None:
-        self.most(0)
+        self.all_reduce_max(0)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        if not self.main:
+        if not self.is_main:
             self.barrier()
         yield
-        if self.main:
+        if self.is_main:
             self.barrier()
 
 
-_world = Ranks()
+_world = World()
 
 
-def world() -> Ranks:
+def get_world() -> World:
     """The ranks that this process belongs to."""
     return _world
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, threads: int | None = None) -> Iterator[Ranks]:
+def init_distributed(device: torch.device, threads: int | None = None) -> Iterator[World]:
     """Inside, this process is the rank that its environment says (RANK, WORLD_SIZE, ...), on its share of the cores."""
     global _world
-    ranks, before = Joined(device), torch.get_num_threads()
+    ranks, before = DistributedWorld(device), torch.get_num_threads()
     torch.set_num_threads(threads or min(before, ranks.threads))
     _world = ranks
     try:
         yield ranks
     finally:
-        _world = Ranks()
+        _world = World()
         torch.set_num_threads(before)
         ranks.close()
 
@@ -184,12 +184,12 @@ def joined(device: torch.device, threads: int | None = None) -> Iterator[Ranks]:
 @contextlib.contextmanager
 def without_gradients() -> Iterator[None]:
     """For passes that only judge. FSDP cannot train with the buffers that it makes in torch's inference mode."""
-    with torch.no_grad() if world().sharded else torch.inference_mode():
+    with torch.no_grad() if get_world().sharded else torch.inference_mode():
         yield
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[None]:
+def raise_on_lost_rank() -> Iterator[None]:
     """Raises LostRank where the other ranks cannot be reached."""
     try:
         yield
@@ -209,7 +209,7 @@ def chunks(rows: np.ndarray, size: int | None) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def sum_flat(tensors: Iterable[Tensor], reduce: Callable[[Tensor], object], limit: int = BUCKET) -> None:
+def sum_flat(tensors: Iterable[Tensor], reduce: Callable[[Tensor], object], limit: int = BUCKET_NUMEL) -> None:
     """Applies `reduce` to tensors in place by way of flat buffers of one dtype, of `limit` scalars or one tensor."""
     buckets: list[list[Tensor]] = []
     for tensor in sorted(tensors, key=lambda one: str(one.dtype)):
@@ -224,16 +224,16 @@ def sum_flat(tensors: Iterable[Tensor], reduce: Callable[[Tensor], object], limi
             tensor.copy_(part.view_as(tensor))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor, detached; of a sharded one all parts, for which all ranks have to ask."""
     full = getattr(tensor.detach(), "full_tensor", tensor.detach)
     return full()
 
 
-def on_host(node: Any) -> Any:
+def to_cpu(node: Any) -> Any:
     """A tree whose tensors lie in the host's memory."""
     if isinstance(node, Tensor):
         return node.detach().cpu()
     if isinstance(node, dict):
-        return {key: on_host(value) for key, value in node.items()}
-    return type(node)(map(on_host, node)) if isinstance(node, list | tuple) else node
+        return {key: to_cpu(value) for key, value in node.items()}
+    return type(node)(map(to_cpu, node)) if isinstance(node, list | tuple) else node

@@ -9,7 +9,7 @@ import torch
 
 from clpet.config.schema import require
 from clpet.errors import ConfigError, HostError
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 
 
 class Device(Enum):
@@ -112,7 +112,7 @@ class Hardware:
             "device": self.torch_device.type,
             "dtype": str(self.torch_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "ranks": world().size,
+            "ranks": get_world().size,
             "kernels": torch.backends.cpu.get_cpu_capability(),
         }
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from clpet.errors import ConfigError
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.runtime.atomic_io import _write_synced, whole
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _keep(folder: Path, order: tuple[int, ...], value: dict[str, Any]) -> None:
 
     Of several ranks the main one writes.
     """
-    if not world().main:
+    if not get_world().is_main:
         return
     for newer in checkpoints(folder):
         if _order(newer) > order:  # damaged, or it belongs to one that was

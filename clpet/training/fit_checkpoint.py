@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import copied
 from clpet.runtime.signals import Interrupt
 
@@ -123,7 +123,7 @@ class Keeper:
         """Whether it is time to write: where one rank is asked to stop, all are."""
         if self.write is None:
             return False
-        asked, late = world().most(self.interrupt.asked or 0, time.monotonic() >= self.due_at)
+        asked, late = get_world().all_reduce_max(self.interrupt.asked or 0, time.monotonic() >= self.due_at)
         if asked:
             self.interrupt.asked = int(asked)
         return bool(asked or late)
@@ -135,7 +135,7 @@ class Keeper:
         state = self.saved.pop(0)
         put(state["trained"], parameters)
         self.method.load_task_state(state["method"])
-        states, index = [state["random"], *state.get("ranks", [])], world().index
+        states, index = [state["random"], *state.get("ranks", [])], get_world().index
         if index < len(states):  # else a run on fewer ranks wrote it, and this one draws anew
             set_random_state(states[index], self.method.objective.device)
         self.method.objective.meter.load(state["cost"])
@@ -172,7 +172,7 @@ class Keeper:
 
     def _common(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
         objective = self.method.objective
-        mine, *others = world().gather(random_state(objective.device))
+        mine, *others = get_world().gather(random_state(objective.device))
         return {
             "trained": parameters,
             "method": self.method.task_state(),

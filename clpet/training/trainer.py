@@ -19,7 +19,7 @@ from clpet.data.batches import Batch
 from clpet.errors import HostError, enough_memory
 from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import Plan
-from clpet.runtime.distributed import world
+from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware
 from clpet.training.fit_checkpoint import Best, Fit, Keeper, load_moments, moments
 from clpet.training.lr_schedules import Place, schedule, warmup, warn_of_warmup
@@ -177,7 +177,7 @@ class Trainer:
     def _sizes(self) -> str:
         if self.objective.meter.kind == "validated":
             return self.objective.memory_advice()
-        whole = -(-self.settings.global_batch_size // world().size)
+        whole = -(-self.settings.global_batch_size // get_world().size)
         size = min(whole, self.hardware.micro_batch_size or whole)
         return f"{size} examples in a training pass: lower hardware.micro_batch_size (it changes no result)"
 
@@ -189,8 +189,8 @@ class Trainer:
         self, plan: Plan, named: Mapping[str, nn.Parameter], stage: str, validate: Callable[[], float] | None
     ) -> Fit | None:
         """The fit from its start, or from where a run was cut off; None if it was over then."""
-        if world().size > 1:  # dropout is another one on every rank
-            torch.manual_seed(derive(self.seed, "rank", world().index, self.task, stage))
+        if get_world().size > 1:  # dropout is another one on every rank
+            torch.manual_seed(derive(self.seed, "rank", get_world().index, self.task, stage))
         parameters = list(named.values())
         saved = self.keeper.resume(parameters)
         if saved and "over" in saved:
@@ -274,14 +274,14 @@ class Trainer:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
         mean = torch.zeros((), device=self.hardware.torch_device)
-        with world().apart():
-            for part, counts in world().passes(rows, self.hardware.micro_batch_size):
+        with get_world().local_only():
+            for part, counts in get_world().micro_batches(rows, self.hardware.micro_batch_size):
                 batch = plan.pool.batch(part, self.hardware.torch_device)
                 batch.share = float(plan.pool.weights[part].sum() / full)
                 value = loss(batch) * (batch.share if counts else 0.0)
                 value.backward()
                 mean += value.detach()
-        world().sum_gradients(parameters, mean)
+        get_world().sum_gradients(parameters, mean)
         return mean
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from clpet.cli.launch import RankError, slurm_environment, start
 from clpet.evaluation.evaluator import Evaluator
-from clpet.runtime.distributed import Ranks, chunks, joined, on_host, split, sum_flat, world
+from clpet.runtime.distributed import World, chunks, get_world, init_distributed, split, sum_flat, to_cpu
 from clpet.runtime.signals import CODE
 from tests.conftest import Silent, domain_args, made, methods_of, tiny_args
 
@@ -42,14 +42,14 @@ def test_micro_batches_hold_every_row_of_a_rank_once() -> None:
 
 def test_ranks_of_a_sharded_backbone_pass_equally_often() -> None:
     """Five rows in micro-batches of two: the first rank has 3 rows and passes twice, the second has 2."""
-    ranks = [Ranks(), Ranks()]
+    ranks = [World(), World()]
     for index, one in enumerate(ranks):
         one.size, one.index, one.sharded = 2, index, True
-    found = [[(part.tolist(), counts) for part, counts in one.passes(np.arange(5), 2)] for one in ranks]
+    found = [[(part.tolist(), counts) for part, counts in one.micro_batches(np.arange(5), 2)] for one in ranks]
     assert found == [[([0, 2], True), ([4], True)], [([1, 3], True), ([0], False)]]
-    assert [[counts for _, counts in one.passes(np.array([7]), None)] for one in ranks] == [[True], [False]]
+    assert [[counts for _, counts in one.micro_batches(np.array([7]), None)] for one in ranks] == [[True], [False]]
     ranks[1].sharded = False
-    assert ranks[1].passes(np.array([7]), None) == []
+    assert ranks[1].micro_batches(np.array([7]), None) == []
 
 
 def test_flat_buffers_sum_every_tensor_in_place() -> None:
@@ -67,8 +67,8 @@ def test_flat_buffers_sum_every_tensor_in_place() -> None:
 
 
 def test_one_process_is_a_world_of_its_own() -> None:
-    one = world()
-    assert (one.size, one.main, one.gather(3), one.most(2, 5)) == (1, True, [3], (2, 5))
+    one = get_world()
+    assert (one.size, one.is_main, one.gather(3), one.all_reduce_max(2, 5)) == (1, True, [3], (2, 5))
     assert one.map(lambda part: part + 1, [1, 2]) == [2, 3]
 
 
@@ -165,7 +165,7 @@ def traced(words: list[str]) -> dict[str, Any]:
     scores = [score.value for score in found.seen.values()]
     return {
         "losses": losses.found,
-        "state": on_host(run.method.state_dict()),
+        "state": to_cpu(run.method.state_dict()),
         "rows": {name: values.tolist() for name, values in found.rows.items()},
         "scores": scores,
         "costs": costs,
@@ -174,7 +174,7 @@ def traced(words: list[str]) -> dict[str, Any]:
 
 def trace(folder: str, cases: dict[str, list[str]]) -> None:
     """The cases on one rank of two."""
-    with joined(torch.device("cpu"), 1) as ranks:
+    with init_distributed(torch.device("cpu"), 1) as ranks:
         found = {name: traced(words) for name, words in cases.items()}
         torch.save(found, Path(folder, f"{ranks.index}.pt"))
 
@@ -283,7 +283,7 @@ def test_an_error_of_a_rank_ends_all_with_one_line(words: Path, clpet, tmp_path:
 
 def killed() -> None:
     """The second of two ranks is killed; the first waits for it."""
-    with joined(torch.device("cpu"), 1) as ranks:
+    with init_distributed(torch.device("cpu"), 1) as ranks:
         if ranks.index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         ranks.barrier()

@@ -21,7 +21,7 @@ from clpet.data.batches import EncodedDataset
 from clpet.models.fixed_blocks import BLOCK, STEP, block_widths, blocks, platform
 from clpet.objectives.classification import Classification
 from clpet.runtime import atomic_io
-from clpet.runtime.distributed import whole, world
+from clpet.runtime.distributed import full_tensor, get_world
 
 BARE = "bare backbone"  # the frozen module without an adapter
 
@@ -59,16 +59,16 @@ class LogitStore:
 
     def fill(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> None:
         """Has `get` find these rows, wherever a rank of several has to compute some: each does its part of them."""
-        if world().size == 1:
+        if get_world().size == 1:
             self.get(name, pool, rows)
             return
         table = self._table(name, pool)
-        unknown = np.unique(np.concatenate(world().gather(rows[table.place[rows] < 0])))
+        unknown = np.unique(np.concatenate(get_world().gather(rows[table.place[rows] < 0])))
         parts = list(blocks(pool.lengths, unknown))
         asked = table.first(rows) - len(unknown)
-        self.objective.meter.cached(max(0, asked) if world().main else 0)
+        self.objective.meter.cached(max(0, asked) if get_world().is_main else 0)
         with self._through(name):
-            found = world().map(lambda part: self._compute(name, pool, part), parts)
+            found = get_world().map(lambda part: self._compute(name, pool, part), parts)
         for part, logits in zip(parts, found, strict=True):
             new = table.place[part] < 0
             table.add(part[new], logits[new])
@@ -127,7 +127,7 @@ class Table:
 
     def save(self) -> None:
         """Replaces the file by what it and memory know together; a disk that refuses is given up with a warning."""
-        if self.path is None or not world().main:
+        if self.path is None or not get_world().is_main:
             return
         self.merge()
         rows = np.flatnonzero(self.place >= 0)
@@ -147,7 +147,7 @@ def network_key(objective: Classification) -> str:
     peft = adapters.config.to_dict() if adapters.config else {}
     config: Any = adapters.model.config
     known = [
-        weights or tensors_key({name: whole(value) for name, value in named.items()}),
+        weights or tensors_key({name: full_tensor(value) for name, value in named.items()}),
         {name: [list(value.shape), str(value.dtype)] for name, value in named.items()},
         [config.to_dict(), config._attn_implementation],
         {key: sorted(value) if isinstance(value, set) else value for key, value in peft.items()},
