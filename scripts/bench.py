@@ -37,7 +37,7 @@ from clpet.config.identity import register_resolvers
 from clpet.data.batches import EncodedDataset
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.adapters import Adapters
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from clpet.session import assemble, load_objective
 from clpet.training.trainer import Trainer, quiet_libraries
 
@@ -93,7 +93,7 @@ class Bench:
         """Examples per second of Trainer.fit."""
         method = self.method()
         trainer = Trainer(self.config.train, self.parts["hardware"], method.objective, Silent(), 0)
-        plan = Plan(method.data.train, len(batches), lambda epoch: batches)
+        plan = BatchPlan(method.data.train, len(batches), lambda epoch: batches)
         start = time.perf_counter()
         trainer.fit(plan, method.loss, method.named_parameters())
         return self.epochs * sum(map(len, batches)) / (time.perf_counter() - start)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from bench import Bench, Silent, medians
 from torch import nn
 
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from clpet.training.trainer import Trainer
 
 STEPS = 24  # timed in one go
@@ -31,7 +31,7 @@ def pretraining(overrides: list[str], rounds: int) -> None:
     def ours() -> float:
         method = bench.method()
         trainer = Trainer(bench.config.train, bench.parts["hardware"], method.objective, Silent(), 0)
-        plan = Plan(method.data.train, len(batches), lambda epoch: batches)
+        plan = BatchPlan(method.data.train, len(batches), lambda epoch: batches)
         start = time.perf_counter()
         trainer.fit(plan, method.loss, method.named_parameters())
         return sum(map(len, batches)) / (time.perf_counter() - start)

@@ -16,7 +16,7 @@ from clpet.errors import ConfigError
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.classification import Head
 from clpet.replay.base import Held, NoReplay
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.distributed import get_world, without_gradients
 from clpet.training.trainer import Trainer
 
@@ -105,11 +105,11 @@ class Method:
             after_batch=self.after_batch,
         )
 
-    def plan(self, index: int) -> Plan:
+    def plan(self, index: int) -> BatchPlan:
         """The batches of a task; replay mixes here."""
         return self.replay.plan(index)
 
-    def stages(self, index: int) -> dict[str, Plan]:
+    def stages(self, index: int) -> dict[str, BatchPlan]:
         """The plans of a task's fits by stage name, to say beforehand how many steps it takes."""
         return {"": self.plan(index)}
 

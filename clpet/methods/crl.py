@@ -19,7 +19,7 @@ from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.components.contrastive import Bank, contrastive, draw, relation_distillation
-from clpet.replay.batch_plan import Plan, split_batch
+from clpet.replay.batch_plan import BatchPlan, split_batch
 from clpet.replay.exemplar import FixedReplay
 from clpet.replay.exemplar_selection import stand_in
 from clpet.replay.sampled import DrawnReplay
@@ -80,7 +80,7 @@ class CRL(Method):
         """Whether old examples are drawn from the history and not from a memory chosen per class."""
         return not isinstance(self.replay, FixedReplay)
 
-    def stage(self, trainer: Trainer, index: int, name: str, plan: Plan) -> None:
+    def stage(self, trainer: Trainer, index: int, name: str, plan: BatchPlan) -> None:
         """One fit with a fresh bank over the rows that its plan draws."""
         self.drawn = rows = trainer.rows(plan)
         z = self.embed(rows, lambda batch: self.project(self.objective.features(batch)))
@@ -101,11 +101,11 @@ class CRL(Method):
             after_step=self.refresh,
         )
 
-    def first(self, index: int) -> Plan:
+    def first(self, index: int) -> BatchPlan:
         """Batches of stage 1: all of the new task."""
         return self.shuffled(self.data.train.rows_of(index), index, "contrast")
 
-    def second(self, index: int, epochs: int) -> Plan:
+    def second(self, index: int, epochs: int) -> BatchPlan:
         """Batches of stage 2: the memory (fixed), or examples drawn once for one pass (starred)."""
         pool = self.data.train
         if isinstance(self.replay, FixedReplay):
@@ -123,19 +123,19 @@ class CRL(Method):
             np.concatenate([new[i * n_new : (i + 1) * n_new], old[i * n_old : (i + 1) * n_old]])
             for i in range(steps * epochs)
         ]
-        return Plan(pool, steps, lambda epoch: batches[epoch * steps : (epoch + 1) * steps])
+        return BatchPlan(pool, steps, lambda epoch: batches[epoch * steps : (epoch + 1) * steps])
 
-    def shuffled(self, rows: np.ndarray, index: int, stage: str) -> Plan:
+    def shuffled(self, rows: np.ndarray, index: int, stage: str) -> BatchPlan:
         """Ordinary epochs over `rows`."""
         size = self.replay.batch_size
         rng = self.replay.rng
-        return Plan(
+        return BatchPlan(
             self.data.train,
             -(-len(rows) // size),
             lambda epoch: self.data.train.shuffled(rows, size, rng(index, stage, epoch)),
         )
 
-    def stages(self, index: int) -> dict[str, Plan]:
+    def stages(self, index: int) -> dict[str, BatchPlan]:
         plans = {"contrast": self.first(index)}
         if index > 0:
             if not self.starred:

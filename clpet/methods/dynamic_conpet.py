@@ -24,7 +24,7 @@ from clpet.methods.components.logit_cache import LogitStore
 from clpet.methods.components.task_selector import Prototypes, Selector
 from clpet.methods.modular import Modular, module_name
 from clpet.objectives.classification import MISSING, Head
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from clpet.replay.sampled import DrawnReplay
 from clpet.training.trainer import Trainer
 
@@ -112,7 +112,7 @@ class DynamicConPET(Modular):
             with trainer.using(self.selector_epochs, self.selector_lr):
                 self.router.learn(trainer, index, plan, self.selector_clip, right)
 
-    def selector_plan(self, index: int) -> Plan:
+    def selector_plan(self, index: int) -> BatchPlan:
         """Batches of the selector stage: with half of a batch from the newest task it prefers that task at test."""
         replay = self.replay.mixed(self.selector_ratio) if isinstance(self.replay, DrawnReplay) else self.replay
         return replay.plan(index, "selector")
@@ -144,19 +144,18 @@ class DynamicConPET(Modular):
         chosen = self.ranking(self.data.train, rows)
         return force(chosen, tasks) if self.teacher_forcing else chosen
 
-    def plan(self, index: int) -> Plan:
+    def plan(self, index: int) -> BatchPlan:
         """An example whose T_i holds only frozen modules gives no gradient: it is not computed at all.
 
         With K = 1 these are all old examples.
         """
-        keep = partial(self.meets, index)
-        return dataclasses.replace(self.replay.plan(index, "module"), keep=keep)
+        return dataclasses.replace(self.replay.plan(index, "module"), gradient_mask=partial(self.meets, index))
 
     def meets(self, index: int, rows: np.ndarray) -> np.ndarray:
         """[len(rows)]: whether module `index` is in T_i."""
         return (self.training_set(rows) == index).any(1)
 
-    def stages(self, index: int) -> dict[str, Plan]:
+    def stages(self, index: int) -> dict[str, BatchPlan]:
         selects = index > 0 and self.top_k < len(self.benchmark) and self.selector is Routing.trained
         return {**({"selector": self.selector_plan(index)} if selects else {}), "module": self.plan(index)}
 

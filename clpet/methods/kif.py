@@ -37,7 +37,7 @@ from clpet.methods.components.importance import (
     static,
     unflat,
 )
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from clpet.training.trainer import Trainer
 
 KNOWN = {
@@ -116,10 +116,10 @@ class KIF(Method):
         factors = [value.mT if ".lora_B." in name else value for name, value in self.live.items()]
         return loss + self.orth_strength * orthogonality(factors, self.orth_squared)
 
-    def plan(self, index: int) -> Plan:
+    def plan(self, index: int) -> BatchPlan:
         return self.replay.plan(index) if self.replay_phase == "union" else self.replay.alone(index)
 
-    def stages(self, index: int) -> dict[str, Plan]:
+    def stages(self, index: int) -> dict[str, BatchPlan]:
         again = self.replay_phase == "after" and self.replay.memory
         return {**super().stages(index), **({"replay": self.replay.recall(index)} if again else {})}
 

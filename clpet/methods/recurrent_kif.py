@@ -22,7 +22,7 @@ from clpet.config.schema import require
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.methods.components.importance import Importance, above_quantile, flat, gradients, unflat
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from clpet.training.trainer import Trainer
 
 
@@ -59,7 +59,7 @@ class RecurrentKIF(Method):
         super().first_adapter()
         self.figures: dict[str, float] = {}
 
-    def plan(self, index: int) -> Plan:
+    def plan(self, index: int) -> BatchPlan:
         new = self.replay.alone(index)
         if not self.replay.memory:
             return new
@@ -146,7 +146,7 @@ def fused_step(inner: Tensor, outer: Tensor, in_mask: Tensor, out_mask: Tensor, 
     return weight * inner + (1 - weight) * outer
 
 
-def alternate(new: Plan, old: Plan, inner: int, outer: int) -> Plan:
+def alternate(new: BatchPlan, old: BatchPlan, inner: int, outer: int) -> BatchPlan:
     """`inner` batches of the new data, `outer` of the memory, and so on; both are passed over again and again.
 
     An epoch has as many steps as one pass over the new data takes with its share of memory steps, rounded up;
@@ -169,4 +169,4 @@ def alternate(new: Plan, old: Plan, inner: int, outer: int) -> Plan:
     def epoch(number: int) -> list[np.ndarray]:
         return [batch(step) for step in range(number * steps, (number + 1) * steps)]
 
-    return Plan(new.pool, steps, epoch, clock=clock)
+    return BatchPlan(new.pool, steps, epoch, clock=clock)

@@ -15,7 +15,7 @@ import numpy as np
 from clpet.config.seeding import derive
 from clpet.data.batches import Encoded, EncodedDataset
 from clpet.errors import ConfigError
-from clpet.replay.batch_plan import Plan, Rows
+from clpet.replay.batch_plan import BatchPlan, Rows
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +52,15 @@ class NoReplay:
         """A generator for one purpose."""
         return np.random.default_rng(derive(self.seed, "replay", *names))
 
-    def plan(self, index: int, stage: str = "") -> Plan:
+    def plan(self, index: int, stage: str = "") -> BatchPlan:
         """Batches for task `index`; two stages of one task draw differently."""
         return self.alone(index, stage)
 
-    def alone(self, index: int, stage: str = "") -> Plan:
+    def alone(self, index: int, stage: str = "") -> BatchPlan:
         """The new task's examples without any old ones."""
         return self._shuffled(self.pool.rows_of(index), index, stage)
 
-    def recall(self, index: int) -> Plan:
+    def recall(self, index: int) -> BatchPlan:
         """The memory's examples without any new ones."""
         return self._shuffled(self.old(), index, "recall")
 
@@ -87,9 +87,9 @@ class NoReplay:
         """Number of old examples kept."""
         return sum(len(rows) for rows in self.memory.values())
 
-    def _shuffled(self, rows: Rows, index: int, stage: str, extra: Rows | None = None) -> Plan:
+    def _shuffled(self, rows: Rows, index: int, stage: str, extra: Rows | None = None) -> BatchPlan:
         rows = rows if extra is None else np.concatenate([rows, extra])
-        return Plan(
+        return BatchPlan(
             self.pool,
             -(-len(rows) // self.batch_size),
             lambda epoch: self.pool.shuffled(rows, self.batch_size, self.rng(self.key(index), stage, epoch)),
@@ -102,7 +102,7 @@ class AllReplay(NoReplay):
 
     name: str = "all"
 
-    def plan(self, index: int, stage: str = "") -> Plan:
+    def plan(self, index: int, stage: str = "") -> BatchPlan:
         return self._shuffled(self.pool.rows_of(*range(index + 1)), index, stage)
 
     def validation(self, index: int) -> Held:

@@ -11,7 +11,7 @@ Rows = np.ndarray
 
 
 @dataclass
-class Plan:
+class BatchPlan:
     """The batches of one fit: `epoch(e)` lists row arrays into `pool`, `steps` of them in every epoch.
 
     `keep` marks the rows of a batch that can give a gradient: only they are computed, while the loss stays a
@@ -32,12 +32,12 @@ def split_batch(size: int, ratio: float) -> tuple[int, int]:
     return (part, size - part) if ratio > 0 else (size - part, part)
 
 
-def split_limit(limit: int) -> tuple[int, int]:
+def steps_and_val_batches(limit: int) -> tuple[int, int]:
     """(training steps, validation batches) per epoch of ConPET's limit L: 80 % and 20 %, in integers."""
     return 4 * limit // 5, limit // 5
 
 
-def equal_compute(new: int, memory: int, limit: int, batch: int, most: int) -> int:
+def copies_for_equal_compute(new: int, memory: int, limit: int, batch: int, most: int) -> int:
     """f copies of `memory` examples that fill an epoch up to ceil(0.8 L) B examples; `most` where `new` ones do.
 
     ConPET, section 3.3.

@@ -9,7 +9,7 @@ import numpy as np
 from clpet.config.schema import require
 from clpet.data.batches import Encoded
 from clpet.replay.base import Held, NoReplay
-from clpet.replay.batch_plan import Plan, Rows, equal_compute
+from clpet.replay.batch_plan import BatchPlan, Rows, copies_for_equal_compute
 from clpet.replay.exemplar_selection import divided, select_per_class, stratified
 
 
@@ -42,7 +42,7 @@ class FixedReplay(NoReplay):
     def by_class(self) -> bool:
         return True
 
-    def plan(self, index: int, stage: str = "") -> Plan:
+    def plan(self, index: int, stage: str = "") -> BatchPlan:
         if not self.memory:
             return super().plan(index, stage)
         new, old = self.pool.rows_of(index), self.old()
@@ -55,7 +55,7 @@ class FixedReplay(NoReplay):
             return max(1, min(self.max_copies, round(new / len(old))))
         full = -(-4 * self.per_class // 5) * len(np.unique(self.pool.labels[old]))
         memory = len(old) if self.actual_size else full
-        return equal_compute(new, memory, self.limit, self.batch_size, self.max_copies)
+        return copies_for_equal_compute(new, memory, self.limit, self.batch_size, self.max_copies)
 
     def validation(self, index: int) -> Held:
         """The new task's validation part and the validation share of the memories."""
@@ -99,7 +99,7 @@ class ShareReplay(NoReplay):
     def __post_init__(self) -> None:
         require(0 <= self.share <= 1, "replay.share", self.share, "in [0, 1]")
 
-    def plan(self, index: int, stage: str = "") -> Plan:
+    def plan(self, index: int, stage: str = "") -> BatchPlan:
         return self._shuffled(self.pool.rows_of(index), index, stage, extra=self.old() if self.memory else None)
 
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from clpet.config.schema import require
 from clpet.errors import ConfigError
 from clpet.replay.base import NoReplay
-from clpet.replay.batch_plan import Plan, Rows
+from clpet.replay.batch_plan import BatchPlan, Rows
 
 
 @dataclass
@@ -41,7 +41,7 @@ class RateReplay(NoReplay):
             [np.empty(0, np.int64), *past, *([self.pool.rows_of(-1)] if self.source != "past" else [])]
         )
 
-    def plan(self, index: int, stage: str = "") -> Plan:
+    def plan(self, index: int, stage: str = "") -> BatchPlan:
         new, old = self.pool.rows_of(index), self.available()
         count = round(self.rate / (1 - self.rate) * len(new)) if len(old) else 0
         if not count:
@@ -55,7 +55,7 @@ class RateReplay(NoReplay):
             rng = self.rng(self.key(index), stage, number)
             return self.pool.shuffled(np.concatenate([new, drawn]), self.batch_size, rng)
 
-        return Plan(self.pool, -(-(len(new) + count) // self.batch_size), epoch)
+        return BatchPlan(self.pool, -(-(len(new) + count) // self.batch_size), epoch)
 
     def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         if self.rate:

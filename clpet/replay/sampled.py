@@ -12,7 +12,7 @@ from clpet.config.schema import require
 from clpet.data.batches import Encoded
 from clpet.errors import ConfigError
 from clpet.replay.base import Held, NoReplay
-from clpet.replay.batch_plan import Plan, Rows, split_batch, split_limit
+from clpet.replay.batch_plan import BatchPlan, Rows, split_batch, steps_and_val_batches
 from clpet.replay.exemplar_selection import select_per_class
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class DrawnReplay(NoReplay):
                 "examples: both must be at least 1"
             )
 
-    def plan(self, index: int, stage: str = "") -> Plan:
+    def plan(self, index: int, stage: str = "") -> BatchPlan:
         if not self.memory:
             return super().plan(index, stage)
         new = self.pool.rows_of(index)
@@ -64,8 +64,8 @@ class DrawnReplay(NoReplay):
         if len(new) < new_places:
             repeats = "task %d has %d examples for %d places of a batch: they repeat"
             log.warning(repeats, index + 1, len(new), new_places)
-        steps = -(-len(new) // new_places) if self.limit is None else split_limit(self.limit)[0]
-        return Plan(self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(self.key(index), stage, epoch)))
+        steps = -(-len(new) // new_places) if self.limit is None else steps_and_val_batches(self.limit)[0]
+        return BatchPlan(self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(self.key(index), stage, epoch)))
 
     def validation(self, index: int) -> Held:
         """L // 5 batches of 32, half new and half old, drawn once per task; all validation parts without a limit."""
@@ -73,7 +73,7 @@ class DrawnReplay(NoReplay):
             return super().validation(index)  # a small memory has no old validation examples
         if self.limit is None:
             return [(self.held, self.held.rows_of(*range(index + 1)))]
-        rng, size = self.rng(index, "validation"), split_limit(self.limit)[1] * EVAL_BATCH
+        rng, size = self.rng(index, "validation"), steps_and_val_batches(self.limit)[1] * EVAL_BATCH
         new, old = self.held.rows_of(index), [self.held.rows_of(task) for task in range(index)]
         fresh = rng.choice(new, size - size // 2, replace=True)
         drawn = [rng.choice(old[task]) for task in rng.integers(len(old), size=size // 2)]

@@ -18,7 +18,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.errors import HostError, enough_memory
 from clpet.objectives.base import Objective
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware
 from clpet.training.fit_checkpoint import Best, Fit, Keeper, load_moments, moments
@@ -83,14 +83,14 @@ class Trainer:
         finally:
             self.settings = configured
 
-    def rows(self, plan: Plan) -> np.ndarray:
+    def rows(self, plan: BatchPlan) -> np.ndarray:
         """The distinct rows of a plan's pool that a fit goes through, for what has to be done to them before."""
         epochs = [plan.epoch(0)[:1]] if self.trial else map(plan.epoch, range(self.epochs))
         return np.unique(np.concatenate([part for epoch in epochs for part in epoch]))
 
     def fit(
         self,
-        plan: Plan,
+        plan: BatchPlan,
         loss: Callable[[Batch], Tensor],
         parameters: Mapping[str, nn.Parameter],
         *,
@@ -147,7 +147,7 @@ class Trainer:
 
     def _step(
         self,
-        plan: Plan,
+        plan: BatchPlan,
         loss: Callable[[Batch], Tensor],
         clip: float,
         before_step: Callable[[np.ndarray], None] | None,
@@ -181,12 +181,12 @@ class Trainer:
         size = min(whole, self.hardware.micro_batch_size or whole)
         return f"{size} examples in a training pass: lower hardware.micro_batch_size (it changes no result)"
 
-    def _place(self, plan: Plan, stage: str) -> Place:
+    def _place(self, plan: BatchPlan, stage: str) -> Place:
         past = self.past.get(stage, {"steps": 0, "warmup": 0})
         return Place(plan.clock(plan.steps * self.epochs), past["steps"], past["warmup"], self.last)
 
     def _begin(
-        self, plan: Plan, named: Mapping[str, nn.Parameter], stage: str, validate: Callable[[], float] | None
+        self, plan: BatchPlan, named: Mapping[str, nn.Parameter], stage: str, validate: Callable[[], float] | None
     ) -> Fit | None:
         """The fit from its start, or from where a run was cut off; None if it was over then."""
         if get_world().size > 1:  # dropout is another one on every rank
@@ -218,7 +218,7 @@ class Trainer:
             none = "task %d: train.optimizer_state=carry carries nothing: all trained tensors are new or have grown"
             log.warning(none, self.task + 1)
 
-    def _end(self, plan: Plan, fit: Fit) -> None:
+    def _end(self, plan: BatchPlan, fit: Fit) -> None:
         """What later tasks and a resumed run need of a fit that is over."""
         if fit.best:
             fit.best.restore()
@@ -261,15 +261,15 @@ class Trainer:
         return f"task {self.task + 1}{fit.stage and f' ({fit.stage})'} in epoch {fit.epoch + 1}, step {step}"
 
     def _backward(
-        self, plan: Plan, rows: Any, loss: Callable[[Batch], Tensor], parameters: list[nn.Parameter]
+        self, plan: BatchPlan, rows: Any, loss: Callable[[Batch], Tensor], parameters: list[nn.Parameter]
     ) -> Tensor:
         """Gradients of the batch's mean loss over all its terms, in micro-batches; returns that mean, detached.
 
         Every rank computes its part of the batch; the gradients and the mean are those of all of it.
         """
         full = plan.pool.weights[rows].sum()
-        if plan.keep is not None:
-            rows = rows[plan.keep(rows)]
+        if plan.gradient_mask is not None:
+            rows = rows[plan.gradient_mask(rows)]
         if len(rows) == 0:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)

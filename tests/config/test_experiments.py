@@ -12,7 +12,7 @@ from clpet.config.build import build, typed
 from clpet.config.compose import composed
 from clpet.config.schema import Config, Training
 from clpet.errors import ConfigError
-from clpet.replay.batch_plan import equal_compute
+from clpet.replay.batch_plan import copies_for_equal_compute
 from clpet.runs.dry_run import steps_per_task
 from clpet.session import assemble
 
@@ -98,7 +98,9 @@ def test_copies_of_the_memory_equal_the_compute_of_dynamic_replay(data: str) -> 
     knobs = replay["limit"], 8, replay["max_copies"]
     sizes = TRAIN_SIZES[data]
     found = [
-        equal_compute(new, 4 * replay["per_class"] // 5 * sum(classes[:k]), *knobs) for k, new in enumerate(sizes) if k
+        copies_for_equal_compute(new, 4 * replay["per_class"] // 5 * sum(classes[:k]), *knobs)
+        for k, new in enumerate(sizes)
+        if k
     ]
     assert found == COPIES[data]
 

@@ -95,7 +95,9 @@ def test_examples_of_a_task_are_a_constant(limit: int, sizes: list[int], static:
             if isinstance(method, DynamicConPET):
                 plans.append(method.replay.plan(index, "selector"))
             parts = [(plan, rows) for plan in plans for epoch in (0, 9) for rows in plan.epoch(epoch)]
-            computed = 5 * sum(int(plan.keep(rows).sum()) if plan.keep else len(rows) for plan, rows in parts)
+            computed = 5 * sum(
+                int(plan.gradient_mask(rows).sum()) if plan.gradient_mask else len(rows) for plan, rows in parts
+            )
             if index > 0:
                 assert computed == (dynamic if isinstance(method, DynamicConPET) else static)
             method.replay.remember(index, lambda rows: rows)

@@ -15,7 +15,7 @@ from clpet.methods.components.importance import Importance, norm
 from clpet.methods.kif import KIF
 from clpet.methods.recurrent_kif import RecurrentKIF, alternate, fused_step
 from clpet.models.adapters import Adapter, Adapters, Lora
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from tests.config.test_configs import composed
 from tests.conftest import tiny_args
 
@@ -335,9 +335,9 @@ def test_fusion_of_a_round(how: str, expected: dict[tuple[int, int], float]) -> 
     assert found.tolist() == pytest.approx(list(expected.values()))
 
 
-def batches(*numbers: int) -> Plan:
+def batches(*numbers: int) -> BatchPlan:
     """Each epoch: one batch per number, marked with the epoch."""
-    return Plan(None, len(numbers), lambda epoch: [np.array([number + 100 * epoch]) for number in numbers])
+    return BatchPlan(None, len(numbers), lambda epoch: [np.array([number + 100 * epoch]) for number in numbers])
 
 
 def test_inner_and_outer_batches_take_turns_across_epochs() -> None:

@@ -19,7 +19,7 @@ from clpet.models.adapters import Adapters, Frozen, Lora
 from clpet.models.backbone import Backbone
 from clpet.models.stacked_lora import Increments, attention_outputs
 from clpet.objectives.base import Choices
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from tests.methods.test_all_methods import results
 from tests.models.test_sentence_encoder import make_encoder
 from tests.models.test_stacked_lora import IDS, network, read
@@ -271,7 +271,7 @@ def test_tasks_can_be_learned_in_any_order(slm) -> None:
     for order in (["fruit", "metal", "river"], ["river", "fruit", "metal"]):
         run = slm("method.head=per_task", f"benchmark.order=[{','.join(order)}]", spread=None)
         pool = run.data.train
-        run.method.plan = lambda index, pool=pool: Plan(pool, 1, lambda epoch: [pool.rows_of(index)])
+        run.method.plan = lambda index, pool=pool: BatchPlan(pool, 1, lambda epoch: [pool.rows_of(index)])
         for task in range(3):
             run.learn(task)
         pieces = everything(run.method)

@@ -18,7 +18,7 @@ from clpet.methods.dynamic_conpet import DynamicConPET
 from clpet.methods.ea_emr import EAEMR
 from clpet.methods.ewc import EWC, Fisher, Merge
 from clpet.methods.lwf import distillation
-from clpet.replay.batch_plan import split_batch, split_limit
+from clpet.replay.batch_plan import split_batch, steps_and_val_batches
 from clpet.replay.exemplar_selection import divided, kmeans_nearest
 from clpet.runtime.distributed import split
 from clpet.training.trainer import Trainer
@@ -280,7 +280,7 @@ def test_a_split_is_not_lost_to_rounding() -> None:
 
 def test_limit() -> None:
     """O12: (training steps, validation batches)."""
-    found = {limit: split_limit(limit) for limit in (2500, 333, 50, 25, 7)}
+    found = {limit: steps_and_val_batches(limit) for limit in (2500, 333, 50, 25, 7)}
     assert found == {2500: (2000, 500), 333: (266, 66), 50: (40, 10), 25: (20, 5), 7: (5, 1)}
 
 

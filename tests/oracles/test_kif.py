@@ -25,7 +25,7 @@ from clpet.methods.mocl import MoCL
 from clpet.methods.o_lora import OLoRA
 from clpet.methods.recurrent_kif import alternate, fused_step
 from clpet.methods.sapt import Query, divergence, scores
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from clpet.training.lr_schedules import Place, schedule
 from tests.conftest import double
 
@@ -130,7 +130,7 @@ def test_a_round_of_recurrent_kif() -> None:
 
 def test_learning_rates_of_recurrent_kif() -> None:
     """B2, the script's loop: lr 1, linear, warm-up 2, 16 inner steps, Q = 8, M = 4; outer steps do not advance it."""
-    new, old = (Plan(None, steps, lambda epoch, steps=steps: [None] * steps) for steps in (16, 5))
+    new, old = (BatchPlan(None, steps, lambda epoch, steps=steps: [None] * steps) for steps in (16, 5))
     plan = alternate(new, old, 8, 4)
     assert plan.steps == 24
     settings = Training(lr=1.0, schedule=Schedule.linear, warmup_steps=2)

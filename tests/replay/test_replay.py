@@ -9,7 +9,7 @@ from scipy import stats
 from clpet.data.batches import Encoded, EncodedDataset
 from clpet.errors import ConfigError
 from clpet.replay.base import AllReplay, NoReplay
-from clpet.replay.batch_plan import equal_compute, split_batch, split_limit
+from clpet.replay.batch_plan import copies_for_equal_compute, split_batch, steps_and_val_batches
 from clpet.replay.exemplar import FixedReplay, ShareReplay
 from clpet.replay.exemplar_selection import herding, kmeans_nearest
 from clpet.replay.sampled import DynamicReplay, ReservoirReplay
@@ -55,7 +55,7 @@ def test_batch_shares(size: int, ratio: float, expected: tuple[int, int]) -> Non
 )
 def test_steps_and_validation_batches(limit: int, expected: tuple[int, int]) -> None:
     """Oracle 6."""
-    assert split_limit(limit) == expected
+    assert steps_and_val_batches(limit) == expected
 
 
 def test_steps_do_not_depend_on_task_or_its_size() -> None:
@@ -179,7 +179,7 @@ def test_copies_that_equal_the_compute_of_dynamic_sampling(sizes, classes, m, li
     """Oracle 10 and O13 of the authors' code: f for tasks 2..n at B = 8 and at B = 16."""
     for batch, copies in ((8, expected), (16, sixteen)):
         memories = [4 * m // 5 * sum(classes[:k]) for k in range(len(sizes))]
-        found = [equal_compute(sizes[k], memories[k], limit, batch, most) for k in range(1, len(sizes))]
+        found = [copies_for_equal_compute(sizes[k], memories[k], limit, batch, most) for k in range(1, len(sizes))]
         assert found == copies
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clpet.errors import HostError
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.run_checkpoint import read_tree, write_tree
 from clpet.training.fit_checkpoint import Keeper
 from clpet.training.trainer import Trainer
@@ -131,9 +131,9 @@ def test_nothing_is_written_before_the_interval_has_passed(make) -> None:
     keeping(run, 0, lambda *_: pytest.fail("written"), every=10)
 
 
-def listed(run: SimpleNamespace, batches: list) -> Plan:
+def listed(run: SimpleNamespace, batches: list) -> BatchPlan:
     """A plan of these batches."""
-    return Plan(run.data.train, len(batches), lambda epoch: batches)
+    return BatchPlan(run.data.train, len(batches), lambda epoch: batches)
 
 
 def poisoned(run: SimpleNamespace, step: int) -> Any:
@@ -226,7 +226,7 @@ def test_a_name_stands_for_one_tensor_in_all_tasks(name: str, make, monkeypatch:
     """A branch, gate, key, prompt or module of a new task has the shape of the last one, and another name."""
     fits: dict[str, list[dict[str, Tensor]]] = {}
 
-    def fit(self, plan: Plan, loss: Any, parameters: dict[str, Tensor], *, stage: str = "", **_: Any) -> None:
+    def fit(self, plan: BatchPlan, loss: Any, parameters: dict[str, Tensor], *, stage: str = "", **_: Any) -> None:
         fits.setdefault(stage, []).append(dict(parameters))
 
     monkeypatch.setattr(Trainer, "fit", fit)

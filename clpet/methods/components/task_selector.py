@@ -12,7 +12,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset
 from clpet.methods.components.logit_cache import BARE, LogitStore
 from clpet.objectives.classification import Classification
-from clpet.replay.batch_plan import Plan
+from clpet.replay.batch_plan import BatchPlan
 from clpet.training.trainer import Trainer
 
 NAME = "selector"
@@ -42,7 +42,7 @@ class Selector:
         """The adapter and the head."""
         return {**self.objective.adapters.tensors(NAME), **dict(self.head.named_parameters())}
 
-    def learn(self, trainer: Trainer, index: int, plan: Plan, clip: float, validate: Callable[[], float]) -> None:
+    def learn(self, trainer: Trainer, index: int, plan: BatchPlan, clip: float, validate: Callable[[], float]) -> None:
         """Task `index`: old rows of the head and LoRA_sel go on from where they are; row `index` starts fresh."""
         adapters = self.objective.adapters
         if not self.learned:
