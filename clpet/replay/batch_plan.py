@@ -14,14 +14,14 @@ Rows = np.ndarray
 class BatchPlan:
     """The batches of one fit: `epoch(e)` lists row arrays into `pool`, `steps` of them in every epoch.
 
-    `keep` marks the rows of a batch that can give a gradient: only they are computed, while the loss stays a
+    `gradient_mask` marks the rows of a batch that can give a gradient: only they are computed, while the loss stays a
     mean over the whole batch. `clock` is how many steps of the learning-rate schedule lie before step t of the fit.
     """
 
     pool: EncodedDataset
     steps: int
     epoch: Callable[[int], list[Rows]]
-    keep: Callable[[Rows], np.ndarray] | None = None
+    gradient_mask: Callable[[Rows], np.ndarray] | None = None
     clock: Callable[[int], int] = int
 
 
