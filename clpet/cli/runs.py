@@ -92,8 +92,9 @@ def evaluate(argv: list[str]) -> int:
         raise ConfigError("--tasks-dir and --limit are for --downstream TASKS")
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {arguments.limit}")
-    from clpet.runs import lm_eval, load_run
-    from clpet.runs.reevaluate import again
+    from clpet.runs import lm_eval
+    from clpet.runs.load_run import load_run
+    from clpet.runs.reevaluate import compare_with_recorded
     from clpet.training.trainer import quiet_libraries
 
     run = _recorded(arguments)
@@ -101,13 +102,13 @@ def evaluate(argv: list[str]) -> int:
     with quiet_libraries():
         if names:
             lm_eval.check(run)
-            lm_eval.quiet()
+            lm_eval.silence_logs()
             tasks = lm_eval.load_tasks(names, arguments.tasks_dir)
-            opened = load_run.reopen(run, arguments.after)
+            opened = load_run(run, arguments.after)
             found = lm_eval.measure(opened, tasks, arguments.limit)
             print(printable(lm_eval.report(opened, names, arguments.limit, found)))
             return 0
-        text, equal = again(load_run.reopen(run, arguments.after))
+        text, equal = compare_with_recorded(load_run(run, arguments.after))
     print(printable(text))
     return 0 if equal else 1
 
@@ -118,14 +119,14 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--merge", action="store_true", help="put adapters into the backbone's weights")
     parser.add_argument("folder", type=Path, help="a new folder")
     arguments = parser.parse_args(argv)
-    from clpet.runs import load_run
     from clpet.runs.export import check, write
+    from clpet.runs.load_run import load_run
     from clpet.training.trainer import quiet_libraries
 
     run = _recorded(arguments)
     check(run, arguments.folder, arguments.merge)
     with quiet_libraries():
-        print(printable(write(load_run.reopen(run, arguments.after), arguments.folder, arguments.merge)))
+        print(printable(write(load_run(run, arguments.after), arguments.folder, arguments.merge)))
     return 0
 
 
@@ -147,10 +148,10 @@ def _opening(name: str, description: str) -> argparse.ArgumentParser:
 
 def _recorded(arguments: argparse.Namespace) -> Any:
     from clpet.config.compose import use_plugins
-    from clpet.runs.load_run import recorded
+    from clpet.runs.load_run import read_record
 
     if arguments.config_dir:
         if not arguments.allow_plugins:
             raise ConfigError("--config-dir needs --allow-plugins: a recorded run would say which of its code is run")
         use_plugins(arguments.config_dir)
-    return recorded(arguments.run, arguments.here, arguments.allow_plugins)
+    return read_record(arguments.run, arguments.here, arguments.allow_plugins)

@@ -1,4 +1,4 @@
-"""`clpet export`: what a run trained, in a folder that works without clpet."""
+"""`clpet export`: writes the trained weights into a folder that transformers and peft load without clpet."""
 
 import json
 from pathlib import Path
@@ -6,63 +6,74 @@ from typing import Any
 
 from clpet import __version__
 from clpet.errors import ConfigError
-from clpet.runs.load_run import Recorded, Reopened
+from clpet.runs.load_run import LoadedRun, RunRecord
 from clpet.runs.run_dir import save_heads
 from clpet.runtime.atomic_io import whole
 from clpet.runtime.hardware import Quantization
 
-PARTS = "what was trained beside the backbone's own weights"
-UNMERGED = ("prompt", "prefix", "frozen")
+WHOLE_MODEL = "the whole model"
+MERGED = "the backbone with the adapters merged, in fp32"
+TRAINED_ONLY = "the trained parameters without the backbone"
+NOT_MERGEABLE = ("prompt", "prefix", "frozen")  # options of peft that leave the model's weights unchanged
 
 
-def check(run: Recorded, folder: Path, merge: bool) -> None:
-    """Raises ConfigError for what cannot be written, before anything is loaded."""
-    peft, model = run.config.peft["name"], run.parts["model"]
+def check(record: RunRecord, folder: Path, merge: bool) -> None:
+    """Raises ConfigError for an export that cannot be written, before anything is loaded."""
+    peft, model = record.config.peft["name"], record.parts["model"]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there already and not empty: name a new folder")
-    if merge and not run.method.one_model:
-        raise ConfigError(f"method={run.method.name} chooses for each text what it reads: leave out --merge")
-    if merge and peft in UNMERGED:
-        raise ConfigError(f"peft={peft} does not change the model's weights and cannot be merged: leave out --merge")
-    if not merge and peft not in ("none", "blocks") and (model.random_weights and not run.config.benchmark.get("base")):
+        raise ConfigError(f"{folder} already exists and is not an empty folder: give the name of a new one")
+    if merge and not record.method.one_model:
         raise ConfigError(
-            f"model {run.config.model['name']} has random weights, which adapters alone are no use to: add --merge"
+            f"method={record.method.name} chooses parameters for each text, so it cannot be merged into one model: "
+            "leave out --merge"
         )
-    if merge:  # into the weights as they were published
-        run.parts["hardware"].quantization = Quantization.none
+    if merge and peft in NOT_MERGEABLE:
+        raise ConfigError(f"peft={peft} does not change the model's weights and cannot be merged: leave out --merge")
+    if (
+        not merge
+        and peft not in ("none", "blocks")
+        and model.random_weights
+        and not record.config.benchmark.get("base")
+    ):
+        raise ConfigError(
+            f"model {record.config.model['name']} has random weights, so its adapters are useless alone: add --merge"
+        )
+    if merge:  # adapters are merged into the published weights, not into quantized ones
+        record.parts["hardware"].quantization = Quantization.none
 
 
-def write(run: Reopened, folder: Path, merge: bool) -> str:
-    """Writes the folder whole; returns what it is, in a line."""
+def write(run: LoadedRun, folder: Path, merge: bool) -> str:
+    """Writes the folder atomically; returns one line that says what was written."""
     method, objective = run.method, run.method.objective
     full = objective.adapters.full and objective.adapters.config is None
-    with whole(folder) as place:
+    with whole(folder) as temporary:
         if merge or full:
-            method.merged().save_pretrained(place)
-            what = "the whole model" if full else "the backbone with the adapters merged, in fp32"
+            method.merged().save_pretrained(temporary)
+            contents = WHOLE_MODEL if full else MERGED
         else:
-            method.save(place / "adapters")
-            what = PARTS
-        objective.tokenizer.save_pretrained(place)
+            method.save(temporary / "adapters")
+            contents = TRAINED_ONLY
+        objective.tokenizer.save_pretrained(temporary)
         if method.heads():
-            save_heads(method, place / "heads")
-        about = describe(run, what, bool(list(place.glob("adapters/*/adapter_config.json"))))
-        (place / "clpet.json").write_text(json.dumps(about, indent=1) + "\n")
-    return f"{what}: {method.name} on {run.benchmark.name} after {run.row} tasks, in {folder}"
+            save_heads(method, temporary / "heads")
+        about = describe(run, contents, bool(list(temporary.glob("adapters/*/adapter_config.json"))))
+        (temporary / "clpet.json").write_text(json.dumps(about, indent=1) + "\n")
+    return f"{contents}: {method.name} on {run.benchmark.name} after {run.row} tasks, in {folder}"
 
 
-def describe(run: Reopened, what: str, adapters: bool) -> dict[str, Any]:
-    """clpet.json: what lies in the folder and how it is loaded."""
-    objective, backbone = run.method.objective, run.run.parts["model"]
-    kind = backbone._class(objective.generates).__name__
+def describe(run: LoadedRun, contents: str, peft_adapters: bool) -> dict[str, Any]:
+    """clpet.json: the contents of the exported folder and the call that loads it."""
+    objective, backbone = run.method.objective, run.record.parts["model"]
+    auto_class = backbone._class(objective.generates).__name__
     base = backbone.hub or backbone.path or backbone.package
-    load = f"transformers.{kind}.from_pretrained(FOLDER)"
-    if what == PARTS and not adapters:
+    load = f"transformers.{auto_class}.from_pretrained(FOLDER)"
+    if peft_adapters:
+        model = f"transformers.{auto_class}.from_pretrained({base!r})"
+        load = f"peft.PeftModel.from_pretrained({model}, FOLDER/adapters/NAME)"
+    elif contents == TRAINED_ONLY:
         load = "safetensors.torch.load_file(FOLDER/adapters/FILE): tensors by their name"
-    elif adapters:
-        load = f"peft.PeftModel.from_pretrained(transformers.{kind}.from_pretrained({base!r}), FOLDER/adapters/NAME)"
-    found = {
-        "what": what,
+    about = {
+        "what": contents,
         "load": load,
         "backbone": base,
         "revision": backbone.revision,
@@ -75,5 +86,5 @@ def describe(run: Reopened, what: str, adapters: bool) -> dict[str, Any]:
         "clpet": __version__,
     }
     if objective.name == "classification":
-        found |= {"representation": objective.representation.value, "heads": sorted(run.method.heads())}
-    return found
+        about |= {"representation": objective.representation.value, "heads": sorted(run.method.heads())}
+    return about

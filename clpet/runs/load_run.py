@@ -1,8 +1,8 @@
-"""A run directory opened again: its method with the weights it had after some task.
+"""Opens a run directory: reads its record, and loads its method with the weights after some task.
 
-The directory may come from anywhere. What run.json says is data: it names classes of clpet and of nothing else, it has
-nothing resolved (an interpolation could read the environment), nothing is written where it says, and weights are
-safetensors.
+A run directory may come from an untrusted source, so run.json is treated as data only: its classes must be clpet's own,
+interpolations such as ${oc.env:HOME}, which could read the environment, are rejected, paths in it are never written to,
+and weights are loaded from safetensors, never from pickle.
 """
 
 import logging
@@ -36,192 +36,210 @@ from clpet.runtime.untrusted_json import check, read_json, read_results, readabl
 from clpet.session import assemble, load_objective
 
 log = logging.getLogger(__name__)
-KINDS = dict(
-    zip(GROUPS, (Method, NoReplay, Backbone, Adapter, Source, Hardware, Tracking), strict=True)
-)  # what each group's class must be
-HERE = ("data_dir", "cache_dir", "model.path", "hardware.")  # where things lie, which may be elsewhere now
-NAME = re.compile(r"[^\x00-\x1f]+")  # of a task
-FOLDERS = ("benchmark.tasks", "benchmark.folders", "benchmark.domains")  # may become parts of a path
-HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# The class that each group's `_target_` must be, or inherit from.
+BASE_CLASSES = dict(zip(GROUPS, (Method, NoReplay, Backbone, Adapter, Source, Hardware, Tracking), strict=True))
+LOCATIONS = ("data_dir", "cache_dir", "model.path", "hardware.")  # options that depend on the machine, not on the run
+TASK_NAME = re.compile(r"[^\x00-\x1f]+")
+FOLDER_OPTIONS = ("benchmark.tasks", "benchmark.folders", "benchmark.domains")  # names that may be joined to data_dir
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass
-class Recorded:
-    """What a run directory says of itself, checked, before anything is loaded."""
+class RunRecord:
+    """The checked contents of run.json, with the objects built from its config; no data or weights are loaded yet."""
 
     out: Path
     config: Config
-    record: dict[str, Any]
-    parts: dict[str, Any]
+    run_json: dict[str, Any]
+    parts: dict[str, Any]  # group -> object, as `assemble` returns them
     method: Method
 
     @property
     def objective(self) -> str:
-        """Name of what the model was asked to do."""
+        """Name of the training objective."""
         return self.parts["benchmark"].objective.value
 
 
 @dataclass
-class Reopened:
-    """A method as it was after `row` tasks, its test data, and the row of the matrix that was recorded then."""
+class LoadedRun:
+    """A method with its weights after `row` tasks, the benchmark, and the scores that were recorded in that row."""
 
-    run: Recorded
+    record: RunRecord
     benchmark: Benchmark
     data: Encoded
     row: int
-    scores: list[float | None]
+    scores: list[float | None]  # one per task; None where not measured
 
     @property
     def method(self) -> Method:
-        """With its weights."""
-        return self.run.method
+        """The method, with its weights loaded."""
+        return self.record.method
 
     @property
     def split(self) -> str:
-        """What its matrix is measured on."""
-        return self.run.config.evaluation.split.value
+        """The split that the run's matrix was measured on."""
+        return self.record.config.evaluation.split.value
 
 
-def recorded(out: Path, here: Sequence[str] = (), plugins: bool = False) -> Recorded:
-    """Reads run.json; `here` are key=value words for what lies elsewhere now. Raises ConfigError and DataError.
+def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False) -> RunRecord:
+    """Reads and checks run.json. Raises ConfigError and DataError.
 
-    With `plugins` the classes of a --config-dir and a model's remote code are allowed.
+    `overrides` are KEY=VALUE words for options in LOCATIONS, since files may be stored elsewhere by now. `plugins`
+    allows the classes of a --config-dir and a model's remote code.
     """
-    if not (out / "run.json").is_file():
-        raise DataError(f"{out} is not a run directory: no run.json there")
-    record = read_json(out / "run.json")
+    file = out / "run.json"
+    if not file.is_file():
+        raise DataError(f"{out} is not a run directory: it has no run.json")
+    run_json = read_json(file)
     shape = {"config": dict, "tasks": [str], "data": {"fingerprint": str}}
-    check(record, shape | ({"inputs": {str: str}} if "inputs" in record else {}), f"{out / 'run.json'}")
-    inspect(record["config"], plugins, "")
-    for name in record["tasks"]:
-        if not NAME.fullmatch(name):
-            raise ConfigError(f"{out / 'run.json'}: {name!r} is no name of a task")
-    with readable(f"{out / 'run.json'} does not describe a run"):
-        cfg = OmegaConf.create(record["config"])
-        root = out.resolve().parents[2:3]
-        cache = next((str(folder / ".cache") for folder in root if (folder / ".cache").is_dir()), None)
+    check(run_json, shape | ({"inputs": {str: str}} if "inputs" in run_json else {}), f"{file}")
+    check_config(run_json["config"], plugins, "")
+    for name in run_json["tasks"]:
+        if not TASK_NAME.fullmatch(name):
+            raise ConfigError(f"{file}: invalid task name {name!r}")
+    with readable(f"{file} does not describe a run"):
+        cfg = OmegaConf.create(run_json["config"])
+        # The recorded cache_dir may be any path: the cache next to this run's output folder is used instead.
+        output_dir = out.resolve().parents[2:3]
+        cache = next((str(folder / ".cache") for folder in output_dir if (folder / ".cache").is_dir()), None)
         OmegaConf.update(cfg, "cache_dir", cache, force_add=True)
-        for word in here:
+        for word in overrides:
             key, equals, value = word.partition("=")
-            if not equals or not key.startswith(HERE):
-                raise ConfigError(f"{word}: only what may lie elsewhere can be said{suggest(key, HERE)}")
+            if not equals or not key.startswith(LOCATIONS):
+                raise ConfigError(f"--here {word}: can only set {', '.join(LOCATIONS)}*{suggest(key, LOCATIONS)}")
             OmegaConf.update(cfg, key, value or None)
         config = typed(cfg)
-        for group, kind in KINDS.items():
+        for group, base in BASE_CLASSES.items():
             target = str(getattr(config, group)["_target_"])
-            if not issubclass(find_class(target, group), kind):
-                raise ConfigError(f"{group}._target_ names {target}, which is no {kind.__name__}")
+            if not issubclass(find_class(target, group), base):
+                raise ConfigError(f"{group}._target_ names {target}, which is not a {base.__name__}")
         method, parts = assemble(config)
-    return Recorded(out, config, record, parts, method)
+    return RunRecord(out, config, run_json, parts, method)
 
 
-def inspect(node: Any, plugins: bool, where: str) -> None:
-    """Raises ConfigError for what a recorded config may not say; turns remote code off, unless `plugins`."""
+def check_config(node: Any, plugins: bool, where: str) -> None:
+    """Raises ConfigError for unsafe values in a recorded config; without `plugins` also switches remote code off."""
     if isinstance(node, dict):
         if not plugins and "trust_remote_code" in node:
             node["trust_remote_code"] = False
         for key, value in node.items():
-            inspect(value, plugins, f"{where}.{key}".lstrip("."))
-        for key in ("encoder", "order_encoder"):  # a name, a hub id or a folder
-            if ".." in str(node.get(key)).split("/"):
-                raise ConfigError(
-                    f"{where}.{key} names {str(node[key])[:80]!r}, which is no name, hub id or whole path"
-                )
-        hub, target = node.get("hub"), node.get("_target_", "clpet.")
-        if hub is not None and not (isinstance(hub, str) and HUB.fullmatch(hub)):
-            raise ConfigError(f"{where}.hub names {str(hub)[:80]!r}, which is no hub id")
-        if not (isinstance(target, str) and (plugins or re.fullmatch(r"clpet\.[\w.]*", target))):
-            hint = "with --allow-plugins and --config-dir FOLDER, if you trust this run, your own classes are allowed"
-            raise ConfigError(f"{where}._target_ names {str(target)[:80]}, which is no part of clpet: {hint}")
+            check_config(value, plugins, f"{where}.{key}".lstrip("."))
+        _check_names(node, plugins, where)
     elif isinstance(node, list):
         for item in node:
-            inspect(item, plugins, where)
-            if where in FOLDERS and not inside(str(item)):
+            check_config(item, plugins, where)
+            if where in FOLDER_OPTIONS and not is_relative_name(str(item)):
                 raise ConfigError(f"{where}: {item!r} does not name a folder below data_dir")
     elif isinstance(node, str) and "${" in node:
-        raise ConfigError(f"{where} holds ${{...}}: a recorded configuration is resolved")
+        raise ConfigError(f"{where} contains ${{...}}: a recorded configuration must be resolved")
 
 
-def inside(name: str) -> bool:
-    """Whether a recorded name, taken as a path, stays inside the folder that it is looked for in."""
-    return bool(NAME.fullmatch(name)) and not Path(name).is_absolute() and ".." not in re.split(r"[/\\]", name)
+def _check_names(node: dict[str, Any], plugins: bool, where: str) -> None:
+    """Raises ConfigError where a node names a hub repository, an encoder or a class that must not be loaded."""
+    for key in ("encoder", "order_encoder"):  # a name, a hub id or a folder
+        if ".." in str(node.get(key)).split("/"):
+            raise ConfigError(f"{where}.{key}: {str(node[key])[:80]!r} is not a name, a hub id or an absolute path")
+    hub, target = node.get("hub"), node.get("_target_", "clpet.")
+    if hub is not None and not (isinstance(hub, str) and HUB_ID.fullmatch(hub)):
+        raise ConfigError(f"{where}.hub: {str(hub)[:80]!r} is not a hub id")
+    # Old names such as clpet.memory.DynamicReplay pass here; find_class translates them.
+    if not (isinstance(target, str) and (plugins or re.fullmatch(r"clpet\.[\w.]*", target))):
+        hint = "if you trust this run, allow your own classes with --allow-plugins and --config-dir FOLDER"
+        raise ConfigError(f"{where}._target_ names {str(target)[:80]}, which is not part of clpet: {hint}")
 
 
-def reopen(run: Recorded, after: int | None = None) -> Reopened:
+def is_relative_name(name: str) -> bool:
+    """Whether a recorded name, joined to a folder, stays inside that folder."""
+    return bool(TASK_NAME.fullmatch(name)) and not Path(name).is_absolute() and ".." not in re.split(r"[/\\]", name)
+
+
+def load_run(record: RunRecord, after: int | None = None) -> LoadedRun:
     """Loads the data, the backbone and the weights after `after` tasks (None: the newest). Raises DataError."""
-    config, parts, method = run.config, run.parts, run.method
+    config, parts, method = record.config, record.parts, record.method
     benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
     for note in benchmark.report.notes():
         log.warning(note)
-    there, wanted = benchmark.fingerprint(), run.record["data"]["fingerprint"]
-    if benchmark.names != run.record["tasks"] or there != wanted:
+    now, before = benchmark.fingerprint(), record.run_json["data"]["fingerprint"]
+    if benchmark.names != record.run_json["tasks"] or now != before:
         raise DataError(
-            f"the data of {run.out} were others (fingerprint {wanted}, here {there}): say --here data_dir=FOLDER"
+            f"the data differ from those of {record.out} (fingerprint {before}, now {now}): "
+            "give their folder with --here data_dir=FOLDER"
         )
-    with readable(f"{run.out} cannot be opened again"), enough_memory(lambda: "the model of this run"):
+    with readable(f"{record.out} cannot be loaded"), enough_memory(lambda: "the model of this run"):
         method.check_benchmark(benchmark)
         if benchmark.base is not None and parts["model"].random_weights:
-            cache = Path(config.cache_dir or run.out.parent / ".cache")
-            prepare(parts["model"], benchmark, parts["hardware"], cache, run.out, Display(Console(stderr=True), 0))
-        check_inputs(run)
+            cache = Path(config.cache_dir or record.out.parent / ".cache")
+            prepare(parts["model"], benchmark, parts["hardware"], cache, record.out, Display(Console(stderr=True), 0))
+        check_inputs(record)
         objective, data = load_objective(config, parts, benchmark)
         parts["replay"].setup(data, config.seed, config.train.global_batch_size)
         method.setup(objective, benchmark, data, parts["replay"], config.seed)
-        row, folder = place(run, after)
+        row, folder = find_weights(record, after)
         if folder:
-            state = weights(folder)
-            if folder.name == "state":
+            state = read_weights(folder)
+            if folder.name == "state":  # a snapshot: its model or adapters are in files next to the state
                 objective.adapters.load_saved(folder.parent)
             method.load_state_dict(state)
-        return Reopened(run, benchmark, data, row, scores(run.out, row, len(benchmark)))
+        return LoadedRun(record, benchmark, data, row, recorded_scores(record.out, row, len(benchmark)))
 
 
-def check_inputs(run: Recorded) -> None:
-    """Raises DataError where the run read other weights than are there now; other code of one's own is warned of."""
-    there = inputs(run.config, run.parts["model"], run.method)
-    for name, was in run.record.get("inputs", {}).items():
-        if (now := there.get(name, was)) == was:
+def check_inputs(record: RunRecord) -> None:
+    """Raises DataError if the run read other weights than are there now; changed plugin code only gives a warning."""
+    current = inputs(record.config, record.parts["model"], record.method)
+    for name, before in record.run_json.get("inputs", {}).items():
+        if (now := current.get(name, before)) == before:
             continue
         if name != "code":
-            raise DataError(f"the {name} of {run.out} were others ({was}, here {now}): say --here model.path=FOLDER")
-        log.warning("%s was trained by other code of yours (%s, here %s)", run.out, was, now)
+            raise DataError(
+                f"the {name} differ from those of {record.out} ({before}, now {now}): "
+                "give the folder of the model with --here model.path=FOLDER"
+            )
+        log.warning(
+            "the code of your own classes has changed since %s was trained (%s, now %s)", record.out, before, now
+        )
 
 
-def place(run: Recorded, after: int | None) -> tuple[int, Path | None]:
-    """(tasks learned, folder of the weights; None where nothing was learned). Raises DataError."""
-    rows = [0, *(index + 1 for index, _ in run.method.curriculum())]
-    found: dict[int, Path | None] = {0: None}
+def find_weights(record: RunRecord, after: int | None) -> tuple[int, Path | None]:
+    """(number of learned tasks, folder of the weights; None before the first task). Raises DataError.
+
+    Snapshots in checkpoints/ cover every train.keep-th task, state/ the newest one or two.
+    """
+    rows = [0, *(index + 1 for index, _ in record.method.curriculum())]
+    folders: dict[int, Path | None] = {0: None}
     for row in rows[1:]:
-        if (folder := snapshot_folder(run.out, row) / "state").is_dir():
-            found[row] = folder
-    for folder in checkpoints(run.out / "state"):
+        if (folder := snapshot_folder(record.out, row) / "state").is_dir():
+            folders[row] = folder
+    for folder in checkpoints(record.out / "state"):
         if folder.name.isdigit() and 0 < int(folder.name) < len(rows):
-            found[rows[int(folder.name)]] = folder
+            folders[rows[int(folder.name)]] = folder
     if after is None:
-        if len(found) == 1:
-            raise DataError(f"{run.out} has learned no task yet")
-        after = max(found)
-    if after not in found:
-        there = ", ".join(map(str, sorted(found)))
-        raise DataError(f"{run.out} keeps no weights after {after} tasks, but after {there}: see train.keep")
-    return after, found[after]
+        if len(folders) == 1:
+            raise DataError(f"{record.out} has not learned any task yet")
+        after = max(folders)
+    if after not in folders:
+        available = ", ".join(map(str, sorted(folders)))
+        raise DataError(
+            f"{record.out} has no weights after {after} tasks, only after {available}; "
+            "train.keep=1 would have saved all of them"
+        )
+    return after, folders[after]
 
 
-def weights(folder: Path) -> dict[str, Any]:
-    """The method's state in a checkpoint. Raises DataError."""
+def read_weights(folder: Path) -> dict[str, Any]:
+    """The method's state dict in a checkpoint. Raises DataError."""
     try:
         return read_tree(folder)["method"]
     except ValueError as error:
         raise DataError(str(error)) from error
 
 
-def scores(out: Path, row: int, tasks: int) -> list[float | None]:
-    """What was recorded of a row: in results.json, or in an unfinished run's newest checkpoint."""
+def recorded_scores(out: Path, row: int, num_tasks: int) -> list[float | None]:
+    """Row `row` of the transfer matrix from results.json, or from the newest checkpoint of an unfinished run."""
     if (out / "results.json").is_file():
         return read_results(out / "results.json")["scores"][row]
     for folder in reversed(checkpoints(out / "state")):
         try:
             return [None if value is None else float(value) for value in read_tree(folder)["matrix"]["scores"][row]]
-        except ValueError:
+        except ValueError:  # damaged: try the one before
             continue
-    return [None] * tasks
+    return [None] * num_tasks

@@ -17,7 +17,7 @@ from clpet.errors import ClpetError, ConfigError
 from clpet.models.backbone import Backbone, first_position
 from clpet.objectives.base import Predictions
 from clpet.runs import run_dir
-from clpet.runs.load_run import inside, inspect
+from clpet.runs.load_run import check_config, is_relative_name
 from clpet.runtime.untrusted_json import find_runs
 from clpet.training.lr_schedules import Place, warn_of_warmup
 from tests.wandb_reader import read_wandb
@@ -86,11 +86,11 @@ def test_a_recorded_run_names_no_package_to_install() -> None:
 
 
 def test_names_with_a_slash_are_names() -> None:
-    assert all(map(inside, ["Sci/Tech", "a.b", "R&D (2)", ".hidden", "a..b", "日本"]))
-    assert not any(map(inside, ["../x", "a/../../x", "/etc/passwd", "..", "a\\..\\b", "a\x00b", ""]))
-    inspect({"benchmark": {"tasks": ["Sci/Tech"]}}, False, "")
+    assert all(map(is_relative_name, ["Sci/Tech", "a.b", "R&D (2)", ".hidden", "a..b", "日本"]))
+    assert not any(map(is_relative_name, ["../x", "a/../../x", "/etc/passwd", "..", "a\\..\\b", "a\x00b", ""]))
+    check_config({"benchmark": {"tasks": ["Sci/Tech"]}}, False, "")
     with pytest.raises(ClpetError, match="does not name a folder"):
-        inspect({"benchmark": {"folders": ["../secret"]}}, False, "")
+        check_config({"benchmark": {"folders": ["../secret"]}}, False, "")
 
 
 @pytest.mark.parametrize("text", ["3", "[]", '{"method": "x"', "", "null", '{"method": 3}', "\x00"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clpet.runs.load_run import recorded, reopen
+from clpet.runs.load_run import load_run, read_record
 from tests.conftest import domain_args, tiny_args
 
 HERE = importlib.util.find_spec("lm_eval") is not None
@@ -60,7 +60,7 @@ def only() -> Path:
 
 def right(run: Path, after: int) -> float:
     """Share of questions whose right answer is the likeliest, by the model's own logits, in percent."""
-    method = reopen(recorded(run), after).method
+    method = load_run(read_record(run), after).method
     model, tokenizer = method.objective.adapters.model, method.objective.tokenizer
     hits = 0
     for question, choices, answer in QUESTIONS:
@@ -111,7 +111,7 @@ def test_an_encoder_decoder_is_asked(clpet, words: Path, tasks: Path) -> None:
 @needs_harness
 @pytest.mark.parametrize(
     ("words_", "message"),
-    [(["--downstream", "chose"], "the harness has no task chose"), (["--downstream", "choose", "--tasks-dir", "nowhere"], "is not a folder"),
+    [(["--downstream", "chose"], "unknown lm-evaluation-harness task chose"), (["--downstream", "choose", "--tasks-dir", "nowhere"], "is not a folder"),
      (["--downstream", "bigbench_physics_multiple_choice"], "cannot be loaded"), (["--downstream", "choose", "--limit", "0"], "at least 1")],
 )  # fmt: skip
 def test_refusals_of_tasks(words_: list[str], message: str, clpet, prose: Path, tasks: Path) -> None:
@@ -135,8 +135,8 @@ def test_refusals_of_models(clpet, words: Path, prose: Path, monkeypatch: pytest
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else found(name, *rest)
     )
-    for name, message in {"a": "this run's objective is classification", "b": "needs a decoder or encoder-decoder",
-                          "c": "method=l2p chooses for each text", "d": "pip install 'clpet[downstream]'"}.items():  # fmt: skip
+    for name, message in {"a": "the objective of this run is classification", "b": "needs a decoder or encoder-decoder",
+                          "c": "method=l2p chooses parameters for each text", "d": "pip install 'clpet[downstream]'"}.items():  # fmt: skip
         (run,) = Path(name).glob("*/*/s*")
         answer = clpet("eval", run, "--downstream", "arc_easy")
         assert answer.code == 2

@@ -15,7 +15,7 @@ from clpet.config.compose import composed
 from clpet.errors import ConfigError, DataError
 from clpet.methods.components.logit_cache import network_key, tensors_key
 from clpet.runs import provenance
-from clpet.runs.load_run import check_inputs, recorded
+from clpet.runs.load_run import check_inputs, read_record
 from clpet.runs.provenance import check_finished, code, hub_data
 from clpet.runtime import fingerprint
 from clpet.runtime.fingerprint import file_hash, folder_hash, hub_commit, remembered
@@ -165,8 +165,8 @@ def test_a_finished_run_notices_another_weight_and_another_label(
     assert (found.code, found.out, found.err.count("\n")) == (2, "", 1)
     assert f"finished with weights {results['inputs']['weights']}" in found.err
     assert "fresh=true" in found.err
-    with pytest.raises(DataError, match="the weights of"):
-        check_inputs(recorded(run))
+    with pytest.raises(DataError, match="the weights differ from those of"):
+        check_inputs(read_record(run))
     (model / "model.safetensors").write_bytes(whole)
 
     text = (data / "test.jsonl").read_text()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clpet.cli import main
 from clpet.errors import ClpetError, DataError
-from clpet.runs.load_run import inspect, recorded
+from clpet.runs.load_run import check_config, read_record
 from clpet.runtime.untrusted_json import read_json
 from tests.conftest import domain_args, guarded, tiny_args
 
@@ -111,7 +111,7 @@ def test_a_recorded_config_is_built_or_refused(runs: dict[str, Path], tmp_path: 
     def survives(value: Any) -> None:
         (run / "run.json").write_text(json.dumps(value))
         with contextlib.suppress(ClpetError):
-            assert type(recorded(run).method).__module__.startswith("clpet.")
+            assert type(read_record(run).method).__module__.startswith("clpet.")
 
     survives()
 
@@ -137,5 +137,5 @@ def test_inspection_leaves_a_clean_config_as_it_is(runs: dict[str, Path]) -> Non
     for run in runs.values():
         config = json.loads((run / "run.json").read_text())["config"]
         before = copy.deepcopy(config)
-        inspect(config, False, "")
+        check_config(config, False, "")
         assert config == before
