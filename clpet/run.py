@@ -22,7 +22,7 @@ from clpet.metrics.transfer_matrix import TransferMatrix, on_split
 from clpet.models.memory_saving import shard
 from clpet.objectives import load as load_objective_class
 from clpet.reporting import run_summary
-from clpet.reporting.plots import run_figures
+from clpet.reporting.plots import method_figures, run_figures
 from clpet.reporting.progress import Display
 from clpet.runs import provenance, run_dir
 from clpet.runs.dry_run import count_parameters, dry_run
@@ -101,7 +101,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
             results = run_dir.collect(out, cfg, overrides, identity, method, benchmark, state)
             title = f"{method.name} on {on_split(benchmark.name, results['split'])}"
             paths = run_figures.draw(out, state.matrix, title, benchmark.data_record.get("order"))
-            track.finished(results, [*paths, *method.pictures(out)])
+            track.finished(results, [*paths, *method_figures.draw(out, method.name, method.figures())])
             run_dir.finish(out, results)
         run_summary.show_finished(console, out, results)
     return state.matrix

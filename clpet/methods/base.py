@@ -247,9 +247,9 @@ class Method:
         """Figures about the task just learned, kept beside its scores."""
         return {}
 
-    def pictures(self, folder: Path) -> list[Path]:
-        """Draws what this method has to show at the end of a run into the folder."""
-        return []
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Figures to draw at the end of a run, as plain data for `reporting.plots.method_figures.draw`."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later task needs: nested dicts of tensors, numbers, strings and lists."""

@@ -12,7 +12,6 @@ unit=matrix, score=first, fusion=static is TaSL (arXiv 2408.09857).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -218,16 +217,14 @@ class KIF(Method):
     def diagnostics(self) -> dict[str, float]:
         return self.history[-1]["figures"] if self.history else {}
 
-    def pictures(self, folder: Path) -> list[Path]:
-        from clpet.reporting.plots.method_figures import importance_heatmap, share_bars
-
+    def figures(self) -> dict[str, dict[str, Any]]:
         tasks = self.benchmark.names[: len(self.history)]
         importance = [entry["importance"] for entry in self.history]
-        figures = [entry["figures"] for entry in self.history[1:]]
-        found = [importance_heatmap(importance, tasks, folder / "importance.png", f"{self.name}: importance of units")]
-        if figures:
-            found.append(share_bars(figures, tasks[1:], folder / "fusion.png", f"{self.name}: fusion of units"))
-        return found
+        fusions = [entry["figures"] for entry in self.history[1:]]  # the first task has nothing to be fused with
+        figures: dict[str, dict[str, Any]] = {"importance": {"history": importance, "tasks": tasks}}
+        if fusions:
+            figures["fusion"] = {"percentages": fusions, "tasks": tasks[1:]}
+        return figures
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(value.numel() for value in self.accumulated.values())

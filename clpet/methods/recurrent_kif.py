@@ -57,7 +57,7 @@ class RecurrentKIF(Method):
 
     def first_adapter(self) -> None:
         super().first_adapter()
-        self.figures: dict[str, float] = {}
+        self.statistics: dict[str, float] = {}
 
     def plan(self, index: int) -> BatchPlan:
         new = self.replay.alone(index)
@@ -73,8 +73,8 @@ class RecurrentKIF(Method):
         self.taken, self.left_out = False, [0, 0]  # whether this step was taken; inner and outer steps that were not
         super().fit(trainer, index)
         skipped = sum(self.left_out) + int(self.inner.skipped + self.outer.skipped)
-        figures = {"fusions": self.fusions, "skipped_steps": skipped, "skipped_outer_steps": self.left_out[1]}
-        self.figures = {name: float(value) for name, value in figures.items()}
+        statistics = {"fusions": self.fusions, "skipped_steps": skipped, "skipped_outer_steps": self.left_out[1]}
+        self.statistics = {name: float(value) for name, value in statistics.items()}
 
     def scores(self) -> Importance:
         """First-order importance of every weight, from 0."""
@@ -134,7 +134,7 @@ class RecurrentKIF(Method):
         self.steps, self.fusions, self.left_out = state["steps"], state["fusions"], list(state["left_out"])
 
     def diagnostics(self) -> dict[str, float]:
-        return self.figures
+        return self.statistics
 
 
 def fused_step(inner: Tensor, outer: Tensor, in_mask: Tensor, out_mask: Tensor, how: str) -> Tensor:

@@ -256,11 +256,9 @@ class SLM(Method):
         names = self.benchmark.names[: len(self.key_pool)]
         return self.tally.figures(names) if measured and names else {}
 
-    def pictures(self, folder: Path) -> list[Path]:
-        from clpet.reporting.plots.method_figures import retrieval_heatmap
-
+    def figures(self) -> dict[str, dict[str, Any]]:
         shares = self.tally.votes / self.tally.votes.sum(1, keepdim=True)
-        return [retrieval_heatmap(shares.cpu().numpy(), self.benchmark.names, folder / "retrieval.png", self.name)]
+        return {"retrieval": {"shares": shares.cpu().numpy(), "tasks": self.benchmark.names}}
 
     def trainable_parameters(self) -> int:
         return super().trainable_parameters() + sum(keys.numel() for keys in self.key_pool[-1:])

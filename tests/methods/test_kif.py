@@ -16,6 +16,7 @@ from clpet.methods.kif import KIF
 from clpet.methods.recurrent_kif import RecurrentKIF, alternate, fused_step
 from clpet.models.adapters import Adapter, Adapters, Lora
 from clpet.replay.batch_plan import BatchPlan
+from clpet.reporting.plots import method_figures
 from tests.config.test_configs import composed
 from tests.conftest import tiny_args
 
@@ -288,7 +289,7 @@ def test_trained_parameters_of_published_models(model, targets, r, expected, mat
         assert sum(value.numel() for value in network.parameters()) == total
 
 
-def test_figures_and_pictures_of_a_run(words: Path, clpet, tmp_path: Path) -> None:
+def test_diagnostics_and_figures_of_a_run(words: Path, clpet, tmp_path: Path) -> None:
     found = clpet("train", "method=kif", *tiny_args(words))
     assert found.code == 0, found.err
     (path,) = (tmp_path / "outputs").glob("*/*/s*/results.json")
@@ -303,12 +304,14 @@ def test_figures_and_pictures_of_a_run(words: Path, clpet, tmp_path: Path) -> No
         assert (path.parent / name).stat().st_size > 5000
 
 
-def test_pictures_are_drawn_from_a_loaded_state(make, tmp_path: Path) -> None:
+def test_figures_are_drawn_from_a_loaded_state(make, tmp_path: Path) -> None:
     run, again = make("method=kif"), make("method=kif")
     run.learn(0)
     run.learn(1)
     again.method.load_state_dict(run.method.state_dict())
-    assert [path.name for path in again.method.pictures(tmp_path)] == ["importance.png", "fusion.png"]
+    paths = method_figures.draw(tmp_path, "kif", again.method.figures())
+    assert [path.name for path in paths] == ["importance.png", "fusion.png"]
+    assert all(path.stat().st_size > 5000 for path in paths)
 
 
 def test_carved_validation_never_meets_the_test_set() -> None:

@@ -1,11 +1,26 @@
 """Figures that single methods add to a run: retrieved keys (SLM), unit importance and its fusion (KIF)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clpet.reporting.plots.canvas import frame, margins, new_figure, save, short, short_names, write_percentages
+
+
+def draw(folder: Path, method: str, figures: dict[str, dict[str, Any]]) -> list[Path]:
+    """Draws what `Method.figures` returned, {kind: arguments of its function below}, as `folder`/<kind>.png."""
+    kinds: dict[str, tuple[Callable[..., Path], str]] = {
+        "retrieval": (retrieval_heatmap, "retrieval"),
+        "importance": (importance_heatmap, "importance of units"),
+        "fusion": (share_bars, "fusion of units"),
+    }
+    paths = []
+    for kind, data in figures.items():
+        plot, title = kinds[kind]
+        paths.append(plot(**data, path=folder / f"{kind}.png", title=f"{method}: {title}"))
+    return paths
 
 
 def retrieval_heatmap(shares: np.ndarray, tasks: list[str], path: Path, title: str) -> Path:
@@ -24,7 +39,7 @@ def retrieval_heatmap(shares: np.ndarray, tasks: list[str], path: Path, title: s
     axes.set_yticks(range(len(tasks)), tasks)
     axes.set_xlabel("majority of retrieved keys")
     axes.set_ylabel("task of the text")
-    axes.set_title(f"{title}: retrieval", fontsize=11)
+    axes.set_title(title, fontsize=11)
     figure.colorbar(image, ax=axes, label="texts, %")
     return save(figure, path)
 
@@ -58,12 +73,12 @@ def importance_heatmap(history: list[dict[str, Any]], tasks: list[str], path: Pa
     return save(figure, path)
 
 
-def share_bars(figures: list[dict[str, float]], tasks: list[str], path: Path, title: str) -> Path:
+def share_bars(percentages: list[dict[str, float]], tasks: list[str], path: Path, title: str) -> Path:
     """Stacked bars: percent of the units kept, shared, taken and averaged in the fusion after each task."""
     figure, axes = new_figure(2.5 + 0.7 * len(tasks), 4)
     bottom = np.zeros(len(tasks))
     for share, colour in (("kept", "#4c72b0"), ("shared", "#8172b3"), ("taken", "#dd8452"), ("averaged", "#d0d0d0")):
-        height = np.array([percent[f"units_{share}"] for percent in figures])
+        height = np.array([percent[f"units_{share}"] for percent in percentages])
         axes.bar(range(len(tasks)), height, bottom=bottom, color=colour, label=share)
         bottom += height
     axes.set_xticks(range(len(tasks)), [short(name) for name in tasks], rotation=30, ha="right")
