@@ -1,0 +1,105 @@
+"""The documentation against the code: its commands compose, its paths and links exist, its table of methods is right."""
+
+import re
+import shlex
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clpet.cli.options import options
+from clpet.config.build import build, typed
+from clpet.config.compose import composed
+from clpet.config.overrides import expand
+from clpet.config.schema import Config
+from clpet.errors import ConfigError
+from clpet.methods.base import Method
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+LETTERS = {"C": "classification", "T": "text_to_text", "L": "language_modeling"}
+
+
+def commands(page: Path) -> list[str]:
+    """The `clpet train` lines of indented blocks, continued lines joined, without what explains them."""
+    joined = re.sub(r" *\\\n\s+", " ", page.read_text())
+    lines = [line.strip() for line in joined.splitlines() if line.startswith("    clpet train ")]
+    return [re.split(r"\s#|\s{3,}", line)[0] for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_documentation_composes(page: Path) -> None:
+    for command in commands(page):
+        if "--config-dir" in command:
+            continue
+        words = [expand(word) for word in shlex.split(command)[2:] if "=" in word]  # MODEL and ORDER stand for several
+        typed(
+            composed([re.sub(r"^([^=]+=)([^\[\]{},'\"]+),.*", r"\1\2", word) for word in words])
+        )  # a sweep's first run
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_and_links_of_the_documentation_exist(page: Path) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    named = re.findall(r"\b(?:clpet|conf|docs|scripts|tests)/[\w/]+\.(?:py|yaml|md|sh|png)\b", text)
+    if page.name == "architecture.md":
+        named += [f"clpet/{path}" for path in re.findall(r"`([a-z_/]+\.py)`", text)]
+    lost = [path for path in links if not (page.parent / path).exists()]
+    lost += [path for path in named if not (ROOT / path).exists()]
+    assert [path for path in lost if Path(path).stem != "mine"] == []  # CONTRIBUTING's example
+
+
+def table() -> dict[str, list[str]]:
+    """{method: cells} of the README's table of methods."""
+    row = r"^\| `(\w+)`: [^|]*\| ([^|]*) \| ([^|]*) \| ([^|]*) \| [^|]* \|$"
+    rows = re.findall(row, (ROOT / "README.md").read_text(), re.M)
+    return {name: cells for name, *cells in rows}
+
+
+@cache
+def config(name: str) -> Config:
+    """The configuration of `method=name`."""
+    return typed(composed([f"method={name}"]))
+
+
+def goes(method: Method, objective: str, replay: Any, peft: str) -> bool:
+    """Whether a method accepts an objective with a memory."""
+    try:
+        method.check(objective, replay.name, peft)
+        replay.check(16, objective)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_the_table_of_methods_lists_every_option() -> None:
+    assert sorted(table()) == sorted(options("method"))
+
+
+def test_the_picture_of_the_packages_lists_every_line_of_the_import_contract() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    picture = (ROOT / "docs" / "architecture.svg").read_text()
+    drawn = re.findall(r'<text x="36" [^>]*>(\w+)(?:/|\.py)<', picture)
+    assert drawn == [name for name in contract["layers"] if name != "__main__"]
+
+
+@pytest.mark.parametrize("name", sorted(options("method")))
+def test_the_table_of_methods_is_that_of_the_code(name: str) -> None:
+    objective, replay, task_id = (re.sub(r"\s*[¹²³⁴]", "", cell) for cell in table()[name])
+    method = build(config(name).method, "method")
+    assert [LETTERS[letter] for letter in objective.split()] == list(method.objectives)
+
+    default, peft = build(config(name).replay, "replay"), str(config(name).peft["name"])
+    none, reads = build(typed(composed(["replay=none"])).replay, "replay"), list(method.objectives)
+    assert goes(method, reads[0], default, peft)
+    if not method.uses_replay:
+        assert replay == "no"
+    else:
+        needs = "optional" if goes(method, reads[0], none, peft) else "yes"
+        assert replay == f"{needs} ({default.name})"
+    optional = "optional" if "task_id_at_test" in vars(method) else "no"
+    assert task_id == ("yes" if method.task_id_at_test else optional)
