@@ -30,10 +30,10 @@ from clpet.runs.tracking import Tracker, write_predictions
 from clpet.runtime.atomic_io import Lock
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
-from clpet.runtime.signals import Interrupt
+from clpet.runtime.signals import GracefulShutdown
 from clpet.runtime.untrusted_json import readable
 from clpet.session import assemble, check_validation, load_objective
-from clpet.training.fit_checkpoint import Keeper
+from clpet.training.fit_checkpoint import FitCheckpointer
 from clpet.training.trainer import Trainer, quiet_libraries
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         console.print("shown, not run again: it was finished before (fresh=true starts over)")
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
-    with Interrupt() as interrupt, Lock(out), quiet_libraries():
+    with GracefulShutdown() as shutdown, Lock(out), quiet_libraries():
         with get_world().main_first():
             benchmark: Benchmark = provenance.load(config, parts["benchmark"])
         benchmark.length_set = any(word.lstrip("+").startswith("benchmark.max_length=") for word in overrides)
@@ -78,7 +78,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         method.setup(objective, benchmark, data, parts["replay"], config.seed)
         display.tasks = len(method.curriculum())
         trainer = Trainer(config.train, parts["hardware"], objective, display, config.seed)
-        trainer.keeper = Keeper(method, config.train.save_minutes, interrupt)
+        trainer.checkpointer = FitCheckpointer(method, config.train.save_minutes, shutdown)
         if config.dry_run:
             dry_run(console, config, method, benchmark, trainer)
             return None
@@ -124,19 +124,19 @@ class Experiment:
     def learn(self) -> RunState:
         """The loop. Checkpoints follow every task and lie inside long ones; a killed run goes on after the last one."""
         method, track, trainer, curriculum = self.method, self.track, self.trainer, self.method.curriculum()
-        folder, keeper, state = self.out / "state", trainer.keeper, self.resume()
+        folder, checkpointer, state = self.out / "state", trainer.checkpointer, self.resume()
         for position, (index, task) in enumerate(curriculum):
             if position < state.done:
                 continue
             track.display.task(position + 1, task.name)
             trainer.begin_task(index, last=position + 1 == len(curriculum))
-            keeper.begin(state.task, state.task_writer(folder, self.identity))
+            checkpointer.start_task(state.task, state.task_writer(folder, self.identity))
             method.learn(task, index, trainer)
             method.after_task(task, index)
             state.costs.append(run_dir.task_cost(method))
             state.done, state.task, state.trainer = position + 1, None, trainer.state()
             self.evaluate(state, index + 1)
-            with keeper.between():
+            with checkpointer.task_boundary():
                 every = self.config.train.keep
                 if every and (position + 1) % every == 0 and get_world().is_main:
                     run_dir.save_snapshot(self.out, index + 1, method)

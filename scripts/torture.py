@@ -83,18 +83,18 @@ def start(words: list[str], log: Path, beat: Path | None = None) -> int:
 
 def watch(beat: Path) -> None:
     """Has every step of this process noted: the file's text says when the first one was, its time the last one."""
-    from clpet.training.fit_checkpoint import Keeper
+    from clpet.training.fit_checkpoint import FitCheckpointer
 
-    due = Keeper.due
+    due = FitCheckpointer.should_save
 
-    def noting(self: Keeper) -> bool:
+    def noting(self: FitCheckpointer) -> bool:
         if beat.exists():
             os.utime(beat)
         else:
             beat.write_text(str(time.time()))
         return due(self)
 
-    Keeper.due = noting  # type: ignore[method-assign]
+    FitCheckpointer.should_save = noting  # type: ignore[method-assign]
 
 
 def ended(child: int) -> int:

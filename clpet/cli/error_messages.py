@@ -13,7 +13,7 @@ from clpet.config.compose import GROUPS, composed, plugin_dirs
 from clpet.config.overrides import quoted
 from clpet.errors import ClpetError, suggest
 from clpet.escape import inline
-from clpet.runtime.signals import CODE, Interrupted
+from clpet.runtime.signals import EXIT_TEMPFAIL, Interrupted
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -121,7 +121,7 @@ def told(error: Exception | Interrupted) -> tuple[str, int]:
     if isinstance(error, ClpetError):
         return str(error), error.exit_code
     if isinstance(error, Interrupted):
-        return str(error), CODE
+        return str(error), EXIT_TEMPFAIL
     for message, code in ((disk_message(error), 1), (hydra_message(error), 2), (cluster_message(error), 1)):
         if message is not None:
             return message, code

@@ -23,7 +23,7 @@ from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.run import run
 from clpet.runs import run_dir
 from clpet.runtime.distributed import LostRank, init_distributed
-from clpet.runtime.signals import CODE, Interrupt, Interrupted
+from clpet.runtime.signals import EXIT_TEMPFAIL, GracefulShutdown, Interrupted
 from clpet.session import assemble
 
 SHUTDOWN_TIMEOUT = 90  # seconds that ranks have to save after a signal, before they are killed
@@ -84,12 +84,12 @@ def start(count: int, work: Callable[..., object], *arguments: Any) -> None:
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what a person has to know is raised
     while True:
-        with tempfile.TemporaryDirectory(prefix="clpet-ranks-") as folder, Interrupt() as interrupt:
+        with tempfile.TemporaryDirectory(prefix="clpet-ranks-") as folder, GracefulShutdown() as shutdown:
 
-            def stop(interrupt: Interrupt = interrupt) -> None:
-                raise SignalException("", signal.Signals(interrupt.asked or signal.SIGTERM))
+            def stop(shutdown: GracefulShutdown = shutdown) -> None:
+                raise SignalException("", signal.Signals(shutdown.pending_signal or signal.SIGTERM))
 
-            interrupt.keep = stop
+            shutdown.save = stop
             config = LaunchConfig(1, 1, count, logs_specs=DefaultLogsSpecs(folder), run_id=Path(folder).name,
                                   rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
                                   max_restarts=0)  # fmt: skip
@@ -97,10 +97,10 @@ def start(count: int, work: Callable[..., object], *arguments: Any) -> None:
                 elastic_launch(config, _rank)(folder, work, arguments)
                 return
             except SignalException as asked:
-                interrupt.asked = int(asked.sigval)
+                shutdown.pending_signal = int(asked.sigval)
             except ChildFailedError as error:
-                interrupt.asked = _answer(Path(folder), *error.get_first_failure())
-            interrupt.leave()
+                shutdown.pending_signal = _answer(Path(folder), *error.get_first_failure())
+            shutdown.exit_if_requested()
 
 
 def _rank(folder: str, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
@@ -123,7 +123,7 @@ def _answer(folder: Path, number: int, failure: Any) -> int:
     for found in said:
         if not (found["lost"] or found["signal"]):
             raise RankError(found["message"], found["code"])
-    if failure.exitcode == CODE:
+    if failure.exitcode == EXIT_TEMPFAIL:
         return next(found["signal"] for found in said if found["signal"])
     killed = failure.exitcode < 0
     how = f"was killed ({signal.Signals(-failure.exitcode).name})" if killed else "or another one has ended unheard"

@@ -24,7 +24,7 @@ from clpet.config.schema import require
 from clpet.errors import ClpetError, ConfigError
 from clpet.escape import inline
 from clpet.reporting.tables import is_summary
-from clpet.runtime.signals import Interrupt
+from clpet.runtime.signals import GracefulShutdown
 
 CLPET = [sys.executable, "-m", "clpet", "train"]
 POLL = 0.2  # seconds between looks for a signal
@@ -93,12 +93,12 @@ class ParallelSweep:
         if not self.jobs:
             return []
         pool = Pool(self.shares)
-        with Interrupt() as interrupt, interrupt.held(), ThreadPoolExecutor(len(self.shares)) as threads:
+        with GracefulShutdown() as shutdown, shutdown.deferred(), ThreadPoolExecutor(len(self.shares)) as threads:
             futures = [threads.submit(pool.run, job) for job in self.jobs.values()]
             try:
                 while wait(futures, POLL).not_done:
-                    if interrupt.asked is not None and not pool.stopped:
-                        pool.stop(interrupt.asked)
+                    if shutdown.pending_signal is not None and not pool.stopped:
+                        pool.stop(shutdown.pending_signal)
             except KeyboardInterrupt:  # a second Ctrl-C: the runs are to end without saving, as one alone would
                 pool.stop(signal.SIGINT)
                 raise

@@ -159,9 +159,9 @@ class SLM(Method):
         keys = orthonormal(self.sizes.groups, self.sizes.keys, queries.shape[2], derive(self.seed, "keys", task.name))
         seed = derive(self.seed, "key learning", task.name)
         trainer.progress.fit("keys", *stage.length(len(rows)))
-        keys = stage.learn(queries, keys.to(queries.device), seed, trainer.progress.step, trainer.trial)
+        keys = stage.learn(queries, keys.to(queries.device), seed, trainer.progress.step, trainer.dry_run)
         lost = unrelated(cosines(queries, keys), self.sizes.top_k, self.values == "per_group")
-        if lost and not trainer.trial:
+        if lost and not trainer.dry_run:
             log.warning(
                 "task %s: %d of %d texts are unlike the keys; theirs are mixed evenly", task.name, lost, len(rows)
             )

@@ -36,7 +36,7 @@ def dry_run(console: Console, config: Config, method: Method, benchmark: Benchma
     say(console, f"dropout  {', '.join(rates) or 'none'} (of the model's own layers, in training)")
     say(console, f"steps    {steps_per_task(method, config.train.epochs_of)}")
     index, task = method.curriculum()[0]
-    trainer.trial = True
+    trainer.dry_run = True
     start = time.perf_counter()
     trainer.begin_task(index)
     method.learn(task, index, trainer)

@@ -10,70 +10,70 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-CODE = 75  # a temporary failure (EX_TEMPFAIL): the same command may be tried again
+EXIT_TEMPFAIL = 75  # a temporary failure (EX_TEMPFAIL): the same command may be tried again
 
 
 class Interrupted(SystemExit):
     """Ends the process, a sweep included, with exit code 75."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(CODE)
+        super().__init__(EXIT_TEMPFAIL)
         self.signum = signum
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.signum).name}: what was learned is saved, the same command goes on"
 
 
-class Interrupt:
-    """Catches the signals while it is entered. Inside `held` a signal waits; elsewhere the run leaves at once.
+class GracefulShutdown:
+    """Catches the signals while it is entered. Inside `deferred` a signal waits; elsewhere the run leaves at once.
 
-    `keep` is called first where nothing is held. A second SIGINT ends the process as Python does by itself.
+    `save` is called first where nothing is held. A second SIGINT ends the process as Python does by itself.
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None  # the signal that waits
-        self.keep: Callable[[], object] = lambda: None
+        self.pending_signal: int | None = None  # the signal that waits
+        self.save: Callable[[], object] = lambda: None
         self.before: dict[int, Any] = {}
         self.holding = self.pressed = False
 
-    def __enter__(self) -> "Interrupt":
+    def __enter__(self) -> "GracefulShutdown":
         if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
-            self.before = {signum: signal.signal(signum, self.caught) for signum in SIGNALS}
+            self.before = {signum: signal.signal(signum, self.handle) for signum in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 
-    def caught(self, signum: int, frame: FrameType | None) -> None:
+    def handle(self, signum: int, frame: FrameType | None) -> None:
         """The signals' handler."""
         if signum == signal.SIGINT and self.pressed:
             signal.default_int_handler(signum, frame)
         self.pressed |= signum == signal.SIGINT
-        self.asked = signum
+        self.pending_signal = signum
         if not self.holding:
-            with self.held():
-                self.keep()
+            with self.deferred():
+                self.save()
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Signals inside are answered at its end, or where `leave` is called."""
+    def deferred(self) -> Iterator[None]:
+        """Signals inside are answered at its end, or where `exit_if_requested` is called."""
         outer, self.holding = self.holding, True
         try:
             yield
         finally:
             self.holding = outer
         if not outer:
-            self.leave()
+            self.exit_if_requested()
 
-    def leave(self) -> None:
+    def exit_if_requested(self) -> None:
         """Leaves if a signal asked to; a handler that was there before, such as submitit's, decides how.
 
         submitit's for SIGUSR2 requeues the job and ends the process, its for SIGTERM returns: then the run goes on. But
         SLURM's SIGTERM is the last word before SIGKILL. A job that SLURM has requeued or cancelled leaves at once; one
         that it still takes for running, as in the grace time of a preemption, is requeued first.
         """
-        signum, self.asked = self.asked, None
+        signum, self.pending_signal = self.pending_signal, None
         if signum is None:
             return
         if signum == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import copied
-from clpet.runtime.signals import Interrupt
+from clpet.runtime.signals import GracefulShutdown
 
 Write = Callable[[int, dict[str, Any]], None]
 
 
-class Best:
+class BestWeights:
     """A copy of the trained tensors at their best validation score."""
 
     def __init__(self, parameters: list[nn.Parameter], validate: Callable[[], float]) -> None:
@@ -43,7 +43,7 @@ class Best:
         put(self.copy, self.parameters)
 
 
-class Fit:
+class FitState:
     """One fit as it goes on: what is trained, by which optimiser, and where it stands in its plan."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Fit:
         stage: str,
         named: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        best: Best | None,
+        best: BestWeights | None,
         device: torch.device,
     ) -> None:
         self.stage, self.named, self.optimizer, self.best = stage, named, optimizer, best
@@ -87,45 +87,45 @@ class Fit:
         load_moments(self.optimizer, state["optimizer"])
 
 
-class Keeper:
+class FitCheckpointer:
     """Holds the states of a task's fits and writes them every `minutes`, and when a signal asks; else writes nothing.
 
     `write` takes a number, higher for every later state of the task, and the record. Without it nothing is kept.
     """
 
-    def __init__(self, method: Any = None, minutes: float = math.inf, interrupt: Interrupt | None = None) -> None:
-        self.method, self.seconds, self.interrupt = method, 60 * minutes, interrupt or Interrupt()
-        self.interrupt.keep = self.keep
-        self.begin(None, None)
-        self.written()
+    def __init__(self, method: Any = None, minutes: float = math.inf, shutdown: GracefulShutdown | None = None) -> None:
+        self.method, self.seconds, self.shutdown = method, 60 * minutes, shutdown or GracefulShutdown()
+        self.shutdown.save = self.save_pending
+        self.start_task(None, None)
+        self.mark_saved()
 
-    def begin(self, record: dict[str, Any] | None, write: Write | None) -> None:
+    def start_task(self, record: dict[str, Any] | None, write: Write | None) -> None:
         """A task begins; `record` is what was written of it before the run was cut off."""
         self.write = write
         self.saved = list(record["fits"]) if record else []
-        self.over: list[dict[str, Any]] = []
+        self.finished_fits: list[dict[str, Any]] = []
         self.steps = 0  # of the fits that are over
-        self.new = False  # whether one of them is not written
+        self.unsaved = False  # whether one of them is not written
 
     @contextlib.contextmanager
-    def between(self) -> Iterator[None]:
+    def task_boundary(self) -> Iterator[None]:
         """A checkpoint between tasks is written inside: of the task there is nothing more to write."""
-        with self.interrupt.held():
+        with self.shutdown.deferred():
             yield
-            self.begin(None, None)
-            self.written()
+            self.start_task(None, None)
+            self.mark_saved()
 
-    def written(self) -> None:
+    def mark_saved(self) -> None:
         """A checkpoint is there: the next one is due in `minutes`."""
         self.due_at = time.monotonic() + self.seconds
 
-    def due(self) -> bool:
+    def should_save(self) -> bool:
         """Whether it is time to write: where one rank is asked to stop, all are."""
         if self.write is None:
             return False
-        asked, late = get_world().all_reduce_max(self.interrupt.asked or 0, time.monotonic() >= self.due_at)
+        asked, late = get_world().all_reduce_max(self.shutdown.pending_signal or 0, time.monotonic() >= self.due_at)
         if asked:
-            self.interrupt.asked = int(asked)
+            self.shutdown.pending_signal = int(asked)
         return bool(asked or late)
 
     def resume(self, parameters: list[nn.Parameter]) -> dict[str, Any] | None:
@@ -141,34 +141,34 @@ class Keeper:
         self.method.objective.meter.load(state["cost"])
         return state
 
-    def save(self, fit: Fit, done: int) -> None:
+    def save(self, fit: FitState, done: int) -> None:
         """Writes the task as it stands in the middle of a fit of which `done` steps were taken."""
-        self._write(self.steps + done, [*self.over, {**self._common(fit.parameters), **fit.state()}])
+        self._write(self.steps + done, [*self.finished_fits, {**self._common(fit.parameters), **fit.state()}])
 
-    def end(self, parameters: list[nn.Parameter], steps: int, state: dict[str, Any]) -> None:
+    def finish(self, parameters: list[nn.Parameter], steps: int, state: dict[str, Any]) -> None:
         """A fit of `steps` is over; `state` is what the trainer keeps of it."""
         if self.write is None:
             return
-        self.passed(copied({**self._common(parameters), "over": state}), steps)
-        self.new = True
-        if self.due():
-            self.keep()
+        self.record_finished(copied({**self._common(parameters), "over": state}), steps)
+        self.unsaved = True
+        if self.should_save():
+            self.save_pending()
 
-    def passed(self, state: dict[str, Any], steps: int) -> None:
+    def record_finished(self, state: dict[str, Any], steps: int) -> None:
         """A fit that is over has this state."""
-        self.over.append(state)
+        self.finished_fits.append(state)
         self.steps += steps + 1  # that it is over is a state of its own
 
-    def keep(self) -> None:
+    def save_pending(self) -> None:
         """Writes the fits that are over, if they are not written."""
-        if self.write is not None and self.new:
-            self._write(self.steps, self.over)
+        if self.write is not None and self.unsaved:
+            self._write(self.steps, self.finished_fits)
 
     def _write(self, number: int, fits: list[dict[str, Any]]) -> None:
         assert self.write
         self.write(number, {"fits": fits})
-        self.new = False
-        self.written()
+        self.unsaved = False
+        self.mark_saved()
 
     def _common(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
         objective = self.method.objective

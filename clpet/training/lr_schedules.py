@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Place:
+class SchedulePosition:
     """Where a fit stands: its steps, those of the same stage in the tasks before it, and whether it is the last task's.
 
     `warmed` are the warm-up steps among `done`.
@@ -33,35 +33,35 @@ class Place:
     last: bool = False
 
 
-def warmup(settings: Training, place: Place) -> int:
+def warmup(settings: Training, position: SchedulePosition) -> int:
     """Warm-up steps of a fit; an infinite schedule warms up once."""
-    if settings.schedule is Schedule.infinite and place.done:
+    if settings.schedule is Schedule.infinite and position.done:
         return 0
     share = settings.warmup_share
-    return settings.warmup_steps if share is None else min(settings.warmup_steps, int(share * place.steps))
+    return settings.warmup_steps if share is None else min(settings.warmup_steps, int(share * position.steps))
 
 
-def warn_of_warmup(settings: Training, place: Place, stage: str) -> None:
+def warn_of_warmup(settings: Training, position: SchedulePosition, stage: str) -> None:
     """Warns of a fit that ends inside its warm-up and so never trains at its learning rate."""
-    if (warm := warmup(settings, place)) >= place.steps > 0:
+    if (warm := warmup(settings, position)) >= position.steps > 0:
         log.warning(
             "a fit%s has %d steps and train.warmup_steps=%d: its learning rate stays below %.0f %% of train.lr; lower "
             "train.warmup_steps, or set train.warmup_share",
-            stage and f" of the {stage}", place.steps, warm, 100 * place.steps / warm,
+            stage and f" of the {stage}", position.steps, warm, 100 * position.steps / warm,
         )  # fmt: skip
 
 
-def schedule(settings: Training, peak: float, place: Place) -> Callable[[int], float]:
+def schedule(settings: Training, peak: float, position: SchedulePosition) -> Callable[[int], float]:
     """The learning rate of step t of a fit, counted from 0."""
-    steps, warm, floor = place.steps, warmup(settings, place), settings.lr_min
+    steps, warm, floor = position.steps, warmup(settings, position), settings.lr_min
     if settings.schedule is Schedule.ar:
-        peak = autoregressive_peak(peak, floor, place, warm)
+        peak = autoregressive_peak(peak, floor, position, warm)
     after = {
         Schedule.constant: lambda t: peak,
         Schedule.linear: lambda t: peak * max(0.0, (steps - t) / max(1, steps - warm)),
         Schedule.cosine: lambda t: cosine(peak, floor, (t - warm) / max(1, steps - warm)),
         Schedule.ar: lambda t: cosine(peak, floor, (t - warm) / max(1, steps - warm)),
-        Schedule.infinite: _infinite(settings, peak, place, warm),
+        Schedule.infinite: _infinite(settings, peak, position, warm),
     }[settings.schedule]
     return lambda t: peak * (t / max(1, warm)) if t < warm else after(t)
 
@@ -71,19 +71,19 @@ def cosine(high: float, low: float, progress: float) -> float:
     return low + (high - low) * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def autoregressive_peak(peak: float, floor: float, place: Place, warm: int) -> float:
+def autoregressive_peak(peak: float, floor: float, position: SchedulePosition, warm: int) -> float:
     """eta_k: where a cosine from `peak`, after all warm-up, to the end of this fit stands at its own warm-up's end."""
-    start = place.warmed + warm
-    return cosine(peak, floor, (place.done + warm - start) / max(1, place.done + place.steps - start))
+    start = position.warmed + warm
+    return cosine(peak, floor, (position.done + warm - start) / max(1, position.done + position.steps - start))
 
 
-def _infinite(settings: Training, peak: float, place: Place, warm: int) -> Callable[[int], float]:
+def _infinite(settings: Training, peak: float, position: SchedulePosition, warm: int) -> Callable[[int], float]:
     held = (peak + settings.lr_min) / 2 if settings.lr_constant is None else settings.lr_constant
-    anneal = round(settings.anneal_share * place.steps) if place.last else 0
-    flat = place.steps - anneal  # where the anneal begins
+    anneal = round(settings.anneal_share * position.steps) if position.last else 0
+    flat = position.steps - anneal  # where the anneal begins
 
     def rate(t: int) -> float:
-        before = held if place.done else cosine(peak, held, min(1.0, (t - warm) / max(1, flat - warm)))
+        before = held if position.done else cosine(peak, held, min(1.0, (t - warm) / max(1, flat - warm)))
         return before if t < flat else cosine(held, settings.lr_min, (t - flat) / max(1, anneal))
 
     return rate

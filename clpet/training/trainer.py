@@ -21,8 +21,8 @@ from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware
-from clpet.training.fit_checkpoint import Best, Fit, Keeper, load_moments, moments
-from clpet.training.lr_schedules import Place, schedule, warmup, warn_of_warmup
+from clpet.training.fit_checkpoint import BestWeights, FitCheckpointer, FitState, load_moments, moments
+from clpet.training.lr_schedules import SchedulePosition, schedule, warmup, warn_of_warmup
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +57,11 @@ class Trainer:
         self.settings, self.hardware, self.objective = settings, hardware, objective
         self.progress, self.seed = progress, seed
         self.task, self.last = 0, False
-        self.trial = False  # one backward pass, no step
-        self.keeper = Keeper()
-        self.past: dict[str, dict[str, Any]] = {}  # by stage: steps and warm-up steps so far, and moments to carry
+        self.dry_run = False  # one backward pass, no step
+        self.checkpointer = FitCheckpointer()
+        self.stage_history: dict[
+            str, dict[str, Any]
+        ] = {}  # by stage: steps and warm-up steps so far, and moments to carry
 
     def begin_task(self, index: int, last: bool = False) -> None:
         """Seeds torch for a task, so that a resumed run draws what an uninterrupted one draws; starts its meter."""
@@ -74,7 +76,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def using(self, epochs: int | None = None, lr: float | None = None) -> Iterator[None]:
-        """Fits inside take these in place of train.epochs and train.lr, where they are given."""
+        """Fits inside take these in position of train.epochs and train.lr, where they are given."""
         configured = self.settings
         changes: dict[str, Any] = {key: value for key, value in (("epochs", epochs), ("lr", lr)) if value is not None}
         self.settings = dataclasses.replace(configured, **changes)
@@ -85,7 +87,7 @@ class Trainer:
 
     def rows(self, plan: BatchPlan) -> np.ndarray:
         """The distinct rows of a plan's pool that a fit goes through, for what has to be done to them before."""
-        epochs = [plan.epoch(0)[:1]] if self.trial else map(plan.epoch, range(self.epochs))
+        epochs = [plan.epoch(0)[:1]] if self.dry_run else map(plan.epoch, range(self.epochs))
         return np.unique(np.concatenate([part for epoch in epochs for part in epoch]))
 
     def fit(
@@ -117,29 +119,29 @@ class Trainer:
         clip = settings.clip if clip is None else clip
         step = partial(self._step, plan, loss, clip, before_step, adjust_gradients, after_step, after_batch)
         self.progress.fit(stage, self.epochs, plan.steps)
-        if self.trial:
+        if self.dry_run:
             if before_step:
                 before_step(plan.epoch(0)[0])
             self._backward(plan, plan.epoch(0)[0], loss, list(parameters.values()))
             return
-        with self.keeper.interrupt.held(), enough_memory(self._sizes):
+        with self.checkpointer.shutdown.deferred(), enough_memory(self._memory_hint):
             fit = self._begin(plan, parameters, stage, validate)
             if fit is None:
                 return
-            place = self._place(plan, stage)
-            warn_of_warmup(settings, place, stage)
-            rate = schedule(settings, settings.lr_of(self.task), place)
+            position = self._position(plan, stage)
+            warn_of_warmup(settings, position, stage)
+            rate = schedule(settings, settings.lr_of(self.task), position)
             for epoch in range(fit.epoch, self.epochs):
                 self.objective.adapters.train_mode(True)
                 for rows in plan.epoch(epoch)[fit.step :]:
                     step(fit, rows, rate(plan.clock(epoch * plan.steps + fit.step)))
                     self.progress.step(epoch, fit.step, fit.seen, fit.total / fit.step)
-                    if self.keeper.due():
-                        self._check(fit)
-                        self.keeper.save(fit, epoch * plan.steps + fit.step)
-                        self.keeper.interrupt.leave()
+                    if self.checkpointer.should_save():
+                        self._raise_if_not_finite(fit)
+                        self.checkpointer.save(fit, epoch * plan.steps + fit.step)
+                        self.checkpointer.shutdown.exit_if_requested()
                 self.objective.adapters.train_mode(False)
-                self._check(fit)
+                self._raise_if_not_finite(fit)
                 if fit.best:
                     self.progress.validated(epoch + 1, fit.best.update())
                 fit.next_epoch()
@@ -154,7 +156,7 @@ class Trainer:
         adjust_gradients: Callable[[], None] | None,
         after_step: Callable[[], None] | None,
         after_batch: Callable[[], None] | None,
-        fit: Fit,
+        fit: FitState,
         rows: np.ndarray,
         lr: float,
     ) -> None:
@@ -163,7 +165,7 @@ class Trainer:
         mean = self._backward(plan, rows, loss, fit.parameters)
         if adjust_gradients:
             adjust_gradients()
-        if self._usable(fit, mean, clip):
+        if self._clip_and_check(fit, mean, clip):
             for group in fit.optimizer.param_groups:
                 group["lr"] = lr
             fit.optimizer.step()
@@ -174,31 +176,31 @@ class Trainer:
             after_batch()
         fit.step, fit.seen = fit.step + 1, fit.seen + len(rows)
 
-    def _sizes(self) -> str:
+    def _memory_hint(self) -> str:
         if self.objective.meter.kind == "validated":
             return self.objective.memory_advice()
         whole = -(-self.settings.global_batch_size // get_world().size)
         size = min(whole, self.hardware.micro_batch_size or whole)
         return f"{size} examples in a training pass: lower hardware.micro_batch_size (it changes no result)"
 
-    def _place(self, plan: BatchPlan, stage: str) -> Place:
-        past = self.past.get(stage, {"steps": 0, "warmup": 0})
-        return Place(plan.clock(plan.steps * self.epochs), past["steps"], past["warmup"], self.last)
+    def _position(self, plan: BatchPlan, stage: str) -> SchedulePosition:
+        past = self.stage_history.get(stage, {"steps": 0, "warmup": 0})
+        return SchedulePosition(plan.clock(plan.steps * self.epochs), past["steps"], past["warmup"], self.last)
 
     def _begin(
         self, plan: BatchPlan, named: Mapping[str, nn.Parameter], stage: str, validate: Callable[[], float] | None
-    ) -> Fit | None:
+    ) -> FitState | None:
         """The fit from its start, or from where a run was cut off; None if it was over then."""
         if get_world().size > 1:  # dropout is another one on every rank
             torch.manual_seed(derive(self.seed, "rank", get_world().index, self.task, stage))
         parameters = list(named.values())
-        saved = self.keeper.resume(parameters)
+        saved = self.checkpointer.resume(parameters)
         if saved and "over" in saved:
-            self.past[stage] = saved["over"]
-            self.keeper.passed(saved, plan.steps * self.epochs)
+            self.stage_history[stage] = saved["over"]
+            self.checkpointer.record_finished(saved, plan.steps * self.epochs)
             return None
-        best = Best(parameters, validate) if validate and self.settings.select is Select.best else None
-        fit = Fit(stage, named, self._optimizer(parameters), best, self.hardware.torch_device)
+        best = BestWeights(parameters, validate) if validate and self.settings.select is Select.best else None
+        fit = FitState(stage, named, self._optimizer(parameters), best, self.hardware.torch_device)
         if saved:
             fit.load(saved)
             self.progress.resumed(fit.epoch * plan.steps + fit.step, fit.seen)
@@ -208,9 +210,9 @@ class Trainer:
                 best.update()
         return fit
 
-    def _carry(self, fit: Fit) -> None:
+    def _carry(self, fit: FitState) -> None:
         """Gives tensors that an earlier fit of this stage trained, and that kept their shape, their moments."""
-        carried = self.past.get(fit.stage, {}).get("moments", {})
+        carried = self.stage_history.get(fit.stage, {}).get("moments", {})
         found = [moments_of(parameter, carried.get(name, {})) for name, parameter in fit.named.items()]
         if any(found):
             load_moments(fit.optimizer, found)
@@ -218,46 +220,47 @@ class Trainer:
             none = "task %d: train.optimizer_state=carry carries nothing: all trained tensors are new or have grown"
             log.warning(none, self.task + 1)
 
-    def _end(self, plan: BatchPlan, fit: Fit) -> None:
+    def _end(self, plan: BatchPlan, fit: FitState) -> None:
         """What later tasks and a resumed run need of a fit that is over."""
         if fit.best:
             fit.best.restore()
-        place = self._place(plan, fit.stage)
+        position = self._position(plan, fit.stage)
         past: dict[str, Any] = {
-            "steps": place.done + place.steps,
-            "warmup": place.warmed + warmup(self.settings, place),
+            "steps": position.done + position.steps,
+            "warmup": position.warmed + warmup(self.settings, position),
         }
         if self.settings.optimizer_state is OptimizerState.carry:
             past["moments"] = dict(zip(fit.named, moments(fit.optimizer), strict=True))
-        self.past[fit.stage] = past
-        self.keeper.end(fit.parameters, plan.steps * self.epochs, past)
+        self.stage_history[fit.stage] = past
+        self.checkpointer.finish(fit.parameters, plan.steps * self.epochs, past)
 
-    def _usable(self, fit: Fit, mean: Tensor, clip: float) -> bool:
+    def _clip_and_check(self, fit: FitState, mean: Tensor, clip: float) -> bool:
         """Clips, counts the loss and says whether to take the step. Only with on_nan=skip it waits for the device."""
         skip = self.settings.on_nan is OnNan.skip
         norm = nn.utils.clip_grad_norm_(fit.parameters, clip or math.inf) if clip or skip else mean
         if skip and not bool(torch.isfinite(mean + norm)):
             if not self.objective.meter.cost.skipped_steps:
                 log.warning(
-                    "%s: the loss or its gradient is no number, the step is left out", self._where(fit, fit.step + 1)
+                    "%s: the loss or its gradient is no number, the step is left out",
+                    self._describe_step(fit, fit.step + 1),
                 )
             self.objective.meter.cost.skipped_steps += 1
             return False
         fit.add(mean)
         if self.hardware.torch_device.type == "cpu":
-            self._check(fit, weights=False)
+            self._raise_if_not_finite(fit, weights=False)
         return True
 
-    def _check(self, fit: Fit, weights: bool = True) -> None:
+    def _raise_if_not_finite(self, fit: FitState, weights: bool = True) -> None:
         """Raises HostError where a loss of the epoch or a trained tensor is not finite."""
         advice = "lower train.lr, set train.clip or take train.on_nan=skip; what was saved before is kept"
         if not torch.isfinite(fit.total):
-            where = self._where(fit, int(fit.finite) + 1)
+            where = self._describe_step(fit, int(fit.finite) + 1)
             raise HostError(f"the loss of {where} is {fit.total.item()}: {advice}")
         if weights and fit.parameters and not torch.stack([value.isfinite().all() for value in fit.parameters]).all():
-            raise HostError(f"the weights of {self._where(fit, fit.step)} are no longer finite: {advice}")
+            raise HostError(f"the weights of {self._describe_step(fit, fit.step)} are no longer finite: {advice}")
 
-    def _where(self, fit: Fit, step: int) -> str:
+    def _describe_step(self, fit: FitState, step: int) -> str:
         return f"task {self.task + 1}{fit.stage and f' ({fit.stage})'} in epoch {fit.epoch + 1}, step {step}"
 
     def _backward(
@@ -293,11 +296,11 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What later tasks need."""
-        return self.past
+        return self.stage_history
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        self.past = dict(state)
+        self.stage_history = dict(state)
 
 
 def moments_of(parameter: Tensor, carried: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -247,7 +247,7 @@ def test_a_task_is_trained_for_its_own_epochs(make) -> None:
         run.learn(task)
     steps = run.method.plan(0).steps
     assert fits == [2 * steps, steps, steps]
-    assert run.trainer.past[""]["steps"] == 4 * steps
+    assert run.trainer.stage_history[""]["steps"] == 4 * steps
     assert [part.split()[-1] for part in steps_per_task(run.method, run.config.train.epochs_of).split("; ")] == [
         str(count) for count in fits
     ]

@@ -185,13 +185,13 @@ HALFWAY = """
 import os, signal, sys
 from clpet.training import fit_checkpoint
 from clpet.cli.main import main
-save, saves = fit_checkpoint.Keeper.save, []
+save, saves = fit_checkpoint.FitCheckpointer.save, []
 def save_and_die(self, *args):
     save(self, *args)
     saves.append(args)
     if len(saves) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-fit_checkpoint.Keeper.save = save_and_die
+fit_checkpoint.FitCheckpointer.save = save_and_die
 sys.argv[0] = "clpet"
 main()
 """

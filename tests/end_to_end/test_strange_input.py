@@ -19,7 +19,7 @@ from clpet.objectives.base import Predictions
 from clpet.runs import run_dir
 from clpet.runs.load_run import check_config, is_relative_name
 from clpet.runtime.untrusted_json import find_runs
-from clpet.training.lr_schedules import Place, warn_of_warmup
+from clpet.training.lr_schedules import SchedulePosition, warn_of_warmup
 from tests.wandb_reader import read_wandb
 
 SMALL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8,
@@ -69,7 +69,7 @@ def test_a_fit_that_ends_inside_its_warmup_is_warned_of(
     steps: int, warm: int, share: float | None, told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        warn_of_warmup(Training(warmup_steps=warm, warmup_share=share), Place(steps), "selector")
+        warn_of_warmup(Training(warmup_steps=warm, warmup_share=share), SchedulePosition(steps), "selector")
     assert (f"a fit of the selector has {steps} steps" in caplog.text) is told
 
 

@@ -175,7 +175,7 @@ def test_micro_batches_add_up_to_the_same_gradient(name: str, make) -> None:
                     nn.init.normal_(layer.b, std=0.1, generator=torch.Generator().manual_seed(0))
 
             run.method.increments.add = add_filled
-        run.trainer.trial = True
+        run.trainer.dry_run = True
         run.trainer.begin_task(1)
         run.method.learn(run.benchmark.tasks[1], 1, run.trainer)
         found.append([parameter.grad for parameter in run.method.parameters()])

@@ -431,7 +431,7 @@ def test_recurrent_kif_fuses_as_often_as_rounds_are_full(make, monkeypatch: pyte
     assert run.method.diagnostics()["fusions"] == 6
     assert run.method.replay.stored() == 2
     assert taken == pytest.approx([1e-3 * (12 - i) for turn in range(0, 12, 2) for i in (turn, turn + 1, turn + 2)])
-    assert run.trainer.past[""]["steps"] == 12 + 12
+    assert run.trainer.stage_history[""]["steps"] == 12 + 12
 
 
 def test_a_poisoned_step_of_recurrent_kif_is_left_out_and_counted(make) -> None:

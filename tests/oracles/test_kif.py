@@ -26,7 +26,7 @@ from clpet.methods.o_lora import OLoRA
 from clpet.methods.recurrent_kif import alternate, fused_step
 from clpet.methods.sapt import Query, divergence, scores
 from clpet.replay.batch_plan import BatchPlan
-from clpet.training.lr_schedules import Place, schedule
+from clpet.training.lr_schedules import SchedulePosition, schedule
 from tests.conftest import double
 
 # KIF over three tasks: scalars are numbered over x.A, x.B, y.A, y.B row by row
@@ -134,7 +134,7 @@ def test_learning_rates_of_recurrent_kif() -> None:
     plan = alternate(new, old, 8, 4)
     assert plan.steps == 24
     settings = Training(lr=1.0, schedule=Schedule.linear, warmup_steps=2)
-    rate = schedule(settings, 1.0, Place(plan.clock(plan.steps)))
+    rate = schedule(settings, 1.0, SchedulePosition(plan.clock(plan.steps)))
     found = [rate(plan.clock(step)) for step in range(24)]
     expected = [0.0, 0.5, 1.0, 0.928571, 0.857143, 0.785714, 0.714286, 0.642857, *[0.571429] * 4, 0.571429, 0.5, 0.428571,
                 0.357143, 0.285714, 0.214286, 0.142857, 0.0714286, *[0.0] * 4]  # fmt: skip

@@ -43,7 +43,7 @@ def test_the_stages_said_beforehand_are_those_that_are_run(method: str, more: li
 def test_a_trial_is_one_step(method: str, more: list[str], make) -> None:
     """No method sends more than the first batch through the network, before or after its backward pass."""
     run = make(f"method={method}", *more)
-    run.trainer.trial = True
+    run.trainer.dry_run = True
     index, task = run.method.curriculum()[0]
     run.trainer.begin_task(index)
     run.method.learn(task, index, run.trainer)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from clpet.cli.launch import RankError, slurm_environment, start
 from clpet.evaluation.evaluator import Evaluator
 from clpet.runtime.distributed import World, chunks, get_world, init_distributed, split, sum_flat, to_cpu
-from clpet.runtime.signals import CODE
+from clpet.runtime.signals import EXIT_TEMPFAIL
 from tests.conftest import Silent, domain_args, made, methods_of, tiny_args
 
 # Fast: what the ranks do with rows and buffers
@@ -321,7 +321,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(words: Path, clpet, tmp_path: Path)
     assert clpet(*args, "output_dir=whole").code == 0
     with stopped_at(tmp_path / "cut", SIGNAL := signal.SIGUSR2):
         cut = clpet(*args, "hardware.ranks=2", "output_dir=cut")
-    assert cut.code == CODE
+    assert cut.code == EXIT_TEMPFAIL
     assert f"stopped by {SIGNAL.name}" in cut.err
     again = clpet(*args, "output_dir=cut")
     assert again.code == 0
@@ -346,7 +346,7 @@ def test_a_run_of_two_ranks_goes_on_with_two_bit_for_bit(words: Path, clpet, tmp
     ]
     assert clpet(*args, "output_dir=whole").code == 0
     with stopped_at(tmp_path / "cut", signal.SIGTERM):
-        assert clpet(*args, "output_dir=cut").code == CODE
+        assert clpet(*args, "output_dir=cut").code == EXIT_TEMPFAIL
     assert clpet(*args, "output_dir=cut").code == 0
     files = [
         next((tmp_path / name).glob("*/*/s*/adapters/default")) / "adapter_model.safetensors"

@@ -9,7 +9,7 @@ import pytest
 
 from clpet.evaluation.evaluator import Evaluator
 from clpet.reporting.progress import Display
-from clpet.runtime.signals import CODE, Interrupt, Interrupted
+from clpet.runtime.signals import EXIT_TEMPFAIL, GracefulShutdown, Interrupted
 from clpet.training.trainer import Trainer
 from tests.conftest import tiny_args
 
@@ -40,7 +40,7 @@ def test_a_signal_saves_at_the_next_step(words: Path, clpet, tmp_path: Path, mon
     monkeypatch.setattr(Display, "step", signalling)
     for number, name in zip(plan, ("SIGUSR2", "SIGTERM", "SIGINT"), strict=True):
         stopped = clpet(*args, "output_dir=cut")
-        assert (stopped.code, len(taken)) == (CODE, number)
+        assert (stopped.code, len(taken)) == (EXIT_TEMPFAIL, number)
         assert stopped.err.splitlines()[-1].startswith(f"clpet: stopped by {name}")
         assert "the same command goes on" in stopped.err
     again = clpet(*args, "output_dir=cut")
@@ -64,7 +64,7 @@ def test_a_signal_during_evaluation_keeps_what_was_trained(
         return evaluate(self, *values)
 
     monkeypatch.setattr(Evaluator, "__call__", signalling)
-    assert clpet(*args).code == CODE
+    assert clpet(*args).code == EXIT_TEMPFAIL
     monkeypatch.setattr(Trainer, "_backward", lambda self, *rest: trained.append(self.task) or backward(self, *rest))
     again = clpet(*args, "hardware.threads=2")
     assert again.code == 0
@@ -75,17 +75,17 @@ def test_a_signal_during_evaluation_keeps_what_was_trained(
 
 def test_a_signal_ends_a_sweep(words: Path, clpet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Display, "step", lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
-    assert clpet("train", "-m", "method=sequential,replay", *tiny_args(words)).code == CODE
+    assert clpet("train", "-m", "method=sequential,replay", *tiny_args(words)).code == EXIT_TEMPFAIL
     assert len(list(tmp_path.glob("outputs/*/*/s*/run.json"))) == 1
 
 
 def test_a_second_interrupt_from_the_keyboard_ends_at_once() -> None:
-    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
-        twice(interrupt)
+    with GracefulShutdown() as shutdown, pytest.raises(KeyboardInterrupt):
+        twice(shutdown)
 
 
-def twice(interrupt: Interrupt) -> None:
-    with interrupt.held():
+def twice(shutdown: GracefulShutdown) -> None:
+    with shutdown.deferred():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -101,8 +101,8 @@ def test_a_handler_that_was_there_before_decides() -> None:
     held = {signal.SIGUSR2: requeue, signal.SIGTERM: lambda *_: events.append("bypass")}
     before = {signum: signal.signal(signum, handler) for signum, handler in held.items()}
     try:
-        with pytest.raises(SystemExit) as ended, Interrupt() as interrupt:
-            one_then_the_other(interrupt, events)
+        with pytest.raises(SystemExit) as ended, GracefulShutdown() as shutdown:
+            one_then_the_other(shutdown, events)
         assert events == ["save", "bypass", "step", "requeue"]
         assert ended.value.code == -1
         assert signal.getsignal(signal.SIGUSR2) is requeue
@@ -111,10 +111,10 @@ def test_a_handler_that_was_there_before_decides() -> None:
             signal.signal(signum, handler)
 
 
-def one_then_the_other(interrupt: Interrupt, events: list[str]) -> None:
-    interrupt.keep = lambda: events.append("save")
+def one_then_the_other(shutdown: GracefulShutdown, events: list[str]) -> None:
+    shutdown.save = lambda: events.append("save")
     os.kill(os.getpid(), signal.SIGTERM)
-    with interrupt.held():
+    with shutdown.deferred():
         os.kill(os.getpid(), signal.SIGUSR2)
         events.append("step")
 
@@ -137,7 +137,7 @@ def test_slurm_s_term_requeues_only_a_job_that_still_runs(
     held = {signal.SIGUSR2: requeue, signal.SIGTERM: lambda *_: None}
     before = {signum: signal.signal(signum, handler) for signum, handler in held.items()}
     try:
-        with pytest.raises(SystemExit) as ended, Interrupt():
+        with pytest.raises(SystemExit) as ended, GracefulShutdown():
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         for signum, handler in before.items():
@@ -146,6 +146,6 @@ def test_slurm_s_term_requeues_only_a_job_that_still_runs(
 
 
 def test_without_one_the_process_leaves_with_its_own_code() -> None:
-    with pytest.raises(Interrupted) as ended, Interrupt():
+    with pytest.raises(Interrupted) as ended, GracefulShutdown():
         os.kill(os.getpid(), signal.SIGUSR2)
-    assert ended.value.code == CODE == 75
+    assert ended.value.code == EXIT_TEMPFAIL == 75

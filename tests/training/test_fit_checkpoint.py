@@ -12,7 +12,7 @@ from torch import Tensor
 from clpet.errors import HostError
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.run_checkpoint import read_tree, write_tree
-from clpet.training.fit_checkpoint import Keeper
+from clpet.training.fit_checkpoint import FitCheckpointer
 from clpet.training.trainer import Trainer
 
 SMALL = "train.global_batch_size=4"  # 6 steps an epoch
@@ -35,9 +35,9 @@ def same(one: Any, two: Any) -> bool:
 
 def keeping(run: SimpleNamespace, index: int, write: Any, record: dict | None = None, every: float = 1e-9) -> None:
     """Learns a task; every step is written with `write`."""
-    run.trainer.keeper = Keeper(run.method, every)
+    run.trainer.checkpointer = FitCheckpointer(run.method, every)
     run.trainer.begin_task(index, last=index == 2)
-    run.trainer.keeper.begin(record, write)
+    run.trainer.checkpointer.start_task(record, write)
     run.method.learn(run.benchmark.tasks[index], index, run.trainer)
     run.method.after_task(run.benchmark.tasks[index], index)
 
@@ -144,9 +144,9 @@ def poisoned(run: SimpleNamespace, step: int) -> Any:
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(make) -> None:
     run, numbers = make("method=sequential", SMALL), []
-    run.trainer.keeper = Keeper(run.method, 1e-9)
+    run.trainer.checkpointer = FitCheckpointer(run.method, 1e-9)
     run.trainer.begin_task(1)
-    run.trainer.keeper.begin(None, lambda number, record: numbers.append(number))
+    run.trainer.checkpointer.start_task(None, lambda number, record: numbers.append(number))
     run.method.grow_head(0)
     plan = run.method.plan(0)
     with pytest.raises(HostError, match=r"task 2 \(stage\) in epoch 2, step 3 is nan"):
@@ -158,8 +158,8 @@ def test_weights_that_are_no_numbers_are_never_written(make) -> None:
     """A gradient may be infinite where the loss is not yet."""
     run, numbers = make("method=sequential", SMALL), []
     run.method.grow_head(0)
-    run.trainer.keeper = Keeper(run.method, 1e-9)
-    run.trainer.keeper.begin(None, lambda number, record: numbers.append(number))
+    run.trainer.checkpointer = FitCheckpointer(run.method, 1e-9)
+    run.trainer.checkpointer.start_task(None, lambda number, record: numbers.append(number))
 
     def spoil() -> None:
         if len(numbers) == 4:
@@ -192,7 +192,7 @@ def counts(run: SimpleNamespace, tasks: int = 2) -> list[dict[str, int]]:
     found = []
     for index in range(tasks):
         run.learn(index)
-        held = run.trainer.past[""].get("moments", {})
+        held = run.trainer.stage_history[""].get("moments", {})
         found.append({name: int(own["step"]) for name, own in held.items()})
     return found
 
@@ -257,7 +257,7 @@ def test_a_selector_goes_on_with_its_moments(make) -> None:
     run = make("method=dynamic_conpet", "method.selector_ratio=null", *CARRY)
     for index in range(3):
         run.learn(index)
-    steps = {name: int(own["step"]) for name, own in run.trainer.past["selector"]["moments"].items()}
+    steps = {name: int(own["step"]) for name, own in run.trainer.stage_history["selector"]["moments"].items()}
     assert {steps.pop(name) for name in ("weight", "bias")} == {12}
     assert set(steps.values()) == {24}
 

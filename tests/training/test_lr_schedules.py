@@ -7,40 +7,40 @@ import torch
 
 from clpet.config.schema import Schedule, Training
 from clpet.errors import ConfigError
-from clpet.training.lr_schedules import Place, schedule, warmup
+from clpet.training.lr_schedules import SchedulePosition, schedule, warmup
 
 
-def rates(place: Place, **knobs) -> list[float]:
+def rates(position: SchedulePosition, **knobs) -> list[float]:
     """The rate of every step that is taken, and of the one after."""
     settings = Training(**{"lr": 1.0, **knobs})
-    rate = schedule(settings, settings.lr_of(0), place)
-    return [rate(step) for step in range(place.steps + 1)]
+    rate = schedule(settings, settings.lr_of(0), position)
+    return [rate(step) for step in range(position.steps + 1)]
 
 
 def test_warm_up_starts_from_zero_and_reaches_the_peak_after_its_steps() -> None:
     for name in Schedule:
         if name is not Schedule.infinite:
-            assert rates(Place(20), schedule=name, warmup_steps=4)[:5] == [0, 0.25, 0.5, 0.75, 1]
+            assert rates(SchedulePosition(20), schedule=name, warmup_steps=4)[:5] == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_first_and_last_step() -> None:
-    assert rates(Place(4), schedule=Schedule.constant) == [1] * 5
-    assert rates(Place(4), schedule=Schedule.linear) == [1, 0.75, 0.5, 0.25, 0]
-    assert rates(Place(4), schedule=Schedule.cosine, lr_min=0.5) == pytest.approx(
+    assert rates(SchedulePosition(4), schedule=Schedule.constant) == [1] * 5
+    assert rates(SchedulePosition(4), schedule=Schedule.linear) == [1, 0.75, 0.5, 0.25, 0]
+    assert rates(SchedulePosition(4), schedule=Schedule.cosine, lr_min=0.5) == pytest.approx(
         [1, 0.75 + math.sqrt(2) / 8, 0.75, 0.75 - math.sqrt(2) / 8, 0.5]
     )
 
 
 def test_a_share_limits_the_warm_up() -> None:
     settings = Training(warmup_steps=50, warmup_share=0.02)
-    assert [warmup(settings, Place(steps)) for steps in (150, 2500, 9000)] == [3, 50, 50]
-    assert warmup(Training(warmup_steps=50), Place(150)) == 50
+    assert [warmup(settings, SchedulePosition(steps)) for steps in (150, 2500, 9000)] == [3, 50, 50]
+    assert warmup(Training(warmup_steps=50), SchedulePosition(150)) == 50
 
 
 def test_autoregressive_peaks_lie_on_one_cosine() -> None:
     """S = 1000, w = 50, from 3e-4 to 3e-5, the cosine after all warm-up; each task ends at the floor."""
     knobs = {"schedule": Schedule.ar, "lr": 3e-4, "lr_min": 3e-5, "warmup_steps": 50}
-    found = [rates(Place(1000, 1000 * k, 50 * k), **knobs) for k in range(5)]
+    found = [rates(SchedulePosition(1000, 1000 * k, 50 * k), **knobs) for k in range(5)]
     peaks = [3.0e-4, 1.65e-4, 9.75e-5, 6.954e-5, 5.578e-5]
     assert [rate[50] for rate in found] == pytest.approx(peaks, abs=5e-9)
     assert [max(rate) for rate in found] == [rate[50] for rate in found]
@@ -49,20 +49,20 @@ def test_autoregressive_peaks_lie_on_one_cosine() -> None:
 
 def test_autoregressive_peaks_of_unequal_tasks() -> None:
     """300 steps after 100: the cosine of 400 steps at a quarter."""
-    found = rates(Place(300, 100), schedule=Schedule.ar)
+    found = rates(SchedulePosition(300, 100), schedule=Schedule.ar)
     assert found[0] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
 
 
 def test_an_infinite_schedule_is_one_for_all_tasks() -> None:
     knobs = {"schedule": Schedule.infinite, "lr_min": 0.2, "warmup_steps": 2, "anneal_share": 0.4}
-    assert rates(Place(6), **knobs) == pytest.approx(
+    assert rates(SchedulePosition(6), **knobs) == pytest.approx(
         [0, 0.5, 1, 0.8 + math.sqrt(2) / 10, 0.8, 0.8 - math.sqrt(2) / 10, 0.6]
     )
-    assert rates(Place(6, 6, 2), **knobs) == pytest.approx([0.6] * 7)
-    assert rates(Place(10, 12, 2, last=True), **knobs)[5:] == pytest.approx(
+    assert rates(SchedulePosition(6, 6, 2), **knobs) == pytest.approx([0.6] * 7)
+    assert rates(SchedulePosition(10, 12, 2, last=True), **knobs)[5:] == pytest.approx(
         [0.6, 0.6, 0.4 + math.sqrt(2) / 10, 0.4, 0.4 - math.sqrt(2) / 10, 0.2]
     )
-    assert rates(Place(6, 6, 2), **knobs, lr_constant=0.3) == pytest.approx([0.3] * 7)
+    assert rates(SchedulePosition(6, 6, 2), **knobs, lr_constant=0.3) == pytest.approx([0.3] * 7)
 
 
 def test_rates_of_the_steps_that_are_taken(make, monkeypatch: pytest.MonkeyPatch) -> None:
