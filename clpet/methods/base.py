@@ -15,7 +15,7 @@ from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
 from clpet.objectives.base import Choices, Predictions
 from clpet.objectives.classification import Head
-from clpet.replay.base import Held, NoReplay
+from clpet.replay.base import NoReplay, ValidationRows
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.distributed import get_world, without_gradients
 from clpet.training.trainer import Trainer
@@ -132,7 +132,7 @@ class Method:
 
     def after_task(self, task: Task, index: int) -> None:
         """Memory selection, Fisher information, fusion, freezing."""
-        self.replay.remember(index, self.vectors)
+        self.replay.update_memory(index, self.vectors)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that the optimiser moves, by name. A tensor that is new in a task needs a name of its own.
@@ -177,12 +177,12 @@ class Method:
 
         return self.average_score(self.validation(index), score)
 
-    def validation(self, index: int) -> Held:
+    def validation(self, index: int) -> ValidationRows:
         """What the best epoch of task `index` is chosen on."""
         return self.replay.validation(index)
 
     @without_gradients()
-    def average_score(self, parts: Held, score: Callable[[Batch], Tensor]) -> float:
+    def average_score(self, parts: ValidationRows, score: Callable[[Batch], Tensor]) -> float:
         """Mean over tasks of the mean of `score`, which gives [batch] values."""
         hits: dict[int, list[Tensor]] = {}
         meter = self.objective.meter

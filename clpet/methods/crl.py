@@ -21,8 +21,8 @@ from clpet.methods.base import Choices, Method, Predictions
 from clpet.methods.components.contrastive import Bank, contrastive, draw, relation_distillation
 from clpet.replay.batch_plan import BatchPlan, split_batch
 from clpet.replay.exemplar import FixedReplay
-from clpet.replay.exemplar_selection import stand_in
-from clpet.replay.sampled import DrawnReplay
+from clpet.replay.exemplar_selection import random_features
+from clpet.replay.sampled import SampledReplay
 from clpet.runtime.distributed import get_world
 from clpet.training.trainer import Trainer
 
@@ -72,7 +72,7 @@ class CRL(Method):
         self.stage(trainer, index, "contrast", self.first(index))
         if index > 0:
             if not self.starred:
-                self.replay.remember(index, self.vectors)
+                self.replay.update_memory(index, self.vectors)
             self.stage(trainer, index, "replay", self.second(index, trainer.epochs))
 
     @property
@@ -109,9 +109,9 @@ class CRL(Method):
         """Batches of stage 2: the memory (fixed), or examples drawn once for one pass (starred)."""
         pool = self.data.train
         if isinstance(self.replay, FixedReplay):
-            rows = np.concatenate([*self.replay.memory.values(), *self.replay.spare.values()])
+            rows = np.concatenate([*self.replay.memory.values(), *self.replay.val_memory.values()])
             return self.shuffled(rows, index, "replay")
-        if not isinstance(self.replay, DrawnReplay):
+        if not isinstance(self.replay, SampledReplay):
             return self.replay.plan(index, "replay")
         steps = self.replay.limit or self.replay.plan(index).steps
         rng = self.replay.rng(index, "crl")
@@ -139,7 +139,7 @@ class CRL(Method):
         plans = {"contrast": self.first(index)}
         if index > 0:
             if not self.starred:
-                self.replay.remember(index, stand_in)
+                self.replay.update_memory(index, random_features)
             plans["replay"] = self.second(index, epochs=1)
         return plans
 
@@ -187,7 +187,7 @@ class CRL(Method):
         super().after_task(task, index)
         rows = self.drawn
         if isinstance(self.replay, FixedReplay):
-            rows = np.concatenate([*self.replay.memory.values(), *self.replay.spare.values()])
+            rows = np.concatenate([*self.replay.memory.values(), *self.replay.val_memory.values()])
         h = self.embed(rows, self.objective.features)
         labels = torch.from_numpy(self.data.train.labels[rows]).to(h.device)
         present = labels.unique().tolist()

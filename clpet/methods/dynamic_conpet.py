@@ -25,7 +25,7 @@ from clpet.methods.components.task_selector import Prototypes, Selector
 from clpet.methods.modular import Modular, module_name
 from clpet.objectives.classification import MISSING, Head
 from clpet.replay.batch_plan import BatchPlan
-from clpet.replay.sampled import DrawnReplay
+from clpet.replay.sampled import SampledReplay
 from clpet.training.trainer import Trainer
 
 
@@ -114,7 +114,7 @@ class DynamicConPET(Modular):
 
     def selector_plan(self, index: int) -> BatchPlan:
         """Batches of the selector stage: with half of a batch from the newest task it prefers that task at test."""
-        replay = self.replay.mixed(self.selector_ratio) if isinstance(self.replay, DrawnReplay) else self.replay
+        replay = self.replay.with_ratio(self.selector_ratio) if isinstance(self.replay, SampledReplay) else self.replay
         return replay.plan(index, "selector")
 
     def ranking(self, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:

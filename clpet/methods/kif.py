@@ -116,11 +116,11 @@ class KIF(Method):
         return loss + self.orth_strength * orthogonality(factors, self.orth_squared)
 
     def plan(self, index: int) -> BatchPlan:
-        return self.replay.plan(index) if self.replay_phase == "union" else self.replay.alone(index)
+        return self.replay.plan(index) if self.replay_phase == "union" else self.replay.new_only_plan(index)
 
     def stages(self, index: int) -> dict[str, BatchPlan]:
         again = self.replay_phase == "after" and self.replay.memory
-        return {**super().stages(index), **({"replay": self.replay.recall(index)} if again else {})}
+        return {**super().stages(index), **({"replay": self.replay.memory_only_plan(index)} if again else {})}
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         if self.accumulated and self.fusion != "none":
@@ -211,7 +211,7 @@ class KIF(Method):
             for name, value in self.live.items():
                 value.copy_(torch.where(free[name], value, held[name]))
 
-        plan, parameters = self.replay.recall(index), self.named_parameters()
+        plan, parameters = self.replay.memory_only_plan(index), self.named_parameters()
         trainer.fit(plan, self.loss, parameters, stage="replay", adjust_gradients=mask, after_step=hold)
 
     def diagnostics(self) -> dict[str, float]:

@@ -60,10 +60,10 @@ class RecurrentKIF(Method):
         self.statistics: dict[str, float] = {}
 
     def plan(self, index: int) -> BatchPlan:
-        new = self.replay.alone(index)
+        new = self.replay.new_only_plan(index)
         if not self.replay.memory:
             return new
-        return alternate(new, self.replay.recall(index), self.inner_steps, self.outer_steps)
+        return alternate(new, self.replay.memory_only_plan(index), self.inner_steps, self.outer_steps)
 
     def fit(self, trainer: Trainer, index: int) -> None:
         self.live: dict[str, Tensor] = dict(self.objective.adapters.tensors("default"))

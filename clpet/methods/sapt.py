@@ -17,7 +17,7 @@ from clpet.data.batches import Batch, EncodedDataset
 from clpet.data.benchmark import Task
 from clpet.methods.components.features import max_pool, token_embeddings, vocabulary
 from clpet.methods.inc_lora import IncLoRA
-from clpet.replay.exemplar_selection import stratified
+from clpet.replay.exemplar_selection import stratified_sample
 from clpet.training.trainer import Trainer
 
 
@@ -108,7 +108,7 @@ class SAPT(IncLoRA):
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)
         rows, rng = self.data.train.rows_of(index), self.replay.rng(index, "inputs")
-        self.memory[index] = stratified(self.data.train.labels, rows, self.share, rng)
+        self.memory[index] = stratified_sample(self.data.train.labels, rows, self.share, rng)
         pool = self.data.validation if len(self.data.validation.rows_of(index)) else self.data.train
         with torch.no_grad():
             self.means.append(self.scores(self.pooled(pool, pool.rows_of(index))).softmax(1).mean(0))

@@ -1,7 +1,7 @@
 """Replay: which old examples come back, and how they are mixed with the new task's.
 
 A replay component keeps row numbers of the train pool, never text. `plan` gives the batches of one task;
-`remember` is called after it. The rng streams come from (seed, task, epoch): nothing depends on what
+`update_memory` is called after it. The rng streams come from (seed, task, epoch): nothing depends on what
 another component drew.
 """
 
@@ -19,7 +19,7 @@ from clpet.replay.batch_plan import BatchPlan, Rows
 
 log = logging.getLogger(__name__)
 
-Held = list[tuple[EncodedDataset, Rows]]  # validation examples: pools and rows
+ValidationRows = list[tuple[EncodedDataset, Rows]]  # validation examples: pools and rows
 
 
 @dataclass
@@ -43,7 +43,7 @@ class NoReplay:
 
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         """Called once, before the first task."""
-        self.pool, self.held, self.seed, self.batch_size = data.train, data.validation, seed, batch_size
+        self.pool, self.val_pool, self.seed, self.batch_size = data.train, data.validation, seed, batch_size
         self.key = data.key
         self.cluster_seed = seed % 2**32
         self.memory: dict[int, Rows] = {}  # task -> rows of the pool that may come back
@@ -54,25 +54,25 @@ class NoReplay:
 
     def plan(self, index: int, stage: str = "") -> BatchPlan:
         """Batches for task `index`; two stages of one task draw differently."""
-        return self.alone(index, stage)
+        return self.new_only_plan(index, stage)
 
-    def alone(self, index: int, stage: str = "") -> BatchPlan:
+    def new_only_plan(self, index: int, stage: str = "") -> BatchPlan:
         """The new task's examples without any old ones."""
         return self._shuffled(self.pool.rows_of(index), index, stage)
 
-    def recall(self, index: int) -> BatchPlan:
+    def memory_only_plan(self, index: int) -> BatchPlan:
         """The memory's examples without any new ones."""
-        return self._shuffled(self.old(), index, "recall")
+        return self._shuffled(self.memory_rows(), index, "recall")
 
-    def old(self) -> Rows:
+    def memory_rows(self) -> Rows:
         """All rows of the memory, task by task."""
         return np.concatenate([self.memory[task] for task in sorted(self.memory)])
 
-    def validation(self, index: int) -> Held:
+    def validation(self, index: int) -> ValidationRows:
         """What the best epoch of task `index` is chosen on: the new task's validation part."""
-        return [(self.held, self.held.rows_of(index))]
+        return [(self.val_pool, self.val_pool.rows_of(index))]
 
-    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+    def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         """Keeps what this component keeps of task `index`; `features` gives [n, dim] vectors of train rows."""
 
     def state(self) -> dict[str, Any]:
@@ -105,8 +105,8 @@ class AllReplay(NoReplay):
     def plan(self, index: int, stage: str = "") -> BatchPlan:
         return self._shuffled(self.pool.rows_of(*range(index + 1)), index, stage)
 
-    def validation(self, index: int) -> Held:
-        return [(self.held, self.held.rows_of(*range(index + 1)))]
+    def validation(self, index: int) -> ValidationRows:
+        return [(self.val_pool, self.val_pool.rows_of(*range(index + 1)))]
 
-    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+    def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         self.memory[index] = self.pool.rows_of(index)

@@ -8,9 +8,9 @@ import numpy as np
 
 from clpet.config.schema import require
 from clpet.data.batches import Encoded
-from clpet.replay.base import Held, NoReplay
+from clpet.replay.base import NoReplay, ValidationRows
 from clpet.replay.batch_plan import BatchPlan, Rows, copies_for_equal_compute
-from clpet.replay.exemplar_selection import divided, select_per_class, stratified
+from clpet.replay.exemplar_selection import select_per_class, split_train_val, stratified_sample
 
 
 @dataclass
@@ -45,7 +45,7 @@ class FixedReplay(NoReplay):
     def plan(self, index: int, stage: str = "") -> BatchPlan:
         if not self.memory:
             return super().plan(index, stage)
-        new, old = self.pool.rows_of(index), self.old()
+        new, old = self.pool.rows_of(index), self.memory_rows()
         return self._shuffled(new, index, stage, extra=np.tile(old, self._copies(len(new), old)))
 
     def _copies(self, new: int, old: Rows) -> int:
@@ -57,36 +57,38 @@ class FixedReplay(NoReplay):
         memory = len(old) if self.actual_size else full
         return copies_for_equal_compute(new, memory, self.limit, self.batch_size, self.max_copies)
 
-    def validation(self, index: int) -> Held:
+    def validation(self, index: int) -> ValidationRows:
         """The new task's validation part and the validation share of the memories."""
-        kept = [(self.pool, np.concatenate([self.spare[task] for task in sorted(self.spare)]))] if self.spare else []
-        return [(self.held, self.held.rows_of(index)), *kept]
+        parts: ValidationRows = [(self.val_pool, self.val_pool.rows_of(index))]
+        if self.val_memory:
+            parts.append((self.pool, np.concatenate([self.val_memory[task] for task in sorted(self.val_memory)])))
+        return parts
 
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         super().setup(data, seed, batch_size)
-        self.spare: dict[int, Rows] = {}  # task -> kept rows that only validate
+        self.val_memory: dict[int, Rows] = {}  # task -> kept rows that only validate
         self.actual_size = False  # copies are counted by the memory as it is, not by ceil(0.8 m) examples a class
 
-    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+    def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         rng = self.rng(index)
         rows = self.pool.rows_of(index)
         parts = []
         for label in np.unique(self.pool.labels[rows]):
             own = rows[self.pool.labels[rows] == label]
             kept = select_per_class(self.pool, own, self.per_class, self.selection, features, self.cluster_seed, rng)
-            parts.append(divided(kept, self.train_share, rng))
+            parts.append(split_train_val(kept, self.train_share, rng))
         self.memory[index] = np.sort(np.concatenate([train for train, _ in parts]))
-        self.spare[index] = np.sort(np.concatenate([spare for _, spare in parts]))
+        self.val_memory[index] = np.sort(np.concatenate([spare for _, spare in parts]))
 
     def stored(self) -> int:
-        return super().stored() + sum(len(rows) for rows in self.spare.values())
+        return super().stored() + sum(len(rows) for rows in self.val_memory.values())
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "spare": {str(task): rows.tolist() for task, rows in self.spare.items()}}
+        return {**super().state(), "spare": {str(task): rows.tolist() for task, rows in self.val_memory.items()}}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self.spare = {int(task): np.array(rows, dtype=np.int64) for task, rows in state["spare"].items()}
+        self.val_memory = {int(task): np.array(rows, dtype=np.int64) for task, rows in state["spare"].items()}
 
 
 @dataclass
@@ -100,9 +102,9 @@ class ShareReplay(NoReplay):
         require(0 <= self.share <= 1, "replay.share", self.share, "in [0, 1]")
 
     def plan(self, index: int, stage: str = "") -> BatchPlan:
-        return self._shuffled(self.pool.rows_of(index), index, stage, extra=self.old() if self.memory else None)
+        return self._shuffled(self.pool.rows_of(index), index, stage, extra=self.memory_rows() if self.memory else None)
 
-    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+    def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         rows = self.pool.rows_of(index)
         if self.share:
-            self.memory[index] = stratified(self.pool.labels, rows, self.share, self.rng(index))
+            self.memory[index] = stratified_sample(self.pool.labels, rows, self.share, self.rng(index))

@@ -37,7 +37,7 @@ def select_per_class(
     return np.array(sorted(kept), dtype=np.int64)
 
 
-def divided(kept: Rows, share: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
+def split_train_val(kept: Rows, share: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
     """ceil(share n) of the n kept rows, drawn at random, and the rest.
 
     Of a row that is listed several times one place in the first part is enough (as ConPET draws: duplicates collapse
@@ -48,7 +48,7 @@ def divided(kept: Rows, share: float, rng: np.random.Generator) -> tuple[Rows, R
     return first, np.setdiff1d(order, first)
 
 
-def stratified(labels: np.ndarray, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
+def stratified_sample(labels: np.ndarray, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
     """max(1, floor(share n)) of the rows: equally many of each label, the rest from any; none for a share of 0.
 
     `labels` are those of the whole pool. Where they outnumber the places, as with single answers, a uniform draw.
@@ -88,6 +88,6 @@ def herding(vectors: np.ndarray, count: int) -> list[int]:
     return chosen
 
 
-def stand_in(rows: np.ndarray) -> np.ndarray:
+def random_features(rows: np.ndarray) -> np.ndarray:
     """[n, 8] vectors without a meaning, for a memory that is only counted."""
     return np.random.default_rng(0).normal(size=(len(rows), 8))

@@ -12,7 +12,7 @@ from clpet.replay.batch_plan import BatchPlan, Rows
 
 
 @dataclass
-class RateReplay(NoReplay):
+class FixedFractionReplay(NoReplay):
     """`rate` = old / all examples of an epoch; old ones come from past tasks, the base corpus, or both.
 
     No old example comes twice before all have come once. At rate 0 the batches are those of no replay.
@@ -45,7 +45,7 @@ class RateReplay(NoReplay):
         new, old = self.pool.rows_of(index), self.available()
         count = round(self.rate / (1 - self.rate) * len(new)) if len(old) else 0
         if not count:
-            return self.alone(index, stage)
+            return self.new_only_plan(index, stage)
 
         def epoch(number: int) -> list[Rows]:
             first, last = number * count, (number + 1) * count
@@ -57,6 +57,6 @@ class RateReplay(NoReplay):
 
         return BatchPlan(self.pool, -(-(len(new) + count) // self.batch_size), epoch)
 
-    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+    def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         if self.rate:
             self.memory[index] = self.pool.rows_of(index)

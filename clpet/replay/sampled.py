@@ -11,7 +11,7 @@ import numpy as np
 from clpet.config.schema import require
 from clpet.data.batches import Encoded
 from clpet.errors import ConfigError
-from clpet.replay.base import Held, NoReplay
+from clpet.replay.base import NoReplay, ValidationRows
 from clpet.replay.batch_plan import BatchPlan, Rows, split_batch, steps_and_val_batches
 from clpet.replay.exemplar_selection import select_per_class
 
@@ -21,7 +21,7 @@ EVAL_BATCH = 32  # examples of a validation batch in ConPET's counts
 
 
 @dataclass
-class DrawnReplay(NoReplay):
+class SampledReplay(NoReplay):
     """Every step mixes new examples with old ones drawn anew; what may be drawn is a subclass's `memory`.
 
     `limit` = L gives 4L // 5 steps an epoch; null as many as show every new example about once. Task 1 is an
@@ -37,7 +37,7 @@ class DrawnReplay(NoReplay):
         """Whether the whole history may come back."""
         return False
 
-    def mixed(self, ratio: float | None) -> "DrawnReplay":
+    def with_ratio(self, ratio: float | None) -> "SampledReplay":
         """The same memory with another share of old examples in a batch; None: with the same share."""
         other = copy.copy(self)
         other.ratio = ratio or self.ratio
@@ -67,17 +67,17 @@ class DrawnReplay(NoReplay):
         steps = -(-len(new) // new_places) if self.limit is None else steps_and_val_batches(self.limit)[0]
         return BatchPlan(self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(self.key(index), stage, epoch)))
 
-    def validation(self, index: int) -> Held:
+    def validation(self, index: int) -> ValidationRows:
         """L // 5 batches of 32, half new and half old, drawn once per task; all validation parts without a limit."""
         if not self.keeps_all or not self.memory:
             return super().validation(index)  # a small memory has no old validation examples
         if self.limit is None:
-            return [(self.held, self.held.rows_of(*range(index + 1)))]
+            return [(self.val_pool, self.val_pool.rows_of(*range(index + 1)))]
         rng, size = self.rng(index, "validation"), steps_and_val_batches(self.limit)[1] * EVAL_BATCH
-        new, old = self.held.rows_of(index), [self.held.rows_of(task) for task in range(index)]
+        new, old = self.val_pool.rows_of(index), [self.val_pool.rows_of(task) for task in range(index)]
         fresh = rng.choice(new, size - size // 2, replace=True)
         drawn = [rng.choice(old[task]) for task in rng.integers(len(old), size=size // 2)]
-        return [(self.held, np.concatenate([fresh, np.array(drawn, dtype=np.int64)]))]
+        return [(self.val_pool, np.concatenate([fresh, np.array(drawn, dtype=np.int64)]))]
 
     def draw(self, new: Rows, steps: int, rng: np.random.Generator) -> list[Rows]:
         """`steps` batches, the new rows first: distinct new examples, independent old draws (task, then example)."""
@@ -95,7 +95,7 @@ class DrawnReplay(NoReplay):
 
 
 @dataclass
-class DynamicReplay(DrawnReplay):
+class DynamicReplay(SampledReplay):
     """Dynamic sampling (ConPET, section 3.1): old draws are uniform over tasks, then over a task's examples.
 
     `kind=history` keeps all old examples (storage grows, compute does not); `fixed` draws from a memory chosen
@@ -119,7 +119,7 @@ class DynamicReplay(DrawnReplay):
     def by_class(self) -> bool:
         return self.kind == "fixed"
 
-    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+    def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         rows = self.pool.rows_of(index)
         if self.kind == "fixed":
             vectors, seed, rng = features, self.cluster_seed, self.rng(index)
@@ -128,7 +128,7 @@ class DynamicReplay(DrawnReplay):
 
 
 @dataclass
-class ReservoirReplay(DrawnReplay):
+class ReservoirReplay(SampledReplay):
     """A uniform sample of everything seen, of constant size (Vitter, 1985); drawn from uniformly at every step."""
 
     name: str = "reservoir"
@@ -142,7 +142,7 @@ class ReservoirReplay(DrawnReplay):
         super().setup(data, seed, batch_size)
         self.passed = 0
 
-    def remember(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
+    def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         kept, rng = self.memory.get(0, np.empty(0, dtype=np.int64)).tolist(), self.rng("reservoir", index)
         for row in rng.permutation(self.pool.rows_of(index)):
             self.passed += 1

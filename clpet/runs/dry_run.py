@@ -13,7 +13,7 @@ from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, parameter_ratio
 from clpet.objectives import load
 from clpet.objectives.cost_meter import peak_memory_mb
-from clpet.replay.exemplar_selection import stand_in
+from clpet.replay.exemplar_selection import random_features
 from clpet.reporting.tables import say
 from clpet.training.trainer import Trainer
 
@@ -75,6 +75,6 @@ def steps_per_task(method: Method, epochs: Callable[[int], int]) -> str:
     for index, task in method.curriculum():
         stages = [f"{name} {plan.steps * epochs(index)}".strip() for name, plan in method.stages(index).items()]
         counts.append(f"{task.name} {' + '.join(stages)}")
-        method.replay.remember(index, stand_in)
+        method.replay.update_memory(index, random_features)
     method.replay.setup(method.data, method.seed, method.replay.batch_size)
     return "; ".join(counts)

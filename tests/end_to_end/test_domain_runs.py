@@ -18,7 +18,7 @@ from clpet import base_model
 from clpet.config.build import build, typed
 from clpet.config.compose import composed
 from clpet.data.benchmark import Benchmark
-from clpet.replay.fixed_fraction import RateReplay
+from clpet.replay.fixed_fraction import FixedFractionReplay
 from clpet.reporting.progress import Display
 from clpet.runtime.hardware import Hardware
 from tests.conftest import domain_args, methods_of
@@ -157,9 +157,9 @@ def test_a_share_of_what_is_read_is_old() -> None:
     """|replayed / total - rate| is at most one window; the base corpus can be what comes back."""
     data = objective(benchmark=domains(length=8, base=True)).encode()
     for rate, source in [(0.01, "past"), (0.05, "past"), (0.25, "base"), (0.5, "both")]:
-        replay = RateReplay(rate=rate, source=source)
+        replay = FixedFractionReplay(rate=rate, source=source)
         replay.setup(data, 0, 4)
-        replay.remember(0, lambda rows: np.empty(0))
+        replay.update_memory(0, lambda rows: np.empty(0))
         rows = np.concatenate(replay.plan(1).epoch(0))
         old = (data.train.tasks[rows] != 1).sum()
         assert abs(old - rate * len(rows)) <= 1
@@ -171,9 +171,9 @@ def test_a_share_of_what_is_read_is_old() -> None:
 def test_all_that_is_old_comes_before_any_of_it_comes_again() -> None:
     """Through several epochs and turns."""
     data = objective(benchmark=domains(length=8, base=True)).encode()
-    replay = RateReplay(rate=0.3)
+    replay = FixedFractionReplay(rate=0.3)
     replay.setup(data, 0, 4)
-    replay.remember(0, lambda rows: np.empty(0))
+    replay.update_memory(0, lambda rows: np.empty(0))
     plan, counts = replay.plan(1), np.zeros(len(data.train), int)
     for epoch in range(7):
         counts += np.bincount(np.concatenate(plan.epoch(epoch)), minlength=len(counts))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clpet.methods import mocl, o_lora, sapt
-from clpet.replay.exemplar_selection import stratified
+from clpet.replay.exemplar_selection import stratified_sample
 from tests.conftest import double, scores
 
 INCREMENTS = ["inc_lora", "o_lora", "sapt", "mocl", "inf_lora", "gain_lora"]
@@ -86,14 +86,14 @@ def test_a_stratified_share_has_every_label() -> None:
     rng = np.random.default_rng(0)
 
     def kept(count: int, labels: int) -> np.ndarray:
-        return stratified(np.arange(count) % labels, np.arange(count), 0.02, rng)
+        return stratified_sample(np.arange(count) % labels, np.arange(count), 0.02, rng)
 
     assert len(kept(1000, 14)) == 20
     assert set(kept(1000, 14) % 14) == set(range(14))
     assert set(kept(250, 3) % 3) == {0, 1, 2}
     sizes = {1000: 20, 250: 5, 160: 3, 126: 2, 338: 6, 142: 2, 975: 19, 10: 1}
     assert {count: len(kept(count, count)) for count in sizes} == sizes
-    assert len(stratified(np.zeros(9), np.arange(9), 0.0, rng)) == 0
+    assert len(stratified_sample(np.zeros(9), np.arange(9), 0.0, rng)) == 0
 
 
 def test_mocl_weights_and_matching(make) -> None:

@@ -100,7 +100,7 @@ def test_examples_of_a_task_are_a_constant(limit: int, sizes: list[int], static:
             )
             if index > 0:
                 assert computed == (dynamic if isinstance(method, DynamicConPET) else static)
-            method.replay.remember(index, lambda rows: rows)
+            method.replay.update_memory(index, lambda rows: rows)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from clpet.methods.ea_emr import EAEMR
 from clpet.methods.ewc import EWC, Fisher, Merge
 from clpet.methods.lwf import distillation
 from clpet.replay.batch_plan import split_batch, steps_and_val_batches
-from clpet.replay.exemplar_selection import divided, kmeans_nearest
+from clpet.replay.exemplar_selection import kmeans_nearest, split_train_val
 from clpet.runtime.distributed import split
 from clpet.training.trainer import Trainer
 from tests.conftest import double
@@ -241,11 +241,11 @@ def test_alignment_is_fitted_on_the_memory_that_is_trained_on(make) -> None:
     run = make("method=ea_emr", "replay=fixed", "replay.per_class=5", "replay.limit=20")
     run.learn(0)
     replay = run.method.replay
-    assert len(replay.spare[0]) == 4  # of each of four classes one of five
+    assert len(replay.val_memory[0]) == 4  # of each of four classes one of five
     assert set(run.method.rows) == set(replay.memory[0])
     assert len(run.method.held) == len(replay.memory[0]) == 16
     replay.memory[0] = replay.memory[0][:7]  # fewer than ceil(0.8 m) a class
-    room, classes = 16 * 16 - 24, len(set(run.data.train.labels[replay.old()]))  # ceil(0.8 L) B - new
+    room, classes = 16 * 16 - 24, len(set(run.data.train.labels[replay.memory_rows()]))  # ceil(0.8 L) B - new
     assert run.method.plan(1).steps == -(-(24 + 7 * math.ceil(room / 7)) // 16)
     replay.actual_size = False  # EMR's
     assert run.method.plan(1).steps == -(-(24 + 7 * math.ceil(room / (4 * classes))) // 16)
@@ -294,7 +294,7 @@ def test_memory_with_duplicates() -> None:
     assert len(set(centres)) == 6
     for seed in range(20):
         rng, again = np.random.default_rng(seed), np.random.default_rng(seed)
-        train, spare = divided(centres, 0.8, rng)
+        train, spare = split_train_val(centres, 0.8, rng)
         left_out = again.permutation(centres)[8:]
         assert set(train) | set(spare) == set(centres)
         assert set(spare) == {row for row in left_out if (centres == row).sum() == (left_out == row).sum()}

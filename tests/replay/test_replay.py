@@ -27,7 +27,7 @@ def set_up(replay, sizes: list[int], batch: int = 8, learned: int | None = None)
     found = pool(sizes)
     replay.setup(Encoded(found, found, found), 0, batch)
     for index in range(len(sizes) - 1 if learned is None else learned):
-        replay.remember(index, lambda rows: np.random.default_rng(1).normal(size=(len(rows), 3)))
+        replay.update_memory(index, lambda rows: np.random.default_rng(1).normal(size=(len(rows), 3)))
     return replay
 
 
@@ -144,9 +144,9 @@ def test_four_fifths_of_the_kept_examples_are_trained_on() -> None:
     labels = replay.pool.labels
     for label in (0, 1):
         assert (labels[replay.memory[0]] == label).sum() == 6
-        assert (labels[replay.spare[0]] == label).sum() == 1
-    assert not set(replay.memory[0]) & set(replay.spare[0])
-    assert replay.stored() == len(replay.memory[0]) + len(replay.spare[0])
+        assert (labels[replay.val_memory[0]] == label).sum() == 1
+    assert not set(replay.memory[0]) & set(replay.val_memory[0])
+    assert replay.stored() == len(replay.memory[0]) + len(replay.val_memory[0])
 
 
 FEWNERD = [30415, 24780, 51816, 101875, 34443, 29988, 12912, 24075, 15163, 14916]
@@ -214,7 +214,7 @@ def test_a_share_of_a_task_is_kept_with_all_its_labels(size: int, classes: int, 
     found = pool([size, 5], classes)
     replay = ShareReplay()
     replay.setup(Encoded(found, found, found), 0, 8)
-    replay.remember(0, lambda rows: rows)
+    replay.update_memory(0, lambda rows: rows)
     labels = Counter(found.labels[replay.memory[0]].tolist())
     assert len(set(replay.memory[0].tolist())) == sum(labels.values()) == kept
     if classes <= kept:
@@ -231,7 +231,7 @@ def test_a_share_comes_back_once_an_epoch() -> None:
     replay = set_up(ShareReplay(share=0.1), [40, 20, 30])
     rows = np.concatenate(replay.plan(2).epoch(0))
     assert sorted(rows.tolist()) == sorted([*replay.memory[0], *replay.memory[1], *range(60, 90)])
-    assert sorted(np.concatenate(replay.recall(2).epoch(0)).tolist()) == sorted(replay.old().tolist())
+    assert sorted(np.concatenate(replay.memory_only_plan(2).epoch(0)).tolist()) == sorted(replay.memory_rows().tolist())
 
 
 def test_no_share_gives_the_batches_of_no_replay() -> None:
@@ -248,7 +248,7 @@ def test_reservoir_is_a_uniform_sample_of_all_seen() -> None:
         found = pool([100, 100, 100])
         replay.setup(Encoded(found, found, found), seed, 8)
         for index in range(3):
-            replay.remember(index, lambda rows: rows)
+            replay.update_memory(index, lambda rows: rows)
         assert replay.stored() == 60
         stays[replay.memory[0]] += 1
     assert stats.chisquare(stays.reshape(3, 100).sum(1)).pvalue > 0.001
@@ -262,7 +262,7 @@ def test_state_round_trip_gives_the_same_batches(replay) -> None:
     before = set_up(replay, [20, 20, 20])
     state = before.state()
     after = type(replay)(**{k: v for k, v in vars(replay).items() if k in type(replay).__dataclass_fields__})
-    after.setup(Encoded(before.pool, before.held, before.pool), 0, 8)
+    after.setup(Encoded(before.pool, before.val_pool, before.pool), 0, 8)
     after.load(state)
     for a, b in zip(before.plan(2).epoch(0), after.plan(2).epoch(0), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clpet.replay.exemplar_selection import stand_in
+from clpet.replay.exemplar_selection import random_features
 from tests.conftest import tiny_args
 
 STAGED = [
@@ -27,7 +27,7 @@ def test_the_stages_said_beforehand_are_those_that_are_run(method: str, more: li
     said = {}
     for index, _ in curriculum:
         said[index] = [plan.steps for plan in run.method.stages(index).values()]
-        replay.remember(index, stand_in)
+        replay.update_memory(index, random_features)
     replay.setup(run.data, run.config.seed, replay.batch_size)
     done: list[int] = []
     run.trainer.progress.fit = lambda stage, epochs, steps: done.append(steps)
