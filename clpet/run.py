@@ -168,7 +168,7 @@ class Experiment:
         tasks = range(total if kind is Matrix.full or row == total else row if kind is Matrix.seen else 0)
         if row % self.config.evaluation.every and row < total and tasks:
             tasks = range(row - 1, row)
-        tasks = self.method.measured(row, tasks)
+        tasks = self.method.evaluable_tasks(row, tasks)
         if not tasks:
             return
         if row == total:

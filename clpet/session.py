@@ -53,7 +53,7 @@ def check_knobs(config: Config, parts: dict[str, Any], objective: str) -> None:
 
 def check_validation(config: Config, method: Method, benchmark: Benchmark) -> None:
     """The best epoch, and settings, need something to be chosen on."""
-    chosen = method.validates and config.train.select is Select.best
+    chosen = method.uses_validation and config.train.select is Select.best
     measured = config.evaluation.split is Split.validation
     for task in benchmark.tasks:
         if (chosen or measured) and not task.validation:

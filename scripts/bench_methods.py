@@ -11,7 +11,7 @@ from bench import Bench
 from torch import nn
 
 from clpet.config.seeding import derive
-from clpet.methods.components.importance import Importance, Units, adaptive, fuse, norm, unflat
+from clpet.methods.components.importance import Importance, ParameterGroups, adaptive, fuse, norm, unflat
 from clpet.methods.components.key_retrieval import KeyLearning, orthonormal
 from clpet.models.stacked_lora import attention_outputs
 from clpet.objectives.base import Choices
@@ -63,10 +63,10 @@ def fusion_seconds() -> float:
         tensors |= {f"{module}.lora_A.weight": torch.rand(8, 1024), f"{module}.lora_B.weight": torch.rand(1024, 8)}
     importance = Importance(sum(value.numel() for value in tensors.values()), "mix", 0.85, 0.85, False)
     importance.update(list(tensors.values()), list(tensors.values()))
-    units = Units(tensors, by_rank=True)
+    units = ParameterGroups(tensors, by_rank=True)
     start = time.perf_counter()
     scores = norm(units.scores(unflat(importance.elements(), tensors)))
-    for name, weight in units.spread(adaptive(scores.flip(0), scores, 0.25)).items():
+    for name, weight in units.broadcast(adaptive(scores.flip(0), scores, 0.25)).items():
         tensors[name].copy_(fuse(tensors[name].clone(), tensors[name], weight))
     return time.perf_counter() - start
 

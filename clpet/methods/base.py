@@ -30,11 +30,11 @@ class Method:
     objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text", "language_modeling")
     uses_replay: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False  # more than one adapter: refuses peft=none
-    pefts: ClassVar[tuple[str, ...]] = ()  # the peft options it goes with; empty: any that trains something
-    repeatable: ClassVar[bool] = True  # a block's pass needs nothing set around it: it can be done again later
+    supported_pefts: ClassVar[tuple[str, ...]] = ()  # the peft options it goes with; empty: any that trains something
+    supports_recompute: ClassVar[bool] = True  # a block's pass needs nothing set around it: it can be done again later
     task_id_at_test = False  # results are task-incremental; a subclass may make it a knob
-    one_model: ClassVar[bool] = True  # the same weights for every text: they can be merged, and asked by others
-    validates: ClassVar[bool] = True  # chooses an epoch where train.select=best
+    mergeable: ClassVar[bool] = True  # the same weights for every text: they can be merged, and asked by others
+    uses_validation: ClassVar[bool] = True  # chooses an epoch where train.select=best
     cache_dir: ClassVar[str | None] = None  # set by the run: a folder for what other runs can use
 
     def check(self, objective: str, replay: str, peft: str) -> None:
@@ -46,9 +46,9 @@ class Method:
             raise ConfigError(f"method={self.name} replays nothing: leave out replay={replay}, or take method=replay")
         if peft in ("none", "blocks") and self.needs_adapter:
             raise ConfigError(f"method={self.name} keeps an adapter per task and cannot run with peft={peft}")
-        if self.pefts and peft not in self.pefts:
-            raise ConfigError(f"method={self.name} needs peft={' or '.join(self.pefts)}, not peft={peft}")
-        if peft == "frozen" and peft not in self.pefts:
+        if self.supported_pefts and peft not in self.supported_pefts:
+            raise ConfigError(f"method={self.name} needs peft={' or '.join(self.supported_pefts)}, not peft={peft}")
+        if peft == "frozen" and peft not in self.supported_pefts:
             raise ConfigError(f"method={self.name} trains the model, and peft=frozen leaves nothing of it to train")
 
     def mixes_tasks(self, replay: str) -> bool:
@@ -66,9 +66,9 @@ class Method:
         """Attaches the first adapter; called once, before any evaluation."""
         self.objective, self.benchmark, self.data = objective, benchmark, data
         self.replay, self.seed = replay, seed
-        self.first_adapter()
+        self.init_adapters()
 
-    def first_adapter(self) -> None:
+    def init_adapters(self) -> None:
         """The adapter that a fresh run evaluates and trains."""
         self.objective.adapters.add("default", derive(self.seed, "adapter", "default"))
 
@@ -80,7 +80,7 @@ class Method:
         """(position, task) in learning order; after each, row position + 1 of the matrix is measured."""
         return list(enumerate(self.benchmark.tasks))
 
-    def measured(self, row: int, tasks: range) -> range:
+    def evaluable_tasks(self, row: int, tasks: range) -> range:
         """Of the tasks whose scores are asked for after `row` tasks, those that this method has a model for."""
         return tasks
 
@@ -240,7 +240,7 @@ class Method:
         self.objective.adapters.save(folder)
 
     def merged(self) -> Any:
-        """The backbone with what was learned in its weights, where there is `one_model`; nothing can follow."""
+        """The backbone with what was learned in its weights, where there is `mergeable`; nothing can follow."""
         return self.objective.adapters.merged()
 
     def diagnostics(self) -> dict[str, float]:

@@ -41,7 +41,7 @@ class CRL(Method):
 
     objectives: ClassVar[tuple[str, ...]] = ("classification",)
     uses_replay: ClassVar[bool] = True
-    validates: ClassVar[bool] = False
+    uses_validation: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.tau > 0, "method.tau", self.tau, "more than 0")
@@ -53,8 +53,8 @@ class CRL(Method):
         if replay not in ("fixed", "dynamic", "all"):
             raise ConfigError(f"method=crl needs replay=fixed, dynamic or all, not {replay}")
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.replay.cluster_seed = 0
         width, device = self.objective.dim, self.objective.device
         torch.manual_seed(derive(self.seed, "projection"))

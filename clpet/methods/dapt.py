@@ -20,14 +20,14 @@ class DAPT(Method):
 
     objectives: ClassVar[tuple[str, ...]] = ("language_modeling",)
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.index = 0  # of the domain that is read
         self.start = {
             name: value.detach().clone() for name, value in self.objective.adapters.tensors("default").items()
         }
 
-    def measured(self, row: int, tasks: range) -> range:
+    def evaluable_tasks(self, row: int, tasks: range) -> range:
         return range(row - 1, row) if row else tasks
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

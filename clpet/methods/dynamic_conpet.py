@@ -20,7 +20,7 @@ from clpet.data.batches import Batch, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
 from clpet.methods.base import Choices, Predictions
-from clpet.methods.components.logit_cache import LogitStore
+from clpet.methods.components.logit_cache import LogitCache
 from clpet.methods.components.task_selector import Prototypes, Selector
 from clpet.methods.modular import Modular, module_name
 from clpet.objectives.classification import MISSING, Head
@@ -82,9 +82,9 @@ class DynamicConPET(Modular):
         if self.warm_start is WarmStart.selector and (self.top_k >= len(benchmark) or not trained):
             raise ConfigError("method.warm_start=selector, but no selector is trained here")
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
-        self.store = LogitStore(self.objective, self.cache_dir)
+    def init_adapters(self) -> None:
+        super().init_adapters()
+        self.store = LogitCache(self.objective, self.cache_dir)
         self.router: Selector | Prototypes = (
             Selector(self.objective, self.store, self.benchmark.names, self.seed)
             if self.selector is Routing.trained
@@ -178,7 +178,7 @@ class DynamicConPET(Modular):
         """Has the logits of the frozen modules among `chosen` [len(rows), any] computed where they are not known."""
         for index in np.unique(chosen).tolist():
             if module_name(index) in self.store:
-                self.store.fill(module_name(index), pool, rows[(chosen == index).any(1)])
+                self.store.prefetch(module_name(index), pool, rows[(chosen == index).any(1)])
 
     def loss(self, batch: Batch) -> Tensor:
         """K = 1: plain cross-entropy inside Y_k. K > 1: cross-entropy over the union of the selected modules."""

@@ -39,8 +39,8 @@ class EAEMR(Replay):
         require(self.align_batch >= 1, "method.align_batch", self.align_batch, "at least 1")
         require(self.align_epochs >= 0, "method.align_epochs", self.align_epochs, "0 or more")
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         if isinstance(self.replay, FixedReplay):
             self.replay.actual_size = True
         dim, device = self.objective.dim, self.objective.device

@@ -66,8 +66,8 @@ class EWC(Static):
                 " (in words usually method.fisher=batch method.merge=average method.strength=5000)"
             )
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.quadratic: dict[str, Triple] = {}  # name -> S, M, Q in fp64
 
     def loss(self, batch: Batch) -> Tensor:

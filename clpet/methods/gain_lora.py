@@ -16,7 +16,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.components.features import mean_pool, token_embeddings, vocabulary
-from clpet.methods.components.subspace import Covariance, leading, without
+from clpet.methods.components.subspace import Covariance, project_out, top_singular_vectors
 from clpet.methods.inf_lora import InfLoRA
 
 READS = {"down": "x", "up": "hidden", "key": "gate"}  # which basis each of a gate's tensors must stay outside of
@@ -56,14 +56,14 @@ class GainLoRA(InfLoRA):
     hidden: int = 100
     rescale: bool = True
 
-    one_model: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.hidden >= 1, "method.hidden", self.hidden, "at least 1")
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.gates: list[Gate] = []
         self.before: dict[str, Tensor] = {}  # the newest gate's tensors before the step, from task 2 on
 
@@ -83,7 +83,7 @@ class GainLoRA(InfLoRA):
                 gate.up.copy_(old.up)
         self.gates.append(gate)
         covariance = self.gate_covariances(index)["gate"]
-        direction = leading(covariance, self.basis("gate", covariance))[:, 0]
+        direction = top_singular_vectors(covariance, self.basis("gate", covariance))[:, 0]
         with torch.no_grad():
             gate.key.copy_(direction * gate.key.norm())
 
@@ -146,5 +146,5 @@ def opening(cosine: Tensor) -> Tensor:
 
 def projected_step(before: Tensor, after: Tensor, basis: Tensor, rescale: bool) -> Tensor:
     """W + dW (I - M M^T); with `rescale` every row has the norm of W + dW."""
-    moved = before + without(after - before, basis)
+    moved = before + project_out(after - before, basis)
     return moved * (after.norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)) if rescale else moved

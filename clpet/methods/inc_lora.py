@@ -19,10 +19,10 @@ from clpet.training.trainer import Trainer
 class IncLoRA(Method):
     """Branches of stacked rank; subclasses weigh them in `route`. Rank, alpha and targets are those of peft=lora."""
 
-    pefts: ClassVar[tuple[str, ...]] = ("lora",)
-    repeatable: ClassVar[bool] = False
+    supported_pefts: ClassVar[tuple[str, ...]] = ("lora",)
+    supports_recompute: ClassVar[bool] = False
 
-    def first_adapter(self) -> None:
+    def init_adapters(self) -> None:
         """Row 0 is the bare backbone."""
         self.increments = Increments(self.objective.adapters)
 

@@ -21,11 +21,11 @@ class Independent(Modular):
     objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
     task_id_at_test = True
 
-    def first_adapter(self) -> None:
+    def init_adapters(self) -> None:
         self.headed = self.objective.name == "classification"
         self.modules = []
         if self.headed:
-            super().first_adapter()
+            super().init_adapters()
 
     def add_module(self, index: int) -> None:
         if self.headed:

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from clpet.config.schema import require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
-from clpet.methods.components.subspace import InputCovariances, extended, leading, threshold, without
+from clpet.methods.components.subspace import (
+    InputCovariances,
+    extend_basis,
+    project_out,
+    threshold,
+    top_singular_vectors,
+)
 from clpet.methods.inc_lora import IncLoRA
 from clpet.training.trainer import Trainer
 
@@ -38,8 +44,8 @@ class InfLoRA(IncLoRA):
     def __post_init__(self) -> None:
         require(0 < self.epsilon < 1, "method.epsilon", self.epsilon, "between 0 and 1")
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.bases: dict[str, Tensor] = {}  # M by the first layer that reads the input, fp32
         self.same: dict[str, str] = {}  # layer -> that first layer
 
@@ -64,7 +70,7 @@ class InfLoRA(IncLoRA):
 
     def leading_rows(self, first: str, covariance: Tensor) -> Tensor:
         """[r, d_in]: the top r left singular vectors of (I - M M^T) C, of norm 1 / sqrt(3)."""
-        return leading(covariance, self.basis(first, covariance))[:, : self.increments.rank].T / 3**0.5
+        return top_singular_vectors(covariance, self.basis(first, covariance))[:, : self.increments.rank].T / 3**0.5
 
     def basis(self, name: str, covariance: Tensor) -> Tensor:
         """M in fp64; empty before the first task."""
@@ -96,7 +102,7 @@ class InfLoRA(IncLoRA):
     def extend(self, name: str, covariance: Tensor, index: int) -> None:
         """Adds to a basis what task `index` used."""
         epsilon = threshold(self.epsilon, index, len(self.benchmark))
-        basis = extended(self.basis(name, covariance), covariance, epsilon).float()
+        basis = extend_basis(self.basis(name, covariance), covariance, epsilon).float()
         self.bases[name] = basis.contiguous()  # as it comes back from a checkpoint: products round by memory layout
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -118,5 +124,5 @@ class InfLoRA(IncLoRA):
 
 def projected(a: Tensor, basis: Tensor) -> Tensor:
     """A (I - M M^T) with every row scaled to norm 1 / sqrt(3), the expected norm of a Kaiming row."""
-    rows = without(a.double(), basis.double())
+    rows = project_out(a.double(), basis.double())
     return (F.normalize(rows, eps=1e-4) / 3**0.5).to(a.dtype)  # where M leaves no room nothing but noise is left

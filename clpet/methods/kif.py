@@ -25,12 +25,12 @@ from clpet.methods.base import Method
 from clpet.methods.components.importance import (
     SCORES,
     Importance,
-    Units,
+    ParameterGroups,
+    above_percentile,
     accumulate,
     adaptive,
     fuse,
     gradients,
-    important,
     norm,
     orthogonality,
     static,
@@ -92,8 +92,8 @@ class KIF(Method):
         if self.replay_phase == "after" and replay == "none":
             raise ConfigError("method.replay_phase=after needs a memory: replay=share, for example")
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.accumulated: dict[str, Tensor] = {}  # J: group -> its units, fp64
         self.history: list[dict[str, Any]] = []  # of every task: what its pictures and diagnostics show
         self.importance: Importance | None = None  # of the task being learned
@@ -137,7 +137,7 @@ class KIF(Method):
     def begin(self) -> None:
         """New scores, for the tensors as they are once the head has grown."""
         self.live = self.scored()
-        self.units = Units(self.live, self.unit == "lora_rank")
+        self.units = ParameterGroups(self.live, self.unit == "lora_rank")
         size = sum(value.numel() for value in self.live.values())
         place = torch.zeros((), device=self.objective.device)
         self.importance = Importance(size, self.score, self.beta1, self.beta2, self.skip_first_step, place)
@@ -168,10 +168,10 @@ class KIF(Method):
         scores = self.units.scores(unflat(self.importance.elements(), self.live), self.unit_score)
         old = norm(self.units.join(self.accumulated)) if self.accumulated else torch.zeros_like(scores)
         new = norm(scores)
-        protected = important(old, self.percentile, self.strict)
+        protected = above_percentile(old, self.percentile, self.strict)
         figures = {"skipped_steps": float(self.importance.skipped)}
         if self.accumulated:
-            wanted = important(new, self.percentile, self.strict)
+            wanted = above_percentile(new, self.percentile, self.strict)
             weight = self.new_weight(old, new, protected, wanted)
             self.blend(weight)
             scores = accumulate(old, new, self.beta)
@@ -193,13 +193,13 @@ class KIF(Method):
     @torch.no_grad()
     def blend(self, weight: Tensor) -> None:
         """Scored tensors become their fusion; what has no old value keeps the new one."""
-        for name, w in self.units.spread(weight).items():
+        for name, w in self.units.broadcast(weight).items():
             if name in self.before:
                 self.live[name].copy_(fuse(self.before[name], self.live[name], w))
 
     def rehearse(self, trainer: Trainer, index: int, protected: Tensor) -> None:
         """Replay after the fusion: of the units, only those that earlier tasks need are trained."""
-        free = self.units.spread(protected)
+        free = self.units.broadcast(protected)
         held = {name: value.detach().clone() for name, value in self.live.items()}
 
         def mask() -> None:

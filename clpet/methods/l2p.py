@@ -34,8 +34,8 @@ class L2P(Prompts):
     def longest(self, benchmark: Benchmark) -> int:
         return self.top_k * self.length
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         start = self.from_vocabulary(self.pool * self.length).unflatten(0, (self.pool, self.length))
         self.prompts, self.keys = nn.Parameter(start), nn.Parameter(start.mean(1))
 

@@ -48,8 +48,8 @@ class LwF(Static):
         t = self.temperature
         require(t is None or t > 0, "method.temperature", t, "more than 0, or null")
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.writes = self.objective.generates
         self.before: dict[str, Tensor] = {}  # of answers: what was trained before the task
         self.t = self.temperature or (2.0 if self.writes else 1.0)

@@ -39,14 +39,14 @@ class MoCL(IncLoRA):
     matching: float = 1.0
     task_id_at_test: bool = False
 
-    one_model: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.scale > 0, "method.scale", self.scale, "more than 0")
         require(self.matching >= 0, "method.matching", self.matching, "0 (off) or more")
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.keys: list[nn.Parameter] = []  # the last one is trained
         self.place = torch.full((len(self.data.train),), -1)
 

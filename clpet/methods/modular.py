@@ -26,9 +26,9 @@ class Modular(Method):
 
     objectives: ClassVar[tuple[str, ...]] = ("classification",)
     needs_adapter: ClassVar[bool] = True
-    one_model: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
 
-    def first_adapter(self) -> None:
+    def init_adapters(self) -> None:
         """Nothing to attach before the first task: row 0 is the bare backbone."""
         self.modules: list[Head] = []
         self.start = self.objective.new_head(self.seed).start  # rows that a module's head would start from

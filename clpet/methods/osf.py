@@ -23,10 +23,10 @@ from clpet.training.trainer import Trainer
 class OSF(Method):
     """What task t made strong is among the kept directions of task t + 1."""
 
-    pefts: ClassVar[tuple[str, ...]] = ("osf",)
+    supported_pefts: ClassVar[tuple[str, ...]] = ("osf",)
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.index = 0  # of the task that is learned
         if not self.layers():
             raise ModelError("peft=osf fits linear layers only, and peft.targets names none")

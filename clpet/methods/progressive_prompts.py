@@ -36,8 +36,8 @@ class ProgressivePrompts(Prompts):
     def longest(self, benchmark: Benchmark) -> int:
         return self.length * len(benchmark)
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.frozen: list[Tensor] = []  # earlier tasks' prompts
         self.new = nn.Parameter(self.from_vocabulary(0))
         self.reparametrisation: nn.Module | None = None

@@ -22,8 +22,8 @@ class Prompts(Method):
 
     length: int = 10
 
-    pefts: ClassVar[tuple[str, ...]] = ("frozen",)
-    one_model: ClassVar[bool] = False
+    supported_pefts: ClassVar[tuple[str, ...]] = ("frozen",)
+    mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.length >= 1, "method.length", self.length, "at least 1")
@@ -35,7 +35,7 @@ class Prompts(Method):
         """Most vectors that ever stand before a text."""
         raise NotImplementedError
 
-    def first_adapter(self) -> None:
+    def init_adapters(self) -> None:
         self.objective.prompt = self.prompt
 
     def prompt(self, batch: Batch) -> Tensor:

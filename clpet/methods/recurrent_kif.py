@@ -55,8 +55,8 @@ class RecurrentKIF(Method):
         if replay == "none":
             raise ConfigError(f"method={self.name} needs a memory: replay=share, fixed, dynamic, reservoir or all")
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         self.statistics: dict[str, float] = {}
 
     def plan(self, index: int) -> BatchPlan:

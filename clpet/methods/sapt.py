@@ -47,15 +47,15 @@ class SAPT(IncLoRA):
     hidden: int = 100
     faithful_padding: bool = False
 
-    one_model: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.kl_ratio >= 0, "method.kl_ratio", self.kl_ratio, "0 (off) or more")
         require(0 <= self.share <= 1, "method.share", self.share, "in [0, 1]")
         require(self.hidden >= 1, "method.hidden", self.hidden, "at least 1")
 
-    def first_adapter(self) -> None:
-        super().first_adapter()
+    def init_adapters(self) -> None:
+        super().init_adapters()
         device, self.dim = self.objective.device, vocabulary(self.objective.adapters.model).shape[1]
         self.query = Query(self.dim, self.hidden, derive(self.seed, "query")).to(device)
         self.keys = [torch.empty(0, self.dim, device=device)]  # those of earlier tasks, then the one being trained

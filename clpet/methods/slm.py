@@ -25,11 +25,11 @@ from clpet.methods.components.features import Embeddings
 from clpet.methods.components.key_retrieval import (
     KeyLearning,
     Mixture,
-    Tally,
+    RetrievalStats,
     cosines,
     majority,
-    mix,
     orthonormal,
+    retrieve,
     unrelated,
 )
 from clpet.methods.modular import module_name
@@ -85,9 +85,9 @@ class SLM(Method):
     stage1: KeyLearning = field(default_factory=KeyLearning)
 
     objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
-    pefts: ClassVar[tuple[str, ...]] = ("frozen",)
-    one_model: ClassVar[bool] = False
-    repeatable: ClassVar[bool] = False
+    supported_pefts: ClassVar[tuple[str, ...]] = ("frozen",)
+    mergeable: ClassVar[bool] = False
+    supports_recompute: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for knob, known in KNOWN.items():
@@ -129,7 +129,7 @@ class SLM(Method):
     def inputs(self) -> dict[str, str]:
         return {"encoder": backbone(self.encoder).fingerprint(self.cache_dir) or ""}
 
-    def first_adapter(self) -> None:
+    def init_adapters(self) -> None:
         """Row 0 is the bare backbone."""
         objective, self.sizes = self.objective, self.choose_sizes(self.benchmark)
         self.per_task = self.sizes.keys * (self.sizes.groups if self.values == "per_group" else 1)  # values of a task
@@ -139,7 +139,7 @@ class SLM(Method):
         self.increments = Increments(objective.adapters, lora.peft_config(objective.backbone))
         self.key_pool: list[Tensor] = []  # of every task [G, P, h]
         self.rows = None if objective.generates else TaskHeads(objective, self.task_id_at_test)
-        self.tally = Tally(len(self.benchmark), objective.device)
+        self.stats = RetrievalStats(len(self.benchmark), objective.device)
 
     # Learning
 
@@ -194,8 +194,12 @@ class SLM(Method):
 
     def mix(self, sigma: Tensor, allowed: Tensor | None = None) -> Mixture:
         """What the knobs make of similarities."""
-        together = self.retrieval == "batch_mean"
-        return mix(sigma, self.sizes.top_k, self.values == "per_group", self.combine == "mean", together, allowed)
+        per_group, uniform, batch_mean = (
+            self.values == "per_group",
+            self.combine == "mean",
+            self.retrieval == "batch_mean",
+        )
+        return retrieve(sigma, self.sizes.top_k, per_group, uniform, batch_mean, allowed)
 
     def answer(self, batch: Batch, choices: Choices) -> Predictions:
         """Predictions with the values of the most similar keys, its own task's only where an example's is given."""
@@ -218,7 +222,7 @@ class SLM(Method):
             return super().predict(batch, choices)
         found = self.answer(batch, choices)
         if self.objective.meter.kind == "evaluated":
-            self.tally.add(batch.tasks, found.trace["selected"], found.trace["right_picks"])
+            self.stats.add(batch.tasks, found.trace["selected"], found.trace["right_picks"])
         return found
 
     def predict_known_task(self, batch: Batch, found: Predictions) -> Predictions:
@@ -243,21 +247,21 @@ class SLM(Method):
         return [part for own in tasks for part in super(SLM, self).batches(pool, own)]
 
     def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
-        self.tally = Tally(len(self.benchmark), self.objective.device)
+        self.stats = RetrievalStats(len(self.benchmark), self.objective.device)
 
     def after_evaluation(self) -> None:
         if not get_world().sharded:
-            get_world().sum([self.tally.votes, self.tally.right])
+            get_world().sum([self.stats.votes, self.stats.right])
 
     # Records
 
     def diagnostics(self) -> dict[str, float]:
-        measured = self.tally.votes.sum(1).nonzero().squeeze(1).tolist()
+        measured = self.stats.votes.sum(1).nonzero().squeeze(1).tolist()
         names = self.benchmark.names[: len(self.key_pool)]
-        return self.tally.figures(names) if measured and names else {}
+        return self.stats.figures(names) if measured and names else {}
 
     def figures(self) -> dict[str, dict[str, Any]]:
-        shares = self.tally.votes / self.tally.votes.sum(1, keepdim=True)
+        shares = self.stats.votes / self.stats.votes.sum(1, keepdim=True)
         return {"retrieval": {"shares": shares.cpu().numpy(), "tasks": self.benchmark.names}}
 
     def trainable_parameters(self) -> int:
@@ -277,7 +281,7 @@ class SLM(Method):
             "keys": self.key_pool,
             "values": self.increments.state(),
             "rows": self.rows.state() if self.rows else [],
-            "tally": self.tally.state(),
+            "tally": self.stats.state(),
         }
         return {**super().state_dict(), "slm": own}
 
@@ -286,7 +290,7 @@ class SLM(Method):
         own, device = state["slm"], self.objective.device
         self.key_pool = [keys.to(device) for keys in own["keys"]]
         self.increments.load(own["values"], self.per_task)
-        self.tally.load(own["tally"])
+        self.stats.load(own["tally"])
         if self.rows:
             self.rows.load(own["rows"])
 

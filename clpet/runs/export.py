@@ -22,7 +22,7 @@ def check(record: RunRecord, folder: Path, merge: bool) -> None:
     peft, model = record.config.peft["name"], record.parts["model"]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} already exists and is not an empty folder: give the name of a new one")
-    if merge and not record.method.one_model:
+    if merge and not record.method.mergeable:
         raise ConfigError(
             f"method={record.method.name} chooses parameters for each text, so it cannot be merged into one model: "
             "leave out --merge"
@@ -78,7 +78,7 @@ def describe(run: LoadedRun, contents: str, peft_adapters: bool) -> dict[str, An
         "backbone": base,
         "revision": backbone.revision,
         "method": run.method.name,
-        "one_model": run.method.one_model,
+        "one_model": run.method.mergeable,
         "benchmark": run.benchmark.name,
         "objective": objective.name,
         "tasks": run.benchmark.names[: run.row],

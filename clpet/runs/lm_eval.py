@@ -33,7 +33,7 @@ def check(record: RunRecord) -> None:
         raise ConfigError(
             f"--downstream needs a decoder or an encoder-decoder; model {record.config.model['name']} is an encoder"
         )
-    if not record.method.one_model:
+    if not record.method.mergeable:
         raise ConfigError(
             f"method={record.method.name} chooses parameters for each text: the harness needs one model for all texts"
         )

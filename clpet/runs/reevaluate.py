@@ -13,7 +13,7 @@ def compare_with_recorded(run: LoadedRun) -> tuple[str, bool]:
     Measures the tasks that have a recorded score in this row, or all tasks if none has. Raises DataError.
     """
     recorded = [index for index, score in enumerate(run.scores) if score is not None]
-    tasks = recorded or list(run.method.measured(run.row, range(len(run.benchmark))))
+    tasks = recorded or list(run.method.evaluable_tasks(run.row, range(len(run.benchmark))))
     if not tasks:
         raise DataError(f"method={run.method.name} has no model to evaluate after {run.row} tasks")
     with enough_memory(run.method.objective.memory_advice):

@@ -82,7 +82,7 @@ class Hardware:
         for knob, value in (("shard", self.shard), ("quantization", self.quantization is Quantization.nf4)):
             if peft.full and value:
                 raise ConfigError(f"hardware.{knob} is for a frozen backbone: take peft=lora, not peft={peft.name}")
-        if self.gradient_checkpointing and not method.repeatable:
+        if self.gradient_checkpointing and not method.supports_recompute:
             raise ConfigError(
                 f"hardware.gradient_checkpointing does not go with method={method.name}, whose branches are mixed "
                 "anew for every batch: lower hardware.micro_batch_size"

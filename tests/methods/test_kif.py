@@ -144,7 +144,7 @@ def test_adaptive_fusion_of_every_rank(make) -> None:
     found = pair(make, fusion="adaptive")
     units = found.run.method.units
     old, new = norm(units.join(found.accumulated)), units.join(found.run.method.history[1]["importance"])
-    weight = units.spread(torch.sigmoid((new - old) / 0.25))
+    weight = units.broadcast(torch.sigmoid((new - old) / 0.25))
     for name, w in weight.items():
         expected = w * found.new[name] + (1 - w) * found.before[name]
         torch.testing.assert_close(found.fused[name], expected.float(), atol=1e-6, rtol=1e-5)
@@ -234,7 +234,7 @@ def test_replay_after_fusion_trains_old_units_alone(make, monkeypatch: pytest.Mo
     run.learn(1)
     protected = fused.pop("protected")
     assert protected.sum() == 7  # of 32, strictly above the percentile
-    free = run.method.units.spread(protected)
+    free = run.method.units.broadcast(protected)
     moved = [value != fused[name] for name, value in weights(run).items()]
     assert not any((change & ~mask).any() for change, mask in zip(moved, free.values(), strict=True))
     assert sum((change & mask).sum() for change, mask in zip(moved, free.values(), strict=True)) > 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from clpet.config.schema import Schedule, Training
 from clpet.methods.components.importance import (
     Importance,
-    Units,
+    ParameterGroups,
     above_quantile,
     accumulate,
     adaptive,
@@ -18,7 +18,7 @@ from clpet.methods.components.importance import (
     orthogonality,
     unflat,
 )
-from clpet.methods.components.subspace import extended, threshold
+from clpet.methods.components.subspace import extend_basis, threshold
 from clpet.methods.gain_lora import Gate, opening, projected_step
 from clpet.methods.l2p import L2P
 from clpet.methods.mocl import MoCL
@@ -73,7 +73,7 @@ def trained(task: int, step: int = 3) -> Tensor:
 
 def test_kif_over_three_tasks() -> None:
     """B1, `RankAllocator`, `get_lora_ipt`, `lora_averaging` and `compute_orth_regu`: LoRA units, mix score, tau .25."""
-    units = Units(named(trained(0)), by_rank=True)
+    units = ParameterGroups(named(trained(0)), by_rank=True)
     old, accumulated = named(trained(0)), torch.empty(0)
     for task in range(3):
         importance = Importance(20, "mix", 0.85, 0.85, True, trained(0))
@@ -95,7 +95,7 @@ def test_kif_over_three_tasks() -> None:
         )
         percentiles = [torch.quantile(scores, 0.8).item() for scores in (now, before)]
         assert percentiles == pytest.approx(PERCENTILES[task - 1], abs=1e-7)
-        weights = units.spread(adaptive(before, now, 0.25))
+        weights = units.broadcast(adaptive(before, now, 0.25))
         old = {name: fuse(old[name], new[name], weights[name]) for name in SHAPES}
         for value, expected in zip(old.values(), FUSED[task - 1], strict=True):
             assert torch.allclose(value, double(expected), atol=1e-7)
@@ -182,7 +182,7 @@ def test_basis_of_three_tasks() -> None:
     for index, covariance in enumerate(covariances):
         epsilon = threshold(0.95, index, 3)
         assert epsilon == pytest.approx([0.95, 0.96666667, 0.98333333][index], abs=1e-8)
-        basis = extended(basis, covariance, epsilon)
+        basis = extend_basis(basis, covariance, epsilon)
         found.append(basis @ basis.T)
     for projector, directions in zip(found, (2, 4, 4), strict=True):
         assert torch.allclose(projector, torch.diag(double([1.0] * directions + [0.0] * (4 - directions))), atol=1e-12)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from clpet.methods.components.key_retrieval import KeyLearning, cosines, mix, over_groups
+from clpet.methods.components.key_retrieval import KeyLearning, cosines, over_groups, retrieve
 from clpet.models.adapters import Adapters, Frozen, Lora
 from clpet.models.backbone import Backbone
 from clpet.models.stacked_lora import Increments, attention_outputs
@@ -71,7 +71,7 @@ def test_retrieval_and_increment() -> None:
     expected = {(0,): [[0, 1.2775311], [1.1483126, 0.1292184]], (1,): [[0, 1.7573593], [0.8284271, 0.9289322]],
                 (0, 2): [[0, 1.3998158], [1.0667894, 0.3330264]]}  # fmt: skip
     for rows, delta in expected.items():
-        weights = mix(sigma[list(rows)], 2, together=len(rows) > 1).branches(3)
+        weights = retrieve(sigma[list(rows)], 2, batch_mean=len(rows) > 1).branches(3)
         for one in weights:
             assert torch.allclose(increment(found, one[None]), double(delta), atol=1e-6)
 

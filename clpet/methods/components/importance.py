@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 SCORES = ("first", "second", "mix")
-TENSORS = ("mean", "deviation", "counted", "skipped")
+STATE = {
+    "mean": "mean",
+    "deviation": "uncertainty",
+    "counted": "counted",
+    "skipped": "skipped",
+}  # checkpoint key -> attribute
 
 
 class Importance:
@@ -28,10 +33,10 @@ class Importance:
     ) -> None:
         like = torch.zeros(()) if like is None else like
         self.score, self.beta1, self.beta2, self.skip_first = score, beta1, beta2, skip_first
-        self.mean, self.deviation = like.new_zeros(size), like.new_zeros(size)
+        self.mean, self.uncertainty = like.new_zeros(size), like.new_zeros(size)
         self.counted, self.skipped = (torch.zeros((), dtype=torch.long, device=like.device) for _ in range(2))
         self.steps = 0
-        self.best, self.kept = float("-inf"), dict[str, Tensor]()
+        self.best, self.best_scores = float("-inf"), dict[str, Tensor]()
 
     @torch.no_grad()
     def update(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
@@ -47,40 +52,43 @@ class Importance:
         s = torch.where(finite, s, self.mean)
         on = finite.to(s.dtype)
         self.mean.lerp_(s, on * (1 - self.beta1))
-        self.deviation.lerp_(s.sub_(self.mean).abs_(), on * (1 - self.beta2))
+        self.uncertainty.lerp_(s.sub_(self.mean).abs_(), on * (1 - self.beta2))
         self.counted += finite
         self.skipped += ~finite
 
     def elements(self) -> Tensor:
         """[size] fp64: I U of every weight."""
-        return self.mean.to(torch.float64, copy=True).mul_(self.deviation)
+        return self.mean.to(torch.float64, copy=True).mul_(self.uncertainty)
 
     def clear(self) -> None:
         """Forgets the scores, not the counts."""
         self.mean.zero_()
-        self.deviation.zero_()
+        self.uncertainty.zero_()
 
     def keep(self, validation: float) -> None:
         """Remembers the present scores where they belong to the best validation so far."""
         if validation > self.best:
-            self.best, self.kept = validation, {name: getattr(self, name).clone() for name in TENSORS}
+            self.best, self.best_scores = validation, {key: value.clone() for key, value in self._tensors().items()}
 
     def restore(self) -> None:
-        """Goes back to the scores that were kept, if any were."""
-        for name, value in self.kept.items():
-            getattr(self, name).copy_(value)
+        """Returns to the scores of the best validation, if there was any validation."""
+        for key, value in self.best_scores.items():
+            self._tensors()[key].copy_(value)
 
     def state(self) -> dict[str, Any]:
         """What an interrupted task goes on from."""
-        now = {name: getattr(self, name) for name in TENSORS}
-        return {"now": now, "kept": self.kept, "best": self.best, "steps": self.steps}
+        return {"now": self._tensors(), "kept": self.best_scores, "best": self.best, "steps": self.steps}
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        for name, value in state["now"].items():
-            getattr(self, name).copy_(value)
-        self.kept = {name: value.to(self.mean.device) for name, value in state["kept"].items()}
+        for key, value in state["now"].items():
+            self._tensors()[key].copy_(value)
+        self.best_scores = {key: value.to(self.mean.device) for key, value in state["kept"].items()}
         self.best, self.steps = state["best"], state["steps"]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The running tensors by their key in a checkpoint."""
+        return {key: getattr(self, attribute) for key, attribute in STATE.items()}
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -99,7 +107,7 @@ def gradients(tensors: dict[str, Tensor]) -> list[Tensor]:
     return [torch.zeros_like(value) if value.grad is None else value.grad for value in tensors.values()]
 
 
-class Units:
+class ParameterGroups:
     """Which scalars are weighed together: a tensor, or (by rank) row p of a LoRA A with column p of its B.
 
     A value per unit is a vector [units], or a dict of its parts by group: the tensor's name, or the LoRA's module.
@@ -136,7 +144,7 @@ class Units:
         """The inverse of `split`, by name."""
         return torch.cat([parts[group] for group in self.groups])
 
-    def spread(self, vector: Tensor) -> dict[str, Tensor]:
+    def broadcast(self, vector: Tensor) -> dict[str, Tensor]:
         """Tensor name -> the values of its units, in a shape that broadcasts against the tensor."""
         return {
             name: (part if ".lora_B." in name else part[:, None]) if self.by_rank else part[0]
@@ -163,7 +171,7 @@ def accumulate(old: Tensor, new: Tensor, beta: float) -> Tensor:
     return norm(beta * norm(old) + (1 - beta) * norm(new))
 
 
-def important(x: Tensor, percentile: float, strict: bool = True) -> Tensor:
+def above_percentile(x: Tensor, percentile: float, strict: bool = True) -> Tensor:
     """Which units lie above (strict), or at least at, a percentile; linear between ranks."""
     threshold = torch.quantile(x, percentile / 100)
     return x > threshold if strict else x >= threshold

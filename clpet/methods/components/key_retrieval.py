@@ -59,7 +59,7 @@ class KeyLearning:
 
     def loss(self, queries: Tensor, keys: Tensor, draws: Tensor) -> Tensor:
         """L of a batch; `draws` [batch, G, P] in [0, 1) say which keys are dropped."""
-        return pull(cosines(queries, keys), self.top_k, draws < self.dropout)
+        return key_loss(cosines(queries, keys), self.top_k, draws < self.dropout)
 
     def learn(
         self, queries: Tensor, keys: Tensor, seed: int, step: Callable[[int, int, int, Tensor], None], trial: bool
@@ -96,7 +96,7 @@ def orthonormal(groups: int, count: int, width: int, seed: int) -> Tensor:
     return torch.stack(parts)
 
 
-def pull(sigma: Tensor, top_k: int, dropped: Tensor) -> Tensor:
+def key_loss(sigma: Tensor, top_k: int, dropped: Tensor) -> Tensor:
     """-mean over items and groups of the mean of the `top_k` largest similarities [batch, G, P] not `dropped`.
 
     Where fewer are left they are the mean; an item and group with none is no part of the mean.
@@ -138,25 +138,27 @@ def over_groups(sigma: Tensor) -> Tensor:
     return total[:, None] / sigma.shape[1]
 
 
-def mix(
-    sigma: Tensor, top_k: int, per_group: bool = False, even: bool = False, together: bool = False,
+def retrieve(
+    sigma: Tensor, top_k: int, per_group: bool = False, uniform: bool = False, batch_mean: bool = False,
     allowed: Tensor | None = None,
 ) -> Mixture:  # fmt: skip
-    """The `top_k` most similar keys, weighed by their share of the chosen similarities (or `even`).
+    """The `top_k` most similar keys, weighed by their share of the chosen similarities (or with `uniform`, equally).
 
-    sigma [batch, G, N]: similarities. Without `per_group` they are averaged over groups first; `together`, over the
+    sigma [batch, G, N]: similarities. Without `per_group` they are averaged over groups first; `batch_mean`, over the
     batch, which then has one mixture. `allowed` [batch, N] are keys that may be chosen; an item without any has no
     weights. Similarities that sum up to nothing are shared out evenly.
     """
     size, sigma = len(sigma), sigma if per_group else over_groups(sigma)
     allowed = sigma.new_ones(size, sigma.shape[2], dtype=torch.bool) if allowed is None else allowed
-    if together:
+    if batch_mean:
         sigma, allowed = sigma.mean(0, keepdim=True), allowed.all(0, keepdim=True)
     top = sigma.masked_fill(~allowed[:, None], float("-inf")).topk(top_k, -1)
     some = top.values.isfinite()
     values = top.values.masked_fill(~some, 0)
     total, share = values.sum((1, 2), keepdim=True), 1 / (top_k * sigma.shape[1])
-    ratio = torch.full_like(values, share) if even else torch.where(total <= UNRELATED, share, values / (total + EPS))
+    ratio = (
+        torch.full_like(values, share) if uniform else torch.where(total <= UNRELATED, share, values / (total + EPS))
+    )
     weights = torch.zeros_like(sigma).scatter(-1, top.indices, ratio * some)
     picks = top.indices.masked_fill(~some, -1)
     return Mixture(weights.expand(size, -1, -1), picks.expand(size, -1, -1))
@@ -175,7 +177,7 @@ def majority(owners: Tensor, tasks: int) -> Tensor:
     return torch.where(2 * most > owners.shape[1], task, -1)
 
 
-class Tally:
+class RetrievalStats:
     """What was retrieved for the texts of every task: votes [tasks, tasks + 1], last where no task had a majority."""
 
     def __init__(self, tasks: int, device: torch.device | str = "cpu") -> None:

@@ -26,7 +26,7 @@ from clpet.runtime.distributed import full_tensor, get_world
 BARE = "bare backbone"  # the frozen module without an adapter
 
 
-class LogitStore:
+class LogitCache:
     """Logits by frozen module and split; `folder` = None keeps them in memory only."""
 
     def __init__(self, objective: Classification, folder: str | None) -> None:
@@ -34,7 +34,7 @@ class LogitStore:
         self.folder = Path(folder).expanduser() / "logits" if folder else None
         self.network = network_key(objective)
         self.heads: dict[str, tuple[Tensor, Tensor]] = {}
-        self.tables: dict[tuple[str, str], Table] = {}
+        self.tables: dict[tuple[str, str], LogitTable] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether the module `name` is frozen."""
@@ -48,29 +48,29 @@ class LogitStore:
     def get(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
         """[len(rows), rows of W] fp32 logits of a frozen module; only what no run has computed is computed."""
         table = self._table(name, pool)
-        missing = np.unique(rows[table.place[rows] < 0])
-        self.objective.meter.cached(table.first(rows) - len(missing))
+        missing = np.unique(rows[table.slot[rows] < 0])
+        self.objective.meter.cached(table.count_new(rows) - len(missing))
         if len(missing):
             with self._through(name):
                 for part in blocks(pool.lengths, missing):
                     table.add(part, self._compute(name, pool, part))
             table.save()
-        return table.values[table.place[rows]]
+        return table.values[table.slot[rows]]
 
-    def fill(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> None:
+    def prefetch(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> None:
         """Has `get` find these rows, wherever a rank of several has to compute some: each does its part of them."""
         if get_world().size == 1:
             self.get(name, pool, rows)
             return
         table = self._table(name, pool)
-        unknown = np.unique(np.concatenate(get_world().gather(rows[table.place[rows] < 0])))
+        unknown = np.unique(np.concatenate(get_world().gather(rows[table.slot[rows] < 0])))
         parts = list(blocks(pool.lengths, unknown))
-        asked = table.first(rows) - len(unknown)
+        asked = table.count_new(rows) - len(unknown)
         self.objective.meter.cached(max(0, asked) if get_world().is_main else 0)
         with self._through(name):
             found = get_world().map(lambda part: self._compute(name, pool, part), parts)
         for part, logits in zip(parts, found, strict=True):
-            new = table.place[part] < 0
+            new = table.slot[part] < 0
             table.add(part[new], logits[new])
         if parts:
             table.save()
@@ -86,33 +86,33 @@ class LogitStore:
         features = self.objective.features(pool.batch(np.resize(rows, BLOCK), self.objective.device, width))
         return F.linear(features, *self.heads[name])[: len(rows)].cpu().numpy()
 
-    def _table(self, name: str, pool: EncodedDataset) -> "Table":
+    def _table(self, name: str, pool: EncodedDataset) -> "LogitTable":
         key = name, pool.fingerprint
         if key not in self.tables:
             weight, bias = self.heads[name]
             tensors = {**self.objective.adapters.tensors(name), "readout weight": weight, "readout bias": bias}
             file = hashlib.sha256(f"{self.network} {pool.fingerprint} {tensors_key(tensors)}".encode()).hexdigest()[:32]
             path = self.folder / f"{file}.safetensors" if self.folder else None
-            self.tables[key] = Table(len(pool), len(weight), path)
+            self.tables[key] = LogitTable(len(pool), len(weight), path)
         return self.tables[key]
 
 
-class Table:
+class LogitTable:
     """Rows of a pool and their logits, in memory and, where there is a path, in a file that processes share."""
 
     def __init__(self, rows: int, width: int, path: Path | None) -> None:
         self.path = path
-        self.place = np.full(rows, -1, dtype=np.int64)  # of a pool's row in `values`; -1: not known
+        self.slot = np.full(rows, -1, dtype=np.int64)  # of a pool's row in `values`; -1: not known
         self.values = np.empty((0, width), dtype=np.float32)
         self.asked = np.zeros(rows, dtype=bool)
         self.merge()
 
     def add(self, rows: np.ndarray, logits: np.ndarray) -> None:
         """Takes in rows that are not known yet."""
-        self.place[rows] = np.arange(len(self.values), len(self.values) + len(rows))
+        self.slot[rows] = np.arange(len(self.values), len(self.values) + len(rows))
         self.values = np.concatenate([self.values, logits])
 
-    def first(self, rows: np.ndarray) -> int:
+    def count_new(self, rows: np.ndarray) -> int:
         """How many distinct rows are asked for the first time."""
         new = np.unique(rows[~self.asked[rows]])
         self.asked[new] = True
@@ -122,7 +122,7 @@ class Table:
         """Takes in what the file knows; a file that is not there or damaged knows nothing."""
         found = atomic_io.load(self.path) if self.path else {}
         if found:
-            new = self.place[found["rows"]] < 0
+            new = self.slot[found["rows"]] < 0
             self.add(found["rows"][new], found["logits"][new])
 
     def save(self) -> None:
@@ -130,8 +130,8 @@ class Table:
         if self.path is None or not get_world().is_main:
             return
         self.merge()
-        rows = np.flatnonzero(self.place >= 0)
-        if not atomic_io.save(self.path, {"rows": rows, "logits": self.values[self.place[rows]]}):
+        rows = np.flatnonzero(self.slot >= 0)
+        if not atomic_io.save(self.path, {"rows": rows, "logits": self.values[self.slot[rows]]}):
             self.path = None
 
 

@@ -73,7 +73,7 @@ def reads_answer(layer: str) -> bool:
     return "decoder" in layer and not re.search(r"(EncDecAttention|encoder_attn)\.(k|v)", layer)
 
 
-def without(x: Tensor, basis: Tensor) -> Tensor:
+def project_out(x: Tensor, basis: Tensor) -> Tensor:
     """x (I - M M^T): the rows of x [..., d] without their parts in the span of M [d, q]."""
     return x - (x @ basis) @ basis.T
 
@@ -83,20 +83,20 @@ def threshold(epsilon: float, index: int, tasks: int) -> float:
     return epsilon + (1 - epsilon) * index / tasks
 
 
-def leading(covariance: Tensor, basis: Tensor) -> Tensor:
+def top_singular_vectors(covariance: Tensor, basis: Tensor) -> Tensor:
     """[d, d]: left singular vectors of (I - M M^T) C, largest first; none of them reaches into the span of M."""
-    u = torch.linalg.svd(without(covariance.T, basis).T)[0]
-    return without(u.T, basis).T
+    u = torch.linalg.svd(project_out(covariance.T, basis).T)[0]
+    return project_out(u.T, basis).T
 
 
-def extended(basis: Tensor, covariance: Tensor, epsilon: float) -> Tensor:
+def extend_basis(basis: Tensor, covariance: Tensor, epsilon: float) -> Tensor:
     """The basis M [d, q] with the directions that C still needs for a share `epsilon` of its squared spectrum.
 
     An empty M takes the singular vectors whose cumulative share stays below epsilon, at least one (GainLoRA's
     published rule, one fewer than would reach epsilon); a later one grows until it reaches epsilon.
     """
     room = len(covariance) - basis.shape[1]
-    u, s, _ = torch.linalg.svd(without(covariance.T, basis).T)
+    u, s, _ = torch.linalg.svd(project_out(covariance.T, basis).T)
     total = covariance.square().sum()
     shares = s.square().cumsum(0) / total
     if basis.shape[1] == 0:

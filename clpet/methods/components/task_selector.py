@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset
-from clpet.methods.components.logit_cache import BARE, LogitStore
+from clpet.methods.components.logit_cache import BARE, LogitCache
 from clpet.objectives.classification import Classification
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.trainer import Trainer
@@ -24,7 +24,7 @@ class Selector:
     Its scores of an example are computed once between two of its trainings and kept in `store`.
     """
 
-    def __init__(self, objective: Classification, store: LogitStore, tasks: list[str], seed: int) -> None:
+    def __init__(self, objective: Classification, store: LogitCache, tasks: list[str], seed: int) -> None:
         self.objective, self.store, self.seed = objective, store, seed
         self.head = objective.new_head(seed, [f"task {name}" for name in tasks])
         self.head.grow([0])
@@ -75,7 +75,7 @@ class Selector:
 
     def look_up(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         """Has the scores computed where `ranking` will ask for them."""
-        self.store.fill(NAME, pool, rows)
+        self.store.prefetch(NAME, pool, rows)
 
     def ranking(self, pool: EncodedDataset, rows: np.ndarray, count: int) -> np.ndarray:
         """[len(rows), count]: task numbers by falling score."""
@@ -93,7 +93,7 @@ class Prototypes:
 
     learned = False  # it has no adapter
 
-    def __init__(self, objective: Classification, store: LogitStore) -> None:
+    def __init__(self, objective: Classification, store: LogitCache) -> None:
         self.objective, self.store = objective, store
         self.means: list[Tensor] = []  # of every task [classes, dim], of length one
 
@@ -118,7 +118,7 @@ class Prototypes:
 
     def look_up(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         """Has the scores computed where `ranking` will ask for them."""
-        self.store.fill(BARE, pool, rows)
+        self.store.prefetch(BARE, pool, rows)
 
     def ranking(self, pool: EncodedDataset, rows: np.ndarray, count: int) -> np.ndarray:
         """[len(rows), count]: task numbers by falling score."""

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from clpet.methods.components.importance import (
     Importance,
-    Units,
+    ParameterGroups,
+    above_percentile,
     above_quantile,
     accumulate,
     adaptive,
     flat,
     fuse,
-    important,
     norm,
     orthogonality,
     static,
@@ -49,7 +49,7 @@ def lora(score: str) -> dict[str, Tensor]:
 
 
 def unit_scores(elements: dict[str, Tensor], by_rank: bool, how: str = "product_of_means") -> list[float]:
-    return Units(elements, by_rank).scores(elements, how).tolist()
+    return ParameterGroups(elements, by_rank).scores(elements, how).tolist()
 
 
 def approx(values: object, rel: float = 1e-8):
@@ -65,14 +65,14 @@ def test_running_score_and_deviation_of_one_weight() -> None:
     for steps in (1, 2, 3):
         found = scalar([2, 2, 2][:steps], [0.5, -0.25, 1][:steps], "first")
         assert found.mean.item() == approx(mean[steps - 1])
-        assert found.deviation.item() == approx(deviation[steps - 1])
+        assert found.uncertainty.item() == approx(deviation[steps - 1])
         assert found.elements().item() == approx(importance[steps - 1])
 
 
 def test_scores_of_second_order() -> None:
     mixed = scalar([2, 2, 2], [0.5, -0.25, 1], "mix")
     assert mixed.mean.item() == approx(0.133875)
-    assert mixed.deviation.item() == approx(0.125746875)
+    assert mixed.uncertainty.item() == approx(0.125746875)
     assert mixed.elements().item() == approx(0.01683436289)
     assert scalar([2, 2, 2], [0.5, -0.25, 1], "second").elements().item() == approx(0.4381678547)
     assert [scalar([2], [g], "mix", 0).mean.item() for g in (0.5, -0.25, 1)] == [0.5, 0.625, 0]
@@ -119,7 +119,7 @@ P, C = t([0.5, 0.55, 1, 0, 0.1]), t([0, 0.2, 1, 0.5, 0.1])
 
 
 def test_static_fusion() -> None:
-    by_percentile = static(important(P, 80), important(C, 80), 0.7)
+    by_percentile = static(above_percentile(P, 80), above_percentile(C, 80), 0.7)
     assert fuse(OLD, NEW, by_percentile).tolist() == approx([5, 15, 27, 35, 45])
     by_threshold = static(P > 0.45, C > 0.45, 0.7)
     assert fuse(OLD, NEW, by_threshold).tolist() == approx([10, 20, 27, 30, 45])
@@ -165,12 +165,12 @@ def test_orthogonal_rows_and_zero_columns_get_no_gradient() -> None:
 
 def test_fusion_from_end_to_end() -> None:
     """A2 and B2 were trained from A1 and B1; ranks of which the new task prefers the first, the old ones the second."""
-    units = Units(dict(zip(NAMES, (t(A1), t(B1)), strict=True)), by_rank=True)
+    units = ParameterGroups(dict(zip(NAMES, (t(A1), t(B1)), strict=True)), by_rank=True)
     new = norm(units.scores(lora("mix")))
     assert new.tolist() == [1, 0]
     weight = adaptive(t([0, 1]), new, 0.25)
     assert weight.tolist() == approx([0.98201379, 0.01798621], rel=1e-6)
-    w = units.spread(weight)
+    w = units.broadcast(weight)
     a = fuse(t(A1), t(A2), w[NAMES[0]])
     b = fuse(t(B1), t(B2), w[NAMES[1]])
     torch.testing.assert_close(
@@ -192,7 +192,7 @@ def test_a_steady_weight_rises_and_fades(steps: int, expected: float) -> None:
 
 RULES = [
     lambda p, c: adaptive(p, c, 0.25),
-    lambda p, c: static(important(p, 80), important(c, 80), 0.7),
+    lambda p, c: static(above_percentile(p, 80), above_percentile(c, 80), 0.7),
     lambda p, c: torch.full_like(p, 0.5),
 ]
 
@@ -228,13 +228,13 @@ def test_how_many_units_are_important(units: int, expected: int) -> None:
     """n - 1 - floor(0.8 (n - 1)) of n distinct scores, by interpolation and by selection alike."""
     torch.manual_seed(0)
     scores = torch.rand(units, dtype=torch.float64)
-    assert important(scores, 80).sum() == above_quantile(scores, 0.8).sum() == expected
+    assert above_percentile(scores, 80).sum() == above_quantile(scores, 0.8).sum() == expected
 
 
 def test_ties_leave_fewer_important() -> None:
     for scores, expected in (([0, 0, 0, 1, 1], 0), ([0, 0, 0, 0, 1], 1)):
-        assert important(t(scores), 80).sum() == above_quantile(t(scores), 0.8).sum() == expected
-    assert important(t([0, 0, 0, 1, 1]), 80, strict=False).sum() == 2
+        assert above_percentile(t(scores), 80).sum() == above_quantile(t(scores), 0.8).sum() == expected
+    assert above_percentile(t([0, 0, 0, 1, 1]), 80, strict=False).sum() == 2
 
 
 def test_temperature_between_halves_and_winner_takes_all() -> None:
@@ -269,7 +269,7 @@ def test_twice_the_loss() -> None:
         for pair, grads in zip(weights, gradients, strict=True):
             found.update(pair, [scale * g for g in grads])
         elements = unflat(found.elements(), dict(zip(NAMES, weights[0], strict=True)))
-        return found.elements(), Units(elements, True).scores(elements)
+        return found.elements(), ParameterGroups(elements, True).scores(elements)
 
     (once, one), (twice, two) = ranks(1, "first"), ranks(2, "first")
     torch.testing.assert_close(twice, 4 * once)
@@ -282,25 +282,25 @@ def test_product_of_means_is_the_mean_of_the_outer_product() -> None:
     elements = dict(zip(NAMES, (torch.rand(4, 30).double(), torch.rand(20, 4).double()), strict=True))
     a, b = elements.values()
     outer = torch.stack([torch.outer(b[:, rank], a[rank]).mean() for rank in range(4)])
-    torch.testing.assert_close(Units(elements, True).scores(elements), outer, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ParameterGroups(elements, True).scores(elements), outer, rtol=1e-12, atol=0)
 
 
 def test_tiny_scores_do_not_underflow() -> None:
     """1e-21 times 1e-25 is 0 in fp32."""
     found = Importance(2, "first", 0.85, 0.85, False)
     found.mean.fill_(1e-21)
-    found.deviation.copy_(torch.tensor([1e-25, 1e-25]))
+    found.uncertainty.copy_(torch.tensor([1e-25, 1e-25]))
     elements = unflat(found.elements(), dict(zip(NAMES, (torch.zeros(1, 1), torch.zeros(1, 1)), strict=True)))
-    assert Units(elements, True).scores(elements).item() == pytest.approx(1e-92, rel=1e-5)
-    assert (found.mean * found.deviation).sum() == 0
+    assert ParameterGroups(elements, True).scores(elements).item() == pytest.approx(1e-92, rel=1e-5)
+    assert (found.mean * found.uncertainty).sum() == 0
 
 
 def test_equal_scores_are_no_importance() -> None:
     flat_map = norm(t([3, 3, 3, 3, 3]))
     assert flat_map.tolist() == [0] * 5
     assert adaptive(flat_map, flat_map, 0.25).tolist() == [0.5] * 5
-    assert not important(flat_map, 80).any()
-    assert static(important(flat_map, 80), important(C, 80), 0.7).tolist() == [0.5, 0.5, 1, 0.5, 0.5]
+    assert not above_percentile(flat_map, 80).any()
+    assert static(above_percentile(flat_map, 80), above_percentile(C, 80), 0.7).tolist() == [0.5, 0.5, 1, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -317,7 +317,7 @@ def test_a_step_that_is_not_finite_counts_for_nothing(bad: float, score: str) ->
         if step == 1:
             dirty.update(weights, [good[0], torch.tensor([0, bad, 0, 0])])
     assert torch.equal(clean.mean, dirty.mean)
-    assert torch.equal(clean.deviation, dirty.deviation)
+    assert torch.equal(clean.uncertainty, dirty.uncertainty)
     assert (dirty.counted.item(), dirty.skipped.item()) == (3, 1)
 
 

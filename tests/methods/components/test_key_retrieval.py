@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from clpet.errors import ConfigError
 from clpet.methods.components.key_retrieval import (
     KeyLearning,
-    Tally,
+    RetrievalStats,
     cosines,
+    key_loss,
     majority,
-    mix,
     orthonormal,
-    pull,
+    retrieve,
     unrelated,
 )
 
@@ -42,8 +42,8 @@ def test_cosines_see_directions_alone() -> None:
         cosines(queries[:, :1], keys[:1])[:, 0], F.cosine_similarity(queries[:, :1], keys[:1], dim=2), atol=1e-6
     )
     order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    mixed = mix(sigma, 3).weights[:, 0] @ values
-    assert torch.allclose(mix(sigma[:, :, order], 3).weights[:, 0] @ values[order], mixed, atol=1e-6)
+    mixed = retrieve(sigma, 3).weights[:, 0] @ values
+    assert torch.allclose(retrieve(sigma[:, :, order], 3).weights[:, 0] @ values[order], mixed, atol=1e-6)
 
 
 def test_weights_are_shares_of_the_chosen_similarities() -> None:
@@ -51,29 +51,29 @@ def test_weights_are_shares_of_the_chosen_similarities() -> None:
     sigma = torch.tensor([[[0.6, 0.5, 0.4, 0.3]]])
     expected = {4: [1 / 3, 0.27778, 0.22222, 0.16667], 2: [0.54545, 0.45455, 0, 0], 1: [1.0, 0, 0, 0]}
     for k, weights in expected.items():
-        found = mix(sigma, k)
+        found = retrieve(sigma, k)
         assert torch.allclose(found.weights[0, 0], torch.tensor(weights), atol=1e-5)
         assert abs(found.weights.sum().item() - 1) < 1e-6
         assert found.picks[0, 0].tolist() == list(range(k))
-    assert mix(sigma, 4, even=True).weights[0, 0].tolist() == [0.25] * 4
-    negative = mix(torch.tensor([[[0.6, -0.1]]]), 2).weights[0, 0]
+    assert retrieve(sigma, 4, uniform=True).weights[0, 0].tolist() == [0.25] * 4
+    negative = retrieve(torch.tensor([[[0.6, -0.1]]]), 2).weights[0, 0]
     assert torch.allclose(negative, torch.tensor([1.2, -0.2]), atol=1e-5)
 
 
 def test_groups_are_averaged_or_choose_for_themselves() -> None:
     """Two groups, three keys: averages (.5, .3, .4); or the best key of each group, weighed against each other."""
     sigma = torch.tensor([[[0.9, 0.2, 0.3], [0.1, 0.4, 0.5]]])
-    shared = mix(sigma, 2)
+    shared = retrieve(sigma, 2)
     assert torch.allclose(shared.weights, torch.tensor([[[0.5 / 0.9, 0, 0.4 / 0.9]]]), atol=1e-6)
-    apart = mix(sigma, 1, per_group=True)
+    apart = retrieve(sigma, 1, per_group=True)
     assert torch.allclose(apart.weights, torch.tensor([[[0.9 / 1.4, 0, 0], [0, 0, 0.5 / 1.4]]]), atol=1e-6)
     assert apart.picks.tolist() == [[[0], [2]]]
-    assert torch.allclose(mix(sigma, 2, per_group=True, even=True).weights.sum((1, 2)), torch.ones(1))
+    assert torch.allclose(retrieve(sigma, 2, per_group=True, uniform=True).weights.sum((1, 2)), torch.ones(1))
 
 
 def test_branches_are_task_by_task_and_group_by_group() -> None:
     """Two tasks of two keys, two groups: [t0 g0 k0, t0 g0 k1, t0 g1 k0, ..., t1 g1 k1]."""
-    found = mix(torch.tensor([[[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]]), 4, per_group=True)
+    found = retrieve(torch.tensor([[[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]]), 4, per_group=True)
     expected = torch.tensor([[0.1, 0.2, 0.5, 0.6, 0.3, 0.4, 0.7, 0.8]]) / 3.6
     assert torch.allclose(found.branches(2), expected, atol=1e-6)
     assert found.owners(2).tolist() == [[1, 1, 0, 0] * 2]
@@ -84,32 +84,34 @@ def test_a_forbidden_key_is_never_chosen() -> None:
     sigma = torch.tensor([[[0.6, 0.5, 0.4, 0.3, 0.9]]])
     allowed = torch.tensor([[True, True, True, True, False]])
     for k in range(1, 6):
-        found = mix(sigma, k, allowed=allowed)
+        found = retrieve(sigma, k, allowed=allowed)
         assert found.weights[0, 0, 4] == 0
         assert abs(found.weights.sum().item() - 1) < 1e-6
         assert 4 not in found.picks.flatten().tolist()
-    none = mix(sigma, 2, allowed=torch.zeros(1, 5, dtype=torch.bool))
+    none = retrieve(sigma, 2, allowed=torch.zeros(1, 5, dtype=torch.bool))
     assert none.weights.tolist() == [[[0.0] * 5]]
     assert none.owners(1).tolist() == [[-1, -1]]
 
 
 def test_similarities_that_sum_up_to_nothing_are_shared_out_evenly() -> None:
     sigma = torch.tensor([[[0.5, -0.5, -0.9]], [[0.5, 0.4, 0.1]]])
-    assert mix(sigma, 2).weights[0, 0].tolist() == [0.5, 0.5, 0]
+    assert retrieve(sigma, 2).weights[0, 0].tolist() == [0.5, 0.5, 0]
     assert unrelated(sigma, 2, per_group=False) == 1
 
 
 def test_a_batch_together_has_one_mixture() -> None:
     """Oracle 8: the mean similarities decide; the order in the batch does not, and single items differ."""
     sigma = torch.tensor([[[0.9, 0.1, 0.2]], [[0.1, 0.9, 0.4]]])
-    found = mix(sigma, 1, together=True).weights
+    found = retrieve(sigma, 1, batch_mean=True).weights
     assert found.tolist() == [[[1, 0, 0]], [[1, 0, 0]]] or found.tolist() == [[[0, 1, 0]], [[0, 1, 0]]]
-    both = mix(sigma, 2, together=True).weights
+    both = retrieve(sigma, 2, batch_mean=True).weights
     assert torch.allclose(both, torch.tensor([0.5, 0.5, 0]).expand(2, 1, 3))
-    assert torch.allclose(mix(sigma.flip(0), 2, together=True).weights, both)
-    assert not torch.allclose(mix(sigma, 2).weights, both)
+    assert torch.allclose(retrieve(sigma.flip(0), 2, batch_mean=True).weights, both)
+    assert not torch.allclose(retrieve(sigma, 2).weights, both)
     same = sigma[:1].expand(4, -1, -1)
-    assert torch.allclose(mix(same, 2, together=True).weights, mix(sigma[:1], 2).weights.expand(4, -1, -1), atol=1e-6)
+    assert torch.allclose(
+        retrieve(same, 2, batch_mean=True).weights, retrieve(sigma[:1], 2).weights.expand(4, -1, -1), atol=1e-6
+    )
 
 
 def test_one_key_becomes_the_mean_of_the_unit_queries() -> None:
@@ -142,7 +144,7 @@ def test_a_dropped_key_is_replaced_by_what_is_left() -> None:
     """Oracle 24: two keys, both wanted; an item without any is no part of the mean."""
     sigma = torch.tensor([[[0.8, 0.4]], [[0.6, 0.2]], [[0.1, 0.1]]], requires_grad=True)
     dropped = torch.tensor([[[False, False]], [[False, True]], [[True, True]]])
-    loss = pull(sigma, 2, dropped)
+    loss = key_loss(sigma, 2, dropped)
     assert loss.item() == pytest.approx(-(0.6 + 0.6) / 2)
     loss.backward()
     assert torch.allclose(sigma.grad, torch.tensor([[[-0.25, -0.25]], [[-0.5, 0]], [[0.0, 0.0]]]))
@@ -152,19 +154,19 @@ def test_dropout_of_keys_has_its_rate_and_touches_the_choice_only(monkeypatch: p
     """Oracle 11: p +- 3 sigma over a learning; similarities of what is left are those without dropout."""
     from clpet.methods.components import key_retrieval
 
-    masks, original = [], key_retrieval.pull
+    masks, original = [], key_retrieval.key_loss
 
     def keep(sigma: torch.Tensor, top_k: int, dropped: torch.Tensor) -> torch.Tensor:
         masks.append(dropped)
         return original(sigma, top_k, dropped)
 
-    monkeypatch.setattr(key_retrieval, "pull", keep)
+    monkeypatch.setattr(key_retrieval, "key_loss", keep)
     stage = KeyLearning(dropout=0.2, epochs=2, min_steps=0, batch_size=50)
     stage.learn(drawn(500, 6, 8), orthonormal(6, 4, 8, 0), 0, silent, trial=False)
     drops = torch.cat([mask.flatten() for mask in masks]).float()
     assert len(drops) == 2 * 500 * 24
     assert abs(drops.mean().item() - 0.2) < 3 * (0.2 * 0.8 / len(drops)) ** 0.5
-    assert pull(torch.tensor([[[0.9, 0.3]]]), 1, torch.tensor([[[True, False]]])).item() == pytest.approx(-0.3)
+    assert key_loss(torch.tensor([[[0.9, 0.3]]]), 1, torch.tensor([[[True, False]]])).item() == pytest.approx(-0.3)
 
 
 def test_learning_is_the_same_for_the_same_seed_and_different_for_another() -> None:
@@ -188,7 +190,7 @@ def test_told_apart_when_tasks_are_and_not_when_they_are_not() -> None:
         centres = drawn(3, 1, 2, 16) * spread
         train, test = (centres + drawn(3, 300, 2, 16, seed=seed) for seed in (1, 2))
         learned = [KeyLearning().learn(train[t], orthonormal(2, 4, 16, t), t, silent, False) for t in range(3)]
-        found = mix(cosines(test.flatten(0, 1), torch.cat(learned, 1)), 4)
+        found = retrieve(cosines(test.flatten(0, 1), torch.cat(learned, 1)), 4)
         right = majority(found.owners(4), 3).view(3, -1) == torch.arange(3)[:, None]
         picks = found.owners(4).view(3, -1) == torch.arange(3)[:, None]
         return [right.float().mean().item(), picks.float().mean().item()]
@@ -204,16 +206,16 @@ def test_majority_is_more_than_half() -> None:
     assert majority(owners, 3).tolist() == [-1, 2, 1, -1, -1]
 
 
-def test_tally_counts_votes_and_right_picks() -> None:
-    tally = Tally(2)
-    tally.add(torch.tensor([0, 0, 1, 1]), torch.tensor([0, -1, 0, 1]), torch.tensor([1.0, 0.5, 0.25, 0.75]))
-    assert tally.votes.tolist() == [[1, 0, 1], [1, 1, 0]]
-    assert tally.figures(["a", "b"]) == {
+def test_retrieval_stats_counts_votes_and_right_picks() -> None:
+    stats = RetrievalStats(2)
+    stats.add(torch.tensor([0, 0, 1, 1]), torch.tensor([0, -1, 0, 1]), torch.tensor([1.0, 0.5, 0.25, 0.75]))
+    assert stats.votes.tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert stats.figures(["a", "b"]) == {
         "right_picks": 62.5, "vote/a": 50, "vote/b": 50, "picks/a": 75, "picks/b": 50,
     }  # fmt: skip
-    twin = Tally(2)
-    twin.load(tally.state())
-    assert twin.figures(["a"]) == tally.figures(["a"])
+    twin = RetrievalStats(2)
+    twin.load(stats.state())
+    assert twin.figures(["a"]) == stats.figures(["a"])
 
 
 @pytest.mark.parametrize(

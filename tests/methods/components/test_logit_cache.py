@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clpet.methods.components.logit_cache import LogitStore, Table
+from clpet.methods.components.logit_cache import LogitCache, LogitTable
 from clpet.methods.modular import module_name
 from clpet.models.fixed_blocks import BLOCK, block_widths, blocks
 from clpet.runtime.run_checkpoint import RunState
@@ -22,14 +22,14 @@ TOP_2 = ["method=dynamic_conpet", "method.top_k=2", "benchmark.task=null", "benc
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(file name, row) of every logit vector that is computed."""
     found: list[tuple[str, int]] = []
-    original = LogitStore._compute
+    original = LogitCache._compute
 
     def spy(self, name, pool, rows):
         path = self._table(name, pool).path
         found.extend((path.name if path else "", int(row)) for row in rows)
         return original(self, name, pool, rows)
 
-    monkeypatch.setattr(LogitStore, "_compute", spy)
+    monkeypatch.setattr(LogitCache, "_compute", spy)
     return found
 
 
@@ -205,9 +205,9 @@ def test_blocks_hold_rows_of_one_shape() -> None:
 
 def fill(path: Path, start: int) -> None:
     """One of two processes: adds rows one by one to the shared file."""
-    table = Table(100, 2, path)
+    table = LogitTable(100, 2, path)
     for row in range(start, 100, 2):
-        if table.place[row] < 0:
+        if table.slot[row] < 0:
             table.add(np.array([row]), np.full((1, 2), row, dtype=np.float32))
             table.save()
 
@@ -220,14 +220,14 @@ def test_two_processes_share_a_file(tmp_path: Path) -> None:
         worker.start()
     while any(worker.is_alive() for worker in workers):
         there = path.exists()
-        assert len(Table(100, 2, path).values) > 0 or not there  # never a half-written file
+        assert len(LogitTable(100, 2, path).values) > 0 or not there  # never a half-written file
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
     for start in (0, 1):
         fill(path, start)
-    table = Table(100, 2, path)
-    assert table.values[table.place[np.arange(100)], 0].tolist() == list(range(100))
+    table = LogitTable(100, 2, path)
+    assert table.values[table.slot[np.arange(100)], 0].tolist() == list(range(100))
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from clpet.methods import gain_lora
-from clpet.methods.components.subspace import extended, threshold
+from clpet.methods.components.subspace import extend_basis, threshold
 from clpet.methods.inf_lora import projected
 from clpet.models.stacked_lora import product
 from tests.conftest import double
@@ -25,7 +25,7 @@ def test_projected_rows() -> None:
 @pytest.mark.parametrize(("epsilon", "count"), [(0.5, 1), (0.9, 1), (0.995, 2)])
 def test_first_basis(epsilon: float, count: int) -> None:
     """Oracle 10: cumulative shares .642, .928, .9993, 1 of sigma = 3, 2, 1, .1: those below epsilon, at least one."""
-    found = extended(torch.empty(4, 0, dtype=torch.float64), torch.diag(double([3, 2, 1, 0.1])), epsilon)
+    found = extend_basis(torch.empty(4, 0, dtype=torch.float64), torch.diag(double([3, 2, 1, 0.1])), epsilon)
     assert found.shape == (4, count)
     assert torch.allclose(found.T @ found, torch.eye(count, dtype=torch.float64), atol=1e-12)
 
@@ -34,7 +34,7 @@ def test_first_basis(epsilon: float, count: int) -> None:
 def test_basis_growth(epsilon: float, added: int) -> None:
     """Oracle 10: e1 explains .753 of diag(4, 2, 1, .5); directions are added while the share is below epsilon."""
     e1 = double([[1], [0], [0], [0]])
-    found = extended(e1, torch.diag(double([4, 2, 1, 0.5])), epsilon)
+    found = extend_basis(e1, torch.diag(double([4, 2, 1, 0.5])), epsilon)
     assert torch.equal(found[:, :1], e1)
     assert torch.allclose(found.abs(), torch.eye(4, dtype=torch.float64)[:, : 1 + added], atol=1e-12)
 
