@@ -14,6 +14,36 @@ from clpet.config.compose import plugin_dirs
 from clpet.config.schema import Config
 from clpet.errors import ConfigError, suggest
 
+# Class paths of version 0.1.0 and where the classes are today: run directories of that version and YAML files written
+# for it still open.
+MOVED_CLASSES = {
+    "clpet.adapters.Adapter": "clpet.models.adapters.Adapter",
+    "clpet.adapters.Blocks": "clpet.models.adapters.Blocks",
+    "clpet.adapters.Frozen": "clpet.models.adapters.Frozen",
+    "clpet.adapters.Ia3": "clpet.models.adapters.Ia3",
+    "clpet.adapters.Lora": "clpet.models.adapters.Lora",
+    "clpet.adapters.Osf": "clpet.models.adapters.Osf",
+    "clpet.adapters.Prompt": "clpet.models.adapters.Prompt",
+    "clpet.backbones.Backbone": "clpet.models.backbone.Backbone",
+    "clpet.domains.TextDomains": "clpet.data.sources.text_domains.TextDomains",
+    "clpet.entities.Relations": "clpet.data.sources.entities.Relations",
+    "clpet.entities.Typing": "clpet.data.sources.entities.Typing",
+    "clpet.hardware.Hardware": "clpet.runtime.hardware.Hardware",
+    "clpet.m2d2.M2D2": "clpet.data.sources.m2d2.M2D2",
+    "clpet.memory.AllReplay": "clpet.replay.base.AllReplay",
+    "clpet.memory.DynamicReplay": "clpet.replay.sampled.DynamicReplay",
+    "clpet.memory.FixedReplay": "clpet.replay.exemplar.FixedReplay",
+    "clpet.memory.NoReplay": "clpet.replay.base.NoReplay",
+    "clpet.memory.ReservoirReplay": "clpet.replay.sampled.ReservoirReplay",
+    "clpet.memory.ShareReplay": "clpet.replay.exemplar.ShareReplay",
+    "clpet.python_domains.PythonDomains": "clpet.data.sources.python_domains.PythonDomains",
+    "clpet.rates.RateReplay": "clpet.replay.fixed_fraction.RateReplay",
+    "clpet.sources.Folders": "clpet.data.sources.Folders",
+    "clpet.sources.PythonStdlib": "clpet.data.sources.PythonStdlib",
+    "clpet.sources.Table": "clpet.data.sources.Table",
+    "clpet.tracking.Tracking": "clpet.runs.tracking.Tracking",
+}
+
 
 def typed(cfg: DictConfig) -> Config:
     """The composed config with every top-level knob checked; raises ConfigError on an unknown key or wrong type."""
@@ -36,6 +66,7 @@ def build(node: dict, where: str, **runtime: Any) -> Any:
 
 def find_class(target: str, where: str) -> type:
     """The dataclass that a `_target_` names, of clpet or of a --config-dir folder. Raises ConfigError."""
+    target = MOVED_CLASSES.get(target, target)
     module_name, _, class_name = target.rpartition(".")
     for folder in plugin_dirs():
         if str(folder) not in sys.path:
