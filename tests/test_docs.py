@@ -53,6 +53,15 @@ def test_paths_and_links_of_the_documentation_exist(page: Path) -> None:
     assert [path for path in lost if Path(path).stem != "mine"] == []  # CONTRIBUTING's example
 
 
+def test_names_in_the_architecture_page_exist() -> None:
+    """`Class`, `function` and `Class.method`: somebody looks for them with grep."""
+    code = "\n".join(path.read_text() for path in (ROOT / "clpet").rglob("*.py"))
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    names = {name.rpartition(".")[2] for name in re.findall(r"`((?:[A-Z]\w+\.)?[a-z][a-z_]{3,}|[A-Z]\w+)`", page)}
+    lost = [name for name in names if not re.search(rf"^\s*(?:def|class) {name}\b", code, re.M)]
+    assert sorted(set(lost) - set(options("method"))) == []
+
+
 def table() -> dict[str, list[str]]:
     """{method: cells} of the README's table of methods."""
     row = r"^\| `(\w+)`: [^|]*\| ([^|]*) \| ([^|]*) \| ([^|]*) \| [^|]* \|$"
