@@ -12,7 +12,7 @@ from clpet.escape import inline, latex, markdown, printable, spreadsheet
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.reporting.plots.transfer_matrix import transfer_heatmap
 from clpet.reporting.progress import Display
-from clpet.reporting.tables import formatted, table
+from clpet.reporting.tables import format_table, table
 from clpet.runs.run_dir import transfer_csv
 from tests.conftest import tiny_args, write_words
 
@@ -54,10 +54,12 @@ def test_latex_prints_its_special_characters() -> None:
 
 def test_tables_of_runs_hold_one_cell_per_name() -> None:
     name = "=a|b\x1b_&"
-    assert "\x1b" not in "".join(formatted(["key", "n"], [[name, "1"]], form) for form in ("text", "md", "csv", "tex"))
-    markdown_row = formatted(["key", "n"], [[name, "1"]], "md").splitlines()[2]
+    assert "\x1b" not in "".join(
+        format_table(["key", "n"], [[name, "1"]], form) for form in ("text", "md", "csv", "tex")
+    )
+    markdown_row = format_table(["key", "n"], [[name, "1"]], "md").splitlines()[2]
     assert markdown_row.replace(r"\|", "").count("|") == 3
-    assert list(csv.reader(io.StringIO(formatted(["key", "n"], [[name, "-1"]], "csv"))))[1] == [r"'=a|b\x1b_&", "-1"]
+    assert list(csv.reader(io.StringIO(format_table(["key", "n"], [[name, "-1"]], "csv"))))[1] == [r"'=a|b\x1b_&", "-1"]
 
 
 def test_the_files_and_pictures_of_a_run(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

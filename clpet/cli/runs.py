@@ -30,7 +30,7 @@ def runs(argv: list[str]) -> int:
     parser.add_argument("--benchmark", help="only runs of this benchmark")
     parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
     arguments = parser.parse_args(argv)
-    from clpet.reporting.show import listing
+    from clpet.reporting.show import list_runs
     from clpet.runtime.untrusted_json import find_runs
 
     for name in ("metrics", "view", "by", "against", "picture"):
@@ -41,7 +41,7 @@ def runs(argv: list[str]) -> int:
         raise DataError(f"{folder} is not a folder; runs go to outputs/ unless output_dir says otherwise")
     found = [(path, run) for path, run in find_runs(folder) if benchmark in (None, run["benchmark"])]
     compared = _compared(arguments, found) if arguments.compare else ""
-    print(printable(compared or listing(folder, found, benchmark, arguments.format)))
+    print(printable(compared or list_runs(folder, found, benchmark, arguments.format)))
     return 0
 
 
@@ -53,14 +53,14 @@ def _compared(arguments: argparse.Namespace, runs: Any) -> str:
     comparison = Comparison(
         keys=_words(arguments.compare),
         metrics=_words(arguments.metrics),
-        own=arguments.view == "own",
+        task_incremental=arguments.view == "own",
         by_validation=arguments.by is not None,
         against=arguments.against,
         form=arguments.format,
     )
     text = comparison.report(runs)
     if arguments.picture:
-        comparison.picture(runs, Path(arguments.picture))
+        comparison.plot_groups(runs, Path(arguments.picture))
     return text
 
 

@@ -1,4 +1,4 @@
-"""Finished runs compared: figures with their spread over seeds, what else differs between rows, and paired tests."""
+"""Compares finished runs: metrics with their deviation over seeds, other differences between rows, and paired tests."""
 
 import shlex
 from collections.abc import Sequence
@@ -10,276 +10,282 @@ from clpet.escape import inline, markdown
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import CONVENTIONS
-from clpet.reporting.figures import Spread, figures, pretraining_figures, spread, validation_average
+from clpet.reporting.figures import MeanStd, figures, mean_and_std, pretraining_figures, validation_average
 from clpet.reporting.run_groups import (
-    GIVEN,
     SPLIT,
-    Group,
+    TASK_GIVEN,
     Row,
+    Runs,
     Section,
-    differing,
+    choose_on_validation,
+    differing_options,
     fingerprint,
-    on_validation,
-    sections,
+    make_sections,
     value_of,
 )
-from clpet.reporting.significance import DRAWS, SAMPLED, Difference, difference, holm
-from clpet.reporting.tables import formatted
+from clpet.reporting.significance import MIN_SEEDS, NUM_DRAWS, Difference, difference, holm
+from clpet.reporting.tables import format_table
 
-COLUMNS = ("average", "whole", "bwt", "fwt", "forgetting", "learning_accuracy")  # of a comparison, by default
-LOSSES = ("forgetting", "intransigence")  # of accuracies: lower is better
-TIDY = ("benchmark", "objective", "metric", "data", "split", "view")  # columns of CSV, before the options
+COLUMNS = ("average", "whole", "bwt", "fwt", "forgetting", "learning_accuracy")  # default columns for accuracies
+LOWER_IS_BETTER = ("forgetting", "intransigence")  # among the metrics of accuracies
+CSV_COLUMNS = ("benchmark", "objective", "metric", "data", "split", "view")  # columns of CSV before the options
 
 
 @dataclass
 class Comparison:
-    """What is compared, and how: `keys` are options; `own` takes the task-incremental view of the predictions.
-
-    `by_validation` shows, of all settings of a row, the one that is best on validation. `against` names the row that
-    the others are tested against; without it that is the best one.
-    """
+    """A comparison of runs by the options `keys`, with the metrics as columns (none given: the default columns)."""
 
     keys: list[str]
     metrics: list[str] = field(default_factory=list)
-    own: bool = False
-    by_validation: bool = False
-    against: str | None = None
-    form: str = "text"
+    task_incremental: bool = False  # only each task's own labels compete (--view own)
+    by_validation: bool = False  # of all settings of a row show only the best one on validation
+    against: str | None = None  # row that the others are tested against; None: the best one
+    form: str = "text"  # text | md | csv | tex
 
-    def report(self, runs: Group) -> str:
-        """What `clpet runs --compare` prints. Raises ConfigError and DataError where there is nothing to compare."""
-        known = {**CONVENTIONS, **perplexity_transfer.FORMULAS}
+    def report(self, runs: Runs) -> str:
+        """The text that `clpet runs --compare` prints. Raises ConfigError and DataError."""
+        formulas = {**CONVENTIONS, **perplexity_transfer.FORMULAS}
         for metric in self.metrics:
-            if metric not in known:
-                raise ConfigError(f"there is no metric {metric}{suggest(metric, known)}")
-        found = self.sections(runs)
+            if metric not in formulas:
+                raise ConfigError(f"unknown metric {metric}{suggest(metric, formulas)}")
+        sections = self.sections(runs)
         if self.against is not None:
             if self.form not in ("text", "md"):
                 raise ConfigError("--against adds tests, which only --format text and md print")
-            if not any(self.named(section) for section in found):
-                names = [f"'{row.name}'" for section in found for row in section.rows]
-                raise ConfigError(f"--against {self.against}: there is no such row{suggest(self.against, names)}")
+            if not any(self.reference_row(section) for section in sections):
+                names = [f"'{row.name}'" for section in sections for row in section.rows]
+                raise ConfigError(f"--against {self.against}: no row has this name{suggest(self.against, names)}")
         if self.form == "csv":
-            return self.tidy(found)
-        return "\n\n".join(part for section in found for part in self.parts(section, found))
+            return self.csv(sections)
+        return "\n\n".join(block for section in sections for block in self.blocks(section, sections))
 
-    def sections(self, runs: Group) -> list[Section]:
-        """The tables, their rows in order."""
-        found = sections(runs, self.keys)
-        if self.own:
-            found = [section for section in found if not section.lower]
-            if not found:
-                raise ConfigError("--view own is about labels, and these runs have perplexities: leave it out")
+    def sections(self, runs: Runs) -> list[Section]:
+        """The tables with their rows in order."""
+        sections = make_sections(runs, self.keys)
+        if self.task_incremental:
+            sections = [section for section in sections if not section.lower]
+            if not sections:
+                raise ConfigError("--view own needs runs with labels; these runs have perplexities: leave it out")
         if not self.by_validation:
-            return found
-        chosen = on_validation(found, lambda runs: mean.mean if (mean := self.on_validation(runs)) else None)
+            return sections
+        chosen = choose_on_validation(sections, lambda runs: mean.mean if (mean := self.on_validation(runs)) else None)
         if not chosen:
             raise DataError(
                 "--by validation: no run was measured on validation (train with evaluation.split=validation)"
             )
         return chosen
 
-    def spreads(self, group: Group, runs: Group) -> dict[str, Spread | None]:
-        """Every figure of a group over its seeds; None unless all of them have it."""
-        found = [figures(run, runs, self.own) for _, run in group]
-        columns = {name: [one.get(name) for one in found] for name in (found[0] if found else ())}
-        return {name: spread(values) for name, values in columns.items()}
+    def means(self, row: Row, section: Section) -> dict[str, MeanStd | None]:
+        """{metric: mean and deviation} over the seeds of a row; None for a metric that a seed lacks."""
+        seeds = [figures(run, section.runs, self.task_incremental) for _, run in row.runs]
+        columns = {name: [values.get(name) for values in seeds] for name in (seeds[0] if seeds else ())}
+        return {name: mean_and_std(values) for name, values in columns.items()}
 
     def best(self, section: Section, rows: list[Row]) -> Row | None:
-        """The row with the best final average; None where no row has one."""
-        means = [(found.mean, row) for row in rows if (found := self.spreads(row.runs, section.runs).get("average"))]
-        return (min if section.lower else max)(means, key=lambda one: one[0])[1] if means else None
+        """The row with the best final average; None if no row has one."""
+        means = [(average.mean, row) for row in rows if (average := self.means(row, section).get("average"))]
+        return (min if section.lower else max)(means, key=lambda pair: pair[0])[1] if means else None
 
     # Text, Markdown and LaTeX
 
-    def parts(self, section: Section, found: list[Section]) -> list[str]:
-        """A section's table with what is said about it, and its tests."""
-        lines = [self.title(section, found), *self.notes(section)]
+    def blocks(self, section: Section, sections: list[Section]) -> list[str]:
+        """A section's table with its title and notes, and its tests."""
+        lines = [self.title(section, sections), *self.notes(section)]
         if self.form != "text":
             lines = [f"% {inline(line)}" if self.form == "tex" else markdown(line) for line in lines]
         gap = "\n\n" if self.form == "md" else "\n"
         tests = self.tests(section) if self.form != "tex" and not section.lower else []
         return [gap.join([lines[0], self.table(section), *lines[1:]]), *([gap.join(tests)] if tests else [])]
 
-    def title(self, section: Section, found: list[Section]) -> str:
-        """What the figures of a section are."""
-        data, others = "", [other.rows[0] for other in found if other.benchmark == section.benchmark]
+    def title(self, section: Section, sections: list[Section]) -> str:
+        """The benchmark and metric of a section; if other sections use other data, also the options behind them."""
+        data, others = "", [other.rows[0] for other in sections if other.benchmark == section.benchmark]
         if section.data and {fingerprint(row.evidence[0][1]) for row in others} != {section.data}:
-            own = [key for key in differing(others) if key.startswith("benchmark.")]
-            data = ", ".join(
-                [f"data {section.data[:8]}", *(f"{key}={section.rows[0].options.get(key)}" for key in own)]
-            )
-            data = f" ({data})"
-        parts = [
+            keys = [key for key in differing_options(others) if key.startswith("benchmark.")]
+            options = (f"{key}={section.rows[0].options.get(key)}" for key in keys)
+            data = f" ({', '.join([f'data {section.data[:8]}', *options])})"
+        clauses = [
             section.metric + (", lower is better" if section.lower else " in %"),
-            "among each task's own labels (task-incremental view)" if self.own else "",
+            "among each task's own labels (task-incremental view)" if self.task_incremental else "",
             "measured on validation" if section.split != "test" else "",
             "settings chosen on validation, figures on test" if self.by_validation else "",
             "mean ± standard deviation over seeds",
         ]
-        return f"{section.benchmark}{data}: {', '.join(filter(None, parts))}"
+        return f"{section.benchmark}{data}: {', '.join(filter(None, clauses))}"
 
     def table(self, section: Section) -> str:
-        """Rows of options and figures."""
-        metrics = self.shown(section)
-        spreads = [self.spreads(row.runs, section.runs) for row in section.rows]
+        """The table of options and metrics."""
+        metrics = self.columns(section)
+        means = [self.means(row, section) for row in section.rows]
         rows = [
             [
                 *row.cells,
-                *([str(row.tried), str(self.on_validation(row.chosen_by))] if self.by_validation else []),
+                *([str(row.num_settings), str(self.on_validation(row.chosen_by))] if self.by_validation else []),
                 str(len(row.runs)),
-                *(str(found.get(metric) or "-") for metric in metrics),
+                *(str(values.get(metric) or "-") for metric in metrics),
             ]
-            for row, found in zip(section.rows, spreads, strict=True)
+            for row, values in zip(section.rows, means, strict=True)
         ]
         header = [*section.columns, *(["settings", "validation"] if self.by_validation else []), "seeds", *metrics]
         start, words = len(header) - len(metrics), len(section.columns)
         bold = {
-            (place, start + column)
+            (row, start + column)
             for column, metric in enumerate(metrics)
-            for place in self.leading(section, [found.get(metric) for found in spreads], metric)
+            for row in self.best_rows(section, [values.get(metric) for values in means], metric)
         }
-        return formatted(header, rows, self.form, words, bold)
+        return format_table(header, rows, self.form, words, bold)
 
-    def shown(self, section: Section) -> Sequence[str]:
-        """The figures of a section's table."""
+    def columns(self, section: Section) -> Sequence[str]:
+        """The metrics shown for a section."""
         return self.metrics or (perplexity_transfer.COLUMNS if section.lower else COLUMNS)
 
-    def on_validation(self, runs: Group) -> Spread | None:
-        """The final average on validation of a setting."""
-        return spread([validation_average(run, self.own) for _, run in runs])
+    def on_validation(self, runs: Runs) -> MeanStd | None:
+        """The final average on validation over the seeds of a setting."""
+        return mean_and_std([validation_average(run, self.task_incremental) for _, run in runs])
 
-    def leading(self, section: Section, column: Sequence[Spread | None], metric: str) -> list[int]:
-        """Places of the best values of a column as printed; rows that are given the task do not compete."""
+    def best_rows(self, section: Section, column: Sequence[MeanStd | None], metric: str) -> list[int]:
+        """Indices of the rows with the best printed value of a metric; rows that are given the task do not compete."""
         means = {
-            place: round(found.mean, 2)
-            for place, (row, found) in enumerate(zip(section.rows, column, strict=True))
-            if found and self.competes(row)
+            index: round(value.mean, 2)  # as printed: rows that look equal are all marked
+            for index, (row, value) in enumerate(zip(section.rows, column, strict=True))
+            if value and self.competes(row)
         }
-        best = (min if section.lower or metric in LOSSES else max)(means.values(), default=None)
-        return [place for place, mean in means.items() if mean == best]
+        best = (min if section.lower or metric in LOWER_IS_BETTER else max)(means.values(), default=None)
+        return [index for index, mean in means.items() if mean == best]
 
     def competes(self, row: Row) -> bool:
-        """Whether a row answers the same question as the others: it is not given the task where they are not."""
-        return self.own or not row.given
+        """Whether a row may be compared with the others: a row that is given the task solves an easier problem."""
+        return self.task_incremental or not row.task_given
 
     def notes(self, section: Section) -> list[str]:
-        """What a reader has to know of a table."""
-        found = [f"also differs: {key}: {_owners(section.rows, key)}" for key in section.others]
+        """Caveats printed below a table."""
+        lines = [f"also differs: {key}: {_values_by_row(section.rows, key)}" for key in section.other_differences]
         if len({frozenset(run["tasks"]) for row in section.rows for _, run in row.evidence}) > 1:
-            found.append("the task lists differ: averages are over different tasks")
-        if few := [row.name for row in section.rows if len(row.runs) < SAMPLED]:
+            lines.append("the task lists differ: averages are over different tasks")
+        if few := [row.name for row in section.rows if len(row.runs) < MIN_SEEDS]:
             which = "" if len(few) == len(section.rows) else f" ({'; '.join(few)})"
-            found.append(
-                f"fewer than {SAMPLED} seeds{which}: tests sample {section.split} examples, seeds are not sampled"
+            lines.append(
+                f"fewer than {MIN_SEEDS} seeds{which}: tests sample {section.split} examples, seeds are not sampled"
             )
         if section.left_out:
-            found.append(f"left out, since it has no runs on validation: {'; '.join(section.left_out)}")
+            lines.append(f"left out, since it has no runs on validation: {'; '.join(section.left_out)}")
         pending = [row for row in section.rows if not row.runs]
-        return [*found, *(f"not run on test yet: {row.name}: {test_command(row)}" for row in pending)]
+        return [*lines, *(f"not run on test yet: {row.name}: {test_command(row)}" for row in pending)]
 
     # Tests
 
-    def named(self, section: Section) -> Row | None:
-        """The row that --against names, by its first value or all of them. Raises ConfigError where several fit."""
+    def reference_row(self, section: Section) -> Row | None:
+        """The row that --against names, by its full name or its first value. Raises ConfigError if several match."""
         rows = [row for row in section.rows if row.name == self.against]
         rows = rows or [row for row in section.rows if next(iter(row.columns.values())) == self.against]
         if len(rows) > 1:
             names = "; ".join(f"--against '{row.name}'" for row in rows)
-            raise ConfigError(f"--against {self.against} names {len(rows)} rows; take {names}")
+            raise ConfigError(f"--against {self.against} matches {len(rows)} rows; use one of {names}")
         return rows[0] if rows else None
 
     def tests(self, section: Section) -> list[str]:
-        """Head, table and remarks of the paired tests of one row against the others."""
+        """Title, table and remarks of the paired tests of one row against each of the others."""
         rows = [row for row in section.rows if row.runs]
-        base = self.named(section) if self.against else self.best(section, [row for row in rows if self.competes(row)])
+        candidates = [row for row in rows if self.competes(row)]
+        base = self.reference_row(section) if self.against else self.best(section, candidates)
         if base is None or not base.runs or len(rows) < 2:
             return []
-        found: dict[str, Difference] = {}
-        refused = []
-        for row in rows:
-            if row is base:
-                continue
-            easier = next((one for one in (row, base) if not self.competes(one)), None)
-            why = f"{easier.name} is given the task at test (--view own gives it to all)" if easier else ""
-            result = why or difference(base.runs, row.runs, self.own)
-            if isinstance(result, Difference):
-                found[row.name] = result
-            else:
-                refused.append(f"not tested: {base.name} against {row.name}: {result}")
-        corrected = holm([one.p for one in found.values()])
+        outcomes = {row.name: self.test(base, row) for row in rows if row is not base}
+        tested = {name: result for name, result in outcomes.items() if isinstance(result, Difference)}
+        refused = [
+            f"not tested: {base.name} against {name}: {reason}"
+            for name, reason in outcomes.items()
+            if not isinstance(reason, Difference)
+        ]
+        corrected = holm([result.p for result in tested.values()])
         cells = [
-            [name, f"{one.value:+.2f}", f"[{one.low:+.2f}, {one.high:+.2f}]",
-             f"{one.p:.4f}", f"{p:.4f}", str(one.seeds)]
-            for (name, one), p in zip(found.items(), corrected, strict=True)
+            [name, f"{result.value:+.2f}", f"[{result.low:+.2f}, {result.high:+.2f}]",
+             f"{result.p:.4f}", f"{p:.4f}", str(result.seeds)]
+            for (name, result), p in zip(tested.items(), corrected, strict=True)
         ]  # fmt: skip
-        over = f"over {section.split} examples, and over seeds where at least {SAMPLED} are paired ({DRAWS} draws)"
-        head = f"{base.name} minus each other row, final average score: paired bootstrap {over}"
-        head += f"; p (Holm) is corrected for {len(cells)} comparisons" if len(cells) > 1 else ""
+        over = (
+            f"over {section.split} examples, and over seeds where at least {MIN_SEEDS} are paired ({NUM_DRAWS} draws)"
+        )
+        title = f"{base.name} minus each other row, final average score: paired bootstrap {over}"
+        title += f"; p (Holm) is corrected for {len(cells)} comparisons" if len(cells) > 1 else ""
         header = ["other", "difference", "95 % interval", "p", "p (Holm)", "paired seeds"]
         if self.form == "md":
-            head, refused = markdown(head), [markdown(line) for line in refused]
-        return [*([head, formatted(header, cells, self.form)] if cells else []), *refused]
+            title, refused = markdown(title), [markdown(line) for line in refused]
+        return [*([title, format_table(header, cells, self.form)] if cells else []), *refused]
+
+    def test(self, base: Row, row: Row) -> Difference | str:
+        """`base` minus `row`, or the reason why the two cannot be tested."""
+        if easier := next((one for one in (row, base) if not self.competes(one)), None):
+            return f"{easier.name} is given the task at test (--view own gives it to all)"
+        return difference(base.runs, row.runs, self.task_incremental)
 
     # CSV
 
-    def tidy(self, found: list[Section]) -> str:
-        """One line a row and figure, one value a cell, all sections in one table."""
-        options = list(dict.fromkeys(key for section in found for key in (*section.columns, GIVEN, *section.others)))
-        lines, view = [], "own" if self.own else "all"
-        for section in found:
+    def csv(self, sections: list[Section]) -> str:
+        """All sections as one tidy table: one line per row and metric, one value per cell."""
+        options = list(
+            dict.fromkeys(
+                key for section in sections for key in (*section.columns, TASK_GIVEN, *section.other_differences)
+            )
+        )
+        lines, view = [], "own" if self.task_incremental else "all"
+        for section in sections:
             for row in section.rows:
-                named = [row.columns.get(key) or value_of(row.options, key) or "" for key in options]
+                values = [row.columns.get(key) or value_of(row.options, key) or "" for key in options]
                 kind = [section.benchmark, section.objective, section.metric, fingerprint(row.evidence[0][1])]
-                spreads = self.spreads(row.runs, section.runs)
-                cells = [(section.split, metric, spreads.get(metric)) for metric in self.shown(section)]
+                means = self.means(row, section)
+                cells = [(section.split, metric, means.get(metric)) for metric in self.columns(section)]
                 if self.by_validation:
                     cells.append(("validation", "average", self.on_validation(row.chosen_by)))
-                lines += [[*kind, split, view, *named, name, *_numbers(found)] for split, name, found in cells]
-        return formatted([*TIDY, *options, "figure", "mean", "std", "n"], lines, "csv")
+                lines += [[*kind, split, view, *values, name, *_numbers(mean)] for split, name, mean in cells]
+        return format_table([*CSV_COLUMNS, *options, "figure", "mean", "std", "n"], lines, "csv")
 
-    # Pictures
+    # Figure
 
-    def picture(self, runs: Group, path: Path) -> Path:
-        """Rows of perplexities side by side. Raises ConfigError where they are not of one table."""
-        from clpet.reporting.plots.perplexity import plot_groups
+    def plot_groups(self, runs: Runs, path: Path) -> Path:
+        """Draws the rows of perplexities next to each other. Raises ConfigError unless they fit into one table."""
+        from clpet.reporting.plots.perplexity import plot_groups  # matplotlib takes a second to import
 
-        found = self.sections(runs)
-        lower = [section for section in found if section.lower and section.split == "test"]
+        sections = self.sections(runs)
+        lower = [section for section in sections if section.lower and section.split == "test"]
         if not lower:
             raise ConfigError("--picture draws perplexities on test, which these runs do not have: leave it out")
         if len(lower) > 1:
-            titles = "; ".join(self.title(section, found) for section in lower)
-            raise ConfigError(f"--picture draws one table, and there are {len(lower)}: say --benchmark ({titles})")
+            titles = "; ".join(self.title(section, sections) for section in lower)
+            raise ConfigError(
+                f"--picture draws one table, but there are {len(lower)}: select one with --benchmark ({titles})"
+            )
         (section,) = lower
         groups = {
             row.name: [pretraining_figures(run, section.runs) for _, run in row.runs if run["method"] != DAPT]
             for row in section.rows
         }
-        drawn = {name: own for name, own in groups.items() if own}
-        return plot_groups(drawn, ", ".join(self.keys), path, section.benchmark)
+        groups = {name: seeds for name, seeds in groups.items() if seeds}
+        return plot_groups(groups, ", ".join(self.keys), path, section.benchmark)
 
 
-def _numbers(found: Spread | None) -> list[str]:
-    if found is None:
+def _numbers(value: MeanStd | None) -> list[str]:
+    """[mean, std, n] as CSV cells."""
+    if value is None:
         return ["", "", "0"]
-    return [repr(round(found.mean, 6)), "" if found.std is None else repr(round(found.std, 6)), str(found.n)]
+    return [repr(round(value.mean, 6)), "" if value.std is None else repr(round(value.std, 6)), str(value.n)]
 
 
-def _owners(rows: Sequence[Row], key: str) -> str:
-    """Each value of an option with the rows that have it, named by their first column where that is enough."""
+def _values_by_row(rows: Sequence[Row], key: str) -> str:
+    """Each value of an option with the rows that have it, named by their first column if that is unambiguous."""
     values = [value_of(row.options, key) or "-" for row in rows]
-    short = {row.cells[0]: value for row, value in zip(rows, values, strict=True)}
-    clear = all(short[row.cells[0]] == value for row, value in zip(rows, values, strict=True))
+    by_first_column = {row.cells[0]: value for row, value in zip(rows, values, strict=True)}
+    unambiguous = all(by_first_column[row.cells[0]] == value for row, value in zip(rows, values, strict=True))
     names: dict[str, dict[str, None]] = {}
     for row, value in zip(rows, values, strict=True):
-        names.setdefault(value, {})[row.cells[0] if clear else row.name] = None
-    return ", ".join(f"{value} ({'; '.join(own)})" for value, own in names.items())
+        names.setdefault(value, {})[row.cells[0] if unambiguous else row.name] = None
+    return ", ".join(f"{value} ({'; '.join(row_names)})" for value, row_names in names.items())
 
 
 def test_command(row: Row) -> str:
-    """The command that measures on test what was chosen on validation."""
+    """The command that measures on test the setting that was chosen on validation."""
     seeds = ",".join(sorted({str(run["seed"]) for _, run in row.chosen_by}))
-    words = row.chosen_by[0][1]["overrides"]
-    kept = [word for word in words if word.partition("=")[0] not in (SPLIT, "seed", "fresh")]
-    return shlex.join(["clpet", "train", *(["-m"] if "," in seeds else []), *kept, f"seed={seeds}"])
+    overrides = [
+        word for word in row.chosen_by[0][1]["overrides"] if word.partition("=")[0] not in (SPLIT, "seed", "fresh")
+    ]
+    return shlex.join(["clpet", "train", *(["-m"] if "," in seeds else []), *overrides, f"seed={seeds}"])

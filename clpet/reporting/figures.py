@@ -1,4 +1,4 @@
-"""Figures of finished runs: of one run, with what they need of reference runs, and their spread over seeds."""
+"""Metrics of finished runs: of one run, including those that need reference runs, and mean and deviation over seeds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +8,12 @@ import numpy as np
 
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import TransferMatrix
-from clpet.reporting.run_groups import Group, fingerprint
+from clpet.reporting.run_groups import Runs, fingerprint
 from clpet.runtime.untrusted_json import read_results, split_of
 
 
-class Spread(NamedTuple):
-    """Mean and standard deviation (n - 1) of a figure over n seeds; no deviation of a single one."""
+class MeanStd(NamedTuple):
+    """Mean and sample standard deviation (n - 1 degrees of freedom) of a metric over n seeds; std is None if n = 1."""
 
     mean: float
     std: float | None
@@ -23,60 +23,66 @@ class Spread(NamedTuple):
         return f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
 
 
-def spread(values: Sequence[float | None]) -> Spread | None:
-    """Mean and deviation of a figure; None unless every seed has it."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
+def mean_and_std(values: Sequence[float | None]) -> MeanStd | None:
+    """Mean and standard deviation over seeds; None if a seed lacks the value, so that no mean hides missing runs."""
+    numbers = [value for value in values if value is not None]
+    if not numbers or len(numbers) < len(values):
         return None
-    return Spread(float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None, len(known))
+    std = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+    return MeanStd(float(np.mean(numbers)), std, len(numbers))
 
 
-def matrix_of(run: dict[str, Any], own: bool = False) -> TransferMatrix:
-    """A run's matrix, all seen labels competing, or in the view of each task's own labels."""
-    if not own:
+def matrix_of(run: dict[str, Any], task_incremental: bool = False) -> TransferMatrix:
+    """The transfer matrix in results.json: of all seen labels, or of each task's own labels (task-incremental view)."""
+    if not task_incremental:
         return TransferMatrix.from_json(run)
     matrix = TransferMatrix.from_json({**run, "scores": run["task_scores"]})
-    matrix.correct = matrix.scores * matrix.total / 100
+    matrix.correct = matrix.scores * matrix.total / 100  # results.json counts correct answers among all labels only
     return matrix
 
 
-def figures(run: dict[str, Any], runs: Group, own: bool = False) -> dict[str, float | None]:
-    """Every convention of a run, those that need a joint or independent run taken from `runs` where it is there."""
-    matrix = matrix_of(run, own)
-    found = matrix.metrics(**{name: reference(run, runs, name, own) for name in ("independent", "joint")})
+def figures(run: dict[str, Any], runs: Runs, task_incremental: bool = False) -> dict[str, float | None]:
+    """{metric: value} of a run. Metrics relative to a joint or independent run take it from `runs`, else are None."""
+    matrix = matrix_of(run, task_incremental)
+    references = {name: reference(run, runs, name, task_incremental) for name in ("independent", "joint")}
+    metrics = matrix.metrics(**references)
     if matrix.direction == "lower":
-        found |= perplexity_transfer.headline(pretraining_figures(run, runs))
-    return found
+        metrics |= perplexity_transfer.headline(pretraining_figures(run, runs))
+    return metrics
 
 
-def validation_average(run: dict[str, Any], own: bool = False) -> float | None:
-    """The final average on validation, by which settings are chosen; None where it was not measured."""
+def validation_average(run: dict[str, Any], task_incremental: bool = False) -> float | None:
+    """The final average on validation, for choosing settings; None if it was not measured."""
     if split_of(run) != "test":
-        return matrix_of(run, own).average()
-    return (run.get("validation") or {}).get("own_average" if own else "average")
+        return matrix_of(run, task_incremental).average()
+    return (run.get("validation") or {}).get("own_average" if task_incremental else "average")
 
 
 def outcome(out: Path) -> float | None:
-    """What a sweep is told of a finished run: its final average on validation where there is one, else that on test."""
+    """The objective value that a sweep reports for a finished run: its final average on validation, else on test."""
     run = read_results(out / "results.json")
-    chosen = validation_average(run)
-    return TransferMatrix.from_json(run).average() if chosen is None else chosen
+    validation = validation_average(run)
+    return TransferMatrix.from_json(run).average() if validation is None else validation
 
 
-def pretraining_figures(run: dict[str, Any], runs: Group) -> dict[str, Any]:
-    """The figures of a run of perplexities, with DAPT from the diagonal of a dapt run of the same setting and seed."""
-    matrix, alone = TransferMatrix.from_json(run), None
-    if found := reference(run, runs, perplexity_transfer.DAPT):
-        known = dict(zip(found.tasks, perplexity_transfer.own_checkpoint(found.scores), strict=True))
-        alone = np.array([known.get(name, np.nan) for name in matrix.tasks])
-    groups = {name: part["domains"] for name, part in run["pretraining"]["groups"].items()}
-    return perplexity_transfer.figures(matrix.scores, matrix.tasks, alone, groups)
+def pretraining_figures(run: dict[str, Any], runs: Runs) -> dict[str, Any]:
+    """`perplexity_transfer.figures` of a run; DAPT is the diagonal of a dapt run of the same setting, data and seed."""
+    matrix, dapt = TransferMatrix.from_json(run), None
+    if dapt_matrix := reference(run, runs, perplexity_transfer.DAPT):
+        diagonal = perplexity_transfer.own_checkpoint(dapt_matrix.scores)
+        by_domain = dict(zip(dapt_matrix.tasks, diagonal, strict=True))
+        dapt = np.array([by_domain.get(name, np.nan) for name in matrix.tasks])
+    groups = {name: group["domains"] for name, group in run["pretraining"]["groups"].items()}
+    return perplexity_transfer.figures(matrix.scores, matrix.tasks, dapt, groups)
 
 
-def reference(run: dict[str, Any], runs: Group, method: str, own: bool = False) -> TransferMatrix | None:
-    """The matrix of the reference run of the same setting, data and seed: any method of a sweep finds the same one."""
-    wanted = (method, run["setting"], run["seed"], fingerprint(run))
+def reference(run: dict[str, Any], runs: Runs, method: str, task_incremental: bool = False) -> TransferMatrix | None:
+    """The matrix of the `method` run with the same setting, data and seed as `run`; None if there is none.
+
+    The setting is a hash of the config without the method and its options, so all methods of a sweep share one.
+    """
+    key = (method, run["setting"], run["seed"], fingerprint(run))
     for _, other in runs:
-        if (other["method"], other["setting"], other["seed"], fingerprint(other)) == wanted:
-            return matrix_of(other, own)
+        if (other["method"], other["setting"], other["seed"], fingerprint(other)) == key:
+            return matrix_of(other, task_incremental)
     return None

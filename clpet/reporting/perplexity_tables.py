@@ -1,4 +1,7 @@
-"""Continual pretraining in words and columns: what `clpet show` and the end of a run print of a run of domains."""
+"""Tables of continual pretraining, printed by `clpet show` and at the end of a run on domains.
+
+`transfer` is in every function the dictionary that `perplexity_transfer.figures` returns.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,86 +9,92 @@ from typing import Any
 from clpet.metrics.perplexity_transfer import FORMULAS, headline
 from clpet.reporting.tables import perplexity, table
 
-NAMED = {"zs": "ZS", "dapt": "DAPT", "cpt": "CPT", "lc": "LC", "fg": "FG"}
+ABBREVIATIONS = {"zs": "ZS", "dapt": "DAPT", "cpt": "CPT", "lc": "LC", "fg": "FG"}
 AVERAGES = ("zs", "dapt", "cpt", "lc", "fg", "fg_before_last", "cpt_minus_dapt", "lc_minus_dapt")
-LEGEND = "ZS zero-shot, DAPT alone on the domain, CPT just after it, LC last checkpoint, FG = LC - CPT (forgotten)"
+LEGEND = (
+    "ZS zero-shot, DAPT trained on the domain alone, CPT just after it, LC last checkpoint, FG = LC - CPT (forgotten)"
+)
 
 
-def domain_table(found: dict[str, Any], bits: Sequence[float | None] = ()) -> str:
-    """A row per domain; `bits` are those per byte of the last checkpoint. What no domain has is left out."""
-    shown = [key for key in NAMED if any(row[key] is not None for row in found["domains"])]
-    rows = [[row["domain"], *(perplexity(row[key]) for key in shown)] for row in found["domains"]]
-    header = ["domain", *(NAMED[key] for key in shown)]
+def domain_table(transfer: dict[str, Any], bits: Sequence[float | None] = ()) -> str:
+    """One row per domain, with the columns that at least one domain has.
+
+    `bits` are the bits per byte of the last checkpoint, one per domain.
+    """
+    columns = [key for key in ABBREVIATIONS if any(row[key] is not None for row in transfer["domains"])]
+    rows = [[row["domain"], *(perplexity(row[key]) for key in columns)] for row in transfer["domains"]]
+    header = ["domain", *(ABBREVIATIONS[key] for key in columns)]
     if any(value is not None for value in bits):
         header.append("LC bits/byte")
         rows = [[*row, "-" if value is None else f"{value:.3f}"] for row, value in zip(rows, bits, strict=True)]
     return f"perplexity by domain, lower is better: {LEGEND}\n{table(header, rows)}"
 
 
-def average_table(found: dict[str, Any]) -> str:
-    """Mean and median over domains, all and by group."""
-    parts = {"all": found, **found["groups"]}
-    shown = [key for key in AVERAGES if any(part["average"][key]["mean"] is not None for part in parts.values())]
-    header = ["over domains", *(NAMED.get(key, _spelt(key)) for key in shown)]
+def average_table(transfer: dict[str, Any]) -> str:
+    """Mean and median over all domains, and over each group of domains."""
+    groups = {"all": transfer, **transfer["groups"]}
+    columns = [key for key in AVERAGES if any(group["average"][key]["mean"] is not None for group in groups.values())]
+    header = ["over domains", *(ABBREVIATIONS.get(key, _difference_name(key)) for key in columns)]
     rows = [
-        [f"{kind} of {name}", *(perplexity(part["average"][key][kind]) for key in shown)]
-        for name, part in parts.items()
+        [f"{kind} of {name}", *(perplexity(group["average"][key][kind]) for key in columns)]
+        for name, group in groups.items()
         for kind in ("mean", "median")
     ]
     return table(header, rows)
 
 
-def _spelt(key: str) -> str:
+def _difference_name(key: str) -> str:
+    """A column title such as "CPT - DAPT" for cpt_minus_dapt."""
     first, _, rest = key.partition("_")
-    return f"{NAMED[first]} {rest.replace('minus', '-').replace('_', ' ').replace('dapt', 'DAPT')}"
+    return f"{ABBREVIATIONS[first]} {rest.replace('minus', '-').replace('_', ' ').replace('dapt', 'DAPT')}"
 
 
-def transfer_tables(found: dict[str, Any]) -> str:
-    """Backward by age and forward by lead: what a domain's perplexity is after and before its turn."""
-    parts = []
-    for name, axis, words in (
+def transfer_tables(transfer: dict[str, Any]) -> str:
+    """Backward transfer by age and forward transfer by lead: a domain's perplexity after and before its training."""
+    blocks = []
+    for name, axis, title in (
         ("by_age", "age", "backward transfer by age (domains trained since)"),
         ("by_lead", "lead", "forward transfer by lead (domains until its turn)"),
     ):
-        curve = found[name]
-        rows = [_line(curve, axis, place) for place in few(len(curve[axis])) if curve["count"][place]]
+        curve = transfer[name]
+        rows = [_curve_row(curve, axis, index) for index in sparse_indices(len(curve[axis])) if curve["count"][index]]
         if rows:
             header = [axis, "pairs", "mean", "median", "mean - ZS", "median - ZS", "mean ratio to ZS", "mean - own CPT"]
-            parts.append(f"{words}; below 0 or 1: better than zero-shot\n{table(header, rows)}")
-    return "\n\n".join(parts)
+            blocks.append(f"{title}; below 0 or 1: better than zero-shot\n{table(header, rows)}")
+    return "\n\n".join(blocks)
 
 
-def _line(curve: dict[str, Any], axis: str, place: int) -> list[str]:
+def _curve_row(curve: dict[str, Any], axis: str, index: int) -> list[str]:
     cells = [("perplexity", "mean"), ("perplexity", "median"), ("minus_zs", "mean"), ("minus_zs", "median")]
-    ratio = curve["over_zs"]["mean"][place]
+    ratio = curve["over_zs"]["mean"][index]
     return [
-        str(curve[axis][place]),
-        str(curve["count"][place]),
-        *(perplexity(curve[view][kind][place]) for view, kind in cells),
+        str(curve[axis][index]),
+        str(curve["count"][index]),
+        *(perplexity(curve[view][kind][index]) for view, kind in cells),
         "-" if ratio is None else f"{ratio:.3f}",
-        perplexity(curve["minus_own"]["mean"][place]),
+        perplexity(curve["minus_own"]["mean"][index]),
     ]
 
 
-def few(count: int) -> list[int]:
-    """Positions that show a curve: the first ones, then further and further apart, and the last."""
-    places = [0]
-    while places[-1] < count - 1:
-        places.append(min(count - 1, places[-1] + max(1, places[-1] // 3)))
-    return places[:count]
+def sparse_indices(count: int) -> list[int]:
+    """Indices to print of a long curve: the first ones, then with growing gaps, and the last."""
+    indices = [0]
+    while indices[-1] < count - 1:
+        indices.append(min(count - 1, indices[-1] + max(1, indices[-1] // 3)))
+    return indices[:count]
 
 
-def formula_lines(found: dict[str, Any], needs: str) -> str:
-    """Every mean with its formula; `needs` is the command that makes the run which DAPT is read from."""
-    values = headline(found)
+def formula_lines(transfer: dict[str, Any], dapt_command: str) -> str:
+    """Every mean with its formula; `dapt_command` makes the run that DAPT is read from."""
+    values = headline(transfer)
     width = max(map(len, FORMULAS))
     lines = [
         f"{name:{width}}  {perplexity(values[name]):>8}  {formula}"
-        + (f"; needs: {needs}" if "dapt" in name and values[name] is None else "")
+        + (f"; needs: {dapt_command}" if "dapt" in name and values[name] is None else "")
         for name, formula in FORMULAS.items()
     ]
     for name in ("backward", "forward"):
-        place = found["saturation"][name]["mean"]
-        where = "nowhere" if place is None else f"after {place}"
-        lines.append(f"{'saturation':{width}}  {where:>8}  from where the mean {name} transfer / ZS stays within 2 %")
+        index = transfer["saturation"][name]["mean"]
+        start = "nowhere" if index is None else f"after {index}"
+        lines.append(f"{'saturation':{width}}  {start:>8}  from where the mean {name} transfer / ZS stays within 2 %")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a running experiment: a live bar on a terminal, plain lines elsewhere."""
 
 import logging
 import time
@@ -10,17 +10,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from clpet.escape import inline
 from clpet.reporting.tables import say
 
-if TYPE_CHECKING:  # reading runs back needs no torch
+if TYPE_CHECKING:  # `clpet runs` and `clpet show` import reporting and must not wait for torch
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 PLAIN_EVERY = 15.0  # seconds between plain lines
-LIVE_EVERY = 0.2
+LIVE_EVERY = 0.2  # seconds between updates of the bar
 
 
 class Display:
-    """Shows task i of T, stage, epoch, loss, examples per second and the time left."""
+    """Shows task i of T, stage, epoch, loss, examples per second and the estimated time left."""
 
     def __init__(self, console: Console, tasks: int) -> None:
         self.console, self.tasks = console, tasks
@@ -29,23 +29,23 @@ class Display:
         self.task_seconds: list[float] = []
 
     def task(self, position: int, name: str) -> None:
-        """A task begins; positions count from 1, 0 is what comes before all tasks."""
+        """Starts a task. Positions count from 1; 0 is the training of the base model before all tasks."""
         self.position, self.name, self.task_start = position, name, time.perf_counter()
 
     def task_done(self) -> None:
-        """A task's training and evaluation are over."""
+        """Ends a task, after its evaluation."""
         self._end_bar()
         self.task_seconds.append(time.perf_counter() - self.task_start)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Removes the live bar and restores the terminal."""
         self._end_bar()
 
     def fit(self, stage: str, epochs: int, steps: int) -> None:
-        """A stage of training begins."""
+        """Starts a training stage of `epochs` times `steps` optimizer steps."""
         self._end_bar()
         self.stage, self.epochs, self.steps = stage, epochs, steps
-        self.start = self.shown = time.perf_counter()
+        self.start = self.last_shown = time.perf_counter()
         self.seen = self.before = self.skipped = 0
         if self.console.is_terminal:
             self.live = Progress(
@@ -55,20 +55,20 @@ class Display:
             self.bar = self.live.add_task(self._title(1), total=epochs * steps)
 
     def resumed(self, steps: int, examples: int) -> None:
-        """The fit goes on where a run was cut off: what lies before takes no time now."""
+        """Continues a stage after `steps` steps. They took no time in this process: rates and estimates skip them."""
         self.skipped, self.before = steps, -examples if steps % self.steps else 0
 
     def step(self, epoch: int, step: int, examples: int, loss: "Tensor") -> None:
-        """A step is done; the loss is only read when a line is due, so that the device is not waited for."""
+        """Reports a finished step. `loss` is read only when a line is due, since reading it waits for the device."""
         self.seen = self.before + examples
         done = epoch * self.steps + step
         now = time.perf_counter()
         last = done == self.epochs * self.steps
         if step == self.steps:
             self.before = self.seen
-        if now - self.shown < (LIVE_EVERY if self.live else PLAIN_EVERY) and not last:
+        if now - self.last_shown < (LIVE_EVERY if self.live else PLAIN_EVERY) and not last:
             return
-        self.shown = now
+        self.last_shown = now
         rate = self.seen / (now - self.start)
         text = f"loss {loss.item():.3f} · {rate:.0f} examples/s · {self._left(now, done)} left"
         if self.live and self.bar is not None:
@@ -77,11 +77,11 @@ class Display:
             self.print(f"{self._title(epoch + 1)} · {text}")
 
     def validated(self, epoch: int, score: float) -> None:
-        """An epoch's validation score."""
+        """Prints the validation score (0 to 1) of an epoch."""
         self.print(f"{self._title(epoch)} · validation {100 * score:.2f}")
 
     def print(self, text: str = "") -> None:
-        """A line that stays, on the screen and in train.log."""
+        """Prints a line above the bar, and writes it to train.log."""
         log.info(text)
         say(self.console, text)
 
@@ -91,6 +91,7 @@ class Display:
         return f"{which}{inline(self.name)}{stage} · epoch {epoch}/{self.epochs}"
 
     def _left(self, now: float, done: int) -> str:
+        """h:mm:ss left: the rest of this stage at its speed so far, and the mean time of a task for those to come."""
         stage = (now - self.start) / (done - self.skipped) * (self.epochs * self.steps - done)
         mean = sum(self.task_seconds) / len(self.task_seconds) if self.task_seconds else now - self.task_start
         seconds = int(stage + mean * (self.tasks - self.position))

@@ -1,4 +1,4 @@
-"""Finished runs sorted for comparison: sections of what may be compared, and rows of runs that differ in their seed."""
+"""Groups finished runs for comparison: sections of comparable runs, and rows of runs that differ only in their seed."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,51 +10,51 @@ from clpet.errors import ConfigError, suggest
 from clpet.runtime.untrusted_json import read_json, split_of
 
 T = TypeVar("T")
-Group = list[tuple[Path, dict[str, Any]]]
-NAMES = ("method", "model", "benchmark", "replay", "peft", "seed")  # keys that name a group option, and the seed
-GIVEN = "task_id_at_test"  # whether the task is given at test: an easier question
+Runs = list[tuple[Path, dict[str, Any]]]  # (run directory, results.json)
+NAME_KEYS = ("method", "model", "benchmark", "replay", "peft", "seed")  # the options of the groups, and the seed
+TASK_GIVEN = "task_id_at_test"  # True: the method is told which task a test example belongs to, which is easier
 SPLIT = "evaluation.split"
-WRITING = ("train.save_minutes", "train.keep")  # when something is written changes no result
+SAVING_KEYS = ("train.save_minutes", "train.keep")  # decide when files are written; results do not depend on them
 
 
 @dataclass
 class Row:
-    """Runs that differ in their seed only, with their options; `columns` are the options that are shown."""
+    """One row of a comparison: runs that differ only in their seed."""
 
-    options: dict[str, str]
-    runs: Group
-    columns: dict[str, str] = field(default_factory=dict)
-    chosen_by: Group = field(default_factory=list)  # of a row that was chosen on validation, by which runs
-    tried: int = 0  # settings that it was chosen from
+    options: dict[str, str]  # {dotted key: value} of the configuration
+    runs: Runs
+    columns: dict[str, str] = field(default_factory=dict)  # the options that are shown
+    chosen_by: Runs = field(default_factory=list)  # the validation runs that the row was chosen by
+    num_settings: int = 0  # number of settings that it was chosen from
 
     @property
-    def evidence(self) -> Group:
-        """Its runs, or, where there are none yet, those it was chosen by."""
+    def evidence(self) -> Runs:
+        """Its runs; if it has not been run on test yet, the runs it was chosen by."""
         return self.runs or self.chosen_by
 
     @property
     def name(self) -> str:
-        """What the row is called in a test or a note."""
+        """Its name in tests and notes: the values of its columns."""
         return ", ".join(self.cells)
 
     @property
     def cells(self) -> list[str]:
-        """The values of its columns, as a reader sees them."""
+        """The values of its columns; the method is marked if it is given the task."""
         marked = "method" if "method" in self.columns else next(iter(self.columns))
-        note = {marked: " (task given)"} if self.given else {}
+        note = {marked: " (task given)"} if self.task_given else {}
         return [f"{value}{note.get(key, '')}" for key, value in self.columns.items()]
 
     @property
-    def given(self) -> bool:
+    def task_given(self) -> bool:
         """Whether the task is given at test."""
-        return self.options[GIVEN] == "True"
+        return self.options[TASK_GIVEN] == "True"
 
 
 @dataclass
 class Section:
-    """What may stand in one table: rows of one benchmark, objective, metric and split, and of the same data.
+    """One table: rows of the same benchmark, objective, metric, split and data.
 
-    `keys` are the options that are compared; `runs` hold the reference runs of the rows as well.
+    `keys` are the compared options; `runs` also contain the reference runs that some metrics need.
     """
 
     benchmark: str
@@ -65,8 +65,8 @@ class Section:
     data: str
     keys: list[str]
     rows: list[Row]
-    runs: Group
-    left_out: list[str] = field(default_factory=list)  # test rows whose values have no runs on validation
+    runs: Runs
+    left_out: list[str] = field(default_factory=list)  # names of test rows without a run on validation
 
     @property
     def lower(self) -> bool:
@@ -75,50 +75,55 @@ class Section:
 
     @property
     def measure(self) -> tuple[str, ...]:
-        """What its figures are, whichever split they are measured on."""
+        """What its scores measure, apart from the split."""
         return self.benchmark, self.objective, self.metric, self.direction, self.data
 
-    def values(self, row: Row) -> tuple[str, ...]:
-        """What rows are compared by."""
-        return *values_of(row.options, self.keys), row.options[GIVEN]
+    def compared_values(self, row: Row) -> tuple[str, ...]:
+        """The values of the compared options, and whether the task is given."""
+        return *values_of(row.options, self.keys), row.options[TASK_GIVEN]
 
     @property
     def columns(self) -> list[str]:
-        """The options that are shown: those compared, and those in which rows of equal values differ."""
+        """The shown options: the compared ones, and those that distinguish rows with equal values."""
         return list(self.rows[0].columns)
 
     @property
-    def others(self) -> list[str]:
-        """Further options in which rows differ."""
-        return [key for key in differing(self.rows) if key not in self.columns]
+    def other_differences(self) -> list[str]:
+        """Options that differ between rows and are not shown as columns."""
+        return [key for key in differing_options(self.rows) if key not in self.columns]
 
 
 def options_of(path: Path, run: dict[str, Any]) -> dict[str, str]:
-    """{dotted key: value} of a run's configuration, with what it resolved and the names of its group options."""
+    """{dotted key: value} of a run's configuration; automatic options have the values they were resolved to."""
     record = read_json(path / "run.json")
-    found = flat(record.get("config"))
-    found |= {key: str(run[key]) for key in NAMES}
-    found |= {f"inputs.{name}": value for name, value in run.get("inputs", {}).items() if name != "data"}
-    found |= {key: str(value) for key, value in run.get("resolved", {}).items()}
-    if run.get("softmax"):  # as benchmark.softmax=auto was resolved
-        found["benchmark.softmax"] = str(run["softmax"])
-    return {**found, GIVEN: str(run["task_id_at_test"]), SPLIT: split_of(run)}
+    options = flatten(record.get("config"))
+    options |= {key: str(run[key]) for key in NAME_KEYS}
+    options |= {f"inputs.{name}": value for name, value in run.get("inputs", {}).items() if name != "data"}
+    options |= {key: str(value) for key, value in run.get("resolved", {}).items()}
+    if run.get("softmax"):  # what benchmark.softmax=auto was resolved to
+        options["benchmark.softmax"] = str(run["softmax"])
+    return {**options, TASK_GIVEN: str(run["task_id_at_test"]), SPLIT: split_of(run)}
 
 
-def flat(node: Any, prefix: str = "") -> dict[str, str]:
-    """{dotted key: value} of a configuration."""
+def flatten(node: Any, prefix: str = "") -> dict[str, str]:
+    """{dotted key: value} of a nested configuration."""
     if not isinstance(node, dict):
         return {prefix: str(node)}
-    inner = (flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items())
-    return {key: value for part in inner for key, value in part.items()}
+    children = (flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items())
+    return {key: value for child in children for key, value in child.items()}
 
 
 def value_of(options: dict[str, str], key: str) -> str | None:
-    """An option's value; of a key above several options all of them; None where there is none."""
+    """An option's value; for a key with sub-options all of them as key=value; None for an unknown key."""
     if key in options:
         return options[key]
-    inner = {name: value for name, value in options.items() if name.startswith(f"{key}.")}
-    return ", ".join(f"{name.removeprefix(f'{key}.')}={value}" for name, value in inner.items()) or None
+    nested = {name: value for name, value in options.items() if name.startswith(f"{key}.")}
+    return ", ".join(f"{name.removeprefix(f'{key}.')}={value}" for name, value in nested.items()) or None
+
+
+def values_of(options: dict[str, str], keys: Sequence[str]) -> tuple[str, ...]:
+    """The values of several keys; "-" for a key that the run does not have."""
+    return tuple(value_of(options, key) or "-" for key in keys)
 
 
 def fingerprint(run: dict[str, Any]) -> str:
@@ -127,136 +132,135 @@ def fingerprint(run: dict[str, Any]) -> str:
 
 
 def same_tests(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two runs of one split are measured on equal examples of equal tasks, by their recorded hashes."""
-    known = a.get("test_sets") if "test_sets" in b else None
-    return known == b["test_sets"] if known else bool(fingerprint(a)) and fingerprint(a) == fingerprint(b)
+    """Whether two runs of one split were measured on the same examples of the same tasks, by their recorded hashes."""
+    test_sets = a.get("test_sets") if "test_sets" in b else None
+    return test_sets == b["test_sets"] if test_sets else bool(fingerprint(a)) and fingerprint(a) == fingerprint(b)
 
 
-def sections(runs: Group, keys: list[str]) -> list[Section]:
-    """The tables of a comparison by `keys`, each with its rows in order.
+def make_sections(runs: Runs, keys: list[str]) -> list[Section]:
+    """The tables of a comparison by `keys`, their rows sorted. Raises ConfigError for a key that no run has.
 
-    Runs on other data are in another section, unless options of the benchmark are what is compared. Raises
-    ConfigError for a key that no run has.
+    Runs on different data go to different sections, unless `keys` contain options of the benchmark.
     """
-    own_data = not any(key.startswith("benchmark.") or key == "data_dir" for key in keys)
-    described = [((path, run), options_of(path, run)) for path, run in runs]
+    split_by_data = not any(key.startswith("benchmark.") or key == "data_dir" for key in keys)
+    pairs = [((path, run), options_of(path, run)) for path, run in runs]
     for key in keys:
-        if all(value_of(options, key) is None for _, options in described):
-            known = {name for _, options in described for name in options}
-            raise ConfigError(f"no run has the option {key} in its configuration{suggest(key, known)}")
-    found = []
-    for kind, part in _by(described, lambda one: _kind(one[0][1], one[1], own_data)).items():
-        alike = _by(part, lambda one: (_made_of(one[0][1]), values_of(one[1], keys)))
-        rows = [Row(group[0][1], [run for run, _ in group]) for group in alike.values()]
+        if all(value_of(options, key) is None for _, options in pairs):
+            names = {name for _, options in pairs for name in options}
+            raise ConfigError(f"no run has the option {key} in its configuration{suggest(key, names)}")
+    result = []
+    for kind, members in _group_by(pairs, lambda pair: _kind(pair[0][1], pair[1], split_by_data)).items():
+        by_seed = _group_by(members, lambda pair: (_without_seed(pair[0][1]), values_of(pair[1], keys)))
+        rows = [Row(seeds[0][1], [run for run, _ in seeds]) for seeds in by_seed.values()]
         benchmark, objective, metric, direction, split, data = kind
-        every = [run for run, _ in part]
-        found.append(Section(benchmark, objective, metric, direction, split, data, keys, arranged(rows, keys), every))
-    return sorted(found, key=lambda section: (section.benchmark, section.split != "test"))
+        every = [run for run, _ in members]
+        result.append(Section(benchmark, objective, metric, direction, split, data, keys, sort_rows(rows, keys), every))
+    return sorted(result, key=lambda section: (section.benchmark, section.split != "test"))
 
 
-def _made_of(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What a run is up to its seed: its configuration, its data, and the weights and the code that it has read."""
+def _without_seed(run: dict[str, Any]) -> tuple[Any, ...]:
+    """Identifies a run apart from its seed: configuration, data, weights and code."""
     return run["signature"], fingerprint(run), *sorted(run.get("inputs", {}).items())
 
 
-def _kind(run: dict[str, Any], options: dict[str, str], own_data: bool) -> tuple[str, str, str, str, str, str]:
+def _kind(run: dict[str, Any], options: dict[str, str], split_by_data: bool) -> tuple[str, str, str, str, str, str]:
+    """(benchmark, objective, metric, direction, split, data) of the section a run belongs to."""
     lower = run["direction"] == "lower"
+    # Runs of older versions lack the first two keys; only perplexities are better when lower.
     objective = str(run.get("objective") or ("language_modeling" if lower else "classification"))
     metric = str(run.get("metric") or ("perplexity" if lower else "accuracy"))
-    if objective == "text_to_text" and (
-        own := value_of(options, "benchmark.metrics")
-    ):  # of tasks that have another one
-        metric += f" ({own})"
-    return run["benchmark"], objective, metric, run["direction"], split_of(run), fingerprint(run) if own_data else ""
+    if objective == "text_to_text" and (exceptions := value_of(options, "benchmark.metrics")):
+        metric += f" ({exceptions})"  # tasks with a metric of their own
+    data = fingerprint(run) if split_by_data else ""
+    return run["benchmark"], objective, metric, run["direction"], split_of(run), data
 
 
-def _by(items: Iterable[T], key: Callable[[T], Hashable]) -> dict[Any, list[T]]:
-    found: dict[Any, list[T]] = {}
+def _group_by(items: Iterable[T], key: Callable[[T], Hashable]) -> dict[Any, list[T]]:
+    groups: dict[Any, list[T]] = {}
     for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
-def on_validation(found: Sequence[Section], average: Callable[[Group], float | None]) -> list[Section]:
-    """Of the settings of equal compared values the one with the best average on validation, with its test runs.
+def choose_on_validation(sections: Sequence[Section], average: Callable[[Runs], float | None]) -> list[Section]:
+    """Keeps, of all settings with equal compared values, the one with the best average on validation.
 
-    Runs count that were measured on validation, or recorded it beside test; `average` is None where none did. A row
-    whose setting was not run on test has no runs.
+    The rows of the result have the test runs of that setting, or no runs if it was not run on test. `average` gives
+    the validation average of a setting's runs: of runs measured on validation, or of test runs that recorded it too.
     """
-    chosen = []
-    for alike in _by(found, lambda section: section.measure).values():
+    result = []
+    for alike in _group_by(sections, lambda section: section.measure).values():
         first, rows, left_out = alike[0], [], []
-        settings = _by([row for section in alike for row in section.rows], recipe).values()
-        candidates = arranged([candidate(own) for own in settings], first.keys)
-        for part in _by(candidates, first.values).values():
-            known = [(mean, row) for row in part if (mean := average(row.chosen_by)) is not None]
-            if known:
-                best = (min if first.lower else max)(known, key=lambda one: one[0])[1]
-                rows.append(replace(best, tried=len(known)))
+        settings = _group_by([row for section in alike for row in section.rows], _setting_key).values()
+        candidates = sort_rows([_merge_splits(setting_rows) for setting_rows in settings], first.keys)
+        for competitors in _group_by(candidates, first.compared_values).values():
+            measured = [(mean, row) for row in competitors if (mean := average(row.chosen_by)) is not None]
+            if measured:
+                best = (min if first.lower else max)(measured, key=lambda pair: pair[0])[1]
+                rows.append(replace(best, num_settings=len(measured)))
             else:
-                left_out += [row.name for row in part]
+                left_out += [row.name for row in competitors]
         if rows:
             runs = [run for section in alike if section.split == "test" for run in section.runs]
-            chosen.append(replace(first, split="test", rows=rows, runs=runs, left_out=left_out))
-    return chosen
+            result.append(replace(first, split="test", rows=rows, runs=runs, left_out=left_out))
+    return result
 
 
-def candidate(rows: Sequence[Row]) -> Row:
-    """One setting's runs on test, and, a run per seed, those that say how good it is on validation."""
+def _merge_splits(rows: Sequence[Row]) -> Row:
+    """One setting's test runs, and in `chosen_by` one run per seed that has its validation average."""
     test = [run for row in rows for run in row.runs if split_of(run[1]) == "test"]
-    other = [run for row in rows for run in row.runs if split_of(run[1]) != "test"]
-    seeds = {run["seed"] for _, run in other}
+    validation = [run for row in rows for run in row.runs if split_of(run[1]) != "test"]
+    seeds = {run["seed"] for _, run in validation}
     options = {**rows[0].options, SPLIT: "test"}
-    return Row(options, test, chosen_by=[*other, *(one for one in test if one[1]["seed"] not in seeds)])
+    return Row(options, test, chosen_by=[*validation, *(run for run in test if run[1]["seed"] not in seeds)])
 
 
-def recipe(row: Row) -> tuple[Any, ...]:
-    """What a run learns and how, whichever split it is measured on."""
-    kept = {key: value for key, value in row.options.items() if _identifies(key) and key != SPLIT}
-    return tuple(sorted(kept.items())), row.options[GIVEN], fingerprint(row.runs[0][1])
+def _setting_key(row: Row) -> tuple[Any, ...]:
+    """Identifies a setting, whichever split it was measured on."""
+    options = {key: value for key, value in row.options.items() if _identifies(key) and key != SPLIT}
+    return tuple(sorted(options.items())), row.options[TASK_GIVEN], fingerprint(row.runs[0][1])
 
 
-def values_of(options: dict[str, str], keys: Sequence[str]) -> tuple[str, ...]:
-    """The values of several keys, - for what a run does not have."""
-    return tuple(value_of(options, key) or "-" for key in keys)
-
-
-def arranged(rows: list[Row], keys: Sequence[str]) -> list[Row]:
-    """The rows, with their columns: the keys, and what it takes to tell rows of equal values apart; sorted by them."""
+def sort_rows(rows: list[Row], keys: Sequence[str]) -> list[Row]:
+    """Sets the columns of the rows and sorts by them: `keys`, then options until rows with equal values differ."""
     columns = list(keys)
-    while equal := _equal(rows, columns):
-        new = [key for part in equal for key in differing(part) if key not in columns]
+    while equal := _indistinguishable(rows, columns):
+        new = [key for group in equal for key in differing_options(group) if key not in columns]
         if not new:
             break
         columns.append(new[0])
     for row in rows:
         row.columns = dict(zip(columns, values_of(row.options, columns), strict=True))
-        if equal:  # the configuration does not say what tells them apart
+        if equal:  # no option distinguishes them (the data or weights differ): show a hash
             _, run = row.evidence[0]
-            row.columns["run"] = digest(_made_of(run))
-    return sorted(rows, key=lambda row: [natural(value) for value in row.columns.values()])
+            row.columns["run"] = digest(_without_seed(run))
+    return sorted(rows, key=lambda row: [natural_key(value) for value in row.columns.values()])
 
 
-def _equal(rows: list[Row], columns: Sequence[str]) -> list[list[Row]]:
-    """Rows that the columns do not tell apart."""
-    return [part for part in _by(rows, lambda row: values_of(row.options, columns)).values() if len(part) > 1]
+def _indistinguishable(rows: list[Row], columns: Sequence[str]) -> list[list[Row]]:
+    """Groups of rows with equal values in all columns."""
+    groups = _group_by(rows, lambda row: values_of(row.options, columns)).values()
+    return [group for group in groups if len(group) > 1]
 
 
-def differing(rows: Sequence[Row]) -> list[str]:
-    """Options in which rows differ, in the order of the configuration; of another group option its name alone."""
+def differing_options(rows: Sequence[Row]) -> list[str]:
+    """Options that differ between rows, in the order of the configuration.
+
+    If rows differ in the option of a group, such as method, the options inside that group are left out.
+    """
     keys = dict.fromkeys(key for row in rows for key in row.options)
     differ = [key for key in keys if len({row.options.get(key) for row in rows}) > 1]
-    named = [key for key in NAMES if key in differ and key != "seed"]
-    return [*named, *(key for key in differ if _identifies(key) and key.partition(".")[0] not in named)]
+    groups = [key for key in NAME_KEYS if key in differ and key != "seed"]
+    return [*groups, *(key for key in differ if _identifies(key) and key.partition(".")[0] not in groups)]
 
 
 def _identifies(key: str) -> bool:
-    """Whether an option is part of what a run is, and not the name of a group."""
-    return key.partition(".")[0] not in NOT_IDENTITY and key not in (*WRITING, *NAMES, GIVEN)
+    """Whether an option can change a run's results, and is not the name of a group's option."""
+    return key.partition(".")[0] not in NOT_IDENTITY and key not in (*SAVING_KEYS, *NAME_KEYS, TASK_GIVEN)
 
 
-def natural(value: str) -> tuple[int, float, str]:
-    """What values are sorted by: numbers by size, then words by letters, then what is not there."""
+def natural_key(value: str) -> tuple[int, float, str]:
+    """Sorting key: numbers by value, then words alphabetically, then missing values."""
     try:
         return 0, float(value), ""
     except ValueError:

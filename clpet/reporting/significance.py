@@ -1,4 +1,7 @@
-"""Paired tests between groups of finished runs: a bootstrap over test examples and seeds, corrected after Holm."""
+"""Paired tests between groups of finished runs: a bootstrap over test examples and seeds, corrected after Holm (1979).
+
+The bootstrap is paired: both methods answer the same test examples, so each resample draws the same examples for both.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from clpet.errors import DataError
-from clpet.reporting.run_groups import Group, same_tests
+from clpet.reporting.run_groups import Runs, same_tests
 from clpet.runtime.untrusted_json import readable
 
-DRAWS = 2000  # bootstrap resamples
-SAMPLED = 3  # seeds that it takes to resample them
-Scores = dict[int, dict[str, np.ndarray]]  # seed -> task -> score from 0 to 1 per test example
+NUM_DRAWS = 2000  # bootstrap resamples
+MIN_SEEDS = 3  # number of seeds from which on seeds are resampled as well
+Scores = dict[int, dict[str, np.ndarray]]  # {seed: {task: [test examples] scores in [0, 1]}}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference in percent with its 95 % interval, a two-sided p, and the number of seeds it is paired over."""
+    """A difference in percent with its 95 % interval, two-sided p-value, and the number of paired seeds."""
 
     value: float
     low: float
@@ -26,84 +29,90 @@ class Difference:
     seeds: int
 
 
-def difference(a: Group, b: Group, own: bool = False) -> Difference | str:
-    """a minus b in final average score on equal test sets, or the reason why they cannot be tested."""
+def difference(a: Runs, b: Runs, task_incremental: bool = False) -> Difference | str:
+    """a minus b in final average score on the same test sets, or the reason why they cannot be tested."""
     if len({frozenset(run["tasks"]) for _, run in (*a, *b)}) > 1:
         return "their task lists differ"
     left, right = ({run["seed"]: (path, run) for path, run in group} for group in (a, b))
-    seeds = sorted(left.keys() & right.keys())
-    if not seeds:
+    common = sorted(left.keys() & right.keys())
+    if not common:
         return "they have no seed in common"
-    equal = [seed for seed in seeds if same_tests(left[seed][1], right[seed][1])]
-    if not equal:
+    comparable = [seed for seed in common if same_tests(left[seed][1], right[seed][1])]
+    if not comparable:
         return "their test sets differ"
     try:
-        first, second = (final_scores([runs[seed] for seed in equal], own) for runs in (left, right))
+        first, second = (final_scores([runs[seed] for seed in comparable], task_incremental) for runs in (left, right))
     except DataError as error:
         return str(error)
-    kept = [seed for seed in equal if seed in first and seed in second and _same_shape(first[seed], second[seed])]
-    if not kept:
-        return "their predictions were not kept (evaluation.predictions)"
-    return paired_bootstrap({seed: first[seed] for seed in kept}, {seed: second[seed] for seed in kept})
+    seeds = [seed for seed in comparable if seed in first and seed in second and _same_shape(first[seed], second[seed])]
+    if not seeds:
+        return "their predictions were not saved (evaluation.predictions)"
+    return paired_bootstrap({seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds})
 
 
 def _same_shape(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return all(a[task].shape == b[task].shape and a[task].size for task in a)
 
 
-def final_scores(group: Group, own: bool = False) -> Scores:
-    """How right each test example is after the last task, read from the kept predictions.
+def final_scores(runs: Runs, task_incremental: bool = False) -> Scores:
+    """The score of each test example after the last task, from the saved predictions; runs without any are left out.
 
-    `own` reads the task-incremental view. Raises DataError, which names the file, where one is damaged.
+    `task_incremental` reads the answers among each task's own labels. Raises DataError for a damaged file.
     """
     import pyarrow.parquet
 
-    found: Scores = {}
-    for path, run in group:
+    result: Scores = {}
+    for path, run in runs:
         file = path / "predictions" / f"after-{len(run['tasks']):03d}.parquet"
         if not file.is_file():
             continue
         with readable(f"{file} cannot be read"):
             table = pyarrow.parquet.read_table(file)
-            task, score = np.array(table["task"].to_pylist()), _scores(table, own)
-            found[run["seed"]] = {name: score[task == name] for name in run["tasks"]}
-    return found
+            task, score = np.array(table["task"].to_pylist()), _scores(table, task_incremental)
+            result[run["seed"]] = {name: score[task == name] for name in run["tasks"]}
+    return result
 
 
-def _scores(table: Any, own: bool) -> np.ndarray:
-    name = "own_score" if own else "score"
-    if own and name not in table.column_names:  # of labels it follows from what was answered
+def _scores(table: Any, task_incremental: bool) -> np.ndarray:
+    """[examples] in [0, 1]."""
+    column = "own_score" if task_incremental else "score"
+    if task_incremental and column not in table.column_names:  # classification stores the answer, which is right or not
         answers = table["own_prediction"].to_pylist()
         return np.array([a == b for a, b in zip(answers, table["label"].to_pylist(), strict=True)], float)
-    return np.array(table[name].to_pylist(), dtype=float)
+    return np.array(table[column].to_pylist(), dtype=float)
 
 
-def paired_bootstrap(a: Scores, b: Scores, draws: int = DRAWS) -> Difference:
-    """a minus b, mean over tasks of the mean over seeds and test examples; both have the same seeds, tasks and tests.
+def paired_bootstrap(a: Scores, b: Scores, draws: int = NUM_DRAWS) -> Difference:
+    """a minus b: mean over tasks of the mean over seeds and test examples. Both have the same seeds, tasks and tests.
 
-    Each draw resamples the test examples inside every task, the same ones for a, b and all seeds, and, where there
-    are at least SAMPLED, the seeds. p = min(1, 2 min(P(draw <= 0), P(draw >= 0)) + 1 / draws).
+    Each draw resamples the test examples within every task, the same ones for a, b and all seeds, and also the seeds
+    if there are at least MIN_SEEDS. p = min(1, 2 min(P(draw <= 0), P(draw >= 0)) + 1 / draws).
     """
     seeds = sorted(a)
-    parts = [np.stack([a[seed][task] - b[seed][task] for seed in seeds]) for task in a[seeds[0]]]  # [seeds, examples]
+    gaps = [np.stack([a[seed][task] - b[seed][task] for seed in seeds]) for task in a[seeds[0]]]  # [seeds, examples]
     rng = np.random.default_rng(0)
     statistics = np.empty(draws)
     for draw in range(draws):
-        chosen = rng.integers(len(seeds), size=len(seeds)) if len(seeds) >= SAMPLED else np.arange(len(seeds))
-        weights = np.bincount(chosen, minlength=len(seeds)) / len(seeds)
-        means = [(weights @ part)[rng.integers(part.shape[1], size=part.shape[1])].mean() for part in parts]
+        drawn = rng.integers(len(seeds), size=len(seeds)) if len(seeds) >= MIN_SEEDS else np.arange(len(seeds))
+        weights = np.bincount(drawn, minlength=len(seeds)) / len(seeds)
+        means = [(weights @ gap)[rng.integers(gap.shape[1], size=gap.shape[1])].mean() for gap in gaps]
         statistics[draw] = np.mean(means)
-    statistics = statistics.round(12)  # what cancels out is 0
+    # Without rounding, equal scores that cancel out could leave 1e-17, which would count as a difference.
+    statistics = statistics.round(12)
     low, high = 100 * np.quantile(statistics, [0.025, 0.975])
     tail = min((statistics <= 0).mean(), (statistics >= 0).mean())
-    value = 100 * np.mean([part.mean() for part in parts])
+    value = 100 * np.mean([gap.mean() for gap in gaps])
+    # 1 / draws is added since a p-value of exactly 0 cannot be claimed from a finite number of draws.
     return Difference(float(value), float(low), float(high), float(min(1.0, 2 * tail + 1 / draws)), len(seeds))
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """p-values of several tests, corrected for their number (Holm, 1979): they bound the chance of any false claim."""
-    corrected, worst = [0.0] * len(ps), 0.0
-    for rank, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):
-        worst = max(worst, min(1.0, (len(ps) - rank) * ps[place]))
-        corrected[place] = worst
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for the number of tests (Holm, 1979), which bounds the chance of any false positive.
+
+    The k-th smallest of n is multiplied by n - k + 1; a corrected value is never below that of a smaller p.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
     return corrected

@@ -279,7 +279,7 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(clpet, words: Path, tmp_path
     (run / "metrics.jsonl").write_text("\n".join(lines[:3]) + "\n")
     found = clpet("show", run)
     assert found.code == 0
-    assert "not finished, 2 tasks done of 3; this goes on:" in found.out
+    assert "not finished, 2 tasks done of 3; resume with:" in found.out
     assert "metal" in found.out.splitlines()[-1]
     assert "fruit" in found.out.splitlines()[-2]
     (run / "metrics.jsonl").write_text('{"done": "x"}\n')

@@ -252,7 +252,7 @@ def test_predictions_that_cannot_be_read_cost_one_test_and_are_named(clpet) -> N
     assert f"not tested: ewc against lwf: {file} cannot be read" in found
     assert lines(found, "kif")[1][1] == "+50.00"
     file.unlink()
-    assert "their predictions were not kept" in clpet("runs", "--compare", "method").out
+    assert "their predictions were not saved" in clpet("runs", "--compare", "method").out
 
 
 def test_an_unknown_option_is_refused(clpet) -> None:

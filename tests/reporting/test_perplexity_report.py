@@ -11,7 +11,7 @@ from rich.console import Console
 from clpet.data.task_order import order_domains
 from clpet.metrics.perplexity_transfer import figures
 from clpet.metrics.transfer_matrix import TransferMatrix, tolist
-from clpet.reporting.perplexity_tables import few
+from clpet.reporting.perplexity_tables import sparse_indices
 from clpet.reporting.plots.run_figures import draw
 from clpet.reporting.run_summary import show_finished
 from clpet.reporting.tables import matrix_table, perplexity, summary_line
@@ -189,9 +189,9 @@ def test_the_line_after_a_domain() -> None:
 
 
 def test_a_long_curve_is_shown_by_some_of_its_places() -> None:
-    assert few(4) == [0, 1, 2, 3]
-    assert few(1) == [0]
-    assert few(0) == []
-    places = few(159)
-    assert (places[:7], places[-1]) == ([0, 1, 2, 3, 4, 5, 6], 158)
-    assert len(places) < 25
+    assert sparse_indices(4) == [0, 1, 2, 3]
+    assert sparse_indices(1) == [0]
+    assert sparse_indices(0) == []
+    indices = sparse_indices(159)
+    assert (indices[:7], indices[-1]) == ([0, 1, 2, 3, 4, 5, 6], 158)
+    assert len(indices) < 25

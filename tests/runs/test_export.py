@@ -114,6 +114,6 @@ def test_export_refuses(clpet, run: Path) -> None:
     Path("full/mine.txt").touch()
     answer = clpet("export", run, "full", "--merge")
     assert refused(answer)
-    assert "not empty" in answer.err
+    assert "is not an empty folder" in answer.err
     assert refused(clpet("export", "nowhere", "x"))
     assert refused(clpet("export", run, "x", "--merge", "--after", "7"))

@@ -1,4 +1,4 @@
-"""`clpet eval --downstream`: lm-evaluation-harness on a run, with tasks that lie here."""
+"""`clpet eval --downstream`: lm-evaluation-harness on a run, with tasks defined in this file."""
 
 import importlib.util
 import json
@@ -11,12 +11,12 @@ import torch
 from clpet.runs.load_run import load_run, read_record
 from tests.conftest import domain_args, tiny_args
 
-HERE = importlib.util.find_spec("lm_eval") is not None
+INSTALLED = importlib.util.find_spec("lm_eval") is not None
 
 
 def needs_harness(test: Callable) -> Callable:
-    """lm-eval takes seconds to import, and is an extra that only CI has to have."""
-    return pytest.mark.slow(pytest.mark.skipif(not HERE, reason="lm-eval is not installed")(test))
+    """Marks a test as slow (importing lm-eval takes seconds) and skips it where the optional lm-eval is missing."""
+    return pytest.mark.slow(pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed")(test))
 
 
 QUESTIONS = [
@@ -41,7 +41,7 @@ WRITE = (
 
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a task of choices and one of writing."""
+    """A folder with a multiple-choice task and a generation task."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -58,8 +58,8 @@ def only() -> Path:
     return run
 
 
-def right(run: Path, after: int) -> float:
-    """Share of questions whose right answer is the likeliest, by the model's own logits, in percent."""
+def accuracy(run: Path, after: int) -> float:
+    """Percent of questions whose correct answer has the highest log-probability under the model's own logits."""
     method = load_run(read_record(run), after).method
     model, tokenizer = method.objective.adapters.model, method.objective.tokenizer
     hits = 0
@@ -70,38 +70,40 @@ def right(run: Path, after: int) -> float:
             ids = tokenizer(f"{question} {choice}", add_special_tokens=False)["input_ids"]
             with torch.inference_mode():
                 logits = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-            scores.append(sum(logits[place - 1, ids[place]].item() for place in range(len(prompt), len(ids))))
+            scores.append(sum(logits[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))))
         hits += scores.index(max(scores)) == answer
     return 100 * hits / len(QUESTIONS)
 
 
 @needs_harness
 @pytest.mark.parametrize("method", [["sequential", "peft=none"], ["o_lora", "peft=lora"]])
-def test_choices_are_those_of_the_model_s_own_logits(method: list[str], clpet, prose: Path, tasks: Path) -> None:
+def test_multiple_choice_accuracy_follows_from_the_model_s_logits(
+    method: list[str], clpet, prose: Path, tasks: Path
+) -> None:
     """Chance is (1/4 + 1/2 + 1/4 + 1/2) / 4 = 37.5 %; normalised = 100 (raw - 37.5) / 62.5."""
     args = domain_args(prose, f"method={method[0]}", *method[1:], "train.keep=1", "train.epochs=3")
     assert clpet("train", *args).code == 0
     for after in (0, 1, 3):
-        found = clpet("eval", only(), "--after", str(after), "--downstream", "choose,write", "--tasks-dir", tasks)
-        assert found.code == 0, found.err
-        assert "|choose" in found.out
-        assert "|write" in found.out
+        answer = clpet("eval", only(), "--after", str(after), "--downstream", "choose,write", "--tasks-dir", tasks)
+        assert answer.code == 0, answer.err
+        assert "|choose" in answer.out
+        assert "|write" in answer.out
         record = json.loads((only() / f"downstream-after-{after:03d}.json").read_text())
-        raw = right(only(), after)
-        own = record["clpet_normalised"]
-        assert list(own) == ["choose"]
-        assert own["choose"]["raw"] == 100 * record["results"]["choose"]["acc,none"] == raw
-        assert own["choose"]["chance"] == 37.5
-        assert own["choose"]["normalised"] == pytest.approx((raw - 37.5) / 0.625)
+        raw = accuracy(only(), after)
+        normalised = record["clpet_normalised"]
+        assert list(normalised) == ["choose"]
+        assert normalised["choose"]["raw"] == 100 * record["results"]["choose"]["acc,none"] == raw
+        assert normalised["choose"]["chance"] == 37.5
+        assert normalised["choose"]["normalised"] == pytest.approx((raw - 37.5) / 0.625)
         assert 0 <= record["results"]["write"]["exact_match,none"] <= 1
 
 
 @needs_harness
-def test_an_encoder_decoder_is_asked(clpet, words: Path, tasks: Path) -> None:
+def test_an_encoder_decoder_is_evaluated(clpet, words: Path, tasks: Path) -> None:
     args = ["objective=text_to_text", "benchmark.max_target=8", "model=tiny_t5", "method=sequential"]
     assert clpet("train", *tiny_args(words, *args)).code == 0
-    found = clpet("eval", only(), "--downstream", "choose,write", "--tasks-dir", tasks, "--limit", "2")
-    assert found.code == 0, found.err
+    answer = clpet("eval", only(), "--downstream", "choose,write", "--tasks-dir", tasks, "--limit", "2")
+    assert answer.code == 0, answer.err
     record = json.loads((only() / "downstream-after-003.json").read_text())
     assert record["limit"] == 2
     assert record["n-samples"]["choose"] == {"original": 4, "effective": 2}
@@ -110,32 +112,32 @@ def test_an_encoder_decoder_is_asked(clpet, words: Path, tasks: Path) -> None:
 
 @needs_harness
 @pytest.mark.parametrize(
-    ("words_", "message"),
+    ("options", "message"),
     [(["--downstream", "chose"], "unknown lm-evaluation-harness task chose"), (["--downstream", "choose", "--tasks-dir", "nowhere"], "is not a folder"),
      (["--downstream", "bigbench_physics_multiple_choice"], "cannot be loaded"), (["--downstream", "choose", "--limit", "0"], "at least 1")],
 )  # fmt: skip
-def test_refusals_of_tasks(words_: list[str], message: str, clpet, prose: Path, tasks: Path) -> None:
-    """A data set that is not here cannot be fetched offline: one line."""
+def test_unusable_tasks_are_refused(options: list[str], message: str, clpet, prose: Path, tasks: Path) -> None:
+    """Among them a data set that would have to be downloaded: one line, no traceback."""
     assert clpet("train", "method=sequential", *domain_args(prose)).code == 0
-    if "--tasks-dir" not in words_:
-        words_ = [*words_, "--tasks-dir", str(tasks)]
-    found = clpet("eval", only(), *words_)
-    assert found.code == 2
-    assert message in found.err
-    assert found.err.splitlines()[-1].startswith("clpet: ")
-    assert "Traceback" not in found.err
+    if "--tasks-dir" not in options:
+        options = [*options, "--tasks-dir", str(tasks)]
+    answer = clpet("eval", only(), *options)
+    assert answer.code == 2
+    assert message in answer.err
+    assert answer.err.splitlines()[-1].startswith("clpet: ")
+    assert "Traceback" not in answer.err
 
 
-def test_refusals_of_models(clpet, words: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsuitable_models_are_refused(clpet, words: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert clpet("train", "method=sequential", *tiny_args(words), "output_dir=a").code == 0
     assert clpet("train", "method=sequential", *domain_args(prose, "model=tiny"), "output_dir=b").code == 0
     assert clpet("train", "method=l2p", *domain_args(prose, "peft=frozen"), "output_dir=c").code == 0
     assert clpet("train", "method=sequential", *domain_args(prose), "output_dir=d").code == 0
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else found(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find_spec(name, *rest)
     )
-    for name, message in {"a": "the objective of this run is classification", "b": "needs a decoder or encoder-decoder",
+    for name, message in {"a": "the objective of this run is classification", "b": "needs a decoder or an encoder-decoder",
                           "c": "method=l2p chooses parameters for each text", "d": "pip install 'clpet[downstream]'"}.items():  # fmt: skip
         (run,) = Path(name).glob("*/*/s*")
         answer = clpet("eval", run, "--downstream", "arc_easy")
