@@ -1,4 +1,9 @@
-"""Identity of a run: what its folder is called, and which runs are compared."""
+"""Identity of a run: the name of its directory, and the settings under which runs are compared.
+
+Signatures changed once, with version 0.2.0: since then a class of clpet counts by its name alone, not by its module, so
+that moving a class to another module does not change the names of run directories. The same command therefore starts a
+new directory instead of resuming one of version 0.1.0.
+"""
 
 import hashlib
 import json
@@ -7,7 +12,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-# What does not change a run's result, or only says where it goes, is no part of its identity.
+from clpet.config.build import MOVED_CLASSES
+
+# Excluded from the identity: options that do not change a run's result, or only say where it is written.
 NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fresh", "dry_run", "seed")
 
 
@@ -22,39 +29,46 @@ def _identity(cfg: Any, without: tuple[str, ...]) -> dict:
     if identity.get("train"):
         for key in ("save_minutes", "keep"):  # when something is written changes no result
             identity["train"].pop(key, None)
-    if (cfg.get("hardware") or {}).get("quantization", "none") != "none":  # alone of hardware it is a coarser model
+    # The only hardware option that changes the model: quantized weights are rounded.
+    if (cfg.get("hardware") or {}).get("quantization", "none") != "none":
         identity["quantization"] = str(cfg.hardware.quantization)
-    for place, key in ((identity, "data_dir"), (identity.get("model") or {}, "path")):
-        if place.get(key):
-            place[key] = os.path.abspath(os.path.expanduser(place[key]))
-    return _numbers(identity)
+    for node, key in ((identity, "data_dir"), (identity.get("model") or {}, "path")):
+        if node.get(key):
+            node[key] = os.path.abspath(os.path.expanduser(node[key]))
+    return _canonical(identity)
 
 
-def _numbers(node: Any) -> Any:
-    """1 and 1.0 are the same setting."""
+def _canonical(node: Any) -> Any:
+    """The node with every integer as a float (1 and 1.0 are the same setting), and classes of clpet without module."""
     if isinstance(node, dict):
-        return {key: _numbers(value) for key, value in node.items()}
+        return {key: _class_name(value) if key == "_target_" else _canonical(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_numbers(value) for value in node]
+        return [_canonical(value) for value in node]
     return float(node) if isinstance(node, int) and not isinstance(node, bool) else node
 
 
+def _class_name(target: str) -> str:
+    """The present name of a clpet class; a class of a --config-dir folder keeps its module."""
+    target = MOVED_CLASSES.get(target, target)
+    return target.rpartition(".")[2] if target.startswith("clpet.") else target
+
+
 def signature(cfg: Any) -> str:
-    """Identity of an experiment up to its seed: the hash of every knob that can change its result."""
+    """Hash of every option that can change a run's result, except the seed."""
     return digest(_identity(cfg, NOT_IDENTITY))
 
 
 def setting(cfg: Any) -> str:
-    """Identity of what methods are compared on: the signature without method and replay."""
+    """Hash of the conditions under which methods are compared: the signature without method and replay."""
     return digest(_identity(cfg, (*NOT_IDENTITY, "method", "replay")))
 
 
 def run_name(root: Any) -> str:
-    """`benchmark/method/sSEED-SIGNATURE`: the run directory is a function of the configuration."""
+    """`benchmark/method/sSEED-SIGNATURE`: the configuration alone determines the run directory."""
     name = f"{root.benchmark.name}/{root.method.name}/s{root.seed}-{signature(root)}"
     return f".dry/{name}" if root.dry_run else name
 
 
 def register_resolvers() -> None:
-    """Makes ${run_name:} known to OmegaConf; safe to call twice."""
+    """Registers ${run_name:} with OmegaConf; safe to call twice."""
     OmegaConf.register_new_resolver("run_name", lambda _root_: run_name(_root_), replace=True)

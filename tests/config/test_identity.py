@@ -1,0 +1,33 @@
+"""The identity of a run: classes count by name, wherever their module is."""
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from clpet.config.compose import composed
+from clpet.config.identity import register_resolvers, setting, signature
+
+
+def with_targets(**targets: str) -> Any:
+    """The default configuration with other class paths."""
+    register_resolvers()
+    cfg = composed(["method=sequential"])
+    OmegaConf.set_struct(cfg, False)
+    for group, target in targets.items():
+        cfg[group]["_target_"] = target
+    return cfg
+
+
+@pytest.mark.parametrize("path", ["clpet.memory.NoReplay", "clpet.anywhere.else.NoReplay"])
+def test_moving_a_class_of_clpet_changes_no_signature(path: str) -> None:
+    moved = with_targets(replay=path)
+    assert (signature(moved), setting(moved)) == (
+        signature(composed(["method=sequential"])),
+        setting(composed(["method=sequential"])),
+    )
+
+
+def test_another_class_or_one_of_a_plugin_has_another_signature() -> None:
+    targets = ("clpet.replay.base.NoReplay", "clpet.replay.base.AllReplay", "mine.NoReplay", "other.NoReplay")
+    assert len({signature(with_targets(replay=target)) for target in targets}) == 4
