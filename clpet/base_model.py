@@ -44,11 +44,11 @@ def prepare(
                str(hardware.torch_dtype)]  # fmt: skip
     name = digest([*made_of, vars(backbone.base)], 16)
     folder = (cache or out).expanduser() / "base" / name
-    found = atomic_io.intact(folder)
-    if not (found or atomic_io.writable(folder.parent)):
+    found = atomic_io.is_intact(folder)
+    if not (found or atomic_io.is_writable(folder.parent)):
         log.warning("%s cannot be written, the base model is made in %s", folder.parent, out)
         folder = out / "base" / name
-        found = atomic_io.intact(folder)
+        found = atomic_io.is_intact(folder)
     if folder.exists() and not found:
         log.warning("the base model in %s is damaged and is made again", folder)
     if get_world().all_reduce_max(not found)[0]:
@@ -81,7 +81,7 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
-        with atomic_io.folder(folder) as place:
+        with atomic_io.cache_folder(folder) as place:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
     except OSError as error:

@@ -27,7 +27,7 @@ from clpet.reporting.progress import Display
 from clpet.runs import provenance, run_dir
 from clpet.runs.dry_run import count_parameters, dry_run
 from clpet.runs.tracking import Tracker, write_predictions
-from clpet.runtime.atomic_io import Lock
+from clpet.runtime.atomic_io import RunLock
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
 from clpet.runtime.signals import GracefulShutdown
@@ -51,7 +51,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         console.print("shown, not run again: it was finished before (fresh=true starts over)")
         return TransferMatrix.from_json(done)
     method, parts = assemble(config)
-    with GracefulShutdown() as shutdown, Lock(out), quiet_libraries():
+    with GracefulShutdown() as shutdown, RunLock(out), quiet_libraries():
         with get_world().main_first():
             benchmark: Benchmark = provenance.load(config, parts["benchmark"])
         benchmark.length_set = any(word.lstrip("+").startswith("benchmark.max_length=") for word in overrides)

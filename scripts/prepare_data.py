@@ -14,7 +14,6 @@ hold the examples already split. What a benchmark's files are and who has them: 
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from clpet.config.build import build, typed
 from clpet.config.compose import composed
 from clpet.config.seeding import derive
 from clpet.errors import ClpetError, ConfigError, DataError, HostError, suggest
+from clpet.runtime.atomic_io import atomic_file
 
 Row = dict[str, Any]
 Parts = dict[str, list[Row]]
@@ -129,10 +129,9 @@ def write(folder: Path, parts: Parts) -> None:
         (folder / "train.parquet").unlink(missing_ok=True)
         for split in ("validation", "test", "train"):
             path = folder / f"{split}.parquet"
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
             table = pyarrow.Table.from_pylist(parts[split], schema)
-            pyarrow.parquet.write_table(table, temporary, compression="zstd")
-            temporary.replace(path)
+            with atomic_file(path) as temporary:
+                pyarrow.parquet.write_table(table, temporary, compression="zstd")
             print(f"{path}: {len(parts[split]):,} rows", flush=True)
     except OSError as error:
         raise HostError(f"{folder} cannot be written: {error.strerror or error}") from error

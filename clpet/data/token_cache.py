@@ -91,7 +91,7 @@ class Tokens:
 
     def _write(self, place: Path, documents: Sequence[Example], sized: bool) -> None:
         """Makes the files of a stream, whole or not at all. Raises OSError."""
-        with atomic_io.folder(place) as folder:
+        with atomic_io.cache_folder(place) as folder:
             count, starts = 0, []
             with (folder / "tokens").open("wb") as tokens, (folder / "sizes").open("wb") as sizes:
                 for ids, size, begins in self._encode(documents, sized):
@@ -105,12 +105,12 @@ class Tokens:
     def lazy(self, documents: Sequence[Example]) -> Stream:
         """The same tokens for texts that are tokenised whenever they are read; only their lengths are kept on disk."""
         path = self.folder and self.folder / f"{digest([self.identity, text_hash(documents)], 32)}.lengths"
-        found = atomic_io.load(path) if path else {}
+        found = atomic_io.load_arrays(path) if path else {}
         if not found:
             counts = np.array([len(ids) for ids, _, _ in self._encode(documents, sized=False)], np.int64)
             found = {"lengths": counts}
             if path:
-                atomic_io.save(path, found)
+                atomic_io.save_arrays(path, found)
         ends = np.cumsum(found["lengths"])
         starts = ends - found["lengths"] if getattr(documents, "borders", True) else np.empty(0, np.int64)
         return Stream(Lazy(self, documents, ends), starts, np.empty(0, np.float32))
@@ -149,7 +149,7 @@ class Lazy:
 
 def _read(place: Path, dtype: np.dtype) -> Stream | None:
     """A stream from disk, mapped; None where it is not there or damaged."""
-    if not atomic_io.intact(place):
+    if not atomic_io.is_intact(place):
         return None
     return Stream(**{name: _map(place / name, kind or dtype) for name, kind in FILES.items()})
 

@@ -128,14 +128,14 @@ class Encoder:
                     keys = [row.tobytes() for row in file.get_tensor("keys")]
             except (OSError, SafetensorError):
                 continue
-            if not wanted.keys().isdisjoint(keys) and (found := atomic_io.load(path)):
+            if not wanted.keys().isdisjoint(keys) and (found := atomic_io.load_arrays(path)):
                 yield keys, found["vectors"]
 
     def _save(self, keys: list[bytes], vectors: np.ndarray) -> None:
         if self.cache:
             name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
             rows = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
-            if not atomic_io.save(self.cache / f"{name}.safetensors", {"keys": rows, "vectors": vectors}):
+            if not atomic_io.save_arrays(self.cache / f"{name}.safetensors", {"keys": rows, "vectors": vectors}):
                 self.cache = None
 
     @torch.inference_mode()

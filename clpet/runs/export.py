@@ -8,7 +8,7 @@ from clpet import __version__
 from clpet.errors import ConfigError
 from clpet.runs.load_run import LoadedRun, RunRecord
 from clpet.runs.run_dir import save_heads
-from clpet.runtime.atomic_io import whole
+from clpet.runtime.atomic_io import replace_folder
 from clpet.runtime.hardware import Quantization
 
 WHOLE_MODEL = "the whole model"
@@ -46,7 +46,7 @@ def write(run: LoadedRun, folder: Path, merge: bool) -> str:
     """Writes the folder atomically; returns one line that says what was written."""
     method, objective = run.method, run.method.objective
     full = objective.adapters.full and objective.adapters.config is None
-    with whole(folder) as temporary:
+    with replace_folder(folder) as temporary:
         if merge or full:
             method.merged().save_pretrained(temporary)
             contents = WHOLE_MODEL if full else MERGED

@@ -18,7 +18,7 @@ from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.models.backbone import Architecture, first_line
 from clpet.reporting.tables import table
 from clpet.runs.load_run import LoadedRun, RunRecord
-from clpet.runtime.atomic_io import write_atomic
+from clpet.runtime.atomic_io import write_text
 
 LENGTH_FACTOR = 8  # the harness' texts are about so many times longer than those hardware.eval_batch_size is set for
 NORMALISED = "clpet_normalised"  # key in the written file
@@ -114,7 +114,7 @@ def report(run: LoadedRun, names: Sequence[str], limit: int | None, results: dic
     keys = (NORMALISED, "results", "groups", "versions", "n-shot", "n-samples")
     stored = {key: results[key] for key in keys if key in results}
     contents = {"tasks": list(names), "after": run.row, "limit": limit, "note": NOTE, **stored}
-    write_atomic(path, json.dumps(contents, indent=1, default=str))
+    write_text(path, json.dumps(contents, indent=1, default=str))
     blocks = [make_table(results).rstrip()]
     scores = results.get(NORMALISED, {})
     if rows := [[name, *(f"{value:.2f}" for value in values.values())] for name, values in scores.items()]:

@@ -20,7 +20,7 @@ from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, tolist
 from clpet.models.adapters import parameter_ratio
 from clpet.runs.provenance import git_revision, hub_data, versions
-from clpet.runtime.atomic_io import whole, write_atomic
+from clpet.runtime.atomic_io import replace_folder, write_text
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState, write_tree
 from clpet.runtime.untrusted_json import read_json, read_results
@@ -75,7 +75,7 @@ def start(
         "config": OmegaConf.to_container(cfg, resolve=True),
         "data": benchmark.data_record,
     }
-    write_atomic(out / "run.json", json.dumps(record, indent=1))
+    write_text(out / "run.json", json.dumps(record, indent=1))
 
 
 def _warn_of_rounding(out: Path, host: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def collect(
     """Writes adapters, heads and transfer.csv; returns the contents of results.json, which `finish` writes."""
     method.save(out / "adapters")
     save_heads(method, out / "heads")
-    write_atomic(out / "transfer.csv", transfer_csv(state.matrix, cfg.evaluation.split))
+    write_text(out / "transfer.csv", transfer_csv(state.matrix, cfg.evaluation.split))
     return {
         **_description(cfg, overrides, identity, benchmark),
         **state.matrix.to_json(),
@@ -150,7 +150,7 @@ def save_snapshot(out: Path, row: int, method: Method) -> None:
         state["objective"] = {**state["objective"], "adapters": {}}
     if not get_world().is_main:  # after state_dict, in which all ranks take part
         return
-    with whole(snapshot_folder(out, row)) as folder:
+    with replace_folder(snapshot_folder(out, row)) as folder:
         method.save(folder)
         save_heads(method, folder / "heads")
         write_tree(folder / "state", {"row": row, "method": state})
@@ -158,7 +158,7 @@ def save_snapshot(out: Path, row: int, method: Method) -> None:
 
 def finish(out: Path, results: dict[str, Any]) -> None:
     """Writes results.json, as the last file: its presence marks the run as finished."""
-    write_atomic(out / "results.json", json.dumps(_finite(results), indent=1, allow_nan=False))
+    write_text(out / "results.json", json.dumps(_finite(results), indent=1, allow_nan=False))
 
 
 def _finite(node: Any) -> Any:

@@ -18,7 +18,7 @@ from clpet.evaluation.evaluator import Evaluation
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
 from clpet.reporting.progress import Display
 from clpet.reporting.tables import matrix_table, summary_line
-from clpet.runtime.atomic_io import write_atomic
+from clpet.runtime.atomic_io import atomic_file, write_text
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
 
@@ -73,7 +73,7 @@ class Tracker:
         path = self.out / "metrics.jsonl"
         if path.exists() and get_world().is_main:
             lines = [line for line in path.read_text().splitlines() if _done(line) <= done]
-            write_atomic(path, "".join(f"{line}\n" for line in lines))
+            write_text(path, "".join(f"{line}\n" for line in lines))
 
     def evaluated(self, state: RunState, row: int, evaluation: Evaluation) -> None:
         """Records one row of the matrix: lines, table on the screen, wandb scalars on the task axis."""
@@ -246,6 +246,5 @@ def write_predictions(folder: Path, row: int, evaluation: Evaluation, names: lis
             columns[name] = spell(table[name], labels) if words else pyarrow.array(table[name].tolist())
     columns |= {"selected": spell(table["selected"], names)} if "selected" in table else {}
     columns |= {"right_picks": pyarrow.array(table["right_picks"])} if "right_picks" in table else {}
-    temporary = folder / f".after-{row:03d}.parquet"
-    pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
-    temporary.replace(folder / f"after-{row:03d}.parquet")
+    with atomic_file(folder / f"after-{row:03d}.parquet") as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import re
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clpet.config.identity import digest
+from clpet.runtime.atomic_io import atomic_file
 
 READ = (".json", ".txt", ".model", ".safetensors", ".py")  # what is read of a model's folder
 SETTLED = 2.0  # seconds after which a change of a file is sure to change its time stamp
@@ -42,11 +42,10 @@ def remembered(cache: str | None, key: str | None, compute: Callable[[], str]) -
 
 def remember(place: Path, value: str) -> None:
     """Writes a value whole with its checksum; a disk that refuses costs only the time to compute it again."""
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(f"{value} {digest([place.name, value])}\n")
-        temporary.replace(place)
+        with atomic_file(place) as temporary:
+            temporary.write_text(f"{value} {digest([place.name, value])}\n")
 
 
 def file_hash(path: Path, cache: str | None) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from clpet.errors import ConfigError
 from clpet.metrics.transfer_matrix import TransferMatrix
-from clpet.runtime.atomic_io import _write_synced, whole
+from clpet.runtime.atomic_io import replace_folder, write_synced
 from clpet.runtime.distributed import get_world
 
 log = logging.getLogger(__name__)
@@ -129,10 +129,10 @@ def write_tree(place: Path, tree: dict[str, Any]) -> None:
     """Saves nested dicts and lists of tensors, numbers and strings as JSON and safetensors, atomically."""
     tensors: dict[str, torch.Tensor] = {}
     plain = _split(tree, "", tensors)
-    with whole(place) as folder:
+    with replace_folder(place) as folder:
         save_file(tensors, folder / "tensors.safetensors")
         plain["sha256"] = _checksum(folder / "tensors.safetensors", plain)
-        _write_synced(folder / "state.json", json.dumps(plain))
+        write_synced(folder / "state.json", json.dumps(plain))
 
 
 def read_tree(place: Path) -> dict[str, Any]:

@@ -250,13 +250,13 @@ def test_changed_data_is_not_resumed(tmp_path: Path, clpet) -> None:
 
 
 def test_two_processes_do_not_share_a_run_directory(words: Path, clpet, tmp_path: Path) -> None:
-    from clpet.runtime.atomic_io import Lock
+    from clpet.runtime.atomic_io import RunLock
 
     args = ["train", "method=sequential", *tiny_args(words)]
     assert clpet(*args).code == 0
     (folder,) = (tmp_path / "outputs").glob("*/*/s*")
     (folder / "results.json").unlink()
-    with Lock(folder):
+    with RunLock(folder):
         found = clpet(*args)
     assert found.code == 1
     assert "another process" in found.err

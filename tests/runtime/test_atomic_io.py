@@ -74,10 +74,10 @@ def test_the_first_of_several_folders_stays(tmp_path: Path) -> None:
     def work(index: int) -> None:
         place = tmp_path / str(index)
         for _ in range(2):
-            with atomic_io.folder(place) as made:
+            with atomic_io.cache_folder(place) as made:
                 (made / "a").write_text("x" * 1000)
             inode = (place / "a").stat().st_ino
-            assert atomic_io.intact(place)
+            assert atomic_io.is_intact(place)
             assert (place / "a").stat().st_ino == inode
 
     together(work)
@@ -88,16 +88,16 @@ def test_a_damaged_folder_is_replaced(tmp_path: Path) -> None:
     for change in (
         lambda: (place / "a").write_text("b"),
         (place / "a").unlink,
-        lambda: (place / atomic_io.SUMS).write_text("3"),
+        lambda: (place / atomic_io.CHECKSUMS).write_text("3"),
     ):
-        with atomic_io.folder(place) as made:
+        with atomic_io.cache_folder(place) as made:
             (made / "a").write_text("a")
-        assert atomic_io.intact(place)
+        assert atomic_io.is_intact(place)
         change()
-        assert not atomic_io.intact(place)
-    with atomic_io.folder(place) as made:
+        assert not atomic_io.is_intact(place)
+    with atomic_io.cache_folder(place) as made:
         (made / "a").write_text("a")
-    assert atomic_io.intact(place)
-    with contextlib.suppress(ZeroDivisionError), atomic_io.folder(tmp_path / "y") as made:
+    assert atomic_io.is_intact(place)
+    with contextlib.suppress(ZeroDivisionError), atomic_io.cache_folder(tmp_path / "y") as made:
         raise ZeroDivisionError
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "x"]

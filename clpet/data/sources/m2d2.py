@@ -6,7 +6,6 @@ never stand in one sequence.
 
 import os
 import shutil
-import socket
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from clpet.data.document_readers import LongText
 from clpet.data.documents import Documents
 from clpet.data.sources.text_domains import Domains
 from clpet.errors import ConfigError, DataError, suggest
+from clpet.runtime.atomic_io import create_folder
 
 HUB = "machelreid/m2d2"
 FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -143,21 +143,15 @@ class M2D2(Domains):
 
 def unpack(archive: Path, folder: Path) -> None:
     """Writes the three files of an archive, and nothing else of it, into `folder`, whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(archive, "r:gz") as tar:
+        with create_folder(folder) as temporary, tarfile.open(archive, "r:gz") as tar:
             for member in tar:
                 file = tar.extractfile(member) if member.isfile() else None
                 if file is not None and (name := Path(member.name).name) in FILES.values():
                     with (temporary / name).open("wb") as out:
                         shutil.copyfileobj(file, out)
-        if not folder.is_dir():  # another process may have been faster
-            temporary.rename(folder)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise DataError(f"{archive} cannot be unpacked into {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def cache() -> Path:

@@ -120,7 +120,7 @@ class LogitTable:
 
     def merge(self) -> None:
         """Takes in what the file knows; a file that is not there or damaged knows nothing."""
-        found = atomic_io.load(self.path) if self.path else {}
+        found = atomic_io.load_arrays(self.path) if self.path else {}
         if found:
             new = self.slot[found["rows"]] < 0
             self.add(found["rows"][new], found["logits"][new])
@@ -131,7 +131,7 @@ class LogitTable:
             return
         self.merge()
         rows = np.flatnonzero(self.slot >= 0)
-        if not atomic_io.save(self.path, {"rows": rows, "logits": self.values[self.slot[rows]]}):
+        if not atomic_io.save_arrays(self.path, {"rows": rows, "logits": self.values[self.slot[rows]]}):
             self.path = None
 
 
