@@ -37,7 +37,7 @@ MOVED_CLASSES = {
     "clpet.memory.ReservoirReplay": "clpet.replay.sampled.ReservoirReplay",
     "clpet.memory.ShareReplay": "clpet.replay.exemplar.ShareReplay",
     "clpet.python_domains.PythonDomains": "clpet.data.sources.python_domains.PythonDomains",
-    "clpet.rates.RateReplay": "clpet.replay.fixed_fraction.RateReplay",
+    "clpet.rates.RateReplay": "clpet.replay.fixed_fraction.FixedFractionReplay",
     "clpet.sources.Folders": "clpet.data.sources.Folders",
     "clpet.sources.PythonStdlib": "clpet.data.sources.PythonStdlib",
     "clpet.sources.Table": "clpet.data.sources.Table",
