@@ -87,7 +87,7 @@ class InfLoRA(IncLoRA):
                 batch = pool.batch(rows, self.objective.device)
                 found.begin(*([] if self.faithful_padding else self.objective.masks(batch)))
                 self.mixed_loss(batch, self.route(batch))
-        return {name: covariance.mean() for name, covariance in found.found.items()}, found.same
+        return {name: covariance.mean() for name, covariance in found.covariances.items()}, found.source
 
     def mask(self, batch: Batch) -> Tensor:
         """[batch, length]: the positions that count."""

@@ -283,7 +283,7 @@ def test_masks_leave_padding_out_of_covariances(shape: str) -> None:
         for row in range(len(pool)):
             alone.begin()
             found.logits(pool.batch([row]))
-    torch.testing.assert_close(padded.found[name].mean(), alone.found[name].mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded.covariances[name].mean(), alone.covariances[name].mean(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_learned_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same forward in the loop of vectordb/train.py: the items one by one in their order, three epochs."""
     monkeypatch.setattr(torch, "randperm", lambda count, generator: torch.arange(count))
     stage = KeyLearning(top_k=1, dropout=0.0, epochs=3, min_steps=0, lr=0.05, batch_size=1, clip=0.1)
-    keys = stage.learn(QUERIES, KEYS, 0, lambda *_: None, trial=False)
+    keys = stage.learn(QUERIES, KEYS, 0, lambda *_: None, dry_run=False)
     expected = double([[[0.8213845, 0.2559350], [0, 0.9968542]], [[0.9968542, 0], [0.0883761, 1.0322503]]])
     assert torch.allclose(keys, expected, atol=1e-7)
 

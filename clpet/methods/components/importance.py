@@ -1,4 +1,4 @@
-"""How much weights matter, units of weights, and the fusion of old and new weights by it: functions on tensors.
+"""Importance of weights, units of weights, and the fusion of old and new weights by importance: functions on tensors.
 
 Formulas of KIF (Feng et al., 2024, arXiv 2408.05200) and of its predecessor TaSL (arXiv 2408.09857).
 """
@@ -10,22 +10,21 @@ import torch
 from torch import Tensor
 
 SCORES = ("first", "second", "mix")
-STATE = {
-    "mean": "mean",
-    "deviation": "uncertainty",
-    "counted": "counted",
-    "skipped": "skipped",
-}  # checkpoint key -> attribute
+# Checkpoint key -> attribute of Importance.
+STATE = {"mean": "mean", "deviation": "uncertainty", "counted": "counted", "skipped": "skipped"}
 
 
 class Importance:
-    """Running scores of many weights, flat and on their device; nothing waits for the device until they are read.
+    """Running importance of many weights as flat tensors on their device, updated without waiting for the device.
 
-    With w a weight and g its gradient, a step's score s is |wg| (first), (wg)^2 (second) or |wg - (wg)^2 / 2|
-    (mix): the change of the loss when w becomes 0. I <- b1 I + (1 - b1) s and then U <- b2 U + (1 - b2) |s - I|,
-    both from 0 and without bias correction. The importance of a weight is I U.
+    With w a weight and g its gradient, the score s of a step estimates the change of the loss if w became 0:
+        first   s = |wg|            second  s = (wg)^2            mix  s = |wg - (wg)^2 / 2|
+    Sensitivity and uncertainty are its running means, both from 0 and without bias correction:
+        I <- b1 I + (1 - b1) s          (`mean`)
+        U <- b2 U + (1 - b2) |s - I|    (`uncertainty`, with the I just updated)
+    The importance of a weight is the product I U.
 
-    A step whose scores are not all finite changes nothing and is counted in `skipped`.
+    A step with a NaN or infinite score changes nothing and is counted in `skipped`.
     """
 
     def __init__(
@@ -40,16 +39,17 @@ class Importance:
 
     @torch.no_grad()
     def update(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
-        """Counts one step, unless it is the first one and that is skipped."""
+        """Adds the scores of one step; with `skip_first` the first step is ignored."""
         self.steps += 1
         if self.skip_first and self.steps == 1:
             return
-        s = flat(torch._foreach_mul(weights, gradients)).to(self.mean.dtype)
+        s = flat(torch._foreach_mul(weights, gradients)).to(self.mean.dtype)  # wg
         if self.score == "mix":
             s = torch.addcmul(s, s, s, value=-0.5)
         s = s.square_() if self.score == "second" else s.abs_()
+        # Branching on `finite` in Python would wait for the device in every step; a weight of 0 skips the step instead.
         finite = s.amax().isfinite()
-        s = torch.where(finite, s, self.mean)
+        s = torch.where(finite, s, self.mean)  # 0 * nan would still be nan
         on = finite.to(s.dtype)
         self.mean.lerp_(s, on * (1 - self.beta1))
         self.uncertainty.lerp_(s.sub_(self.mean).abs_(), on * (1 - self.beta2))
@@ -57,16 +57,16 @@ class Importance:
         self.skipped += ~finite
 
     def elements(self) -> Tensor:
-        """[size] fp64: I U of every weight."""
+        """[size] fp64: I U of every weight; in fp32 small products would underflow to 0."""
         return self.mean.to(torch.float64, copy=True).mul_(self.uncertainty)
 
     def clear(self) -> None:
-        """Forgets the scores, not the counts."""
+        """Resets the scores to 0, but not the counts."""
         self.mean.zero_()
         self.uncertainty.zero_()
 
     def keep(self, validation: float) -> None:
-        """Remembers the present scores where they belong to the best validation so far."""
+        """Stores a copy of the current scores if `validation` is the best validation score so far."""
         if validation > self.best:
             self.best, self.best_scores = validation, {key: value.clone() for key, value in self._tensors().items()}
 
@@ -76,11 +76,11 @@ class Importance:
             self._tensors()[key].copy_(value)
 
     def state(self) -> dict[str, Any]:
-        """What an interrupted task goes on from."""
+        """Everything that an interrupted task needs to resume; keys are part of the checkpoint format."""
         return {"now": self._tensors(), "kept": self.best_scores, "best": self.best, "steps": self.steps}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restores what `state` returned."""
         for key, value in state["now"].items():
             self._tensors()[key].copy_(value)
         self.best_scores = {key: value.to(self.mean.device) for key, value in state["kept"].items()}
@@ -92,25 +92,26 @@ class Importance:
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All scalars of the tensors in one vector, detached."""
+    """Concatenates all scalars of the tensors into one detached vector."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def unflat(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `flat`: views by name, in the shapes of `like`."""
-    parts = vector.split([tensor.numel() for tensor in like.values()])
-    return {name: part.view_as(tensor) for (name, tensor), part in zip(like.items(), parts, strict=True)}
+    """Splits a vector made by `flat` into views by name, with the shapes of `like`."""
+    slices = vector.split([tensor.numel() for tensor in like.values()])
+    return {name: values.view_as(tensor) for (name, tensor), values in zip(like.items(), slices, strict=True)}
 
 
 def gradients(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """Of each tensor; zeros for one that the loss does not reach."""
+    """The gradient of each tensor; zeros for a tensor that the loss does not depend on."""
     return [torch.zeros_like(value) if value.grad is None else value.grad for value in tensors.values()]
 
 
 class ParameterGroups:
-    """Which scalars are weighed together: a tensor, or (by rank) row p of a LoRA A with column p of its B.
+    """Groups scalars into units that are scored and fused as one.
 
-    A value per unit is a vector [units], or a dict of its parts by group: the tensor's name, or the LoRA's module.
+    A unit is a whole tensor or, with `by_rank`, row p of a LoRA matrix A together with column p of its B. Values per
+    unit are one vector [units], or a dict with the slice of each group: a tensor's name, or the module of a LoRA.
     """
 
     def __init__(self, tensors: dict[str, Tensor], by_rank: bool) -> None:
@@ -123,92 +124,101 @@ class ParameterGroups:
             self.sizes[group] = len(_by_unit(name, tensor, by_rank))
 
     def scores(self, elements: dict[str, Tensor], how: str = "product_of_means") -> Tensor:
-        """[units] from the importance of every scalar by tensor name: the mean over a tensor; for a rank the mean of
-        the outer product of B's column and A's row, that is the product of their means, or the mean over both
-        together (mean_of_concat).
+        """Scores [units] from the importance of every scalar (`elements`, by tensor name).
+
+        A tensor's score is the mean over its scalars. The score of a LoRA rank is
+        product_of_means  mean(A's row) mean(B's column), which equals the mean of their outer product, or
+        mean_of_concat    the mean over the scalars of both.
         """
-        found = []
+        scores = []
         for names in self.groups.values():
             rows = [_by_unit(name, elements[name], self.by_rank) for name in names]
             if how == "product_of_means":
-                found.append(torch.stack([row.mean(1) for row in rows]).prod(0))
+                scores.append(torch.stack([row.mean(1) for row in rows]).prod(0))
             else:
-                found.append(torch.cat(rows, 1).mean(1))
-        return torch.cat(found)
+                scores.append(torch.cat(rows, 1).mean(1))
+        return torch.cat(scores)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector's parts by group."""
+        """The slice of a vector [units] that belongs to each group."""
         return dict(zip(self.groups, vector.split(list(self.sizes.values())), strict=True))
 
-    def join(self, parts: dict[str, Tensor]) -> Tensor:
-        """The inverse of `split`, by name."""
-        return torch.cat([parts[group] for group in self.groups])
+    def join(self, slices: dict[str, Tensor]) -> Tensor:
+        """Concatenates the slices made by `split`, in the order of this object's groups."""
+        return torch.cat([slices[group] for group in self.groups])
 
     def broadcast(self, vector: Tensor) -> dict[str, Tensor]:
-        """Tensor name -> the values of its units, in a shape that broadcasts against the tensor."""
+        """Tensor name -> the values of its units, shaped to broadcast against the tensor.
+
+        By rank: [r, 1] for A [r, d_in] and [r] for B [d_out, r]; else one scalar for the tensor.
+        """
         return {
-            name: (part if ".lora_B." in name else part[:, None]) if self.by_rank else part[0]
-            for group, part in self.split(vector).items()
+            name: (values if ".lora_B." in name else values[:, None]) if self.by_rank else values[0]
+            for group, values in self.split(vector).items()
             for name in self.groups[group]
         }
 
 
 def _by_unit(name: str, value: Tensor, by_rank: bool) -> Tensor:
-    """[units, scalars of each]."""
+    """The scalars of each unit of one tensor, [units, scalars per unit]."""
     if not by_rank:
         return value.reshape(1, -1)
     return value.mT if ".lora_B." in name else value
 
 
 def norm(x: Tensor) -> Tensor:
-    """(x - min) / (max - min); zeros where all are equal."""
+    """Norm(x) = (x - min) / (max - min); zeros if all values are equal."""
     low, high = x.aminmax()
     return torch.where(high > low, (x - low) / (high - low), 0)
 
 
 def accumulate(old: Tensor, new: Tensor, beta: float) -> Tensor:
-    """Importance over all tasks so far: Norm(beta Norm(old) + (1 - beta) Norm(new))."""
+    """Importance over all tasks so far: J_k = Norm(beta Norm(J_{k-1}) + (1 - beta) Norm(I_k))."""
     return norm(beta * norm(old) + (1 - beta) * norm(new))
 
 
 def above_percentile(x: Tensor, percentile: float, strict: bool = True) -> Tensor:
-    """Which units lie above (strict), or at least at, a percentile; linear between ranks."""
+    """Mask of the values above (`strict`) or at least at their percentile, linearly interpolated between ranks."""
     threshold = torch.quantile(x, percentile / 100)
     return x > threshold if strict else x >= threshold
 
 
 def above_quantile(x: Tensor, q: float) -> Tensor:
-    """Which of very many values lie strictly above their quantile q, by selecting one of them instead of sorting.
+    """Mask of the values strictly above their quantile q, for vectors too long to be sorted (or for torch.quantile).
 
-    Between two neighbours the linear quantile parts them as the lower one does, so no interpolation is needed.
+    A linearly interpolated quantile is between two neighbouring values, so exactly the values above the lower
+    neighbour exceed it: selecting that neighbour gives the same mask.
     """
     return x > x.kthvalue(int(q * (len(x) - 1)) + 1).values
 
 
 def adaptive(old: Tensor, new: Tensor, tau: float) -> Tensor:
-    """Weight of the new value: sigmoid((new - old) / tau), on normalised importance."""
+    """Adaptive fusion, weight of the new value: sigmoid((new - old) / tau) of normalised importance."""
     return torch.sigmoid((new - old) / tau)
 
 
 def static(old: Tensor, new: Tensor, gamma: float) -> Tensor:
-    """Weight of the new value from two masks: shared 1 - gamma, old only 0, new only 1, neither 1/2."""
+    """Static fusion, weight of the new value from two masks: both 1 - gamma, old only 0, new only 1, neither 1/2."""
     weight = torch.full(old.shape, 0.5, dtype=torch.float64, device=old.device)
     weight[new & ~old], weight[old & ~new], weight[old & new] = 1.0, 0.0, 1 - gamma
     return weight
 
 
 def fuse(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-    """weight new + (1 - weight) old, in fp32 or better; rows that `old` has not keep their new value."""
+    """weight new + (1 - weight) old, computed in at least fp32; rows that `old` does not have keep their new value.
+
+    A head that grew during the task has more rows than before it.
+    """
     exact = torch.promote_types(new.dtype, torch.float32)
-    known = new if new.shape == old.shape else new[: len(old)]
-    mixed = torch.lerp(old.to(exact), known.to(exact), weight.to(exact)).to(new.dtype)
-    return mixed if known is new else torch.cat([mixed, new[len(old) :]])
+    common = new if new.shape == old.shape else new[: len(old)]
+    fused = torch.lerp(old.to(exact), common.to(exact), weight.to(exact)).to(new.dtype)
+    return fused if common is new else torch.cat([fused, new[len(old) :]])
 
 
 def orthogonality(factors: Sequence[Tensor], squared: bool = False) -> Tensor:
-    """Mean of ||M M^T - I||_F (or its square) over matrices M [r, d]; the subgradient is 0 where a norm is 0.
+    """Mean of ||M M^T - I||_F (or its square) over matrices M [r, d]; the subgradient of a norm of 0 is 0.
 
-    Equal shapes go through one batched product: a model has hundreds of small factors.
+    Matrices of equal shape are multiplied as one batch, because a model has hundreds of small factors.
     """
     shapes: dict[torch.Size, list[Tensor]] = {}
     for factor in factors:

@@ -1,7 +1,7 @@
-"""DTKR: keys learned on sentence embeddings, and how similar keys share out an input (SLM, arXiv 2404.07470).
+"""DTKR of SLM (arXiv 2404.07470): keys are learned on sentence embeddings, and an input retrieves the nearest ones.
 
-A query is an embedding of G h numbers cut into G chunks, [batch, G, h]; a task's keys are [G, P, h], those of
-several tasks stand side by side, [G, N, h] with N = T P. Similarity is the cosine of chunk and key.
+A query is an embedding of G h numbers cut into G chunks, [batch, G, h]. The P keys that a task has in every group
+are [G, P, h]; those of T tasks are concatenated to [G, N, h] with N = T P. Similarity is the cosine of chunk and key.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from clpet.config.schema import require
 
-EPS = 1e-9  # of the ratio of similarities
-UNRELATED = 1e-6  # a sum of similarities up to this is shared out evenly
+EPS = 1e-9  # added to the denominator of the weights
+UNRELATED = 1e-6  # if the similarities of the chosen keys sum up to at most this, their weights are uniform
 
 
 def cosines(queries: Tensor, keys: Tensor) -> Tensor:
@@ -27,11 +27,11 @@ def cosines(queries: Tensor, keys: Tensor) -> Tensor:
 
 @dataclass
 class KeyLearning:
-    """L = -mean cos(q_bg, k_gi) over items b, groups g and the `top_k` most similar keys i that were not dropped.
+    """Stage 1, L = -mean cos(q_bg, k_gi) over items b, groups g and the `top_k` most similar remaining keys i.
 
-    A key is dropped for an item and group with chance `dropout`, so that none wins everything; who was dropped is
-    not chosen and gets no gradient. Few texts are gone through until there were `min_steps`; after the share
-    `decay_at` of the epochs the learning rate is a tenth.
+    For every item and group a key is dropped with probability `dropout`; a dropped key cannot be chosen and gets no
+    gradient. Without this a few keys win all items. Small tasks are repeated until at least `min_steps` steps are
+    done. After the fraction `decay_at` of the epochs the learning rate is divided by 10.
     """
 
     top_k: int = 2
@@ -53,18 +53,21 @@ class KeyLearning:
         require(0 <= self.dropout < 1, "method.stage1.dropout", self.dropout, "in [0, 1)")
 
     def length(self, examples: int) -> tuple[int, int]:
-        """(epochs, optimiser steps of an epoch)."""
+        """(epochs, optimiser steps per epoch) for a task with this many examples."""
         steps = -(-examples // self.batch_size)
         return max(self.epochs, -(-self.min_steps // steps)), steps
 
     def loss(self, queries: Tensor, keys: Tensor, draws: Tensor) -> Tensor:
-        """L of a batch; `draws` [batch, G, P] in [0, 1) say which keys are dropped."""
+        """L of a batch; `draws` [batch, G, P] are uniform in [0, 1), a key with a draw below `dropout` is dropped."""
         return key_loss(cosines(queries, keys), self.top_k, draws < self.dropout)
 
     def learn(
-        self, queries: Tensor, keys: Tensor, seed: int, step: Callable[[int, int, int, Tensor], None], trial: bool
+        self, queries: Tensor, keys: Tensor, seed: int, step: Callable[[int, int, int, Tensor], None], dry_run: bool
     ) -> Tensor:
-        """The keys [G, P, h] after all epochs over the queries [n, G, h]; `step` is a Progress's, `trial` one step."""
+        """Trains `keys` [G, P, h] on `queries` [n, G, h] and returns them.
+
+        `step` reports progress (see Progress.step); `dry_run` stops after one optimiser step.
+        """
         generator = torch.Generator().manual_seed(seed)
         keys = nn.Parameter(keys.clone())
         optimizer = torch.optim.AdamW([keys], lr=self.lr, weight_decay=self.weight_decay, fused=True)
@@ -82,24 +85,24 @@ class KeyLearning:
                     nn.utils.clip_grad_norm_([keys], self.clip)
                 optimizer.step()
                 total += loss.detach()
-                if trial:
+                if dry_run:
                     return keys.detach()
                 step(epoch, number, min(number * self.batch_size, len(queries)), total / number)
         return keys.detach()
 
 
 def orthonormal(groups: int, count: int, width: int, seed: int) -> Tensor:
-    """[groups, count, width]: first keys, in every group of norm 1 and at right angles to each other."""
+    """Initial keys [groups, count, width], orthonormal within each group; needs count <= width."""
     assert count <= width
     generator = torch.Generator().manual_seed(seed)
-    parts = [nn.init.orthogonal_(torch.empty(count, width), generator=generator) for _ in range(groups)]
-    return torch.stack(parts)
+    return torch.stack([nn.init.orthogonal_(torch.empty(count, width), generator=generator) for _ in range(groups)])
 
 
 def key_loss(sigma: Tensor, top_k: int, dropped: Tensor) -> Tensor:
-    """-mean over items and groups of the mean of the `top_k` largest similarities [batch, G, P] not `dropped`.
+    """Minus the mean over items and groups of the mean of their `top_k` largest similarities that are not `dropped`.
 
-    Where fewer are left they are the mean; an item and group with none is no part of the mean.
+    sigma, dropped: [batch, G, P]. If fewer than `top_k` keys remain, their mean is taken; an item and group without
+    any remaining key is excluded.
     """
     top = sigma.detach().masked_fill(dropped, float("-inf")).topk(top_k, -1)
     chosen = torch.zeros_like(sigma).scatter(-1, top.indices, top.values.isfinite().to(sigma.dtype))
@@ -113,25 +116,29 @@ def key_loss(sigma: Tensor, top_k: int, dropped: Tensor) -> Tensor:
 
 @dataclass
 class Mixture:
-    """weights [batch, G', N] of the values, zero where they were not chosen; picks [batch, G', K] of keys, -1: none.
+    """Retrieved keys: weights [batch, G', N] of their values, 0 if not chosen, and picks [batch, G', K], -1 for none.
 
-    G' is 1 where the groups share their values, else G.
+    G' is 1 if the groups share their values, else G.
     """
 
     weights: Tensor
     picks: Tensor
 
     def branches(self, per_task: int) -> Tensor:
-        """[batch, T G' P]: the weights of the values task by task, and in a task group by group."""
+        """[batch, T G' P]: the weights of the values, ordered by task and within a task by group."""
         return self.weights.unflatten(2, (-1, per_task)).transpose(1, 2).flatten(1)
 
     def owners(self, per_task: int) -> Tensor:
-        """[batch, G' K]: the task each picked key belongs to, -1 where no key was picked."""
+        """[batch, G' K]: the task of each picked key, -1 if no key was picked (-1 // P stays -1)."""
         return self.picks.div(per_task, rounding_mode="floor").flatten(1)
 
 
 def over_groups(sigma: Tensor) -> Tensor:
-    """[batch, 1, N]: the mean over groups, in an order that does not depend on how many keys there are."""
+    """[batch, 1, N]: the mean over groups.
+
+    Summing in a loop fixes the order of additions; the order inside `mean` depends on the number of keys, so results
+    would change in the last bit as tasks are added.
+    """
     total = sigma[:, 0]
     for group in range(1, sigma.shape[1]):
         total = total + sigma[:, group]
@@ -142,65 +149,69 @@ def retrieve(
     sigma: Tensor, top_k: int, per_group: bool = False, uniform: bool = False, batch_mean: bool = False,
     allowed: Tensor | None = None,
 ) -> Mixture:  # fmt: skip
-    """The `top_k` most similar keys, weighed by their share of the chosen similarities (or with `uniform`, equally).
+    """Chooses the `top_k` most similar keys and weighs their values, w_i = s_i / sum_j s_j over the chosen keys.
 
-    sigma [batch, G, N]: similarities. Without `per_group` they are averaged over groups first; `batch_mean`, over the
-    batch, which then has one mixture. `allowed` [batch, N] are keys that may be chosen; an item without any has no
-    weights. Similarities that sum up to nothing are shared out evenly.
+    sigma [batch, G, N]: similarities, averaged over groups unless `per_group`.
+    uniform: equal weights, which are also used if the chosen similarities sum up to about 0.
+    batch_mean: averages similarities over the batch, which then has one common mixture.
+    allowed [batch, N]: keys that may be chosen; the weights of an item without any are all 0.
     """
     size, sigma = len(sigma), sigma if per_group else over_groups(sigma)
     allowed = sigma.new_ones(size, sigma.shape[2], dtype=torch.bool) if allowed is None else allowed
     if batch_mean:
         sigma, allowed = sigma.mean(0, keepdim=True), allowed.all(0, keepdim=True)
     top = sigma.masked_fill(~allowed[:, None], float("-inf")).topk(top_k, -1)
-    some = top.values.isfinite()
-    values = top.values.masked_fill(~some, 0)
+    valid = top.values.isfinite()  # fewer than top_k keys may be allowed
+    values = top.values.masked_fill(~valid, 0)
     total, share = values.sum((1, 2), keepdim=True), 1 / (top_k * sigma.shape[1])
-    ratio = (
-        torch.full_like(values, share) if uniform else torch.where(total <= UNRELATED, share, values / (total + EPS))
-    )
-    weights = torch.zeros_like(sigma).scatter(-1, top.indices, ratio * some)
-    picks = top.indices.masked_fill(~some, -1)
+    ratio = values / (total + EPS)
+    ratio = torch.full_like(values, share) if uniform else torch.where(total <= UNRELATED, share, ratio)
+    weights = torch.zeros_like(sigma).scatter(-1, top.indices, ratio * valid)
+    picks = top.indices.masked_fill(~valid, -1)
     return Mixture(weights.expand(size, -1, -1), picks.expand(size, -1, -1))
 
 
 def unrelated(sigma: Tensor, top_k: int, per_group: bool) -> int:
-    """How many items' chosen similarities sum up to nothing."""
+    """Number of items whose chosen similarities sum up to about 0, so that their weights are uniform."""
     sigma = sigma if per_group else over_groups(sigma)
     return int((sigma.topk(top_k, -1).values.sum((1, 2)) <= UNRELATED).sum())
 
 
 def majority(owners: Tensor, tasks: int) -> Tensor:
-    """[batch]: the task that owns more than half of an item's picks [batch, picks]; -1: none does."""
+    """[batch]: the task that owns more than half of an item's picks, given their owners [batch, picks]; -1 if none."""
     shares = F.one_hot(owners.clamp(min=0), tasks).mul((owners >= 0)[..., None]).sum(1)
     most, task = shares.max(1)
     return torch.where(2 * most > owners.shape[1], task, -1)
 
 
 class RetrievalStats:
-    """What was retrieved for the texts of every task: votes [tasks, tasks + 1], last where no task had a majority."""
+    """Counts of what the texts of every task retrieved.
+
+    votes [tasks, tasks + 1]: texts of a task (row) by the task that owns the majority of their keys (column); the last
+    column counts texts without a majority. right [tasks]: sum over texts of the fraction of keys of their own task.
+    """
 
     def __init__(self, tasks: int, device: torch.device | str = "cpu") -> None:
         self.votes = torch.zeros(tasks, tasks + 1, dtype=torch.float64, device=device)
-        self.right = torch.zeros(tasks, dtype=torch.float64, device=device)  # sum of the shares of right picks
+        self.right = torch.zeros(tasks, dtype=torch.float64, device=device)
 
     def add(self, tasks: Tensor, selected: Tensor, right: Tensor) -> None:
-        """A batch: the tasks of its texts, the task with most picks or -1, and the share of right picks."""
+        """Adds a batch: tasks of the texts, tasks with the majority of picks or -1, fractions of right picks."""
         self.votes.index_put_((tasks, selected), torch.ones_like(right, dtype=torch.float64), accumulate=True)
         self.right.index_add_(0, tasks, right.double())
 
     def figures(self, names: list[str]) -> dict[str, float]:
-        """Percent of the first tasks' texts with a majority of right picks, and of right picks."""
+        """Per task named, in percent: texts whose majority of picks is right (vote/), and right picks (picks/)."""
         votes, right, count = self.votes.cpu(), self.right.cpu(), self.votes.sum(1).cpu()
-        found = {f"vote/{name}": 100 * float(votes[i, i] / count[i]) for i, name in enumerate(names)}
+        majorities = {f"vote/{name}": 100 * float(votes[i, i] / count[i]) for i, name in enumerate(names)}
         picks = {f"picks/{name}": 100 * float(right[i] / count[i]) for i, name in enumerate(names)}
-        return {"right_picks": sum(picks.values()) / len(picks), **found, **picks}
+        return {"right_picks": sum(picks.values()) / len(picks), **majorities, **picks}
 
     def state(self) -> dict[str, Tensor]:
-        """Both counts."""
+        """Both counts; keys are part of the checkpoint format."""
         return {"votes": self.votes, "right": self.right}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """Restores what `state` returned."""
         self.votes.copy_(state["votes"])
         self.right.copy_(state["right"])

@@ -1,9 +1,9 @@
-"""Logits of frozen modules: computed once per example, kept on disk, shared by resumed and repeated runs.
+"""Outputs of frozen modules are cached: logits are computed once per example and stored on disk for later runs.
 
-What a frozen module says about an example never changes, so it may be looked up instead of computed, provided
-that a look-up gives the bits that computing would give. Therefore an example always goes through the network in a
-block of the same shape (`blocks`): rounding depends on a block's shape, not on the neighbours in it. A run's
-result then depends neither on what the cache held before nor on who filled it.
+A frozen module's output for an example never changes, so it can be looked up, provided that the lookup gives the same
+bits as computing it. Rounding depends on the shape of a batch but not on the other examples in it; therefore an
+example always goes through the network in a block of the same shape (`blocks`). A run's result then depends neither
+on the previous contents of the cache nor on the process that filled it.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from clpet.objectives.classification import Classification
 from clpet.runtime import atomic_io
 from clpet.runtime.distributed import full_tensor, get_world
 
-BARE = "bare backbone"  # the frozen module without an adapter
+BARE = "bare backbone"  # name of the frozen module that has no adapter
 
 
 class LogitCache:
-    """Logits by frozen module and split; `folder` = None keeps them in memory only."""
+    """Logits by frozen module and split; with `folder` = None they are stored in memory only."""
 
     def __init__(self, objective: Classification, folder: str | None) -> None:
         self.objective = objective
@@ -41,47 +41,47 @@ class LogitCache:
         return name in self.heads
 
     def freeze(self, name: str, weight: Tensor, bias: Tensor) -> None:
-        """From now on the adapter `name` and its readout W h + b stay as they are; what was held under it goes."""
+        """Declares the adapter `name` and its readout W h + b frozen; logits cached under this name are dropped."""
         self.heads[name] = weight.detach(), bias.detach()
         self.tables = {key: table for key, table in self.tables.items() if key[0] != name}
 
     def get(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
-        """[len(rows), rows of W] fp32 logits of a frozen module; only what no run has computed is computed."""
+        """[len(rows), rows of W] fp32 logits of a frozen module; only those that no run has stored are computed."""
         table = self._table(name, pool)
         missing = np.unique(rows[table.slot[rows] < 0])
         self.objective.meter.cached(table.count_new(rows) - len(missing))
         if len(missing):
-            with self._through(name):
-                for part in blocks(pool.lengths, missing):
-                    table.add(part, self._compute(name, pool, part))
+            with self._active(name):
+                for block in blocks(pool.lengths, missing):
+                    table.add(block, self._compute(name, pool, block))
             table.save()
         return table.values[table.slot[rows]]
 
     def prefetch(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> None:
-        """Has `get` find these rows, wherever a rank of several has to compute some: each does its part of them."""
+        """Computes the missing rows ahead of `get`, divided among the ranks; every rank gets all results."""
         if get_world().size == 1:
             self.get(name, pool, rows)
             return
         table = self._table(name, pool)
-        unknown = np.unique(np.concatenate(get_world().gather(rows[table.slot[rows] < 0])))
-        parts = list(blocks(pool.lengths, unknown))
-        asked = table.count_new(rows) - len(unknown)
-        self.objective.meter.cached(max(0, asked) if get_world().is_main else 0)
-        with self._through(name):
-            found = get_world().map(lambda part: self._compute(name, pool, part), parts)
-        for part, logits in zip(parts, found, strict=True):
-            new = table.slot[part] < 0
-            table.add(part[new], logits[new])
-        if parts:
+        missing = np.unique(np.concatenate(get_world().gather(rows[table.slot[rows] < 0])))
+        todo = list(blocks(pool.lengths, missing))
+        cached = table.count_new(rows) - len(missing)
+        self.objective.meter.cached(max(0, cached) if get_world().is_main else 0)
+        with self._active(name):
+            computed = get_world().map(lambda block: self._compute(name, pool, block), todo)
+        for block, logits in zip(todo, computed, strict=True):
+            new = table.slot[block] < 0  # this rank may have rows that another one was missing
+            table.add(block[new], logits[new])
+        if todo:
             table.save()
 
-    def _through(self, name: str) -> contextlib.AbstractContextManager[None]:
+    def _active(self, name: str) -> contextlib.AbstractContextManager[None]:
         adapters = self.objective.adapters
         return adapters.off() if name == BARE else adapters.using(name)
 
     @torch.no_grad()
     def _compute(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
-        """Logits of one block: places without an example repeat the others."""
+        """Logits of one block; rows are repeated until it has its fixed shape, and repetitions are cut off again."""
         width = block_widths(pool.lengths)[rows[0]]
         features = self.objective.features(pool.batch(np.resize(rows, BLOCK), self.objective.device, width))
         return F.linear(features, *self.heads[name])[: len(rows)].cpu().numpy()
@@ -98,35 +98,35 @@ class LogitCache:
 
 
 class LogitTable:
-    """Rows of a pool and their logits, in memory and, where there is a path, in a file that processes share."""
+    """Logits of a pool's rows, in memory and, if there is a path, in a file that several processes may write."""
 
     def __init__(self, rows: int, width: int, path: Path | None) -> None:
         self.path = path
-        self.slot = np.full(rows, -1, dtype=np.int64)  # of a pool's row in `values`; -1: not known
+        self.slot = np.full(rows, -1, dtype=np.int64)  # pool row -> row of `values`, -1 if not cached
         self.values = np.empty((0, width), dtype=np.float32)
-        self.asked = np.zeros(rows, dtype=bool)
+        self.requested = np.zeros(rows, dtype=bool)
         self.merge()
 
     def add(self, rows: np.ndarray, logits: np.ndarray) -> None:
-        """Takes in rows that are not known yet."""
+        """Adds rows that are not in the table yet."""
         self.slot[rows] = np.arange(len(self.values), len(self.values) + len(rows))
         self.values = np.concatenate([self.values, logits])
 
     def count_new(self, rows: np.ndarray) -> int:
-        """How many distinct rows are asked for the first time."""
-        new = np.unique(rows[~self.asked[rows]])
-        self.asked[new] = True
+        """Number of distinct rows requested for the first time; marks them as requested."""
+        new = np.unique(rows[~self.requested[rows]])
+        self.requested[new] = True
         return len(new)
 
     def merge(self) -> None:
-        """Takes in what the file knows; a file that is not there or damaged knows nothing."""
-        found = atomic_io.load_arrays(self.path) if self.path else {}
-        if found:
-            new = self.slot[found["rows"]] < 0
-            self.add(found["rows"][new], found["logits"][new])
+        """Adds the rows of the file; a missing or damaged file counts as empty."""
+        stored = atomic_io.load_arrays(self.path) if self.path else {}
+        if stored:
+            new = self.slot[stored["rows"]] < 0
+            self.add(stored["rows"][new], stored["logits"][new])
 
     def save(self) -> None:
-        """Replaces the file by what it and memory know together; a disk that refuses is given up with a warning."""
+        """Replaces the file by the union of its rows and those in memory; stops using a path that cannot be written."""
         if self.path is None or not get_world().is_main:
             return
         self.merge()
@@ -136,17 +136,18 @@ class LogitTable:
 
 
 def network_key(objective: Classification) -> str:
-    """What every module's logits depend on: the backbone's weights and shape, precision, device, place of reading.
+    """Digest of everything that the logits of all modules depend on.
 
-    Weights from files or the hub are known by their hash or commit; those that are in memory alone are hashed.
+    These are the backbone's weights and shape, attention, precision, device and the position that is read. Weights
+    from files or the hub are identified by their hash or commit; weights that exist in memory only are hashed.
     """
     adapters, device = objective.adapters, objective.device
-    own = {id(value) for name in adapters.names for value in adapters.tensors(name).values()}
-    named = {name: value for name, value in adapters.model.named_parameters() if id(value) not in own}
+    adapter_ids = {id(value) for name in adapters.names for value in adapters.tensors(name).values()}
+    named = {name: value for name, value in adapters.model.named_parameters() if id(value) not in adapter_ids}
     weights = objective.backbone.fingerprint(objective.cache_dir)
     peft = adapters.config.to_dict() if adapters.config else {}
     config: Any = adapters.model.config
-    known = [
+    identity = [
         weights or tensors_key({name: full_tensor(value) for name, value in named.items()}),
         {name: [list(value.shape), str(value.dtype)] for name, value in named.items()},
         [config.to_dict(), config._attn_implementation],
@@ -154,14 +155,14 @@ def network_key(objective: Classification) -> str:
         [str(objective.dtype), objective.representation.value, BLOCK, STEP],
         platform(device),
     ]
-    return digest(known, 64)
+    return digest(identity, 64)
 
 
 def tensors_key(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of named tensors."""
-    found = hashlib.sha256()
+    """SHA-256 of named tensors: names, shapes, dtypes and bits."""
+    checksum = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        checksum.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        found.update(data)
-    return found.hexdigest()
+        checksum.update(data)
+    return checksum.hexdigest()

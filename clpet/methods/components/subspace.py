@@ -1,4 +1,7 @@
-"""Directions that earlier tasks use: covariances of layer inputs and the orthonormal bases grown from them."""
+"""Subspaces that earlier tasks use: covariances of layer inputs and orthonormal bases M grown from them.
+
+Formulas of InfLoRA (Liang and Li, 2024, arXiv 2404.00228) in the form used by GainLoRA (Liang et al., 2025).
+"""
 
 import re
 from collections.abc import Callable
@@ -8,13 +11,13 @@ from torch import Tensor, nn
 
 
 class Covariance:
-    """Running C = (1/n) sum x x^T, not centred, in fp32."""
+    """Running uncentred covariance C = (1/n) sum x x^T, accumulated in fp32."""
 
     def __init__(self, dim: int, device: torch.device) -> None:
         self.total, self.n = torch.zeros(dim, dim, device=device), torch.zeros((), device=device)
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """x [..., dim]; positions where `mask` is 0 do not count."""
+        """Adds the vectors x [..., dim], except where `mask` [...] is 0."""
         x = x.float()
         if mask is not None:
             x = x * mask[..., None]
@@ -28,79 +31,81 @@ class Covariance:
 
 
 class InputCovariances:
-    """Covariances of the inputs of layers while hooked; layers that read the same tensor share one.
+    """Accumulates the covariances of layer inputs in every forward inside `with`; call `begin` before each forward.
 
-    `masks`, each [batch, length], tell padding from text in the forward to come; the last is that of what is written.
+    Layers that receive the same tensor (such as query, key and value projections) share one covariance.
     """
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
-        self.found: dict[str, Covariance] = {}
-        self.same: dict[str, str] = {}  # layer -> the first layer that reads the same input
+        self.covariances: dict[str, Covariance] = {}
+        self.source: dict[str, str] = {}  # layer -> the layer whose covariance it shares, often itself
         self.masks: list[Tensor] = []
-        self.read: dict[str, Tensor] = {}  # inputs of the present forward
+        self.inputs: dict[str, Tensor] = {}  # distinct inputs of the current forward by layer
         self.hooks = [module.register_forward_pre_hook(self.hook(name)) for name, module in layers.items()]
 
     def begin(self, *masks: Tensor) -> None:
-        """Before every forward."""
-        self.masks, self.read = list(masks), {}
+        """Prepares a forward. `masks`, each [batch, length], are 0 for padding; the decoder's mask comes last."""
+        self.masks, self.inputs = list(masks), {}
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """What sees the input of layer `name`."""
+        """The forward pre-hook that adds the input of layer `name`."""
 
-        def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def add_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
-            first = next((other for other, held in self.read.items() if held is x), name)
-            self.same[name] = first
-            if first == name:
-                self.read[name] = x
-                covariance = self.found.setdefault(name, Covariance(x.shape[-1], x.device))
-                fitting = [mask for mask in self.masks if mask.shape == x.shape[:-1]]
-                covariance.add(x, fitting[-1 if reads_answer(name) else 0] if fitting else None)
+            source = next((other for other, tensor in self.inputs.items() if tensor is x), name)
+            self.source[name] = source
+            if source == name:
+                self.inputs[name] = x
+                covariance = self.covariances.setdefault(name, Covariance(x.shape[-1], x.device))
+                matching = [mask for mask in self.masks if mask.shape == x.shape[:-1]]
+                covariance.add(x, matching[-1 if reads_answer(name) else 0] if matching else None)
 
-        return see
+        return add_input
 
     def __enter__(self) -> "InputCovariances":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.read = {}
+        self.inputs = {}  # else the last forward's tensors would stay in memory
         for hook in self.hooks:
             hook.remove()
 
 
 def reads_answer(layer: str) -> bool:
-    """Whether a layer's input is the text that an encoder-decoder writes: all of the decoder but what it asks for."""
+    """Whether a layer of an encoder-decoder reads the answer: decoder layers except cross-attention keys and values."""
     return "decoder" in layer and not re.search(r"(EncDecAttention|encoder_attn)\.(k|v)", layer)
 
 
 def project_out(x: Tensor, basis: Tensor) -> Tensor:
-    """x (I - M M^T): the rows of x [..., d] without their parts in the span of M [d, q]."""
+    """x (I - M M^T): removes from the rows of x [..., d] their components in the span of M [d, q]."""
     return x - (x @ basis) @ basis.T
 
 
 def threshold(epsilon: float, index: int, tasks: int) -> float:
-    """eps_t = eps + (1 - eps) (t - 1) / T for the task at position `index` = t - 1."""
+    """eps_t = eps + (1 - eps) (t - 1) / T for task t, where `index` = t - 1."""
     return epsilon + (1 - epsilon) * index / tasks
 
 
 def top_singular_vectors(covariance: Tensor, basis: Tensor) -> Tensor:
-    """[d, d]: left singular vectors of (I - M M^T) C, largest first; none of them reaches into the span of M."""
+    """[d, d]: left singular vectors of (I - M M^T) C by falling singular value, all orthogonal to the span of M."""
+    # project_out works on rows: (C^T (I - M M^T))^T = (I - M M^T) C.
     u = torch.linalg.svd(project_out(covariance.T, basis).T)[0]
-    return project_out(u.T, basis).T
+    return project_out(u.T, basis).T  # vectors of singular value 0 may still point into the span of M
 
 
 def extend_basis(basis: Tensor, covariance: Tensor, epsilon: float) -> Tensor:
-    """The basis M [d, q] with the directions that C still needs for a share `epsilon` of its squared spectrum.
+    """Appends to the basis M [d, q] the directions needed to explain a share `epsilon` of C's squared spectrum.
 
-    An empty M takes the singular vectors whose cumulative share stays below epsilon, at least one (GainLoRA's
-    published rule, one fewer than would reach epsilon); a later one grows until it reaches epsilon.
+    With an empty M: the singular vectors whose cumulative share stays below epsilon, at least one. This is the rule
+    of GainLoRA's published code, which takes one vector fewer than reaching epsilon needs. Afterwards M grows until
+    epsilon is reached.
     """
-    room = len(covariance) - basis.shape[1]
+    room = len(covariance) - basis.shape[1]  # M cannot have more than d columns
     u, s, _ = torch.linalg.svd(project_out(covariance.T, basis).T)
     total = covariance.square().sum()
     shares = s.square().cumsum(0) / total
     if basis.shape[1] == 0:
         return u[:, : max(1, int((shares < epsilon).sum()))]
-    had = 1 - s.square().sum() / total
-    reached = torch.cat([had[None], had + shares[:-1]])
-    return torch.cat([basis, u[:, : min(room, int((reached < epsilon).sum()))]], dim=1)
+    explained = 1 - s.square().sum() / total  # by M alone
+    before = torch.cat([explained[None], explained + shares[:-1]])  # share explained before each vector is added
+    return torch.cat([basis, u[:, : min(room, int((before < epsilon).sum()))]], dim=1)

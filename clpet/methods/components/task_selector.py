@@ -1,4 +1,4 @@
-"""Selectors of dynamic ConPET: they rank the modules for an input, trained as published or by class means."""
+"""Selectors of dynamic ConPET (arXiv 2309.14763): rank the modules for an input, by a trained head or class means."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ NAME = "selector"
 class Selector:
     """{LoRA_sel, head_sel}: L_sel = -(1/B) sum_i log softmax(head_sel(h_sel(x_i)))[task(y_i)].
 
-    Its scores of an example are computed once between two of its trainings and kept in `store`.
+    Its scores are cached in `store`: between two trainings of the selector each is computed once.
     """
 
     def __init__(self, objective: Classification, store: LogitCache, tasks: list[str], seed: int) -> None:
@@ -30,20 +30,20 @@ class Selector:
         self.head.grow([0])
 
     def stored(self) -> int:
-        """Scalars of the head."""
+        """Number of scalars in the head."""
         return sum(p.numel() for p in self.head.parameters())
 
     @property
     def learned(self) -> bool:
-        """Whether there is an adapter yet: the first task needs none."""
+        """Whether the selector has an adapter yet; the first task does not need one."""
         return NAME in self.objective.adapters.names
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter and the head."""
+        """Parameters of the adapter and the head."""
         return {**self.objective.adapters.tensors(NAME), **dict(self.head.named_parameters())}
 
     def learn(self, trainer: Trainer, index: int, plan: BatchPlan, clip: float, validate: Callable[[], float]) -> None:
-        """Task `index`: old rows of the head and LoRA_sel go on from where they are; row `index` starts fresh."""
+        """Trains on task `index`: LoRA_sel and the old rows of the head continue, row `index` is new."""
         adapters = self.objective.adapters
         if not self.learned:
             adapters.add(NAME, derive(self.seed, "adapter", NAME))
@@ -53,11 +53,11 @@ class Selector:
         self.freeze()
 
     def freeze(self) -> None:
-        """Scores asked for from now on are those of the weights as they are."""
+        """Drops cached scores; later ones are computed from the present weights."""
         self.store.freeze(NAME, self.head.weight, self.head.bias)
 
     def state(self) -> dict[str, Any]:
-        """The head; the adapter is among the objective's."""
+        """State of the head; the adapter is part of the objective's state."""
         return self.head.state()
 
     def load(self, state: dict[str, Any]) -> None:
@@ -66,68 +66,69 @@ class Selector:
         self.freeze()
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy over task numbers."""
+        """L_sel: cross-entropy over task numbers."""
         return F.cross_entropy(self.head(self.objective.features(batch)), batch.tasks)
 
     def right(self, batch: Batch) -> Tensor:
-        """[batch]: whether an example goes to its own task."""
+        """[batch]: whether an example's highest score is that of its own task."""
         return self.head(self.objective.features(batch)).argmax(1) == batch.tasks
 
     def look_up(self, pool: EncodedDataset, rows: np.ndarray) -> None:
-        """Has the scores computed where `ranking` will ask for them."""
+        """Computes the scores that `ranking` will need in large blocks."""
         self.store.prefetch(NAME, pool, rows)
 
     def ranking(self, pool: EncodedDataset, rows: np.ndarray, count: int) -> np.ndarray:
-        """[len(rows), count]: task numbers by falling score."""
+        """[len(rows), count]: the tasks with the highest scores, highest first."""
         scores = torch.from_numpy(self.store.get(NAME, pool, rows))
         return scores.topk(count, dim=1).indices.numpy()
 
 
 class Prototypes:
-    """Ranks tasks by the class mean nearest to a text's frozen features: nothing is trained, nothing is replayed.
+    """Ranks tasks by the class mean nearest to a text's frozen features; needs neither training nor replay.
 
     The score of task k is max_c cos(h(x), mean of h over the task's train examples of class c), with h of the bare
-    backbone. Since |h(x)| is the same for all classes, the scores are a linear readout of h, W = normalised means.
-    An extension of ours; ConPET trains `Selector`.
+    backbone. Since |h(x)| is the same for all classes it can be left out: scores are a linear readout of h with
+    W = normalised means. This is our extension; ConPET trains `Selector`.
     """
 
-    learned = False  # it has no adapter
+    learned = False  # has no adapter, see Selector.learned
 
     def __init__(self, objective: Classification, store: LogitCache) -> None:
         self.objective, self.store = objective, store
-        self.means: list[Tensor] = []  # of every task [classes, dim], of length one
+        self.means: list[Tensor] = []  # per task [classes, dim], rows of norm 1
 
     def add(self, h: Tensor, labels: Tensor) -> None:
-        """Takes in the next task: features [n, dim] and labels [n] of its train examples."""
+        """Adds the next task from features [n, dim] and labels [n] of its train examples."""
         means = torch.stack([h[labels == label].mean(0) for label in labels.unique()])
         self.means.append(F.normalize(means, dim=1))
         self.freeze()
 
     def freeze(self) -> None:
-        """Scores asked for from now on are those of the means as they are."""
+        """Drops cached scores; later ones are computed from the present means."""
         weight = torch.cat(self.means)
         self.store.freeze(BARE, weight, weight.new_zeros(len(weight)))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Nothing is trained."""
+        """Empty: nothing is trained."""
         return {}
 
     def stored(self) -> int:
-        """Scalars kept."""
+        """Number of stored scalars."""
         return sum(means.numel() for means in self.means)
 
     def look_up(self, pool: EncodedDataset, rows: np.ndarray) -> None:
-        """Has the scores computed where `ranking` will ask for them."""
+        """Computes the scores that `ranking` will need in large blocks."""
         self.store.prefetch(BARE, pool, rows)
 
     def ranking(self, pool: EncodedDataset, rows: np.ndarray, count: int) -> np.ndarray:
-        """[len(rows), count]: task numbers by falling score."""
-        parts = torch.from_numpy(self.store.get(BARE, pool, rows)).split([len(means) for means in self.means], dim=1)
-        scores = torch.stack([part.amax(1) for part in parts], dim=1)
+        """[len(rows), count]: the tasks with the highest scores, highest first."""
+        cosines = torch.from_numpy(self.store.get(BARE, pool, rows))  # [len(rows), classes of all tasks]
+        by_task = cosines.split([len(means) for means in self.means], dim=1)
+        scores = torch.stack([classes.amax(1) for classes in by_task], dim=1)
         return scores.topk(count, dim=1).indices.numpy()
 
     def state(self) -> dict[str, Any]:
-        """The means of every task."""
+        """Class means of every task."""
         return {"means": self.means}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -118,7 +118,7 @@ def test_one_key_becomes_the_mean_of_the_unit_queries() -> None:
     """Oracle 10, the fixed point of stage 1."""
     queries = drawn(64, 2, 8) + drawn(1, 2, 8, seed=5) * 2
     stage = KeyLearning(top_k=1, dropout=0.0, epochs=1, min_steps=3000, batch_size=64, lr=1e-2, clip=0)
-    keys = stage.learn(queries, orthonormal(2, 1, 8, 0), 0, silent, trial=False)
+    keys = stage.learn(queries, orthonormal(2, 1, 8, 0), 0, silent, dry_run=False)
     mean = F.normalize(queries, dim=2).mean(0)
     assert (F.cosine_similarity(keys[:, 0], mean, dim=1) > 1 - 1e-5).all()
 
@@ -162,7 +162,7 @@ def test_dropout_of_keys_has_its_rate_and_touches_the_choice_only(monkeypatch: p
 
     monkeypatch.setattr(key_retrieval, "key_loss", keep)
     stage = KeyLearning(dropout=0.2, epochs=2, min_steps=0, batch_size=50)
-    stage.learn(drawn(500, 6, 8), orthonormal(6, 4, 8, 0), 0, silent, trial=False)
+    stage.learn(drawn(500, 6, 8), orthonormal(6, 4, 8, 0), 0, silent, dry_run=False)
     drops = torch.cat([mask.flatten() for mask in masks]).float()
     assert len(drops) == 2 * 500 * 24
     assert abs(drops.mean().item() - 0.2) < 3 * (0.2 * 0.8 / len(drops)) ** 0.5
