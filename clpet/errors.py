@@ -4,7 +4,7 @@ import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 
-from clpet.escape import named
+from clpet.escape import safe_name
 
 LISTED = 40  # options that are listed
 
@@ -52,7 +52,7 @@ def suggest(word: str, options: Iterable[str]) -> str:
     options = sorted({str(option) for option in options})
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean {named(close[0])}?"
-    names = [named(option) for option in options[:LISTED]]
+        return f"; did you mean {safe_name(close[0])}?"
+    names = [safe_name(option) for option in options[:LISTED]]
     more = f" and {len(options) - LISTED} more" if len(options) > LISTED else ""
     return f"; there are: {', '.join(names)}{more}" if options else ""

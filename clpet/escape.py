@@ -42,14 +42,14 @@ def inline(text: str) -> str:
     return printable(text, kept="")
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value from data in a message: quoted, escaped, and cut where it is long."""
     return _SHORT.repr(value)
 
 
-def named(name: str) -> str:
+def safe_name(name: str) -> str:
     """A name from data in a message: as it is, or quoted and cut where it is long or has spaces at its ends."""
-    return name if name == inline(name).strip() and 0 < len(name) <= LONGEST_NAME else shown(name)
+    return name if name == inline(name).strip() and 0 < len(name) <= LONGEST_NAME else short_repr(name)
 
 
 def markdown(text: str) -> str:
@@ -68,7 +68,7 @@ def latex(text: str) -> str:
     return "".join(LATEX.get(sign, sign) for sign in inline(text))
 
 
-class Line(logging.Formatter):
+class EscapingFormatter(logging.Formatter):
     """Formats log records for a terminal; tracebacks keep their lines."""
 
     def format(self, record: logging.LogRecord) -> str:

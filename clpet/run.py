@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from clpet import base_model
-from clpet.config.build import typed
+from clpet.config.build import parse_config
 from clpet.config.identity import setting, signature
 from clpet.config.schema import Config, Matrix
 from clpet.data.batches import Encoded
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
     """Runs, resumes or, if it is finished, just shows the experiment that `cfg` describes, in the folder `out`."""
-    config = typed(cfg)
+    config = parse_config(cfg)
     console = Console(quiet=not get_world().is_main)
     identity = {"signature": signature(cfg), "setting": setting(cfg), "seed": str(config.seed)}
     if not (config.fresh or config.dry_run) and (done := run_dir.finished_results(out)):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from clpet.config.build import typed
+from clpet.config.build import parse_config
 from clpet.config.compose import conf_dir
 from clpet.config.identity import register_resolvers
 from clpet.data.batches import EncodedDataset
@@ -58,7 +58,7 @@ class Bench:
         register_resolvers()
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             self.cfg = compose("train", ["method=sequential", "tracking=off", "train.epochs=1", *overrides])
-        self.config = typed(self.cfg)
+        self.config = parse_config(self.cfg)
         _, self.parts = assemble(self.config)
         self.benchmark = self.parts["benchmark"].load(self.config.data_dir)
         self.batch, self.epochs, self.lr = (

@@ -24,8 +24,8 @@ import pyarrow
 import pyarrow.parquet
 
 from clpet.cli.options import options
-from clpet.config.build import build, typed
-from clpet.config.compose import composed
+from clpet.config.build import build, parse_config
+from clpet.config.compose import compose_config
 from clpet.config.seeding import derive
 from clpet.errors import ClpetError, ConfigError, DataError, HostError, suggest
 from clpet.runtime.atomic_io import atomic_file
@@ -64,7 +64,7 @@ def prepared(name: str, raw: Path) -> Iterator[tuple[str, Parts]]:
     if not raw.is_dir():
         raise DataError(f"{raw} is not a folder")
     if name in ENTITIES:
-        source = build(typed(composed([f"benchmark={name}"])).benchmark, "benchmark")
+        source = build(parse_config(compose_config([f"benchmark={name}"])).benchmark, "benchmark")
         yield source.folder or name, {split: rows.values for split, rows in source.rows(raw).items()}
     elif name == "clinc150":
         yield name, clinc150(raw / "data_full.json")

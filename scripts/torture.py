@@ -76,7 +76,7 @@ def start(words: list[str], log: Path, beat: Path | None = None) -> int:
     sys.argv = ["clpet", *words]
     code = 1
     with contextlib.suppress(BaseException):
-        code = main.guarded(sys.argv[1:])
+        code = main.main_with_errors(sys.argv[1:])
     sys.stdout.flush()
     os._exit(code)
 

@@ -86,7 +86,7 @@ def shipped_yamls_are_parsed_once() -> Iterator[None]:
         yield
 
 
-def guarded(*words: object) -> int:
+def run_cli(*words: object) -> int:
     """Runs `clpet ...` in this process; its exit code."""
     from hydra.core.global_hydra import GlobalHydra
 
@@ -96,7 +96,7 @@ def guarded(*words: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["clpet", *map(str, words)])
         try:
-            return main.guarded(sys.argv[1:])
+            return main.main_with_errors(sys.argv[1:])
         finally:
             GlobalHydra.instance().clear()
 
@@ -107,7 +107,7 @@ def clpet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> SimpleNamespace:
-        code = guarded(*words)
+        code = run_cli(*words)
         captured = capsys.readouterr()
         return SimpleNamespace(code=code, out=captured.out, err=captured.err)
 
@@ -164,14 +164,14 @@ def tiny_args(words: Path, *more: str) -> list[str]:
 @pytest.fixture
 def make(words: Path):
     """A method set up on the words benchmark with the tiny model: (method, trainer, benchmark)."""
-    return lambda *overrides: made(tiny_args(words, "cache_dir=null", *overrides))
+    return lambda *overrides: set_up(tiny_args(words, "cache_dir=null", *overrides))
 
 
-def made(overrides: list[str]) -> SimpleNamespace:
+def set_up(overrides: list[str]) -> SimpleNamespace:
     """A method set up as a run would: (method, trainer, benchmark, data, config), and `learn` for a task by number."""
     from hydra import compose, initialize_config_dir
 
-    from clpet.config.build import typed
+    from clpet.config.build import parse_config
     from clpet.config.compose import conf_dir
     from clpet.config.identity import register_resolvers
     from clpet.session import assemble, load_objective
@@ -180,7 +180,7 @@ def made(overrides: list[str]) -> SimpleNamespace:
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", overrides)
-    config = typed(cfg)
+    config = parse_config(cfg)
     method, parts = assemble(config)
     benchmark = parts["benchmark"].load(config.data_dir)
     method.check_benchmark(benchmark)

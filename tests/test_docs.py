@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from clpet.cli.options import options
-from clpet.config.build import build, typed
-from clpet.config.compose import composed
-from clpet.config.overrides import expand
+from clpet.config.build import build, parse_config
+from clpet.config.compose import compose_config
+from clpet.config.overrides import expand_override
 from clpet.config.schema import Config
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
@@ -35,9 +35,11 @@ def test_every_command_of_the_documentation_composes(page: Path) -> None:
     for command in commands(page):
         if "--config-dir" in command:
             continue
-        words = [expand(word) for word in shlex.split(command)[2:] if "=" in word]  # MODEL and ORDER stand for several
-        typed(
-            composed([re.sub(r"^([^=]+=)([^\[\]{},'\"]+),.*", r"\1\2", word) for word in words])
+        words = [
+            expand_override(word) for word in shlex.split(command)[2:] if "=" in word
+        ]  # MODEL and ORDER stand for several
+        parse_config(
+            compose_config([re.sub(r"^([^=]+=)([^\[\]{},'\"]+),.*", r"\1\2", word) for word in words])
         )  # a sweep's first run
 
 
@@ -72,7 +74,7 @@ def table() -> dict[str, list[str]]:
 @cache
 def config(name: str) -> Config:
     """The configuration of `method=name`."""
-    return typed(composed([f"method={name}"]))
+    return parse_config(compose_config([f"method={name}"]))
 
 
 def goes(method: Method, objective: str, replay: Any, peft: str) -> bool:
@@ -103,7 +105,7 @@ def test_the_table_of_methods_is_that_of_the_code(name: str) -> None:
     assert [LETTERS[letter] for letter in objective.split()] == list(method.objectives)
 
     default, peft = build(config(name).replay, "replay"), str(config(name).peft["name"])
-    none, reads = build(typed(composed(["replay=none"])).replay, "replay"), list(method.objectives)
+    none, reads = build(parse_config(compose_config(["replay=none"])).replay, "replay"), list(method.objectives)
     assert goes(method, reads[0], default, peft)
     if not method.uses_replay:
         assert replay == "no"

@@ -2,8 +2,8 @@
 
 import argparse
 
-from clpet.cli.options import check_group_options, normalised
-from clpet.config.compose import composed
+from clpet.cli.options import check_group_options, normalize_argv
+from clpet.config.compose import compose_config
 from clpet.escape import printable
 
 
@@ -16,9 +16,9 @@ def data(argv: list[str]) -> int:
     parser.add_argument("--config-dir", help="a folder with your own configs")
     arguments = parser.parse_args(argv)
     folder = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
-    words = normalised([*folder, f"benchmark={arguments.benchmark}", *arguments.overrides])[len(folder) :]
+    words = normalize_argv([*folder, f"benchmark={arguments.benchmark}", *arguments.overrides])[len(folder) :]
     check_group_options(words)
-    cfg = composed(words)
+    cfg = compose_config(words)
     from clpet.evaluation.data_inspection import report
 
     print(printable(report(cfg)))

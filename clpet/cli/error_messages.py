@@ -9,8 +9,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from clpet.config.compose import GROUPS, composed, plugin_dirs
-from clpet.config.overrides import quoted
+from clpet.config.compose import CONFIG_GROUPS, compose_config, plugin_dirs
+from clpet.config.overrides import quote
 from clpet.errors import ClpetError, suggest
 from clpet.escape import inline
 from clpet.runtime.signals import EXIT_TEMPFAIL, Interrupted
@@ -53,7 +53,7 @@ def quoting(word: str) -> str:
     key, equals, value = word.partition("=")
     if not equals or value[:1] in "[\"'" or re.match(r"\{\s*[\w'\"-]+\s*:", value):
         return ""
-    return f"; a text with such signs is quoted twice: {shell_word(f'{key}={quoted(value)}')}"
+    return f"; a text with such signs is quoted twice: {shell_word(f'{key}={quote(value)}')}"
 
 
 def shell_word(word: str) -> str:
@@ -78,7 +78,7 @@ def disk_message(error: BaseException) -> str | None:
     return f"the disk is full{f' at {place}' if place else ''}: free some space, and the same command goes on"
 
 
-def plugin_place(error: BaseException) -> str | None:
+def plugin_location(error: BaseException) -> str | None:
     """FILE:LINE of the user's own code, below --config-dir, where an error comes from; None where it is not theirs."""
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
@@ -91,9 +91,9 @@ def suggest_key(key: str) -> str:
     """A suggestion among the keys of the composed default run and of the options named on the command line."""
     from omegaconf import DictConfig, OmegaConf
 
-    choices = [word for word in sys.argv[1:] if word.partition("=")[0] in GROUPS and "," not in word]
+    choices = [word for word in sys.argv[1:] if word.partition("=")[0] in CONFIG_GROUPS and "," not in word]
     try:
-        cfg = composed(choices)
+        cfg = compose_config(choices)
     except Exception:
         return ""
     keys: list[str] = []
@@ -116,7 +116,7 @@ def suggest_key(key: str) -> str:
     return suggest(key, keys) if suggest(key, keys).startswith("; did") else suggest(key, near)
 
 
-def told(error: Exception | Interrupted) -> tuple[str, int]:
+def format_error(error: Exception | Interrupted) -> tuple[str, int]:
     """An error in one line, and the exit code; what nobody foresaw leaves its traceback in a file."""
     if isinstance(error, ClpetError):
         return str(error), error.exit_code
@@ -135,11 +135,11 @@ def told(error: Exception | Interrupted) -> tuple[str, int]:
     with tempfile.NamedTemporaryFile("w", prefix="clpet-", suffix=".txt", delete=False) as file:
         traceback.print_exception(error, file=file)
     text = (str(error).splitlines() or [""])[0]
-    if place := plugin_place(error):
+    if place := plugin_location(error):
         return f"{place}: {type(error).__name__}: {text} (the whole traceback: {file.name})", 1
     return f"internal error, please report it with {file.name}: {type(error).__name__}: {text}", 1
 
 
-def fail(message: str, code: int) -> int:
+def print_error(message: str, code: int) -> int:
     print(f"clpet: {inline(' '.join(message.split()))}", file=sys.stderr)
     return code

@@ -15,8 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from clpet.cli.error_messages import told
-from clpet.config.build import build, typed
+from clpet.cli.error_messages import format_error
+from clpet.config.build import build, parse_config
 from clpet.config.schema import require
 from clpet.errors import ClpetError
 from clpet.metrics.transfer_matrix import TransferMatrix
@@ -41,7 +41,7 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
     """Runs the experiment of `cfg` on as many ranks as hardware.ranks says."""
     if cfg.hardware.get("ranks", 1) == 1 or (run_dir.finished_results(out) and not cfg.fresh):
         return run(cfg, out, overrides)
-    hardware = assemble(typed(cfg))[1]["hardware"]
+    hardware = assemble(parse_config(cfg))[1]["hardware"]
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     logs = _job_logging()
     if tasks := slurm_tasks():
@@ -109,7 +109,7 @@ def _rank(folder: str, work: Callable[..., object], arguments: tuple[Any, ...]) 
     try:
         work(*arguments)
     except (Exception, Interrupted) as error:
-        message, code = told(error)
+        message, code = format_error(error)
         found = {"time": time.time(), "message": message, "code": code, "lost": isinstance(error, LostRank),
                  "signal": getattr(error, "signum", None)}  # fmt: skip
         Path(folder, f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))

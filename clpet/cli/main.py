@@ -8,8 +8,8 @@ from clpet import __version__
 from clpet.cli import runs
 from clpet.cli.completion import complete
 from clpet.cli.data import data
-from clpet.cli.error_messages import fail, told
-from clpet.cli.options import COMMANDS, listing
+from clpet.cli.error_messages import format_error, print_error
+from clpet.cli.options import COMMANDS, list_options
 from clpet.cli.train import train
 from clpet.errors import ConfigError, suggest
 from clpet.runtime.signals import Interrupted
@@ -18,7 +18,7 @@ from clpet.runtime.signals import Interrupted
 def main() -> None:
     """Entry point of the `clpet` command."""
     use_utf8()
-    sys.exit(guarded(sys.argv[1:]))
+    sys.exit(main_with_errors(sys.argv[1:]))
 
 
 def use_utf8() -> None:
@@ -31,17 +31,17 @@ def use_utf8() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "clpet", *sys.argv[1:]])
 
 
-def guarded(argv: list[str]) -> int:
+def main_with_errors(argv: list[str]) -> int:
     """Runs a command; every expected mistake becomes one line on stderr and an exit code."""
     try:
         return dispatch(argv)
     except KeyboardInterrupt:
-        return fail("stopped; the same command goes on from what is saved", 130)
+        return print_error("stopped; the same command goes on from what is saved", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, Interrupted) as error:
-        return fail(*told(error))
+        return print_error(*format_error(error))
 
 
 def dispatch(argv: list[str]) -> int:
@@ -58,7 +58,7 @@ def dispatch(argv: list[str]) -> int:
         return train(argv)
     handlers: dict[str, Callable[[list[str]], int]] = {
         "train": train, "runs": runs.runs, "show": runs.show, "eval": runs.evaluate,
-        "export": runs.export, "list": listing, "data": data, "sweep": sweep,
+        "export": runs.export, "list": list_options, "data": data, "sweep": sweep,
     }  # fmt: skip
     if argv[0] not in handlers:
         raise ConfigError(f"unknown command {argv[0]}{suggest(argv[0], COMMANDS)}")

@@ -6,8 +6,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from clpet.config.compose import GROUPS, conf_dir, plugin_dirs, use_plugins
-from clpet.config.overrides import expand
+from clpet.config.compose import CONFIG_GROUPS, add_plugin_dir, conf_dir, plugin_dirs
+from clpet.config.overrides import expand_override
 from clpet.errors import ConfigError, suggest
 from clpet.escape import inline, printable
 
@@ -25,13 +25,13 @@ HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd
 HYDRA_FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--resolve", "--version", "-r", "--run")
 
 
-def normalised(argv: list[str]) -> list[str]:
+def normalize_argv(argv: list[str]) -> list[str]:
     """Flags first, wherever they stood; shorthands spelt out; the --config-dir made known to `build`."""
-    flags, overrides = parted(argv)
+    flags, overrides = split_flags(argv)
     return [*flags, *overrides]
 
 
-def parted(argv: list[str]) -> tuple[list[str], list[str]]:
+def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
     """(Hydra's flags with their values, overrides) of a command line."""
     flags: list[str] = []
     overrides: list[str] = []
@@ -52,15 +52,15 @@ def parted(argv: list[str]) -> tuple[list[str], list[str]]:
     for flag, value in pairwise([*flags, ""]):
         name, _, given = flag.partition("=")
         if name in ("--config-dir", "-cd"):
-            use_plugins(given or value)
-    return flags, [expand(word) for word in overrides]
+            add_plugin_dir(given or value)
+    return flags, [expand_override(word) for word in overrides]
 
 
 def check_group_options(arguments: list[str]) -> None:
     """Raises ConfigError with a suggestion for a group option that does not exist, before Hydra starts."""
     for word in arguments:
         key, equals, value = word.partition("=")
-        if equals and key in GROUPS and re.fullmatch(r"[\w,./-]+", value):
+        if equals and key in CONFIG_GROUPS and re.fullmatch(r"[\w,./-]+", value):
             known = options(key)
             for choice in value.split(","):
                 if choice not in known and not (choice == "null" and key in ("experiment", "debug")):
@@ -78,7 +78,7 @@ def options(group: str) -> dict[str, Path]:
     return found
 
 
-def listing(argv: list[str]) -> int:
+def list_options(argv: list[str]) -> int:
     """`clpet list methods` prints each option's first comment; `clpet list method NAME` prints the YAML."""
     parser = argparse.ArgumentParser("clpet list", description="What there is to choose from.")
     parser.add_argument(
@@ -88,12 +88,12 @@ def listing(argv: list[str]) -> int:
     parser.add_argument("--config-dir", help="a folder with your own configs")
     arguments = parser.parse_args(argv)
     if arguments.config_dir:
-        normalised(["--config-dir", arguments.config_dir])
+        normalize_argv(["--config-dir", arguments.config_dir])
     indent = "" if arguments.group else "  "
-    for named in [arguments.group] if arguments.group else GROUPS:
-        group = named if named in GROUPS else named.removesuffix("s")
-        if group not in GROUPS:
-            raise ConfigError(f"there is no group {named}{suggest(named, GROUPS)}")
+    for named in [arguments.group] if arguments.group else CONFIG_GROUPS:
+        group = named if named in CONFIG_GROUPS else named.removesuffix("s")
+        if group not in CONFIG_GROUPS:
+            raise ConfigError(f"there is no group {named}{suggest(named, CONFIG_GROUPS)}")
         known = options(group)
         if arguments.name:
             if arguments.name not in known:

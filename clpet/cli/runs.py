@@ -147,11 +147,11 @@ def _opening(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _recorded(arguments: argparse.Namespace) -> Any:
-    from clpet.config.compose import use_plugins
+    from clpet.config.compose import add_plugin_dir
     from clpet.runs.load_run import read_record
 
     if arguments.config_dir:
         if not arguments.allow_plugins:
             raise ConfigError("--config-dir needs --allow-plugins: a recorded run would say which of its code is run")
-        use_plugins(arguments.config_dir)
+        add_plugin_dir(arguments.config_dir)
     return read_record(arguments.run, arguments.here, arguments.allow_plugins)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clpet.cli.options import check_group_options, parted
+from clpet.cli.options import check_group_options, split_flags
 from clpet.config.compose import conf_dir, plugin_dirs
 from clpet.config.identity import digest, register_resolvers
 
@@ -91,7 +91,7 @@ def sbatch_flags(launcher: Any, runs: int) -> list[str]:
 
 def sweep(argv: list[str]) -> int:
     """`clpet sweep key=value,value ...`: what scripts/slurm_array.sh asks before it submits."""
-    overrides = parted(argv)[1]
+    overrides = split_flags(argv)[1]
     check_group_options(overrides)
     print("\n".join(plan(overrides)))
     return 0

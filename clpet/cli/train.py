@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clpet.cli.error_messages import fail, told
-from clpet.cli.options import check_group_options, normalised, parted
+from clpet.cli.error_messages import format_error, print_error
+from clpet.cli.options import check_group_options, normalize_argv, split_flags
 from clpet.escape import inline
 
 
@@ -21,16 +21,16 @@ def train(argv: list[str]) -> int:
     from clpet.config.compose import conf_dir
     from clpet.config.identity import register_resolvers
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `guarded`, which prints one line
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `main_with_errors`, which prints one line
     register_resolvers()
-    arguments = normalised(argv)
+    arguments = normalize_argv(argv)
     check_group_options(arguments)
 
     failures: list[tuple[str, Exception]] = []
-    parallel = ParallelSweep(parted(argv)[0])
+    parallel = ParallelSweep(split_flags(argv)[0])
 
     def job(cfg: Any) -> float | None:
-        from clpet.config.build import typed
+        from clpet.config.build import parse_config
 
         found = HydraConfig.get()
         submitted = found.mode is RunMode.MULTIRUN and "BasicLauncher" not in found.launcher._target_
@@ -39,7 +39,7 @@ def train(argv: list[str]) -> int:
             atexit.register(lambda: code and os._exit(code[0]))
         own = " ".join(word for word in found.overrides.task if word not in arguments)  # what the sweep varies
         try:
-            typed(cfg)  # a mistake in a value is told before what takes seconds to import
+            parse_config(cfg)  # a mistake in a value is told before what takes seconds to import
             if parallel.takes(cfg, found, own):
                 return None
             if own and not submitted:
@@ -66,6 +66,6 @@ def _report(failures: list[tuple[str, Exception]]) -> int:
     """Prints a line for every run that failed; the exit code of all."""
     codes = []
     for own, error in failures:
-        message, code = told(error)
-        codes.append(fail(f"{own}: {message}" if own else message, code))
+        message, code = format_error(error)
+        codes.append(print_error(f"{own}: {message}" if own else message, code))
     return max(codes, default=0)

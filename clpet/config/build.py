@@ -45,7 +45,7 @@ MOVED_CLASSES = {
 }
 
 
-def typed(cfg: DictConfig) -> Config:
+def parse_config(cfg: DictConfig) -> Config:
     """The composed config with every top-level knob checked; raises ConfigError on an unknown key or wrong type."""
     plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return _merge(Config, OmegaConf.to_container(plain, resolve=True), "")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from clpet.config.overrides import quoted
+from clpet.config.overrides import quote
 from clpet.errors import ConfigError
 
 
@@ -19,23 +19,23 @@ def plugin_dirs() -> list[Path]:
     return [Path(folder) for folder in os.environ.get("CLPET_CONFIG_DIR", "").split(os.pathsep) if folder]
 
 
-def use_plugins(folder: str) -> None:
+def add_plugin_dir(folder: str) -> None:
     """Makes a --config-dir known to `find_class`. Raises ConfigError where it is no folder."""
     if not Path(folder).is_dir():
         raise ConfigError(f"--config-dir {folder} is not a folder")
     os.environ["CLPET_CONFIG_DIR"] = str(Path(folder).resolve())
 
 
-GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
+CONFIG_GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
 
 
-def composed(words: list[str]) -> Any:
+def compose_config(words: list[str]) -> Any:
     """The configuration that overrides give, the user's --config-dir included."""
     from hydra import compose, initialize_config_dir
 
     from clpet.config.identity import register_resolvers  # like Hydra, OmegaConf stays out of `clpet --help`
 
     register_resolvers()
-    paths = ",".join(quoted(f"file://{folder}") for folder in plugin_dirs())
+    paths = ",".join(quote(f"file://{folder}") for folder in plugin_dirs())
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("train", [*words, *([f"hydra.searchpath=[{paths}]"] if paths else [])])

@@ -14,7 +14,7 @@ PLAIN = re.compile(r"[\w./][\w./-]*", re.ASCII)  # what Hydra reads as the text 
 FUNCTION = re.compile(r"(choice|glob|sort|shuffle|tag|str)\(.*\)")
 
 
-def expand(word: str) -> str:
+def expand_override(word: str) -> str:
     """`tasks=[...]` for `benchmark.tasks=[...]` and the like; the value of a path option becomes a Hydra string."""
     key, equals, value = word.partition("=")
     key = SHORT.get(key, key)
@@ -30,18 +30,18 @@ def path_value(value: str) -> str:
     """
     inner = value[1:-1]
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        return quoted(os.path.expanduser(inner)) if inner[:1] == "~" and not set("'\"\\") & set(inner) else value
+        return quote(os.path.expanduser(inner)) if inner[:1] == "~" and not set("'\"\\") & set(inner) else value
     if not value or "${" in value or FUNCTION.fullmatch(value):
         return value
     paths = [os.path.expanduser(path) for path in value.split(",")]
-    return ",".join(path if _plain(path) else quoted(path) for path in paths)
+    return ",".join(path if _plain(path) else quote(path) for path in paths)
 
 
 def _plain(path: str) -> bool:
     return bool(PLAIN.fullmatch(path)) and not re.fullmatch(r"true|false|[-.]?(nan|inf|[\d._]+(e-?\d+)?)", path.lower())
 
 
-def quoted(text: str) -> str:
+def quote(text: str) -> str:
     """A text as a Hydra string: in single quotes; quotes are escaped, and backslashes before a quote doubled."""
     inner = re.sub(r"(\\*)'", r"\1\1\\'", text)
     return "'" + re.sub(r"(\\+)$", r"\1\1", inner) + "'"

@@ -11,7 +11,7 @@ from typing import Any
 
 from clpet.errors import ConfigError
 
-GROUPS = ("method", "replay", "model", "peft", "benchmark", "hardware", "tracking")
+OBJECT_GROUPS = ("method", "replay", "model", "peft", "benchmark", "hardware", "tracking")
 
 
 class Schedule(Enum):
@@ -187,7 +187,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
-        for group in GROUPS:
+        for group in OBJECT_GROUPS:
             node = getattr(self, group)
             require(isinstance(node, dict) and "_target_" in node, group, node, f"an option of the group conf/{group}")
         for group in ("method", "benchmark"):  # they name the run directory

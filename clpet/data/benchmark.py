@@ -12,7 +12,7 @@ import numpy as np
 from clpet.config.seeding import derive
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError
-from clpet.escape import shown
+from clpet.escape import short_repr
 
 SPLITS = ("train", "validation", "test")
 
@@ -146,8 +146,8 @@ class Benchmark:
             for split, example in _labelled(task):
                 if example.target not in trained:
                     raise DataError(
-                        f"task {task.name} of benchmark {self.name}: label {shown(example.target)} occurs in {split} "
-                        "but not in train, so it cannot be learned"
+                        f"task {task.name} of benchmark {self.name}: label {short_repr(example.target)} occurs in "
+                        f"{split} but not in train, so it cannot be learned"
                     )
 
 

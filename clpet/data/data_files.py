@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError
-from clpet.escape import named
+from clpet.escape import safe_name
 
 TEXTS = (".parquet", ".jsonl", ".txt")  # files of plain text
 TABLES = (".parquet", ".jsonl", ".json", ".csv")  # files of labelled rows
@@ -120,7 +120,7 @@ def domain_files(folder: Path, report: ReadReport) -> dict[str, list[Path]]:
         name = file_name(path) if path.is_dir() else stem(path)
         if name in found:
             both = f"{_label(found[name][0], folder)} and {_label(path, folder)}"
-            raise DataError(f"{folder}: {both} would both be the domain {named(name)}: rename or remove one")
+            raise DataError(f"{folder}: {both} would both be the domain {safe_name(name)}: rename or remove one")
         found[name] = path, files
     report.skip(folder, others)
     return {name: files for name, (_, files) in found.items()}
@@ -164,5 +164,5 @@ def _label(path: Path, folder: Path) -> str:
 
 
 def _few(paths: Iterable[Path]) -> str:
-    names = [named(file_name(path)) for path in paths]
+    names = [safe_name(file_name(path)) for path in paths]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

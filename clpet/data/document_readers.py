@@ -18,7 +18,7 @@ from clpet.data.data_files import suffix
 from clpet.data.decoding import decode, encoding, remedy
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, suggest
-from clpet.escape import named
+from clpet.escape import safe_name
 
 PIECE = 2000  # bytes of a long text without document borders that are one piece, to the end of a line
 STRETCH = 65536  # bytes of it that are read together, at most, and to the end of a line
@@ -190,7 +190,7 @@ class Rows:
         """The text of a row counted from 1; None for an empty one, or for what is not a text, which is noted."""
         if value is None or isinstance(value, str):
             return value
-        self.report.complain(self.path, f"a {type(value).__name__} in column {named(self.text)}, not a text", row)
+        self.report.complain(self.path, f"a {type(value).__name__} in column {safe_name(self.text)}, not a text", row)
         return None
 
     def cleaned(self, value: Any) -> str:
@@ -284,7 +284,7 @@ class JsonLines(Rows):
         except ValueError as error:
             return f"no valid JSON ({getattr(error, 'msg', error)})"
         if not isinstance(row, dict) or self.text not in row:
-            return f"no {named(self.text)}{suggest(self.text, row) if isinstance(row, dict) else ''}"
+            return f"no {safe_name(self.text)}{suggest(self.text, row) if isinstance(row, dict) else ''}"
         if b"\\u" in line and any("\ud800" <= sign <= "\udfff" for sign in str(row[self.text])):
             return "half of a character (a lone surrogate)"
         return row

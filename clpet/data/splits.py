@@ -11,7 +11,7 @@ import numpy as np
 from clpet.config.seeding import derive
 from clpet.data.benchmark import Example
 from clpet.errors import DataError
-from clpet.escape import shown
+from clpet.escape import short_repr
 
 Splits = dict[str, list[Example]]
 
@@ -89,21 +89,21 @@ def by_label(splits: Splits, groups: dict[str, list[str]]) -> dict[str, Splits]:
     for task, labels in groups.items():
         for label in labels:
             if label in owner:
-                raise DataError(f"label {shown(label)} is in two tasks, {owner[label]} and {task}")
+                raise DataError(f"label {short_repr(label)} is in two tasks, {owner[label]} and {task}")
             owner[label] = task
     present = {str(example.target) for example in splits["train"]}
     for split, examples in splits.items():
         for example in examples:
             if str(example.target) not in present:
-                label = shown(example.target)
+                label = short_repr(example.target)
                 raise DataError(f"label {label} occurs in {split} but not in train, so it cannot be learned")
     missing = sorted(present - owner.keys())
     if missing:
-        first = shown(missing[0])
+        first = short_repr(missing[0])
         raise DataError(f"the label partition does not cover {len(missing)} labels of the data, e.g. {first}")
     absent = sorted(owner.keys() - present)
     if absent:
-        raise DataError(f"the label partition names {len(absent)} labels the data lacks, e.g. {shown(absent[0])}")
+        raise DataError(f"the label partition names {len(absent)} labels the data lacks, e.g. {short_repr(absent[0])}")
     tasks: dict[str, Splits] = {task: {split: [] for split in splits} for task in groups}
     for split, examples in splits.items():
         for example in examples:

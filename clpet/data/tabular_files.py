@@ -12,7 +12,7 @@ from clpet.data.data_files import split_files, suffix
 from clpet.data.decoding import decode_strictly
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, suggest
-from clpet.escape import named, shown
+from clpet.escape import safe_name, short_repr
 
 LARGEST_BLOCK = 2**31 - 2  # bytes that pyarrow's csv reader takes at a time
 
@@ -42,7 +42,7 @@ class Rows:
             if column not in self.columns:
                 only = next(iter(self.columns)) if len(self.columns) == 1 else ""
                 hint = "; its values must be separated by commas" if {";", "\t"} & set(only) else ""
-                raise DataError(f"{self.where} has no column {named(column)}{suggest(column, self.columns)}{hint}")
+                raise DataError(f"{self.where} has no column {safe_name(column)}{suggest(column, self.columns)}{hint}")
 
 
 def existing(data_dir: str | None) -> Path | None:
@@ -110,9 +110,9 @@ def _csv(path: Path, report: ReadReport) -> Rows:
     )
     table = pyarrow.csv.read_csv(pyarrow.BufferReader(data), block, options, as_text)
     if table.column_names != names:
-        raise ValueError(f"its first row is read as {shown(table.column_names)} and as {shown(names)}")
+        raise ValueError(f"its first row is read as {short_repr(table.column_names)} and as {short_repr(names)}")
     if padded := [name for name in names if name != name.strip()]:
-        report.others.append(f"spaces are removed from the column names {shown(padded)} of {path}")
+        report.others.append(f"spaces are removed from the column names {short_repr(padded)} of {path}")
         table = table.rename_columns([name.strip() for name in names])
     values = table.to_pylist()
     _note_swallowed_rows(values, len(names), path, report)
@@ -135,7 +135,7 @@ def _note_swallowed_rows(values: list[dict[str, Any]], width: int, path: Path, r
             alike = sum(line.count(",") == width - 1 for line in lines)
             if width > 1 and 2 * alike > len(lines):
                 report.others.append(
-                    f"{path}: column {named(column)} of row {number} spans {len(lines)} lines, of which {alike} "
+                    f"{path}: column {safe_name(column)} of row {number} spans {len(lines)} lines, of which {alike} "
                     "look like rows: is a quote missing or one too many?"
                 )
 
@@ -143,7 +143,7 @@ def _note_swallowed_rows(values: list[dict[str, Any]], width: int, path: Path, r
 def _check_columns(names: list[str], path: Path) -> None:
     twice = [name for number, name in enumerate(names) if name in names[:number]]
     if twice:
-        raise DataError(f"{path} has the column {named(twice[0])} twice")
+        raise DataError(f"{path} has the column {safe_name(twice[0])} twice")
 
 
 def _json(path: Path, report: ReadReport) -> Rows:
@@ -181,8 +181,8 @@ def _check_not_columns(text: str, path: Path) -> None:
         return
     if all(isinstance(value, list | dict) for value in whole.values()):
         raise DataError(
-            f"{path} is one object with the keys {shown(list(whole))}: a list of rows, or a row a line, is expected "
-            "(in pandas: to_json(FILE, orient='records', lines=True))"
+            f"{path} is one object with the keys {short_repr(list(whole))}: a list of rows, or a row a line, is "
+            "expected (in pandas: to_json(FILE, orient='records', lines=True))"
         )
 
 
@@ -190,7 +190,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {named(next(name for name in names if names.count(name) > 1))} twice")
+        raise ValueError(f"the key {safe_name(next(name for name in names if names.count(name) > 1))} twice")
     return found
 
 
@@ -278,7 +278,7 @@ def cell(value: Any, column: str) -> str:
         return ""
     if isinstance(value, list | dict | bytes):
         kind = {list: "a list", dict: "an object"}.get(type(value), "bytes that are not UTF-8")
-        raise DataError(f"{kind} in column {named(column)}, where a text is needed")
+        raise DataError(f"{kind} in column {safe_name(column)}, where a text is needed")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of whole numbers with a hole is read as floats
     return str(value).replace("\r\n", "\n")
@@ -293,5 +293,5 @@ def fill(column: str, row: dict[str, Any]) -> str:
         return re.sub(r"\{(\w+)\}", lambda slot: cell(row[slot.group(1)], slot.group(1)), column)
     value = row[column]
     if not isinstance(value, str | list | dict | bytes) and not is_empty(value):
-        raise DataError(f"a {type(value).__name__} in column {named(column)}, where a text is needed")
+        raise DataError(f"a {type(value).__name__} in column {safe_name(column)}, where a text is needed")
     return cell(value, column)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clpet.config.build import build, typed
+from clpet.config.build import build, parse_config
 from clpet.data.batches import Encoded, encode_benchmark
 from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, normalised
 from clpet.data.documents import Documents
@@ -211,7 +211,7 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
 
 def report(cfg: Any) -> str:
     """What `clpet data` prints: the tables of a benchmark composed in `cfg`, with the model's tokenizer."""
-    config = typed(cfg)
+    config = parse_config(cfg)
     source = build(config.benchmark, "benchmark")
     if source.plain_text:
         return _domain_report(inspect_domains(source.load(config.data_dir)))

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from clpet.base_model import prepare
-from clpet.config.build import find_class, typed
-from clpet.config.schema import GROUPS, Config
+from clpet.config.build import find_class, parse_config
+from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
 from clpet.data.sources import Source
@@ -37,7 +37,7 @@ from clpet.session import assemble, load_objective
 
 log = logging.getLogger(__name__)
 # The class that each group's `_target_` must be, or inherit from.
-BASE_CLASSES = dict(zip(GROUPS, (Method, NoReplay, Backbone, Adapter, Source, Hardware, Tracking), strict=True))
+BASE_CLASSES = dict(zip(OBJECT_GROUPS, (Method, NoReplay, Backbone, Adapter, Source, Hardware, Tracking), strict=True))
 LOCATIONS = ("data_dir", "cache_dir", "model.path", "hardware.")  # options that depend on the machine, not on the run
 TASK_NAME = re.compile(r"[^\x00-\x1f]+")
 FOLDER_OPTIONS = ("benchmark.tasks", "benchmark.folders", "benchmark.domains")  # names that may be joined to data_dir
@@ -108,7 +108,7 @@ def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False)
             if not equals or not key.startswith(LOCATIONS):
                 raise ConfigError(f"--here {word}: can only set {', '.join(LOCATIONS)}*{suggest(key, LOCATIONS)}")
             OmegaConf.update(cfg, key, value or None)
-        config = typed(cfg)
+        config = parse_config(cfg)
         for group, base in BASE_CLASSES.items():
             target = str(getattr(config, group)["_target_"])
             if not issubclass(find_class(target, group), base):

@@ -21,7 +21,7 @@ from clpet import __version__
 from clpet.config.build import build
 from clpet.config.compose import plugin_dirs
 from clpet.config.identity import digest
-from clpet.config.schema import GROUPS, Config
+from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.errors import ClpetError, ConfigError
 from clpet.runtime.fingerprint import _stat, hub_commit, remembered
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def inputs(config: Config, backbone: Any, method: Any) -> dict[str, str]:
     """Fingerprints of a run's weights and code, by name; what cannot change behind its name has none."""
-    targets = [str(getattr(config, group)["_target_"]) for group in GROUPS]
+    targets = [str(getattr(config, group)["_target_"]) for group in OBJECT_GROUPS]
     found = {"weights": backbone.fingerprint(config.cache_dir), "code": code(targets), **method.inputs()}
     return {name: value for name, value in found.items() if value}
 

@@ -19,7 +19,7 @@ CLPET = [sys.executable, "-m", "clpet"]
 def imported(tmp_path: Path, *words: str, code: int = 0) -> set[str]:
     """The packages that are slow to import and that a command imports all the same."""
     probe = (
-        "import sys; from clpet.cli import main; code = main.guarded(sys.argv[1:]); "
+        "import sys; from clpet.cli import main; code = main.main_with_errors(sys.argv[1:]); "
         "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr); sys.exit(code)"
     )
     command = [sys.executable, "-c", probe, *words]
@@ -72,10 +72,10 @@ def test_train_help_names_groups_and_examples(clpet) -> None:
 
 
 def test_flags_may_stand_anywhere(clpet) -> None:
-    from clpet.cli.options import normalised
+    from clpet.cli.options import normalize_argv
 
     words = ["method=sequential", "-m", "seed=0,1", "--cfg", "job", "tasks=[a]"]
-    assert normalised(words) == ["-m", "--cfg", "job", "method=sequential", "seed=0,1", "benchmark.tasks=[a]"]
+    assert normalize_argv(words) == ["-m", "--cfg", "job", "method=sequential", "seed=0,1", "benchmark.tasks=[a]"]
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def keys(node: DictConfig, prefix: str = "") -> list[str]:
 
 @pytest.fixture(scope="module")
 def knobs(words: Path) -> list[str]:
-    from clpet.config.compose import composed
+    from clpet.config.compose import compose_config
 
-    return keys(composed(["method=kif", *tiny_args(words)]))
+    return keys(compose_config(["method=kif", *tiny_args(words)]))
 
 
 def fits(found: Any) -> None:

@@ -9,29 +9,31 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from clpet.cli.options import first_comment, options
-from clpet.config.build import build, typed
-from clpet.config.compose import GROUPS, conf_dir
+from clpet.config.build import build, parse_config
+from clpet.config.compose import CONFIG_GROUPS, conf_dir
 from clpet.config.identity import register_resolvers, run_name, signature
 from clpet.config.schema import Config, Evaluation, Training
 
-CHOICES = [(group, name) for group in GROUPS for name in options(group)]
+CHOICES = [(group, name) for group in CONFIG_GROUPS for name in options(group)]
 KNOBS = ("method", "replay", "peft", "hardware", "tracking")  # groups whose every knob has a comment in every option
 
 
-def composed(*overrides: str):
+def compose_config(*overrides: str):
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("train", list(overrides))
 
 
-PARTS = [group for group in GROUPS if group != "experiment"]  # experiments: test_experiments.py
+PARTS = [group for group in CONFIG_GROUPS if group != "experiment"]  # experiments: test_experiments.py
 
 
 def complaint(group: str, name: str) -> str:
     """What is wrong with a shipped YAML, "" if nothing: its types, ranges and knobs are those of its dataclass."""
     try:
-        cfg = composed(f"{group}={name}", *(("model.path=.", "model.architecture=encoder") if name == "local" else ()))
-        config = typed(cfg)
+        cfg = compose_config(
+            f"{group}={name}", *(("model.path=.", "model.architecture=encoder") if name == "local" else ())
+        )
+        config = parse_config(cfg)
         if group == "debug":
             return ""
         if not name.endswith("gpu"):
@@ -57,11 +59,11 @@ def test_every_option_says_what_it_is() -> None:
 
 
 def test_top_level_knobs_are_those_of_the_dataclasses() -> None:
-    cfg = composed()
+    cfg = compose_config()
     assert set(cfg) == {field.name for field in dataclasses.fields(Config)}
     assert set(cfg.train) == {field.name for field in dataclasses.fields(Training)}
     assert set(cfg.evaluation) == {field.name for field in dataclasses.fields(Evaluation)}
-    assert typed(cfg).train == Training()
+    assert parse_config(cfg).train == Training()
 
 
 def knob_lines(path: Path) -> list[str]:
@@ -88,23 +90,23 @@ def test_train_yaml_is_commented() -> None:
 
 
 def test_signature_ignores_what_cannot_change_a_result() -> None:
-    same = [composed(), composed("seed=3"), composed("hardware=cpu"), composed("tracking=off"), composed("output_dir=x"),
-            composed("dry_run=true"), composed("fresh=true"), composed("train.save_minutes=1")]  # fmt: skip
+    same = [compose_config(), compose_config("seed=3"), compose_config("hardware=cpu"), compose_config("tracking=off"), compose_config("output_dir=x"),
+            compose_config("dry_run=true"), compose_config("fresh=true"), compose_config("train.save_minutes=1")]  # fmt: skip
     assert len({signature(cfg) for cfg in same}) == 1
     other = [
-        composed("train.lr=2e-3"),
-        composed("method.top_k=2"),
-        composed("peft.r=4"),
-        composed("benchmark.order=reversed"),
+        compose_config("train.lr=2e-3"),
+        compose_config("method.top_k=2"),
+        compose_config("peft.r=4"),
+        compose_config("benchmark.order=reversed"),
     ]
     assert len({signature(cfg) for cfg in [same[0], *other]}) == 5
 
 
 def test_data_dir_is_the_same_however_it_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert signature(composed("data_dir=data")) == signature(composed(f"data_dir={tmp_path}/data"))
+    assert signature(compose_config("data_dir=data")) == signature(compose_config(f"data_dir={tmp_path}/data"))
 
 
 def test_run_directory_is_a_function_of_the_configuration() -> None:
-    assert re.fullmatch(r"python_stdlib/dynamic_conpet/s7-[0-9a-f]{8}", run_name(composed("seed=7")))
-    assert run_name(composed("seed=7")) == run_name(composed("seed=7", "hardware=cpu"))
+    assert re.fullmatch(r"python_stdlib/dynamic_conpet/s7-[0-9a-f]{8}", run_name(compose_config("seed=7")))
+    assert run_name(compose_config("seed=7")) == run_name(compose_config("seed=7", "hardware=cpu"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from clpet.cli.options import options
-from clpet.config.build import build, typed
-from clpet.config.compose import composed
+from clpet.config.build import build, parse_config
+from clpet.config.compose import compose_config
 from clpet.config.schema import Config, Training
 from clpet.errors import ConfigError
 from clpet.replay.batch_plan import copies_for_equal_compute
@@ -50,7 +50,7 @@ COPIES = {
 @cache
 def overlay(name: str) -> Config:
     """The configuration of an overlay, its parts built and checked against each other."""
-    config = typed(composed([f"experiment={name}"]))
+    config = parse_config(compose_config([f"experiment={name}"]))
     assemble(config)
     return config
 
@@ -256,7 +256,9 @@ def test_a_task_is_trained_for_its_own_epochs(make) -> None:
 @pytest.mark.parametrize("name", ["long_order4", "long_order5", "long_order6", "superni_1", "superni_2"])
 def test_baselines_of_kif_write_answers_as_its_tables_have_them(name: str) -> None:
     """baselines.md 3.5 and 3.6: what differs from KIF's own overlay is the method alone."""
-    kif, ewc, lwf = (typed(composed([f"experiment=kif/{name}_{row}"])) for row in ("adaptive", "ewc", "lwf"))
+    kif, ewc, lwf = (
+        parse_config(compose_config([f"experiment=kif/{name}_{row}"])) for row in ("adaptive", "ewc", "lwf")
+    )
     found = build(ewc.method, "method")
     assert (found.fisher.value, found.merge.value, found.strength) == ("batch", "average", 5000)
     found = build(lwf.method, "method")
@@ -271,7 +273,7 @@ def test_baselines_of_kif_write_answers_as_its_tables_have_them(name: str) -> No
 
 
 def test_trace_is_trained_and_scored_as_by_its_authors() -> None:
-    config = typed(composed(["benchmark=trace"]))
+    config = parse_config(compose_config(["benchmark=trace"]))
     assert config.train.epochs == [5, 3, 7, 5, 3, 5, 5, 7]
     source = build(config.benchmark, "benchmark")
     found = {name: source.metrics.get(name, source.metric) for name in source.folders}

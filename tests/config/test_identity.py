@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from clpet.config.compose import composed
+from clpet.config.compose import compose_config
 from clpet.config.identity import register_resolvers, setting, signature
 
 
 def with_targets(**targets: str) -> Any:
     """The default configuration with other class paths."""
     register_resolvers()
-    cfg = composed(["method=sequential"])
+    cfg = compose_config(["method=sequential"])
     OmegaConf.set_struct(cfg, False)
     for group, target in targets.items():
         cfg[group]["_target_"] = target
@@ -23,8 +23,8 @@ def with_targets(**targets: str) -> Any:
 def test_moving_a_class_of_clpet_changes_no_signature(path: str) -> None:
     moved = with_targets(replay=path)
     assert (signature(moved), setting(moved)) == (
-        signature(composed(["method=sequential"])),
-        setting(composed(["method=sequential"])),
+        signature(compose_config(["method=sequential"])),
+        setting(compose_config(["method=sequential"])),
     )
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from clpet.config.compose import composed
-from clpet.config.overrides import expand, path_value
+from clpet.config.compose import compose_config
+from clpet.config.overrides import expand_override, path_value
 from tests.cli.test_refusals import one_line
 
 AWKWARD = ["données (2024)", "a=b", "p#1", "it's", 'say "so"', "x;y", "{a: b}", "[1]", "50%", "a&b", "tab\there", "q?*",
@@ -20,27 +20,27 @@ def test_a_path_reaches_the_configuration_as_it_was_typed(name: str) -> None:
     """Blanks, parentheses, =, #, quotes, other alphabets, what looks like a number; twice is the same as once."""
     parser = OverridesParser.create()
     for path in (name, f"/data/{name}", f"{name}/inner"):
-        word = expand(f"data_dir={path}")
+        word = expand_override(f"data_dir={path}")
         assert parser.parse_override(word).value() == path
-        assert parser.parse_override(expand(word)).value() == path
+        assert parser.parse_override(expand_override(word)).value() == path
 
 
 def test_all_path_options_and_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/a b")
     for key in ("data_dir", "output_dir", "cache_dir", "model.path", "+model.path", "benchmark.reference"):
-        assert expand(f"{key}=~/x") == f"{key}='/home/a b/x'"
-    assert expand("data_dir='~/x'") == "data_dir='/home/a b/x'"
-    assert expand("train.lr=~/x") == "train.lr=~/x"
-    cfg = composed([expand(f"{key}=~/x=1") for key in ("data_dir", "output_dir", "cache_dir")])
+        assert expand_override(f"{key}=~/x") == f"{key}='/home/a b/x'"
+    assert expand_override("data_dir='~/x'") == "data_dir='/home/a b/x'"
+    assert expand_override("train.lr=~/x") == "train.lr=~/x"
+    cfg = compose_config([expand_override(f"{key}=~/x=1") for key in ("data_dir", "output_dir", "cache_dir")])
     assert {cfg.data_dir, cfg.output_dir, cfg.cache_dir} == {"/home/a b/x=1"}
 
 
 def test_what_hydra_reads_stays_as_it_is() -> None:
     for value in ("null", "plain/path-1.2_x", "../up", "${output_dir}/c", "'a b'", '"a b"', "choice(a,b)", ""):
         assert path_value(value) == value
-    swept = OverridesParser.create().parse_override(expand("data_dir=a (1),b=2,c"))
+    swept = OverridesParser.create().parse_override(expand_override("data_dir=a (1),b=2,c"))
     assert list(swept.sweep_string_iterator()) == ["'a (1)'", "'b=2'", "c"]
-    assert expand("task=dom") == "benchmark.task=dom"
+    assert expand_override("task=dom") == "benchmark.task=dom"
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_a_text_that_hydra_cannot_read_gets_a_quoting_that_works(word: str, righ
     """The word that the message shows is one word in a shell, and gives the text that was meant."""
     message = one_line(clpet("train", "tracking=off", "benchmark=files", word))
     (typed,) = shlex.split(message.partition("quoted twice: ")[2])
-    cfg = composed(["benchmark=files", expand(typed)])
+    cfg = compose_config(["benchmark=files", expand_override(typed)])
     assert cfg.benchmark[typed.partition("=")[0].removeprefix("benchmark.")] == right
 
 
 def test_entries_of_an_empty_table_get_a_word_that_works(clpet) -> None:
     message = one_line(clpet("train", "tracking=off", "benchmark=files", "benchmark.metrics={a: rouge_l}"))
     (typed,) = shlex.split(message.partition(" say ")[2])
-    assert composed(["benchmark=files", expand(typed)]).benchmark.metrics == {"a": "rouge_l"}
+    assert compose_config(["benchmark=files", expand_override(typed)]).benchmark.metrics == {"a": "rouge_l"}
 
 
 def test_a_run_in_an_awkward_folder(clpet, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

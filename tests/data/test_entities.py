@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clpet.config.build import build, typed
-from clpet.config.compose import composed
+from clpet.config.build import build, parse_config
+from clpet.config.compose import compose_config
 from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.data.sources.entities import Relations, Typing, cut_anew, mark_entities
 from clpet.data.sources.entity_formats import cleaned, read_published, tidy
@@ -32,7 +32,7 @@ ENDS = {  # ids of the first and the last task
 
 def source(name: str, *overrides: str):
     """A benchmark's source as `clpet train benchmark=NAME` builds it."""
-    return build(typed(composed([f"benchmark={name}", *overrides])).benchmark, "benchmark")
+    return build(parse_config(compose_config([f"benchmark={name}", *overrides])).benchmark, "benchmark")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
-from clpet.config.compose import composed
+from clpet.config.compose import compose_config
 from clpet.data.benchmark import Example, normalised, order_names
 from clpet.data.sources import PythonStdlib, Table
 from clpet.data.sources.python_stdlib import _module_paragraphs
@@ -25,14 +25,14 @@ def from_yaml(name: str, data_dir: Path | None = None, *overrides: str):
     """A benchmark as `clpet train benchmark=NAME` loads it."""
     from hydra import compose, initialize_config_dir
 
-    from clpet.config.build import build, typed
+    from clpet.config.build import build, parse_config
     from clpet.config.compose import conf_dir
     from clpet.config.identity import register_resolvers
 
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", [f"benchmark={name}", *overrides])
-    return build(typed(cfg).benchmark, "benchmark").load(str(data_dir) if data_dir else None)
+    return build(parse_config(cfg).benchmark, "benchmark").load(str(data_dir) if data_dir else None)
 
 
 def test_clinc150_is_ten_domains_of_fifteen() -> None:
@@ -188,7 +188,7 @@ HUB_FORMS |= dict.fromkeys(("cb", "rte"), HUB_FORMS["mnli"])
 
 def test_the_hub_route_of_long_sequence_builds_the_published_texts_or_refuses() -> None:
     """Columns cut out of a published text, as the hub has them, give that text again; instructions are the published."""
-    config = OmegaConf.to_container(composed(["benchmark=long_sequence"]).benchmark)
+    config = OmegaConf.to_container(compose_config(["benchmark=long_sequence"]).benchmark)
     assert set(config["folders"]) - set(config["hub_tasks"]) == {"amazon", "agnews", "yahoo"}
     for task in config["folders"]:
         rows = (

@@ -15,8 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from clpet import base_model
-from clpet.config.build import build, typed
-from clpet.config.compose import composed
+from clpet.config.build import build, parse_config
+from clpet.config.compose import compose_config
 from clpet.data.benchmark import Benchmark
 from clpet.replay.fixed_fraction import FixedFractionReplay
 from clpet.reporting.progress import Display
@@ -110,8 +110,8 @@ def test_a_base_model_that_is_damaged_or_of_another_precision_is_made_again(
     monkeypatch.setattr(base_model, "_train", train)
 
     def prepared(dtype: str) -> Path:
-        config = typed(
-            composed(domain_args(prose, "method=sequential", "benchmark.base=tides", f"hardware.dtype={dtype}"))
+        config = parse_config(
+            compose_config(domain_args(prose, "method=sequential", "benchmark.base=tides", f"hardware.dtype={dtype}"))
         )
         model, hardware = build(config.model, "model"), build(config.hardware, "hardware")
         benchmark = build(config.benchmark, "benchmark").load(config.data_dir)
@@ -132,7 +132,7 @@ def test_a_base_model_that_is_damaged_or_of_another_precision_is_made_again(
 def test_random_weights_without_a_base_are_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     for name, warned in (("tiny_llama_s", True), ("minilm", False)):
         caplog.clear()
-        model = build(typed(composed([f"model={name}"])).model, "model")
+        model = build(parse_config(compose_config([f"model={name}"])).model, "model")
         base_model.prepare(model, Benchmark("b", []), Hardware(), None, tmp_path, Display(Console(quiet=True), 0))
         assert ("starts from random weights" in caplog.text) is warned
 

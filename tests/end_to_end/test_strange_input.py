@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clpet.config.build import build, typed
-from clpet.config.compose import composed
+from clpet.config.build import build, parse_config
+from clpet.config.compose import compose_config
 from clpet.config.schema import Training
 from clpet.errors import ClpetError, ConfigError
 from clpet.models.backbone import Backbone, first_position
@@ -44,7 +44,7 @@ def test_the_longest_text_of_every_kind_of_positions(kind: str) -> None:
 
 
 def test_plain_text_refuses_options_that_it_does_not_read() -> None:
-    node = typed(composed(["benchmark=text_domains"])).benchmark
+    node = parse_config(compose_config(["benchmark=text_domains"])).benchmark
     build(node, "benchmark")
     values = {"max_target": 9, "metric": "rouge_l", "metrics": {"a": "rouge_l"}, "softmax": "task", "template": "{text}!",
               "prompt": "{text}?", "truncate": "start", "keep": "abc"}  # fmt: skip
@@ -54,7 +54,7 @@ def test_plain_text_refuses_options_that_it_does_not_read() -> None:
 
 
 def test_answers_in_words_have_no_groups_of_labels() -> None:
-    node = typed(composed(["benchmark=files", "benchmark.objective=text_to_text"])).benchmark
+    node = parse_config(compose_config(["benchmark=files", "benchmark.objective=text_to_text"])).benchmark
     build(node, "benchmark")
     for key, value in {"classes_per_task": 2, "partition_seed": 1, "task_labels": {"a": ["x"]}}.items():
         with pytest.raises(ConfigError, match=f"benchmark.{key} must be null with objective=text_to_text"):

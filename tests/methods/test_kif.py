@@ -17,7 +17,7 @@ from clpet.methods.recurrent_kif import RecurrentKIF, alternate, fused_step
 from clpet.models.adapters import Adapter, Adapters, Lora
 from clpet.replay.batch_plan import BatchPlan
 from clpet.reporting.plots import method_figures
-from tests.config.test_configs import composed
+from tests.config.test_configs import compose_config
 from tests.conftest import tiny_args
 
 
@@ -246,7 +246,7 @@ def test_tied_parameters_are_scored_once() -> None:
 
     config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config)
-    backbone = build({**composed("model=t5_base").model}, "model")
+    backbone = build({**compose_config("model=t5_base").model}, "model")
     adapters = Adapters(model, backbone, Adapter())
     adapters.add("default", 0)
     method = KIF(unit="matrix")
@@ -274,7 +274,7 @@ def test_trained_parameters_of_published_models(model, targets, r, expected, mat
     """Counted on the meta device: no weights are needed."""
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-    backbone = build({**composed(f"model={model}").model}, "model")
+    backbone = build({**compose_config(f"model={model}").model}, "model")
     with torch.device("meta"):
         if backbone.architecture.value == "encoder_decoder":  # generation takes both halves
             values = dict(backbone.config)
@@ -316,7 +316,7 @@ def test_figures_are_drawn_from_a_loaded_state(make, tmp_path: Path) -> None:
 
 def test_carved_validation_never_meets_the_test_set() -> None:
     """Best epochs are chosen on examples cut from train; no example is in two parts."""
-    benchmark = build({**composed("benchmark=python_stdlib").benchmark}, "benchmark").load(None)
+    benchmark = build({**compose_config("benchmark=python_stdlib").benchmark}, "benchmark").load(None)
     for task in benchmark.tasks:
         parts = [{example.text for example in task.split(split)} for split in ("train", "validation", "test")]
         assert all(parts)

@@ -10,7 +10,7 @@ import transformers
 from hydra import compose, initialize_config_dir
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from clpet.config.build import build, typed
+from clpet.config.build import build, parse_config
 from clpet.config.compose import conf_dir
 from clpet.config.identity import register_resolvers
 from clpet.data.benchmark import Example
@@ -216,7 +216,7 @@ def test_parameter_counts_of_shipped_models(model: str, lora: int, total: int, t
     """ConPET oracle 1: r = 4 on the targets of the model's YAML, counted without weights."""
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        backbone = build(typed(compose("train", [f"model={model}"])).model, "model")
+        backbone = build(parse_config(compose("train", [f"model={model}"])).model, "model")
     with torch.device("meta"):
         adapters = Adapters(backbone.skeleton(), backbone, Lora(r=4, alpha=1))
         adapters.add("default", 0)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import guarded, tiny_args
+from tests.conftest import run_cli, tiny_args
 
 
 @pytest.fixture(scope="session")
 def finished(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sequential run on the words benchmark with a snapshot after every second task; read only."""
     out = tmp_path_factory.mktemp("runs")
-    assert guarded("train", "method=sequential", *tiny_args(words), "train.keep=2", f"output_dir={out}") == 0
+    assert run_cli("train", "method=sequential", *tiny_args(words), "train.keep=2", f"output_dir={out}") == 0
     (folder,) = out.glob("*/*/s*")
     return folder
 

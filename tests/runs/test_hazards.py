@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import guarded, tiny_args
+from tests.conftest import run_cli, tiny_args
 from tests.wandb_reader import read_wandb
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def scores(out: Path) -> dict:
 def undisturbed(words: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The scores of a run that nothing happened to."""
     out = tmp_path_factory.mktemp("undisturbed")
-    assert guarded(*RUN, *tiny_args(words), f"output_dir={out}") == 0
+    assert run_cli(*RUN, *tiny_args(words), f"output_dir={out}") == 0
     return scores(out)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clpet.config.build import typed
-from clpet.config.compose import composed
+from clpet.config.build import parse_config
+from clpet.config.compose import compose_config
 from clpet.errors import ConfigError, DataError
 from clpet.methods.components.logit_cache import network_key, tensors_key
 from clpet.runs import provenance
@@ -20,7 +20,7 @@ from clpet.runs.provenance import check_finished, code, hub_data
 from clpet.runtime import fingerprint
 from clpet.runtime.fingerprint import file_hash, folder_hash, hub_commit, remembered
 from clpet.runtime.run_checkpoint import RunState
-from tests.conftest import made, tiny_args, write_words
+from tests.conftest import set_up, tiny_args, write_words
 
 MODEL = {"model_type": "bert", "vocab_size": 266, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 64}  # fmt: skip
@@ -154,7 +154,7 @@ def test_a_finished_run_notices_another_weight_and_another_label(
     (run,) = tmp_path.glob("outputs/*/*/s*")
     results = json.loads((run / "results.json").read_text())
     assert results["inputs"] == {"weights": folder_hash(model, None), "data": results["data"]["fingerprint"]}
-    config = typed(composed(words))
+    config = parse_config(compose_config(words))
     opened.clear()
     check_finished(run, results, config)
     assert opened == []
@@ -218,14 +218,14 @@ def test_frozen_logits_are_keyed_by_every_weight(tmp_path: Path, words: Path) ->
     overrides = [*args(words, model)[:-1], "method=dynamic_conpet", "replay=all", "cache_dir=null"]
 
     def key(*more: str) -> str:
-        return network_key(made([*overrides, *more]).method.objective)
+        return network_key(set_up([*overrides, *more]).method.objective)
 
     first = key()
     assert key("seed=1") == first
     flip_weight(model)
     assert key() != first
     assert key("model.attention=sdpa") != key()
-    tiny = made(tiny_args(words, "method=dynamic_conpet", "replay=all", "cache_dir=null")).method.objective
+    tiny = set_up(tiny_args(words, "method=dynamic_conpet", "replay=all", "cache_dir=null")).method.objective
     first = network_key(tiny)
     value = next(p for name, p in tiny.adapters.model.named_parameters() if "word_embeddings" in name)
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.conftest import guarded, tiny_args
+from tests.conftest import run_cli, tiny_args
 from tests.wandb_reader import read_wandb
 
 
@@ -18,7 +18,7 @@ from tests.wandb_reader import read_wandb
 def finished(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished dynamic_conpet run with offline wandb, which tests only read."""
     out = tmp_path_factory.mktemp("finished")
-    assert guarded("train", *tiny_args(words), "tracking=offline", f"output_dir={out}") == 0
+    assert run_cli("train", *tiny_args(words), "tracking=offline", f"output_dir={out}") == 0
     (folder,) = out.glob("*/*/s*")
     return folder
 

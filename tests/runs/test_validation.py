@@ -13,7 +13,7 @@ from clpet.config.schema import Split
 from clpet.evaluation.evaluator import Evaluator
 from clpet.reporting.figures import outcome
 from clpet.runs.tracking import Tracker
-from tests.conftest import domain_args, made, tiny_args, write_words
+from tests.conftest import domain_args, set_up, tiny_args, write_words
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def runs(words: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
         out = tmp_path_factory.getbasetemp() / "measured"
         GlobalHydra.instance().clear()
         words_ = ["method=sequential", *tiny_args(words), f"output_dir={out}", f"evaluation.split={split}"]
-        assert main.guarded(["train", *words_]) == 0
+        assert main.main_with_errors(["train", *words_]) == 0
         (found[split],) = [path for path in out.glob("*/*/s*") if path not in found.values()]
     GlobalHydra.instance().clear()
     return SimpleNamespace(out=out, **found)
@@ -105,7 +105,7 @@ def test_measuring_validation_changes_nothing_on_test(make) -> None:
 def test_plain_text_is_measured_on_validation_as_on_test(prose: Path) -> None:
     """Windows of validation begin, overlap and count bytes as those of test do."""
     args = ["method=sequential", "evaluation.split=validation", "evaluation.bos=true", "evaluation.stride=8"]
-    run = made(domain_args(prose, *args))
+    run = set_up(domain_args(prose, *args))
     assert run.config.evaluation.split is Split.validation
     for split in ("validation", "test"):
         pool = run.data.split(split)

@@ -21,7 +21,7 @@ from clpet.cli.launch import RankError, slurm_environment, start
 from clpet.evaluation.evaluator import Evaluator
 from clpet.runtime.distributed import World, chunks, get_world, init_distributed, split, sum_flat, to_cpu
 from clpet.runtime.signals import EXIT_TEMPFAIL
-from tests.conftest import Silent, domain_args, made, methods_of, tiny_args
+from tests.conftest import Silent, domain_args, methods_of, set_up, tiny_args
 
 # Fast: what the ranks do with rows and buffers
 
@@ -153,7 +153,7 @@ class Losses(Silent):
 
 def traced(words: list[str]) -> dict[str, Any]:
     """A run over two tasks: its losses, its state, its counts and what it answers at the end."""
-    run = made(words)
+    run = set_up(words)
     run.trainer.progress = losses = Losses()
     costs = []
     for index, task in run.method.curriculum()[:2]:

@@ -15,7 +15,7 @@ from clpet.cli import main
 from clpet.errors import ClpetError, DataError
 from clpet.runs.load_run import check_config, read_record
 from clpet.runtime.untrusted_json import read_json
-from tests.conftest import domain_args, guarded, tiny_args
+from tests.conftest import domain_args, run_cli, tiny_args
 
 SLOW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 LEAVES = st.one_of(
@@ -60,14 +60,14 @@ def runs(words: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     found = {}
     for name, args in {"words": tiny_args(words), "prose": domain_args(prose)}.items():
         out = tmp_path_factory.mktemp(name)
-        assert guarded("train", "method=sequential", *args, f"output_dir={out}") == 0
+        assert run_cli("train", "method=sequential", *args, f"output_dir={out}") == 0
         (found[name],) = out.glob("*/*/s*")
     return found
 
 
 def shown(path: Path, capsys: pytest.CaptureFixture, *flags: str) -> None:
     """`clpet show` prints, or says in one line why it does not."""
-    code = main.guarded(["show", str(path), *flags])
+    code = main.main_with_errors(["show", str(path), *flags])
     out, err = capsys.readouterr()
     assert (code, err.count("\n")) in ((0, 0), (2, 1)), err
     assert "internal error" not in err
@@ -121,7 +121,7 @@ def test_other_runs_that_are_spoilt_are_passed_over(runs: dict[str, Path], tmp_p
     (spoilt,) = out.glob("*/*/s*")
     shutil.copytree(spoilt, spoilt.with_name("s1-00000000"))
     (spoilt / "results.json").write_text('{"method": 3}')
-    assert main.guarded(["runs", str(out), "--compare", "method"]) == 0
+    assert main.main_with_errors(["runs", str(out), "--compare", "method"]) == 0
     assert capsys.readouterr().out.count("sequential") == 1
 
 

@@ -14,7 +14,7 @@ from clpet.data.sources.entity_formats import LAYOUTS, Row, read_published, tidy
 from clpet.data.splits import Splits, named_tasks
 from clpet.data.tabular_files import Rows, read_hub, read_local
 from clpet.errors import DataError
-from clpet.escape import shown
+from clpet.escape import short_repr
 
 
 @dataclass
@@ -150,7 +150,7 @@ class Entities(Table):
             raise DataError("positions that are not whole numbers") from None
         for role, found in spans.items():
             if not found or not all(0 <= first <= last < len(tokens) for first, last in found):
-                raise DataError(f"the {role} at {shown(found)} in a sentence of {len(tokens)} tokens")
+                raise DataError(f"the {role} at {short_repr(found)} in a sentence of {len(tokens)} tokens")
         names = {role: str(row[column]) for role, column in (self.names or {}).items() if row.get(column)}
         return mark_entities(tokens, spans, str(row[self.label]), names)
 

@@ -10,7 +10,7 @@ from clpet.data.sources.base import Source
 from clpet.data.splits import Splits, by_label, has_labels, in_order, label_name, named_tasks, partition, split_off
 from clpet.data.tabular_files import Rows, cell, fill, is_empty, read_hub, read_local, slots
 from clpet.errors import DataError
-from clpet.escape import named, shown
+from clpet.escape import safe_name, short_repr
 
 Row = dict[str, Any]
 
@@ -100,7 +100,7 @@ class Table(Source):
             first, number = next(iter(respelt.items()))
             self.report.others.append(
                 f"{rows.where}: outer spaces are removed from {len(respelt)} labels, or their Unicode form becomes "
-                f"NFC: first {shown(first)} in row {number}"
+                f"NFC: first {short_repr(first)} in row {number}"
             )
         return found
 
@@ -116,7 +116,7 @@ class Table(Source):
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # a column of whole numbers with a hole is read as floats
         if not isinstance(value, str | int | bool):
-            raise DataError(f"the label {shown(value)}, which is neither a name nor a whole number")
+            raise DataError(f"the label {short_repr(value)}, which is neither a name nor a whole number")
         return label_name(value)
 
     def _checked(self, row: Row) -> Example:
@@ -132,7 +132,7 @@ class Table(Source):
         """Counts empty cells inside a text or prompt of several columns: they are read as an empty text."""
         for column in [*self.prompt_columns, *(slots(self.text) if "{" in self.text else ())]:
             if is_empty(row.get(column, "")):
-                self.report.empty[f"column {named(column)} of {where}"] += 1
+                self.report.empty[f"column {safe_name(column)} of {where}"] += 1
 
     def example(self, row: Row) -> Example:
         """One row as an Example; what the prompt needs beside the text becomes its fields."""
