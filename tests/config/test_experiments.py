@@ -1,4 +1,4 @@
-"""The overlays of published rows: what each one sets, that its parts fit together, and learning rates by task."""
+"""The overlays of published rows: what each one sets, that its parts fit together, and per-task learning rates."""
 
 from enum import Enum
 from functools import cache
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from clpet.cli.options import options
+from clpet.cli.options import first_comment, options
 from clpet.config.build import build, parse_config
 from clpet.config.compose import compose_config
 from clpet.config.schema import Config, Training
@@ -15,7 +15,11 @@ from clpet.errors import ConfigError
 from clpet.replay.batch_plan import copies_for_equal_compute
 from clpet.runs.dry_run import steps_per_task
 from clpet.session import assemble
+from tests.config import assert_none
 
+OVERLAYS = options("experiment")
+PAPERS = {"conpet": "ConPET", "cpt": "Yildiz et al. 2024", "gain_lora": "GainLoRA", "kif": "KIF", "mocl": "MoCL",
+          "o_lora": "O-LoRA", "progressive_prompts": "Progressive Prompts", "sapt": "SAPT", "slm": "SLM"}  # fmt: skip
 ROWS = ["emr", "ea_emr", "crl", "emr_star", "ea_emr_star", "crl_star", "dynamic", "limitless", "ewc", "lwf"]
 REPLAY = ["fixed"] * 3 + ["dynamic"] * 4 + ["all", "none", "none"]
 LATER = [5e-4, 5e-4, 5e-4]
@@ -63,56 +67,74 @@ def value(config: Config, key: str) -> object:
     return found.value if isinstance(found, Enum) else found
 
 
+def differences(name: str, expected: dict[str, object]) -> dict[str, Any]:
+    """What an overlay has where it differs from the expected values, or why its parts do not fit together."""
+    try:
+        config = overlay(name)
+        found = {key: value(config, key) for key in expected}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {key: found[key] for key in expected if found[key] != expected[key]}
+
+
 def test_every_published_row_has_its_overlay() -> None:
-    """Six data sets by ten methods, and the BERT-large runs; what they share is not listed."""
+    """Six data sets by ten methods, and the BERT-large runs; `clpet list` leaves out their base files."""
     rows = {f"conpet/{data}_{row}" for data in SETTINGS for row in ROWS}
     logged = {f"conpet/tacred_bert_{row}" for row in ("dynamic", "emr_star", "limitless")}
-    assert {name for name in options("experiment") if name.startswith("conpet/")} == rows | logged
+    assert {name for name in OVERLAYS if name.startswith("conpet/")} == rows | logged
 
 
-@pytest.mark.parametrize("data", SETTINGS)
-def test_settings_of_the_published_rows(data: str) -> None:
+def settings(data: str, row: str, replay: str) -> dict[str, object]:
+    """What ConPET publishes for one row of its LLaMA-7B tables."""
     epochs, dynamic, emr, crl, limit, per_class, most = SETTINGS[data]
-    for row, replay in zip(ROWS, REPLAY, strict=True):
-        config = overlay(f"conpet/{data}_{row}")
-        rate = emr if "emr" in row else crl if "crl" in row else dynamic
-        assert (config.train.epochs, config.train.lr) == (epochs, rate), row
-        assert (config.train.global_batch_size, config.train.select.value) == (8, "best")
-        assert (config.model["name"], config.benchmark["name"]) == ("llama_7b", data)
-        assert (config.peft["r"], config.peft["alpha"], config.peft["dropout"]) == (4, 1, 0)
-        assert (config.replay["name"], config.model["dropout"]) == (replay, "auto")
-        if replay in ("fixed", "dynamic"):
-            assert config.replay["limit"] == limit
-        if replay == "fixed":
-            assert config.replay["per_class"] == per_class
-            assert "crl" in row or config.replay["max_copies"] == most
-    strengths = tuple(overlay(f"conpet/{data}_{row}").method["strength"] for row in ("ewc", "lwf"))
-    assert strengths == LAMBDAS.get(data, (1, 1))
+    expected: dict[str, object] = {
+        "train.epochs": epochs, "train.lr": emr if "emr" in row else crl if "crl" in row else dynamic,
+        "train.global_batch_size": 8, "train.select": "best", "model.name": "llama_7b", "model.dropout": "auto",
+        "benchmark.name": data, "peft.r": 4, "peft.alpha": 1, "peft.dropout": 0, "replay.name": replay,
+    }  # fmt: skip
+    if replay in ("fixed", "dynamic"):
+        expected["replay.limit"] = limit
+    if replay == "fixed":
+        expected["replay.per_class"] = per_class
+        expected |= {} if "crl" in row else {"replay.max_copies": most}
+    if row in ("ewc", "lwf"):
+        expected["method.strength"] = LAMBDAS.get(data, (1, 1))[row == "lwf"]
+    return expected
 
 
-@pytest.mark.parametrize("data", SETTINGS)
-def test_copies_of_the_memory_equal_the_compute_of_dynamic_replay(data: str) -> None:
+def test_settings_of_the_published_rows() -> None:
+    rows = [(data, row, replay) for data in SETTINGS for row, replay in zip(ROWS, REPLAY, strict=True)]
+    found = {f"conpet/{row[0]}_{row[1]}": differences(f"conpet/{row[0]}_{row[1]}", settings(*row)) for row in rows}
+    assert_none(found)
+
+
+def copies_of_the_memory(data: str) -> list[int]:
     """f of tasks 2 to n, from the published sizes and the overlay's L, m and most copies."""
     replay, benchmark = overlay(f"conpet/{data}_emr").replay, overlay(f"conpet/{data}_emr").benchmark
     classes = [len(ids) for ids in benchmark["task_ids"]] if benchmark["task_ids"] else benchmark["classes_per_task"]
     knobs = replay["limit"], 8, replay["max_copies"]
-    sizes = TRAIN_SIZES[data]
-    found = [
-        copies_for_equal_compute(new, 4 * replay["per_class"] // 5 * sum(classes[:k]), *knobs)
-        for k, new in enumerate(sizes)
-        if k
-    ]
-    assert found == COPIES[data]
+    memories = [4 * replay["per_class"] // 5 * sum(classes[:task]) for task in range(len(classes))]
+    tasks = list(zip(TRAIN_SIZES[data], memories, strict=True))
+    return [copies_for_equal_compute(new, memory, *knobs) for new, memory in tasks[1:]]
+
+
+def test_copies_of_the_memory_equal_the_compute_of_dynamic_replay() -> None:
+    found = {data: copies_of_the_memory(data) for data in SETTINGS}
+    assert_none({data: copies for data, copies in found.items() if copies != COPIES[data]})
 
 
 def test_logged_runs_with_bert_large() -> None:
-    for row, method, replay in (("dynamic", "dynamic_conpet", "dynamic"), ("emr_star", "emr", "dynamic"),
-                                ("limitless", "dynamic_conpet", "all")):  # fmt: skip
-        config = overlay(f"conpet/tacred_bert_{row}")
-        assert (config.model["name"], config.method["name"], config.replay["name"]) == ("bert_large", method, replay)
-        assert (config.train.epochs, config.train.lr, config.train.global_batch_size) == (50, 1e-3, 4)
-        assert config.model["dropout"] == "own"
-        assert replay == "all" or config.replay["limit"] == 50
+    shared = {
+        "model.name": "bert_large", "model.dropout": "own", "train.epochs": 50, "train.lr": 1e-3,
+        "train.global_batch_size": 4,
+    }  # fmt: skip
+    rows = {
+        "dynamic": {"method.name": "dynamic_conpet", "replay.name": "dynamic", "replay.limit": 50},
+        "emr_star": {"method.name": "emr", "replay.name": "dynamic", "replay.limit": 50},
+        "limitless": {"method.name": "dynamic_conpet", "replay.name": "all"},
+    }
+    found = {row: differences(f"conpet/tacred_bert_{row}", {**shared, **own}) for row, own in rows.items()}
+    assert_none(found)
 
 
 WORDS = {
@@ -197,15 +219,17 @@ PUBLISHED: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["kif", "slm", "o_lora", "sapt", "gain_lora", "mocl", "progressive_prompts", "cpt"])
-def test_overlays_of_other_papers(family: str) -> None:
-    """Every one fits together; what was published of it is set."""
-    for name in options("experiment"):
-        if name.startswith(f"{family}/"):
-            config = overlay(name)
-            expected = PUBLISHED.get(name, {})
-            assert {key: value(config, key) for key in expected} == expected, name
-    assert all(name in options("experiment") for name in PUBLISHED)
+def test_overlays_of_other_papers() -> None:
+    """Each overlay's parts fit together, and it sets what its paper publishes."""
+    found = {name: differences(name, PUBLISHED.get(name, {})) for name in OVERLAYS if not name.startswith("conpet/")}
+    assert_none(found)
+    assert PUBLISHED.keys() <= found.keys()
+
+
+def test_first_comment_of_an_overlay_begins_with_its_paper() -> None:
+    comments = {name: first_comment(path) for name, path in OVERLAYS.items()}
+    begins = {name: f"{PAPERS.get(name.split('/')[0], 'a paper in PAPERS')}: " for name in OVERLAYS}
+    assert_none({name: text for name, text in comments.items() if not text.startswith(begins[name])})
 
 
 def test_o_lora_s_weights_go_with_their_tasks() -> None:
@@ -253,23 +277,26 @@ def test_a_task_is_trained_for_its_own_epochs(make) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["long_order4", "long_order5", "long_order6", "superni_1", "superni_2"])
-def test_baselines_of_kif_write_answers_as_its_tables_have_them(name: str) -> None:
-    """baselines.md 3.5 and 3.6: what differs from KIF's own overlay is the method alone."""
-    kif, ewc, lwf = (
-        parse_config(compose_config([f"experiment=kif/{name}_{row}"])) for row in ("adaptive", "ewc", "lwf")
-    )
-    found = build(ewc.method, "method")
-    assert (found.fisher.value, found.merge.value, found.strength) == ("batch", "average", 5000)
-    found = build(lwf.method, "method")
-    assert (found.temperature, found.reduction.value, found.strength) == (2, "mean", 1)
-    for config in (ewc, lwf):
-        assert (config.train, config.peft, config.benchmark, config.model) == (
-            kif.train,
-            kif.peft,
-            kif.benchmark,
-            kif.model,
-        )
+def baselines_of_kif(name: str) -> dict[str, object]:
+    """What differs from KIF's tables in its EWC and LwF overlays (baselines.md 3.5 and 3.6)."""
+    kif, ewc, lwf = (overlay(f"kif/{name}_{row}") for row in ("adaptive", "ewc", "lwf"))
+    penalty, distillation = build(ewc.method, "method"), build(lwf.method, "method")
+    found = {
+        "ewc": (penalty.fisher.value, penalty.merge.value, penalty.strength),
+        "lwf": (distillation.temperature, distillation.reduction.value, distillation.strength),
+    }
+    published = {"ewc": ("batch", "average", 5000), "lwf": (2, "mean", 1)}
+    parts = [(row, part) for row in (ewc, lwf) for part in ("train", "peft", "benchmark", "model")]
+    differ = {f"{row.method['name']} {part}": getattr(row, part) for row, part in parts
+              if getattr(row, part) != getattr(kif, part)}  # fmt: skip
+    return differ | {row: values for row, values in found.items() if values != published[row]}
+
+
+def test_baselines_of_kif_write_answers_as_its_tables_have_them() -> None:
+    """Only the method differs from KIF's own overlay."""
+    names = ("long_order4", "long_order5", "long_order6", "superni_1", "superni_2")
+    found = {name: baselines_of_kif(name) for name in names}
+    assert_none(found)
 
 
 def test_trace_is_trained_and_scored_as_by_its_authors() -> None:
