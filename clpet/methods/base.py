@@ -1,4 +1,4 @@
-"""Method: the hooks of a continual-learning method. Every default is plain sequential fine-tuning."""
+"""Method: the hooks of a continual-learning method. All defaults together are plain sequential fine-tuning."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,78 +23,78 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class Method:
-    """A subclass is a dataclass: its annotated fields are the knobs of its YAML."""
+    """Base class. A subclass is a dataclass whose annotated fields are the options of its YAML."""
 
     name: str = ""
 
     objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text", "language_modeling")
     uses_replay: ClassVar[bool] = False
-    needs_adapter: ClassVar[bool] = False  # more than one adapter: refuses peft=none
-    supported_pefts: ClassVar[tuple[str, ...]] = ()  # the peft options it goes with; empty: any that trains something
-    supports_recompute: ClassVar[bool] = True  # a block's pass needs nothing set around it: it can be done again later
-    task_id_at_test = False  # results are task-incremental; a subclass may make it a knob
-    mergeable: ClassVar[bool] = True  # the same weights for every text: they can be merged, and asked by others
-    uses_validation: ClassVar[bool] = True  # chooses an epoch where train.select=best
-    cache_dir: ClassVar[str | None] = None  # set by the run: a folder for what other runs can use
+    needs_adapter: ClassVar[bool] = False  # has an adapter per task, so peft=none is refused
+    supported_pefts: ClassVar[tuple[str, ...]] = ()  # values of peft= it accepts; empty: all that train something
+    supports_recompute: ClassVar[bool] = True  # a block can be run again in backward (gradient checkpointing)
+    task_id_at_test = False  # True: results are task-incremental; a subclass may make it an option
+    mergeable: ClassVar[bool] = True  # one set of weights for all inputs, so that adapters can be merged
+    uses_validation: ClassVar[bool] = True  # validates after every epoch with train.select=best
+    cache_dir: ClassVar[str | None] = None  # set by the run: folder of the cache shared by runs
 
     def check(self, objective: str, replay: str, peft: str) -> None:
-        """Raises ConfigError for a combination that makes no sense, before anything is loaded."""
+        """Raises ConfigError for an unsupported combination, before anything is loaded."""
         if objective not in self.objectives:
-            does = f"it does {', '.join(self.objectives)}, and method=sequential does all"
-            raise ConfigError(f"method={self.name} does not do {objective}; {does}")
+            supported = f"it supports {', '.join(self.objectives)}; method=sequential supports all"
+            raise ConfigError(f"method={self.name} does not support {objective}: {supported}")
         if replay != "none" and not self.uses_replay:
-            raise ConfigError(f"method={self.name} replays nothing: leave out replay={replay}, or take method=replay")
+            raise ConfigError(f"method={self.name} does not replay: remove replay={replay}, or use method=replay")
         if peft in ("none", "blocks") and self.needs_adapter:
-            raise ConfigError(f"method={self.name} keeps an adapter per task and cannot run with peft={peft}")
+            raise ConfigError(f"method={self.name} needs an adapter per task and cannot run with peft={peft}")
         if self.supported_pefts and peft not in self.supported_pefts:
             raise ConfigError(f"method={self.name} needs peft={' or '.join(self.supported_pefts)}, not peft={peft}")
         if peft == "frozen" and peft not in self.supported_pefts:
-            raise ConfigError(f"method={self.name} trains the model, and peft=frozen leaves nothing of it to train")
+            raise ConfigError(f"method={self.name} trains the model, but peft=frozen leaves nothing to train")
 
     def mixes_tasks(self, replay: str) -> bool:
-        """Whether the loss sees examples of several tasks, so that benchmark.softmax=auto compares all seen labels."""
+        """Whether batches mix examples of several tasks; benchmark.softmax=auto is then over all seen labels."""
         return replay != "none"
 
     def check_benchmark(self, benchmark: Benchmark) -> None:
-        """Raises ConfigError where the tasks do not allow what the knobs ask for, before the backbone is loaded."""
+        """Raises ConfigError if the options do not suit the tasks, before the backbone is loaded."""
 
     def inputs(self) -> dict[str, str]:
-        """Fingerprints, by name, of files that the method reads: where one has changed a run is not resumed."""
+        """Fingerprints of the files that the method reads, by name; a run is not resumed if one has changed."""
         return {}
 
     def setup(self, objective: Any, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int) -> None:
-        """Attaches the first adapter; called once, before any evaluation."""
+        """Attaches the first adapter; called once, before the first evaluation."""
         self.objective, self.benchmark, self.data = objective, benchmark, data
         self.replay, self.seed = replay, seed
         self.init_adapters()
 
     def init_adapters(self) -> None:
-        """The adapter that a fresh run evaluates and trains."""
+        """Attaches the adapter that a new run evaluates and trains first, and sets the method's initial state."""
         self.objective.adapters.add("default", derive(self.seed, "adapter", "default"))
 
     def resolved(self, benchmark: Benchmark) -> dict[str, Any]:
-        """Options that were left to the method and what it chose from the data, for the header and the record."""
+        """Options left at null and the values chosen for them from the data, for the header and results.json."""
         return {}
 
     def curriculum(self) -> list[tuple[int, Task]]:
-        """(position, task) in learning order; after each, row position + 1 of the matrix is measured."""
+        """(index, task) in learning order; after learning each, row index + 1 of the matrix is evaluated."""
         return list(enumerate(self.benchmark.tasks))
 
     def evaluable_tasks(self, row: int, tasks: range) -> range:
-        """Of the tasks whose scores are asked for after `row` tasks, those that this method has a model for."""
+        """The subset of `tasks` that this method has a model for after learning `row` tasks."""
         return tasks
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
-        """Learns one task. Several stages are several calls of trainer.fit."""
+        """Learns one task. A method with several stages calls trainer.fit several times."""
         self.grow_head(index)
         self.fit(trainer, index)
 
     def grow_head(self, index: int) -> None:
-        """Gives the labels of a task their rows."""
+        """Adds the rows of a task's labels to the head."""
         self.objective.add_labels(self.benchmark.task_labels(index))
 
     def fit(self, trainer: Trainer, index: int) -> None:
-        """The usual stage: this method's plan, loss and hooks on its trainable parameters."""
+        """The standard stage: trains `named_parameters` with this method's plan, loss and hooks."""
         trainer.fit(
             self.plan(index),
             self.loss,
@@ -106,38 +106,38 @@ class Method:
         )
 
     def plan(self, index: int) -> BatchPlan:
-        """The batches of a task; replay mixes here."""
+        """The batches of a task; replayed examples are mixed in here."""
         return self.replay.plan(index)
 
     def stages(self, index: int) -> dict[str, BatchPlan]:
-        """The plans of a task's fits by stage name, to say beforehand how many steps it takes."""
+        """The plans of all fits of a task by stage name, from which a dry run counts steps."""
         return {"": self.plan(index)}
 
     def logits(self, batch: Batch) -> Tensor:
-        """[terms, classes]: what the softmax of the loss is taken over."""
+        """[terms, classes]: the logits of the loss's softmax."""
         return self.objective.logits(batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The objective's cross-entropy, mean over its terms; penalties and distillation are added here."""
+        """The objective's cross-entropy, a mean over terms; subclasses add penalties and distillation here."""
         return self.objective.loss(batch)
 
     def adjust_gradients(self) -> None:
-        """Projections and the like: after backward, before the optimiser's step."""
+        """Changes gradients (projections, for example) after backward and before clipping and the optimiser's step."""
 
     def after_step(self) -> None:
-        """Statistics of a step: gradients are still there, weights are already new."""
+        """Collects statistics of a step: gradients are still available, weights are already updated."""
 
     def after_batch(self) -> None:
-        """The end of a step, also of one that was left out: gradients are gone."""
+        """Called at the end of every step, also of a skipped one; gradients are already cleared."""
 
     def after_task(self, task: Task, index: int) -> None:
-        """Memory selection, Fisher information, fusion, freezing."""
+        """Work after a task was learned: memory selection, Fisher information, fusion, freezing."""
         self.replay.update_memory(index, self.vectors)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that the optimiser moves, by name. A tensor that is new in a task needs a name of its own.
+        """Parameters that the optimiser updates, by name. A tensor that is new in a task needs a new name.
 
-        With train.optimizer_state=carry the moments of AdamW follow the names from task to task.
+        With train.optimizer_state=carry AdamW's moments are passed on from task to task by name.
         """
         return {**self.objective.adapters.tensors("default"), **self.objective.parameters()}
 
@@ -150,25 +150,25 @@ class Method:
         return self.objective.predict(batch, choices)
 
     def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
-        """Rows in the batches they are to be predicted in."""
+        """Splits rows into the batches in which they are predicted."""
         return self.objective.batches(pool, rows)
 
     def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
-        """All rows of an evaluation that is about to begin, for a method that computes something in its own order."""
+        """Called with all rows of an evaluation before it starts, for methods that precompute something."""
 
     def after_evaluation(self) -> None:
-        """What `predict` has counted on each rank comes together."""
+        """Sums over ranks what `predict` has counted on each."""
 
-    def predict_known_task(self, batch: Batch, found: Predictions) -> Predictions:
-        """Predictions for the task-incremental view; `found` is what `predict` gave, reused where it serves."""
-        return found
+    def predict_known_task(self, batch: Batch, predictions: Predictions) -> Predictions:
+        """Predictions with the task given (task-incremental view); reuses `predictions` of `predict` if possible."""
+        return predictions
 
     def choices(self, batch: Batch, labels: Sequence[int]) -> Choices:
-        """What may be answered to a batch."""
+        """The answers that compete for a batch."""
         return Choices(labels, batch.tasks if self.task_id_at_test else None)
 
     def validate(self, index: int) -> float:
-        """Average score over the tasks of the memory's validation examples, for train.select=best."""
+        """Score on validation examples, averaged over their tasks, for train.select=best."""
         labels = self.benchmark.seen_labels(index + 1)
 
         def score(batch: Batch) -> Tensor:
@@ -178,47 +178,47 @@ class Method:
         return self.average_score(self.validation(index), score)
 
     def validation(self, index: int) -> ValidationRows:
-        """What the best epoch of task `index` is chosen on."""
+        """Examples on which the best epoch of task `index` is chosen."""
         return self.replay.validation(index)
 
     @without_gradients()
-    def average_score(self, parts: ValidationRows, score: Callable[[Batch], Tensor]) -> float:
-        """Mean over tasks of the mean of `score`, which gives [batch] values."""
-        hits: dict[int, list[Tensor]] = {}
+    def average_score(self, validation: ValidationRows, score: Callable[[Batch], Tensor]) -> float:
+        """Mean over tasks of the mean of `score`, which returns [batch] values. Batches are divided among the ranks."""
+        by_task: dict[int, list[Tensor]] = {}
         meter = self.objective.meter
-        meter.kind = "validated"
+        meter.kind = "validated"  # the cost of these forwards is counted as validation
 
-        def right(place: tuple[EncodedDataset, np.ndarray]) -> dict[int, Tensor]:
-            pool, part = place
-            batch = pool.batch(part, self.objective.device)
-            found = score(batch).float()
-            return {task: found[batch.tasks == task] for task in np.unique(pool.tasks[part]).tolist()}
+        def score_by_task(pool_rows: tuple[EncodedDataset, np.ndarray]) -> dict[int, Tensor]:
+            pool, rows = pool_rows
+            batch = pool.batch(rows, self.objective.device)
+            values = score(batch).float()
+            return {task: values[batch.tasks == task] for task in np.unique(pool.tasks[rows]).tolist()}
 
-        for found in get_world().map(
-            right, [(pool, part) for pool, rows in parts for part in self.batches(pool, rows)]
-        ):
-            for task, values in found.items():
-                hits.setdefault(task, []).append(values)
+        batches = [(pool, batch_rows) for pool, rows in validation for batch_rows in self.batches(pool, rows)]
+        for scores in get_world().map(score_by_task, batches):
+            for task, values in scores.items():
+                by_task.setdefault(task, []).append(values)
         meter.kind = "learned"
-        return float(np.mean([torch.cat(values).mean().item() for values in hits.values()]))
+        return float(np.mean([torch.cat(values).mean().item() for values in by_task.values()]))
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """[n, size]: `memory_vector` of train rows, what a fixed memory is chosen on."""
+        """[n, size]: `memory_vector` of train rows, from which a memory of exemplars is selected."""
         return self.embed(rows, self.memory_vector).cpu().numpy()
 
     @torch.no_grad()
     def embed(self, rows: np.ndarray, vector: Callable[[Batch], Tensor]) -> Tensor:
-        """[n, size] fp32: a vector of each train row under the present model."""
+        """[n, size] fp32: `vector` of each train row under the present model, in the order of `rows`."""
         pool = self.data.train
-        order = np.argsort(-pool.lengths[rows], kind="stable")
+        order = np.argsort(-pool.lengths[rows], kind="stable")  # longest first: batches with little padding
         size = self.objective.eval_batch_size
-        parts = [order[start : start + size] for start in range(0, len(rows), size)]
-        found = get_world().map(lambda part: vector(pool.batch(rows[part], self.objective.device)).float(), parts)
-        vectors = torch.cat(found).to(self.objective.device)
-        return vectors[torch.from_numpy(np.argsort(np.concatenate(parts))).to(vectors.device)]
+        batches = [order[start : start + size] for start in range(0, len(rows), size)]
+        device = self.objective.device
+        computed = get_world().map(lambda positions: vector(pool.batch(rows[positions], device)).float(), batches)
+        vectors = torch.cat(computed).to(device)
+        return vectors[torch.from_numpy(np.argsort(np.concatenate(batches))).to(vectors.device)]  # back to given order
 
     def memory_vector(self, batch: Batch) -> Tensor:
-        """[batch, labels]: class logits of the model as it has just been trained (ConPET, section 3.2)."""
+        """[batch, labels]: class logits of the model just trained, on which exemplars are chosen (ConPET, 3.2)."""
         return self.logits(batch)
 
     def trainable_parameters(self) -> int:
@@ -226,25 +226,25 @@ class Method:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def stored_parameters(self) -> int:
-        """Number of scalars this method must keep beside the frozen backbone."""
+        """Number of scalars this method must store in addition to the frozen backbone."""
         adapters = self.objective.adapters
-        held = sum(adapters.count(name) for name in adapters.names)
-        return held + sum(parameter.numel() for parameter in self.objective.parameters().values())
+        stored = sum(adapters.count(name) for name in adapters.names)
+        return stored + sum(parameter.numel() for parameter in self.objective.parameters().values())
 
     def stored_examples(self) -> int:
-        """Number of old examples kept."""
+        """Number of stored old examples."""
         return self.replay.stored()
 
     def save(self, folder: Path) -> None:
-        """Writes what was trained of the backbone, for use without clpet."""
+        """Writes the trained weights in a format that can be used without clpet."""
         self.objective.adapters.save(folder)
 
     def merged(self) -> Any:
-        """The backbone with what was learned in its weights, where there is `mergeable`; nothing can follow."""
+        """The backbone with all adapters merged into its weights, if `mergeable`; no training can follow."""
         return self.objective.adapters.merged()
 
     def diagnostics(self) -> dict[str, float]:
-        """Figures about the task just learned, kept beside its scores."""
+        """Named numbers about the task just learned, recorded alongside its scores."""
         return {}
 
     def figures(self) -> dict[str, dict[str, Any]]:
@@ -252,21 +252,21 @@ class Method:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a later task needs: nested dicts of tensors, numbers, strings and lists."""
+        """Everything that later tasks need, as nested dicts of tensors, numbers, strings and lists."""
         return {"objective": self.objective.state(), "replay": self.replay.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`, on a method fresh from `setup`."""
+        """Restores what `state_dict` returned, on a method fresh from `setup`."""
         self.objective.load(state["objective"])
         self.replay.load(state["replay"])
 
     def task_state(self) -> dict[str, Any]:
-        """What the hooks of a fit gather while it goes on, beside the trained tensors; as in `state_dict`."""
+        """State that the hooks of a fit gather, in addition to the trained tensors; same types as in `state_dict`."""
         return {}
 
     def load_task_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `task_state`, in the midst of `learn`, where the fit would begin."""
+        """Restores what `task_state` returned; called inside `learn`, where the fit would start."""
 
     def heads(self) -> dict[str, Head]:
-        """Heads by name, saved as safetensors at the end of the run."""
+        """Heads by name; saved as safetensors at the end of the run."""
         return self.objective.heads()

@@ -231,8 +231,8 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(clpet, words: Path, monkeypa
 def test_a_failing_run_does_not_stop_a_sweep(clpet, words: Path, tmp_path: Path) -> None:
     found = clpet("train", "-m", "method=sequential,joint", "replay=none,fixed", *tiny_args(words))
     assert found.code == 2
-    assert found.err.count("replays nothing") == 2
-    assert "clpet: method=sequential replay=fixed: method=sequential replays nothing" in found.err
+    assert found.err.count("does not replay") == 2
+    assert "clpet: method=sequential replay=fixed: method=sequential does not replay" in found.err
     assert "[1] method=sequential replay=none" in found.out
     assert len(list(tmp_path.glob("outputs/*/*/s*/results.json"))) == 2
 

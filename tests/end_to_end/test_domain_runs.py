@@ -248,7 +248,7 @@ def test_killed_after_a_domain_ends_bit_for_bit_like_uninterrupted(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["method=crl"], "method=crl does not do language_modeling; it does classification"),
+        (["method=crl"], "method=crl does not support language_modeling: it supports classification"),
         (["method=sequential", "replay=fixed", "method=replay"], "chooses its memory by class logits"),
         (["method=sequential", "benchmark.max_length=9000", "benchmark.max_test=1"], "this model reads at most 1024 tokens"),
         (["method=sequential", "benchmark.max_length=1000", "max_train=2"], "not one window of 1000"),

@@ -125,7 +125,7 @@ def test_the_base_model_is_the_same_whatever_a_run_drops(prose: Path, clpet, tmp
 
 
 @pytest.mark.parametrize(("words_", "line"), [
-    (["method=dynamic_conpet", "peft=blocks"], "keeps an adapter per task and cannot run with peft=blocks"),
+    (["method=dynamic_conpet", "peft=blocks"], "needs an adapter per task and cannot run with peft=blocks"),
     (["method=sequential", "peft=blocks"], "not those of bert"),
     (["method=sequential", "model.dropout=1"], "model.dropout must be auto, own, off or a rate in [0, 1), not 1"),
 ])  # fmt: skip
