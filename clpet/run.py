@@ -137,7 +137,7 @@ class Experiment:
             state.done, state.task, state.trainer = position + 1, None, trainer.state()
             self.evaluate(state, index + 1)
             with checkpointer.task_boundary():
-                every = self.config.train.keep
+                every = self.config.train.snapshot_every
                 if every and (position + 1) % every == 0 and get_world().is_main:
                     run_dir.save_snapshot(self.out, index + 1, method)
                 state.save(folder, method.state_dict(), self.identity)

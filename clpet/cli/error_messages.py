@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clpet.config.compose import CONFIG_GROUPS, compose_config, plugin_dirs
 from clpet.config.overrides import quote
+from clpet.config.renamed import renamed_message
 from clpet.errors import ClpetError, suggest
 from clpet.escape import inline
 from clpet.runtime.signals import EXIT_TEMPFAIL, Interrupted
@@ -44,7 +45,8 @@ def hydra_message(error: BaseException) -> str | None:
         return f"{append[2]} has no such entries yet; to add them say {shell_word(append[1])}"
     missing = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if missing:
-        return f"there is no key {missing.group(1)}{suggest_key(missing.group(1))}"
+        key = missing[1]
+        return renamed_message(key) or f"unknown key {key}{suggest_key(key)}"
     return text.splitlines()[0] if text else type(error).__name__
 
 

@@ -135,7 +135,10 @@ def _opening(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(name, description=description)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument(
-        "--after", metavar="N", type=int, help="the weights after N tasks (train.keep); default: newest"
+        "--after",
+        metavar="N",
+        type=int,
+        help="the weights after N tasks (train.snapshot_every saves them); default: newest",
     )
     parser.add_argument(
         "--here", metavar="KEY=VALUE", action="append", default=[],

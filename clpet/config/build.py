@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from clpet.config.compose import plugin_dirs
+from clpet.config.renamed import renamed_message
 from clpet.config.schema import Config
 from clpet.errors import ConfigError, suggest
 
@@ -92,8 +93,10 @@ def _merge(cls: type, values: Any, where: str) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except ConfigKeyError as error:
+        key = f"{prefix}{error.full_key}"
         names = [item.name for item in dataclasses.fields(cls)]
-        raise ConfigError(f"unknown key {prefix}{error.full_key}{suggest(str(error.key), names)}") from error
+        message = renamed_message(key) or f"unknown key {key}{suggest(str(error.key), names)}"
+        raise ConfigError(message) from error
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         key = getattr(error, "full_key", None) or ""

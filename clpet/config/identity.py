@@ -27,7 +27,7 @@ def _identity(cfg: Any, without: tuple[str, ...]) -> dict:
     plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in without])
     identity: dict = OmegaConf.to_container(plain, resolve=True)  # type: ignore[assignment]
     if identity.get("train"):
-        for key in ("save_minutes", "keep"):  # when something is written changes no result
+        for key in ("save_minutes", "snapshot_every"):  # how often the run saves does not change its result
             identity["train"].pop(key, None)
     # The only hardware option that changes the model: quantized weights are rounded.
     if (cfg.get("hardware") or {}).get("quantization", "none") != "none":

@@ -80,7 +80,7 @@ class Training:
     on_nan: OnNan = OnNan.stop
     select: Select = Select.last
     save_minutes: float = 10.0
-    keep: int = 0
+    snapshot_every: int = 0
 
     def __post_init__(self) -> None:
         passes = self.epochs if isinstance(self.epochs, list) and self.epochs else [self.epochs]
@@ -103,7 +103,8 @@ class Training:
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
         require(self.clip >= 0, "train.clip", self.clip, "0 (off) or more")
         require(self.save_minutes > 0, "train.save_minutes", self.save_minutes, "more than 0")
-        require(self.keep >= 0, "train.keep", self.keep, "0 (only the end), or every how many tasks")
+        every = self.snapshot_every
+        require(every >= 0, "train.snapshot_every", every, "0 (only the latest) or a number of tasks")
 
     def lr_of(self, task: int) -> float:
         """The learning rate of a task, counted from 0; the last one of a list is for all that follow."""

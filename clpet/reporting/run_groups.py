@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clpet.config.identity import NOT_IDENTITY, digest
+from clpet.config.renamed import translate_keys
 from clpet.errors import ConfigError, suggest
 from clpet.runtime.untrusted_json import read_json, split_of
 
@@ -14,7 +15,7 @@ Runs = list[tuple[Path, dict[str, Any]]]  # (run directory, results.json)
 NAME_KEYS = ("method", "model", "benchmark", "replay", "peft", "seed")  # the options of the groups, and the seed
 TASK_GIVEN = "task_id_at_test"  # True: the method is told which task a test example belongs to, which is easier
 SPLIT = "evaluation.split"
-SAVING_KEYS = ("train.save_minutes", "train.keep")  # decide when files are written; results do not depend on them
+SAVING_KEYS = ("train.save_minutes", "train.snapshot_every")  # when files are written; no effect on results
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Section:
 def options_of(path: Path, run: dict[str, Any]) -> dict[str, str]:
     """{dotted key: value} of a run's configuration; automatic options have the values they were resolved to."""
     record = read_json(path / "run.json")
+    translate_keys(record.get("config"))
     options = flatten(record.get("config"))
     options |= {key: str(run[key]) for key in NAME_KEYS}
     options |= {f"inputs.{name}": value for name, value in run.get("inputs", {}).items() if name != "data"}

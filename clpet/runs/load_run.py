@@ -17,6 +17,7 @@ from rich.console import Console
 
 from clpet.base_model import prepare
 from clpet.config.build import find_class, parse_config
+from clpet.config.renamed import translate_keys
 from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
@@ -94,6 +95,7 @@ def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False)
     shape = {"config": dict, "tasks": [str], "data": {"fingerprint": str}}
     check(run_json, shape | ({"inputs": {str: str}} if "inputs" in run_json else {}), f"{file}")
     check_config(run_json["config"], plugins, "")
+    translate_keys(run_json["config"])
     for name in run_json["tasks"]:
         if not TASK_NAME.fullmatch(name):
             raise ConfigError(f"{file}: invalid task name {name!r}")
@@ -202,7 +204,7 @@ def check_inputs(record: RunRecord) -> None:
 def find_weights(record: RunRecord, after: int | None) -> tuple[int, Path | None]:
     """(number of learned tasks, folder of the weights; None before the first task). Raises DataError.
 
-    Snapshots in checkpoints/ cover every train.keep-th task, state/ the newest one or two.
+    Snapshots in checkpoints/ cover every train.snapshot_every-th task, state/ the newest one or two.
     """
     rows = [0, *(index + 1 for index, _ in record.method.curriculum())]
     folders: dict[int, Path | None] = {0: None}
@@ -220,7 +222,7 @@ def find_weights(record: RunRecord, after: int | None) -> tuple[int, Path | None
         available = ", ".join(map(str, sorted(folders)))
         raise DataError(
             f"{record.out} has no weights after {after} tasks, only after {available}; "
-            "train.keep=1 would have saved all of them"
+            "train.snapshot_every=1 would have saved all of them"
         )
     return after, folders[after]
 

@@ -15,7 +15,7 @@ from tests.conftest import run_cli, tiny_args
 def finished(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sequential run on the words benchmark with a snapshot after every second task; read only."""
     out = tmp_path_factory.mktemp("runs")
-    assert run_cli("train", "method=sequential", *tiny_args(words), "train.keep=2", f"output_dir={out}") == 0
+    assert run_cli("train", "method=sequential", *tiny_args(words), "train.snapshot_every=2", f"output_dir={out}") == 0
     (folder,) = out.glob("*/*/s*")
     return folder
 

@@ -81,7 +81,7 @@ def test_multiple_choice_accuracy_follows_from_the_model_s_logits(
     method: list[str], clpet, prose: Path, tasks: Path
 ) -> None:
     """Chance is (1/4 + 1/2 + 1/4 + 1/2) / 4 = 37.5 %; normalised = 100 (raw - 37.5) / 62.5."""
-    args = domain_args(prose, f"method={method[0]}", *method[1:], "train.keep=1", "train.epochs=3")
+    args = domain_args(prose, f"method={method[0]}", *method[1:], "train.snapshot_every=1", "train.epochs=3")
     assert clpet("train", *args).code == 0
     for after in (0, 1, 3):
         answer = clpet("eval", only(), "--after", str(after), "--downstream", "choose,write", "--tasks-dir", tasks)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from clpet.config.build import MOVED_CLASSES
+from clpet.config.schema import OBJECT_GROUPS
 from clpet.errors import ClpetError
 from clpet.runs.load_run import read_record
 from clpet.runtime.run_checkpoint import read_tree, write_tree
@@ -21,7 +23,7 @@ from tests.runs.conftest import edit, only, put, refused
 
 def test_a_snapshot_equals_the_adapters_of_that_time(clpet, words: Path) -> None:
     """The last snapshot equals adapters/ and heads/ byte for byte; earlier heads have only the labels seen until then."""
-    assert clpet("train", "method=sequential", *tiny_args(words), "train.keep=1").code == 0
+    assert clpet("train", "method=sequential", *tiny_args(words), "train.snapshot_every=1").code == 0
     run = only()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["after-001", "after-002", "after-003"]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -45,7 +47,7 @@ def test_snapshots_change_neither_results_nor_the_directory_name(clpet, words: P
 
 
 def test_a_negative_snapshot_interval_is_refused(clpet, words: Path) -> None:
-    assert "train.keep must be 0" in clpet("train", *tiny_args(words), "train.keep=-1").err
+    assert "train.snapshot_every must be 0" in clpet("train", *tiny_args(words), "train.snapshot_every=-1").err
 
 
 # clpet eval
@@ -54,7 +56,7 @@ def test_a_negative_snapshot_interval_is_refused(clpet, words: Path) -> None:
 @pytest.mark.parametrize("method", ["dynamic_conpet", "joint", "o_lora", "crl", "ea_emr", "sapt", "independent"])
 def test_every_saved_row_is_reproduced_bit_for_bit(method: str, clpet, words: Path) -> None:
     replay = ["replay=fixed"] if method in ("crl", "ea_emr") else []
-    assert clpet("train", f"method={method}", *tiny_args(words), "train.keep=1", *replay).code == 0
+    assert clpet("train", f"method={method}", *tiny_args(words), "train.snapshot_every=1", *replay).code == 0
     for after in [["--after", "3"], []] if method == "joint" else [["--after", "1"], ["--after", "2"], []]:
         answer = clpet("eval", only(), *after)
         assert answer.code == 0, answer.err + answer.out
@@ -65,7 +67,10 @@ def test_every_saved_row_is_reproduced_bit_for_bit(method: str, clpet, words: Pa
 @pytest.mark.parametrize("peft_option", ["none", "lora"])
 def test_perplexities_are_reproduced_bit_for_bit(peft_option: str, clpet, prose: Path) -> None:
     """With peft=none a snapshot stores the model once, as a transformers folder; the state adds little."""
-    assert clpet("train", "method=sequential", *domain_args(prose, f"peft={peft_option}", "train.keep=2")).code == 0
+    assert (
+        clpet("train", "method=sequential", *domain_args(prose, f"peft={peft_option}", "train.snapshot_every=2")).code
+        == 0
+    )
     for after in (["--after", "0"], ["--after", "2"], []):
         answer = clpet("eval", only(), *after)
         assert answer.code == 0, answer.err + answer.out
@@ -82,6 +87,23 @@ def test_a_score_that_differs_from_the_recorded_one_is_reported(clpet, run: Path
     assert answer.code == 1
     assert answer.out.count("equal") == 2
     assert "differs by -1.5" in answer.out
+
+
+def test_a_run_of_version_0_1_0_opens(clpet, run: Path) -> None:
+    """Its run.json names classes by their old modules, and has the old name of train.snapshot_every."""
+    old_paths = {new: old for old, new in MOVED_CLASSES.items()}
+
+    def age(value: dict) -> None:
+        for group in OBJECT_GROUPS:
+            node = value["config"][group]
+            node["_target_"] = old_paths.get(node["_target_"], node["_target_"])
+        value["config"]["train"]["keep"] = value["config"]["train"].pop("snapshot_every")
+        assert value["config"]["model"]["_target_"] == "clpet.backbones.Backbone"
+
+    edit(run, age)
+    answer = clpet("eval", run)
+    assert answer.code == 0, answer.err
+    assert answer.out.count("equal") == 3
 
 
 def test_an_unfinished_run_is_compared_with_its_checkpoint(clpet, run: Path) -> None:
