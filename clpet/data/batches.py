@@ -18,11 +18,11 @@ IGNORED = -100  # target id of a place that is not learned
 
 @dataclass
 class Batch:
-    """Padded token ids [batch, length] with what is needed to score them; `rows` index the pool they came from.
+    """Padded token ids [batch, length] with labels or targets; `rows` are row numbers of the pool `pool`.
 
-    Where an answer is to be learned, `targets` [batch, answer length] holds its tokens, IGNORED at padding. Where the
-    text itself is, `wanted` [terms] holds the tokens to be predicted and `places` [terms] where they stand in the
-    flattened input; `documents` [batch, length] numbers the documents of a window that do not see each other.
+    Text to text: `targets` [batch, answer length] are the answer tokens, IGNORED at padding. Language modelling:
+    `target_ids` [terms] are the tokens to predict and `target_positions` [terms] their positions in the flattened
+    input; `document_ids` [batch, length] number the documents of a window that do not attend to each other.
     """
 
     rows: np.ndarray
@@ -35,9 +35,9 @@ class Batch:
     left: bool = False  # padded on the left, for texts that are continued
     share: float = 1.0  # of the optimiser step's mean, where a step is made of several batches
     targets: Tensor | None = None
-    places: Tensor | None = None
-    wanted: Tensor | None = None
-    documents: Tensor | None = None
+    target_positions: Tensor | None = None
+    target_ids: Tensor | None = None
+    document_ids: Tensor | None = None
     pool: "EncodedDataset | None" = None
 
     def __len__(self) -> int:
@@ -218,7 +218,7 @@ class Encoded:
     train: EncodedDataset
     validation: EncodedDataset
     test: EncodedDataset
-    key: Callable[[int], int | str] = int  # of a task number: what its random draws are named by
+    seed_key: Callable[[int], int | str] = int  # of a task number: what its random draws are named by
 
     def split(self, name: str) -> EncodedDataset:
         """One of SPLITS."""

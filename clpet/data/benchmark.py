@@ -35,18 +35,18 @@ class Truncate(Enum):
 
 @dataclass(frozen=True)
 class Example:
-    """One piece of text and what is asked of it.
+    """A text and its target.
 
-    `target` is a label name, an answer text, or None for plain text. `fields` fill the template's other
-    slots. `focus` are character spans of the text that a window cut must keep (entities), `kept` those that are cut
-    last. `references` are all answers that count as right, where there is more than `target`.
+    `target` is a label name, an answer text, or None for plain text. `fields` are the values of the template's other
+    slots. Two kinds of character spans of the text steer truncation: the window is centred on `entity_spans`, and
+    `protected_spans` are cut last. `references` are all correct answers, if there are others than `target`.
     """
 
     text: str
     target: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
-    focus: tuple[tuple[int, int], ...] = ()
-    kept: tuple[tuple[int, int], ...] = ()
+    entity_spans: tuple[tuple[int, int], ...] = ()
+    protected_spans: tuple[tuple[int, int], ...] = ()
     references: tuple[str, ...] = ()
 
 
@@ -77,8 +77,8 @@ class Benchmark:
     max_target: int = 0
     truncate: Truncate = Truncate.end
     length_set: bool = False  # max_length was asked for: a model that cannot read as much is refused
-    own_softmax: bool = False  # the loss compares the labels of an example's own task only
-    reserved: int = 0  # positions of the model that a method's prompts take, at most
+    per_task_softmax: bool = False  # the loss compares the labels of an example's own task only
+    reserved_positions: int = 0  # positions of the model that a method's prompts take, at most
     begin: bool = False  # every document begins with the tokenizer's begin token
     isolate: bool = False  # documents in one window of text do not see each other
     base: Task | None = None  # text that the model is made on before the first task
@@ -105,7 +105,7 @@ class Benchmark:
         """Which scores are better: higher, or lower for perplexities."""
         return "lower" if self.tasks[0].metric.endswith("perplexity") else "higher"
 
-    def key(self, index: int) -> int | str:
+    def seed_key(self, index: int) -> int | str:
         """What the random draws of a task are named by: its place, or a domain's name, so that others do not matter."""
         return index if self.direction == "higher" else self.names[index]
 

@@ -16,7 +16,7 @@ def decontaminated(tests: Sequence[Documents], trains: Iterable[Documents]) -> l
     """The test texts without the pieces that occur in any of `trains`; a document with a hole becomes two.
 
     A test document is cut into pieces of WINDOW characters, the last of which ends with it; shorter documents are
-    kept. `dropped` of the result counts the pieces left out.
+    kept. `num_contaminated` of the result counts the pieces left out.
     """
     hashes = [[piece_hashes(example.text) for example in test] for test in tests]
     known = np.unique(np.concatenate([np.zeros(0, np.uint64), *(part for test in hashes for part in test)]))
@@ -87,7 +87,7 @@ def occurring(known: np.ndarray, trains: Iterable[Documents]) -> np.ndarray:
 
 def _stretches(documents: Documents) -> Iterator[str]:
     """The texts in stretches of about STEP characters, which overlap by less than a window."""
-    border = BORDER if documents.borders else ""
+    border = BORDER if documents.has_boundaries else ""
     parts, length = [""], 0
     for example in documents:
         for begin in range(0, len(example.text), STEP):
@@ -117,5 +117,5 @@ def _without(test: Documents, repeated: list[np.ndarray]) -> Documents:
         for begin, end in edges.reshape(-1, 2).tolist():
             skipped, size = len(text[:begin].encode()), len(text[begin:end].encode())
             segments.append([unit, first + skipped, first + skipped + size, -(-count * size // (last - first))])
-    dropped = sum(int(pieces.sum()) for pieces in repeated)
-    return Documents(test.corpus, np.array(segments, dtype=np.int64).reshape(-1, 4), dropped)
+    num_contaminated = sum(int(pieces.sum()) for pieces in repeated)
+    return Documents(test.corpus, np.array(segments, dtype=np.int64).reshape(-1, 4), num_contaminated)

@@ -37,9 +37,9 @@ class Unit(NamedTuple):
 
 
 class Reader(Protocol):
-    """A source of documents. Without `borders` its units are consecutive stretches of one text."""
+    """A source of documents. Without `has_boundaries` its units are consecutive stretches of one text."""
 
-    borders: bool
+    has_boundaries: bool
     joiner: str  # stands between the pieces of a document
     name: str  # what messages call it
     report: ReadReport
@@ -54,7 +54,7 @@ class Reader(Protocol):
 class Strings:
     """Texts in memory, one document each."""
 
-    borders, joiner, name = True, "", "texts in memory"
+    has_boundaries, joiner, name = True, "", "texts in memory"
 
     def __init__(self, texts: Iterable[str], report: ReadReport | None = None) -> None:
         self.texts, self.report = list(texts), report or ReadReport()
@@ -70,7 +70,7 @@ class Strings:
 class WholeFiles:
     """One document per file."""
 
-    borders, joiner, name = True, "", "txt files"
+    has_boundaries, joiner, name = True, "", "txt files"
 
     def __init__(self, paths: Sequence[Path], report: ReadReport | None = None) -> None:
         self.paths, self.report = paths, report or ReadReport()
@@ -89,7 +89,7 @@ class WholeFiles:
 class LongText:
     """One long text without known document borders, in stretches that end with a line."""
 
-    borders, joiner = False, ""
+    has_boundaries, joiner = False, ""
 
     def __init__(self, path: Path, report: ReadReport | None = None) -> None:
         self.path, self.name, self.report = path, str(path), report or ReadReport()
@@ -158,7 +158,7 @@ def _inside(data: bytes, ahead: bytes) -> bool:
 class Rows:
     """Rows of a table; consecutive rows with the same id are the pieces of one document, in order."""
 
-    borders, joiner = True, "\n\n"
+    has_boundaries, joiner = True, "\n\n"
 
     def __init__(self, path: Path, text: str, document: str, report: ReadReport | None = None) -> None:
         self.path, self.name, self.report = path, str(path), report or ReadReport()

@@ -61,14 +61,14 @@ class Corpus:
 class Documents(Sequence[Example]):
     """Texts of one split of one domain; iterating reads the files.
 
-    `dropped` pieces were found in train and left out; None where nobody has looked.
+    `num_contaminated` pieces were found in train and left out; None where nobody has looked.
 
-    With `borders` every element is a document (or what a hole left of it); without, elements are consecutive
+    With `has_boundaries` every element is a document (or what a hole left of it); without, elements are consecutive
     stretches of one text, to be joined as they are.
     """
 
-    def __init__(self, corpus: Corpus, segments: np.ndarray | None = None, dropped: int | None = None) -> None:
-        self.corpus, self.dropped = corpus, dropped
+    def __init__(self, corpus: Corpus, segments: np.ndarray | None = None, num_contaminated: int | None = None) -> None:
+        self.corpus, self.num_contaminated = corpus, num_contaminated
         if segments is not None:
             self.segments = segments
 
@@ -89,9 +89,9 @@ class Documents(Sequence[Example]):
         return np.stack([np.arange(len(sizes)), np.zeros_like(sizes), sizes, pieces], axis=1)
 
     @property
-    def borders(self) -> bool:
+    def has_boundaries(self) -> bool:
         """Whether elements are documents of their own."""
-        return all(reader.borders for reader in self.corpus.readers)
+        return all(reader.has_boundaries for reader in self.corpus.readers)
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -102,7 +102,7 @@ class Documents(Sequence[Example]):
     def __getitem__(self, place: slice) -> "Documents": ...
     def __getitem__(self, place: int | slice) -> "Example | Documents":
         if isinstance(place, slice):
-            return Documents(self.corpus, self.segments[place], self.dropped)
+            return Documents(self.corpus, self.segments[place], self.num_contaminated)
         unit, begin, end, _ = self.segments[place].tolist()
         return Example(self.corpus.read(unit)[begin:end].decode())
 
@@ -120,7 +120,7 @@ class Documents(Sequence[Example]):
         return int(self._sizes.sum())
 
     @property
-    def pieces(self) -> int:
+    def num_pieces(self) -> int:
         """Rows of a table, files, or PIECE bytes of a long text; of documents with holes in proportion."""
         return int(self.segments[:, 3].sum())
 
@@ -142,7 +142,7 @@ class Documents(Sequence[Example]):
 
     def fingerprint(self) -> str:
         """Hash of all texts in order."""
-        found = hashlib.sha256(f"{self.borders}".encode())
+        found = hashlib.sha256(f"{self.has_boundaries}".encode())
         found.update(np.ascontiguousarray(self.hashes).tobytes())
         found.update(np.ascontiguousarray(self.segments[:, 1:3]).tobytes())
         return found.hexdigest()[:16]
@@ -167,11 +167,11 @@ class Documents(Sequence[Example]):
             if taken + sizes[place] <= goal:
                 chosen.append(place)
                 taken += sizes[place]
-            elif not self.borders or taken > 0.9 * goal:
+            elif not self.has_boundaries or taken > 0.9 * goal:
                 break
         part = np.zeros(len(self), dtype=bool)
-        part[chosen or [int(np.argmin(sizes)) if self.borders else -1]] = True
-        if self.borders:
+        part[chosen or [int(np.argmin(sizes)) if self.has_boundaries else -1]] = True
+        if self.has_boundaries:
             part = np.isin(self._column(KEY), self._column(KEY)[part])
         return Documents(self.corpus, self.segments[~part]), Documents(self.corpus, self.segments[part])
 
@@ -184,7 +184,7 @@ class Documents(Sequence[Example]):
 
     def _order(self, last: bool = False) -> np.ndarray:
         """Places in the order in which they are chosen."""
-        if self.borders:
+        if self.has_boundaries:
             return np.argsort(self._column(KEY), kind="stable")
         places = np.arange(len(self))
         return places[::-1] if last else places
@@ -201,7 +201,7 @@ class Documents(Sequence[Example]):
         segments[last, 2], segments[last, 3] = cut(unit, begin, end, pieces, left)
         kept = np.sort(order[: whole + 1])
         kept = kept[segments[kept, 2] > segments[kept, 1]]
-        return Documents(self.corpus, segments[kept], self.dropped)
+        return Documents(self.corpus, segments[kept], self.num_contaminated)
 
     def _first_pieces(self, unit: int, begin: int, end: int, pieces: int, left: int) -> tuple[int, int]:
         return min(end, begin + sum(map(len, self.corpus.pieces(unit)[:left]))), left

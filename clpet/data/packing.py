@@ -45,18 +45,18 @@ def windows(
 
 
 class Slices(Ragged):
-    """Rows that are stretches of streams, behind the token `front` where there is one; lengths count it."""
+    """Rows that are stretches of streams, behind the token `bos_id` where there is one; lengths count it."""
 
     def __init__(
-        self, streams: list[Stream], which: np.ndarray, starts: np.ndarray, lengths: np.ndarray, front: int | None
+        self, streams: list[Stream], which: np.ndarray, starts: np.ndarray, lengths: np.ndarray, bos_id: int | None
     ) -> None:
-        self.streams, self.which, self.starts, self.lengths, self.front = streams, which, starts, lengths, front
-        self.lead = int(front is not None)
+        self.streams, self.which, self.starts, self.lengths, self.bos_id = streams, which, starts, lengths, bos_id
+        self.lead = int(bos_id is not None)
 
     def __getitem__(self, row: int) -> np.ndarray:
         start, end = self.span(row)
         tokens = self.streams[self.which[row]].tokens[start:end]
-        return tokens if self.front is None else np.concatenate([np.array([self.front], tokens.dtype), tokens])
+        return tokens if self.bos_id is None else np.concatenate([np.array([self.bos_id], tokens.dtype), tokens])
 
     def span(self, row: int) -> tuple[int, int]:
         """Where in its stream a row begins and ends."""
@@ -99,18 +99,19 @@ class Masking:
 class Windows(EncodedDataset):
     """Windows over the streams of several domains; `weights` [rows] are the tokens that each predicts.
 
-    With `isolate` a document neither sees nor predicts what stands before it in its window. With a `masking` places
-    in the window are filled instead. With a token `front` every window starts with it, which is not predicted.
+    With `document_mask` a document neither attends to nor is predicted from the documents before it in its window. With
+    `masking` the model fills masked positions of the window instead of predicting every next token. With `bos_id` every
+    window starts with that token, which is not predicted.
     """
 
     def __init__(
-        self, pad_id: int, isolate: bool = False, masking: Masking | None = None, front: int | None = None
+        self, pad_id: int, document_mask: bool = False, masking: Masking | None = None, bos_id: int | None = None
     ) -> None:
         super().__init__([], [], [], pad_id)
-        self.isolate, self.masking, self.front = isolate, masking, front
+        self.document_mask, self.masking, self.bos_id = document_mask, masking, bos_id
         self.streams: list[Stream] = []
         empty = np.empty(0, np.int64)
-        self.source = Slices(self.streams, empty, empty, empty, front)
+        self.source = Slices(self.streams, empty, empty, empty, bos_id)
         self.skips, self.weights = empty, np.empty(0)
 
     def add(self, task: int, stream: Stream, cut: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
@@ -121,7 +122,7 @@ class Windows(EncodedDataset):
         which = np.concatenate([old.which, np.full(count, len(self.streams))])
         self.streams.append(stream)
         starts, lengths = np.concatenate([old.starts, starts]), np.concatenate([old.lengths, lengths])
-        self.source = Slices(self.streams, which, starts, lengths, self.front)
+        self.source = Slices(self.streams, which, starts, lengths, self.bos_id)
         self.skips = np.concatenate([self.skips, skips])
         self.tasks = np.concatenate([self.tasks, np.full(count, task)])
         self.labels, self.lengths = np.full(len(self.tasks), -1), self.source.lengths
@@ -132,16 +133,18 @@ class Windows(EncodedDataset):
         rows = range(first, first + len(plain))
         if self.masking:
             return np.array([self.masking.count(self.source[row]) for row in rows], float)
-        return np.array([self.predicted(row).sum() for row in rows], float) if self.isolate else plain.astype(float)
+        return (
+            np.array([self.predicted(row).sum() for row in rows], float) if self.document_mask else plain.astype(float)
+        )
 
     def predicted(self, row: int) -> np.ndarray:
         """[length]: which tokens of a window are predicted."""
         places = np.arange(self.lengths[row]) >= self.skips[row]
-        if self.isolate:
-            places[self.borders(row)] = False
+        if self.document_mask:
+            places[self.document_starts(row)] = False
         return places
 
-    def borders(self, row: int) -> np.ndarray:
+    def document_starts(self, row: int) -> np.ndarray:
         """Places of a window where a document begins."""
         source = self.source
         assert isinstance(source, Slices)
@@ -179,12 +182,12 @@ class Windows(EncodedDataset):
         length = batch.input_ids.shape[1]
         found = [self._read(row) for row in rows]
         places = np.concatenate([place * length + inside for place, (_, inside) in enumerate(found)])
-        batch.places = torch.from_numpy(places)
-        batch.wanted = batch.input_ids.view(-1)[batch.places]
+        batch.target_positions = torch.from_numpy(places)
+        batch.target_ids = batch.input_ids.view(-1)[batch.target_positions]
         for place, (ids, _) in enumerate(found if self.masking else []):
             batch.input_ids[place, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-        if self.isolate:
-            batch.documents = torch.from_numpy(np.stack([self._numbers(row, length) for row in rows]))
+        if self.document_mask:
+            batch.document_ids = torch.from_numpy(np.stack([self._numbers(row, length) for row in rows]))
         return batch.to(device)
 
     def _read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -198,7 +201,7 @@ class Windows(EncodedDataset):
     def _numbers(self, row: int, length: int) -> np.ndarray:
         """[length]: how many documents of the window have begun."""
         begins = np.zeros(length + 1, np.int64)
-        begins[self.borders(row)] = 1
+        begins[self.document_starts(row)] = 1
         begins[self.lengths[row]] = 1  # padding is a document of its own
         return begins[:-1].cumsum()
 
@@ -210,7 +213,7 @@ def pack(
     """Adds a domain's windows to a pool. Raises DataError where there is not even one."""
     total = len(stream.tokens) if limit is None else min(limit, len(stream.tokens))
     train = split == "train"
-    cut = blocks(total, context) if train else windows(total, context, stride, int(pool.front is not None))
+    cut = blocks(total, context) if train else windows(total, context, stride, int(pool.bos_id is not None))
     if len(cut[0]) == 0:
         what = f"{total} tokens, not one window of {context}" if train else "nothing to predict"
         what = f"its {split} text has {what}"

@@ -1,4 +1,4 @@
-"""Text to tokens: templates, what of a text is kept where not all of it fits, entity windows."""
+"""Text to tokens: templates, truncation, and windows around entities."""
 
 import re
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ class Template:
             [before + text + after for before, text, after in zip(befores, texts, afters, strict=True)]
         )
         rows, lengths = [], []
-        for (ids, offsets), before, (text, focus, kept) in zip(wholes, befores, marked, strict=True):
+        for (ids, offsets), before, (text, entity_spans, protected_spans) in zip(wholes, befores, marked, strict=True):
             start, end = len(before), len(before) + len(text)
             first = sum(b <= start for _, b in offsets)  # tokens of the template before the text, and after it
             last = max(first, len(ids) - sum(b > end for _, b in offsets))
@@ -88,7 +88,8 @@ class Template:
                     "its template"
                 )
             inside = [(a - start, b - start) for a, b in offsets[first:last]]
-            window = [ids[first + place] for place in window_rows(inside, focus, room, kept, self.truncate)]
+            rows_inside = window_rows(inside, entity_spans, room, protected_spans, self.truncate)
+            window = [ids[first + row] for row in rows_inside]
             row = [*self.head, *ids[:first], *window, *ids[last:], *self.tail]
             if self.needs_mask and row.count(self.mask_id) != 1:
                 raise DataError(f"an example holds the mask token {row.count(self.mask_id)} times, not once")
@@ -101,15 +102,15 @@ class Template:
         return re.sub(r"\{(\w+)\}", lambda slot: values.get(slot.group(1), slot.group(0)), part)
 
     def _mark(self, example: Example) -> tuple[str, list[Span], list[Span]]:
-        """The text with reserved tokens for markers, and where its focus and what it keeps are then."""
-        text, spans = example.text, [*example.focus, *example.kept]
+        """The text with reserved tokens for markers, and its entity spans and protected spans after that."""
+        text, spans = example.text, [*example.entity_spans, *example.protected_spans]
         if "[m" in text:
             for marker, token in self.markers.items():
                 while (place := text.find(marker)) >= 0:
                     text = text[:place] + token + text[place + len(marker) :]
                     shift = len(token) - len(marker)
                     spans = [(a + shift * (place < a), b + shift * (place < b)) for a, b in spans]
-        count = len(example.focus)
+        count = len(example.entity_spans)
         return text, spans[:count], spans[count:]
 
     def _tokens(self, texts: list[str]) -> list[tuple[list[int], list[Span]]]:
@@ -137,20 +138,20 @@ def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def window_rows(
-    offsets: Sequence[Span], focus: Sequence[Span], room: int, kept: Sequence[Span] = (),
+    offsets: Sequence[Span], entity_spans: Sequence[Span], room: int, protected_spans: Sequence[Span] = (),
     truncate: Truncate = Truncate.end,
 ) -> list[int]:  # fmt: skip
     """Which tokens of a text to keep when only `room` fit: a window around its entities, or all but what is cut.
 
     The window is centred on the span of all entities; entities too far apart get half of the room each
-    (ConPET, section 2 of its input template). Elsewhere the tokens of `kept` spans are the last to be cut.
+    (ConPET, section 2 of its input template). Elsewhere the tokens of `protected_spans` are the last to be cut.
     """
     total = len(offsets)
     if total <= room:
         return list(range(total))
-    spans = [(rows[0], rows[-1] + 1) for span in focus if (rows := _inside(offsets, span))]
+    spans = [(rows[0], rows[-1] + 1) for span in entity_spans if (rows := _inside(offsets, span))]
     if not spans:
-        fixed = sorted({row for span in kept for row in _inside(offsets, span)})
+        fixed = sorted({row for span in protected_spans for row in _inside(offsets, span)})
         fixed = _shortened(fixed, room, truncate)
         rest = sorted(set(range(total)).difference(fixed))
         return sorted(fixed + _shortened(rest, room - len(fixed), truncate))

@@ -74,7 +74,7 @@ class Tokens:
 
     def _encode(self, documents: Iterable[Example], sized: bool) -> Iterator[tuple[list[int], list[float], bool]]:
         """(ids, bytes of each, whether a document begins here) of every document."""
-        known = getattr(documents, "borders", True)
+        known = getattr(documents, "has_boundaries", True)
         head, tail = (self.head, self.tail) if known else ([], [])
         offsets = sized and self.tokenizer.is_fast
         waiting = iter(documents)
@@ -112,21 +112,21 @@ class Tokens:
             if path:
                 atomic_io.save_arrays(path, found)
         ends = np.cumsum(found["lengths"])
-        starts = ends - found["lengths"] if getattr(documents, "borders", True) else np.empty(0, np.int64)
+        starts = ends - found["lengths"] if getattr(documents, "has_boundaries", True) else np.empty(0, np.int64)
         return Stream(Lazy(self, documents, ends), starts, np.empty(0, np.float32))
 
     def encode(self, documents: Sequence[Example], place: int) -> np.ndarray:
         """Token ids of one document."""
-        one = _One([documents[place]], getattr(documents, "borders", True))
+        one = _One([documents[place]], getattr(documents, "has_boundaries", True))
         return np.array(next(self._encode(one, sized=False))[0], self.dtype)
 
 
 class _One(list[Example]):
     """A single document, with what is known of its borders."""
 
-    def __init__(self, examples: list[Example], borders: bool) -> None:
+    def __init__(self, examples: list[Example], has_boundaries: bool) -> None:
         super().__init__(examples)
-        self.borders = borders
+        self.has_boundaries = has_boundaries
 
 
 class Lazy:

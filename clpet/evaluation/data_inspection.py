@@ -97,12 +97,12 @@ def _domain(task: Task, data: Encoded | None = None, index: int = -1) -> dict[st
     pools = {split: getattr(data, split) for split in SPLITS} if data else {}
     return {
         **{split: len(part) for split, part in parts.items()},
-        "pieces": {split: part.pieces for split, part in parts.items()},
+        "pieces": {split: part.num_pieces for split, part in parts.items()},
         "bytes": {split: part.bytes for split, part in parts.items()},
         "repeats": {split: part.repeats for split, part in parts.items()},
         "tokens": {split: int(pool.lengths[pool.rows_of(index)].sum()) for split, pool in pools.items()},
-        "borders": parts["train"].borders,
-        "dropped": parts["test"].dropped,
+        "borders": parts["train"].has_boundaries,
+        "dropped": parts["test"].num_contaminated,
     }
 
 

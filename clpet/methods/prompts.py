@@ -29,7 +29,7 @@ class Prompts(Method):
         require(self.length >= 1, "method.length", self.length, "at least 1")
 
     def check_benchmark(self, benchmark: Benchmark) -> None:
-        benchmark.reserved = self.longest(benchmark)
+        benchmark.reserved_positions = self.longest(benchmark)
 
     def longest(self, benchmark: Benchmark) -> int:
         """Most vectors that ever stand before a text."""

@@ -148,7 +148,7 @@ class SLM(Method):
         seed = derive(self.seed, "values", task.name)
         self.increments.add(seed, self.per_task, lambda b, generator: b.normal_(generator=generator))
         if self.rows:
-            self.rows.grow(self.benchmark.task_labels(index), not self.benchmark.own_softmax)
+            self.rows.grow(self.benchmark.task_labels(index), not self.benchmark.per_task_softmax)
         self.fit(trainer, index)
 
     def learn_keys(self, task: Task, index: int, trainer: Trainer) -> Tensor:

@@ -108,7 +108,7 @@ class Objective:
         longest, benchmark = longest_input(self.adapters), self.benchmark
         if longest is None:
             return
-        asked, reserved = benchmark.max_length, benchmark.reserved
+        asked, reserved = benchmark.max_length, benchmark.reserved_positions
         answer = self.longest_wanted() - asked
         room = longest - answer - reserved
         beside = (f" and an answer of {answer}" if answer else "") + (

@@ -143,7 +143,7 @@ class Classification(Objective):
 
     def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """Over the labels seen so far, or with benchmark.softmax=task over those of an example's task."""
-        if self.benchmark.own_softmax:
+        if self.benchmark.per_task_softmax:
             logits = logits + self.own[batch.tasks][:, self.head.labels]
         return F.cross_entropy(logits, self.targets(batch))
 

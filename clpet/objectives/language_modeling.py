@@ -54,7 +54,7 @@ class LanguageModeling(Objective):
             raise ConfigError(
                 f"evaluation.stride={stride} passes over text: at most benchmark.max_length={length} does not"
             )
-        if self.evaluation.bos and (not self.causal or self.front is None):
+        if self.evaluation.bos and (not self.causal or self.bos_id is None):
             raise ConfigError(f"evaluation.bos needs a decoder whose tokenizer has such a token: model {backbone.name}")
         if benchmark.begin and (not self.causal or self.tokenizer.bos_token_id is None):
             raise ConfigError(f"benchmark.begin needs a decoder with a begin token: model {backbone.name} has none")
@@ -92,18 +92,18 @@ class LanguageModeling(Objective):
         if self.evaluation.rank_prompts:
             pad, split = pad_id(self.tokenizer), self.evaluation.split.value
             self.terms = asked(benchmark, self.tokenizer, self.evaluation.rank_prompts, pad, split)
-        return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.key)
+        return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.seed_key)
 
     def _pool(self, split: str) -> Windows:
         masking = None
         if not self.causal:
             special, size = np.array(self.tokenizer.all_special_ids), len(self.tokenizer)
             masking = Masking(self.tokenizer.mask_token_id, special, size, seed=0, training=split == "train")
-        front = self.front if self.evaluation.bos and split != "train" else None
-        return Windows(pad_id(self.tokenizer), self.benchmark.isolate, masking, front)
+        bos_id = self.bos_id if self.evaluation.bos and split != "train" else None
+        return Windows(pad_id(self.tokenizer), self.benchmark.isolate, masking, bos_id)
 
     @property
-    def front(self) -> int | None:
+    def bos_id(self) -> int | None:
         """The token that a text of this tokenizer begins with."""
         bos, cls = self.tokenizer.bos_token_id, self.tokenizer.cls_token_id
         return cls if bos is None else bos
@@ -126,19 +126,19 @@ class LanguageModeling(Objective):
     # Learning
 
     def states(self, batch: Batch) -> Tensor:
-        """[terms, dim]: what the output layer reads to predict each of `batch.wanted`."""
+        """[terms, dim]: what the output layer reads to predict each of `batch.target_ids`."""
         self.meter.count(batch, torch.is_grad_enabled())
-        assert batch.places is not None
+        assert batch.target_positions is not None
         with self.autocast, without_head(self.adapters.model) as model:
             hidden = model(**self.inputs(batch), **({"use_cache": False} if self.causal else {})).logits
         hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompts stand in front
-        return hidden.flatten(0, 1)[batch.places - int(self.causal)]
+        return hidden.flatten(0, 1)[batch.target_positions - int(self.causal)]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         read: dict[str, Any] = super().inputs(batch)
-        if batch.documents is None:
+        if batch.document_ids is None:
             return read
-        numbers, length = batch.documents, batch.input_ids.shape[1]
+        numbers, length = batch.document_ids, batch.input_ids.shape[1]
         same = numbers[:, None, :, None] == numbers[:, None, None, :]
         if self.causal:
             same = same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
@@ -160,8 +160,8 @@ class LanguageModeling(Objective):
 
     def targets(self, batch: Batch) -> Tensor:
         """[terms]: the tokens to predict."""
-        assert batch.wanted is not None
-        return batch.wanted
+        assert batch.target_ids is not None
+        return batch.target_ids
 
     def loss(self, batch: Batch) -> Tensor:
         return chunked_cross_entropy.mean_nll(self.states(batch), self.targets(batch), self.head)
@@ -170,12 +170,12 @@ class LanguageModeling(Objective):
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         """Facts per window: the sum of its tokens' negative log-likelihoods and how many it predicts."""
-        assert batch.places is not None
+        assert batch.target_positions is not None
         if batch.pool is self.terms:
             return Predictions(trace={"rank": ranks(self.logits(batch), self.targets(batch))})
         with self.autocast:
             nll = chunked_cross_entropy.token_nll(self.states(batch), self.targets(batch), self.head).double()
-        row = batch.places // batch.input_ids.shape[1]
+        row = batch.target_positions // batch.input_ids.shape[1]
         sums = nll.new_zeros(len(batch)).index_add_(0, row, nll)
         counts = nll.new_zeros(len(batch)).index_add_(0, row, torch.ones_like(nll))
         return Predictions(trace={"nll": sums, "tokens": counts})

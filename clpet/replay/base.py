@@ -44,7 +44,7 @@ class NoReplay:
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         """Called once, before the first task."""
         self.pool, self.val_pool, self.seed, self.batch_size = data.train, data.validation, seed, batch_size
-        self.key = data.key
+        self.seed_key = data.seed_key
         self.cluster_seed = seed % 2**32
         self.memory: dict[int, Rows] = {}  # task -> rows of the pool that may come back
 
@@ -92,7 +92,7 @@ class NoReplay:
         return BatchPlan(
             self.pool,
             -(-len(rows) // self.batch_size),
-            lambda epoch: self.pool.shuffled(rows, self.batch_size, self.rng(self.key(index), stage, epoch)),
+            lambda epoch: self.pool.shuffled(rows, self.batch_size, self.rng(self.seed_key(index), stage, epoch)),
         )
 
 

@@ -50,9 +50,9 @@ class FixedFractionReplay(NoReplay):
         def epoch(number: int) -> list[Rows]:
             first, last = number * count, (number + 1) * count
             through = range(first // len(old), -(-last // len(old)))  # the turns through all old rows that it touches
-            turns = [self.rng(self.key(index), stage, "turn", turn).permutation(old) for turn in through]
+            turns = [self.rng(self.seed_key(index), stage, "turn", turn).permutation(old) for turn in through]
             drawn = np.concatenate(turns)[first - through[0] * len(old) :][:count]
-            rng = self.rng(self.key(index), stage, number)
+            rng = self.rng(self.seed_key(index), stage, number)
             return self.pool.shuffled(np.concatenate([new, drawn]), self.batch_size, rng)
 
         return BatchPlan(self.pool, -(-(len(new) + count) // self.batch_size), epoch)

@@ -65,7 +65,9 @@ class SampledReplay(NoReplay):
             repeats = "task %d has %d examples for %d places of a batch: they repeat"
             log.warning(repeats, index + 1, len(new), new_places)
         steps = -(-len(new) // new_places) if self.limit is None else steps_and_val_batches(self.limit)[0]
-        return BatchPlan(self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(self.key(index), stage, epoch)))
+        return BatchPlan(
+            self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(self.seed_key(index), stage, epoch))
+        )
 
     def validation(self, index: int) -> ValidationRows:
         """L // 5 batches of 32, half new and half old, drawn once per task; all validation parts without a limit."""

@@ -54,7 +54,7 @@ def clear(out: Path) -> None:
 
 def softmax(benchmark: Benchmark, objective: str) -> str | None:
     """Labels that compete in a classification loss, "task" or "seen": what benchmark.softmax=auto resolved to."""
-    return ("task" if benchmark.own_softmax else "seen") if objective == "classification" else None
+    return ("task" if benchmark.per_task_softmax else "seen") if objective == "classification" else None
 
 
 def start(

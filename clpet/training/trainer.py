@@ -66,7 +66,7 @@ class Trainer:
     def begin_task(self, index: int, last: bool = False) -> None:
         """Seeds torch for a task, so that a resumed run draws what an uninterrupted one draws; starts its meter."""
         self.task, self.last = index, last
-        torch.manual_seed(derive(self.seed, "task", self.objective.benchmark.key(index)))
+        torch.manual_seed(derive(self.seed, "task", self.objective.benchmark.seed_key(index)))
         self.objective.meter.restart()
 
     @property

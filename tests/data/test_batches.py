@@ -28,7 +28,7 @@ def test_markers_wrap_every_mention() -> None:
     found = mark_entities(tokens, {"head": [(3, 3)], "tail": [(0, 0), (5, 5)]}, "capital")
     assert found.text == "[m2] Paris [m3] is in [m0] France [m1] and [m2] Paris [m3] is big"
     assert found.fields == {"head": "France", "tail": "Paris"}
-    assert [found.text[a:b] for a, b in found.focus] == ["[m0] France [m1]", "[m2] Paris [m3]"]
+    assert [found.text[a:b] for a, b in found.entity_spans] == ["[m0] France [m1]", "[m2] Paris [m3]"]
 
 
 def test_entities_may_nest_and_touch() -> None:

@@ -47,7 +47,7 @@ def test_consecutive_rows_of_one_id_are_a_document(tmp_path: Path, write) -> Non
     found = Documents.of(write(tmp_path, ROWS))
     assert texts(found) == TEXTS
     assert [found[place].text for place in (4, 0, 2, 0, 3)] == [TEXTS[place] for place in (4, 0, 2, 0, 3)]
-    assert (len(found), found.pieces, found.borders) == (5, 7, True)
+    assert (len(found), found.num_pieces, found.has_boundaries) == (5, 7, True)
     assert found.bytes == sum(len(text.encode()) for text in TEXTS) == 35
 
 
@@ -55,7 +55,7 @@ def test_a_text_without_borders_is_read_in_stretches_that_give_it_back(tmp_path:
     lines = [f"zeile {i} ü {'x' * (i % 90)}\n" for i in range(4000)] + ["ü" * 100_000]
     found = Documents.of(long_text(tmp_path, "".join(lines)))
     assert "".join(texts(found)) == "".join(lines)
-    assert not found.borders
+    assert not found.has_boundaries
     assert len(found) > 100
     assert all(text.endswith("\n") for text in texts(found)[:100])
     assert max(len(text.encode()) for text in texts(found)) <= STRETCH + PIECE + 3
@@ -154,7 +154,7 @@ def test_pieces_of_a_document_are_counted_one_by_one(tmp_path: Path) -> None:
     rows = [("a", f"piece {i}") for i in range(5)]
     found = Documents.of(jsonl(tmp_path, rows)).limited(3)
     assert texts(found) == ["piece 0\n\npiece 1\n\npiece 2"]
-    assert found.pieces == 3
+    assert found.num_pieces == 3
 
 
 def test_a_text_without_borders_keeps_its_beginning_and_gives_its_end(tmp_path: Path) -> None:
@@ -203,10 +203,10 @@ def test_a_piece_of_a_test_text_that_train_has_leaves_a_hole() -> None:
     trains = [Documents.strings([letters(3, 5000)]), Documents.strings(["x", "ü" + test[390:610] + "tail"])]
     found, kept = decontaminated([Documents.strings([test]), Documents.strings([other])], trains)
     assert texts(found) == [test[:400], test[600:]]
-    assert (found.dropped, kept.dropped, texts(kept)) == (1, 0, [other])
+    assert (found.num_contaminated, kept.num_contaminated, texts(kept)) == (1, 0, [other])
     assert found.bytes == 800
     short = [Documents.strings([test[400:599]])]
-    assert decontaminated([Documents.strings([test])], short)[0].dropped == 0
+    assert decontaminated([Documents.strings([test])], short)[0].num_contaminated == 0
 
 
 def test_a_piece_is_found_over_stretches_but_not_over_documents(tmp_path: Path) -> None:
@@ -217,9 +217,9 @@ def test_a_piece_is_found_over_stretches_but_not_over_documents(tmp_path: Path) 
     assert len(stretches) > 2
     border = len(stretches[0].text)
     across = Documents.strings([text[border - 100 : border + 100]])
-    assert decontaminated([across], [stretches])[0].dropped == 1
+    assert decontaminated([across], [stretches])[0].num_contaminated == 1
     halves = Documents.strings([test[:100], test[100:]])
-    assert decontaminated([Documents.strings([test])], [halves])[0].dropped == 0
+    assert decontaminated([Documents.strings([test])], [halves])[0].num_contaminated == 0
 
 
 def test_holes_equal_those_of_a_plain_search(tmp_path: Path) -> None:
@@ -229,5 +229,5 @@ def test_holes_equal_those_of_a_plain_search(tmp_path: Path) -> None:
              for at in rng.integers(0, len(train) - 1000, 40)]  # fmt: skip
     tests = ["".join(parts[i : i + 4]) for i in range(0, 40, 4)]
     (found,) = decontaminated([Documents.strings(tests)], [Documents.strings([train])])
-    assert found.dropped == sum(text[at : at + WINDOW] in train for text in tests for at in starts(len(text)))
-    assert found.dropped > 10
+    assert found.num_contaminated == sum(text[at : at + WINDOW] in train for text in tests for at in starts(len(text)))
+    assert found.num_contaminated > 10

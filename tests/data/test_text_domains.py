@@ -67,7 +67,7 @@ def test_files_and_folders_say_which_split_they_are(tmp_path: Path) -> None:
     for task in benchmark.tasks[:2]:
         assert [texts(task.split(split)) for split in SPLITS] == [["one", "two"], ["three"], ["four"]]
     c, d = benchmark.tasks[2:]
-    assert not c.train.borders
+    assert not c.train.has_boundaries
     assert "".join(texts(c.train) + texts(c.validation) + texts(c.test)) == (tmp_path / "c.txt").read_text()
     assert [len(d.split(split)) for split in SPLITS] == [1, 1, 1]  # no train file: one pool
 
@@ -76,7 +76,7 @@ def test_text_domains_as_their_readme_counts_them() -> None:
     """Pieces and documents of the given splits; test documents may get holes."""
     folder = shared("data", "text_domains")
     benchmark = from_yaml("text_domains", folder, "benchmark.decontaminate=false")
-    found = {task.name: [task.split(split).pieces for split in SPLITS] for task in benchmark.tasks}
+    found = {task.name: [task.split(split).num_pieces for split in SPLITS] for task in benchmark.tasks}
     assert found["medical"] == [5338, 269, 254]
     assert found["python_peps"] == [4545, 224, 234]
     assert found["wikipedia"] == [1308, 95, 104]
@@ -97,7 +97,7 @@ def test_test_pieces_of_real_text_that_train_has_are_left_out() -> None:
     train, remains = ("\0".join(texts(documents)) for documents in (before.train, after.test))
     pieces = [text[at : at + 200] for text in texts(before.test) for at in range(0, len(text) - 200, 400)]
     known = {piece for piece in pieces if piece in train}
-    assert after.test.dropped > len(known) > 10
+    assert after.test.num_contaminated > len(known) > 10
     assert [piece for piece in pieces if (piece in remains) == (piece in known)] == []
 
 
@@ -153,7 +153,7 @@ def test_a_base_corpus_is_no_task_but_counts_as_train(four: Path) -> None:
     assert benchmark.names == ["bee", "cat", "dog"]
     assert benchmark.base is not None
     assert benchmark.base.name == "ant"
-    assert benchmark.tasks[0].test.dropped == 1  # of the pieces at 0, 200 and 300 the last
+    assert benchmark.tasks[0].test.num_contaminated == 1  # of the pieces at 0, 200 and 300 the last
 
 
 def test_what_is_left_out_is_recorded(four: Path) -> None:
@@ -381,7 +381,7 @@ def test_m2d2_from_folders_and_archives(tmp_path: Path) -> None:
     ):
         for split, file in m2d2.FILES.items():
             assert "".join(texts(task.split(split))) == (tmp_path / place / file).read_text()
-        assert not task.train.borders
+        assert not task.train.has_boundaries
     assert sorted(path.name for path in (tmp_path / "in" / "Philosophy").iterdir()) == [
         "test.txt",
         "train.txt",

@@ -40,7 +40,7 @@ def test_a_text_is_cut_at_the_side_that_is_asked_for(truncate: str, plain: str, 
     """16 letters, room for 9; with n, o and p kept, 6 of the others are left, from the side that is not cut."""
     text, side = "abcdefghijklmnop", Truncate(truncate)
     assert letters(Example(text), side) == plain
-    assert letters(Example(text, kept=((13, 16),)), side) == kept
+    assert letters(Example(text, protected_spans=((13, 16),)), side) == kept
     assert letters(Example("abc"), side) == "<abc>!"
 
 
@@ -55,7 +55,7 @@ def test_markers_move_what_is_kept() -> None:
     """[m0] becomes one reserved token of another length before the text is cut."""
     tokenizer = byte_tokenizer()
     text = "[m0]" + "a" * 30 + "QUESTION"
-    found = Template(tokenizer, "{text}", 20).encode([Example(text, kept=((34, 42),))])
+    found = Template(tokenizer, "{text}", 20).encode([Example(text, protected_spans=((34, 42),))])
     assert tokenizer.decode(found.rows[0]).endswith("QUESTION[SEP]")
     assert found.lengths == [41]
 
@@ -77,7 +77,9 @@ def test_keep_marks_what_it_finds(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         task = Table(name="made", keep={"task01": "(?s)\nquestion:.*"}).load(str(tmp_path)).tasks[0]
     for example in [*task.train, *task.validation, *task.test]:
-        assert [example.text[a:b] for a, b in example.kept] == ["\nquestion: who?"] * ("question" in example.text)
+        assert [example.text[a:b] for a, b in example.protected_spans] == ["\nquestion: who?"] * (
+            "question" in example.text
+        )
     assert "nothing to keep in 4 of 16 texts of task task01" in caplog.text
     with pytest.raises(ConfigError, match=r"benchmark.keep must be a regular expression"):
         Table(keep="(")

@@ -137,7 +137,7 @@ def test_softmax_over_the_own_task_ignores_other_labels(make) -> None:
     with torch.no_grad():
         objective.head.bias[len(first) :] += 100
     assert objective.loss(batch).item() == pytest.approx(wanted.item(), rel=1e-6)
-    objective.benchmark.own_softmax = False
+    objective.benchmark.per_task_softmax = False
     assert objective.loss(batch).item() > 10
 
 
@@ -156,4 +156,4 @@ def test_softmax_over_the_own_task_ignores_other_labels(make) -> None:
 )
 def test_softmax_auto_depends_on_whether_the_loss_sees_old_examples(overrides: list[str], own: bool, make) -> None:
     """auto: a task's own labels compete where nothing old is replayed, else all seen ones; what is set stays."""
-    assert make(*overrides).benchmark.own_softmax is own
+    assert make(*overrides).benchmark.per_task_softmax is own

@@ -230,15 +230,15 @@ def test_a_masked_model_fills_the_same_places_at_every_checkpoint_and_batch_size
     rows = data.test.rows_of(0)
     whole = data.test.batch(rows)
     again = data.test.batch(rows)
-    assert torch.equal(whole.places, again.places)
-    assert (whole.input_ids.view(-1)[whole.places] == found.tokenizer.mask_token_id).all()
+    assert torch.equal(whole.target_positions, again.target_positions)
+    assert (whole.input_ids.view(-1)[whole.target_positions] == found.tokenizer.mask_token_id).all()
     length = whole.input_ids.shape[1]
     parts = [data.test.batch([row]) for row in rows]
-    assert torch.cat([part.wanted for part in parts]).tolist() == whole.wanted.tolist()
-    assert [(p % length).tolist() for p in whole.places.split([len(part.places) for part in parts])] == [
-        part.places.tolist() for part in parts
-    ]
-    assert data.test.weights[rows].sum() == len(whole.places)
+    assert torch.cat([part.target_ids for part in parts]).tolist() == whole.target_ids.tolist()
+    assert [
+        (p % length).tolist() for p in whole.target_positions.split([len(part.target_positions) for part in parts])
+    ] == [part.target_positions.tolist() for part in parts]
+    assert data.test.weights[rows].sum() == len(whole.target_positions)
     nll, tokens = sums(found, data, 0)
     assert sums(found, data, 0, 1) == (pytest.approx(nll, rel=1e-5), tokens)
     assert {task.metric for task in found.benchmark.tasks} == {"pseudo_perplexity"}
@@ -297,7 +297,7 @@ def test_the_loss_is_the_cross_entropy_of_the_models_own_logits(kind: str) -> No
     found = objective(kind)
     batch = found.encode().train.batch([0, 2])
     logits = found.adapters.model(**found.inputs(batch)).logits.flatten(0, 1)
-    wanted = F.cross_entropy(logits[batch.places - int(found.causal)], batch.wanted)
+    wanted = F.cross_entropy(logits[batch.target_positions - int(found.causal)], batch.target_ids)
     assert found.loss(batch).item() == pytest.approx(wanted.item(), rel=1e-5)
     assert F.cross_entropy(found.logits(batch), found.targets(batch)).item() == pytest.approx(wanted.item(), rel=1e-5)
 

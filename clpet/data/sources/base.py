@@ -163,7 +163,7 @@ class Source:
         template = self.prompt.rstrip() if self.answers else self.template
         benchmark = Benchmark(self.name, tasks, template, self.max_length, self.max_target if self.answers else 0)
         benchmark.truncate = self.truncate
-        benchmark.own_softmax = self.softmax is Softmax.task
+        benchmark.per_task_softmax = self.softmax is Softmax.task
         benchmark.report = self.report
         benchmark.check()
         return benchmark
@@ -220,4 +220,4 @@ class Source:
             total = sum(map(len, parts))
             log.warning("benchmark.keep finds nothing to keep in %d of %d texts of task %s", missing, total, task)
         pairs = [zip(part, found, strict=True) for part, found in zip(parts, spans, strict=True)]
-        return [[dataclasses.replace(e, kept=tuple(found)) for e, found in pair] for pair in pairs]
+        return [[dataclasses.replace(e, protected_spans=tuple(found)) for e, found in pair] for pair in pairs]

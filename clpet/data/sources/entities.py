@@ -204,7 +204,7 @@ def mentions(positions: Any) -> list[tuple[int, int]]:
 def mark_entities(
     tokens: list[str], roles: dict[str, list[tuple[int, int]]], target: str, names: Mapping[str, str] | None = None
 ) -> Example:
-    """The sentence with a pair of markers per role around its mentions; `focus` covers each role's first one.
+    """The sentence with a pair of markers per role around its mentions; `entity_spans` covers each role's first one.
 
     The fields are `names` by role; a role without one is named by its first mention.
     """
@@ -223,5 +223,5 @@ def mark_entities(
         ends[index] = length - 1
     firsts = {role: spans[0] for role, spans in roles.items()}
     fields = {role: " ".join(tokens[first : last + 1]) for role, (first, last) in firsts.items()} | dict(names or {})
-    focus = tuple((starts[first], ends[last]) for first, last in firsts.values())
-    return Example(" ".join(pieces), target, fields, focus)
+    entity_spans = tuple((starts[first], ends[last]) for first, last in firsts.values())
+    return Example(" ".join(pieces), target, fields, entity_spans)

@@ -159,7 +159,7 @@ class Domains(Source):
             test = decontaminated(limited, [parts["train"] for parts in full.values()])
         self._drop("found in train", *limited, kept=test)
         for name, part in zip(full, test, strict=True):
-            if not len(part) and part.dropped:
+            if not len(part) and part.num_contaminated:
                 raise DataError(f"every piece of the test texts of domain {name} also occurs in train")
         return {
             name: Task(name, train[name], own, part, metric="perplexity")
