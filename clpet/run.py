@@ -31,7 +31,7 @@ from clpet.runtime.atomic_io import RunLock
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
 from clpet.runtime.signals import GracefulShutdown
-from clpet.runtime.untrusted_json import readable
+from clpet.runtime.untrusted_json import as_data_error
 from clpet.session import assemble, check_validation, load_objective
 from clpet.training.fit_checkpoint import FitCheckpointer
 from clpet.training.trainer import Trainer, quiet_libraries
@@ -45,7 +45,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     console = Console(quiet=not get_world().is_main)
     identity = {"signature": signature(cfg), "setting": setting(cfg), "seed": str(config.seed)}
     if not (config.fresh or config.dry_run) and (done := run_dir.finished_results(out)):
-        with readable(f"{out / 'results.json'} is not the result of a run"):
+        with as_data_error(f"{out / 'results.json'} is not the result of a run"):
             provenance.check_finished(out, done, config)
             run_summary.show_finished(console, out, done)
         console.print("shown, not run again: it was finished before (fresh=true starts over)")
@@ -176,7 +176,7 @@ class Experiment:
         evaluator = Evaluator(self.benchmark, self.data, self.split)
         found = evaluator(self.method, row, list(tasks))
         found.diagnostics |= self.method.diagnostics()
-        for matrix, scores in ((state.matrix, found.seen), (state.own, found.own)):
+        for matrix, scores in ((state.matrix, found.seen), (state.task_matrix, found.own)):
             for index in tasks:
                 matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)
         state.diagnostics.append({"row": row, **found.diagnostics})

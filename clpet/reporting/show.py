@@ -14,7 +14,7 @@ from clpet.reporting.figures import figures, pretraining_figures
 from clpet.reporting.perplexity_tables import average_table, domain_table, formula_lines, transfer_tables
 from clpet.reporting.run_groups import Runs
 from clpet.reporting.tables import format_table, matrix_table, table
-from clpet.runtime.untrusted_json import command, find_runs, read_json, read_results, readable, split_of
+from clpet.runtime.untrusted_json import command, find_runs, read_json, read_results, as_data_error, split_of
 
 LIST_HEADER = ["benchmark", "method", "replay", "model", "seed", "split", "average", "bwt", "train s", "run"]
 COST_HEADER = ["cost of", "seconds", "forward", "backward", "tokens", "evaluated", "peak MB", "trainable", "stored",
@@ -47,12 +47,12 @@ def show(path: Path, every_metric: bool) -> str:
     if not file.is_file():
         if not (path / "run.json").is_file():
             raise DataError(f"{path} is not a run directory: it has neither results.json nor run.json")
-        with readable(f"{path} is not a run directory"):
+        with as_data_error(f"{path} is not a run directory"):
             return _unfinished(path)
     run = read_results(file)
     # Reference runs, such as joint, are looked up in the same output folder: OUTPUT/BENCHMARK/METHOD/RUN/results.json.
     others = find_runs(file.resolve().parents[3]) if len(file.resolve().parts) > 4 else []
-    with readable(f"{file} does not contain the results of a run"):
+    with as_data_error(f"{file} does not contain the results of a run"):
         return _finished(run, others, every_metric)
 
 

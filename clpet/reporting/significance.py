@@ -11,7 +11,7 @@ import numpy as np
 
 from clpet.errors import DataError
 from clpet.reporting.run_groups import Runs, same_tests
-from clpet.runtime.untrusted_json import readable
+from clpet.runtime.untrusted_json import as_data_error
 
 NUM_DRAWS = 2000  # bootstrap resamples
 MIN_SEEDS = 3  # number of seeds from which on seeds are resampled as well
@@ -66,7 +66,7 @@ def final_scores(runs: Runs, task_incremental: bool = False) -> Scores:
         file = path / "predictions" / f"after-{len(run['tasks']):03d}.parquet"
         if not file.is_file():
             continue
-        with readable(f"{file} cannot be read"):
+        with as_data_error(f"{file} cannot be read"):
             table = pyarrow.parquet.read_table(file)
             task, score = np.array(table["task"].to_pylist()), _scores(table, task_incremental)
             result[run["seed"]] = {name: score[task == name] for name in run["tasks"]}

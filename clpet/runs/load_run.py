@@ -33,7 +33,7 @@ from clpet.runs.run_dir import snapshot_folder
 from clpet.runs.tracking import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
-from clpet.runtime.untrusted_json import check, read_json, read_results, readable
+from clpet.runtime.untrusted_json import check_schema, read_json, read_results, as_data_error
 from clpet.session import assemble, load_objective
 
 log = logging.getLogger(__name__)
@@ -93,13 +93,13 @@ def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False)
         raise DataError(f"{out} is not a run directory: it has no run.json")
     run_json = read_json(file)
     shape = {"config": dict, "tasks": [str], "data": {"fingerprint": str}}
-    check(run_json, shape | ({"inputs": {str: str}} if "inputs" in run_json else {}), f"{file}")
+    check_schema(run_json, shape | ({"inputs": {str: str}} if "inputs" in run_json else {}), f"{file}")
     check_config(run_json["config"], plugins, "")
     translate_keys(run_json["config"])
     for name in run_json["tasks"]:
         if not TASK_NAME.fullmatch(name):
             raise ConfigError(f"{file}: invalid task name {name!r}")
-    with readable(f"{file} does not describe a run"):
+    with as_data_error(f"{file} does not describe a run"):
         cfg = OmegaConf.create(run_json["config"])
         # The recorded cache_dir may be any path: the cache next to this run's output folder is used instead.
         output_dir = out.resolve().parents[2:3]
@@ -167,7 +167,7 @@ def load_run(record: RunRecord, after: int | None = None) -> LoadedRun:
             f"the data differ from those of {record.out} (fingerprint {before}, now {now}): "
             "give their folder with --here data_dir=FOLDER"
         )
-    with readable(f"{record.out} cannot be loaded"), enough_memory(lambda: "the model of this run"):
+    with as_data_error(f"{record.out} cannot be loaded"), enough_memory(lambda: "the model of this run"):
         method.check_benchmark(benchmark)
         if benchmark.base is not None and parts["model"].random_weights:
             cache = Path(config.cache_dir or record.out.parent / ".cache")

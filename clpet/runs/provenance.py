@@ -23,7 +23,7 @@ from clpet.config.compose import plugin_dirs
 from clpet.config.identity import digest
 from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.errors import ClpetError, ConfigError
-from clpet.runtime.fingerprint import _stat, hub_commit, remembered
+from clpet.runtime.fingerprint import file_stat, hub_commit, cached_value
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def load(config: Config, source: Any) -> Any:
     """The benchmark of a source; its fingerprint is remembered, so that a later look need not read the files."""
     key = data_key(config, source)
     benchmark = source.load(config.data_dir)
-    remembered(config.cache_dir, key, benchmark.fingerprint)
+    cached_value(config.cache_dir, key, benchmark.fingerprint)
     return benchmark
 
 
@@ -69,7 +69,7 @@ def _data_now(config: Config, recorded: str) -> str:
     source = build(config.benchmark, "benchmark", cache_dir=config.cache_dir)
     if config.data_dir is None and (getattr(source, "hub", None) or getattr(source, "hub_tasks", None)):
         return recorded
-    return remembered(config.cache_dir, data_key(config, source), lambda: source.load(config.data_dir).fingerprint())
+    return cached_value(config.cache_dir, data_key(config, source), lambda: source.load(config.data_dir).fingerprint())
 
 
 def data_key(config: Config, source: Any) -> str | None:
@@ -80,7 +80,7 @@ def data_key(config: Config, source: Any) -> str | None:
     if config.data_dir is None:
         return digest([config.benchmark, __version__, sys.version], 32)
     place = Path(config.data_dir).expanduser()
-    stats = [_stat(path) for path in sorted(_walk(source.place(place) if place.is_dir() else place))]
+    stats = [file_stat(path) for path in sorted(_walk(source.place(place) if place.is_dir() else place))]
     return None if None in stats else digest([config.benchmark, __version__, stats], 32)
 
 

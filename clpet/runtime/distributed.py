@@ -1,8 +1,8 @@
-"""Several processes (ranks) on one run: each computes its part of a batch, and all hold the same weights.
+"""Data parallelism: several processes (ranks) compute one run, each on its share of every batch, with equal weights.
 
-Every rank goes through the same code with the same plan of global batches, the same random numbers (dropout apart)
-and the same decisions. Only what is computed on which rows differs, and that is summed or gathered before anyone
-looks at it. Only the main rank writes. One process alone has a world of its own, in which all of this is nothing.
+Every rank executes the same code with the same plan of global batches, the same random numbers (except for dropout)
+and the same decisions. Only the rows that a rank computes differ, and the results are summed or gathered before any
+code uses them. Only the main rank (rank 0) writes files. In a single process every call here is a no-op.
 """
 
 import contextlib
@@ -17,137 +17,141 @@ from torch import Tensor, nn
 
 from clpet.errors import HostError
 
-Part = TypeVar("Part")
-Found = TypeVar("Found")
-BUCKET_NUMEL = 2**26  # scalars of gradients that are summed at a time
-TIMEOUT = datetime.timedelta(hours=2)  # for a rank that writes or reads alone while the others wait
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+BUCKET_NUMEL = 2**26  # gradient scalars per all-reduce
+TIMEOUT = datetime.timedelta(hours=2)  # long enough for the main rank to read or write alone while the others wait
 
 
 class LostRank(HostError):
-    """Another rank has ended, for a reason that it gives itself."""
+    """Another rank has ended; that rank reports the cause itself."""
 
 
 class World:
-    """One process alone."""
+    """A single process; also the interface that `DistributedWorld` implements for several."""
 
     size, index = 1, 0
-    sharded = False  # the backbone is spread over the ranks: they must pass through it together
+    sharded = False  # True: the backbone is sharded over the ranks, so all ranks must run each forward pass together
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes."""
+        """Whether this rank writes the files."""
         return self.index == 0
 
-    def micro_batches(self, rows: np.ndarray, micro: int | None) -> list[tuple[np.ndarray, bool]]:
-        """This rank's part of a batch in micro-batches, each with whether it counts.
+    def micro_batches(self, rows: np.ndarray, size: int | None) -> list[tuple[np.ndarray, bool]]:
+        """This rank's rows of a batch in micro-batches of at most `size`, each with whether it counts.
 
-        Where the backbone is sharded every rank passes as often as the first one, which has the most rows: one
-        that has none left takes the first row of the batch, which does not count.
+        With a sharded backbone every rank must run as many forward passes as rank 0, which has the most rows. A rank
+        without rows left repeats the first row of the batch, which then does not count in loss or gradient.
         """
-        parts = [(part, True) for part in chunks(split(rows, self.index, self.size), micro)]
-        idle = len(chunks(split(rows, 0, self.size), micro)) - len(parts) if self.sharded else 0
-        return [*parts, *[(rows[:1], False)] * idle]
+        counted = [(micro_batch, True) for micro_batch in chunks(rows_of_rank(rows, self.index, self.size), size)]
+        passes = len(chunks(rows_of_rank(rows, 0, self.size), size)) if self.sharded else len(counted)
+        return [*counted, *[(rows[:1], False)] * (passes - len(counted))]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], mean: Tensor) -> None:
-        """Gradients and the loss become their sums over ranks; a gradient that some rank has, all have."""
+        """Replaces the gradients and the loss `mean` by their sums over ranks.
+
+        A parameter that has a gradient on any rank has one on all ranks afterwards.
+        """
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Tensors become their sums over ranks."""
+        """Replaces tensors by their sums over ranks, in place."""
 
-    def gather(self, value: Found) -> list[Found]:
-        """Every rank's value; tensors come to the host where there are several ranks."""
+    def gather(self, value: Result) -> list[Result]:
+        """Returns the value of every rank, ordered by rank; tensors are moved to the CPU if there are several ranks."""
         return [value]
 
-    def map(self, work: Callable[[Part], Found], parts: Sequence[Part]) -> list[Found]:
-        """[work(part) for part in parts] on every rank, each of which does some of them."""
-        return [work(part) for part in parts]
+    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Returns [work(item) for item in items] on every rank; each rank computes some of them."""
+        return [work(item) for item in items]
 
     @contextlib.contextmanager
     def local_only(self) -> Iterator[None]:
-        """What is inside differs from rank to rank: `map` does all by itself."""
+        """Inside this block ranks run different code: `map` computes all items locally, without communication."""
         yield
 
     def all_reduce_max(self, *numbers: float) -> tuple[float, ...]:
-        """The largest of every rank's numbers, place by place: how the ranks come to one decision."""
+        """Returns the maximum over ranks of each number; ranks use it to reach a common decision."""
         return numbers
 
     def barrier(self) -> None:
-        """Waits for all ranks."""
+        """Waits until all ranks have reached this call."""
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main rank goes in alone, and the others after it: they find in the caches what it has made."""
+        """Runs the block on the main rank first, then on the others, which find its results in the caches."""
         yield
 
 
 class DistributedWorld(World):
-    """This process among others, by torch.distributed: gloo on the host, NCCL between GPUs."""
+    """One rank of a process group of torch.distributed: gloo between CPUs, NCCL between GPUs."""
 
     def __init__(self, device: torch.device) -> None:
         import torch.distributed as dist
 
         cuda = device.type == "cuda"
-        local, place = int(os.environ["LOCAL_RANK"]), os.environ["LOCAL_WORLD_SIZE"]
+        local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         if cuda:
-            torch.cuda.set_device(local % torch.cuda.device_count())
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())
         with raise_on_lost_rank():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
         self.size, self.index, self.dist = dist.get_world_size(), dist.get_rank(), dist
-        self.threads = max(1, (os.cpu_count() or 1) // int(place))
-        self.alone = False
+        self.threads = max(1, (os.cpu_count() or 1) // local_size)
+        self.is_local = False  # inside `local_only`
 
     def close(self) -> None:
-        """Leaves the group."""
+        """Leaves the process group."""
         self.dist.destroy_process_group()
 
-    def reduce(self, tensor: Tensor, most: bool = False) -> None:
-        """The sum, or the largest value, over ranks, in place."""
+    def reduce(self, tensor: Tensor, maximum: bool = False) -> None:
+        """Replaces a tensor by its sum, or maximum, over ranks, in place."""
         with raise_on_lost_rank():
-            self.dist.all_reduce(tensor, self.dist.ReduceOp.MAX if most else self.dist.ReduceOp.SUM)
+            self.dist.all_reduce(tensor, self.dist.ReduceOp.MAX if maximum else self.dist.ReduceOp.SUM)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], mean: Tensor) -> None:
-        """What no rank's loss reaches stays without a gradient, as on one rank: the optimiser passes it over."""
-        known = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-        self.reduce(known, most=True)
-        found = [mean]
-        for parameter, reached in zip(parameters, known.tolist(), strict=True):
+        """A parameter that no rank's loss reaches keeps grad=None, as in one process: the optimiser skips it."""
+        has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        self.reduce(has_gradient, maximum=True)
+        tensors = [mean]
+        for parameter, reached in zip(parameters, has_gradient.tolist(), strict=True):
             if reached:
+                # A rank without a gradient contributes zeros: all ranks must reduce the same list of tensors.
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                found.append(parameter.grad)
-        self.sum(found)
+                tensors.append(parameter.grad)
+        self.sum(tensors)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         sum_flat(tensors, self.reduce)
 
-    def gather(self, value: Found) -> list[Found]:
-        found: list[Any] = [None] * self.size
+    def gather(self, value: Result) -> list[Result]:
+        values: list[Any] = [None] * self.size
         with raise_on_lost_rank():
-            self.dist.all_gather_object(found, to_cpu(value))
-        return found
+            self.dist.all_gather_object(values, to_cpu(value))
+        return values
 
-    def map(self, work: Callable[[Part], Found], parts: Sequence[Part]) -> list[Found]:
-        if self.alone or self.sharded:
-            return super().map(work, parts)
+    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        if self.is_local or self.sharded:
+            return super().map(work, items)
         with self.local_only():
-            own = [to_cpu(work(part)) for part in parts[self.index :: self.size]]
-        found = self.gather(own)
-        return [found[place % self.size][place // self.size] for place in range(len(parts))]
+            local_results = [to_cpu(work(item)) for item in items[self.index :: self.size]]
+        results = self.gather(local_results)  # [rank][n-th item of that rank]
+        return [results[index % self.size][index // self.size] for index in range(len(items))]
 
     @contextlib.contextmanager
     def local_only(self) -> Iterator[None]:
-        before, self.alone = self.alone, True
+        before, self.is_local = self.is_local, True
         try:
             yield
         finally:
-            self.alone = before
+            self.is_local = before
 
     def all_reduce_max(self, *numbers: float) -> tuple[float, ...]:
         values = torch.tensor(numbers, dtype=torch.float64)
-        self.reduce(values, most=True)
+        self.reduce(values, maximum=True)
         return tuple(values.tolist())
 
     def barrier(self) -> None:
-        self.all_reduce_max(0)
+        self.all_reduce_max(0)  # of a CPU tensor, so over gloo also between GPUs
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -162,13 +166,16 @@ _world = World()
 
 
 def get_world() -> World:
-    """The ranks that this process belongs to."""
+    """Returns the ranks that this process belongs to."""
     return _world
 
 
 @contextlib.contextmanager
 def init_distributed(device: torch.device, threads: int | None = None) -> Iterator[World]:
-    """Inside, this process is the rank that its environment says (RANK, WORLD_SIZE, ...), on its share of the cores."""
+    """Inside the block this process is the rank given by RANK, WORLD_SIZE, LOCAL_RANK, ... in its environment.
+
+    `threads` are its CPU threads; by default its share of the machine's cores.
+    """
     global _world
     ranks, before = DistributedWorld(device), torch.get_num_threads()
     torch.set_num_threads(threads or min(before, ranks.threads))
@@ -183,7 +190,10 @@ def init_distributed(device: torch.device, threads: int | None = None) -> Iterat
 
 @contextlib.contextmanager
 def without_gradients() -> Iterator[None]:
-    """For passes that only judge. FSDP cannot train with the buffers that it makes in torch's inference mode."""
+    """Disables gradients for evaluation.
+
+    Uses no_grad with a sharded backbone: FSDP cannot train with buffers that it created in inference mode.
+    """
     with torch.no_grad() if get_world().sharded else torch.inference_mode():
         yield
 
@@ -197,22 +207,25 @@ def raise_on_lost_rank() -> Iterator[None]:
         raise LostRank(f"another rank of this run has ended ({str(error).splitlines()[0]})") from error
 
 
-def split(rows: np.ndarray, index: int, size: int) -> np.ndarray:
-    """A rank's rows of a batch: every size-th one, so that neither counts nor lengths differ by much."""
+def rows_of_rank(rows: np.ndarray, index: int, size: int) -> np.ndarray:
+    """Returns every size-th row of a batch, starting at `index`: counts and text lengths differ little across ranks."""
     return rows if size == 1 else rows[index::size]
 
 
 def chunks(rows: np.ndarray, size: int | None) -> list[np.ndarray]:
-    """The rows in parts of at most `size`, or in one."""
+    """Splits rows into chunks of at most `size`; None: into one."""
     size = size or max(1, len(rows))
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 @torch.no_grad()
 def sum_flat(tensors: Iterable[Tensor], reduce: Callable[[Tensor], object], limit: int = BUCKET_NUMEL) -> None:
-    """Applies `reduce` to tensors in place by way of flat buffers of one dtype, of `limit` scalars or one tensor."""
+    """Applies `reduce` to tensors in place, packed into flat buffers of one dtype with at most `limit` scalars.
+
+    A tensor larger than `limit` gets a buffer alone. Few large reductions are faster than one per tensor.
+    """
     buckets: list[list[Tensor]] = []
-    for tensor in sorted(tensors, key=lambda one: str(one.dtype)):
+    for tensor in sorted(tensors, key=lambda tensor: str(tensor.dtype)):
         last = buckets[-1] if buckets else []
         if not last or last[0].dtype != tensor.dtype or sum(t.numel() for t in last) + tensor.numel() > limit:
             buckets.append([])
@@ -220,18 +233,18 @@ def sum_flat(tensors: Iterable[Tensor], reduce: Callable[[Tensor], object], limi
     for bucket in buckets:
         flat = torch.cat([tensor.flatten() for tensor in bucket])
         reduce(flat)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        for tensor, values in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(values.view_as(tensor))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor, detached; of a sharded one all parts, for which all ranks have to ask."""
+    """Returns a tensor detached; a sharded one is gathered from all ranks, which must all make this call."""
     full = getattr(tensor.detach(), "full_tensor", tensor.detach)
     return full()
 
 
 def to_cpu(node: Any) -> Any:
-    """A tree whose tensors lie in the host's memory."""
+    """Returns nested dicts and lists with every tensor detached and on the CPU."""
     if isinstance(node, Tensor):
         return node.detach().cpu()
     if isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""Hashes of files and folders, remembered by size and time stamps."""
+"""SHA-256 hashes of files and folders, cached by size and time stamps so that large files are not read again."""
 
 import contextlib
 import hashlib
@@ -11,62 +11,67 @@ from typing import Any
 from clpet.config.identity import digest
 from clpet.runtime.atomic_io import atomic_file
 
-READ = (".json", ".txt", ".model", ".safetensors", ".py")  # what is read of a model's folder
-SETTLED = 2.0  # seconds after which a change of a file is sure to change its time stamp
+# Files of a model folder that a run reads; the others, such as README.md, do not change its fingerprint.
+MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".py")
+TIMESTAMP_RESOLUTION = 2.0  # seconds; two changes within one tick of a file system's clock give one time stamp
 
 
-def _stat(path: Path) -> list[Any] | None:
-    """A file's path, size, times and inode; None where it has just changed, so that it may change unnoticed."""
+def file_stat(path: Path) -> list[Any] | None:
+    """Returns a file's path, size, times and inode, which together identify its content without reading it.
+
+    None for a file changed in the last seconds: a further change might leave the time stamp as it is.
+    """
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return [str(path)]
-    newest = max(found.st_mtime, found.st_ctime)
-    if time.time() - newest < SETTLED:
+    newest = max(stat.st_mtime, stat.st_ctime)
+    if time.time() - newest < TIMESTAMP_RESOLUTION:
         return None
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def remembered(cache: str | None, key: str | None, compute: Callable[[], str]) -> str:
-    """A value that is kept under a key in the cache folder; without a folder or a key it is computed."""
-    place = Path(cache).expanduser() / "fingerprints" / key if cache and key else None
+def cached_value(cache: str | None, key: str | None, compute: Callable[[], str]) -> str:
+    """Returns the value cached under `key`, else computes and caches it; computes it without a cache folder or key."""
+    path = Path(cache).expanduser() / "fingerprints" / key if cache and key else None
     with contextlib.suppress(OSError, ValueError):
-        value, check = place.read_text().split() if place else ("", "")
-        if place and check == digest([key, value]):
+        value, check = path.read_text().split() if path else ("", "")
+        if path and check == digest([key, value]):  # a damaged entry must not become a run's fingerprint
             return value
     value = compute()
-    if place:
-        remember(place, value)
+    if path:
+        _write(path, value)
     return value
 
 
-def remember(place: Path, value: str) -> None:
-    """Writes a value whole with its checksum; a disk that refuses costs only the time to compute it again."""
+def _write(path: Path, value: str) -> None:
+    """Writes a value with its checksum; if the disk refuses, the value is merely computed again next time."""
     with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(place) as temporary:
-            temporary.write_text(f"{value} {digest([place.name, value])}\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_text(f"{value} {digest([path.name, value])}\n")
 
 
 def file_hash(path: Path, cache: str | None) -> str:
-    """SHA-256 of a file, remembered by its path, size, times and inode."""
-    before = _stat(path)
+    """SHA-256 of a file as hex digits, cached by its path, size, times and inode."""
+    stat = file_stat(path)  # before reading: a change during the read then invalidates the cached hash
 
     def compute() -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    return remembered(cache, digest(before, 32) if before else None, compute)
+    return cached_value(cache, digest(stat, 32) if stat else None, compute)
 
 
 def folder_hash(folder: Path, cache: str | None) -> str:
-    """Hash of the files that are read of a model's folder, and of the modules of a sentence encoder in it."""
-    files = sorted(path for path in (*folder.glob("*"), *folder.glob("[0-9]_*/*")) if path.suffix in READ)
+    """Hash of the files that are read from a model folder, including the modules of a sentence encoder in it."""
+    # A sentence encoder stores its modules in folders named 0_..., 1_..., and so on.
+    files = sorted(path for path in (*folder.glob("*"), *folder.glob("[0-9]_*/*")) if path.suffix in MODEL_FILES)
     return digest([[path.relative_to(folder).as_posix(), file_hash(path, cache)] for path in files], 32)
 
 
 def hub_commit(name: str, revision: str | None, kind: str = "model") -> str | None:
-    """The commit of a model or dataset of the hub that lies in this machine's cache; None where none does."""
+    """Commit hash of a model or dataset in the local cache of the Hugging Face hub; None if it is not cached."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 

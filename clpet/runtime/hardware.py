@@ -1,4 +1,4 @@
-"""What a run is carried out on: device, precision, ranks, and how a large backbone is made to fit."""
+"""Hardware options of a run: device, precision, number of ranks, and how a large backbone is made to fit in memory."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from clpet.runtime.distributed import get_world
 
 
 class Device(Enum):
-    """Where the network runs."""
+    """Device of the network; auto: cuda where available, else cpu."""
 
     auto = "auto"
     cpu = "cpu"
@@ -29,7 +29,7 @@ class Dtype(Enum):
 
 
 class Quantization(Enum):
-    """How the frozen backbone's weights are held: nf4 in four bits each (QLoRA, Dettmers et al., 2023)."""
+    """Storage of the frozen backbone's weights; nf4: four bits per weight (QLoRA, Dettmers et al., 2023)."""
 
     none = "none"
     nf4 = "nf4"
@@ -37,7 +37,7 @@ class Quantization(Enum):
 
 @dataclass
 class Hardware:
-    """A hardware group option. Nothing here changes what a run means, only how it is carried out."""
+    """A hardware group option: it changes how a run is carried out, not what it computes (nf4 alone rounds weights)."""
 
     name: str = "auto"
     device: Device = Device.auto
@@ -46,14 +46,14 @@ class Hardware:
     eval_batch_size: int = 128
     threads: int | None = None
     parallel_runs: int = 1
-    ranks: Any = 1  # or auto
+    ranks: Any = 1  # an integer, or auto
     shard: bool = False
     gradient_checkpointing: bool = False
     quantization: Quantization = Quantization.none
 
     def __post_init__(self) -> None:
-        fits = self.ranks == "auto" or (type(self.ranks) is int and self.ranks >= 1)
-        require(fits, "hardware.ranks", self.ranks, "auto, or a number of processes")
+        valid = self.ranks == "auto" or (type(self.ranks) is int and self.ranks >= 1)
+        require(valid, "hardware.ranks", self.ranks, "auto, or a number of processes")
         size = self.micro_batch_size
         require(size is None or size >= 1, "hardware.micro_batch_size", size, "at least 1, or null")
         require(self.eval_batch_size >= 1, "hardware.eval_batch_size", self.eval_batch_size, "at least 1")
@@ -62,8 +62,8 @@ class Hardware:
         if self.device is Device.cuda and not torch.cuda.is_available():
             raise HostError("hardware.device=cuda, but this machine has no CUDA device: use hardware=cpu or auto")
         if self.quantization is Quantization.nf4:
-            there = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "accelerate"))
-            if self.torch_device.type != "cuda" or not there:
+            installed = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "accelerate"))
+            if self.torch_device.type != "cuda" or not installed:
                 raise HostError(
                     "hardware.quantization=nf4 needs a CUDA device, and `pip install bitsandbytes accelerate`"
                 )
@@ -73,41 +73,41 @@ class Hardware:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device that `auto` stands for here."""
-        wanted = self.device.value
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+        """The device, with `auto` resolved on this machine."""
+        name = self.device.value
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
     def check(self, peft: Any, method: Any) -> None:
-        """Raises ConfigError where the adapter option or the method does not let the backbone be held like this."""
-        for knob, value in (("shard", self.shard), ("quantization", self.quantization is Quantization.nf4)):
+        """Raises ConfigError if the adapter option or the method does not support sharding, nf4 or recomputation."""
+        for option, value in (("shard", self.shard), ("quantization", self.quantization is Quantization.nf4)):
             if peft.full and value:
-                raise ConfigError(f"hardware.{knob} is for a frozen backbone: take peft=lora, not peft={peft.name}")
+                raise ConfigError(f"hardware.{option} needs a frozen backbone: use peft=lora instead of peft={peft.name}")
         if self.gradient_checkpointing and not method.supports_recompute:
             raise ConfigError(
-                f"hardware.gradient_checkpointing does not go with method={method.name}, whose branches are mixed "
-                "anew for every batch: lower hardware.micro_batch_size"
+                f"hardware.gradient_checkpointing cannot be used with method={method.name}, whose branches are mixed "
+                "differently for every batch: lower hardware.micro_batch_size instead"
             )
 
     def processes(self) -> int:
-        """How many ranks `ranks` stands for on this machine. Raises HostError where there are not so many GPUs."""
+        """Number of ranks on this machine, with `auto` resolved. Raises HostError if it exceeds the number of GPUs."""
         gpus = torch.cuda.device_count() if self.torch_device.type == "cuda" else 0
         if self.ranks == "auto":
             return max(1, gpus)
         if gpus and self.ranks > gpus:
-            raise HostError(f"hardware.ranks={self.ranks}, but this machine has {gpus} GPUs: take hardware.ranks=auto")
+            raise HostError(f"hardware.ranks={self.ranks}, but this machine has {gpus} GPUs: use hardware.ranks=auto")
         return self.ranks
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """bf16 where the device computes in it, else fp32."""
+        """The precision, with `auto` resolved: bf16 where the device computes in it natively, else fp32."""
         if self.dtype is Dtype.auto:
             cuda = self.torch_device.type == "cuda"
-            fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else _cpu_has_bf16()
-            return torch.bfloat16 if fast else torch.float32
+            native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else _cpu_has_bf16()
+            return torch.bfloat16 if native else torch.float32
         return torch.bfloat16 if self.dtype is Dtype.bf16 else torch.float32
 
     def record(self) -> dict[str, Any]:
-        """What the rounding of a run's sums depends on here: another of these gives other last bits."""
+        """The properties of this machine that the rounding of sums depends on: others give other last bits."""
         return {
             "device": self.torch_device.type,
             "dtype": str(self.torch_dtype).removeprefix("torch."),
@@ -118,5 +118,5 @@ class Hardware:
 
 
 def _cpu_has_bf16() -> bool:
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, so it may be missing in some release
     return bool(probe and probe())

@@ -1,4 +1,4 @@
-"""Signals: a run that is asked to stop saves what it has and leaves; the same command goes on."""
+"""Graceful shutdown: on a signal the run saves its progress and exits; the same command resumes it."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-EXIT_TEMPFAIL = 75  # a temporary failure (EX_TEMPFAIL): the same command may be tried again
+EXIT_TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, the command may be retried
 
 
 class Interrupted(SystemExit):
@@ -21,78 +21,79 @@ class Interrupted(SystemExit):
         self.signum = signum
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.signum).name}: what was learned is saved, the same command goes on"
+        return f"stopped by {signal.Signals(self.signum).name}; progress is saved, re-run the same command to resume"
 
 
 class GracefulShutdown:
-    """Catches the signals while it is entered. Inside `deferred` a signal waits; elsewhere the run leaves at once.
+    """Context manager that catches SIGNALS. Inside `deferred` a signal is only recorded; outside the run exits at once.
 
-    `save` is called first where nothing is held. A second SIGINT ends the process as Python does by itself.
+    Before an exit outside `deferred`, `save` is called. A second SIGINT raises KeyboardInterrupt, as in plain Python.
     """
 
     def __init__(self) -> None:
-        self.pending_signal: int | None = None  # the signal that waits
+        self.pending_signal: int | None = None
         self.save: Callable[[], object] = lambda: None
-        self.before: dict[int, Any] = {}
-        self.holding = self.pressed = False
+        self.previous_handlers: dict[int, Any] = {}
+        self.is_deferred = self.sigint_received = False
 
     def __enter__(self) -> "GracefulShutdown":
-        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
-            self.before = {signum: signal.signal(signum, self.handle) for signum in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # Python installs handlers only in the main thread
+            self.previous_handlers = {signum: signal.signal(signum, self.handle) for signum in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self.before.items():
+        for signum, handler in self.previous_handlers.items():
             signal.signal(signum, handler)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """The signals' handler."""
-        if signum == signal.SIGINT and self.pressed:
+        """Signal handler."""
+        if signum == signal.SIGINT and self.sigint_received:
             signal.default_int_handler(signum, frame)
-        self.pressed |= signum == signal.SIGINT
+        self.sigint_received |= signum == signal.SIGINT
         self.pending_signal = signum
-        if not self.holding:
-            with self.deferred():
+        if not self.is_deferred:
+            with self.deferred():  # a further signal while saving must not start a second save
                 self.save()
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals inside are answered at its end, or where `exit_if_requested` is called."""
-        outer, self.holding = self.holding, True
+        """Defers signals to the end of the outermost block, or to a call of `exit_if_requested` inside it."""
+        outer, self.is_deferred = self.is_deferred, True
         try:
             yield
         finally:
-            self.holding = outer
+            self.is_deferred = outer
         if not outer:
             self.exit_if_requested()
 
     def exit_if_requested(self) -> None:
-        """Leaves if a signal asked to; a handler that was there before, such as submitit's, decides how.
+        """Exits if a signal is pending. The previous handler of the signal, such as submitit's, is called if there is one.
 
-        submitit's for SIGUSR2 requeues the job and ends the process, its for SIGTERM returns: then the run goes on. But
-        SLURM's SIGTERM is the last word before SIGKILL. A job that SLURM has requeued or cancelled leaves at once; one
-        that it still takes for running, as in the grace time of a preemption, is requeued first.
+        submitit's handler of SIGUSR2 requeues the job and ends the process; its handler of SIGTERM returns, and the run
+        would continue. But SLURM follows SIGTERM with SIGKILL. So on SIGTERM under SLURM: a job that SLURM has already
+        requeued or cancelled exits at once; one that still counts as running, as in the grace time of a preemption, is
+        requeued first, by submitit's handler of SIGUSR2.
         """
         signum, self.pending_signal = self.pending_signal, None
         if signum is None:
             return
         if signum == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-            if not running():
+            if not slurm_job_is_running():
                 raise Interrupted(signum)
             signum = signal.SIGUSR2
-        handler = self.before.get(signum)
+        handler = self.previous_handlers.get(signum)
         if not callable(handler) or handler is signal.default_int_handler:
             raise Interrupted(signum)
         handler(signum, None)
 
 
-def running() -> bool:
-    """Whether SLURM takes the job of this process for running."""
+def slurm_job_is_running() -> bool:
+    """Whether SLURM lists the job of this process as RUNNING; True where squeue cannot be called."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
-    asked = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60)
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return True
-    return said.stdout.strip() == "RUNNING"
+    return answer.stdout.strip() == "RUNNING"

@@ -1,4 +1,4 @@
-"""Run directories read back as what they may be: files that anyone has written. Imports no torch."""
+"""Reads JSON files of run directories as untrusted input, since anyone may have edited them. Does not import torch."""
 
 import contextlib
 import json
@@ -16,13 +16,14 @@ from clpet.escape import inline
 
 log = logging.getLogger(__name__)
 
-DEEPEST = 32  # levels of nesting
+MAX_DEPTH = 32  # levels of nesting; deeper values could exhaust the stack of recursive code
+MAX_DIGITS = 19  # of an integer; NumPy and Arrow use 64 bits
 NUMBER = int | float
-ROWS = [[NUMBER | None]]
-# What is read of results.json: a type, [shape of each item], or {key: shape}; the key str stands for any.
+MATRIX = [[NUMBER | None]]
+# Schema of results.json: a type, [schema of each item], or {key: schema}; the key `str` stands for any key.
 RESULTS = {
     **dict.fromkeys(("method", "model", "benchmark", "replay", "peft", "signature", "setting", "direction"), str),
-    **dict.fromkeys(("scores", "correct", "total", "backward", "task_scores", "task_forward"), ROWS),
+    **dict.fromkeys(("scores", "correct", "total", "backward", "task_scores", "task_forward"), MATRIX),
     **dict.fromkeys(("average", "whole", "backward_transfer", "forgetting", "learning_accuracy"), NUMBER | None),
     "seed": int,
     "task_id_at_test": bool,
@@ -37,7 +38,7 @@ RESULTS = {
         )
     ],
 }  # fmt: skip
-# What runs of older versions do not have.
+# Keys that runs of older versions lack.
 OPTIONAL = {
     **dict.fromkeys(("objective", "metric", "split"), str),
     "softmax": str | None,
@@ -50,110 +51,117 @@ OPTIONAL = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file holds. Raises DataError for what is no file or no JSON, NaN and Infinity among it."""
+    """Reads a JSON object. Raises DataError if the file is missing or invalid, or contains NaN or an infinity."""
     if not path.is_file():
-        raise DataError(f"{path} is not there")
+        raise DataError(f"{path} does not exist")
     try:
-        value = json.loads(path.read_text("utf-8"), parse_constant=_finite, parse_float=_finite, parse_int=_whole)
+        value = json.loads(path.read_text("utf-8"), parse_constant=_finite, parse_float=_finite, parse_int=_bounded)
     except RecursionError:
         raise DataError(f"{path} is nested too deeply") from None
     except ValueError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise DataError(f"{path} holds no object")
-    if _depth(value) > DEEPEST:
+        raise DataError(f"{path} does not contain a JSON object")
+    if _depth(value) > MAX_DEPTH:
         raise DataError(f"{path} is nested too deeply")
     return value
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """results.json, of which every part that is read later has its type and size. Raises DataError."""
+    """Reads results.json and checks the type and size of every value that is used later. Raises DataError."""
     run = read_json(path)
-    check(run, {**RESULTS, **{name: shape for name, shape in OPTIONAL.items() if name in run}}, str(path))
+    check_schema(run, {**RESULTS, **{name: schema for name, schema in OPTIONAL.items() if name in run}}, str(path))
     tasks, costs = run["tasks"], run["cost"]
     if not tasks or len(set(tasks)) < len(tasks) or run["direction"] not in ("higher", "lower"):
-        raise DataError(f"{path}: there are no tasks, or one twice, or the direction is neither higher nor lower")
-    for name, shape in RESULTS.items():
-        if shape is ROWS and [len(row) for row in run[name]] != [len(tasks)] * (len(tasks) + 1):
-            raise DataError(f"{path}: {name} is no matrix of {len(tasks) + 1} rows and {len(tasks)} columns")
+        raise DataError(f"{path} needs tasks with distinct names and a direction that is 'higher' or 'lower'")
+    for name, schema in RESULTS.items():
+        if schema is MATRIX and [len(row) for row in run[name]] != [len(tasks)] * (len(tasks) + 1):
+            raise DataError(f"{path}: {name} is not a matrix of {len(tasks) + 1} rows and {len(tasks)} columns")
     if not run["diagnostics"] or len(costs) > len(tasks):
         raise DataError(f"{path}: diagnostics are missing, or there are more costs than tasks")
     return run
 
 
 def find_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, results) of every finished run below a folder, by path. A damaged one is named and left out."""
-    found = []
+    """Returns (folder, results) of every finished run below a folder, ordered by path; skips invalid ones with a warning."""
+    runs = []
     for path in sorted(folder.glob("*/*/s*-*/results.json")):
         try:
-            found.append((path.parent, read_results(path)))
+            runs.append((path.parent, read_results(path)))
         except (DataError, OSError) as error:
-            log.warning("%s", inline(f"left out: {error}"))
-    return found
+            log.warning("%s", inline(f"skipped: {error}"))
+    return runs
 
 
-def check(value: Any, shape: Any, where: str) -> None:
-    """Raises DataError where a value does not have a shape (see RESULTS)."""
-    if isinstance(shape, type | UnionType):
-        if not isinstance(value, shape) or (isinstance(value, bool) and shape is not bool):
-            raise DataError(f"{where}: {str(value)[:40]!r} is not of the type {getattr(shape, '__name__', shape)}")
-    elif isinstance(shape, list):
-        check(value, list, where)
+def check_schema(value: Any, schema: Any, where: str) -> None:
+    """Raises DataError where a value does not match a schema (see RESULTS)."""
+    if isinstance(schema, type | UnionType):
+        if not isinstance(value, schema) or (isinstance(value, bool) and schema is not bool):
+            name = getattr(schema, "__name__", schema)
+            raise DataError(f"{where}: {str(value)[:40]!r} is not of the type {name}")
+    elif isinstance(schema, list):
+        check_schema(value, list, where)
         for item in value:
-            check(item, shape[0], where)
+            check_schema(item, schema[0], where)
     else:
-        check(value, dict, where)
-        for key, inner in shape.items():
+        check_schema(value, dict, where)
+        for key, inner in schema.items():
             if key is not str and key not in value:
                 raise DataError(f"{where} has no {key}")
             for name in value if key is str else (key,):
-                check(value[name], inner, f"{where}: {name}")
+                check_schema(value[name], inner, f"{where}: {name}")
 
 
 @contextlib.contextmanager
-def readable(what: str) -> Iterator[None]:
-    """Raises DataError, which says `what`, for whatever else can come of contents that do not fit together."""
+def as_data_error(message: str) -> Iterator[None]:
+    """Raises DataError with `message` for any other error that inconsistent file contents cause in the block.
+
+    With CLPET_DEBUG set the original error is raised.
+    """
     try:
         yield
     except (ClpetError, OSError):
         raise
-    except Exception as error:  # what libraries raise for values they do not expect has no common type
+    except Exception as error:  # libraries raise errors of no common type for unexpected values
         if os.environ.get("CLPET_DEBUG"):
             raise
         text = (str(error).strip().splitlines() or [""])[0]
-        raise DataError(f"{what}: {type(error).__name__}: {text[:200]}") from error
+        raise DataError(f"{message}: {type(error).__name__}: {text[:200]}") from error
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 
-def _whole(text: str) -> int:
-    if len(text) > 19:
-        raise ValueError(f"{text[:19]}... is too large")
+def _bounded(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"{text[:MAX_DIGITS]}... is too large")
     return int(text)
 
 
 def _depth(value: Any) -> int:
+    """Levels of nesting, counted without recursion."""
     level, depth = [value], 0
     while level:
-        level = [inner for node in level for inner in _inner(node)]
+        level = [child for node in level for child in _children(node)]
         depth += 1
     return depth
 
 
-def _inner(node: Any) -> list[Any]:
+def _children(node: Any) -> list[Any]:
     return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
 
 
 def split_of(run: dict[str, Any]) -> str:
-    """The part of the data that a run's matrix was measured on."""
+    """Returns the split on which a run's matrix was measured; runs of older versions always used test."""
     return run.get("split", "test")
 
 
 def command(results: dict[str, Any], method: str) -> str:
-    """The command that runs another method in the setting of a run."""
-    kept = [word for word in results["overrides"] if not word.startswith(("method", "replay", "fresh", "hydra"))]
-    return f"clpet train {shlex.join([f'method={method}', *kept])}"
+    """Returns the command that runs another method under the settings of a run."""
+    overrides = [
+        override for override in results["overrides"] if not override.startswith(("method", "replay", "fresh", "hydra"))
+    ]
+    return f"clpet train {shlex.join([f'method={method}', *overrides])}"

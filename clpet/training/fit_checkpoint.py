@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clpet.runtime.distributed import get_world
-from clpet.runtime.run_checkpoint import copied
+from clpet.runtime.run_checkpoint import cpu_copy
 from clpet.runtime.signals import GracefulShutdown
 
 Write = Callable[[int, dict[str, Any]], None]
@@ -149,7 +149,7 @@ class FitCheckpointer:
         """A fit of `steps` is over; `state` is what the trainer keeps of it."""
         if self.write is None:
             return
-        self.record_finished(copied({**self._common(parameters), "over": state}), steps)
+        self.record_finished(cpu_copy({**self._common(parameters), "over": state}), steps)
         self.unsaved = True
         if self.should_save():
             self.save_pending()

@@ -82,7 +82,7 @@ def test_ctrl_c_reaches_every_run_and_starts_no_more(clpet, words: Path, tmp_pat
     threading.Thread(target=press, daemon=True).start()
     found = clpet(*sweep(words, "seed=3", "train.lr=1e-3,2e-3,3e-3"))
     assert (found.code, found.err.splitlines()) == (
-        EXIT_TEMPFAIL, ["clpet: stopped by SIGINT: what was learned is saved, the same command goes on"]
+        EXIT_TEMPFAIL, ["clpet: stopped by SIGINT; progress is saved, re-run the same command to resume"]
     )  # fmt: skip
     lines = found.out.splitlines()
     assert len([line for line in lines if line.endswith(": saved")]) == 2

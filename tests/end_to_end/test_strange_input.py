@@ -107,7 +107,7 @@ def test_results_that_are_damaged_are_named_and_made_again(
     (tmp_path / "results.json").rename(run / "results.json")
     caplog.clear()
     assert find_runs(tmp_path) == []
-    assert "left out: " + str(run) in caplog.text
+    assert "skipped: " + str(run) in caplog.text
 
 
 @pytest.mark.slow

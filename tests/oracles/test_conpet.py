@@ -20,7 +20,7 @@ from clpet.methods.ewc import EWC, Fisher, Merge
 from clpet.methods.lwf import distillation
 from clpet.replay.batch_plan import split_batch, steps_and_val_batches
 from clpet.replay.exemplar_selection import kmeans_nearest, split_train_val
-from clpet.runtime.distributed import split
+from clpet.runtime.distributed import rows_of_rank
 from clpet.training.trainer import Trainer
 from tests.conftest import double
 
@@ -84,7 +84,7 @@ def step_loss(method: CRL, parts: list[list[int]]) -> float:
 def test_a_mixed_step_is_averaged_over_its_old_rows() -> None:
     """O1 + O3, `train_mem_model`: batchmean over the OLD rows, whatever the micro-batches and the ranks."""
     whole = np.array([6, 7, 8])
-    ranks = [split(whole, index, 2).tolist() for index in range(2)]
+    ranks = [rows_of_rank(whole, index, 2).tolist() for index in range(2)]
     for parts in ([[6, 7, 8]], [[6], [7, 8]], [[8], [6], [7]], ranks):
         assert step_loss(crl(0, 1), parts) == pytest.approx(13.8503627825, abs=1e-6)
     assert step_loss(crl(0, 1), [[6, 7, 8]]) - 6.8557800668 == pytest.approx(6.9945827157, abs=1e-6)

@@ -18,7 +18,7 @@ from clpet.runs import provenance
 from clpet.runs.load_run import check_inputs, read_record
 from clpet.runs.provenance import check_finished, code, hub_data
 from clpet.runtime import fingerprint
-from clpet.runtime.fingerprint import file_hash, folder_hash, hub_commit, remembered
+from clpet.runtime.fingerprint import file_hash, folder_hash, hub_commit, cached_value
 from clpet.runtime.run_checkpoint import RunState
 from tests.conftest import set_up, tiny_args, write_words
 
@@ -48,7 +48,7 @@ def flip_weight(folder: Path) -> None:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file counts as having rested."""
-    monkeypatch.setattr(fingerprint, "SETTLED", -1.0)
+    monkeypatch.setattr(fingerprint, "TIMESTAMP_RESOLUTION", -1.0)
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def test_a_file_that_has_just_changed_is_not_remembered(tmp_path: Path, opened: 
 
 def test_a_value_that_cannot_be_kept_is_computed(tmp_path: Path) -> None:
     (tmp_path / "fingerprints").write_text("a file where a folder should be")
-    assert remembered(str(tmp_path), "key", lambda: "value") == "value"
-    assert remembered(None, "key", lambda: "value") == "value"
-    assert remembered(str(tmp_path), None, lambda: "value") == "value"
+    assert cached_value(str(tmp_path), "key", lambda: "value") == "value"
+    assert cached_value(None, "key", lambda: "value") == "value"
+    assert cached_value(str(tmp_path), None, lambda: "value") == "value"
 
 
 def test_a_folder_is_what_is_read_of_it(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from clpet.cli.launch import RankError, slurm_environment, start
 from clpet.evaluation.evaluator import Evaluator
-from clpet.runtime.distributed import World, chunks, get_world, init_distributed, split, sum_flat, to_cpu
+from clpet.runtime.distributed import World, chunks, get_world, init_distributed, rows_of_rank, sum_flat, to_cpu
 from clpet.runtime.signals import EXIT_TEMPFAIL
 from tests.conftest import Silent, domain_args, methods_of, set_up, tiny_args
 
@@ -28,10 +28,10 @@ from tests.conftest import Silent, domain_args, methods_of, set_up, tiny_args
 
 def test_rows_are_split_evenly_and_none_is_lost() -> None:
     rows = np.arange(10, 21)
-    parts = [split(rows, index, 4) for index in range(4)]
+    parts = [rows_of_rank(rows, index, 4) for index in range(4)]
     assert [part.tolist() for part in parts] == [[10, 14, 18], [11, 15, 19], [12, 16, 20], [13, 17]]
-    assert [len(split(rows[:2], index, 3)) for index in range(3)] == [1, 1, 0]
-    assert split(rows, 0, 1) is rows
+    assert [len(rows_of_rank(rows[:2], index, 3)) for index in range(3)] == [1, 1, 0]
+    assert rows_of_rank(rows, 0, 1) is rows
 
 
 def test_micro_batches_hold_every_row_of_a_rank_once() -> None:
@@ -89,9 +89,9 @@ def test_slurm_says_which_rank_a_process_is() -> None:
     ("words", "line"),
     [
         (["method=sequential", "hardware.ranks=0"], "hardware.ranks must be auto, or a number of processes, not 0"),
-        (["method=sequential", "hardware.shard=true", "peft=none"], "hardware.shard is for a frozen backbone"),
+        (["method=sequential", "hardware.shard=true", "peft=none"], "hardware.shard needs a frozen backbone"),
         (["method=sequential", "hardware.quantization=nf4"], "hardware.quantization=nf4 needs a CUDA device"),
-        (["hardware.gradient_checkpointing=true", "method=o_lora"], "does not go with method=o_lora"),
+        (["hardware.gradient_checkpointing=true", "method=o_lora"], "cannot be used with method=o_lora"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(words: list[str], line: str, clpet, tmp_path: Path) -> None:
