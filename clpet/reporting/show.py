@@ -14,7 +14,7 @@ from clpet.reporting.figures import figures, pretraining_figures
 from clpet.reporting.perplexity_tables import average_table, domain_table, formula_lines, transfer_tables
 from clpet.reporting.run_groups import Runs
 from clpet.reporting.tables import format_table, matrix_table, table
-from clpet.runtime.untrusted_json import command, find_runs, read_json, read_results, as_data_error, split_of
+from clpet.runtime.untrusted_json import as_data_error, command, find_runs, read_json, read_results, split_of
 
 LIST_HEADER = ["benchmark", "method", "replay", "model", "seed", "split", "average", "bwt", "train s", "run"]
 COST_HEADER = ["cost of", "seconds", "forward", "backward", "tokens", "evaluated", "peak MB", "trainable", "stored",

@@ -33,7 +33,7 @@ from clpet.runs.run_dir import snapshot_folder
 from clpet.runs.tracking import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
-from clpet.runtime.untrusted_json import check_schema, read_json, read_results, as_data_error
+from clpet.runtime.untrusted_json import as_data_error, check_schema, read_json, read_results
 from clpet.session import assemble, load_objective
 
 log = logging.getLogger(__name__)

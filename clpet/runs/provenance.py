@@ -23,7 +23,7 @@ from clpet.config.compose import plugin_dirs
 from clpet.config.identity import digest
 from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.errors import ClpetError, ConfigError
-from clpet.runtime.fingerprint import file_stat, hub_commit, cached_value
+from clpet.runtime.fingerprint import cached_value, file_stat, hub_commit
 
 log = logging.getLogger(__name__)
 

@@ -81,7 +81,9 @@ class Hardware:
         """Raises ConfigError if the adapter option or the method does not support sharding, nf4 or recomputation."""
         for option, value in (("shard", self.shard), ("quantization", self.quantization is Quantization.nf4)):
             if peft.full and value:
-                raise ConfigError(f"hardware.{option} needs a frozen backbone: use peft=lora instead of peft={peft.name}")
+                raise ConfigError(
+                    f"hardware.{option} needs a frozen backbone: use peft=lora instead of peft={peft.name}"
+                )
         if self.gradient_checkpointing and not method.supports_recompute:
             raise ConfigError(
                 f"hardware.gradient_checkpointing cannot be used with method={method.name}, whose branches are mixed "

@@ -85,9 +85,17 @@ class RunState:
                         f"{folder.parent} was started with {key} {recorded}, now it is {current}: "
                         "start over with fresh=true, or use another output_dir"
                     )
-            matrices = TransferMatrix.from_json(value["matrix"]), TransferMatrix.from_json(value["own"])
-            rest = value["trainer"], value["task"], value.get("validation")
-            return cls(*matrices, value["done"], value["costs"], value["diagnostics"], *rest), value["method"]
+            state = cls(
+                TransferMatrix.from_json(value["matrix"]),
+                TransferMatrix.from_json(value["own"]),
+                value["done"],
+                value["costs"],
+                value["diagnostics"],
+                value["trainer"],
+                value["task"],
+                value.get("validation"),
+            )
+            return state, value["method"]
         if checkpoints(folder):
             log.warning("every checkpoint in %s is damaged: the run starts over", folder)
         return None

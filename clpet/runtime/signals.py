@@ -67,7 +67,7 @@ class GracefulShutdown:
             self.exit_if_requested()
 
     def exit_if_requested(self) -> None:
-        """Exits if a signal is pending. The previous handler of the signal, such as submitit's, is called if there is one.
+        """Exits if a signal is pending, by calling its previous handler, such as submitit's, if there is one.
 
         submitit's handler of SIGUSR2 requeues the job and ends the process; its handler of SIGTERM returns, and the run
         would continue. But SLURM follows SIGTERM with SIGKILL. So on SIGTERM under SLURM: a job that SLURM has already

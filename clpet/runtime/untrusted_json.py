@@ -83,7 +83,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def find_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Returns (folder, results) of every finished run below a folder, ordered by path; skips invalid ones with a warning."""
+    """Returns (folder, results) of every finished run below a folder, by path; skips invalid ones with a warning."""
     runs = []
     for path in sorted(folder.glob("*/*/s*-*/results.json")):
         try:

@@ -18,7 +18,7 @@ from clpet.runs import provenance
 from clpet.runs.load_run import check_inputs, read_record
 from clpet.runs.provenance import check_finished, code, hub_data
 from clpet.runtime import fingerprint
-from clpet.runtime.fingerprint import file_hash, folder_hash, hub_commit, cached_value
+from clpet.runtime.fingerprint import cached_value, file_hash, folder_hash, hub_commit
 from clpet.runtime.run_checkpoint import RunState
 from tests.conftest import set_up, tiny_args, write_words
 

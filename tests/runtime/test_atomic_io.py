@@ -1,4 +1,4 @@
-"""Caches that processes share: cold, damaged, and written by several at once."""
+"""Atomic writes and shared caches: empty, damaged, and written by several processes at once."""
 
 import contextlib
 import multiprocessing
@@ -19,7 +19,7 @@ ROUNDS = 8
 
 
 def together(work: Callable[[int], None], processes: int = 4) -> None:
-    """Runs `work(round)` in several processes that begin every round at the same moment; asserts that none fails."""
+    """Runs `work(round)` in several processes that start every round at the same moment; asserts that none fails."""
     ready, failed = FORK.Barrier(processes), FORK.SimpleQueue()
 
     def one() -> None:
@@ -48,10 +48,10 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_four_processes_share_cold_token_streams(damaged: bool, tmp_path: Path) -> None:
+def test_four_processes_share_an_empty_or_damaged_token_cache(damaged: bool, tmp_path: Path) -> None:
     examples = [Example(f"text number {index}") for index in range(40)]
     tokenizer = byte_tokenizer()
-    wanted = Tokens(tokenizer).stream(examples, sized=True)
+    expected = Tokens(tokenizer).stream(examples, sized=True)
     if damaged:
         for index in range(ROUNDS):
             Tokens(tokenizer, str(tmp_path / str(index))).stream(examples, sized=True)
@@ -60,44 +60,44 @@ def test_four_processes_share_cold_token_streams(damaged: bool, tmp_path: Path) 
 
     def work(index: int) -> None:
         for _ in range(2):
-            found = Tokens(tokenizer, str(tmp_path / str(index))).stream(examples, sized=True)
-            np.testing.assert_array_equal(found.tokens, wanted.tokens)
-            np.testing.assert_array_equal(found.sizes, wanted.sizes)
+            stream = Tokens(tokenizer, str(tmp_path / str(index))).stream(examples, sized=True)
+            np.testing.assert_array_equal(stream.tokens, expected.tokens)
+            np.testing.assert_array_equal(stream.sizes, expected.sizes)
 
     together(work)
     assert {path.name for path in tmp_path.glob("*/tokens/.*")} == {".lock"}
 
 
-def test_the_first_of_several_folders_stays(tmp_path: Path) -> None:
-    """Who comes later reads what is there; no reader sees it gone."""
+def test_the_first_of_several_writers_wins(tmp_path: Path) -> None:
+    """Later writers discard their copy; a reader never finds the folder missing."""
 
     def work(index: int) -> None:
-        place = tmp_path / str(index)
+        folder = tmp_path / str(index)
         for _ in range(2):
-            with atomic_io.cache_folder(place) as made:
-                (made / "a").write_text("x" * 1000)
-            inode = (place / "a").stat().st_ino
-            assert atomic_io.is_intact(place)
-            assert (place / "a").stat().st_ino == inode
+            with atomic_io.cache_folder(folder) as temporary:
+                (temporary / "a").write_text("x" * 1000)
+            inode = (folder / "a").stat().st_ino
+            assert atomic_io.is_intact(folder)
+            assert (folder / "a").stat().st_ino == inode
 
     together(work)
 
 
 def test_a_damaged_folder_is_replaced(tmp_path: Path) -> None:
-    place = tmp_path / "x"
+    folder = tmp_path / "x"
     for change in (
-        lambda: (place / "a").write_text("b"),
-        (place / "a").unlink,
-        lambda: (place / atomic_io.CHECKSUMS).write_text("3"),
+        lambda: (folder / "a").write_text("b"),
+        (folder / "a").unlink,
+        lambda: (folder / atomic_io.CHECKSUMS).write_text("3"),
     ):
-        with atomic_io.cache_folder(place) as made:
-            (made / "a").write_text("a")
-        assert atomic_io.is_intact(place)
+        with atomic_io.cache_folder(folder) as temporary:
+            (temporary / "a").write_text("a")
+        assert atomic_io.is_intact(folder)
         change()
-        assert not atomic_io.is_intact(place)
-    with atomic_io.cache_folder(place) as made:
-        (made / "a").write_text("a")
-    assert atomic_io.is_intact(place)
-    with contextlib.suppress(ZeroDivisionError), atomic_io.cache_folder(tmp_path / "y") as made:
+        assert not atomic_io.is_intact(folder)
+    with atomic_io.cache_folder(folder) as temporary:
+        (temporary / "a").write_text("a")
+    assert atomic_io.is_intact(folder)
+    with contextlib.suppress(ZeroDivisionError), atomic_io.cache_folder(tmp_path / "y") as temporary:
         raise ZeroDivisionError
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "x"]

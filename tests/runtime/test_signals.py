@@ -47,7 +47,9 @@ def test_a_signal_saves_at_the_next_step(words: Path, clpet, tmp_path: Path, mon
     again = clpet(*args, "output_dir=cut")
     assert again.code == 0
     assert "inside task 2" in again.out
-    assert len(steps_taken) == 12 + 2 * (24 + 24)  # module of task 1, then selectors and modules: no step was taken twice
+    assert len(steps_taken) == 12 + 2 * (
+        24 + 24
+    )  # module of task 1, then selectors and modules: no step was taken twice
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
@@ -66,7 +68,9 @@ def test_a_signal_during_evaluation_keeps_what_was_trained(
 
     monkeypatch.setattr(Evaluator, "__call__", signalling)
     assert clpet(*args).code == EXIT_TEMPFAIL
-    monkeypatch.setattr(Trainer, "_backward", lambda self, *rest: trained_tasks.append(self.task) or backward(self, *rest))
+    monkeypatch.setattr(
+        Trainer, "_backward", lambda self, *rest: trained_tasks.append(self.task) or backward(self, *rest)
+    )
     again = clpet(*args, "hardware.threads=2")
     assert again.code == 0
     assert "the run began with threads 1, now 2: it ends equal to rounding, not bit for bit" in again.out + again.err

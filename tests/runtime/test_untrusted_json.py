@@ -1,4 +1,4 @@
-"""What anyone may have written into a run directory: shown, or refused in one line, and nothing else."""
+"""Files of a run directory with arbitrary content are shown or rejected with a one-line error, nothing else."""
 
 import contextlib
 import copy
@@ -27,27 +27,27 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-def places(node: Any, path: tuple = ()) -> list[tuple]:
-    """The paths to all of a tree's nodes."""
+def node_paths(node: Any, path: tuple = ()) -> list[tuple]:
+    """Returns the paths to all nodes of a tree."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [path, *(place for key, value in items for place in places(value, (*path, key)))]
+    return [path, *(child for key, value in items for child in node_paths(value, (*path, key)))]
 
 
 @st.composite
 def mutated(draw: st.DrawFn, value: Any) -> Any:
-    """A tree with one to three of its nodes replaced, removed or doubled."""
+    """A tree with one to three of its nodes replaced, removed or duplicated."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(places(value)[1:] or [()]))
+        path = draw(st.sampled_from(node_paths(value)[1:] or [()]))
         if not path:
             return draw(VALUES)
         parent = value
         for key in path[:-1]:
             parent = parent[key]
-        action = draw(st.sampled_from(["replace", "replace", "remove", "double"]))
+        action = draw(st.sampled_from(["replace", "replace", "remove", "duplicate"]))
         if action == "remove":
             del parent[path[-1]]
-        elif action == "double" and isinstance(parent, list):
+        elif action == "duplicate" and isinstance(parent, list):
             parent.append(copy.deepcopy(parent[path[-1]]))
         else:
             parent[path[-1]] = draw(VALUES)
@@ -56,58 +56,58 @@ def mutated(draw: st.DrawFn, value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def runs(words: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished runs of accuracies and of perplexities."""
-    found = {}
+    """A finished run measured by accuracy, and one measured by perplexity."""
+    folders = {}
     for name, args in {"words": tiny_args(words), "prose": domain_args(prose)}.items():
         out = tmp_path_factory.mktemp(name)
         assert run_cli("train", "method=sequential", *args, f"output_dir={out}") == 0
-        (found[name],) = out.glob("*/*/s*")
-    return found
+        (folders[name],) = out.glob("*/*/s*")
+    return folders
 
 
-def shown(path: Path, capsys: pytest.CaptureFixture, *flags: str) -> None:
-    """`clpet show` prints, or says in one line why it does not."""
+def show_or_one_error(path: Path, capsys: pytest.CaptureFixture, *flags: str) -> None:
+    """`clpet show` prints the run or a one-line error."""
     code = main.main_with_errors(["show", str(path), *flags])
     out, err = capsys.readouterr()
     assert (code, err.count("\n")) in ((0, 0), (2, 1)), err
     assert "internal error" not in err
-    assert all(sign.isprintable() or sign == "\n" for sign in out)
+    assert all(character.isprintable() or character == "\n" for character in out)
 
 
 @pytest.mark.parametrize("kind", ["words", "prose"])
 def test_show_survives_any_results(kind: str, runs: dict[str, Path], tmp_path: Path, capsys) -> None:
     run = Path(shutil.copytree(runs[kind], tmp_path / "a" / "b" / "run"))
-    whole = json.loads((run / "results.json").read_text())
+    valid = json.loads((run / "results.json").read_text())
 
     @SLOW
-    @given(mutated(whole), st.sampled_from([(), ("--metrics",)]))
+    @given(mutated(valid), st.sampled_from([(), ("--metrics",)]))
     def survives(value: Any, flags: tuple[str, ...]) -> None:
         (run / "results.json").write_text(json.dumps(value))
-        shown(run, capsys, *flags)
+        show_or_one_error(run, capsys, *flags)
 
     survives()
 
 
 def test_show_survives_any_bytes(runs: dict[str, Path], tmp_path: Path, capsys) -> None:
     run = Path(shutil.copytree(runs["words"], tmp_path / "run"))
-    whole = (run / "results.json").read_bytes()
+    valid = (run / "results.json").read_bytes()
 
     @SLOW
-    @given(st.integers(0, len(whole)), st.integers(0, 200), st.binary(max_size=20))
-    def survives(at: int, gone: int, new: bytes) -> None:
-        (run / "results.json").write_bytes(whole[:at] + new + whole[at + gone :])
-        shown(run, capsys)
+    @given(st.integers(0, len(valid)), st.integers(0, 200), st.binary(max_size=20))
+    def survives(start: int, removed: int, new: bytes) -> None:
+        (run / "results.json").write_bytes(valid[:start] + new + valid[start + removed :])
+        show_or_one_error(run, capsys)
 
     survives()
 
 
-def test_a_recorded_config_is_built_or_refused(runs: dict[str, Path], tmp_path: Path) -> None:
-    """Whatever run.json says, what is not ours is not imported and nothing but a ClpetError is raised."""
+def test_a_recorded_config_is_built_or_rejected(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever run.json contains, only classes of clpet are imported and only a ClpetError is raised."""
     run = Path(shutil.copytree(runs["words"], tmp_path / "run"))
-    whole = json.loads((run / "run.json").read_text())
+    valid = json.loads((run / "run.json").read_text())
 
     @SLOW
-    @given(mutated(whole))
+    @given(mutated(valid))
     def survives(value: Any) -> None:
         (run / "run.json").write_text(json.dumps(value))
         with contextlib.suppress(ClpetError):
@@ -116,24 +116,24 @@ def test_a_recorded_config_is_built_or_refused(runs: dict[str, Path], tmp_path: 
     survives()
 
 
-def test_other_runs_that_are_spoilt_are_passed_over(runs: dict[str, Path], tmp_path: Path, capsys) -> None:
+def test_damaged_runs_are_skipped(runs: dict[str, Path], tmp_path: Path, capsys) -> None:
     out = Path(shutil.copytree(runs["words"].parents[2], tmp_path / "out"))
-    (spoilt,) = out.glob("*/*/s*")
-    shutil.copytree(spoilt, spoilt.with_name("s1-00000000"))
-    (spoilt / "results.json").write_text('{"method": 3}')
+    (damaged,) = out.glob("*/*/s*")
+    shutil.copytree(damaged, damaged.with_name("s1-00000000"))
+    (damaged / "results.json").write_text('{"method": 3}')
     assert main.main_with_errors(["runs", str(out), "--compare", "method"]) == 0
     assert capsys.readouterr().out.count("sequential") == 1
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1]", "no object"), ("NaN", "no finite"), ('{"a": 1e999}', "no finite"), ('{"a": -Infinity}', "no finite"),
+@pytest.mark.parametrize(("text", "message"), [("[1]", "does not contain a JSON object"), ("NaN", "not a finite number"), ('{"a": 1e999}', "not a finite number"), ('{"a": -Infinity}', "not a finite number"),
                                   ('{"a": 99999999999999999999}', "too large"), ('{"a":' * 40 + "1" + "}" * 40, "too deeply")])  # fmt: skip
-def test_json_that_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_json_is_rejected(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(DataError, match=message):
         read_json(tmp_path / "x.json")
 
 
-def test_inspection_leaves_a_clean_config_as_it_is(runs: dict[str, Path]) -> None:
+def test_checking_a_valid_config_does_not_change_it(runs: dict[str, Path]) -> None:
     for run in runs.values():
         config = json.loads((run / "run.json").read_text())["config"]
         before = copy.deepcopy(config)
