@@ -101,7 +101,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
             results = run_dir.collect(out, cfg, overrides, identity, method, benchmark, state)
             title = f"{method.name} on {on_split(benchmark.name, results['split'])}"
             paths = run_figures.draw(out, state.matrix, title, benchmark.data_record.get("order"))
-            track.finished(results, [*paths, *method_figures.draw(out, method.name, method.figures())])
+            track.log_results(results, [*paths, *method_figures.draw(out, method.name, method.figures())])
             run_dir.finish(out, results)
         run_summary.show_finished(console, out, results)
     return state.matrix
@@ -150,14 +150,14 @@ class Experiment:
         if saved is None:
             names, direction = self.benchmark.names, self.benchmark.direction
             state = RunState(TransferMatrix(names, direction), TransferMatrix(names, direction))
-            self.track.forget_after(-1)
+            self.track.drop_lines_after(-1)
             self.evaluate(state, 0)
             return state
         state, method_state = saved
         if method_state:
             self.method.load_state_dict(method_state)
         self.trainer.load(state.trainer)
-        self.track.forget_after(state.done)
+        self.track.drop_lines_after(state.done)
         inside = f", inside task {state.done + 1}" if state.task else ""
         self.track.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks{inside}")
         return state
@@ -184,7 +184,7 @@ class Experiment:
             state.costs[-1] |= self.method.objective.meter.take_evaluation()
         if self.config.evaluation.predictions and get_world().is_main:
             write_predictions(self.out / "predictions", row, found, self.benchmark.names, self.benchmark.labels)
-        self.track.evaluated(state, row, found)
+        self.track.log_row(state, row, found)
 
     def validate(self, tasks: range) -> dict[str, Any] | None:
         """The averages on validation after the last task, by which settings are chosen; None unless all tasks have it.

@@ -1,4 +1,4 @@
-"""dry_run=true: what a run would be, one step of it, and no more."""
+"""dry_run=true: prints what a run would do and performs one optimizer step, without writing anything."""
 
 import time
 from collections.abc import Callable
@@ -19,46 +19,55 @@ from clpet.training.trainer import Trainer
 
 
 def dry_run(console: Console, config: Config, method: Method, benchmark: Benchmark, trainer: Trainer) -> None:
-    """Prints one encoded example, the labels, parameters, steps per task and a memory estimate; does one step."""
-    objective, pool = method.objective, method.data.train
-    row = int(pool.rows_of(0)[0])
-    example = objective.tokenizer.decode(pool.tokens(row))
-    say(console, f"benchmark {benchmark.name}: {len(benchmark)} tasks, {len(benchmark.labels)} labels")
-    for task in benchmark.tasks:
-        sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test"
-        say(console, f"  {task.name}: {sizes}" + (f"; labels {', '.join(task.labels)}" if task.labels else ""))
-    say(console, f"example  {example}")
-    say(console, f"tokens   {' '.join(map(str, pool.tokens(row)))}")
-    say(console, objective.describe(pool, row))
+    """Prints the tasks, one encoded example, the device and the steps per task; then does one step and measures it."""
+    objective = method.objective
+    _print_tasks(console, benchmark)
+    _print_example(console, method)
     say(console, f"device   {objective.device}, {str(objective.dtype).removeprefix('torch.')}")
     say(console, f"measured on {config.evaluation.split.value}")
     rates = [f"{name} {rate}" for name, rate in objective.adapters.dropout().items()]
-    say(console, f"dropout  {', '.join(rates) or 'none'} (of the model's own layers, in training)")
+    say(console, f"dropout  {', '.join(rates) or 'none'} (in the model's own layers, while training)")
     say(console, f"steps    {steps_per_task(method, config.train.epochs_of)}")
     index, task = method.curriculum()[0]
-    trainer.dry_run = True
+    trainer.dry_run = True  # stops every fit after its first step
     start = time.perf_counter()
     trainer.begin_task(index)
     method.learn(task, index, trainer)
     seconds = time.perf_counter() - start
     say(console, _ratio(method.trainable_parameters(), objective.adapters.base_parameters))
-    did = f"one step of {config.train.global_batch_size} examples: {seconds:.2f} s"
-    say(console, f"{did}, peak memory {peak_memory_mb():.0f} MB")
+    step = f"one step of {config.train.global_batch_size} examples: {seconds:.2f} s"
+    say(console, f"{step}, peak memory {peak_memory_mb():.0f} MB")
 
 
-def count_parameters(console: Console, parts: dict[str, Any], benchmark: Benchmark, why: str) -> None:
-    """Parameter counts from the model's config alone, for a machine that lacks the weights."""
+def _print_tasks(console: Console, benchmark: Benchmark) -> None:
+    say(console, f"benchmark {benchmark.name}: {len(benchmark)} tasks, {len(benchmark.labels)} labels")
+    for task in benchmark.tasks:
+        sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test"
+        say(console, f"  {task.name}: {sizes}" + (f"; labels {', '.join(task.labels)}" if task.labels else ""))
+
+
+def _print_example(console: Console, method: Method) -> None:
+    """The first training example of task 0, decoded from its tokens: what the model reads."""
+    objective, pool = method.objective, method.data.train
+    row = int(pool.rows_of(0)[0])
+    say(console, f"example  {objective.tokenizer.decode(pool.tokens(row))}")
+    say(console, f"tokens   {' '.join(map(str, pool.tokens(row)))}")
+    say(console, objective.describe(pool, row))
+
+
+def count_parameters(console: Console, parts: dict[str, Any], benchmark: Benchmark, reason: str) -> None:
+    """Prints `reason`, why the weights cannot be loaded, and parameter counts from the model's config alone."""
     generates = load(parts["benchmark"].objective.value).generates
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory: a model of any size fits
         adapters = Adapters(parts["model"].skeleton(generates), parts["model"], parts["peft"], generates)
         adapters.add("default", 0)
-    network: Any = adapters.model.config
-    labels, total = len(benchmark.labels), adapters.base_parameters
-    adapter = adapters.count("default")
-    lines = [why, f"adapter: {_ratio(adapter, total)}"]
+    num_labels, base_parameters = len(benchmark.labels), adapters.base_parameters
+    adapter_parameters = adapters.count("default")
+    lines = [reason, f"adapter: {_ratio(adapter_parameters, base_parameters)}"]
     if not generates:
-        head = (network.hidden_size + 1) * labels
-        lines.append(f"adapter and a head of {labels} labels: {_ratio(adapter + head, total)}")
+        network_config: Any = adapters.model.config
+        head = (network_config.hidden_size + 1) * num_labels  # a linear layer with bias
+        lines.append(f"adapter and a head of {num_labels} labels: {_ratio(adapter_parameters + head, base_parameters)}")
     for line in lines:
         say(console, line)
 
@@ -70,7 +79,11 @@ def _ratio(trainable: int, total: int) -> str:
 
 
 def steps_per_task(method: Method, epochs: Callable[[int], int]) -> str:
-    """Optimiser steps of every task and stage, counted on a trial memory that is thrown away again."""
+    """Optimizer steps of every task and stage.
+
+    The number of steps can depend on the size of the replay memory, so the memory is filled task by task, choosing
+    exemplars by random features instead of the model's, and emptied again at the end.
+    """
     counts = []
     for index, task in method.curriculum():
         stages = [f"{name} {plan.steps * epochs(index)}".strip() for name, plan in method.stages(index).items()]

@@ -1,10 +1,11 @@
-"""Where figures go while a run goes on: the screen, metrics.jsonl, and wandb (online when it can, else offline)."""
+"""Reports the metrics of a running experiment: to the screen, to metrics.jsonl, and to wandb (online or offline)."""
 
 import contextlib
 import json
 import logging
 import netrc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Mode(Enum):
-    """auto tries wandb's server once and goes on offline; off writes nothing for wandb."""
+    """The mode of wandb: auto tries its server once and falls back to offline; off writes nothing for wandb."""
 
     auto = "auto"
     online = "online"
@@ -36,14 +37,14 @@ class Mode(Enum):
 
 @dataclass
 class Tracking:
-    """A tracking group option."""
+    """An option of the group `tracking`."""
 
     name: str = "auto"
     mode: Mode = Mode.auto
     project: str = "clpet"
     entity: str | None = None
-    timeout: float = 10.0
-    finish_timeout: float = 60.0
+    timeout: float = 10.0  # seconds to wait for the server at the start
+    finish_timeout: float = 60.0  # seconds to wait for the last uploads at the end
 
     def __post_init__(self) -> None:
         require(self.timeout > 0, "tracking.timeout", self.timeout, "more than 0 seconds")
@@ -51,7 +52,7 @@ class Tracking:
 
 
 class Tracker:
-    """Writes one run's figures, on its main rank. Use as a context; `display` is its Progress."""
+    """Reports one run's metrics, on the main rank only. A context manager; `display` shows the progress."""
 
     def __init__(self, settings: Tracking, out: Path, display: Display, config: dict, identity: dict[str, str]) -> None:
         self.settings, self.out, self.display = settings, out, display
@@ -68,15 +69,18 @@ class Tracker:
         if self.run is not None:
             self._safely("finish", lambda: self.run.finish(exit_code=0 if kind is None else 1))
 
-    def forget_after(self, done: int) -> None:
-        """Drops the lines of entries that will be learned again after a resume."""
+    def drop_lines_after(self, done: int) -> None:
+        """Removes the lines of metrics.jsonl that were written after the first `done` entries of the curriculum.
+
+        A resumed run learns those entries again and would write their lines twice.
+        """
         path = self.out / "metrics.jsonl"
         if path.exists() and get_world().is_main:
-            lines = [line for line in path.read_text().splitlines() if _done(line) <= done]
+            lines = [line for line in path.read_text().splitlines() if _entries_done(line) <= done]
             write_text(path, "".join(f"{line}\n" for line in lines))
 
-    def evaluated(self, state: RunState, row: int, evaluation: Evaluation) -> None:
-        """Records one row of the matrix: lines, table on the screen, wandb scalars on the task axis."""
+    def log_row(self, state: RunState, row: int, evaluation: Evaluation) -> None:
+        """Reports row `row` of the matrix: a line of metrics.jsonl, a table on the screen, scalars for wandb."""
         if not get_world().is_main:
             return
         names = state.matrix.tasks
@@ -99,11 +103,11 @@ class Tracker:
                 key: line[key] for key in ("average", "whole", *evaluation.diagnostics) if line.get(key) is not None
             }
             cost = {f"cost/{key}": value for key, value in line.get("cost", {}).items()}
-            named = {self._key(inline(key)): value for key, value in scalars.items()}
-            self._safely("log", lambda: self.run.log({"task": row, **named, **cost}))
+            scalars = {self._key(inline(key)): value for key, value in scalars.items()}
+            self._safely("log", lambda: self.run.log({"task": row, **scalars, **cost}))
 
-    def finished(self, results: dict[str, Any], pictures: list[Path]) -> None:
-        """Writes the final table, pictures and summary to wandb."""
+    def log_results(self, results: dict[str, Any], figures: list[Path]) -> None:
+        """Writes the final matrices as one table, the figures and the summary metrics to wandb."""
         if self.run is None:
             return
         import wandb
@@ -121,22 +125,22 @@ class Tracker:
                 if values[row][column] is not None
             ]
             table = wandb.Table(columns=["matrix", "row", "after", "task", "value"], data=rows)
-            drawn = {self._key(f"{path.stem}_picture"): wandb.Image(str(path)) for path in pictures}
-            self.run.log({self._key("transfer"): table, **drawn})
-            known = {self._key(key): value for key, value in results["metrics"].items() if value is not None}
-            if found := results.get("validation"):
-                known["validation/average"] = found["average"]
-            self.run.summary.update(known)
+            images = {self._key(f"{path.stem}_picture"): wandb.Image(str(path)) for path in figures}
+            self.run.log({self._key("transfer"): table, **images})
+            summary = {self._key(key): value for key, value in results["metrics"].items() if value is not None}
+            if validation := results.get("validation"):
+                summary["validation/average"] = validation["average"]
+            self.run.summary.update(summary)
 
         self._safely("log", write)
 
     @property
     def split(self) -> str:
-        """What the matrix is measured on."""
+        """The split that the matrix is measured on."""
         return self.config["evaluation"]["split"]
 
     def _key(self, name: str) -> str:
-        """The name of a figure on wandb: those of validation never mix with those of test."""
+        """The name of a metric on wandb. A prefix keeps metrics on validation apart from those on test."""
         return name if self.split == "test" else f"{self.split}/{name}"
 
     def _show(self, state: RunState, row: int, evaluation: Evaluation) -> None:
@@ -149,6 +153,7 @@ class Tracker:
         self.display.print()
 
     def _start_wandb(self) -> Any:
+        """The wandb run: in the configured mode, else offline, else None with a warning."""
         import wandb
 
         mode = self._mode()
@@ -160,6 +165,7 @@ class Tracker:
                     dir=str(self.out),
                     mode=attempt,  # type: ignore[arg-type]
                     config=self.config,
+                    # The same id on every start: a resumed run continues its curves instead of starting new ones.
                     id=f"{self.identity['signature']}-s{self.identity['seed']}",
                     resume="allow" if attempt == "online" else None,
                     name=f"{self.config['method']['name']}-s{self.identity['seed']}",
@@ -171,47 +177,47 @@ class Tracker:
                         init_timeout=self.settings.timeout,
                         finish_timeout=self.settings.finish_timeout,
                         finish_timeout_raises=True,
-                        x_transaction_log_flush_interval=1.0,  # a killed run keeps its rows; 15 seconds by default
+                        x_transaction_log_flush_interval=1.0,  # seconds; the default of 15 loses rows of a killed run
                     ),
                 )
                 run.define_metric("*", step_metric="task")
                 return run
             except Exception as error:
-                then = "it is offline" if attempt == "online" else "the run goes on without"
-                log.warning("wandb does not start %s (%s); %s", attempt, str(error).split("\n")[0], then)
-                _let_go()
+                fallback = "falling back to offline" if attempt == "online" else "continuing without wandb"
+                log.warning("wandb does not start %s (%s); %s", attempt, str(error).split("\n")[0], fallback)
+                _stop_service()
         return None
 
     def _mode(self) -> str:
-        """The mode to try first: a server is asked only where there is a key to log in with."""
+        """The mode to try first. auto means online only with an API key: without one, wandb would wait for a login."""
         if self.settings.mode is not Mode.auto:
             return self.settings.mode.value
-        named = os.environ.get("WANDB_MODE")
-        if named in ("online", "offline", "disabled"):
-            return named
+        mode = os.environ.get("WANDB_MODE")
+        if mode in ("online", "offline", "disabled"):
+            return mode
         return "online" if _has_key() else "offline"
 
-    def _safely(self, what: str, action: Any) -> None:
-        """Tracking never stops a run."""
+    def _safely(self, what: str, action: Callable[[], object]) -> None:
+        """Performs an action of wandb; an error ends tracking with a warning, but never the run."""
         try:
             action()
         except Exception as error:
-            later = f"wandb sync {Path(self.run.dir).parent} sends later what is missing"
-            log.warning("wandb cannot %s (%s); the run goes on without it, %s", what, str(error).split("\n")[0], later)
+            sync = f"upload the missing data later with `wandb sync {Path(self.run.dir).parent}`"
+            log.warning("wandb cannot %s (%s); continuing without it; %s", what, str(error).split("\n")[0], sync)
             self.run = None
-            _let_go()
+            _stop_service()
 
 
-def _let_go() -> None:
-    """Ends wandb's service, which would hold the run's name and complain at exit."""
+def _stop_service() -> None:
+    """Stops wandb's background process, which would otherwise keep the run's id and print errors at exit."""
     import wandb
 
     with contextlib.suppress(Exception):
         wandb.teardown()
 
 
-def _done(line: str) -> float:
-    """How many entries were learned when a line was written; infinity for a line that was cut off."""
+def _entries_done(line: str) -> float:
+    """Number of learned entries when a line was written; infinity for a truncated line, so that it is dropped."""
     try:
         return float(json.loads(line)["done"])
     except (ValueError, KeyError, TypeError):
@@ -219,6 +225,7 @@ def _done(line: str) -> float:
 
 
 def _has_key() -> bool:
+    """Whether wandb would find an API key, in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -229,22 +236,23 @@ def _has_key() -> bool:
 
 
 def write_predictions(folder: Path, row: int, evaluation: Evaluation, names: list[str], labels: list[str]) -> None:
-    """One parquet file per evaluation, one row per test example; a prediction is null where no label was seen yet."""
+    """Writes after-NNN.parquet with a row per test example; a prediction is null where no label was seen yet."""
     import pyarrow
     import pyarrow.parquet
 
     folder.mkdir(exist_ok=True)
     table = evaluation.rows
 
-    def spell(ids: np.ndarray, words: list[str]) -> pyarrow.Array:
+    def dictionary(ids: np.ndarray, words: list[str]) -> pyarrow.Array:
+        """The words of ids; null for -1."""
         return pyarrow.DictionaryArray.from_arrays(pyarrow.array(ids, pyarrow.int32(), mask=ids < 0), words)
 
-    columns: dict[str, Any] = {"example": table["row"], "task": spell(table["task"], names)}
+    columns: dict[str, Any] = {"example": table["row"], "task": dictionary(table["task"], names)}
     for name in ("label", "prediction", "own_prediction", "score"):
         if name in table:
-            words = np.issubdtype(table[name].dtype, np.integer)
-            columns[name] = spell(table[name], labels) if words else pyarrow.array(table[name].tolist())
-    columns |= {"selected": spell(table["selected"], names)} if "selected" in table else {}
+            is_id = np.issubdtype(table[name].dtype, np.integer)  # generated answers are strings, scores are floats
+            columns[name] = dictionary(table[name], labels) if is_id else pyarrow.array(table[name].tolist())
+    columns |= {"selected": dictionary(table["selected"], names)} if "selected" in table else {}
     columns |= {"right_picks": pyarrow.array(table["right_picks"])} if "right_picks" in table else {}
     with atomic_file(folder / f"after-{row:03d}.parquet") as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")

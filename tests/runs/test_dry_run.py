@@ -1,4 +1,4 @@
-"""dry_run=true says what a run would do, and does one step of it."""
+"""dry_run=true prints what a run would do, and does one step of it."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ STAGED = [
 ]
 
 
-@pytest.mark.parametrize(("method", "more"), STAGED, ids=str)
-def test_the_stages_said_beforehand_are_those_that_are_run(method: str, more: list[str], make) -> None:
+@pytest.mark.parametrize(("method", "options"), STAGED, ids=str)
+def test_announced_steps_equal_those_of_the_run(method: str, options: list[str], make) -> None:
     """Steps of every fit, task by task."""
-    run = make(f"method={method}", *more)
+    run = make(f"method={method}", *options)
     curriculum, replay = run.method.curriculum(), run.method.replay
-    said = {}
+    announced = {}
     for index, _ in curriculum:
-        said[index] = [plan.steps for plan in run.method.stages(index).values()]
+        announced[index] = [plan.steps for plan in run.method.stages(index).values()]
         replay.update_memory(index, random_features)
     replay.setup(run.data, run.config.seed, replay.batch_size)
     done: list[int] = []
@@ -36,13 +36,13 @@ def test_the_stages_said_beforehand_are_those_that_are_run(method: str, more: li
         run.trainer.begin_task(index)
         run.method.learn(task, index, run.trainer)
         run.method.after_task(task, index)
-        assert done == said[index]
+        assert done == announced[index]
 
 
-@pytest.mark.parametrize(("method", "more"), STAGED, ids=str)
-def test_a_trial_is_one_step(method: str, more: list[str], make) -> None:
+@pytest.mark.parametrize(("method", "options"), STAGED, ids=str)
+def test_a_dry_run_is_one_step(method: str, options: list[str], make) -> None:
     """No method sends more than the first batch through the network, before or after its backward pass."""
-    run = make(f"method={method}", *more)
+    run = make(f"method={method}", *options)
     run.trainer.dry_run = True
     index, task = run.method.curriculum()[0]
     run.trainer.begin_task(index)
@@ -53,11 +53,11 @@ def test_a_trial_is_one_step(method: str, more: list[str], make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "steps"), [("replay=fixed", "fruit contrast 4; metal contrast 4 + replay 6; river contrast 4 + replay 10"),
+    ("replay", "steps"), [("replay=fixed", "fruit contrast 4; metal contrast 4 + replay 6; river contrast 4 + replay 10"),
                           ("replay=dynamic", "fruit contrast 4; metal contrast 4 + replay 6; river contrast 4 + replay 6")]
 )  # fmt: skip
-def test_dry_run_lists_both_stages_of_crl(method: str, steps: str, words: Path, clpet) -> None:
+def test_dry_run_lists_both_stages_of_crl(replay: str, steps: str, words: Path, clpet) -> None:
     """24 examples a task in batches of 16, two epochs; the memory holds 24 a task, dynamic batches 8 new examples."""
-    found = clpet("train", "method=crl", method, *tiny_args(words), "dry_run=true")
-    assert found.code == 0, found.err
-    assert f"steps    {steps}" in found.out
+    answer = clpet("train", "method=crl", replay, *tiny_args(words), "dry_run=true")
+    assert answer.code == 0, answer.err
+    assert f"steps    {steps}" in answer.out
