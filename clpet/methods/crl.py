@@ -1,7 +1,10 @@
 """CRL: contrastive learning over a bank of representations, with distillation of class relations.
 
-ConPET's baseline and, with replay=dynamic, its starred version (ConPET, section 3.5). Notation:
-h features, z = normalise(W2 relu(W1 h + b1) + b2), s_ia = z_i . z_a / tau.
+The baseline of ConPET and, with replay=dynamic, its starred version (Song et al., 2023, arXiv 2309.14763, section 3.5).
+h are the features of the backbone, z = normalise(W2 relu(W1 h + b1) + b2), s_ia = z_i . z_a / tau. A task is learned in
+two stages; formulas of both losses are in components/contrastive.py:
+    stage 1  new data           L = L_CL(z, bank)
+    stage 2  memory or draws    L = L_CL(z, bank) + L_KD(relations of old classes), from task 2 on
 """
 
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class CRL(Method):
-    """Answers by the nearest class mean in h space; it has no linear head."""
+    """Predicts the class whose mean of h is nearest; there is no linear head."""
 
     tau: float = 0.1
     temperature: float = 10.0
@@ -61,52 +64,52 @@ class CRL(Method):
         layers = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim)
         self.projection = nn.Sequential(*layers).to(device)
         self.prototypes = torch.zeros(len(self.benchmark.labels), width, device=device)
-        self.known: list[int] = []  # labels that have a prototype
+        self.labels: list[int] = []  # labels that have a prototype, sorted
 
     def project(self, h: Tensor) -> Tensor:
-        """[batch, dim of h] -> [batch, dim of z], of length one."""
+        """z of h: [batch, dim of h] -> [batch, dim of z], rows of norm 1."""
         return F.normalize(self.projection(h), dim=1)
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
-        self.old = list(self.known)
-        self.stage(trainer, index, "contrast", self.first(index))
+        self.old = list(self.labels)
+        self.stage(trainer, index, "contrast", self.new_data_plan(index))
         if index > 0:
             if not self.starred:
                 self.replay.update_memory(index, self.vectors)
-            self.stage(trainer, index, "replay", self.second(index, trainer.epochs))
+            self.stage(trainer, index, "replay", self.replay_plan(index, trainer.epochs))
 
     @property
     def starred(self) -> bool:
-        """Whether old examples are drawn from the history and not from a memory chosen per class."""
+        """CRL*: old examples are drawn from all earlier tasks instead of a memory selected per class."""
         return not isinstance(self.replay, FixedReplay)
 
     def stage(self, trainer: Trainer, index: int, name: str, plan: BatchPlan) -> None:
-        """One fit with a fresh bank over the rows that its plan draws."""
+        """Fits one stage with a new bank, which has an entry for every row that the plan draws."""
         self.drawn = rows = trainer.rows(plan)
         z = self.embed(rows, lambda batch: self.project(self.objective.features(batch)))
         self.bank = Bank(z, self.data.train.labels[rows], rows, len(self.data.train), len(self.benchmark.labels))
-        self.olds = torch.tensor(self.old, device=z.device)
+        self.old_labels = torch.tensor(self.old, device=z.device)
         self.distil = name == "replay" and bool(self.old)
         self.sampled = name == "contrast" or self.starred
         self.rng = np.random.default_rng(derive(self.seed, "bank", index, name))
-        self.passed: list[tuple[np.ndarray, Tensor]] = []
+        self.computed: list[tuple[np.ndarray, Tensor]] = []  # (rows, z) of the micro-batches of a step
         trainer.fit(
             plan,
             self.loss,
             self.named_parameters(),
             stage=name,
             clip=self.clip,
-            before_step=self.meet,
-            adjust_gradients=self.take,
-            after_step=self.refresh,
+            before_step=self.choose_entries,
+            adjust_gradients=self.gather_z,
+            after_step=self.refresh_bank,
         )
 
-    def first(self, index: int) -> BatchPlan:
-        """Batches of stage 1: all of the new task."""
+    def new_data_plan(self, index: int) -> BatchPlan:
+        """Batches of stage 1: all examples of the new task."""
         return self.shuffled(self.data.train.rows_of(index), index, "contrast")
 
-    def second(self, index: int, epochs: int) -> BatchPlan:
-        """Batches of stage 2: the memory (fixed), or examples drawn once for one pass (starred)."""
+    def replay_plan(self, index: int, epochs: int) -> BatchPlan:
+        """Batches of stage 2: the memory (replay=fixed), or examples drawn in advance for a single pass (CRL*)."""
         pool = self.data.train
         if isinstance(self.replay, FixedReplay):
             rows = np.concatenate([*self.replay.memory.values(), *self.replay.val_memory.values()])
@@ -116,8 +119,8 @@ class CRL(Method):
         steps = self.replay.limit or self.replay.plan(index).steps
         rng = self.replay.rng(index, "crl")
         n_new, n_old = split_batch(self.replay.batch_size, self.replay.ratio)
-        olds = [self.replay.memory[task] for task in sorted(self.replay.memory)]
-        old = draw(pool.labels, olds, n_old * steps * epochs, self.min_per_class, rng)
+        old_tasks = [self.replay.memory[task] for task in sorted(self.replay.memory)]
+        old = draw(pool.labels, old_tasks, n_old * steps * epochs, self.min_per_class, rng)
         new = draw(pool.labels, [pool.rows_of(index)], n_new * steps * epochs, self.min_per_class, rng)
         batches = [
             np.concatenate([new[i * n_new : (i + 1) * n_new], old[i * n_old : (i + 1) * n_old]])
@@ -126,7 +129,7 @@ class CRL(Method):
         return BatchPlan(pool, steps, lambda epoch: batches[epoch * steps : (epoch + 1) * steps])
 
     def shuffled(self, rows: np.ndarray, index: int, stage: str) -> BatchPlan:
-        """Ordinary epochs over `rows`."""
+        """Epochs over `rows` in a new random order each time."""
         size = self.replay.batch_size
         rng = self.replay.rng
         return BatchPlan(
@@ -136,42 +139,46 @@ class CRL(Method):
         )
 
     def stages(self, index: int) -> dict[str, BatchPlan]:
-        plans = {"contrast": self.first(index)}
+        plans = {"contrast": self.new_data_plan(index)}
         if index > 0:
             if not self.starred:
-                self.replay.update_memory(index, random_features)
-            plans["replay"] = self.second(index, epochs=1)
+                self.replay.update_memory(index, random_features)  # the number of steps does not depend on features
+            plans["replay"] = self.replay_plan(index, epochs=1)
         return plans
 
-    def meet(self, rows: np.ndarray) -> None:
-        """Chooses the entries of the bank that a step compares with, and counts the batch's rows of old classes.
+    def choose_entries(self, rows: np.ndarray) -> None:
+        """Samples the bank entries that a step compares with, and the fraction of the batch that is of old classes.
 
-        Both are those of the whole batch, the same for all of its micro-batches and ranks.
+        Called with the rows of the full batch, so that all micro-batches and ranks use the same values.
         """
         labels = self.data.train.labels[rows]
-        self.inside = self.bank.sample(labels, self.sample, self.rng) if self.sampled else slice(None)
-        self.old_share = float(np.isin(labels, self.old).mean())
+        self.entries = self.bank.sample(labels, self.sample, self.rng) if self.sampled else slice(None)
+        self.old_fraction = float(np.isin(labels, self.old).mean())
 
     def loss(self, batch: Batch) -> Tensor:
-        """L_CL, a mean over the batch, plus in stage 2 L_KD, a mean over the batch's examples of old classes."""
-        z, inside = self.project(self.objective.features(batch)), self.inside
-        self.passed.append((batch.rows, z.detach()))
-        loss = contrastive(z, batch.labels, self.bank.z[inside], self.bank.labels[inside], self.tau, self.eps)
-        if self.distil and self.old_share:
-            mine = torch.isin(batch.labels, self.olds)
-            place = torch.searchsorted(self.olds, batch.labels).clamp(max=len(self.olds) - 1)
-            means, prototypes = self.bank.means()[self.olds], self.prototypes[self.olds]
-            kl = relation_distillation(z, place, prototypes, means, self.temperature)
-            loss = loss + (kl * mine).mean() / self.old_share
+        """L_CL, a mean over the batch, plus in stage 2 L_KD, a mean over the examples of old classes."""
+        z, entries = self.project(self.objective.features(batch)), self.entries
+        self.computed.append((batch.rows, z.detach()))
+        loss = contrastive(z, batch.labels, self.bank.z[entries], self.bank.labels[entries], self.tau, self.eps)
+        if self.distil and self.old_fraction:
+            old = self.old_labels
+            is_old = torch.isin(batch.labels, old)
+            # Row of the label among the old ones; for new labels any valid row will do, they are masked out below.
+            class_index = torch.searchsorted(old, batch.labels).clamp(max=len(old) - 1)
+            means, prototypes = self.bank.means()[old], self.prototypes[old]
+            kl = relation_distillation(z, class_index, prototypes, means, self.temperature)
+            # Dividing by the fraction in the full batch makes micro-batches add up to the mean over old examples.
+            loss = loss + (kl * is_old).mean() / self.old_fraction
         return loss
 
-    def take(self) -> None:
-        """The representations of a step, from all ranks; those of one that is left out go with it."""
-        self.fresh, self.passed = [one for passed in get_world().gather(self.passed) for one in passed], []
+    def gather_z(self) -> None:
+        """Collects the representations of a step from all ranks; if the step is skipped they are discarded."""
+        gathered = get_world().gather(self.computed)
+        self.new_entries, self.computed = [entry for entries in gathered for entry in entries], []
 
-    def refresh(self) -> None:
-        """The bank takes the representations of the step's examples."""
-        for rows, z in self.fresh:
+    def refresh_bank(self) -> None:
+        """Replaces the bank entries of the step's examples by their new representations."""
+        for rows, z in self.new_entries:
             self.bank.update(rows, z.to(self.bank.z.device))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -183,7 +190,7 @@ class CRL(Method):
         return self.objective.features(batch)
 
     def after_task(self, task: Task, index: int) -> None:
-        """Selects memory anew and recomputes the prototypes: means of h over the memory or the drawn examples."""
+        """Selects the memory and recomputes the prototypes: class means of h over the memory or the drawn examples."""
         super().after_task(task, index)
         rows = self.drawn
         if isinstance(self.replay, FixedReplay):
@@ -191,32 +198,33 @@ class CRL(Method):
         h = self.embed(rows, self.objective.features)
         labels = torch.from_numpy(self.data.train.labels[rows]).to(h.device)
         present = labels.unique().tolist()
-        self.known = sorted({*self.known, *present})
+        self.labels = sorted({*self.labels, *present})
         for label in present:
             self.prototypes[label] = h[labels == label].mean(0)
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
-        """Minus the squared distance to each prototype; a class without one cannot be answered."""
+        """Scores are minus the squared distances to the prototypes, and minus infinity for classes without one."""
         h = self.objective.features(batch)
         scores = h.new_full((len(h), len(self.prototypes)), float("-inf"))
-        if self.known:
-            scores[:, self.known] = -torch.cdist(h, self.prototypes[self.known]).square()
+        if self.labels:
+            scores[:, self.labels] = -torch.cdist(h, self.prototypes[self.labels]).square()
         return Predictions(scores)
 
     def stored_parameters(self) -> int:
         extra = sum(p.numel() for p in self.projection.parameters())
-        return super().stored_parameters() + extra + len(self.known) * self.objective.dim
+        return super().stored_parameters() + extra + len(self.labels) * self.objective.dim
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"prototypes": self.prototypes, "known": self.known, "projection": dict(self.projection.state_dict())}
-        return {**super().state_dict(), "crl": own}
+        projection = dict(self.projection.state_dict())
+        crl = {"prototypes": self.prototypes, "known": self.labels, "projection": projection}
+        return {**super().state_dict(), "crl": crl}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        own = state["crl"]
-        self.prototypes.copy_(own["prototypes"])
-        self.known = list(own["known"])
-        self.projection.load_state_dict(own["projection"])
+        crl = state["crl"]
+        self.prototypes.copy_(crl["prototypes"])
+        self.labels = list(crl["known"])
+        self.projection.load_state_dict(crl["projection"])
 
     def task_state(self) -> dict[str, Any]:
         return {"z": self.bank.z, "sums": self.bank.sums, "rng": self.rng.bit_generator.state}

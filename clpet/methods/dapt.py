@@ -1,7 +1,7 @@
-"""DAPT: every domain from a fresh copy of the base model, what continual pretraining has to beat.
+"""DAPT: trains the base model on each domain separately, the baseline that continual pretraining has to beat.
 
-P[j, j] of this run is the perplexity of M_0 trained on domain j alone (Gururangan et al., 2020, arXiv 2004.10964); the
-first domain's is that of continual pretraining, bit for bit.
+P[j, j] of this run is the perplexity of M_0 trained on domain j alone (Gururangan et al., 2020, arXiv 2004.10964). For
+the first domain it equals that of continual pretraining bit for bit.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class DAPT(Method):
-    """Of the matrix there are row 0 and the diagonal; a domain's model is dropped when the next one begins."""
+    """Only row 0 and the diagonal of the matrix exist: a domain's model is discarded when the next one starts."""
 
     objectives: ClassVar[tuple[str, ...]] = ("language_modeling",)
 
     def init_adapters(self) -> None:
         super().init_adapters()
-        self.index = 0  # of the domain that is read
+        self.index = 0  # of the current domain
         self.start = {
             name: value.detach().clone() for name, value in self.objective.adapters.tensors("default").items()
         }
@@ -31,6 +31,7 @@ class DAPT(Method):
         return range(row - 1, row) if row else tasks
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        # Names per domain, so that no optimiser state is carried from one domain to the next.
         return {f"{self.index}.{name}": value for name, value in super().named_parameters().items()}
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:

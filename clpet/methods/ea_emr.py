@@ -1,7 +1,7 @@
-"""EA-EMR: EMR with an affine map that keeps old representations in place (ConPET's baseline, section 3.4).
+"""EA-EMR: EMR with an affine map that aligns new representations with the old ones (baseline of ConPET, section 3.4).
 
-logits = head(A h). A is the identity at first, frozen while a task is learned, and refitted after it so that
-the new model's raw features are mapped to where the old ones lay: min mean ||A u - e||^2.
+logits = head(A h). A is the identity at first and frozen while a task is learned. After a task it is refitted, so that
+it maps the new model's features u to the embeddings e from before the task: min_A mean ||A u - e||^2.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class EAEMR(Replay):
-    """u: raw features under the new model. e: embeddings from before, with the A of that time.
+    """u: features of the new model before A; e: embeddings A h from before the task, with the A of that time.
 
-    Of a fixed memory, A is fitted on the examples that are trained on, and copies are counted by them.
+    With replay=fixed A is fitted on the examples of the training memory, and the number of copies follows their count.
     """
 
     align_lr: float = 1e-4
@@ -47,11 +47,11 @@ class EAEMR(Replay):
         self.align = nn.Linear(dim, dim).to(device).requires_grad_(False)
         nn.init.eye_(self.align.weight)
         nn.init.zeros_(self.align.bias)
-        self.rows = np.empty(0, dtype=np.int64)  # examples whose embeddings are held
-        self.held = torch.empty(0, dim, device=device)
+        self.rows = np.empty(0, dtype=np.int64)  # train rows whose embeddings are stored
+        self.embeddings = torch.empty(0, dim, device=device)  # e of `rows`
 
     def represent(self, batch: Batch) -> Tensor:
-        """[batch, dim]: A h, what the head reads."""
+        """[batch, dim]: A h, the input of the head."""
         return self.align(self.objective.features(batch))
 
     def logits(self, batch: Batch) -> Tensor:
@@ -64,47 +64,49 @@ class EAEMR(Replay):
         return Predictions(self.objective.head.scatter(self.represent(batch)))
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
-        if not isinstance(self.replay, FixedReplay):  # the same drawn examples before and after training
+        if not isinstance(self.replay, FixedReplay):  # e and u need the same drawn examples before and after training
             self.rows = trainer.rows(self.plan(index))
-            self.held = self.embed(self.rows, self.represent)
+            self.embeddings = self.embed(self.rows, self.represent)
         super().learn(task, index, trainer)
 
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)
         if isinstance(self.replay, FixedReplay):
             new = self.replay.memory[index]
-            self.held = torch.cat([self.held, self.embed(new, self.represent)])
+            self.embeddings = torch.cat([self.embeddings, self.embed(new, self.represent)])
             self.rows = np.concatenate([self.rows, new])
-            self.fit_alignment(self.embed(self.rows, self.objective.features), self.held, index)
-            self.held = self.embed(self.rows, self.represent)
+            self.fit_alignment(self.embed(self.rows, self.objective.features), self.embeddings, index)
+            self.embeddings = self.embed(self.rows, self.represent)
             return
         u = self.embed(self.rows, self.objective.features)
-        fresh = torch.from_numpy(self.data.train.tasks[self.rows] == index).to(u.device)
-        self.fit_alignment(u, torch.where(fresh[:, None], u, self.held), index)
+        # Examples of the new task have no old embedding worth keeping: their target is u itself.
+        is_new = torch.from_numpy(self.data.train.tasks[self.rows] == index).to(u.device)
+        self.fit_alignment(u, torch.where(is_new[:, None], u, self.embeddings), index)
 
     def fit_alignment(self, u: Tensor, e: Tensor, index: int) -> None:
-        """Adam on mean ||A u - e||^2, from the previous A; the order is shuffled once."""
+        """Minimises mean ||A u - e||^2 with Adam, starting from the previous A; u, e [n, dim] are shuffled once."""
         generator = torch.Generator().manual_seed(derive(self.seed, "alignment", index))
         order = torch.randperm(len(u), generator=generator).to(u.device)
         self.align.requires_grad_(True)
         optimizer = torch.optim.Adam(self.align.parameters(), lr=self.align_lr)
         for _ in range(self.align_epochs):
-            for part in order.split(self.align_batch):
+            for rows in order.split(self.align_batch):
                 optimizer.zero_grad()
-                (self.align(u[part]) - e[part]).square().sum(1).mean().backward()
+                (self.align(u[rows]) - e[rows]).square().sum(1).mean().backward()
                 optimizer.step()
         self.align.requires_grad_(False)
 
     def stored_parameters(self) -> int:
-        return super().stored_parameters() + self.held.numel() + sum(p.numel() for p in self.align.parameters())
+        return super().stored_parameters() + self.embeddings.numel() + sum(p.numel() for p in self.align.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"weight": self.align.weight, "bias": self.align.bias, "rows": self.rows.tolist(), "held": self.held}
-        return {**super().state_dict(), "alignment": own}
+        align, rows = self.align, self.rows.tolist()
+        alignment = {"weight": align.weight, "bias": align.bias, "rows": rows, "held": self.embeddings}
+        return {**super().state_dict(), "alignment": alignment}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        own = state["alignment"]
-        self.align.load_state_dict({"weight": own["weight"], "bias": own["bias"]})
-        self.rows = np.array(own["rows"], dtype=np.int64)
-        self.held = own["held"].to(self.objective.device)
+        alignment = state["alignment"]
+        self.align.load_state_dict({name: alignment[name] for name in ("weight", "bias")})
+        self.rows = np.array(alignment["rows"], dtype=np.int64)
+        self.embeddings = alignment["held"].to(self.objective.device)

@@ -1,9 +1,13 @@
-"""EWC: a quadratic penalty on what mattered to earlier tasks (Kirkpatrick et al., 2017), in the forms in use.
+"""EWC: a quadratic penalty on changes of the weights that matter to earlier tasks (Kirkpatrick et al., 2017).
 
-As ConPET's baseline (section 3.6): after task j F_j = (1/#batches) sum_batches sum_c w_c (grad of the batch-mean NLL
-of label c)^2, w = batch-mean softmax; penalty lambda * sum_{j<k} 0.5 sum F_j (theta - theta_j)^2 over adapter and
-head rows. The other forms square gradients of the cross-entropy of the true labels, and hold one merged F around the
-newest weights: lambda / 2 sum F (theta - theta_{k-1})^2.
+Fisher information F_j of task j, from the gradients of its train examples (method.fisher):
+    labels   (1/#batches) sum_batches sum_c w_c (gradient of the batch-mean NLL of label c)^2, w = batch-mean softmax;
+             the baseline of ConPET (section 3.6)
+    batch    mean over batches of the squared gradient of the batch's cross-entropy with the true labels
+    sample   the same for every single example
+Penalty while task k is learned, over adapter and head rows (method.merge):
+    tasks                lambda sum_{j<k} 1/2 sum F_j (theta - theta_j)^2
+    average, sum, decay  lambda / 2 sum F (theta - theta_{k-1})^2, with one F merged from those of all earlier tasks
 """
 
 from collections.abc import Iterator
@@ -23,7 +27,7 @@ from clpet.methods.replay import Static
 
 
 class Fisher(Enum):
-    """Which gradients are squared: all labels' by their probability, a batch's, or every single example's."""
+    """The gradients that are squared: those of all labels, weighted by probability, of a batch, or of one example."""
 
     labels = "labels"
     batch = "batch"
@@ -31,7 +35,7 @@ class Fisher(Enum):
 
 
 class Merge(Enum):
-    """How the tasks' F come together: each around its own weights, or one F around the newest."""
+    """How the F of the tasks are combined: each around its task's weights, or one F around the newest weights."""
 
     tasks = "tasks"
     average = "average"
@@ -41,9 +45,10 @@ class Merge(Enum):
 
 @dataclass
 class EWC(Static):
-    """The sum over tasks is kept as one quadratic: S = sum F_j, M = sum F_j theta_j, Q = sum F_j theta_j^2.
+    """Stores the sum over tasks as one quadratic: S = sum F_j, M = sum F_j theta_j, Q = sum F_j theta_j^2.
 
-    sum_j F_j (theta - theta_j)^2 = S (theta - M/S)^2 + (Q - M^2/S): memory and time do not grow with the tasks.
+    By completing the square, sum_j F_j (theta - theta_j)^2 = S (theta - M/S)^2 + (Q - M^2/S), so that memory and time
+    do not grow with the number of tasks.
     """
 
     strength: float = 10_000.0
@@ -62,8 +67,8 @@ class EWC(Static):
         super().check(objective, replay, peft)
         if self.fisher is Fisher.labels and objective != "classification":
             raise ConfigError(
-                f"method.fisher=labels needs labels, which {objective} does not have: take batch or sample"
-                " (in words usually method.fisher=batch method.merge=average method.strength=5000)"
+                f"method.fisher=labels needs labels, which {objective} does not have: use batch or sample"
+                " (usually method.fisher=batch method.merge=average method.strength=5000)"
             )
 
     def init_adapters(self) -> None:
@@ -75,11 +80,11 @@ class EWC(Static):
         return loss + self.penalty() if self.quadratic and self.strength else loss
 
     def penalty(self) -> Tensor:
-        """lambda * sum_j 0.5 sum F_j (theta - theta_j)^2; rows added after task j are not in F_j."""
+        """lambda sum_j 1/2 sum F_j (theta - theta_j)^2; head rows added after task j are not part of F_j."""
         total = torch.zeros((), device=self.objective.device)
-        for name, (s, centre, rest) in self.centres.items():
-            theta = self.named_now[name][: len(s)]
-            total = total + (s * (theta - centre).square()).sum() + rest
+        for name, (s, centre, constant) in self.centres.items():
+            theta = self.trained[name][: len(s)]
+            total = total + (s * (theta - centre).square()).sum() + constant
         return 0.5 * self.strength * total
 
     def learn(self, task: Task, index: int, trainer: Any) -> None:
@@ -87,13 +92,14 @@ class EWC(Static):
         super().learn(task, index, trainer)
 
     def prepare(self, index: int) -> None:
-        """Completes the square once per task."""
+        """Completes the square once per task: centre M/S and constant sum(Q - M^2/S) of every tensor."""
         self.grow_head(index)
-        self.named_now = self.named_parameters()
+        self.trained = self.named_parameters()
         self.centres = {}
         for name, (s, m, q) in self.quadratic.items():
-            centre = torch.where(s > 0, m / s.clamp(min=1e-300), m)
-            self.centres[name] = (s.float(), centre.float(), (q - s * centre.square()).sum().clamp(min=0).float())
+            centre = torch.where(s > 0, m / s.clamp(min=1e-300), m)  # where S = 0, M = 0 and the centre is irrelevant
+            constant = (q - s * centre.square()).sum().clamp(min=0)  # rounding could make it negative
+            self.centres[name] = (s.float(), centre.float(), constant.float())
 
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)
@@ -106,7 +112,7 @@ class EWC(Static):
             self.quadratic[name] = added if old is None or self.merge is not Merge.tasks else _sum(old, added)
 
     def information(self, index: int) -> dict[str, Tensor]:
-        """F_k of the task just learned, in fp64; between fits dropout is off."""
+        """F_k of the task just learned, in fp64; dropout is off outside of fits."""
         named = self.named_parameters()
         pool, size = self.data.train, self.replay.batch_size
         batches = pool.shuffled(pool.rows_of(index), size, self.replay.rng(index, "fisher"))[: self.fisher_batches]
@@ -117,12 +123,12 @@ class EWC(Static):
             for weight, loss in self.losses(rows):
                 grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
                 for name, grad in zip(named, grads, strict=True):
-                    if grad is not None:  # such as a pooler that no representation reads
+                    if grad is not None:  # None: the loss does not depend on it, such as an unused pooler
                         total[name] += share * weight * grad.double().square()
         return total
 
     def losses(self, rows: np.ndarray) -> Iterator[tuple[Tensor | float, Tensor]]:
-        """(weight, what to differentiate and square) for one batch; the weights sum to one."""
+        """Yields (weight, loss whose gradient is squared) for one batch; the weights sum to one."""
         pool, device = self.data.train, self.objective.device
         if self.fisher is Fisher.labels:
             nll = -self.logits(pool.batch(rows, device)).log_softmax(1)
@@ -130,8 +136,8 @@ class EWC(Static):
             self.objective.meter.cost.backward_examples += len(rows) * (len(weights) - 1)
             yield from ((weight, nll[:, column].mean()) for column, weight in enumerate(weights))
             return
-        for part in [rows] if self.fisher is Fisher.batch else np.split(rows, len(rows)):
-            yield len(part) / len(rows), super().loss(pool.batch(part, device))
+        for chunk in [rows] if self.fisher is Fisher.batch else np.split(rows, len(rows)):
+            yield len(chunk) / len(rows), super().loss(pool.batch(chunk, device))
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(t.numel() for triple in self.quadratic.values() for t in triple)
@@ -149,7 +155,7 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def merged(old: Tensor, new: Tensor, count: int, how: Merge, decay: float) -> Tensor:
-    """One F of those of `count` earlier tasks and the new one: their average, sum, or decayed sum."""
+    """Merges F of `count` earlier tasks with that of the new one: their average, sum, or decayed sum."""
     if how is Merge.average:
         return (new + count * old) / (count + 1)
     return new + (old if how is Merge.sum else decay * old)
@@ -161,7 +167,7 @@ def _sum(old: Triple, new: Triple) -> Triple:
 
 
 def _grown(old: Tensor, new: Tensor) -> Tensor:
-    """`old` with zeros for the rows that `new` has more."""
+    """`old`, padded with zeros to the number of rows of `new`: a head has grown in between."""
     if len(old) == len(new):
         return old
     return torch.cat([old, old.new_zeros(len(new) - len(old), *old.shape[1:])])

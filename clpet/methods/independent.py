@@ -1,4 +1,4 @@
-"""One adapter (and head) per task, the task given at test: the upper bound of task-incremental learning."""
+"""One adapter (and head) per task, with the task given at test: the upper bound of task-incremental learning."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,38 +13,38 @@ from clpet.methods.modular import Modular, module_name
 
 @dataclass
 class Independent(Modular):
-    """Tasks do not touch each other: its diagonal is the single-task score s_j of the transfer metrics.
+    """Tasks do not influence each other: the diagonal of the matrix is the single-task score s_j of transfer metrics.
 
-    Where the objective has no head a module is an adapter alone.
+    If the objective has no head, a module is an adapter alone.
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
     task_id_at_test = True
 
     def init_adapters(self) -> None:
-        self.headed = self.objective.name == "classification"
+        self.has_heads = self.objective.name == "classification"
         self.modules = []
-        if self.headed:
+        if self.has_heads:
             super().init_adapters()
 
     def add_module(self, index: int) -> None:
-        if self.headed:
+        if self.has_heads:
             super().add_module(index)
         else:
             self.objective.adapters.add(module_name(index), derive(self.seed, "adapter", index))
 
     def loss(self, batch: Batch) -> Tensor:
-        return super().loss(batch) if self.headed else self.objective.loss(batch)
+        return super().loss(batch) if self.has_heads else self.objective.loss(batch)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        if self.headed:
+        if self.has_heads:
             return super().named_parameters()
         name = self.objective.adapters.names[-1]
         return {f"{name}.{key}": value for key, value in self.objective.adapters.tensors(name).items()}
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         assert choices.tasks is not None
-        if self.headed:
+        if self.has_heads:
             modules = choices.tasks[:, None]
             return Predictions(self.route(batch, modules), modules)
         adapters, name = self.objective.adapters, module_name(int(choices.tasks[0]))

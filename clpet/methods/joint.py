@@ -1,4 +1,4 @@
-"""Joint training on the union of all tasks at once: the upper bound without a task order."""
+"""Joint training on the union of all tasks: the upper bound, which has no task order."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class Joint(Method):
-    """Learns once; only rows 0 and T of the matrix exist."""
+    """Has a single fit; only rows 0 and T of the matrix exist."""
 
     def curriculum(self) -> list[tuple[int, Task]]:
         train, validation, test = ([e for t in self.benchmark.tasks for e in t.split(split)] for split in SPLITS)
@@ -27,7 +27,7 @@ class Joint(Method):
         super().setup(objective, benchmark, data, everything, seed)
 
     def after_task(self, task: Task, index: int) -> None:
-        """Nothing comes after the only fit that would need a memory."""
+        """Selects no memory, because no task follows."""
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.objective.add_labels(range(len(self.benchmark.labels)))

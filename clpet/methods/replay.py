@@ -1,7 +1,7 @@
-"""Experience replay: sequential fine-tuning on new data mixed with old.
+"""Experience replay: sequential fine-tuning on new data mixed with old data, L = CE on the mixed batches.
 
-With replay=fixed this is EMR, with replay=dynamic EMR* of static ConPET (Song et al., 2023, arXiv 2309.14763;
-section 3.3): cross-entropy on the mixed batches, nothing else.
+With replay=fixed this is EMR, with replay=dynamic EMR*, which is static ConPET (Song et al., 2023, arXiv 2309.14763,
+section 3.3).
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from clpet.methods.base import Method
 
 @dataclass
 class Static(Method):
-    """One adapter and one head. future_labels=true gives the head, and its softmax, all labels from the start."""
+    """One adapter and one head for all tasks. With future_labels=true the head has all labels from the start."""
 
     future_labels: bool = False
 
     def mixes_tasks(self, replay: str) -> bool:
-        """A softmax over labels to come is asked for by name: it is not cut to a task's own."""
+        """True with future_labels: a softmax over all labels must not be restricted to those of one task."""
         return self.future_labels or super().mixes_tasks(replay)
 
     def grow_head(self, index: int) -> None:
@@ -29,7 +29,7 @@ class Static(Method):
 
 @dataclass
 class Replay(Static):
-    """What is kept and how it is mixed is the `replay` group's choice: dynamic, fixed, share, reservoir or all."""
+    """The config group `replay` selects which examples are stored and how they are mixed into batches."""
 
     uses_replay: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""Sequential fine-tuning: one adapter, one head, task after task. The lower bound."""
+"""Sequential fine-tuning of one adapter and one head, task after task, L = CE: the lower bound."""
 
 from dataclasses import dataclass
 
@@ -7,4 +7,4 @@ from clpet.methods.base import Method
 
 @dataclass
 class Sequential(Method):
-    """Every default of Method."""
+    """All defaults of Method."""

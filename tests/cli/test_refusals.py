@@ -118,7 +118,7 @@ BAD = [
     ("labels of free text", ["train", "method=crl", "benchmark=superni"], "method=crl does not support text_to_text: it supports classification"),
     ("modules of free text", ["train", "method=dynamic_conpet", "benchmark=superni"], "does not support text_to_text"),
     ("classes of free text", ["train", "method=replay", "replay=fixed", "benchmark=superni", "model=tiny_llama"], "replay=fixed chooses its memory by class"),
-    ("Fisher of labels", ["train", "method=ewc", "method.fisher=labels", "benchmark=superni"], "take batch or sample"),
+    ("Fisher of labels", ["train", "method=ewc", "method.fisher=labels", "benchmark=superni"], "use batch or sample"),
     ("encoder that should write", ["train", "method=sequential", "benchmark=files", "data_dir=WORDS", "objective=text_to_text"], "is an encoder and cannot write"),
     ("unknown objective", ["train", "objective=translate"], "objective"),
     ("unknown metric", ["train", "benchmark.metric=bleu"], "benchmark.metric must be accuracy or exact_match or rouge_l"),

@@ -153,16 +153,16 @@ def test_bank_has_no_zero_vector_and_exact_means(make, replay: str, monkeypatch:
     checked = []
 
     def check(self) -> None:
-        for rows, z in self.fresh:
+        for rows, z in self.new_entries:
             self.bank.update(rows, z)
-        self.fresh = []
+        self.new_entries = []
         bank = self.bank
         assert torch.allclose(bank.z.norm(dim=1), torch.ones(len(bank.z)), atol=1e-5)
         full = torch.zeros_like(bank.sums).index_add_(0, bank.labels, bank.z)
         assert (bank.sums - full).abs().max() <= 1e-5
         checked.append(1)
 
-    monkeypatch.setattr(type(run.method), "refresh", check)
+    monkeypatch.setattr(type(run.method), "refresh_bank", check)
     for index in range(2):
         run.learn(index)
     assert len(checked) > 4
@@ -198,8 +198,8 @@ def test_starred_crl_draws_as_published(make) -> None:
     run = make("method=crl", "replay=dynamic", "replay.limit=30", "method.min_per_class=3")
     for index in range(2):
         run.learn(index)
-    run.method.old = list(run.method.known)
-    plan = run.method.second(2, 2)
+    run.method.old = list(run.method.labels)
+    plan = run.method.replay_plan(2, 2)
     pool = run.data.train
     batches = [batch for epoch in range(2) for batch in plan.epoch(epoch)]
     assert len(batches) == 30 * 2

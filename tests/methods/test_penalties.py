@@ -88,7 +88,7 @@ def test_lwf_of_answers_is_a_divergence_over_their_tokens(make) -> None:
     method, rows = run.method, run.data.train.rows_of(1)
     run.learn(0)
     trained = method.named_parameters()
-    method.before = {name: value.detach().clone() for name, value in trained.items()}
+    method.teacher_tensors = {name: value.detach().clone() for name, value in trained.items()}
     batch = run.data.train.batch(rows)
     ce = method.objective.loss(batch)
     assert method.loss(batch).item() == pytest.approx(ce.item(), rel=1e-6)  # student = teacher
@@ -111,7 +111,7 @@ def test_lwf_of_answers_is_a_divergence_over_their_tokens(make) -> None:
     summed = sum(method.loss(run.data.train.batch(part)) * share for part, share in zip(parts, shares, strict=True))
     assert summed.item() == pytest.approx(loss.item(), rel=1e-5)
     run.learn(1)
-    assert all(torch.equal(value, now[name]) for name, value in method.before.items())
+    assert all(torch.equal(value, now[name]) for name, value in method.teacher_tensors.items())
     assert method.stored_parameters() == 2 * method.trainable_parameters()
 
 

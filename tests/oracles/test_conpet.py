@@ -67,15 +67,15 @@ def crl(*old: int) -> CRL:
     method.objective = SimpleNamespace(features=lambda batch: Z[torch.from_numpy(batch.rows) - 6])
     method.projection = nn.Identity()
     method.data = SimpleNamespace(train=SimpleNamespace(labels=np.array([*BANK_LABELS, 0, 1, 2])))
-    method.bank, method.prototypes, method.passed = bank(), PROTOTYPES, []
-    method.old, method.olds, method.distil, method.sampled = list(old), torch.tensor(old), True, False
+    method.bank, method.prototypes, method.computed = bank(), PROTOTYPES, []
+    method.old, method.old_labels, method.distil, method.sampled = list(old), torch.tensor(old), True, False
     return method
 
 
 def step_loss(method: CRL, parts: list[list[int]]) -> float:
     """The loss of the batch of rows 6, 7, 8 in micro-batches, weighed as the trainer weighs them."""
     rows = np.concatenate([np.array(part) for part in parts])
-    method.meet(rows)
+    method.choose_entries(rows)
     labels = torch.from_numpy(method.data.train.labels)
     found = [method.loss(SimpleNamespace(rows=np.array(part), labels=labels[part])) * len(part) / 3 for part in parts]
     return sum(found).item()
@@ -102,21 +102,18 @@ def test_stage_one_contrasts_with_a_sample_of_the_bank(replay: str, sampled: lis
     """
     run = make("method=crl", f"replay={replay}", "method.sample=9", "train.epochs=1", "method.min_per_class=1")
     run.learn(0)
-    found: dict[str, set[bool]] = {}
-    meet = run.method.meet
+    is_sample: dict[str, set[bool]] = {}
+    choose_entries = run.method.choose_entries
 
-    def noted(rows: np.ndarray) -> None:
-        meet(rows)
-        kept = (
-            range(len(run.method.bank.z))[run.method.inside]
-            if isinstance(run.method.inside, slice)
-            else run.method.inside
-        )
-        found.setdefault("replay" if run.method.distil else "contrast", set()).add(len(kept) < len(run.method.bank.z))
+    def record(rows: np.ndarray) -> None:
+        choose_entries(rows)
+        entries, size = run.method.entries, len(run.method.bank.z)
+        chosen = range(size)[entries] if isinstance(entries, slice) else entries
+        is_sample.setdefault("replay" if run.method.distil else "contrast", set()).add(len(chosen) < size)
 
-    run.method.meet = noted
+    run.method.choose_entries = record
     run.learn(1)
-    assert [found["contrast"], found["replay"]] == [{value} for value in sampled]
+    assert [is_sample["contrast"], is_sample["replay"]] == [{value} for value in sampled]
     width = run.method.objective.dim
     assert [tuple(value.shape) for value in run.method.projection.parameters()] == [(width, width), (width,), (64, width), (64,)]  # fmt: skip
 
@@ -125,7 +122,7 @@ def test_squared_distances() -> None:
     """O4, `osdist`."""
     method = CRL()
     method.objective = SimpleNamespace(features=lambda batch: double([[1, 2]]))
-    method.prototypes, method.known = double([[0, 0], [1, 1], [3, 2]]), [0, 1, 2]
+    method.prototypes, method.labels = double([[0, 0], [1, 1], [3, 2]]), [0, 1, 2]
     found = method.predict(SimpleNamespace(), Choices(range(3))).scores
     assert (-found).flatten().tolist() == pytest.approx([5, 1, 4], abs=1e-6)
 
@@ -243,7 +240,7 @@ def test_alignment_is_fitted_on_the_memory_that_is_trained_on(make) -> None:
     replay = run.method.replay
     assert len(replay.val_memory[0]) == 4  # of each of four classes one of five
     assert set(run.method.rows) == set(replay.memory[0])
-    assert len(run.method.held) == len(replay.memory[0]) == 16
+    assert len(run.method.embeddings) == len(replay.memory[0]) == 16
     replay.memory[0] = replay.memory[0][:7]  # fewer than ceil(0.8 m) a class
     room, classes = 16 * 16 - 24, len(set(run.data.train.labels[replay.memory_rows()]))  # ceil(0.8 L) B - new
     assert run.method.plan(1).steps == -(-(24 + 7 * math.ceil(room / 7)) // 16)
