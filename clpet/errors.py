@@ -47,6 +47,11 @@ def enough_memory(advice: Callable[[], str]) -> Iterator[None]:
         raise HostError(f"out of memory with {advice()}; what was saved before is kept")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type where the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def suggest(word: str, options: Iterable[str]) -> str:
     """'; did you mean X?' when one of the options looks like the word, else the first of the options themselves."""
     options = sorted({str(option) for option in options})

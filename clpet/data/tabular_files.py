@@ -11,8 +11,9 @@ from typing import Any
 from clpet.data.data_files import split_files, suffix
 from clpet.data.decoding import decode_strictly
 from clpet.data.read_report import ReadReport
-from clpet.errors import DataError, suggest
+from clpet.errors import DataError, first_line, suggest
 from clpet.escape import safe_name, short_repr
+from clpet.runtime.hub import unavailable
 
 LARGEST_BLOCK = 2**31 - 2  # bytes that pyarrow's csv reader takes at a time
 
@@ -74,8 +75,7 @@ def _read_file(path: Path, report: ReadReport) -> Rows:
     try:
         return reader(path, report)
     except (pyarrow.ArrowException, csv.Error, OSError, ValueError, AttributeError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{path} cannot be read as {suffix(path)[1:]}: {reason}") from error
+        raise DataError(f"{path} cannot be read as {suffix(path)[1:]}: {first_line(error)[:200]}") from error
 
 
 def _parquet(path: Path, report: ReadReport) -> Rows:
@@ -232,11 +232,8 @@ def read_hub(
     try:
         found = datasets.load_dataset(name, None if files else config, revision=revision, data_files=files)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"data set {name} cannot be loaded from the hub ({reason}); download it where there is a network, "
-            "or say data_dir=FOLDER with its files"
-        ) from error
+        what = f"the data set {name}"
+        raise DataError(unavailable(what, name, error, "data_dir=FOLDER with its files", data_set=True)) from error
     first = next(iter(splits.values()))
     if first not in found:
         raise DataError(f"data set {name} has no split {first}{suggest(first, found)}")

@@ -13,9 +13,10 @@ from huggingface_hub.errors import StrictDataclassError
 
 from clpet.config.schema import require
 from clpet.config.seeding import derive
-from clpet.errors import ModelError
+from clpet.errors import ModelError, first_line
 from clpet.models.memory_saving import four_bits
 from clpet.runtime.fingerprint import folder_hash, hub_commit
+from clpet.runtime.hub import unavailable
 
 # What configs of transformers call the rates of a network's dropout, classifiers' apart.
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout", "hidden_dropout_prob",
@@ -249,10 +250,8 @@ class Backbone:
     def _absent(self, place: str, error: Exception) -> str:
         if place != self.hub:
             return f"model {self.name} cannot be loaded from {place}: {first_line(error)}"
-        return (
-            f"model {self.name} ({self.hub}) is not on this machine and the hub did not give it: "
-            f"run `hf download {self.hub}` where there is a network, or say model.path=FOLDER{self.package_hint}"
-        )
+        what = f"model {self.name} ({self.hub})"
+        return unavailable(what, str(self.hub), error, f"model.path=FOLDER{self.package_hint}")
 
     @property
     def package_hint(self) -> str:
@@ -292,11 +291,6 @@ def representation(backbone: Backbone, template: str) -> Representation:
     if "{mask}" in template:
         return Representation.mask
     return Representation.last if backbone.architecture is Architecture.decoder else Representation.mean
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def file_sha256(path: Path) -> str:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from clpet.config.compose import conf_dir, plugin_dirs
 from clpet.config.identity import digest
-from clpet.errors import ConfigError, ModelError
-from clpet.models.backbone import Backbone, first_line, first_position
+from clpet.errors import ConfigError, ModelError, first_line
+from clpet.models.backbone import Backbone, first_position
 from clpet.models.fixed_blocks import BLOCK, STEP, blocks, platform
 from clpet.runtime import atomic_io
 from clpet.runtime.fingerprint import folder_hash
+from clpet.runtime.hub import unavailable
 
 PART = 16384  # texts of one file at most: what is lost when a run is stopped
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
@@ -64,11 +65,9 @@ def _download(backbone: Backbone) -> Path:
     try:
         found = snapshot_download(str(backbone.hub), revision=backbone.revision, allow_patterns=[*FILES, "*/*.json"])
     except Exception as error:  # offline, no such id, no permission: each library version has its own types
-        hint = f"say method.encoder=FOLDER{backbone.package_hint}"
-        raise ModelError(
-            f"the sentence encoder {backbone.hub} is not on this machine and the hub did not give it: run "
-            f"`hf download {backbone.hub}` where there is a network, or {hint}"
-        ) from error
+        alternative = f"method.encoder=FOLDER{backbone.package_hint}"
+        what = f"the sentence encoder {backbone.hub}"
+        raise ModelError(unavailable(what, str(backbone.hub), error, alternative)) from error
     return Path(found)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from clpet.data.template import frame
-from clpet.errors import ConfigError, DataError, enough_memory, suggest
-from clpet.models.backbone import Architecture, first_line
+from clpet.errors import ConfigError, DataError, enough_memory, first_line, suggest
+from clpet.models.backbone import Architecture
 from clpet.reporting.tables import table
 from clpet.runs.load_run import LoadedRun, RunRecord
 from clpet.runtime.atomic_io import write_text

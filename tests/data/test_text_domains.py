@@ -403,7 +403,7 @@ def test_m2d2_archives_that_are_damaged_or_not_there(tmp_path: Path, monkeypatch
     with pytest.raises(DataError, match=r"cs\.CL lacks train\.txt and valid\.txt and test\.txt"):
         M2D2(name="m", tasks=["cs.CL"]).load(str(tmp_path / "in"))
     with pytest.raises(
-        DataError, match=r"data/hep-ph\.tar\.gz of .* cannot be loaded from the hub .* say data_dir=FOLDER"
+        DataError, match=r"data/hep-ph\.tar\.gz of .* cannot be loaded from the hub .* set data_dir=FOLDER"
     ):
         M2D2(name="m", tasks=["hep-ph"], hub="nobody/nothing-clpet").load(None)
 

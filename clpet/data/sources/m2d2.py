@@ -18,6 +18,7 @@ from clpet.data.documents import Documents
 from clpet.data.sources.text_domains import Domains
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.runtime.atomic_io import create_folder
+from clpet.runtime.hub import unavailable
 
 HUB = "machelreid/m2d2"
 FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -134,11 +135,8 @@ class M2D2(Domains):
         try:
             return Path(hf_hub_download(self.hub, file, repo_type="dataset", revision=self.hub_revision))
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"{file} of {self.hub} cannot be loaded from the hub ({reason}); download it where there is a network, "
-                "or say data_dir=FOLDER with the archives or unpacked folders"
-            ) from error
+            what, alternative = f"{file} of {self.hub}", "data_dir=FOLDER with the archives or unpacked folders"
+            raise DataError(unavailable(what, f"{self.hub} {file}", error, alternative, data_set=True)) from error
 
 
 def unpack(archive: Path, folder: Path) -> None:
