@@ -4,7 +4,6 @@ A reader never holds more than one document and one batch of rows. `scan` yields
 `read` gives the pieces of the document at a place again.
 """
 
-import json
 from bisect import bisect_right
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from clpet.data.decoding import decode, encoding, remedy
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, suggest
 from clpet.escape import safe_name
+from clpet.runtime.json_lines import parse_line
 
 PIECE = 2000  # bytes of a long text without document borders that are one piece, to the end of a line
 STRETCH = 65536  # bytes of it that are read together, at most, and to the end of a line
@@ -278,11 +278,11 @@ class JsonLines(Rows):
     def row(self, line: bytes) -> dict[str, Any] | str:
         """One line as a dict that has the text, or what is wrong with it."""
         try:
-            row = json.loads(line.removeprefix(BOM_UTF8)) if line.strip() else {self.text: ""}
+            row = parse_line(line.removeprefix(BOM_UTF8)) if line.strip() else {self.text: ""}
         except UnicodeDecodeError:
             return "bytes that are not UTF-8"
         except ValueError as error:
-            return f"no valid JSON ({getattr(error, 'msg', error)})"
+            return str(error)
         if not isinstance(row, dict) or self.text not in row:
             return f"no {safe_name(self.text)}{suggest(self.text, row) if isinstance(row, dict) else ''}"
         if b"\\u" in line and any("\ud800" <= sign <= "\udfff" for sign in str(row[self.text])):

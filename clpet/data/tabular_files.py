@@ -14,6 +14,7 @@ from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, first_line, suggest
 from clpet.escape import safe_name, short_repr
 from clpet.runtime.hub import unavailable
+from clpet.runtime.json_lines import parse_rows
 
 LARGEST_BLOCK = 2**31 - 2  # bytes that pyarrow's csv reader takes at a time
 
@@ -152,14 +153,9 @@ def _json(path: Path, report: ReadReport) -> Rows:
     report.decoded(path, found)
     text = found.text
     _check_not_columns(text, path)
-    if text.lstrip()[:1] == "[":
-        parsed = dict(enumerate(json.loads(text, object_pairs_hook=_object), 1))
-    else:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        parsed = {number: _parsed(line) for number, line in lines}
     rows: dict[int, dict[str, Any]] = {}
     bad: dict[int, str] = {}
-    for number, row in parsed.items():
+    for number, row in parse_rows(text, _object):
         if not isinstance(row, dict):
             bad[number] = str(row) if isinstance(row, ValueError) else "a value that is not an object"
         elif "\\u" in text and not _encodes(row):
@@ -192,16 +188,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {safe_name(next(name for name in names if names.count(name) > 1))} twice")
     return found
-
-
-def _parsed(line: str) -> Any:
-    """The value of a line, or the error that says what is wrong with it."""
-    try:
-        return json.loads(line, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        return ValueError(f"no valid JSON ({error.msg}, column {error.colno})")
-    except ValueError as error:
-        return error
 
 
 def _encodes(row: dict[str, Any]) -> bool:

@@ -1,6 +1,5 @@
 """`clpet runs` without a comparison (a list of runs) and `clpet show` (one run in full, finished or not)."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from clpet.reporting.figures import figures, pretraining_figures
 from clpet.reporting.perplexity_tables import average_table, domain_table, formula_lines, transfer_tables
 from clpet.reporting.run_groups import Runs
 from clpet.reporting.tables import format_table, matrix_table, table
+from clpet.runtime.json_lines import parse_line
 from clpet.runtime.untrusted_json import as_data_error, command, find_runs, read_json, read_results, split_of
 
 LIST_HEADER = ["benchmark", "method", "replay", "model", "seed", "split", "average", "bwt", "train s", "run"]
@@ -61,7 +61,7 @@ def _unfinished(path: Path) -> str:
     run, lines = read_json(path / "run.json"), path / "metrics.jsonl"
     matrix = TransferMatrix(run["tasks"], "lower" if run["objective"] == "language_modeling" else "higher")
     done = 0
-    for line in map(json.loads, lines.read_text().splitlines() if lines.is_file() else ()):
+    for line in map(parse_line, lines.read_text().splitlines() if lines.is_file() else ()):
         done = int(line["done"])
         for name, result in line["tasks"].items():
             matrix.scores[int(line["row"]), matrix.tasks.index(name)] = float(result["score"])

@@ -21,6 +21,7 @@ from clpet.reporting.progress import Display
 from clpet.reporting.tables import matrix_table, summary_line
 from clpet.runtime.atomic_io import atomic_file, write_text
 from clpet.runtime.distributed import get_world
+from clpet.runtime.json_lines import parse_line
 from clpet.runtime.run_checkpoint import RunState
 
 log = logging.getLogger(__name__)
@@ -219,7 +220,7 @@ def _stop_service() -> None:
 def _entries_done(line: str) -> float:
     """Number of learned entries when a line was written; infinity for a truncated line, so that it is dropped."""
     try:
-        return float(json.loads(line)["done"])
+        return float(parse_line(line)["done"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

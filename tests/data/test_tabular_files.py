@@ -147,7 +147,7 @@ def test_all_bad_rows_are_named_at_once_or_dropped_and_counted(tmp_path: Path) -
     put(tmp_path / "train.jsonl", "\n".join(lines))
     write(tmp_path / "test.jsonl", [*labelled(6), {"text": "x"}])
     message = refused(tmp_path)
-    for part in ("row 4 has no valid JSON (Expecting value, column ", "row 6 has a value that is not an object",
+    for part in ("row 4 has invalid JSON (Expecting value, column ", "row 6 has a value that is not an object",
                  "row 13 has the key label twice", "row 14 has half of a character", "and 1 more", "test.jsonl: row 7 has no label",
                  "benchmark.skip_bad=true"):  # fmt: skip
         assert part in message
@@ -402,7 +402,7 @@ def test_text_rows_that_are_not_text_are_named_at_once_or_dropped(tmp_path: Path
         "row 61 has a int in column text",
         "row 62 has a list",
         "row 63 has no text; did you mean txt?",
-        "row 64 has no valid JSON",
+        "row 64 has invalid JSON",
     ):
         assert part in message
     found = domains(tmp_path, skip_bad=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from clpet.data.decoding import decode_strictly
 from clpet.errors import DataError
+from clpet.runtime.json_lines import parse_rows
 
 Row = dict[str, Any]
 
@@ -38,10 +39,10 @@ def tidy(records: Iterable[Row], layout: str, where: str) -> list[Row]:
 def json_records(path: Path) -> Iterator[Row]:
     """The objects of a JSON list, or of one line each."""
     text = decode_strictly(path.read_bytes(), path).text
-    if text.lstrip()[:1] == "[":
-        yield from json.loads(text)
-    else:
-        yield from (json.loads(line) for line in text.split("\n") if line.strip())
+    for _, value in parse_rows(text):
+        if isinstance(value, ValueError):
+            raise value
+        yield value
 
 
 def positions(first: int, last: int, tokens: list[str]) -> list[int]:
