@@ -53,7 +53,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     method, parts = assemble(config)
     with GracefulShutdown() as shutdown, RunLock(out), quiet_libraries():
         with get_world().main_first():
-            benchmark: Benchmark = provenance.load(config, parts["benchmark"])
+            benchmark: Benchmark = provenance.load_benchmark(config, parts["benchmark"])
         benchmark.length_set = any(word.lstrip("+").startswith("benchmark.max_length=") for word in overrides)
         method.check_benchmark(benchmark)
         load_objective_class(parts["benchmark"].objective.value).check_benchmark(benchmark, config.evaluation)

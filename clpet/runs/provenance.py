@@ -1,7 +1,7 @@
-"""Fingerprints of what a run reads: local weights, local data and the code of one's own classes.
+"""Fingerprints of a run's inputs: local weights, local data and the code of the user's own classes.
 
-A run directory's name is a function of the configuration. Whether the files behind a configured path are still the
-same ones is told by these fingerprints, which run.json, results.json and every checkpoint hold.
+The name of a run directory depends on the configuration alone, so it cannot show that the files behind a configured
+path have changed. These fingerprints do; they are stored in run.json, results.json and every checkpoint.
 """
 
 import ast
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 
 def inputs(config: Config, backbone: Any, method: Any) -> dict[str, str]:
-    """Fingerprints of a run's weights and code, by name; what cannot change behind its name has none."""
+    """{name: fingerprint} of a run's weights and code; inputs that cannot change without a new version have none."""
     targets = [str(getattr(config, group)["_target_"]) for group in OBJECT_GROUPS]
-    found = {"weights": backbone.fingerprint(config.cache_dir), "code": code(targets), **method.inputs()}
-    return {name: value for name, value in found.items() if value}
+    fingerprints = {"weights": backbone.fingerprint(config.cache_dir), "code": code(targets), **method.inputs()}
+    return {name: value for name, value in fingerprints.items() if value}
 
 
-def load(config: Config, source: Any) -> Any:
-    """The benchmark of a source; its fingerprint is remembered, so that a later look need not read the files."""
+def load_benchmark(config: Config, source: Any) -> Any:
+    """Loads the benchmark and caches its fingerprint: `check_finished` then need not read the data again."""
     key = data_key(config, source)
     benchmark = source.load(config.data_dir)
     cached_value(config.cache_dir, key, benchmark.fingerprint)
@@ -44,9 +44,9 @@ def load(config: Config, source: Any) -> Any:
 
 
 def check_finished(out: Path, results: dict[str, Any], config: Config) -> None:
-    """Raises ConfigError where a finished run's weights, data or code are others by now.
+    """Raises ConfigError if the weights, data or code have changed since the run finished.
 
-    What cannot be compared, because it is not there any more, is warned of.
+    Inputs that no longer exist cannot be compared and only give a warning.
     """
     recorded: dict[str, str] = {"data": results["data"]["fingerprint"], **results.get("inputs", {})}
     try:
@@ -54,18 +54,18 @@ def check_finished(out: Path, results: dict[str, Any], config: Config) -> None:
         now = inputs(config, build(config.model, "model"), method)
         now["data"] = _data_now(config, recorded["data"])
     except ClpetError as error:
-        log.warning("%s: what it was made of cannot be compared with what is there now: %s", out, error)
+        log.warning("%s: cannot check whether its inputs have changed since: %s", out, error)
         return
     for name, value in recorded.items():
         if now.get(name, value) != value:
             raise ConfigError(
-                f"{out} was finished with {name} {value}, now it is {now[name]}: fresh=true runs it again; "
-                f"clpet show {out} prints the results it had"
+                f"{out} was finished with {name} {value}, now it is {now[name]}: run it again with fresh=true, "
+                f"or print its results with clpet show {out}"
             )
 
 
 def _data_now(config: Config, recorded: str) -> str:
-    """The fingerprint of the data as they are now; data from the hub are taken to be the recorded ones."""
+    """The current fingerprint of the data; data from the hub are assumed to be unchanged, without loading them."""
     source = build(config.benchmark, "benchmark", cache_dir=config.cache_dir)
     if config.data_dir is None and (getattr(source, "hub", None) or getattr(source, "hub_tasks", None)):
         return recorded
@@ -73,67 +73,76 @@ def _data_now(config: Config, recorded: str) -> str:
 
 
 def data_key(config: Config, source: Any) -> str | None:
-    """What the fingerprint of a benchmark is remembered by: its settings, and size and times of all its files.
+    """Cache key of a benchmark's fingerprint: its settings, and size and times of all its files.
 
-    None where a file has changed just now.
+    None if a file has changed within the last seconds: its time stamps cannot be trusted yet.
     """
-    if config.data_dir is None:
+    if config.data_dir is None:  # the data come from the Python installation
         return digest([config.benchmark, __version__, sys.version], 32)
-    place = Path(config.data_dir).expanduser()
-    stats = [file_stat(path) for path in sorted(_walk(source.place(place) if place.is_dir() else place))]
+    folder = Path(config.data_dir).expanduser()
+    stats = [file_stat(path) for path in sorted(_walk(source.place(folder) if folder.is_dir() else folder))]
     return None if None in stats else digest([config.benchmark, __version__, stats], 32)
 
 
-def _walk(place: Path) -> Iterator[Path]:
-    if not place.is_dir():
-        yield place
-    for folder, inner, names in os.walk(place):
-        inner[:] = [name for name in inner if not name.startswith(".")]
+def _walk(path: Path) -> Iterator[Path]:
+    """The file itself, or all files below a folder; hidden ones are skipped."""
+    if not path.is_dir():
+        yield path
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # os.walk descends into these only
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def hub_data(benchmark: Mapping[str, Any]) -> dict[str, str]:
-    """{data set: commit} of what a benchmark's settings name of the hub, as far as it lies in this machine's cache."""
-    named = [benchmark, *(benchmark.get("hub_tasks") or {}).values()]
-    pairs = {str(node["hub"]): node.get("hub_revision") for node in named if node.get("hub")}
-    found = {name: hub_commit(name, revision, "dataset") for name, revision in pairs.items()}
-    return {name: commit for name, commit in found.items() if commit}
+    """{dataset: commit} of the hub datasets in a benchmark's settings; datasets not in the local cache are left out."""
+    nodes = [benchmark, *(benchmark.get("hub_tasks") or {}).values()]
+    revisions = {str(node["hub"]): node.get("hub_revision") for node in nodes if node.get("hub")}
+    commits = {name: hub_commit(name, revision, "dataset") for name, revision in revisions.items()}
+    return {name: commit for name, commit in commits.items() if commit}
 
 
 def code(targets: Iterable[str]) -> str | None:
-    """Hash of the --config-dir modules that hold the classes `targets`, and of those that they import from there."""
-    found: dict[str, str] = {}
-    waiting = [target.rpartition(".")[0] for target in targets]
-    while waiting:
-        name = waiting.pop()
-        if name.partition(".")[0] == "clpet" or name in found or (path := _module(name)) is None:
+    """Hash of the --config-dir modules that define the classes `targets`, and of all modules they import from there.
+
+    None if all classes are clpet's own. Imports are followed without running the code.
+    """
+    hashes: dict[str, str] = {}
+    queue = [target.rpartition(".")[0] for target in targets]
+    while queue:
+        name = queue.pop()
+        if name.partition(".")[0] == "clpet" or name in hashes or (path := _module(name)) is None:
             continue
         source = path.read_bytes()
-        found[name] = hashlib.sha256(source).hexdigest()
-        waiting += [name.rpartition(".")[0], *_imported(source, name, path.name == "__init__.py")]
-    return digest(sorted(found.items()), 32) if found else None
+        hashes[name] = hashlib.sha256(source).hexdigest()
+        # Importing a module also runs the __init__.py of the packages that contain it.
+        queue += [name.rpartition(".")[0], *_imported(source, name, path.name == "__init__.py")]
+    return digest(sorted(hashes.items()), 32) if hashes else None
 
 
 def _module(name: str) -> Path | None:
-    """The file of a module in a --config-dir."""
+    """The file of a module in a --config-dir; None if there is none."""
     for folder in plugin_dirs() if name else ():
-        place = folder.joinpath(*name.split("."))
-        for path in (place.with_suffix(".py"), place / "__init__.py"):
+        stem = folder.joinpath(*name.split("."))
+        for path in (stem.with_suffix(".py"), stem / "__init__.py"):
             if path.is_file():
                 return path
     return None
 
 
 def _imported(source: bytes, name: str, package: bool) -> Iterator[str]:
-    """The modules that a module's imports may name, inside functions too."""
+    """Dotted names that may be modules in the import statements of a source file, also inside functions.
+
+    In `from a import b`, b may be a module or a name inside a: both a and a.b are given. Relative imports are resolved
+    against `name`, the module's own dotted name; `package` says whether it is an __init__.py.
+    """
     with contextlib.suppress(SyntaxError, ValueError):
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
-                parts = name.split(".")
-                above = parts[: len(parts) - node.level + package] if node.level else []
-                base = ".".join([*above, *([node.module] if node.module else [])])
+                components = name.split(".")
+                parents = components[: len(components) - node.level + package] if node.level else []
+                base = ".".join([*parents, *([node.module] if node.module else [])])
                 yield from (base, *(f"{base}.{alias.name}" if base else alias.name for alias in node.names))
 
 
@@ -142,28 +151,29 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-co
 
 def versions() -> dict[str, str]:
     """Versions of Python, clpet and the packages that results depend on."""
-    found = {"python": platform.python_version(), "clpet": __version__, "platform": platform.platform()}
+    result = {"python": platform.python_version(), "clpet": __version__, "platform": platform.platform()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            result[name] = "absent"
+    return result
 
 
 def git_revision() -> str | None:
-    """Revision of the checkout clpet runs from, with + when it has changes; None outside a checkout."""
-    here = Path(sys.modules["clpet"].__file__ or "").resolve().parent
+    """Commit of the git checkout that clpet runs from, with + if it has uncommitted changes; None if installed."""
+    package = Path(sys.modules["clpet"].__file__ or "").resolve().parent
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=False
+            result = subprocess.run(
+                ["git", "-C", str(package), *words], capture_output=True, text=True, timeout=10, check=False
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return result.stdout.strip() if result.returncode == 0 else None
 
+    # An installed package may be inside someone else's checkout: only a tracked run.py proves that it is this one.
     tracked = git("ls-files", "--error-unmatch", "run.py")
     revision = git("rev-parse", "HEAD") if tracked else None
     return revision and revision + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -179,7 +179,7 @@ def test_a_finished_run_notices_another_weight_and_another_label(
     check_finished(run, {key: value for key, value in results.items() if key != "inputs"}, config)
     data.rename(tmp_path / "gone")
     check_finished(run, results, config)
-    assert "cannot be compared" in capsys.readouterr().out  # where the log goes
+    assert "cannot check whether its inputs have changed" in capsys.readouterr().out  # where the log goes
 
 
 def test_a_finished_run_notices_a_line_of_a_plugin(clpet, tmp_path: Path, words: Path) -> None:
@@ -255,7 +255,7 @@ def test_the_record_of_a_cached_benchmark_is_read_only_where_the_files_are_the_s
     (tmp_path / "d" / "inner" / "train.csv").write_text("a")
     (tmp_path / "d" / ".hidden").write_text("a")
     monkeypatch.setattr(provenance, "build", lambda *_, **__: source)
-    provenance.load(config, source)
+    provenance.load_benchmark(config, source)
     for _ in range(2):
         assert provenance._data_now(config, "f") == "f"
     (tmp_path / "d" / ".hidden").write_text("b")
