@@ -23,7 +23,7 @@ def kif(overrides: list[str], rounds: int) -> None:
     for strength, tracked in ((0, False), (0.1, False), (0.1, True)):
         bench = Bench(["method=kif", f"method.orth_strength={strength}", "train.clip=1", *overrides])
         method = bench.method()
-        method.begin()
+        method.start_importance()
         optimizer = torch.optim.AdamW(method.parameters(), lr=bench.lr, fused=True)
         contenders.append((method, optimizer, method.after_step if tracked else lambda: None))
     pool, device = method.data.train, method.objective.device

@@ -1,12 +1,15 @@
-"""KIF: old and new weights are fused after every task, unit by unit, by their importance (arXiv 2408.05200).
+"""KIF: after every task, old and new weights are fused unit by unit according to their importance.
 
-L = loss + lambda mean(||A A^T - I||_F, ||B^T B - I||_F over the LoRA pairs), lambda = orth_strength: ranks stay apart.
-While task k is trained, the importance I_k of every unit is measured (components/importance.py). After it, with
-p = Norm(J_{k-1}) and c = Norm(I_k), each unit becomes w new + (1 - w) old:
+Feng et al., 2024, arXiv 2408.05200. While task k is trained with
+    L = CE + lambda mean over LoRA pairs of (||A A^T - I||_F, ||B^T B - I||_F),    lambda = orth_strength,
+which keeps the ranks of a LoRA distinct, the importance I_k of every unit is measured (components/importance.py).
+After the task, with p = Norm(J_{k-1}) and c = Norm(I_k), each unit becomes w new + (1 - w) old:
     adaptive  w = sigmoid((c - p) / tau)
-    static    w = 1 - gamma (p and c above their percentile), 0 (p alone), 1 (c alone), 1/2 (neither)
-    uniform   w = 1/2                                   none    w = 1
-and J_k = Norm(beta Norm(J_{k-1}) + (1 - beta) Norm(I_k)), J_1 = I_1. Nothing else is kept of a task.
+    static    w = 1 - gamma (p and c above their percentile), 0 (only p), 1 (only c), 1/2 (neither)
+    uniform   w = 1/2
+    none      w = 1
+Then importance is accumulated, J_k = Norm(beta Norm(J_{k-1}) + (1 - beta) Norm(I_k)) with J_1 = I_1. Nothing else of a
+task is stored.
 
 unit=matrix, score=first, fusion=static is TaSL (arXiv 2408.09857).
 """
@@ -39,7 +42,7 @@ from clpet.methods.components.importance import (
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.trainer import Trainer
 
-KNOWN = {
+OPTIONS = {
     "unit": ("lora_rank", "matrix"),
     "score": SCORES,
     "weight_at": ("post_step", "pre_step"),
@@ -52,7 +55,7 @@ KNOWN = {
 
 @dataclass
 class KIF(Method):
-    """Importance uses the gradient of the whole loss and, as published, weights from after the step."""
+    """Importance uses the gradient of the full loss and, as in the published code, the weights after the step."""
 
     unit: str = "lora_rank"
     score: str = "mix"
@@ -75,12 +78,12 @@ class KIF(Method):
     uses_replay: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for knob, known in KNOWN.items():
-            require(getattr(self, knob) in known, f"method.{knob}", getattr(self, knob), " or ".join(known))
-        for knob in ("beta1", "beta2"):
-            require(0 <= getattr(self, knob) < 1, f"method.{knob}", getattr(self, knob), "in [0, 1)")
-        for knob in ("gamma", "beta"):
-            require(0 <= getattr(self, knob) <= 1, f"method.{knob}", getattr(self, knob), "in [0, 1]")
+        for option, values in OPTIONS.items():
+            require(getattr(self, option) in values, f"method.{option}", getattr(self, option), " or ".join(values))
+        for option in ("beta1", "beta2"):
+            require(0 <= getattr(self, option) < 1, f"method.{option}", getattr(self, option), "in [0, 1)")
+        for option in ("gamma", "beta"):
+            require(0 <= getattr(self, option) <= 1, f"method.{option}", getattr(self, option), "in [0, 1]")
         require(self.tau > 0, "method.tau", self.tau, "more than 0")
         require(0 <= self.percentile <= 100, "method.percentile", self.percentile, "in [0, 100]")
         require(self.orth_strength >= 0, "method.orth_strength", self.orth_strength, "0 (off) or more")
@@ -88,27 +91,28 @@ class KIF(Method):
     def check(self, objective: str, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
         if self.unit == "lora_rank" and peft != "lora":
-            raise ConfigError(f"method.unit=lora_rank needs peft=lora; with peft={peft} take method.unit=matrix")
+            raise ConfigError(f"method.unit=lora_rank needs peft=lora; with peft={peft} use method.unit=matrix")
         if self.replay_phase == "after" and replay == "none":
-            raise ConfigError("method.replay_phase=after needs a memory: replay=share, for example")
+            raise ConfigError("method.replay_phase=after needs a memory: set replay=share, for example")
 
     def init_adapters(self) -> None:
         super().init_adapters()
-        self.accumulated: dict[str, Tensor] = {}  # J: group -> its units, fp64
-        self.history: list[dict[str, Any]] = []  # of every task: what its pictures and diagnostics show
-        self.importance: Importance | None = None  # of the task being learned
-        self.before: dict[str, Tensor] = {}  # scored tensors as the task found them
+        self.accumulated: dict[str, Tensor] = {}  # J: group -> [units of the group], fp64
+        self.history: list[dict[str, Any]] = []  # per task: data of figures and diagnostics
+        self.importance: Importance | None = None  # I of the current task
+        self.old_weights: dict[str, Tensor] = {}  # the scored tensors before the current task
 
     def scored(self) -> dict[str, Tensor]:
-        """The tensors that units are made of; tied ones occur once."""
+        """The tensors that units consist of; tied tensors occur once."""
         adapter = self.objective.adapters.tensors("default")
         if self.unit == "lora_rank":
             return {name: value for name, value in adapter.items() if ".lora_A." in name or ".lora_B." in name}
-        inside = {id(value) for value in adapter.values()}
-        rest = [value for value in self.parameters() if id(value) not in inside]
+        adapter_ids = {id(value) for value in adapter.values()}
+        rest = [value for value in self.parameters() if id(value) not in adapter_ids]
         return {**adapter, **{f"head.{i}": value for i, value in enumerate(rest)}}
 
     def loss(self, batch: Batch) -> Tensor:
+        """CE + lambda mean(||A A^T - I||_F, ||B^T B - I||_F)."""
         loss = super().loss(batch)
         if self.unit != "lora_rank" or not self.orth_strength:
             return loss
@@ -119,100 +123,103 @@ class KIF(Method):
         return self.replay.plan(index) if self.replay_phase == "union" else self.replay.new_only_plan(index)
 
     def stages(self, index: int) -> dict[str, BatchPlan]:
-        again = self.replay_phase == "after" and self.replay.memory
-        return {**super().stages(index), **({"replay": self.replay.memory_only_plan(index)} if again else {})}
+        plans = super().stages(index)
+        if self.replay_phase == "after" and self.replay.memory:
+            plans["replay"] = self.replay.memory_only_plan(index)
+        return plans
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         if self.accumulated and self.fusion != "none":
-            self.before = {name: value.detach().clone() for name, value in self.scored().items()}
+            self.old_weights = {name: value.detach().clone() for name, value in self.scored().items()}
         super().learn(task, index, trainer)
         protected = self.consolidate()
         if self.replay_phase == "after" and self.replay.memory:
-            self.rehearse(trainer, index, protected)
+            self.replay_protected(trainer, index, protected)
 
     def fit(self, trainer: Trainer, index: int) -> None:
-        self.begin()
+        self.start_importance()
         super().fit(trainer, index)
 
-    def begin(self) -> None:
-        """New scores, for the tensors as they are once the head has grown."""
+    def start_importance(self) -> None:
+        """Starts a task's importance scores from 0; called after the head has grown, which replaces its tensors."""
         self.live = self.scored()
         self.units = ParameterGroups(self.live, self.unit == "lora_rank")
         size = sum(value.numel() for value in self.live.values())
-        place = torch.zeros((), device=self.objective.device)
-        self.importance = Importance(size, self.score, self.beta1, self.beta2, self.skip_first_step, place)
+        like = torch.zeros((), device=self.objective.device)
+        self.importance = Importance(size, self.score, self.beta1, self.beta2, self.skip_first_step, like)
 
     def adjust_gradients(self) -> None:
-        """What clipping and the step will change."""
+        """Copies what clipping and the step will change, if importance is to use it."""
         if self.weight_at == "pre_step":
-            self.weights_before = [value.detach().clone() for value in self.live.values()]
+            self.pre_step_weights = [value.detach().clone() for value in self.live.values()]
         if self.gradient == "raw":
-            self.raw = [value.clone() for value in gradients(self.live)]
+            self.raw_gradients = [value.clone() for value in gradients(self.live)]
 
     def after_step(self) -> None:
         assert self.importance
-        weights = self.weights_before if self.weight_at == "pre_step" else list(self.live.values())
-        self.importance.update(weights, self.raw if self.gradient == "raw" else gradients(self.live))
+        weights = self.pre_step_weights if self.weight_at == "pre_step" else list(self.live.values())
+        self.importance.update(weights, self.raw_gradients if self.gradient == "raw" else gradients(self.live))
 
     def validate(self, index: int) -> float:
-        """Importance is that of the weights that are chosen."""
+        """Keeps the importance of the best epoch, whose weights will be restored after the fit."""
         assert self.importance
         score = super().validate(index)
-        self.importance.keep(score)
+        self.importance.keep_best(score)
         return score
 
     def consolidate(self) -> Tensor:
-        """Fuses and accumulates; returns which units earlier tasks need."""
+        """Fuses old and new weights and accumulates importance; returns the mask [units] of units important before."""
         assert self.importance
-        self.importance.restore()
+        self.importance.restore_best()
         scores = self.units.scores(unflat(self.importance.elements(), self.live), self.unit_score)
+        # p = Norm(J_{k-1}) and c = Norm(I_k)
         old = norm(self.units.join(self.accumulated)) if self.accumulated else torch.zeros_like(scores)
         new = norm(scores)
         protected = above_percentile(old, self.percentile, self.strict)
         figures = {"skipped_steps": float(self.importance.skipped)}
         if self.accumulated:
-            wanted = above_percentile(new, self.percentile, self.strict)
-            weight = self.new_weight(old, new, protected, wanted)
+            important = above_percentile(new, self.percentile, self.strict)
+            weight = self.new_weight(old, new, protected, important)
             self.blend(weight)
-            scores = accumulate(old, new, self.beta)
-            figures |= shares(protected, wanted)
+            scores = accumulate(old, new, self.beta)  # J_k
+            figures |= unit_percentages(protected, important)
             figures |= {"new_weight_mean": weight.mean().item(), "new_weight_std": weight.std(correction=0).item()}
         self.accumulated = self.units.split(scores)
         self.history.append({"importance": self.units.split(new.float().cpu()), "figures": figures})
-        self.importance, self.before = None, {}
+        self.importance, self.old_weights = None, {}
         return protected
 
-    def new_weight(self, old: Tensor, new: Tensor, protected: Tensor, wanted: Tensor) -> Tensor:
-        """[units]: w."""
+    def new_weight(self, old: Tensor, new: Tensor, protected: Tensor, important: Tensor) -> Tensor:
+        """w [units], the weight of the new value, from p, c and the masks of values above their percentile."""
         if self.fusion == "adaptive":
             return adaptive(old, new, self.tau)
         if self.fusion == "static":
-            return static(protected, wanted, self.gamma)
+            return static(protected, important, self.gamma)
         return torch.full_like(old, 0.5 if self.fusion == "uniform" else 1.0)
 
     @torch.no_grad()
     def blend(self, weight: Tensor) -> None:
-        """Scored tensors become their fusion; what has no old value keeps the new one."""
+        """Sets the scored tensors to w new + (1 - w) old; tensors without an old value keep the new one."""
         for name, w in self.units.broadcast(weight).items():
-            if name in self.before:
-                self.live[name].copy_(fuse(self.before[name], self.live[name], w))
+            if name in self.old_weights:
+                self.live[name].copy_(fuse(self.old_weights[name], self.live[name], w))
 
-    def rehearse(self, trainer: Trainer, index: int, protected: Tensor) -> None:
-        """Replay after the fusion: of the units, only those that earlier tasks need are trained."""
-        free = self.units.broadcast(protected)
-        held = {name: value.detach().clone() for name, value in self.live.items()}
+    def replay_protected(self, trainer: Trainer, index: int, protected: Tensor) -> None:
+        """Replay after the fusion (replay_phase=after): trains only the units that are important to earlier tasks."""
+        trained = self.units.broadcast(protected)
+        fused = {name: value.detach().clone() for name, value in self.live.items()}
 
         def mask() -> None:
             for name, gradient in zip(self.live, gradients(self.live), strict=True):
-                gradient.mul_(free[name])
+                gradient.mul_(trained[name])
 
         @torch.no_grad()
-        def hold() -> None:  # weight decay moves what has no gradient, too
+        def restore() -> None:  # weight decay and Adam's momentum also change weights whose gradient is 0
             for name, value in self.live.items():
-                value.copy_(torch.where(free[name], value, held[name]))
+                value.copy_(torch.where(trained[name], value, fused[name]))
 
         plan, parameters = self.replay.memory_only_plan(index), self.named_parameters()
-        trainer.fit(plan, self.loss, parameters, stage="replay", adjust_gradients=mask, after_step=hold)
+        trainer.fit(plan, self.loss, parameters, stage="replay", adjust_gradients=mask, after_step=restore)
 
     def diagnostics(self) -> dict[str, float]:
         return self.history[-1]["figures"] if self.history else {}
@@ -234,9 +241,9 @@ class KIF(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        own, device = state["kif"], self.objective.device
-        self.accumulated = {name: value.to(device) for name, value in own["accumulated"].items()}
-        self.history = own["history"]
+        kif, device = state["kif"], self.objective.device
+        self.accumulated = {name: value.to(device) for name, value in kif["accumulated"].items()}
+        self.history = kif["history"]
 
     def task_state(self) -> dict[str, Any]:
         return {"importance": self.importance.state()} if self.importance else {}
@@ -246,8 +253,8 @@ class KIF(Method):
             self.importance.load(state["importance"])
 
 
-def shares(old: Tensor, new: Tensor) -> dict[str, float]:
-    """Percent of the units that are important for earlier tasks alone, for both, for the new task alone, for none."""
+def unit_percentages(old: Tensor, new: Tensor) -> dict[str, float]:
+    """Percent of units important to earlier tasks only, to both, to the new task only, and to none, from two masks."""
     groups = torch.stack([old & ~new, old & new, new & ~old, ~(old | new)])
     percent = (100 * groups.double().mean(1)).tolist()
     return dict(zip(("units_kept", "units_shared", "units_taken", "units_averaged"), percent, strict=True))

@@ -1,13 +1,14 @@
-"""Recurrent-KIF: importance and fusion over and over inside a task, against a memory (arXiv 2502.17510).
+"""Recurrent-KIF: repeated importance and fusion within a task, with a memory (Feng et al., 2025, arXiv 2502.17510).
 
-From task 2 on, Q steps on the new data (inner) and M on the memory (outer) take turns. With the weights 0 at the last
-fusion, Q after the inner and Q + M after the outer steps, t_in = W_Q - W_0 and t_out = W_{Q+M} - W_Q, and m_in, m_out
-the masks of the weights whose importance in these steps lies above the quantile over all of them:
+From task 2 on, a round is Q steps on new data (inner) and then M steps on the memory (outer). Let W_0 be the weights at
+the start of the round, W_Q those after the inner and W_{Q+M} those after the outer steps; t_in = W_Q - W_0 and
+t_out = W_{Q+M} - W_Q. m_in and m_out are the masks of weights whose importance in these steps is above the quantile
+over all weights. At the end of the round
     paper  W = W_0 + m_in t_in + m_out t_out
-    code   W = W_0 + w_in t_in + w_out t_out with (w_in, w_out) = (.4, .6) where both masks are 1, (.5, .5) where
-           none is, (1, 0) and (0, 1) where one is: nothing is pruned, the default
-Training goes on from W. One optimiser serves both loops, and the learning-rate schedule advances on inner steps only;
-inner steps left over at the end of a task stay as they are.
+    code   W = W_0 + w_in t_in + w_out t_out, with (w_in, w_out) = (.4, .6) if both masks are 1, (.5, .5) if none is,
+           (1, 0) or (0, 1) if only one is; unlike `paper` nothing is pruned (default)
+and training continues from W. Both loops use one optimiser; the learning-rate schedule counts inner steps only. Inner
+steps of an incomplete round at the end of a task are not fused.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class RecurrentKIF(Method):
-    """The adapter's weights are fused one by one; heads train through."""
+    """Fuses the adapter's weights individually; heads are trained by all steps and not fused."""
 
     inner_steps: int = 8
     outer_steps: int = 4
@@ -53,7 +54,7 @@ class RecurrentKIF(Method):
     def check(self, objective: str, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
         if replay == "none":
-            raise ConfigError(f"method={self.name} needs a memory: replay=share, fixed, dynamic, reservoir or all")
+            raise ConfigError(f"method={self.name} needs a memory: set replay=share, fixed, dynamic, reservoir or all")
 
     def init_adapters(self) -> None:
         super().init_adapters()
@@ -68,52 +69,52 @@ class RecurrentKIF(Method):
     def fit(self, trainer: Trainer, index: int) -> None:
         self.live: dict[str, Tensor] = dict(self.objective.adapters.tensors("default"))
         self.inner, self.outer = self.scores(), self.scores()
-        self.start = self.middle = flat(self.live.values())
+        self.start = self.middle = flat(self.live.values())  # W_0 and W_Q
         self.steps = self.fusions = 0
-        self.taken, self.left_out = False, [0, 0]  # whether this step was taken; inner and outer steps that were not
+        self.step_done, self.skipped = False, [0, 0]  # whether this step was done; skipped inner and outer steps
         super().fit(trainer, index)
-        skipped = sum(self.left_out) + int(self.inner.skipped + self.outer.skipped)
-        statistics = {"fusions": self.fusions, "skipped_steps": skipped, "skipped_outer_steps": self.left_out[1]}
+        skipped = sum(self.skipped) + int(self.inner.skipped + self.outer.skipped)
+        statistics = {"fusions": self.fusions, "skipped_steps": skipped, "skipped_outer_steps": self.skipped[1]}
         self.statistics = {name: float(value) for name, value in statistics.items()}
 
     def scores(self) -> Importance:
-        """First-order importance of every weight, from 0."""
+        """New first-order importance scores of every weight, from 0."""
         size = sum(value.numel() for value in self.live.values())
-        place = torch.zeros((), device=self.objective.device)
-        return Importance(size, "first", self.beta1, self.beta2, False, place)
+        like = torch.zeros((), device=self.objective.device)
+        return Importance(size, "first", self.beta1, self.beta2, False, like)
 
     @property
-    def place(self) -> int:
-        """Of the current step in its round; outer steps follow the inner ones. Without a memory all are inner."""
+    def step_in_round(self) -> int:
+        """Number of the current step in its round, 0 to Q - 1 inner, Q to Q + M - 1 outer; 0 without a memory."""
         return self.steps % (self.inner_steps + self.outer_steps) if self.replay.memory else 0
 
     def adjust_gradients(self) -> None:
-        """Weighs the gradient of a memory batch, before it is clipped."""
-        if self.place >= self.inner_steps and self.outer_weight != 1:
-            found = [value.grad for value in self.parameters() if value.grad is not None]
-            torch._foreach_mul_(found, self.outer_weight)
+        """Multiplies the gradient of a memory batch by outer_weight, before it is clipped."""
+        if self.step_in_round >= self.inner_steps and self.outer_weight != 1:
+            all_gradients = [value.grad for value in self.parameters() if value.grad is not None]
+            torch._foreach_mul_(all_gradients, self.outer_weight)
 
     def after_step(self) -> None:
-        self.taken = True
+        self.step_done = True
         if self.replay.memory:
-            part = self.inner if self.place < self.inner_steps else self.outer
-            part.update(list(self.live.values()), gradients(self.live))
+            importance = self.inner if self.step_in_round < self.inner_steps else self.outer
+            importance.update(list(self.live.values()), gradients(self.live))
 
     def after_batch(self) -> None:
-        """Ends the inner steps of a round, or the round, whether or not the step at its border was taken."""
-        place = self.place
-        self.left_out[place >= self.inner_steps] += not self.taken
-        self.taken, self.steps = False, self.steps + 1
-        if self.replay.memory and place == self.inner_steps - 1:
-            self.middle = flat(self.live.values())
-        elif place == self.inner_steps + self.outer_steps - 1:
+        """Ends the inner steps of a round, or the round, even if its last step was skipped."""
+        step = self.step_in_round
+        self.skipped[step >= self.inner_steps] += not self.step_done
+        self.step_done, self.steps = False, self.steps + 1
+        if self.replay.memory and step == self.inner_steps - 1:
+            self.middle = flat(self.live.values())  # W_Q
+        elif step == self.inner_steps + self.outer_steps - 1:
             self.fuse_steps()
 
     @torch.no_grad()
     def fuse_steps(self) -> None:
-        """The end of a round."""
-        inner, outer = self.middle - self.start, flat(self.live.values()) - self.middle
-        masks = [above_quantile(found.elements(), self.quantile) for found in (self.inner, self.outer)]
+        """Ends a round: W = W_0 + the fused steps, and importance starts again."""
+        inner, outer = self.middle - self.start, flat(self.live.values()) - self.middle  # t_in, t_out
+        masks = [above_quantile(scores.elements(), self.quantile) for scores in (self.inner, self.outer)]
         self.start = self.start + fused_step(inner, outer, masks[0], masks[1], self.fuse)
         for value, fused in zip(self.live.values(), unflat(self.start, self.live).values(), strict=True):
             value.copy_(fused)
@@ -124,47 +125,47 @@ class RecurrentKIF(Method):
 
     def task_state(self) -> dict[str, Any]:
         scores = {"inner": self.inner.state(), "outer": self.outer.state()}
-        counts = {"steps": self.steps, "fusions": self.fusions, "left_out": self.left_out}
+        counts = {"steps": self.steps, "fusions": self.fusions, "left_out": self.skipped}
         return {**scores, **counts, "start": self.start, "middle": self.middle}
 
     def load_task_state(self, state: dict[str, Any]) -> None:
         self.inner.load(state["inner"])
         self.outer.load(state["outer"])
         self.start, self.middle = (state[name].to(self.start.device, copy=True) for name in ("start", "middle"))
-        self.steps, self.fusions, self.left_out = state["steps"], state["fusions"], list(state["left_out"])
+        self.steps, self.fusions, self.skipped = state["steps"], state["fusions"], list(state["left_out"])
 
     def diagnostics(self) -> dict[str, float]:
         return self.statistics
 
 
 def fused_step(inner: Tensor, outer: Tensor, in_mask: Tensor, out_mask: Tensor, how: str) -> Tensor:
-    """How far a round goes in all, from what its inner and outer steps went and where they mattered."""
+    """W - W_0 of a round from t_in, t_out and the masks of important weights, for method.fuse = `how`."""
     if how == "paper":
         return in_mask * inner + out_mask * outer
-    same = torch.where(in_mask, 0.4, 0.5)
-    weight = torch.where(in_mask == out_mask, same, in_mask.to(same.dtype))
+    equal = torch.where(in_mask, 0.4, 0.5)  # both masks are 1 or both are 0
+    weight = torch.where(in_mask == out_mask, equal, in_mask.to(equal.dtype))  # w_in; w_out = 1 - w_in in every case
     return weight * inner + (1 - weight) * outer
 
 
 def alternate(new: BatchPlan, old: BatchPlan, inner: int, outer: int) -> BatchPlan:
-    """`inner` batches of the new data, `outer` of the memory, and so on; both are passed over again and again.
+    """Alternates `inner` batches of `new` with `outer` batches of `old`; both plans are repeated as often as needed.
 
-    An epoch has as many steps as one pass over the new data takes with its share of memory steps, rounded up;
-    rounds do not end with it. The learning-rate schedule counts steps on new data.
+    An epoch has the steps of one pass over the new data plus the memory steps between them, rounded up; a round may
+    continue in the next epoch. `clock` gives the step of the learning-rate schedule, which counts new data only.
     """
     steps = new.steps + -(-new.steps * outer // inner)
-    passes = [lru_cache(maxsize=2)(plan.epoch) for plan in (new, old)]
+    epochs = [lru_cache(maxsize=2)(plan.epoch) for plan in (new, old)]
 
     def batch(step: int) -> np.ndarray:
-        turn, place = divmod(step, inner + outer)
-        fresh = place < inner
-        number = turn * inner + place if fresh else turn * outer + place - inner
-        count, row = divmod(number, new.steps if fresh else old.steps)
-        return passes[0 if fresh else 1](count)[row]
+        round_, position = divmod(step, inner + outer)
+        is_new = position < inner
+        number = round_ * inner + position if is_new else round_ * outer + position - inner  # of this kind so far
+        epoch, row = divmod(number, new.steps if is_new else old.steps)
+        return epochs[0 if is_new else 1](epoch)[row]
 
     def clock(step: int) -> int:
-        turn, place = divmod(step, inner + outer)
-        return turn * inner + min(place, inner)
+        round_, position = divmod(step, inner + outer)
+        return round_ * inner + min(position, inner)
 
     def epoch(number: int) -> list[np.ndarray]:
         return [batch(step) for step in range(number * steps, (number + 1) * steps)]

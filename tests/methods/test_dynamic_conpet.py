@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from clpet.methods.base import Choices
-from clpet.methods.dynamic_conpet import force
+from clpet.methods.dynamic_conpet import force_true_task
 from clpet.methods.modular import module_name
 from clpet.objectives.classification import MISSING
 
@@ -63,7 +63,7 @@ def test_frozen_modules_keep_their_bits(make) -> None:
     before = {k: v.clone() for k, v in method.objective.adapters.tensors(module_name(0)).items()}
     head = method.modules[0].weight.detach().clone()
     pool, everything = run.data.train, np.arange(len(run.data.train))
-    cached = method.store.get(module_name(0), pool, everything)
+    cached = method.cache.get(module_name(0), pool, everything)
     run.learn(2)
     after = method.objective.adapters.tensors(module_name(0))
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -133,7 +133,7 @@ def test_selector_head_growth_keeps_old_rows(make) -> None:
 def test_teacher_forcing_replaces_the_last_selected() -> None:
     """Oracle 24: the true task is always in the set, whose size stays K."""
     selected = np.array([[0, 1], [2, 0], [1, 2]])
-    forced = force(selected, np.array([3, 0, 1]))
+    forced = force_true_task(selected, np.array([3, 0, 1]))
     assert forced.tolist() == [[0, 3], [2, 0], [1, 2]]
 
 
@@ -234,8 +234,8 @@ def test_skipping_what_meets_no_new_module_gives_the_full_gradient(make, teacher
     run = learned(make, "method.top_k=2", "method.selector_ratio=null", forcing)
     method, pool = run.method, run.data.train
     rows = np.arange(len(pool))
-    selected, meets = method.training_set(rows), method.meets(2, rows)
-    assert 0 < meets.sum() < len(rows)
+    selected, has_newest = method.training_set(rows), method.selects(2, rows)
+    assert 0 < has_newest.sum() < len(rows)
     method.objective.adapters.activate(module_name(2), train=True)
     parts = [method.modules[i].labels for i in range(3)]
     batch, z = pool.batch(rows), torch.full((len(rows), 12), MISSING)
@@ -246,7 +246,9 @@ def test_skipping_what_meets_no_new_module_gives_the_full_gradient(make, teacher
             logits = method.modules[index](method.objective.features(batch.select(keep)))
         z = z.index_put((keep[:, None], torch.as_tensor(parts[index])), logits)
     full = torch.autograd.grad(F.cross_entropy(z, batch.labels), method.parameters())
-    short = torch.autograd.grad(method.loss(pool.batch(rows[meets])) * (meets.sum() / len(rows)), method.parameters())
+    short = torch.autograd.grad(
+        method.loss(pool.batch(rows[has_newest])) * (has_newest.sum() / len(rows)), method.parameters()
+    )
     for a, b in zip(full, short, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 

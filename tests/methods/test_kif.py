@@ -190,7 +190,7 @@ def test_the_loss_holds_the_orthogonality_of_the_ranks(make) -> None:
     losses = []
     for run in runs:
         run.method.grow_head(0)
-        run.method.begin()
+        run.method.start_importance()
         batch = run.data.train.batch(run.data.train.rows_of(0)[:8])
         losses.append(run.method.loss(batch).item())
     assert losses[0] - losses[1] == pytest.approx(0.2357, rel=0.1)
@@ -224,13 +224,13 @@ def test_replay_after_fusion_trains_old_units_alone(make, monkeypatch: pytest.Mo
     """Every other unit keeps its bits, weight decay or not."""
     run = make("method=kif", "replay=share", "replay.share=0.5", "method.replay_phase=after", "train.weight_decay=0.5")
     run.learn(0)
-    fused, rehearse = {}, run.method.rehearse
+    fused, replay_protected = {}, run.method.replay_protected
 
     def record(trainer, index: int, protected: Tensor) -> None:
         fused.update(weights(run), protected=protected)
-        rehearse(trainer, index, protected)
+        replay_protected(trainer, index, protected)
 
-    monkeypatch.setattr(run.method, "rehearse", record)
+    monkeypatch.setattr(run.method, "replay_protected", record)
     run.learn(1)
     protected = fused.pop("protected")
     assert protected.sum() == 7  # of 32, strictly above the percentile

@@ -198,18 +198,18 @@ def test_module_stage_of_dynamic_conpet(k: int) -> None:
     method.modules = [head(2 * index, 2 * index + 1) for index in range(3)]
     method.start = torch.zeros(6, 1)
     method.router = SimpleNamespace(ranking=lambda pool, rows, count: SELECTOR[rows].topk(count, 1).indices.numpy())
-    method.store = SimpleNamespace(get=lambda name, pool, rows: MODULES[int(name[-1])][rows].numpy())
+    method.cache = SimpleNamespace(get=lambda name, pool, rows: MODULES[int(name[-1])][rows].numpy())
     method.logits = lambda batch: newest[batch.rows]
     training, test = SETS[k]
     rows = np.arange(4)
     assert method.training_set(rows).tolist() == training
-    meets = method.meets(2, rows)
-    loss = method.loss(pool.batch(rows[meets])) * (meets.sum() / 4)
+    has_newest = method.selects(2, rows)
+    loss = method.loss(pool.batch(rows[has_newest])) * (has_newest.sum() / 4)
     loss.backward()
     assert loss.item() + sum(OLD[k]) / 4 == pytest.approx(LOSSES[k], abs=1e-7)
     assert torch.allclose(newest.grad, torch.tensor(GRADIENTS[k]), atol=1e-7)
     batch = pool.batch(rows)
-    method.answers = lambda batch, index: MODULES[index][batch.rows]
+    method.module_logits = lambda batch, index: MODULES[index][batch.rows]
     selected = method.select(batch)
     assert selected.tolist() == test
     assert method.route(batch, selected).argmax(1).tolist() == [0, 3, 4, 0]

@@ -65,12 +65,12 @@ class Importance:
         self.mean.zero_()
         self.uncertainty.zero_()
 
-    def keep(self, validation: float) -> None:
+    def keep_best(self, validation: float) -> None:
         """Stores a copy of the current scores if `validation` is the best validation score so far."""
         if validation > self.best:
             self.best, self.best_scores = validation, {key: value.clone() for key, value in self._tensors().items()}
 
-    def restore(self) -> None:
+    def restore_best(self) -> None:
         """Returns to the scores of the best validation, if there was any validation."""
         for key, value in self.best_scores.items():
             self._tensors()[key].copy_(value)

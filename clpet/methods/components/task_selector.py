@@ -21,11 +21,11 @@ NAME = "selector"
 class Selector:
     """{LoRA_sel, head_sel}: L_sel = -(1/B) sum_i log softmax(head_sel(h_sel(x_i)))[task(y_i)].
 
-    Its scores are cached in `store`: between two trainings of the selector each is computed once.
+    Its scores are stored in `cache`: between two trainings of the selector each is computed once.
     """
 
-    def __init__(self, objective: Classification, store: LogitCache, tasks: list[str], seed: int) -> None:
-        self.objective, self.store, self.seed = objective, store, seed
+    def __init__(self, objective: Classification, cache: LogitCache, tasks: list[str], seed: int) -> None:
+        self.objective, self.cache, self.seed = objective, cache, seed
         self.head = objective.new_head(seed, [f"task {name}" for name in tasks])
         self.head.grow([0])
 
@@ -54,7 +54,7 @@ class Selector:
 
     def freeze(self) -> None:
         """Drops cached scores; later ones are computed from the present weights."""
-        self.store.freeze(NAME, self.head.weight, self.head.bias)
+        self.cache.freeze(NAME, self.head.weight, self.head.bias)
 
     def state(self) -> dict[str, Any]:
         """State of the head; the adapter is part of the objective's state."""
@@ -73,13 +73,13 @@ class Selector:
         """[batch]: whether an example's highest score is that of its own task."""
         return self.head(self.objective.features(batch)).argmax(1) == batch.tasks
 
-    def look_up(self, pool: EncodedDataset, rows: np.ndarray) -> None:
+    def prefetch(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         """Computes the scores that `ranking` will need in large blocks."""
-        self.store.prefetch(NAME, pool, rows)
+        self.cache.prefetch(NAME, pool, rows)
 
     def ranking(self, pool: EncodedDataset, rows: np.ndarray, count: int) -> np.ndarray:
         """[len(rows), count]: the tasks with the highest scores, highest first."""
-        scores = torch.from_numpy(self.store.get(NAME, pool, rows))
+        scores = torch.from_numpy(self.cache.get(NAME, pool, rows))
         return scores.topk(count, dim=1).indices.numpy()
 
 
@@ -93,8 +93,8 @@ class Prototypes:
 
     learned = False  # has no adapter, see Selector.learned
 
-    def __init__(self, objective: Classification, store: LogitCache) -> None:
-        self.objective, self.store = objective, store
+    def __init__(self, objective: Classification, cache: LogitCache) -> None:
+        self.objective, self.cache = objective, cache
         self.means: list[Tensor] = []  # per task [classes, dim], rows of norm 1
 
     def add(self, h: Tensor, labels: Tensor) -> None:
@@ -106,7 +106,7 @@ class Prototypes:
     def freeze(self) -> None:
         """Drops cached scores; later ones are computed from the present means."""
         weight = torch.cat(self.means)
-        self.store.freeze(BARE, weight, weight.new_zeros(len(weight)))
+        self.cache.freeze(BARE, weight, weight.new_zeros(len(weight)))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Empty: nothing is trained."""
@@ -116,13 +116,13 @@ class Prototypes:
         """Number of stored scalars."""
         return sum(means.numel() for means in self.means)
 
-    def look_up(self, pool: EncodedDataset, rows: np.ndarray) -> None:
+    def prefetch(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         """Computes the scores that `ranking` will need in large blocks."""
-        self.store.prefetch(BARE, pool, rows)
+        self.cache.prefetch(BARE, pool, rows)
 
     def ranking(self, pool: EncodedDataset, rows: np.ndarray, count: int) -> np.ndarray:
         """[len(rows), count]: the tasks with the highest scores, highest first."""
-        cosines = torch.from_numpy(self.store.get(BARE, pool, rows))  # [len(rows), classes of all tasks]
+        cosines = torch.from_numpy(self.cache.get(BARE, pool, rows))  # [len(rows), classes of all tasks]
         by_task = cosines.split([len(means) for means in self.means], dim=1)
         scores = torch.stack([classes.amax(1) for classes in by_task], dim=1)
         return scores.topk(count, dim=1).indices.numpy()

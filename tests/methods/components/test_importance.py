@@ -329,15 +329,15 @@ def test_importance_goes_on_where_it_was_saved() -> None:
         whole.update(weights, gradients)
         cut.update(weights, gradients)
         if place == 2:
-            whole.keep(0.5)
-            cut.keep(0.5)
+            whole.keep_best(0.5)
+            cut.keep_best(0.5)
             state, cut = cut.state(), Importance(6, "mix", 0.85, 0.85, True)
             cut.load(state)
     assert torch.equal(whole.elements(), cut.elements())
     assert (cut.counted.item(), cut.steps) == (5, 6)
-    cut.keep(0.4)  # no better than 0.5
-    whole.restore()
-    cut.restore()
+    cut.keep_best(0.4)  # no better than 0.5
+    whole.restore_best()
+    cut.restore_best()
     assert torch.equal(whole.elements(), cut.elements())
     assert cut.counted.item() == 2
 

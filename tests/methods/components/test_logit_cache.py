@@ -121,7 +121,7 @@ def frozen(make, *overrides: str):
     """The store of a method that has learned one task, its module 0, and the train pool."""
     run = make("method=dynamic_conpet", "train.epochs=1", *overrides)
     run.learn(0)
-    return run.method, run.method.store, run.data.train
+    return run.method, run.method.cache, run.data.train
 
 
 def only_file(folder: Path) -> Path:
