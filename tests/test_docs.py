@@ -13,6 +13,7 @@ from clpet.cli.options import options
 from clpet.config.build import build, parse_config
 from clpet.config.compose import compose_config
 from clpet.config.overrides import expand_override
+from clpet.config.renamed import RENAMED_KEYS
 from clpet.config.schema import Config
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
@@ -62,6 +63,11 @@ def test_names_in_the_architecture_page_exist() -> None:
     names = {name.rpartition(".")[2] for name in re.findall(r"`((?:[A-Z]\w+\.)?[a-z][a-z_]{3,}|[A-Z]\w+)`", page)}
     lost = [name for name in names if not re.search(rf"^\s*(?:def|class) {name}\b", code, re.M)]
     assert sorted(set(lost) - set(options("method"))) == []
+
+
+def test_the_changelog_lists_every_renamed_option() -> None:
+    page = (ROOT / "CHANGELOG.md").read_text()
+    assert [old for old, new in RENAMED_KEYS.items() if f"| `{old}` | `{new}` |" not in page] == []
 
 
 def table() -> dict[str, list[str]]:
