@@ -1,7 +1,7 @@
-"""A task that is under way: what each of its fits came to, when that is written down, and how a fit goes on from it.
+"""Checkpoints inside a task: the state of every fit of the task, so that a stopped fit resumes at its step.
 
-A run that was cut off loads the checkpoint from before the task and learns the task once more. What lies outside of
-fits is computed again; a fit that was over is passed over, and the one that was under way goes on at its step.
+A resumed run loads the checkpoint from before the task and executes the task again. Code outside fits is executed
+again; a finished fit is skipped and its result restored; an unfinished fit continues at its next step.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ Write = Callable[[int, dict[str, Any]], None]
 
 
 class BestWeights:
-    """A copy of the trained tensors at their best validation score."""
+    """Early stopping: a copy of the trained tensors at their best validation score so far."""
 
     def __init__(self, parameters: list[nn.Parameter], validate: Callable[[], float]) -> None:
         self.parameters, self.validate = parameters, validate
@@ -31,20 +31,24 @@ class BestWeights:
         self.copy = [parameter.detach().clone() for parameter in parameters]
 
     def update(self) -> float:
-        """Validates; a strictly better score is the new best."""
+        """Validates and returns the score; copies the tensors if it is strictly better than the best so far."""
         score = self.validate()
         if score > self.score:
             self.score = score
-            put(self.parameters, self.copy)
+            copy_values(self.parameters, self.copy)
         return score
 
     def restore(self) -> None:
-        """Gives the trained tensors their best values."""
-        put(self.copy, self.parameters)
+        """Sets the trained tensors to their best values."""
+        copy_values(self.copy, self.parameters)
 
 
 class FitState:
-    """One fit as it goes on: what is trained, by which optimiser, and where it stands in its plan."""
+    """Progress of one fit: the trained tensors, their optimizer, and the position in the batch plan.
+
+    `epoch` counts finished epochs; `step` and `seen` count steps and examples of the current epoch. `total` is the sum
+    of its losses, and `finite` the number of steps before the first NaN or infinite loss.
+    """
 
     def __init__(
         self,
@@ -56,41 +60,43 @@ class FitState:
     ) -> None:
         self.stage, self.named, self.optimizer, self.best = stage, named, optimizer, best
         self.parameters = list(named.values())
+        # Tensors on the device: reading the loss as a number at every step would make the CPU wait for the GPU.
         self.total, self.finite = torch.zeros((), device=device), torch.zeros((), device=device)
         self.epoch = self.step = self.seen = 0
 
     def next_epoch(self) -> None:
-        """Counts of an epoch start anew."""
+        """Starts the next epoch with all counts of an epoch at zero."""
         self.epoch += 1
         self.step = self.seen = 0
         self.total, self.finite = torch.zeros_like(self.total), torch.zeros_like(self.finite)
 
     def add(self, loss: Tensor) -> None:
-        """Adds a step's loss to the epoch's; counts the steps up to the first that is no number."""
+        """Adds the loss of a step to the total of the epoch."""
         self.total += loss
-        self.finite += torch.isfinite(self.total)
+        self.finite += torch.isfinite(self.total)  # once a loss is NaN or infinite, the total stays so
 
     def state(self) -> dict[str, Any]:
-        """Where the fit stands, without the trained tensors."""
+        """Returns the progress without the trained tensors."""
         best = self.best and {"score": self.best.score, "copy": self.best.copy}
         counts = {name: getattr(self, name) for name in ("epoch", "step", "seen", "total", "finite")}
         return {**counts, "best": best, "optimizer": moments(self.optimizer)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restores what `state` returned."""
         self.epoch, self.step, self.seen = state["epoch"], state["step"], state["seen"]
         self.total.copy_(state["total"])
         self.finite.copy_(state["finite"])
         if self.best:
             self.best.score = state["best"]["score"]
-            put(state["best"]["copy"], self.best.copy)
+            copy_values(state["best"]["copy"], self.best.copy)
         load_moments(self.optimizer, state["optimizer"])
 
 
 class FitCheckpointer:
-    """Holds the states of a task's fits and writes them every `minutes`, and when a signal asks; else writes nothing.
+    """Collects the states of a task's fits and writes them every `minutes`, and when a signal arrives.
 
-    `write` takes a number, higher for every later state of the task, and the record. Without it nothing is kept.
+    `write` of `start_task` gets a number, which grows from state to state of the task, and the record of all fits.
+    Without it, as in a dry run, nothing is written.
     """
 
     def __init__(self, method: Any = None, minutes: float = math.inf, shutdown: GracefulShutdown | None = None) -> None:
@@ -100,53 +106,53 @@ class FitCheckpointer:
         self.mark_saved()
 
     def start_task(self, record: dict[str, Any] | None, write: Write | None) -> None:
-        """A task begins; `record` is what was written of it before the run was cut off."""
+        """Starts a task; `record` is what was written of it before the run was stopped."""
         self.write = write
-        self.saved = list(record["fits"]) if record else []
+        self.loaded_fits = list(record["fits"]) if record else []
         self.finished_fits: list[dict[str, Any]] = []
-        self.steps = 0  # of the fits that are over
-        self.unsaved = False  # whether one of them is not written
+        self.finished_steps = 0
+        self.unsaved = False  # whether a fit has finished since the last write
 
     @contextlib.contextmanager
     def task_boundary(self) -> Iterator[None]:
-        """A checkpoint between tasks is written inside: of the task there is nothing more to write."""
+        """The checkpoint after a task is written in this block; afterwards nothing of the task remains to be saved."""
         with self.shutdown.deferred():
             yield
             self.start_task(None, None)
             self.mark_saved()
 
     def mark_saved(self) -> None:
-        """A checkpoint is there: the next one is due in `minutes`."""
+        """Restarts the timer: the next checkpoint is due in `minutes`."""
         self.due_at = time.monotonic() + self.seconds
 
     def should_save(self) -> bool:
-        """Whether it is time to write: where one rank is asked to stop, all are."""
+        """Whether to write now, for the timer or a signal. All ranks agree: a signal to one stops all."""
         if self.write is None:
             return False
-        asked, late = get_world().all_reduce_max(self.shutdown.pending_signal or 0, time.monotonic() >= self.due_at)
-        if asked:
-            self.shutdown.pending_signal = int(asked)
-        return bool(asked or late)
+        signum, late = get_world().all_reduce_max(self.shutdown.pending_signal or 0, time.monotonic() >= self.due_at)
+        if signum:
+            self.shutdown.pending_signal = int(signum)
+        return bool(signum or late)
 
     def resume(self, parameters: list[nn.Parameter]) -> dict[str, Any] | None:
-        """Restores what the next fit left, and returns it; None where it has not begun yet."""
-        if not self.saved:
+        """Restores tensors, method, random state and costs of the next fit and returns its state; None if it is new."""
+        if not self.loaded_fits:
             return None
-        state = self.saved.pop(0)
-        put(state["trained"], parameters)
+        state = self.loaded_fits.pop(0)
+        copy_values(state["trained"], parameters)
         self.method.load_task_state(state["method"])
-        states, index = [state["random"], *state.get("ranks", [])], get_world().index
-        if index < len(states):  # else a run on fewer ranks wrote it, and this one draws anew
-            set_random_state(states[index], self.method.objective.device)
+        random_states, index = [state["random"], *state.get("ranks", [])], get_world().index
+        if index < len(random_states):  # a run that had fewer ranks has no random state for this one
+            set_random_state(random_states[index], self.method.objective.device)
         self.method.objective.meter.load(state["cost"])
         return state
 
     def save(self, fit: FitState, done: int) -> None:
-        """Writes the task as it stands in the middle of a fit of which `done` steps were taken."""
-        self._write(self.steps + done, [*self.finished_fits, {**self._common(fit.parameters), **fit.state()}])
+        """Writes the task in the middle of a fit, after `done` of its steps."""
+        self._write(self.finished_steps + done, [*self.finished_fits, {**self._common(fit.parameters), **fit.state()}])
 
     def finish(self, parameters: list[nn.Parameter], steps: int, state: dict[str, Any]) -> None:
-        """A fit of `steps` is over; `state` is what the trainer keeps of it."""
+        """Records the end of a fit of `steps` steps; `state` is what the trainer needs of it later."""
         if self.write is None:
             return
         self.record_finished(cpu_copy({**self._common(parameters), "over": state}), steps)
@@ -155,14 +161,15 @@ class FitCheckpointer:
             self.save_pending()
 
     def record_finished(self, state: dict[str, Any], steps: int) -> None:
-        """A fit that is over has this state."""
+        """Appends the state of a finished fit."""
         self.finished_fits.append(state)
-        self.steps += steps + 1  # that it is over is a state of its own
+        # One more than its steps: a finished fit is a later state than the same fit after its last step.
+        self.finished_steps += steps + 1
 
     def save_pending(self) -> None:
-        """Writes the fits that are over, if they are not written."""
+        """Writes the finished fits, if one of them is not written yet."""
         if self.write is not None and self.unsaved:
-            self._write(self.steps, self.finished_fits)
+            self._write(self.finished_steps, self.finished_fits)
 
     def _write(self, number: int, fits: list[dict[str, Any]]) -> None:
         assert self.write
@@ -171,47 +178,50 @@ class FitCheckpointer:
         self.mark_saved()
 
     def _common(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
+        """The state that finished and unfinished fits share. All ranks must call this: it gathers."""
         objective = self.method.objective
-        mine, *others = get_world().gather(random_state(objective.device))
+        main_state, *other_states = get_world().gather(random_state(objective.device))
         return {
             "trained": parameters,
             "method": self.method.task_state(),
-            "random": mine,
+            "random": main_state,
             "cost": objective.meter.state(),
-            **({"ranks": others} if others else {}),
+            **({"ranks": other_states} if other_states else {}),
         }
 
 
 @torch.no_grad()
-def put(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
-    """Gives tensors the values of others."""
-    for value, tensor in zip(values, into, strict=True):
+def copy_values(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copies `values` into `tensors`, in place."""
+    for value, tensor in zip(values, tensors, strict=True):
         tensor.copy_(value)
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
-    """What an optimiser holds of each trained tensor; empty for one that never had a gradient."""
-    found = optimizer.state_dict()["state"]
+    """Returns an optimizer's state of each trained tensor; an empty dict for one that never had a gradient."""
+    states = optimizer.state_dict()["state"]
     count = sum(len(group["params"]) for group in optimizer.param_groups)
-    return [found.get(index, {}) for index in range(count)]
+    return [states.get(index, {}) for index in range(count)]
 
 
-def load_moments(optimizer: torch.optim.Optimizer, state: list[dict[str, Tensor]]) -> None:
-    """The inverse of `moments`, on a fresh optimiser."""
-    held = {index: {name: value.clone() for name, value in own.items()} for index, own in enumerate(state) if own}
-    optimizer.load_state_dict({"state": held, "param_groups": optimizer.state_dict()["param_groups"]})
+def load_moments(optimizer: torch.optim.Optimizer, states: list[dict[str, Tensor]]) -> None:
+    """Restores what `moments` returned, into a new optimizer."""
+    copies = {
+        index: {name: value.clone() for name, value in state.items()} for index, state in enumerate(states) if state
+    }
+    optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of every global generator."""
+    """Returns the state of every global random generator: torch, Python, NumPy, and CUDA on a GPU."""
     legacy: Any = np.random.get_state()
     numpy = [legacy[0], legacy[1].tolist(), *legacy[2:]]
-    found = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
-    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """The inverse of `random_state`."""
+    """Restores what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     version, key, gauss = state["python"]
     random.setstate((version, tuple(key), gauss))

@@ -1,13 +1,14 @@
-"""Learning rates: what one step of a fit is trained at, from where the fit stands in the run.
+"""Learning-rate schedules: the rate of every step of a fit, given the steps of earlier tasks.
 
-S steps, w of them warm-up, peak eta, floor eta_min. Step t = 0 .. S - 1 of the warm-up has eta t / w; after it
+A fit has S steps, w of them warm-up, peak eta and floor eta_min. Step t = 0 .. S - 1 of the warm-up has eta t / w.
+After the warm-up:
     constant   eta
     linear     eta (S - t) / (S - w)
-    cosine     from eta to eta_min
-    ar         a cosine whose peak lies on one cosine over all steps so far (TiC-LM, arXiv 2504.02107)
-    infinite   once a run: warm-up, cosine down to eta_c in the first task, eta_c, and cosine down to eta_min over the
-               last share of the last task (arXiv 2403.08763)
-The floor is reached at step S, the first that is not taken.
+    cosine     from eta down to eta_min
+    ar         like cosine, from a peak on one cosine over the steps of all tasks so far (TiC-LM, arXiv 2504.02107)
+    infinite   one schedule per run: warm-up and cosine down to eta_c in the first task, then eta_c, and in the last
+               share of the last task a cosine down to eta_min (arXiv 2403.08763)
+The floor would be reached at step S, one after the last.
 """
 
 import logging
@@ -22,9 +23,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class SchedulePosition:
-    """Where a fit stands: its steps, those of the same stage in the tasks before it, and whether it is the last task's.
+    """Position of a fit in the run: its steps, and the `done` steps of the same stage in earlier tasks.
 
-    `warmed` are the warm-up steps among `done`.
+    `warmed` of the `done` steps were warm-up. `last` is True in the last task.
     """
 
     steps: int
@@ -34,7 +35,7 @@ class SchedulePosition:
 
 
 def warmup(settings: Training, position: SchedulePosition) -> int:
-    """Warm-up steps of a fit; an infinite schedule warms up once."""
+    """Number of warm-up steps of a fit; an infinite schedule warms up only once."""
     if settings.schedule is Schedule.infinite and position.done:
         return 0
     share = settings.warmup_share
@@ -42,7 +43,7 @@ def warmup(settings: Training, position: SchedulePosition) -> int:
 
 
 def warn_of_warmup(settings: Training, position: SchedulePosition, stage: str) -> None:
-    """Warns of a fit that ends inside its warm-up and so never trains at its learning rate."""
+    """Warns if a fit ends before its warm-up does, so that it never reaches its learning rate."""
     if (warm := warmup(settings, position)) >= position.steps > 0:
         log.warning(
             "a fit%s has %d steps and train.warmup_steps=%d: its learning rate stays below %.0f %% of train.lr; lower "
@@ -52,38 +53,45 @@ def warn_of_warmup(settings: Training, position: SchedulePosition, stage: str) -
 
 
 def schedule(settings: Training, peak: float, position: SchedulePosition) -> Callable[[int], float]:
-    """The learning rate of step t of a fit, counted from 0."""
+    """Returns the function from step t of a fit, counted from 0, to its learning rate."""
     steps, warm, floor = position.steps, warmup(settings, position), settings.lr_min
     if settings.schedule is Schedule.ar:
         peak = autoregressive_peak(peak, floor, position, warm)
-    after = {
+    after_warmup = {
         Schedule.constant: lambda t: peak,
         Schedule.linear: lambda t: peak * max(0.0, (steps - t) / max(1, steps - warm)),
         Schedule.cosine: lambda t: cosine(peak, floor, (t - warm) / max(1, steps - warm)),
         Schedule.ar: lambda t: cosine(peak, floor, (t - warm) / max(1, steps - warm)),
         Schedule.infinite: _infinite(settings, peak, position, warm),
     }[settings.schedule]
-    return lambda t: peak * (t / max(1, warm)) if t < warm else after(t)
+    return lambda t: peak * (t / max(1, warm)) if t < warm else after_warmup(t)
 
 
 def cosine(high: float, low: float, progress: float) -> float:
-    """From `high` at 0 to `low` at 1."""
+    """Cosine from `high` at progress 0 to `low` at progress 1."""
     return low + (high - low) * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def autoregressive_peak(peak: float, floor: float, position: SchedulePosition, warm: int) -> float:
-    """eta_k: where a cosine from `peak`, after all warm-up, to the end of this fit stands at its own warm-up's end."""
+    """Peak eta_k of task k under the ar schedule (TiC-LM).
+
+    It is read at the end of this fit's warm-up from a cosine that starts at `peak` after all warm-up steps so far and
+    ends with this fit.
+    """
     start = position.warmed + warm
     return cosine(peak, floor, (position.done + warm - start) / max(1, position.done + position.steps - start))
 
 
 def _infinite(settings: Training, peak: float, position: SchedulePosition, warm: int) -> Callable[[int], float]:
-    held = (peak + settings.lr_min) / 2 if settings.lr_constant is None else settings.lr_constant
-    anneal = round(settings.anneal_share * position.steps) if position.last else 0
-    flat = position.steps - anneal  # where the anneal begins
+    constant = (peak + settings.lr_min) / 2 if settings.lr_constant is None else settings.lr_constant
+    anneal_steps = round(settings.anneal_share * position.steps) if position.last else 0
+    anneal_start = position.steps - anneal_steps
 
     def rate(t: int) -> float:
-        before = held if position.done else cosine(peak, held, min(1.0, (t - warm) / max(1, flat - warm)))
-        return before if t < flat else cosine(held, settings.lr_min, (t - flat) / max(1, anneal))
+        if t >= anneal_start:
+            return cosine(constant, settings.lr_min, (t - anneal_start) / max(1, anneal_steps))
+        if position.done:
+            return constant
+        return cosine(peak, constant, min(1.0, (t - warm) / max(1, anneal_start - warm)))
 
     return rate

@@ -1,4 +1,4 @@
-"""Trainer.fit: the one training loop, whatever the method."""
+"""Trainer.fit: the one training loop that all methods use."""
 
 import contextlib
 import dataclasses
@@ -26,25 +26,41 @@ from clpet.training.lr_schedules import SchedulePosition, schedule, warmup, warn
 
 log = logging.getLogger(__name__)
 
+Loss = Callable[[Batch], Tensor]
+
 
 class Progress(Protocol):
-    """What shows how a fit goes on."""
+    """Receiver of a fit's progress, such as a progress bar."""
 
     def fit(self, stage: str, epochs: int, steps: int) -> None:
-        """A fit begins."""
+        """A fit starts."""
 
     def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None:
-        """A step is done; `loss` is the running mean, still on the device."""
+        """A step is done; `loss` is the running mean of the epoch, still on the device."""
 
     def resumed(self, steps: int, examples: int) -> None:
-        """The fit goes on after so many steps, with so many examples of its present epoch behind it."""
+        """A fit resumes after `steps` steps; `examples` of its current epoch are done."""
 
     def validated(self, epoch: int, score: float) -> None:
-        """An epoch's validation score."""
+        """An epoch has its validation score."""
+
+
+@dataclasses.dataclass
+class Hooks:
+    """Code of a method that runs inside a training step.
+
+    `before_step` gets the rows of the whole batch, before any micro-batch is computed. `adjust_gradients` runs before
+    every update, `after_step` after every update that is not skipped, and `after_batch` at the end of every step.
+    """
+
+    before_step: Callable[[np.ndarray], None] | None = None
+    adjust_gradients: Callable[[], None] | None = None
+    after_step: Callable[[], None] | None = None
+    after_batch: Callable[[], None] | None = None
 
 
 class Trainer:
-    """Fits parameters on a plan's batches; a fresh optimiser in every fit, save for the moments it may carry over."""
+    """Trains parameters on the batches of a plan. Every fit has a new optimizer, which may inherit moments."""
 
     def __init__(
         self,
@@ -57,26 +73,28 @@ class Trainer:
         self.settings, self.hardware, self.objective = settings, hardware, objective
         self.progress, self.seed = progress, seed
         self.task, self.last = 0, False
-        self.dry_run = False  # one backward pass, no step
+        self.dry_run = False  # True: a fit is one backward pass without an update
         self.checkpointer = FitCheckpointer()
-        self.stage_history: dict[
-            str, dict[str, Any]
-        ] = {}  # by stage: steps and warm-up steps so far, and moments to carry
+        # {stage: {"steps", "warmup": sums over earlier fits, "moments": of the last fit, where they are carried over}}
+        self.stage_history: dict[str, dict[str, Any]] = {}
 
     def begin_task(self, index: int, last: bool = False) -> None:
-        """Seeds torch for a task, so that a resumed run draws what an uninterrupted one draws; starts its meter."""
+        """Seeds torch for a task and starts its cost meter.
+
+        The seed depends on the task alone, so a resumed run draws the same numbers as an uninterrupted one.
+        """
         self.task, self.last = index, last
         torch.manual_seed(derive(self.seed, "task", self.objective.benchmark.seed_key(index)))
         self.objective.meter.restart()
 
     @property
     def epochs(self) -> int:
-        """Passes of a fit of the present task."""
+        """Number of epochs of a fit in the current task."""
         return self.settings.epochs_of(self.task)
 
     @contextlib.contextmanager
     def using(self, epochs: int | None = None, lr: float | None = None) -> Iterator[None]:
-        """Fits inside take these in position of train.epochs and train.lr, where they are given."""
+        """Fits inside this block use the given values instead of train.epochs and train.lr."""
         configured = self.settings
         changes: dict[str, Any] = {key: value for key, value in (("epochs", epochs), ("lr", lr)) if value is not None}
         self.settings = dataclasses.replace(configured, **changes)
@@ -86,14 +104,14 @@ class Trainer:
             self.settings = configured
 
     def rows(self, plan: BatchPlan) -> np.ndarray:
-        """The distinct rows of a plan's pool that a fit goes through, for what has to be done to them before."""
+        """Returns the distinct rows that a fit on this plan trains on, for methods that precompute values of them."""
         epochs = [plan.epoch(0)[:1]] if self.dry_run else map(plan.epoch, range(self.epochs))
-        return np.unique(np.concatenate([part for epoch in epochs for part in epoch]))
+        return np.unique(np.concatenate([batch for epoch in epochs for batch in epoch]))
 
     def fit(
         self,
         plan: BatchPlan,
-        loss: Callable[[Batch], Tensor],
+        loss: Loss,
         parameters: Mapping[str, nn.Parameter],
         *,
         stage: str = "",
@@ -104,94 +122,88 @@ class Trainer:
         after_step: Callable[[], None] | None = None,
         after_batch: Callable[[], None] | None = None,
     ) -> None:
-        """Minimises `loss`, the mean over a batch, for the configured number of epochs.
+        """Minimises `loss`, a mean over the batch, for train.epochs epochs. The last four arguments: see Hooks.
 
-        `parameters` are those to train; where AdamW's moments are carried over, a name of an earlier fit of the same
-        stage stands for the same tensor.
-
-        With train.select=best, `validate` (higher is better) is called before and after every epoch and the
-        best state of `parameters` is kept; without a strictly better epoch the first state stays.
-        `before_step` gets the rows of every whole batch before any part of it is computed; `adjust_gradients` comes
-        before every update, `after_step` after every one that is not left out, `after_batch` at the end of every step.
-        Raises HostError when the loss is no longer finite.
+        `parameters` are trained. Where AdamW's moments are carried over (train.optimizer_state=carry), an equal name in
+        an earlier fit of the same stage means the same tensor. With train.select=best, `validate` (higher is better)
+        is called before the first and after every epoch, and the parameters end at their best values; without a
+        strictly better epoch they end as they were. Raises HostError if the loss is NaN or infinite.
         """
-        settings = self.settings
-        clip = settings.clip if clip is None else clip
-        step = partial(self._step, plan, loss, clip, before_step, adjust_gradients, after_step, after_batch)
         self.progress.fit(stage, self.epochs, plan.steps)
+        hooks = Hooks(before_step, adjust_gradients, after_step, after_batch)
         if self.dry_run:
-            if before_step:
-                before_step(plan.epoch(0)[0])
-            self._backward(plan, plan.epoch(0)[0], loss, list(parameters.values()))
+            self._one_pass(plan, loss, list(parameters.values()), hooks)
             return
+        clip = self.settings.clip if clip is None else clip
         with self.checkpointer.shutdown.deferred(), enough_memory(self._memory_hint):
             fit = self._begin(plan, parameters, stage, validate)
-            if fit is None:
-                return
-            position = self._position(plan, stage)
-            warn_of_warmup(settings, position, stage)
-            rate = schedule(settings, settings.lr_of(self.task), position)
-            for epoch in range(fit.epoch, self.epochs):
-                self.objective.adapters.train_mode(True)
-                for rows in plan.epoch(epoch)[fit.step :]:
-                    step(fit, rows, rate(plan.clock(epoch * plan.steps + fit.step)))
-                    self.progress.step(epoch, fit.step, fit.seen, fit.total / fit.step)
-                    if self.checkpointer.should_save():
-                        self._raise_if_not_finite(fit)
-                        self.checkpointer.save(fit, epoch * plan.steps + fit.step)
-                        self.checkpointer.shutdown.exit_if_requested()
-                self.objective.adapters.train_mode(False)
-                self._raise_if_not_finite(fit)
-                if fit.best:
-                    self.progress.validated(epoch + 1, fit.best.update())
-                fit.next_epoch()
-            self._end(plan, fit)
+            if fit is not None:
+                self._train(plan, fit, partial(self._step, plan, loss, clip, hooks, fit))
+                self._end(plan, fit)
+
+    def _one_pass(self, plan: BatchPlan, loss: Loss, parameters: list[nn.Parameter], hooks: Hooks) -> None:
+        """A forward and backward pass over the first batch, for a dry run."""
+        rows = plan.epoch(0)[0]
+        if hooks.before_step:
+            hooks.before_step(rows)
+        self._backward(plan, rows, loss, parameters)
+
+    def _train(self, plan: BatchPlan, fit: FitState, step: Callable[[np.ndarray, float], None]) -> None:
+        """Runs the remaining steps of a fit; `step` gets the rows of a batch and the learning rate."""
+        position = self._position(plan, fit.stage)
+        warn_of_warmup(self.settings, position, fit.stage)
+        rate = schedule(self.settings, self.settings.lr_of(self.task), position)
+        for epoch in range(fit.epoch, self.epochs):
+            self.objective.adapters.train_mode(True)
+            for rows in plan.epoch(epoch)[fit.step :]:
+                step(rows, rate(plan.clock(epoch * plan.steps + fit.step)))
+                self.progress.step(epoch, fit.step, fit.seen, fit.total / fit.step)
+                if self.checkpointer.should_save():
+                    self._raise_if_not_finite(fit)  # a checkpoint must never contain broken weights
+                    self.checkpointer.save(fit, epoch * plan.steps + fit.step)
+                    self.checkpointer.shutdown.exit_if_requested()
+            self.objective.adapters.train_mode(False)
+            self._raise_if_not_finite(fit)
+            if fit.best:
+                self.progress.validated(epoch + 1, fit.best.update())
+            fit.next_epoch()
 
     def _step(
-        self,
-        plan: BatchPlan,
-        loss: Callable[[Batch], Tensor],
-        clip: float,
-        before_step: Callable[[np.ndarray], None] | None,
-        adjust_gradients: Callable[[], None] | None,
-        after_step: Callable[[], None] | None,
-        after_batch: Callable[[], None] | None,
-        fit: FitState,
-        rows: np.ndarray,
-        lr: float,
+        self, plan: BatchPlan, loss: Loss, clip: float, hooks: Hooks, fit: FitState, rows: Any, lr: float
     ) -> None:
-        if before_step:
-            before_step(rows)
+        if hooks.before_step:
+            hooks.before_step(rows)
         mean = self._backward(plan, rows, loss, fit.parameters)
-        if adjust_gradients:
-            adjust_gradients()
+        if hooks.adjust_gradients:
+            hooks.adjust_gradients()
         if self._clip_and_check(fit, mean, clip):
             for group in fit.optimizer.param_groups:
                 group["lr"] = lr
             fit.optimizer.step()
-            if after_step:
-                after_step()
+            if hooks.after_step:
+                hooks.after_step()
         fit.optimizer.zero_grad(set_to_none=True)
-        if after_batch:
-            after_batch()
+        if hooks.after_batch:
+            hooks.after_batch()
         fit.step, fit.seen = fit.step + 1, fit.seen + len(rows)
 
     def _memory_hint(self) -> str:
+        """The size of the pass that ran out of memory, and the option that lowers it."""
         if self.objective.meter.kind == "validated":
             return self.objective.memory_advice()
-        whole = -(-self.settings.global_batch_size // get_world().size)
-        size = min(whole, self.hardware.micro_batch_size or whole)
+        per_rank = -(-self.settings.global_batch_size // get_world().size)
+        size = min(per_rank, self.hardware.micro_batch_size or per_rank)
         return f"{size} examples in a training pass: lower hardware.micro_batch_size (it changes no result)"
 
     def _position(self, plan: BatchPlan, stage: str) -> SchedulePosition:
-        past = self.stage_history.get(stage, {"steps": 0, "warmup": 0})
-        return SchedulePosition(plan.clock(plan.steps * self.epochs), past["steps"], past["warmup"], self.last)
+        history = self.stage_history.get(stage, {"steps": 0, "warmup": 0})
+        return SchedulePosition(plan.clock(plan.steps * self.epochs), history["steps"], history["warmup"], self.last)
 
     def _begin(
         self, plan: BatchPlan, named: Mapping[str, nn.Parameter], stage: str, validate: Callable[[], float] | None
     ) -> FitState | None:
-        """The fit from its start, or from where a run was cut off; None if it was over then."""
-        if get_world().size > 1:  # dropout is another one on every rank
+        """Returns a new fit, or the one that a stopped run left unfinished; None if the stopped run had finished it."""
+        if get_world().size > 1:  # dropout must differ from rank to rank
             torch.manual_seed(derive(self.seed, "rank", get_world().index, self.task, stage))
         parameters = list(named.values())
         saved = self.checkpointer.resume(parameters)
@@ -205,45 +217,48 @@ class Trainer:
             fit.load(saved)
             self.progress.resumed(fit.epoch * plan.steps + fit.step, fit.seen)
         else:
-            self._carry(fit)
+            self._carry_moments(fit)
             if best:
                 best.update()
         return fit
 
-    def _carry(self, fit: FitState) -> None:
-        """Gives tensors that an earlier fit of this stage trained, and that kept their shape, their moments."""
+    def _carry_moments(self, fit: FitState) -> None:
+        """Copies AdamW's moments from the last fit of this stage, for tensors of the same name and shape."""
         carried = self.stage_history.get(fit.stage, {}).get("moments", {})
-        found = [moments_of(parameter, carried.get(name, {})) for name, parameter in fit.named.items()]
-        if any(found):
-            load_moments(fit.optimizer, found)
+        states = [same_shape(parameter, carried.get(name, {})) for name, parameter in fit.named.items()]
+        if any(states):
+            load_moments(fit.optimizer, states)
         elif carried:
-            none = "task %d: train.optimizer_state=carry carries nothing: all trained tensors are new or have grown"
-            log.warning(none, self.task + 1)
+            log.warning(
+                "task %d: train.optimizer_state=carry has no effect: all trained tensors are new or have another shape",
+                self.task + 1,
+            )
 
     def _end(self, plan: BatchPlan, fit: FitState) -> None:
-        """What later tasks and a resumed run need of a fit that is over."""
+        """Restores the best weights, and stores what later tasks and a resumed run need of this fit."""
         if fit.best:
             fit.best.restore()
         position = self._position(plan, fit.stage)
-        past: dict[str, Any] = {
+        history: dict[str, Any] = {
             "steps": position.done + position.steps,
             "warmup": position.warmed + warmup(self.settings, position),
         }
         if self.settings.optimizer_state is OptimizerState.carry:
-            past["moments"] = dict(zip(fit.named, moments(fit.optimizer), strict=True))
-        self.stage_history[fit.stage] = past
-        self.checkpointer.finish(fit.parameters, plan.steps * self.epochs, past)
+            history["moments"] = dict(zip(fit.named, moments(fit.optimizer), strict=True))
+        self.stage_history[fit.stage] = history
+        self.checkpointer.finish(fit.parameters, plan.steps * self.epochs, history)
 
     def _clip_and_check(self, fit: FitState, mean: Tensor, clip: float) -> bool:
-        """Clips, counts the loss and says whether to take the step. Only with on_nan=skip it waits for the device."""
+        """Clips the gradients, adds the loss to the epoch's total, and returns whether to update the parameters.
+
+        Values are read here only with train.on_nan=skip or on the CPU: on a GPU each read waits for the device.
+        """
         skip = self.settings.on_nan is OnNan.skip
         norm = nn.utils.clip_grad_norm_(fit.parameters, clip or math.inf) if clip or skip else mean
         if skip and not bool(torch.isfinite(mean + norm)):
             if not self.objective.meter.cost.skipped_steps:
-                log.warning(
-                    "%s: the loss or its gradient is no number, the step is left out",
-                    self._describe_step(fit, fit.step + 1),
-                )
+                step = self._describe_step(fit, fit.step + 1)
+                log.warning("%s: the loss or its gradient is NaN or infinite, the step is skipped", step)
             self.objective.meter.cost.skipped_steps += 1
             return False
         fit.add(mean)
@@ -252,35 +267,34 @@ class Trainer:
         return True
 
     def _raise_if_not_finite(self, fit: FitState, weights: bool = True) -> None:
-        """Raises HostError where a loss of the epoch or a trained tensor is not finite."""
-        advice = "lower train.lr, set train.clip or take train.on_nan=skip; what was saved before is kept"
+        """Raises HostError if a loss of the epoch, or with `weights` a trained tensor, is NaN or infinite."""
+        advice = "lower train.lr, set train.clip, or use train.on_nan=skip; earlier checkpoints are kept"
         if not torch.isfinite(fit.total):
-            where = self._describe_step(fit, int(fit.finite) + 1)
-            raise HostError(f"the loss of {where} is {fit.total.item()}: {advice}")
+            step = self._describe_step(fit, int(fit.finite) + 1)
+            raise HostError(f"the loss of {step} is {fit.total.item()}: {advice}")
         if weights and fit.parameters and not torch.stack([value.isfinite().all() for value in fit.parameters]).all():
-            raise HostError(f"the weights of {self._describe_step(fit, fit.step)} are no longer finite: {advice}")
+            raise HostError(f"the weights of {self._describe_step(fit, fit.step)} are NaN or infinite: {advice}")
 
     def _describe_step(self, fit: FitState, step: int) -> str:
         return f"task {self.task + 1}{fit.stage and f' ({fit.stage})'} in epoch {fit.epoch + 1}, step {step}"
 
-    def _backward(
-        self, plan: BatchPlan, rows: Any, loss: Callable[[Batch], Tensor], parameters: list[nn.Parameter]
-    ) -> Tensor:
-        """Gradients of the batch's mean loss over all its terms, in micro-batches; returns that mean, detached.
+    def _backward(self, plan: BatchPlan, rows: Any, loss: Loss, parameters: list[nn.Parameter]) -> Tensor:
+        """Computes the gradients of the batch's mean loss in micro-batches, and returns that mean, detached.
 
-        Every rank computes its part of the batch; the gradients and the mean are those of all of it.
+        Each rank computes its rows of the batch; gradients and mean are then summed over ranks. A micro-batch counts by
+        its share of the batch's total weight, so the result does not depend on how the batch is divided.
         """
-        full = plan.pool.weights[rows].sum()
+        total_weight = plan.pool.weights[rows].sum()  # of all rows: those without a gradient count in the mean
         if plan.gradient_mask is not None:
             rows = rows[plan.gradient_mask(rows)]
-        if len(rows) == 0:
+        if len(rows) == 0:  # unlike no gradient, a zero one lets AdamW decay moments and weights, as in a full batch
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
         mean = torch.zeros((), device=self.hardware.torch_device)
         with get_world().local_only():
-            for part, counts in get_world().micro_batches(rows, self.hardware.micro_batch_size):
-                batch = plan.pool.batch(part, self.hardware.torch_device)
-                batch.share = float(plan.pool.weights[part].sum() / full)
+            for micro_rows, counts in get_world().micro_batches(rows, self.hardware.micro_batch_size):
+                batch = plan.pool.batch(micro_rows, self.hardware.torch_device)
+                batch.share = float(plan.pool.weights[micro_rows].sum() / total_weight)
                 value = loss(batch) * (batch.share if counts else 0.0)
                 value.backward()
                 mean += value.detach()
@@ -288,29 +302,33 @@ class Trainer:
         return mean
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        s = self.settings
-        lr, betas = s.lr_of(self.task), (s.betas[0], s.betas[1])
+        settings = self.settings
         return torch.optim.AdamW(
-            parameters, lr=lr, betas=betas, eps=s.eps, weight_decay=s.weight_decay, fused=bool(parameters)
+            parameters,
+            lr=settings.lr_of(self.task),
+            betas=(settings.betas[0], settings.betas[1]),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=bool(parameters),
         )
 
     def state(self) -> dict[str, Any]:
-        """What later tasks need."""
+        """Returns what the fits of later tasks need."""
         return self.stage_history
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restores what `state` returned."""
         self.stage_history = dict(state)
 
 
-def moments_of(parameter: Tensor, carried: dict[str, Tensor]) -> dict[str, Tensor]:
-    """AdamW's moments of a tensor of the same name, none where the tensor has another shape now."""
+def same_shape(parameter: Tensor, carried: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns AdamW's carried moments of a parameter; empty if their shape differs, as after a head has grown."""
     return carried if carried and carried["exp_avg"].shape == parameter.shape else {}
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps the libraries' own progress bars and advice off the screen."""
+    """Silences the progress bars and advice of transformers and huggingface_hub."""
     import huggingface_hub
     import transformers
 

@@ -1,4 +1,4 @@
-"""A task that is cut off inside a fit goes on at its step and ends bit for bit as it would have."""
+"""A run stopped inside a fit resumes at its step and ends bit for bit like an uninterrupted one."""
 
 import re
 from pathlib import Path
@@ -18,12 +18,12 @@ from clpet.training.trainer import Trainer
 SMALL = "train.global_batch_size=4"  # 6 steps an epoch
 
 
-class Cut(Exception):
-    """Stands for the end of a process."""
+class Killed(Exception):
+    """Simulates the end of a process."""
 
 
 def same(one: Any, two: Any) -> bool:
-    """Whether two trees hold the same, bit for bit."""
+    """Whether two trees are equal bit for bit."""
     if isinstance(one, Tensor):
         return torch.equal(one, two)
     if isinstance(one, dict):
@@ -33,43 +33,47 @@ def same(one: Any, two: Any) -> bool:
     return one == two
 
 
-def keeping(run: SimpleNamespace, index: int, write: Any, record: dict | None = None, every: float = 1e-9) -> None:
-    """Learns a task; every step is written with `write`."""
-    run.trainer.checkpointer = FitCheckpointer(run.method, every)
+def learn_and_save(
+    run: SimpleNamespace, index: int, write: Any, record: dict | None = None, minutes: float = 1e-9
+) -> None:
+    """Learns a task, with a checkpoint after every step by default."""
+    run.trainer.checkpointer = FitCheckpointer(run.method, minutes)
     run.trainer.begin_task(index, last=index == 2)
     run.trainer.checkpointer.start_task(record, write)
     run.method.learn(run.benchmark.tasks[index], index, run.trainer)
     run.method.after_task(run.benchmark.tasks[index], index)
 
 
-def counted(run: SimpleNamespace) -> dict:
-    """What the task's learning cost, save for time and memory."""
+def learning_cost(run: SimpleNamespace) -> dict:
+    """The cost of learning the task, without time and memory."""
     cost = run.method.objective.meter.take_learning()
     return {key: value for key, value in cost.items() if key not in ("seconds", "peak_memory_mb")}
 
 
-def cut_at(make, overrides: list[str], place: Path, writes: int, before: int = 1) -> tuple[SimpleNamespace, int]:
-    """A fresh run that goes on with task `before` after write number `writes` of it; and that write's number."""
+def killed_and_resumed(
+    make, overrides: list[str], folder: Path, writes: int, before: int = 1
+) -> tuple[SimpleNamespace, int]:
+    """Kills a run in task `before` at its checkpoint number `writes`; returns a resumed run, and the checkpoint's step."""
     run = make(*overrides)
     for index in range(before):
         run.learn(index)
-    write_tree(place / "before", {"method": run.method.state_dict(), "trainer": run.trainer.state()})
+    write_tree(folder / "before", {"method": run.method.state_dict(), "trainer": run.trainer.state()})
     numbers = []
 
     def write(number: int, record: dict) -> None:
-        write_tree(place / "inside", record)
+        write_tree(folder / "inside", record)
         numbers.append(number)
         if len(numbers) == writes:
-            raise Cut
+            raise Killed
 
-    with pytest.raises(Cut):
-        keeping(run, before, write)
+    with pytest.raises(Killed):
+        learn_and_save(run, before, write)
     assert numbers == sorted(set(numbers))
-    again, held = make(*overrides), read_tree(place / "before")
-    again.method.load_state_dict(held["method"])
-    again.trainer.load(held["trainer"])
-    keeping(again, before, lambda *_: None, read_tree(place / "inside"))
-    return again, numbers[-1]
+    resumed, saved = make(*overrides), read_tree(folder / "before")
+    resumed.method.load_state_dict(saved["method"])
+    resumed.trainer.load(saved["trainer"])
+    learn_and_save(resumed, before, lambda *_: None, read_tree(folder / "inside"))
+    return resumed, numbers[-1]
 
 
 VARIANTS = {
@@ -111,38 +115,38 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_task_cut_off_inside_a_fit_ends_bit_for_bit_like_uninterrupted(name: str, make, tmp_path: Path) -> None:
-    """In the middle of the first epoch, and 16 steps on: in another epoch, at the end of a fit, or in the next one."""
+def test_a_task_killed_inside_a_fit_ends_bit_for_bit_like_uninterrupted(name: str, make, tmp_path: Path) -> None:
+    """Killed in the middle of the first epoch, and at step 13: in a later epoch, at the end of a fit, or in the next fit."""
     overrides = [*VARIANTS[name], SMALL]
-    whole = make(*overrides)
-    whole.learn(0)
-    keeping(whole, 1, lambda *_: None)
-    state, cost = whole.method.state_dict(), counted(whole)
+    uninterrupted = make(*overrides)
+    uninterrupted.learn(0)
+    learn_and_save(uninterrupted, 1, lambda *_: None)
+    state, cost = uninterrupted.method.state_dict(), learning_cost(uninterrupted)
     for writes in (4, 13):
-        again, number = cut_at(make, overrides, tmp_path, writes)
+        resumed, number = killed_and_resumed(make, overrides, tmp_path, writes)
         assert number == writes
-        assert same(state, again.method.state_dict())
-        assert same(whole.trainer.state(), again.trainer.state())
-        assert cost == counted(again)
+        assert same(state, resumed.method.state_dict())
+        assert same(uninterrupted.trainer.state(), resumed.trainer.state())
+        assert cost == learning_cost(resumed)
 
 
 def test_nothing_is_written_before_the_interval_has_passed(make) -> None:
     run = make("method=sequential", SMALL)
-    keeping(run, 0, lambda *_: pytest.fail("written"), every=10)
+    learn_and_save(run, 0, lambda *_: pytest.fail("a checkpoint was written"), minutes=10)
 
 
-def listed(run: SimpleNamespace, batches: list) -> BatchPlan:
-    """A plan of these batches."""
+def plan_of(run: SimpleNamespace, batches: list) -> BatchPlan:
+    """A plan that consists of the given batches."""
     return BatchPlan(run.data.train, len(batches), lambda epoch: batches)
 
 
-def poisoned(run: SimpleNamespace, step: int) -> Any:
-    """The method's loss, which is no number in one step of the fit, counted from 0."""
+def nan_at(run: SimpleNamespace, step: int) -> Any:
+    """The loss of the method, but NaN in one step of the fit, counted from 0."""
     calls = iter(range(1000))
     return lambda batch: run.method.loss(batch) * (float("nan") if next(calls) == step else 1)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_says_where(make) -> None:
+def test_a_nan_loss_stops_the_run_with_its_step(make) -> None:
     run, numbers = make("method=sequential", SMALL), []
     run.trainer.checkpointer = FitCheckpointer(run.method, 1e-9)
     run.trainer.begin_task(1)
@@ -150,69 +154,69 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(make) -> None:
     run.method.grow_head(0)
     plan = run.method.plan(0)
     with pytest.raises(HostError, match=r"task 2 \(stage\) in epoch 2, step 3 is nan"):
-        run.trainer.fit(plan, poisoned(run, 8), run.method.named_parameters(), stage="stage")
+        run.trainer.fit(plan, nan_at(run, 8), run.method.named_parameters(), stage="stage")
     assert numbers == list(range(1, 9))
 
 
-def test_weights_that_are_no_numbers_are_never_written(make) -> None:
-    """A gradient may be infinite where the loss is not yet."""
+def test_infinite_weights_are_never_written(make) -> None:
+    """A gradient may be infinite while the loss is still finite."""
     run, numbers = make("method=sequential", SMALL), []
     run.method.grow_head(0)
     run.trainer.checkpointer = FitCheckpointer(run.method, 1e-9)
     run.trainer.checkpointer.start_task(None, lambda number, record: numbers.append(number))
 
-    def spoil() -> None:
+    def break_a_weight() -> None:
         if len(numbers) == 4:
             with torch.no_grad():
                 run.method.objective.head.weight[0, 0] = float("inf")
 
     with pytest.raises(HostError, match="weights of task 1 in epoch 1, step 5"):
-        run.trainer.fit(run.method.plan(0), run.method.loss, run.method.named_parameters(), after_step=spoil)
+        run.trainer.fit(run.method.plan(0), run.method.loss, run.method.named_parameters(), after_step=break_a_weight)
     assert numbers == [1, 2, 3, 4]
 
 
-def test_a_step_without_a_number_can_be_left_out(make) -> None:
-    """It moves nothing, is counted, and the fit goes on as if the batch had not been there."""
-    found = []
+def test_a_step_with_a_nan_loss_can_be_skipped(make) -> None:
+    """It changes nothing and is counted; the fit continues as if the batch did not exist."""
+    states = []
     for skip in (True, False):
         run, steps = make("method=sequential", SMALL, "train.on_nan=skip", "train.epochs=1"), []
         run.method.grow_head(0)
         batches = run.method.plan(0).epoch(0)
-        loss = poisoned(run, 2) if skip else run.method.loss
-        plan = listed(run, batches if skip else [*batches[:2], *batches[3:]])
+        loss = nan_at(run, 2) if skip else run.method.loss
+        plan = plan_of(run, batches if skip else [*batches[:2], *batches[3:]])
         run.trainer.fit(plan, loss, run.method.named_parameters(), after_step=lambda steps=steps: steps.append(1))
         assert len(steps) == 5
-        assert counted(run)["skipped_steps"] == int(skip)
-        found.append(run.method.state_dict())
-    assert same(*found)
+        assert learning_cost(run)["skipped_steps"] == int(skip)
+        states.append(run.method.state_dict())
+    assert same(*states)
 
 
-def counts(run: SimpleNamespace, tasks: int = 2) -> list[dict[str, int]]:
-    """After each task the number of updates that the kept moments of each tensor have seen."""
-    found = []
+def update_counts(run: SimpleNamespace, tasks: int = 2) -> list[dict[str, int]]:
+    """After each task: the number of updates in the stored moments of each tensor."""
+    counts = []
     for index in range(tasks):
         run.learn(index)
-        held = run.trainer.stage_history[""].get("moments", {})
-        found.append({name: int(own["step"]) for name, own in held.items()})
-    return found
+        moments = run.trainer.stage_history[""].get("moments", {})
+        counts.append({name: int(state["step"]) for name, state in moments.items()})
+    return counts
 
 
 CARRY = [SMALL, "train.epochs=1", "train.optimizer_state=carry"]
 
 
 def test_moments_are_carried_where_the_tensors_keep_their_shapes(make) -> None:
-    """AdamW counts on from task to task; a head that has grown starts anew, and so does everything by default."""
+    """AdamW keeps counting from task to task; a head that has grown starts from zero, and so does everything by default."""
     replay = ["method=replay", "replay=all", *CARRY]
-    first, second = counts(make(*replay, "method.future_labels=true"))
+    first, second = update_counts(make(*replay, "method.future_labels=true"))
     assert (set(first.values()), set(second.values())) == ({6}, {6 + 12})
-    first, second = counts(make(*replay))
+    first, second = update_counts(make(*replay))
     assert set(first.values()) == {6}
     assert {name: second.pop(name) for name in ("weight", "bias")} == {"weight": 12, "bias": 12}
     assert set(second.values()) == {6 + 12}
-    assert counts(make(*replay, "train.optimizer_state=reset")) == [{}, {}]
+    assert update_counts(make(*replay, "train.optimizer_state=reset")) == [{}, {}]
 
 
-AGAIN = {  # what of a method's tensors, beside the head, is trained again in the next task
+RETRAINED = {  # tensors of a method, except for the head, that are trained again in the next task
     "sequential": "base_model",
     "l2p": "prompts|keys",
     "crl": "base_model|projection",
@@ -221,9 +225,9 @@ AGAIN = {  # what of a method's tensors, beside the head, is trained again in th
 }
 
 
-@pytest.mark.parametrize("name", AGAIN)
-def test_a_name_stands_for_one_tensor_in_all_tasks(name: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A branch, gate, key, prompt or module of a new task has the shape of the last one, and another name."""
+@pytest.mark.parametrize("name", RETRAINED)
+def test_a_name_means_the_same_tensor_in_all_tasks(name: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch, gate, key, prompt or module of a new task has the shape of the previous one, but another name."""
     fits: dict[str, list[dict[str, Tensor]]] = {}
 
     def fit(self, plan: BatchPlan, loss: Any, parameters: dict[str, Tensor], *, stage: str = "", **_: Any) -> None:
@@ -237,34 +241,34 @@ def test_a_name_stands_for_one_tensor_in_all_tasks(name: str, make, monkeypatch:
         run.learn(index)
     first, second = next(fits[stage] for stage in ("", "contrast") if stage in fits)
     common = {key for key in first if key in second and key not in ("weight", "bias")}
-    assert common == {key for key in first if re.match(AGAIN[name], key)}
+    assert common == {key for key in first if re.match(RETRAINED[name], key)}
     assert all(first[key] is second[key] for key in common)
     assert len(first) > 2
 
 
 def test_a_new_branch_starts_without_moments(make, caplog: pytest.LogCaptureFixture) -> None:
-    """SAPT's query net is trained on; with IncLoRA all is new, which is said."""
-    steps = counts(make("method=sapt", *CARRY))[1]
+    """SAPT's query network is trained further; with IncLoRA every tensor is new, and a warning says so."""
+    steps = update_counts(make("method=sapt", *CARRY))[1]
     assert {key.split(".")[0] for key, count in steps.items() if count == 12} == {"query"}
     assert {count for key, count in steps.items() if not key.startswith("query")} == {6}
-    assert "carries nothing" not in caplog.text
-    assert set(counts(make("method=inc_lora", *CARRY))[1].values()) == {6}
-    assert "task 2: train.optimizer_state=carry carries nothing" in caplog.text
+    assert "optimizer_state=carry has no effect" not in caplog.text
+    assert set(update_counts(make("method=inc_lora", *CARRY))[1].values()) == {6}
+    assert "task 2: train.optimizer_state=carry has no effect" in caplog.text
 
 
-def test_a_selector_goes_on_with_its_moments(make) -> None:
-    """Its adapter is one for all tasks; the rows of its head grow."""
+def test_a_selector_keeps_its_moments(make) -> None:
+    """One adapter serves all tasks; its head gains rows."""
     run = make("method=dynamic_conpet", "method.selector_ratio=null", *CARRY)
     for index in range(3):
         run.learn(index)
-    steps = {name: int(own["step"]) for name, own in run.trainer.stage_history["selector"]["moments"].items()}
+    steps = {name: int(state["step"]) for name, state in run.trainer.stage_history["selector"]["moments"].items()}
     assert {steps.pop(name) for name in ("weight", "bias")} == {12}
     assert set(steps.values()) == {24}
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
                                    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")])  # fmt: skip
-def test_out_of_memory_names_the_batch_and_what_to_lower(error: Exception, make) -> None:
+def test_out_of_memory_reports_the_batch_and_the_option_to_lower(error: Exception, make) -> None:
     run = make("method=sequential", "hardware.micro_batch_size=6", "train.select=best")
     run.method.grow_head(0)
 
