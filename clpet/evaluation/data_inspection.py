@@ -9,7 +9,7 @@ import numpy as np
 
 from clpet.config.build import build, parse_config
 from clpet.data.batches import Encoded, encode_benchmark
-from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, normalised
+from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, normalize
 from clpet.data.documents import Documents
 from clpet.data.read_report import account
 from clpet.objectives import load
@@ -20,7 +20,7 @@ OFTEN = 0.05  # share of texts or answers that are cut, from which on it is warn
 
 def key(example: Example) -> str:
     """What is compared: the normalised text with its template fields."""
-    return normalised(" ".join([example.text, *example.fields.values()]))
+    return normalize(" ".join([example.text, *example.fields.values()]))
 
 
 def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str, Any]:

@@ -53,7 +53,7 @@ BAD = [
     ("missing label column", ["train", "benchmark=files", "data_dir=WORDS", "label=topic"], "has no column topic"),
     ("unknown task", ["train", "benchmark=files", "data_dir=WORDS", "benchmark.task=task", "tasks=[fruits]"], "did you mean fruit?"),
     ("unknown order", ["train", "order=upwards"], "benchmark.order=upwards is none of"),
-    ("order misses a task", ["train", "order=[data,code]"], "must list every task once"),
+    ("order misses a task", ["train", "order=[data,code]"], "must list each of these exactly once"),
     ("task without test examples", ["train", "benchmark=files", "data_dir=NOTEST", "benchmark.task=task"], "has no test examples"),
     ("label unseen in train", ["train", "benchmark=files", "data_dir=UNSEEN"], "'new' occurs in test but not in train"),
     ("empty text", ["train", "benchmark=files", "data_dir=EMPTY"], "row 2 has an empty text"),

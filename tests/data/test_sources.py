@@ -11,11 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from clpet.config.compose import compose_config
-from clpet.data.benchmark import Example, normalised, order_names
+from clpet.data.benchmark import Example, normalize
 from clpet.data.sources import PythonStdlib, Table
 from clpet.data.sources.python_stdlib import _module_paragraphs
 from clpet.data.splits import by_label, sample, split_off
 from clpet.data.tabular_files import fill, read_local
+from clpet.data.task_order import order_tasks
 from clpet.errors import DataError
 from clpet.evaluation.data_inspection import inspect_data
 from tests.conftest import shared
@@ -100,19 +101,19 @@ def test_a_module_that_is_not_installed_is_named() -> None:
 
 def test_orders() -> None:
     names = ["a", "b", "c", "d"]
-    assert order_names(names, "listed", {}, 0) == names
-    assert order_names(names, "reversed", {}, 0) == names[::-1]
-    assert order_names(names, ["c", "a", "d", "b"], {}, 0) == ["c", "a", "d", "b"]
-    drawn = order_names(names, "random", {}, 3)
+    assert order_tasks(names, "listed", {}, 0) == names
+    assert order_tasks(names, "reversed", {}, 0) == names[::-1]
+    assert order_tasks(names, ["c", "a", "d", "b"], {}, 0) == ["c", "a", "d", "b"]
+    drawn = order_tasks(names, "random", {}, 3)
     assert sorted(drawn) == names
-    assert drawn == order_names(names, "random", {}, 3)
-    assert {tuple(order_names(names, "random", {}, seed)) for seed in range(9)} != {tuple(drawn)}
+    assert drawn == order_tasks(names, "random", {}, 3)
+    assert {tuple(order_tasks(names, "random", {}, seed)) for seed in range(9)} != {tuple(drawn)}
 
 
 @pytest.mark.parametrize("order", ["nosuch", ["a", "b"], ["a", "b", "c", "c"]])
 def test_an_order_that_does_not_fit_is_refused(order) -> None:
     with pytest.raises(DataError, match=r"benchmark\.order"):
-        order_names(["a", "b", "c"], order, {}, 0)
+        order_tasks(["a", "b", "c"], order, {}, 0)
 
 
 def test_a_sample_is_spread_over_labels_and_always_the_same() -> None:
@@ -239,7 +240,7 @@ def test_repeats_and_overlaps_are_counted(words: Path, tmp_path: Path) -> None:
 
 
 def test_normalised_ignores_case_and_punctuation() -> None:
-    assert normalised("Hello,  WORLD! 3") == "helloworld3"
+    assert normalize("Hello,  WORLD! 3") == "helloworld3"
 
 
 def test_fingerprint_changes_with_the_text(words: Path) -> None:

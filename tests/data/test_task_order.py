@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from clpet.data.domain_similarity import cosines, domain_embeddings, draw, pieces
-from clpet.data.task_order import Ordering, arranged, balanced, chain, first, hierarchy, order_domains, swapped, walk
+from clpet.data.task_order import (
+    Ordering,
+    arrange,
+    balanced,
+    chain,
+    first,
+    hierarchy,
+    order_domains,
+    swap_sources,
+    walk,
+)
 from clpet.errors import DataError, ModelError
 
 S4 = np.array([[1, 0.9, 0.8, 0.2], [0.9, 1, 0.3, 0.4], [0.8, 0.3, 1, 0.1], [0.2, 0.4, 0.1, 1]])
@@ -91,32 +101,35 @@ def test_a_hierarchy_walks_groups_and_then_domains() -> None:
 
 def test_swapped_sources_keep_their_inner_order() -> None:
     sources = {"wiki": ["a", "b"], "papers": ["c", "d"]}
-    assert swapped(["b", "a", "d", "c"], sources, ["papers", "wiki"]) == ["d", "c", "b", "a"]
-    with pytest.raises(DataError, match="source_order must list every source once: wiki, papers"):
-        swapped(["b", "a", "d", "c"], sources, ["papers"])
+    assert swap_sources(["b", "a", "d", "c"], sources, ["papers", "wiki"]) == ["d", "c", "b", "a"]
+    with pytest.raises(DataError, match="source_order must list each source exactly once: wiki, papers"):
+        swap_sources(["b", "a", "d", "c"], sources, ["papers"])
     with pytest.raises(DataError, match="two sources: b"):
-        swapped(["a", "b"], {"wiki": ["a", "b"], "papers": ["b"]}, ["wiki", "papers"])
+        swap_sources(["a", "b"], {"wiki": ["a", "b"], "papers": ["b"]}, ["wiki", "papers"])
 
 
 def test_random_orders_come_from_the_seed_and_not_from_the_listing() -> None:
     names = list("abcdefgh")
-    order = arranged(names, "random", 1)
+    order = arrange(names, "random", 1)
     assert sorted(order) == names
-    assert arranged(names[::-1], "random", 1) == order
-    assert arranged(names, "random", 2) != order
-    assert Ordering(order, "random").hash == Ordering(arranged(names, "random", 1), "random").hash
+    assert arrange(names[::-1], "random", 1) == order
+    assert arrange(names, "random", 2) != order
+    assert Ordering(order, "random").hash == Ordering(arrange(names, "random", 1), "random").hash
     assert Ordering(order, "random").hash != Ordering(order[::-1], "random").hash
 
 
 def test_orders_that_need_no_texts() -> None:
-    assert arranged(["b", "a"], "listed", 0) == ["b", "a"]
-    assert arranged(["b", "a"], "reversed", 0) == ["a", "b"]
-    assert arranged(["b", "a"], ["a", "b"], 0) == ["a", "b"]
-    assert arranged(list("abcd"), "reversed_random", 3) == arranged(list("abcd"), "random", 3)[::-1]
-    with pytest.raises(DataError, match="every domain once; the domains are: a, b"):
-        arranged(["b", "a"], ["a"], 0)
+    assert arrange(["b", "a"], "listed", 0) == ["b", "a"]
+    assert arrange(["b", "a"], "reversed", 0) == ["a", "b"]
+    assert arrange(list("abcd"), "reversed_random", 3) == arrange(list("abcd"), "random", 3)[::-1]
+    domains = {"b": ["text"], "a": ["text"]}
+    assert order_domains(domains, ["a", "b"]).names == ["a", "b"]
+    assert order_domains(domains, "reversed_listed").names == ["a", "b"]
+    assert order_domains(domains, "published", published={"published": ["a", "c", "b"]}).names == ["a", "b"]
+    with pytest.raises(DataError, match="must list each of these exactly once: b, a"):
+        order_domains(domains, ["a"])
     with pytest.raises(DataError, match="order=alike is none of"):
-        arranged(["b", "a"], "alike", 0)
+        order_domains(domains, "alike")
 
 
 def test_sizes_are_balanced() -> None:

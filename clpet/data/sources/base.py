@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clpet.config.schema import require
-from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, Truncate, order_names
+from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, Truncate
 from clpet.data.read_report import ReadReport
 from clpet.data.splits import Splits, has_labels, in_order, sample, split_off, stratified
 from clpet.data.tabular_files import existing, slots
+from clpet.data.task_order import order_tasks
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.metrics.text_scores import FREE, METRICS, need
 
@@ -152,7 +153,7 @@ class Source:
             need(self.metrics.get(name, self.metric))
         splits = self.read(folder)
         chosen = self.chosen(splits)
-        names = order_names(chosen, self.order, self.orders or {}, self.order_seed)
+        names = order_tasks(chosen, self.order, self.orders or {}, self.order_seed)
         if self.tasks and self.named_order() and names != chosen:
             log.warning(
                 "tasks are learned as benchmark.order=%s has them; order=listed: as tasks lists them", self.order

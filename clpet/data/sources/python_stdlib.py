@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from clpet.config.schema import require
-from clpet.data.benchmark import Example, normalised
+from clpet.data.benchmark import Example, normalize
 from clpet.data.sources.base import Source
 from clpet.data.splits import Splits, by_label, split_off
 from clpet.errors import DataError
@@ -75,5 +75,5 @@ def _module_paragraphs(root: Path, module: str) -> dict[str, str]:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 first = (ast.get_docstring(node) or "").strip().split("\n\n")[0].split()
                 if len(first) >= 4:
-                    paragraphs.setdefault(normalised(" ".join(first)), " ".join(first))
+                    paragraphs.setdefault(normalize(" ".join(first)), " ".join(first))
     return paragraphs

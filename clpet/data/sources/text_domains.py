@@ -168,12 +168,10 @@ class Domains(Source):
 
     def _ordering(self, trains: dict[str, Documents], reference: Documents | None) -> dict[str, Any]:
         """The order's record; domains are compared by a sample of all their train texts, whatever the limits."""
-        order = self.order
-        if isinstance(order, str) and order in (self.orders or {}):
-            order = [name for name in (self.orders or {})[order] if name in trains]
         found = order_domains(
             {name: _texts(train.limited(self.order_samples)) for name, train in trains.items()},
-            order,
+            self.order,
+            published=self.orders or {},
             seed=self.order_seed,
             reference=None if reference is None else _texts(reference.limited(5 * self.order_samples)),
             sources=self.sources(),
