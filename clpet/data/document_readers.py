@@ -1,7 +1,7 @@
-"""Plain text in files: each reader walks its documents once and can go back to any of them.
+"""Readers of plain text in files: each scans its documents once and can read any of them again later.
 
-A reader never holds more than one document and one batch of rows. `scan` yields every document with its place;
-`read` gives the pieces of the document at a place again.
+A reader never holds more than one document and one batch of rows in memory. `scan` yields every document with its
+position; `read` returns the pieces of the document at a position.
 """
 
 from bisect import bisect_right
@@ -20,35 +20,35 @@ from clpet.errors import DataError, suggest
 from clpet.escape import safe_name
 from clpet.runtime.json_lines import parse_line
 
-PIECE = 2000  # bytes of a long text without document borders that are one piece, to the end of a line
-STRETCH = 65536  # bytes of it that are read together, at most, and to the end of a line
+PIECE = 2000  # bytes of a piece of a long text without document boundaries, extended to the end of a line
+STRETCH = 65536  # maximum bytes of such a text that are read together, extended to the end of a line
 LONGEST_LINE = 65536
 BATCH = 256  # rows of a parquet file that are decoded at a time
-LARGE = 16 << 20  # bytes above which a txt file is no document
+LARGE = 16 << 20  # bytes above which a txt file is not treated as one document
 
 
 class Unit(NamedTuple):
-    """One document: where it begins and how far it goes (rows or bytes), its pieces, its id where the file has ids."""
+    """One document, or one stretch of a text without document boundaries."""
 
-    place: int
-    span: int
+    position: int  # index of a text or file, row number or byte offset, as the reader counts
+    span: int  # number of texts, rows or bytes
     pieces: list[str]
-    name: str | None
+    name: str | None  # its id, if the file has ids
 
 
 class Reader(Protocol):
     """A source of documents. Without `has_boundaries` its units are consecutive stretches of one text."""
 
     has_boundaries: bool
-    joiner: str  # stands between the pieces of a document
-    name: str  # what messages call it
+    joiner: str  # string between the pieces of a document
+    name: str  # its name in messages
     report: ReadReport
 
     def scan(self) -> Iterator[Unit]:
         """All documents in order."""
 
-    def read(self, place: int, span: int) -> list[str]:
-        """The pieces of the document that `scan` found there."""
+    def read(self, position: int, span: int) -> list[str]:
+        """The pieces of the document that `scan` yielded with this position and span."""
 
 
 class Strings:
@@ -60,15 +60,15 @@ class Strings:
         self.texts, self.report = list(texts), report or ReadReport()
 
     def scan(self) -> Iterator[Unit]:
-        for place, text in enumerate(self.texts):
-            yield Unit(place, 1, [text], None)
+        for position, text in enumerate(self.texts):
+            yield Unit(position, 1, [text], None)
 
-    def read(self, place: int, span: int) -> list[str]:
-        return [self.texts[place]]
+    def read(self, position: int, span: int) -> list[str]:
+        return [self.texts[position]]
 
 
-class WholeFiles:
-    """One document per file."""
+class TextFiles:
+    """Text files, one document each."""
 
     has_boundaries, joiner, name = True, "", "txt files"
 
@@ -76,18 +76,18 @@ class WholeFiles:
         self.paths, self.report = paths, report or ReadReport()
 
     def scan(self) -> Iterator[Unit]:
-        for place, path in enumerate(self.paths):
-            found = decode(path.read_bytes(), path)
-            self.report.decoded(path, found)
-            yield Unit(place, 1, [found.text], None)
+        for position, path in enumerate(self.paths):
+            decoded = decode(path.read_bytes(), path)
+            self.report.decoded(path, decoded)
+            yield Unit(position, 1, [decoded.text], None)
 
-    def read(self, place: int, span: int) -> list[str]:
-        path = self.paths[place]
+    def read(self, position: int, span: int) -> list[str]:
+        path = self.paths[position]
         return [decode(path.read_bytes(), path).text]
 
 
 class LongText:
-    """One long text without known document borders, in stretches that end with a line."""
+    """One long text without document boundaries, in stretches that end at the end of a line."""
 
     has_boundaries, joiner = False, ""
 
@@ -97,18 +97,18 @@ class LongText:
     def scan(self) -> Iterator[Unit]:
         length = min(STRETCH, max(PIECE, self.path.stat().st_size // 1000))
         with self._open() as file:
-            place = file.tell()
-            while data := _stretch(file, length):
-                yield Unit(place, len(data), self._pieces(data, self.report), None)
-                place += len(data)
+            position = file.tell()
+            while data := _read_stretch(file, length):
+                yield Unit(position, len(data), self._pieces(data, self.report), None)
+                position += len(data)
 
-    def read(self, place: int, span: int) -> list[str]:
+    def read(self, position: int, span: int) -> list[str]:
         with self._open() as file:
-            file.seek(place)
+            file.seek(position)
             return self._pieces(file.read(span))
 
     def _open(self) -> Any:
-        """The file as UTF-8, behind its byte order mark; one in another encoding is held in memory."""
+        """The file as UTF-8, after its byte order mark; a file in another encoding is converted in memory."""
         file = self.path.open("rb")
         codec = encoding(file.peek(4)[:4])
         if codec.startswith("utf-8"):
@@ -116,31 +116,31 @@ class LongText:
             return file
         file.close()
         raw: Any = BytesIO(self._converted)
-        return BufferedReader(raw)
+        return BufferedReader(raw)  # has `peek`, which _read_stretch needs
 
     @cached_property
     def _converted(self) -> bytes:
         if self.path.stat().st_size > LARGE:
-            raise DataError(f"{self.path} is too large to be read as other than UTF-8: {remedy(self.path, 'UTF-16')}")
-        found = decode(self.path.read_bytes(), self.path)
-        self.report.decoded(self.path, found)
-        return found.text.encode(errors="replace")
+            raise DataError(f"{self.path} is too large to be converted while reading: {remedy(self.path, 'UTF-16')}")
+        decoded = decode(self.path.read_bytes(), self.path)
+        self.report.decoded(self.path, decoded)
+        return decoded.text.encode(errors="replace")
 
     def _pieces(self, data: bytes, report: ReadReport | None = None) -> list[str]:
-        """Lines together, of about PIECE bytes."""
-        parts = [b""]
+        """The lines of a stretch, grouped into pieces of about PIECE bytes."""
+        pieces = [b""]
         for line in data.splitlines(keepends=True):
-            if len(parts[-1]) >= PIECE:
-                parts.append(b"")
-            parts[-1] += line
-        found = [decode(part, self.path, "utf-8") for part in parts]
+            if len(pieces[-1]) >= PIECE:
+                pieces.append(b"")
+            pieces[-1] += line
+        decoded = [decode(piece, self.path, "utf-8") for piece in pieces]
         if report:
-            for part in found:
-                report.decoded(self.path, part)
-        return [part.text for part in found]
+            for piece in decoded:
+                report.decoded(self.path, piece)
+        return [piece.text for piece in decoded]
 
 
-def _stretch(file: Any, length: int) -> bytes:
+def _read_stretch(file: Any, length: int) -> bytes:
     """At least `length` bytes up to the end of a line; a very long line is cut between two characters."""
     data: bytes = file.read(length)
     if data and not data.endswith(b"\n"):
@@ -151,12 +151,12 @@ def _stretch(file: Any, length: int) -> bytes:
 
 
 def _inside(data: bytes, ahead: bytes) -> bool:
-    """Whether a character, or a line end, begins in `data` and goes on with the next byte."""
+    """Whether the next byte `ahead` belongs to the last character, or to the CRLF, at the end of `data`."""
     return ahead[0] & 0xC0 == 0x80 or (data.endswith(b"\r") and ahead == b"\n")
 
 
-class Rows:
-    """Rows of a table; consecutive rows with the same id are the pieces of one document, in order."""
+class TableReader:
+    """Base of readers of tables: consecutive rows with the same id are the pieces of one document, in order."""
 
     has_boundaries, joiner = True, "\n\n"
 
@@ -165,16 +165,16 @@ class Rows:
         self.text, self.document = text, document
 
     def rows(self) -> Iterator[tuple[int, str | None, str | None]]:
-        """(place, text, document id or None) of every row; bad ones are complained of and have no text."""
+        """(position, text, document id or None) of every row; a bad row is reported and has no text."""
         raise NotImplementedError
 
-    def read(self, place: int, span: int) -> list[str]:
+    def read(self, position: int, span: int) -> list[str]:
         """The texts of consecutive rows."""
         raise NotImplementedError
 
     def scan(self) -> Iterator[Unit]:
         unit: Unit | None = None
-        for place, value, name in self.rows():
+        for position, value, name in self.rows():
             text = self.cleaned(value)
             self.report.line_ends[str(self.path)] += (value or "").count("\r\n")
             if unit is not None and name is not None and name == unit.name:
@@ -182,58 +182,59 @@ class Rows:
             else:
                 if unit is not None:
                     yield unit._replace(span=len(unit.pieces))
-                unit = Unit(place, 1, [text], name)
+                unit = Unit(position, 1, [text], name)
         if unit is not None:
             yield unit._replace(span=len(unit.pieces))
 
     def checked(self, value: Any, row: int) -> str | None:
-        """The text of a row counted from 1; None for an empty one, or for what is not a text, which is noted."""
+        """The text of a row (numbered from 1); None if it is empty, and if it is not a text, which is reported."""
         if value is None or isinstance(value, str):
             return value
         self.report.complain(self.path, f"a {type(value).__name__} in column {safe_name(self.text)}, not a text", row)
         return None
 
     def cleaned(self, value: Any) -> str:
-        """The text of a cell as `scan` gives it."""
+        """A cell as `scan` yields it: with \\n as line end, empty if it is not a text."""
         return value.replace("\r\n", "\n") if isinstance(value, str) else ""
 
 
-class ParquetRows(Rows):
-    """A parquet file, read a batch at a time; going back starts at the row group."""
+class ParquetReader(TableReader):
+    """A parquet file, decoded a batch at a time. To go back, it restarts at the beginning of a row group."""
 
-    _next, _last = 0, -1  # the row that comes next, and the row group it is in
-    _ahead: Iterator[Any]
+    _next_row, _row_group = 0, -1  # of `_texts_ahead`: its next row, and the row group of that row
+    _texts_ahead: Iterator[Any]
 
     def rows(self) -> Iterator[tuple[int, str | None, str | None]]:
         with self._open() as file:
             columns = [self.text, *([self.document] if self.document in file.schema_arrow.names else [])]
-            place = 0
+            position = 0
             for batch in file.iter_batches(BATCH, columns=columns):
                 ids = batch.column(1).to_pylist() if len(columns) == 2 else [None] * len(batch)
                 for value, name in zip(batch.column(0).to_pylist(), ids, strict=True):
-                    yield place, self.checked(value, place + 1), None if name is None else str(name)
-                    place += 1
+                    yield position, self.checked(value, position + 1), None if name is None else str(name)
+                    position += 1
 
-    def read(self, place: int, span: int) -> list[str]:
-        group = bisect_right(self._ends, place)
-        if place < self._next or group > self._last:
-            self._next = self._ends[group - 1] if group else 0
-            self._ahead = self._texts(group)
-        for _ in range(place - self._next):
-            next(self._ahead)
-        found = [self.cleaned(next(self._ahead)) for _ in range(span)]
-        self._next = place + span
-        self._last = bisect_right(self._ends, self._next)
-        return found
+    def read(self, position: int, span: int) -> list[str]:
+        group = bisect_right(self._group_ends, position)
+        # Reading on is cheaper than reopening the file, unless the position is behind or in a later row group.
+        if position < self._next_row or group > self._row_group:
+            self._next_row = self._group_ends[group - 1] if group else 0
+            self._texts_ahead = self._texts(group)
+        for _ in range(position - self._next_row):
+            next(self._texts_ahead)
+        texts = [self.cleaned(next(self._texts_ahead)) for _ in range(span)]
+        self._next_row = position + span
+        self._row_group = bisect_right(self._group_ends, self._next_row)
+        return texts
 
     def _texts(self, group: int) -> Iterator[Any]:
         with self._open() as file:
-            for batch in file.iter_batches(BATCH, row_groups=range(group, len(self._ends)), columns=[self.text]):
+            for batch in file.iter_batches(BATCH, row_groups=range(group, len(self._group_ends)), columns=[self.text]):
                 yield from batch.column(0).to_pylist()
 
     @cached_property
-    def _ends(self) -> list[int]:
-        """Row behind the last of every row group."""
+    def _group_ends(self) -> list[int]:
+        """The number of the row after the last one of every row group."""
         with self._open() as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         return list(accumulate(sizes))
@@ -251,11 +252,11 @@ class ParquetRows(Rows):
         return file
 
 
-class JsonLines(Rows):
-    """A jsonl file; a place is a byte offset."""
+class JsonLinesReader(TableReader):
+    """A jsonl file; positions are byte offsets."""
 
     def rows(self) -> Iterator[tuple[int, str | None, str | None]]:
-        place = 0
+        position = 0
         with self.path.open("rb") as file:
             if not encoding(file.peek(4)[:4]).startswith("utf-8"):
                 raise DataError(f"{self.path} is not UTF-8: {remedy(self.path, 'UTF-16')}")
@@ -263,20 +264,20 @@ class JsonLines(Rows):
                 row = self.row(line)
                 if isinstance(row, str):
                     self.report.complain(self.path, row, number)
-                    yield place, None, None
+                    yield position, None, None
                 else:
                     name = row.get(self.document)
-                    yield place, self.checked(row[self.text], number), None if name is None else str(name)
-                place += len(line)
+                    yield position, self.checked(row[self.text], number), None if name is None else str(name)
+                position += len(line)
 
-    def read(self, place: int, span: int) -> list[str]:
+    def read(self, position: int, span: int) -> list[str]:
         with self.path.open("rb") as file:
-            file.seek(place)
+            file.seek(position)
             rows = [self.row(file.readline()) for _ in range(span)]
         return [self.cleaned(row[self.text]) if isinstance(row, dict) else "" for row in rows]
 
     def row(self, line: bytes) -> dict[str, Any] | str:
-        """One line as a dict that has the text, or what is wrong with it."""
+        """One line as a dict with the text column, or a description of the error."""
         try:
             row = parse_line(line.removeprefix(BOM_UTF8)) if line.strip() else {self.text: ""}
         except UnicodeDecodeError:
@@ -290,12 +291,15 @@ class JsonLines(Rows):
         return row
 
 
-def readers(files: Sequence[Path], text: str, document: str, report: ReadReport | None = None) -> list[Reader]:
-    """A reader per file, or one for all txt files that are documents."""
-    tables = {".parquet": ParquetRows, ".jsonl": JsonLines}
-    rows = [path for path in files if suffix(path) in tables]
-    found: list[Reader] = [tables[suffix(path)](path, text, document, report) for path in rows]
-    texts = [path for path in files if suffix(path) not in tables]
-    if len(texts) == 1 or any(path.stat().st_size > LARGE for path in texts):
-        return found + [LongText(path, report) for path in texts]
-    return found + ([WholeFiles(texts, report)] if texts else [])
+def open_readers(files: Sequence[Path], text: str, document: str, report: ReadReport | None = None) -> list[Reader]:
+    """Readers of files by their suffix: one per table and long text, and one for all txt files that are documents.
+
+    A single txt file, and every txt file of a folder with a LARGE one, is a long text without document boundaries.
+    """
+    table_readers = {".parquet": ParquetReader, ".jsonl": JsonLinesReader}
+    tables = [path for path in files if suffix(path) in table_readers]
+    readers: list[Reader] = [table_readers[suffix(path)](path, text, document, report) for path in tables]
+    txt_files = [path for path in files if suffix(path) not in table_readers]
+    if len(txt_files) == 1 or any(path.stat().st_size > LARGE for path in txt_files):
+        return readers + [LongText(path, report) for path in txt_files]
+    return readers + ([TextFiles(txt_files, report)] if txt_files else [])

@@ -89,7 +89,7 @@ def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> dict[s
 def _documents(benchmark: Benchmark) -> int:
     tasks = [*benchmark.tasks, *([benchmark.base] if benchmark.base else [])]
     parts: list[Any] = [task.split(split) for task in tasks for split in SPLITS]
-    return sum(part.units for part in parts)
+    return sum(part.num_documents for part in parts)
 
 
 def _domain(task: Task, data: Encoded | None = None, index: int = -1) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from clpet.data.decontamination import WINDOW, decontaminated, starts, window_hashes
-from clpet.data.document_readers import PIECE, STRETCH, JsonLines, LongText, ParquetRows, WholeFiles
+from clpet.data.document_readers import PIECE, STRETCH, JsonLinesReader, LongText, ParquetReader, TextFiles
 from clpet.data.documents import Documents
 from clpet.errors import DataError
 
@@ -19,17 +19,17 @@ ROWS = [("a", "one"), ("a", "two"), ("a", "three"), ("b", "four"), (None, "five"
 TEXTS = ["one\n\ntwo\n\nthree", "four", "five", "six", "sieben ü"]
 
 
-def parquet(folder: Path, rows: list, group: int = 2) -> ParquetRows:
+def parquet(folder: Path, rows: list, group: int = 2) -> ParquetReader:
     path = folder / "rows.parquet"
     table = pyarrow.Table.from_pylist([{"text": text, "doc_id": name} for name, text in rows])
     pyarrow.parquet.write_table(table, path, row_group_size=group)
-    return ParquetRows(path, "text", "doc_id")
+    return ParquetReader(path, "text", "doc_id")
 
 
-def jsonl(folder: Path, rows: list) -> JsonLines:
+def jsonl(folder: Path, rows: list) -> JsonLinesReader:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": text, "doc_id": name}) + "\n" for name, text in rows))
-    return JsonLines(path, "text", "doc_id")
+    return JsonLinesReader(path, "text", "doc_id")
 
 
 def long_text(folder: Path, text: str) -> LongText:
@@ -64,7 +64,7 @@ def test_a_text_without_borders_is_read_in_stretches_that_give_it_back(tmp_path:
 def test_files_that_are_documents(tmp_path: Path) -> None:
     for name, data in (("b", b"second\r\nline"), ("a", b"first \xff"), ("c", b"  \n")):
         (tmp_path / f"{name}.txt").write_bytes(data)
-    found = Documents.of(WholeFiles(sorted(tmp_path.iterdir())))
+    found = Documents.of(TextFiles(sorted(tmp_path.iterdir())))
     assert texts(found) == ["first \ufffd", "second\nline"]  # a file without text is no document
 
 
@@ -107,14 +107,14 @@ def test_a_corpus_is_never_in_memory(tmp_path: Path) -> None:
 def test_the_fingerprint_is_of_the_text_alone(tmp_path: Path) -> None:
     one = Documents.of(jsonl(tmp_path, ROWS)).fingerprint()
     os.utime(tmp_path / "rows.jsonl", (1, 1))
-    assert Documents.of(JsonLines(tmp_path / "rows.jsonl", "text", "doc_id")).fingerprint() == one
+    assert Documents.of(JsonLinesReader(tmp_path / "rows.jsonl", "text", "doc_id")).fingerprint() == one
     assert Documents.of(parquet(tmp_path, ROWS)).fingerprint() == one
     assert Documents.of(jsonl(tmp_path, [*ROWS[:-1], ("c", "acht")])).fingerprint() != one
     whole = Documents.of(jsonl(tmp_path, ROWS))
     assert len({one, whole.limited(size=34).fingerprint(), whole[1:].fingerprint()}) == 3
 
 
-def settled(reader: JsonLines) -> None:
+def settled(reader: JsonLinesReader) -> None:
     """Reads all documents, and refuses bad rows."""
     len(Documents.of(reader))
     reader.report.settle(skip_bad=False)
@@ -123,15 +123,15 @@ def settled(reader: JsonLines) -> None:
 def test_wrong_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"rows\.parquet cannot be read as parquet"):
-        len(Documents.of(ParquetRows(tmp_path / "rows.parquet", "text", "doc_id")))
+        len(Documents.of(ParquetReader(tmp_path / "rows.parquet", "text", "doc_id")))
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     with pytest.raises(DataError, match="row 2 has no text; did you mean txt"):
-        settled(JsonLines(tmp_path / "rows.jsonl", "text", "doc_id"))
+        settled(JsonLinesReader(tmp_path / "rows.jsonl", "text", "doc_id"))
     with pytest.raises(DataError, match="has no column body"):
-        len(Documents.of(ParquetRows(parquet(tmp_path, ROWS).path, "body", "doc_id")))
+        len(Documents.of(ParquetReader(parquet(tmp_path, ROWS).path, "body", "doc_id")))
     (tmp_path / "rows.jsonl").write_text('{"text": 3}\n')
     with pytest.raises(DataError, match="row 1 has a int in column text, not a text"):
-        settled(JsonLines(tmp_path / "rows.jsonl", "text", "doc_id"))
+        settled(JsonLinesReader(tmp_path / "rows.jsonl", "text", "doc_id"))
 
 
 def test_a_limit_takes_documents_by_hash_and_cuts_the_last() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from clpet.data.benchmark import Benchmark, Example, Task
 from clpet.data.data_files import file_name
-from clpet.data.document_readers import JsonLines, LongText, WholeFiles, readers
+from clpet.data.document_readers import JsonLinesReader, LongText, TextFiles, open_readers
 from clpet.data.documents import Documents
 from clpet.data.read_report import account
 from clpet.data.sources import Folders, Kind, Table
@@ -290,7 +290,7 @@ def test_bytes_without_an_encoding_are_refused_in_tables_and_counted_in_text(tmp
     assert sum(adds_up(found)["replaced"].values()) == 15
     put(tmp_path / "rows" / "a" / "all.jsonl", json.dumps({"text": "x"}).encode("utf-16") + b"\n")
     assert "all.jsonl is not UTF-8" in refused(tmp_path / "rows", domains)
-    assert "�" not in text_of(Documents.of(WholeFiles([put(tmp_path / "real.txt", "a � b".replace("�", "b"))])))
+    assert "�" not in text_of(Documents.of(TextFiles([put(tmp_path / "real.txt", "a � b".replace("�", "b"))])))
 
 
 def test_a_replacement_character_of_the_text_is_not_counted(tmp_path: Path) -> None:
@@ -311,8 +311,8 @@ def test_windows_line_ends_are_removed_by_every_reader(tmp_path: Path) -> None:
         write(tmp_path / "rows.jsonl", rows),
         write(tmp_path / "rows.parquet", rows),
     ]
-    found = [Documents.of(*readers([path], "text", "doc_id")) for path in files]
-    found.append(Documents.of(WholeFiles([put(tmp_path / "two.txt", windows)])))
+    found = [Documents.of(*open_readers([path], "text", "doc_id")) for path in files]
+    found.append(Documents.of(TextFiles([put(tmp_path / "two.txt", windows)])))
     assert [text_of(part) == text * count for part, count in zip(found, (1, 2, 2, 1), strict=True)] == [True] * 4
     for part in found:
         (report,) = {id(reader.report): reader.report for reader in part.corpus.readers}.values()
@@ -408,8 +408,8 @@ def test_text_rows_that_are_not_text_are_named_at_once_or_dropped(tmp_path: Path
     found = domains(tmp_path, skip_bad=True)
     assert adds_up(found)["dropped"]["without text"] == len(bad)
     assert text_of(found.tasks[0].train) + text_of(found.tasks[0].validation) + text_of(found.tasks[0].test)
-    reader = JsonLines(tmp_path / "a.jsonl", "text", "doc_id")
-    assert [reader.read(unit.place, unit.span) == unit.pieces for unit in reader.scan()] == [True] * 68
+    reader = JsonLinesReader(tmp_path / "a.jsonl", "text", "doc_id")
+    assert [reader.read(unit.position, unit.span) == unit.pieces for unit in reader.scan()] == [True] * 68
 
 
 def test_documents_that_were_read_and_left_out_add_up(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from clpet.config.schema import require
-from clpet.data.document_readers import Reader, Strings, WholeFiles
+from clpet.data.document_readers import Reader, Strings, TextFiles
 from clpet.data.documents import Documents
 from clpet.data.sources.text_domains import Domains
 from clpet.errors import DataError
@@ -49,7 +49,7 @@ class PythonDomains(Domains):
         topics = [path for path in paths if path == library() / "pydoc_data" / "topics.py"]
         readers: list[Reader] = [Strings(read_topics(path), self.report) for path in topics]
         sources = [path for path in paths if path not in topics]
-        return {"train": Documents.of(*readers, *([WholeFiles(sources, self.report)] if sources else []))}
+        return {"train": Documents.of(*readers, *([TextFiles(sources, self.report)] if sources else []))}
 
     @cached_property
     def files(self) -> dict[str, list[Path]]:

@@ -11,7 +11,7 @@ from clpet.config.schema import require
 from clpet.data.benchmark import Benchmark, Task
 from clpet.data.data_files import SPLIT_NAMES, domain_files, named_splits, text_files
 from clpet.data.decontamination import decontaminated
-from clpet.data.document_readers import readers
+from clpet.data.document_readers import open_readers
 from clpet.data.documents import Documents
 from clpet.data.read_report import ReadReport
 from clpet.data.sources import Kind, Source
@@ -130,7 +130,7 @@ class Domains(Source):
 
     def _drop(self, reason: str, *parts: Documents, kept: Iterable[Documents] = ()) -> None:
         """Counts the documents of `parts` that `kept` does not have."""
-        self.report.drop(reason, sum(part.units for part in parts) - sum(part.units for part in kept))
+        self.report.drop(reason, sum(part.num_documents for part in parts) - sum(part.num_documents for part in kept))
 
     def _too_large(self, name: str, train: Documents) -> bool:
         large = train.bytes > (self.drop_above or 0)
@@ -203,7 +203,7 @@ class Domains(Source):
                 f"{suggest(self.reference, there)}"
             )
         files = [place] if place.is_file() else text_files(place, self.report)
-        found = Documents.of(*readers(files, "text", "doc_id", self.report))
+        found = Documents.of(*open_readers(files, "text", "doc_id", self.report))
         self._drop("of the reference", found)
         self.report.settle(self.skip_bad)
         return found
@@ -258,5 +258,6 @@ class TextDomains(Domains):
         place = self.place(data_dir)
         files = named_splits(domain_files(place, self.report)[name], place, self.report)
         return {
-            split: Documents.of(*readers(own, self.text, self.document, self.report)) for split, own in files.items()
+            split: Documents.of(*open_readers(own, self.text, self.document, self.report))
+            for split, own in files.items()
         }
