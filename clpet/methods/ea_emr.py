@@ -42,7 +42,7 @@ class EAEMR(Replay):
     def init_adapters(self) -> None:
         super().init_adapters()
         if isinstance(self.replay, FixedReplay):
-            self.replay.actual_size = True
+            self.replay.count_actual_size = True
         dim, device = self.objective.dim, self.objective.device
         self.align = nn.Linear(dim, dim).to(device).requires_grad_(False)
         nn.init.eye_(self.align.weight)

@@ -1,1 +1,1 @@
-"""Which old examples come back, and how they are mixed with the new ones."""
+"""Replay: which old examples are trained on again, and how they are mixed with the new ones."""

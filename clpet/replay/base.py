@@ -1,8 +1,8 @@
-"""Replay: which old examples come back, and how they are mixed with the new task's.
+"""Replay: which old examples are trained on again, and how they are mixed with those of the new task.
 
-A replay component keeps row numbers of the train pool, never text. `plan` gives the batches of one task;
-`update_memory` is called after it. The rng streams come from (seed, task, epoch): nothing depends on what
-another component drew.
+A replay component stores row numbers of the training pool, never text. `plan` gives the batches of a task, and
+`update_memory` is called after it. All random numbers come from (seed, task, epoch), so no component depends on
+how many numbers another one has drawn.
 """
 
 import logging
@@ -19,75 +19,76 @@ from clpet.replay.batch_plan import BatchPlan, Rows
 
 log = logging.getLogger(__name__)
 
-ValidationRows = list[tuple[EncodedDataset, Rows]]  # validation examples: pools and rows
+ValidationRows = list[tuple[EncodedDataset, Rows]]  # validation examples as (pool, rows) pairs
 
 
 @dataclass
 class NoReplay:
-    """The new task alone."""
+    """Only the examples of the new task; also the base class of all replay components."""
 
     name: str = "none"
 
     @property
-    def by_class(self) -> bool:
-        """Whether what it keeps is chosen by class."""
+    def selects_by_class(self) -> bool:
+        """Whether the memory is selected per class."""
         return False
 
     def check(self, batch_size: int, objective: str) -> None:
-        """Raises ConfigError for a batch or an objective this component does not fit, before anything is loaded."""
-        if self.by_class and objective != "classification":
+        """Raises ConfigError if this component does not support the batch size or objective; needs no data."""
+        if self.selects_by_class and objective != "classification":
             raise ConfigError(
                 f"replay={self.name} chooses its memory by class logits, which {objective} does not have: "
-                "take replay=share, dynamic, reservoir or all"
+                "use replay=share, dynamic, reservoir or all"
             )
 
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         """Called once, before the first task."""
         self.pool, self.val_pool, self.seed, self.batch_size = data.train, data.validation, seed, batch_size
         self.seed_key = data.seed_key
-        self.cluster_seed = seed % 2**32
-        self.memory: dict[int, Rows] = {}  # task -> rows of the pool that may come back
+        self.cluster_seed = seed % 2**32  # scikit-learn takes 32 bits
+        self.memory: dict[int, Rows] = {}  # {task: rows of the pool that may be replayed}
 
     def rng(self, *names: object) -> np.random.Generator:
-        """A generator for one purpose."""
+        """A random generator for the purpose given by `names`."""
         return np.random.default_rng(derive(self.seed, "replay", *names))
 
     def plan(self, index: int, stage: str = "") -> BatchPlan:
-        """Batches for task `index`; two stages of one task draw differently."""
+        """The batches of task `index`; the stages of a task draw different batches."""
         return self.new_only_plan(index, stage)
 
     def new_only_plan(self, index: int, stage: str = "") -> BatchPlan:
-        """The new task's examples without any old ones."""
+        """The batches of task `index` without old examples."""
         return self._shuffled(self.pool.rows_of(index), index, stage)
 
     def memory_only_plan(self, index: int) -> BatchPlan:
-        """The memory's examples without any new ones."""
+        """The batches of the memory without examples of task `index`."""
         return self._shuffled(self.memory_rows(), index, "recall")
 
     def memory_rows(self) -> Rows:
-        """All rows of the memory, task by task."""
+        """All rows of the memory, ordered by task."""
         return np.concatenate([self.memory[task] for task in sorted(self.memory)])
 
     def validation(self, index: int) -> ValidationRows:
-        """What the best epoch of task `index` is chosen on: the new task's validation part."""
+        """The examples on which the best epoch of task `index` is chosen; here the validation split of that task."""
         return [(self.val_pool, self.val_pool.rows_of(index))]
 
     def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
-        """Keeps what this component keeps of task `index`; `features` gives [n, dim] vectors of train rows."""
+        """Adds examples of task `index` to the memory; `features` returns [n, dim] vectors of n rows of the pool."""
 
     def state(self) -> dict[str, Any]:
-        """What a later task needs, as lists."""
+        """Returns what later tasks need, as lists."""
         return {"memory": {str(task): rows.tolist() for task, rows in self.memory.items()}}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restores what `state` returned."""
         self.memory = {int(task): np.array(rows, dtype=np.int64) for task, rows in state["memory"].items()}
 
     def stored(self) -> int:
-        """Number of old examples kept."""
+        """Number of stored examples."""
         return sum(len(rows) for rows in self.memory.values())
 
     def _shuffled(self, rows: Rows, index: int, stage: str, extra: Rows | None = None) -> BatchPlan:
+        """Every row once per epoch, in a new order in each; `extra` may contain a row several times."""
         rows = rows if extra is None else np.concatenate([rows, extra])
         return BatchPlan(
             self.pool,
@@ -98,7 +99,7 @@ class NoReplay:
 
 @dataclass
 class AllReplay(NoReplay):
-    """All data of all tasks so far, shuffled: the cost of a task grows with the tasks before it."""
+    """All examples of all tasks so far, shuffled: the cost of a task grows with the number of tasks before it."""
 
     name: str = "all"
 

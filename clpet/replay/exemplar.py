@@ -1,4 +1,4 @@
-"""Replay of a small memory chosen once per task."""
+"""Replay of a small memory that is selected once, after each task."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from clpet.replay.exemplar_selection import select_per_class, split_train_val, s
 
 @dataclass
 class FixedReplay(NoReplay):
-    """A small memory chosen once per task, mixed into the new data as `copies` of itself (ConPET, 3.2 and 3.3).
+    """A memory selected per class after each task, mixed `copies` times into the new data (ConPET, 3.2 and 3.3).
 
-    `train_share` of the kept examples are trained on, the rest is for validation. copies=null takes the f of
-    ConPET that equals the compute of dynamic sampling at `limit` = L, and `max_copies` where the new data alone
-    fill an epoch; without a limit about as many old as new examples an epoch.
+    `train_share` of the selected examples are trained on, the others are for validation. With copies=null and `limit`
+    = L, copies is ConPET's f, which equals the compute of dynamic sampling at L (`max_copies` where the new data alone
+    reach it). With neither, an epoch has about as many old as new examples, but at most `max_copies` of each.
     """
 
     name: str = "fixed"
@@ -31,15 +31,15 @@ class FixedReplay(NoReplay):
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        known = ("kmeans", "random", "herding")
-        require(self.selection in known, "replay.selection", self.selection, " or ".join(known))
+        selections = ("kmeans", "random", "herding")
+        require(self.selection in selections, "replay.selection", self.selection, " or ".join(selections))
         require(self.per_class >= 1, "replay.per_class", self.per_class, "at least 1")
         require(0 < self.train_share <= 1, "replay.train_share", self.train_share, "in (0, 1]")
         require(self.max_copies >= 1, "replay.max_copies", self.max_copies, "at least 1")
         require(self.copies is None or self.copies >= 1, "replay.copies", self.copies, "at least 1, or null")
 
     @property
-    def by_class(self) -> bool:
+    def selects_by_class(self) -> bool:
         return True
 
     def plan(self, index: int, stage: str = "") -> BatchPlan:
@@ -54,31 +54,36 @@ class FixedReplay(NoReplay):
         if self.limit is None:
             return max(1, min(self.max_copies, round(new / len(old))))
         full = -(-4 * self.per_class // 5) * len(np.unique(self.pool.labels[old]))
-        memory = len(old) if self.actual_size else full
+        memory = len(old) if self.count_actual_size else full
         return copies_for_equal_compute(new, memory, self.limit, self.batch_size, self.max_copies)
 
     def validation(self, index: int) -> ValidationRows:
-        """The new task's validation part and the validation share of the memories."""
-        parts: ValidationRows = [(self.val_pool, self.val_pool.rows_of(index))]
+        """The validation split of the new task, and the validation examples of the memory."""
+        rows: ValidationRows = [(self.val_pool, self.val_pool.rows_of(index))]
         if self.val_memory:
-            parts.append((self.pool, np.concatenate([self.val_memory[task] for task in sorted(self.val_memory)])))
-        return parts
+            rows.append((self.pool, np.concatenate([self.val_memory[task] for task in sorted(self.val_memory)])))
+        return rows
 
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         super().setup(data, seed, batch_size)
-        self.val_memory: dict[int, Rows] = {}  # task -> kept rows that only validate
-        self.actual_size = False  # copies are counted by the memory as it is, not by ceil(0.8 m) examples a class
+        self.val_memory: dict[int, Rows] = {}  # {task: stored rows for validation}
+        # Whether `_copies` counts the memory as it is; else as ceil(0.8 m) examples of every class, as ConPET does.
+        self.count_actual_size = False
 
     def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         rng = self.rng(index)
         rows = self.pool.rows_of(index)
-        parts = []
+        train_rows, val_rows = [], []
         for label in np.unique(self.pool.labels[rows]):
-            own = rows[self.pool.labels[rows] == label]
-            kept = select_per_class(self.pool, own, self.per_class, self.selection, features, self.cluster_seed, rng)
-            parts.append(split_train_val(kept, self.train_share, rng))
-        self.memory[index] = np.sort(np.concatenate([train for train, _ in parts]))
-        self.val_memory[index] = np.sort(np.concatenate([spare for _, spare in parts]))
+            class_rows = rows[self.pool.labels[rows] == label]
+            selected = select_per_class(
+                self.pool, class_rows, self.per_class, self.selection, features, self.cluster_seed, rng
+            )
+            train, val = split_train_val(selected, self.train_share, rng)
+            train_rows.append(train)
+            val_rows.append(val)
+        self.memory[index] = np.sort(np.concatenate(train_rows))
+        self.val_memory[index] = np.sort(np.concatenate(val_rows))
 
     def stored(self) -> int:
         return super().stored() + sum(len(rows) for rows in self.val_memory.values())
@@ -93,7 +98,7 @@ class FixedReplay(NoReplay):
 
 @dataclass
 class ShareReplay(NoReplay):
-    """A share of every task, spread over its labels, mixed into the new data once an epoch (MixReplay)."""
+    """A share of every task, stratified by label, mixed into the new data once per epoch (MixReplay)."""
 
     name: str = "share"
     share: float = 0.02

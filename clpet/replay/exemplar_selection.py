@@ -1,4 +1,4 @@
-"""Which examples of a class a small memory keeps."""
+"""Selection of the examples in a small memory: per class by k-means, herding or at random, or stratified by label."""
 
 import math
 import warnings
@@ -7,65 +7,66 @@ from collections.abc import Callable
 import numpy as np
 
 from clpet.data.batches import EncodedDataset
-
-Rows = np.ndarray
+from clpet.replay.batch_plan import Rows
 
 
 def select_per_class(
     pool: EncodedDataset,
     rows: Rows,
-    most: int,
-    how: str,
+    per_class: int,
+    selection: str,
     features: Callable[[Rows], np.ndarray],
     seed: int,
     rng: np.random.Generator,
 ) -> Rows:
-    """At most `most` rows of each class: nearest to the k-means centres, at random, or by herding; in order.
+    """Selects at most `per_class` rows of each class, sorted; `selection` is kmeans, random or herding.
 
-    With k-means a row that is the nearest to several centres is listed once for each of them.
+    With kmeans a row that is nearest to several centres is listed once for each of them.
     """
-    kept: list[int] = []
+    selected: list[int] = []
     for label in np.unique(pool.labels[rows]):
-        own = rows[pool.labels[rows] == label]
-        count = min(most, len(own))
-        if how == "random":
-            kept += rng.choice(own, count, replace=False).tolist()
+        class_rows = rows[pool.labels[rows] == label]
+        count = min(per_class, len(class_rows))
+        if selection == "random":
+            selected += rng.choice(class_rows, count, replace=False).tolist()
         else:
-            vectors = features(own)
-            chosen = kmeans_nearest(vectors, count, seed) if how == "kmeans" else herding(vectors, count)
-            kept += own[chosen].tolist()
-    return np.array(sorted(kept), dtype=np.int64)
+            vectors = features(class_rows)
+            chosen = kmeans_nearest(vectors, count, seed) if selection == "kmeans" else herding(vectors, count)
+            selected += class_rows[chosen].tolist()
+    return np.array(sorted(selected), dtype=np.int64)
 
 
-def split_train_val(kept: Rows, share: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
-    """ceil(share n) of the n kept rows, drawn at random, and the rest.
+def split_train_val(rows: Rows, share: float, rng: np.random.Generator) -> tuple[Rows, Rows]:
+    """Draws ceil(share n) of n rows for training; returns them and the rest, for validation.
 
-    Of a row that is listed several times one place in the first part is enough (as ConPET draws: duplicates collapse
-    after the draw).
+    A row that is listed several times is used for training if one of its entries is drawn, and then appears once. In
+    ConPET, too, duplicates collapse after the draw.
     """
-    order = rng.permutation(kept)
-    first = np.unique(order[: math.ceil(round(len(kept) * share, 9))])
-    return first, np.setdiff1d(order, first)
+    order = rng.permutation(rows)
+    train = np.unique(order[: math.ceil(round(len(rows) * share, 9))])
+    return train, np.setdiff1d(order, train)
 
 
 def stratified_sample(labels: np.ndarray, rows: Rows, share: float, rng: np.random.Generator) -> Rows:
-    """max(1, floor(share n)) of the rows: equally many of each label, the rest from any; none for a share of 0.
+    """Draws max(1, floor(share n)) of n rows: equally many per label, the remainder from any; none for a share of 0.
 
-    `labels` are those of the whole pool. Where they outnumber the places, as with single answers, a uniform draw.
+    `labels` are those of the whole pool. With more labels than drawn rows, as for free-text answers, the draw is
+    uniform.
     """
     if share == 0:
         return rows[:0]
-    count, order = max(1, int(share * len(rows) + 1e-9)), rng.permutation(rows)  # 0.29 * 100 must not lose one
-    known = np.unique(labels[rows])
-    first = np.concatenate([order[labels[order] == label][: count // len(known)] for label in known])
-    rest = order[~np.isin(order, first)]
-    return np.sort(np.concatenate([first, rest[: count - len(first)]]))
+    # 1e-9: 0.29 * 100 must not lose an example to rounding.
+    count, order = max(1, int(share * len(rows) + 1e-9)), rng.permutation(rows)
+    distinct = np.unique(labels[rows])
+    per_label = np.concatenate([order[labels[order] == label][: count // len(distinct)] for label in distinct])
+    rest = order[~np.isin(order, per_label)]
+    return np.sort(np.concatenate([per_label, rest[: count - len(per_label)]]))
 
 
 def kmeans_nearest(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
-    """[clusters]: the example nearest to each of k centres, in ascending order (ConPET, section 3.2).
+    """Indices [clusters] of the vector nearest to each k-means centre, sorted (ConPET, section 3.2).
 
-    The best of ten starts, as by default in the scikit-learn of ConPET's time.
+    The best of ten initialisations, the default of scikit-learn when ConPET was published.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -77,7 +78,10 @@ def kmeans_nearest(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
 
 
 def herding(vectors: np.ndarray, count: int) -> list[int]:
-    """Greedy choice that keeps the mean of the chosen close to the class mean (Rebuffi et al., 2017)."""
+    """Indices chosen one by one, each so that the mean of the chosen vectors is nearest to the class mean.
+
+    iCaRL, algorithm 4 (Rebuffi et al., 2017); ties go to the lower index.
+    """
     mean, total = vectors.mean(0), np.zeros(vectors.shape[1])
     chosen: list[int] = []
     for step in range(1, count + 1):
@@ -89,5 +93,5 @@ def herding(vectors: np.ndarray, count: int) -> list[int]:
 
 
 def random_features(rows: np.ndarray) -> np.ndarray:
-    """[n, 8] vectors without a meaning, for a memory that is only counted."""
+    """Random vectors [n, 8] in place of features, for a dry run, in which only the size of the memory matters."""
     return np.random.default_rng(0).normal(size=(len(rows), 8))

@@ -1,4 +1,4 @@
-"""Replay at a rate: a fixed share of what is read in every task is old, as continual pretraining does it."""
+"""Replay at a fixed fraction: in every task the same share of the training examples is old (continual pretraining)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from clpet.replay.batch_plan import BatchPlan, Rows
 
 @dataclass
 class FixedFractionReplay(NoReplay):
-    """`rate` = old / all examples of an epoch; old ones come from past tasks, the base corpus, or both.
+    """`rate` = old / all examples of an epoch; old examples come from past tasks, the base corpus, or both.
 
-    No old example comes twice before all have come once. At rate 0 the batches are those of no replay.
+    Every old example is used once before any is used again. At rate 0 the batches equal those without replay.
     """
 
     name: str = "rate"
@@ -24,34 +24,35 @@ class FixedFractionReplay(NoReplay):
 
     def __post_init__(self) -> None:
         require(0 <= self.rate < 1, "replay.rate", self.rate, "in [0, 1)")
-        known = ("past", "base", "both")
-        require(self.source in known, "replay.source", self.source, " or ".join(known))
+        sources = ("past", "base", "both")
+        require(self.source in sources, "replay.source", self.source, " or ".join(sources))
 
     def check(self, batch_size: int, objective: str) -> None:
         super().check(batch_size, objective)
         if self.source != "past" and objective != "language_modeling":
             raise ConfigError(
-                f"replay.source={self.source} needs a base corpus, which {objective} does not have: take past"
+                f"replay.source={self.source} needs a base corpus, which {objective} does not have: use past"
             )
 
     def available(self) -> Rows:
-        """Rows that may come back."""
+        """The rows that may be replayed."""
         past = [self.memory[task] for task in sorted(self.memory)] if self.source != "base" else []
-        return np.concatenate(
-            [np.empty(0, np.int64), *past, *([self.pool.rows_of(-1)] if self.source != "past" else [])]
-        )
+        base = [self.pool.rows_of(-1)] if self.source != "past" else []  # the base corpus is task -1
+        return np.concatenate([np.empty(0, np.int64), *past, *base])
 
     def plan(self, index: int, stage: str = "") -> BatchPlan:
         new, old = self.pool.rows_of(index), self.available()
+        # rate = old / (new + old), so old = rate / (1 - rate) new.
         count = round(self.rate / (1 - self.rate) * len(new)) if len(old) else 0
         if not count:
             return self.new_only_plan(index, stage)
 
         def epoch(number: int) -> list[Rows]:
+            # The epochs read one endless sequence of permutations of the old rows: this one from `first` to `last`.
             first, last = number * count, (number + 1) * count
-            through = range(first // len(old), -(-last // len(old)))  # the turns through all old rows that it touches
-            turns = [self.rng(self.seed_key(index), stage, "turn", turn).permutation(old) for turn in through]
-            drawn = np.concatenate(turns)[first - through[0] * len(old) :][:count]
+            permutations = range(first // len(old), -(-last // len(old)))  # those that contain this epoch's stretch
+            shuffled = [self.rng(self.seed_key(index), stage, "turn", turn).permutation(old) for turn in permutations]
+            drawn = np.concatenate(shuffled)[first - permutations[0] * len(old) :][:count]
             rng = self.rng(self.seed_key(index), stage, number)
             return self.pool.shuffled(np.concatenate([new, drawn]), self.batch_size, rng)
 

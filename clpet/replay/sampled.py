@@ -1,4 +1,4 @@
-"""Replay that draws old examples at every step."""
+"""Replay that draws old examples at random at every step."""
 
 import copy
 import logging
@@ -17,15 +17,15 @@ from clpet.replay.exemplar_selection import select_per_class
 
 log = logging.getLogger(__name__)
 
-EVAL_BATCH = 32  # examples of a validation batch in ConPET's counts
+EVAL_BATCH = 32  # examples per validation batch in ConPET
 
 
 @dataclass
 class SampledReplay(NoReplay):
-    """Every step mixes new examples with old ones drawn anew; what may be drawn is a subclass's `memory`.
+    """Every batch contains new examples and old ones drawn from `memory`, which subclasses fill.
 
-    `limit` = L gives 4L // 5 steps an epoch; null as many as show every new example about once. Task 1 is an
-    ordinary shuffled epoch.
+    `limit` = L gives 4L // 5 steps per epoch; with null every new example is used about once. The first task has
+    ordinary shuffled epochs. `ratio` r > 0 is new:old in a batch, r < 0 is old:new = |r|.
     """
 
     name: str = "drawn"
@@ -33,12 +33,12 @@ class SampledReplay(NoReplay):
     limit: int | None = None
 
     @property
-    def keeps_all(self) -> bool:
-        """Whether the whole history may come back."""
+    def keeps_history(self) -> bool:
+        """Whether all old examples may be replayed."""
         return False
 
     def with_ratio(self, ratio: float | None) -> "SampledReplay":
-        """The same memory with another share of old examples in a batch; None: with the same share."""
+        """Returns a component with the same memory and another ratio; None: with the same ratio."""
         other = copy.copy(self)
         other.ratio = ratio or self.ratio
         return other
@@ -60,19 +60,19 @@ class SampledReplay(NoReplay):
         if not self.memory:
             return super().plan(index, stage)
         new = self.pool.rows_of(index)
-        new_places, _ = split_batch(self.batch_size, self.ratio)
-        if len(new) < new_places:
-            repeats = "task %d has %d examples for %d places of a batch: they repeat"
-            log.warning(repeats, index + 1, len(new), new_places)
-        steps = -(-len(new) // new_places) if self.limit is None else steps_and_val_batches(self.limit)[0]
+        n_new, _ = split_batch(self.batch_size, self.ratio)
+        if len(new) < n_new:
+            repeats = "task %d has %d examples, but a batch needs %d new ones: examples repeat within a batch"
+            log.warning(repeats, index + 1, len(new), n_new)
+        steps = -(-len(new) // n_new) if self.limit is None else steps_and_val_batches(self.limit)[0]
         return BatchPlan(
             self.pool, steps, lambda epoch: self.draw(new, steps, self.rng(self.seed_key(index), stage, epoch))
         )
 
     def validation(self, index: int) -> ValidationRows:
-        """L // 5 batches of 32, half new and half old, drawn once per task; all validation parts without a limit."""
-        if not self.keeps_all or not self.memory:
-            return super().validation(index)  # a small memory has no old validation examples
+        """L // 5 batches of 32, half new and half old, drawn once per task; without a limit all validation examples."""
+        if not self.keeps_history or not self.memory:
+            return super().validation(index)  # a small memory stores no validation examples
         if self.limit is None:
             return [(self.val_pool, self.val_pool.rows_of(*range(index + 1)))]
         rng, size = self.rng(index, "validation"), steps_and_val_batches(self.limit)[1] * EVAL_BATCH
@@ -82,7 +82,10 @@ class SampledReplay(NoReplay):
         return [(self.val_pool, np.concatenate([fresh, np.array(drawn, dtype=np.int64)]))]
 
     def draw(self, new: Rows, steps: int, rng: np.random.Generator) -> list[Rows]:
-        """`steps` batches, the new rows first: distinct new examples, independent old draws (task, then example)."""
+        """Returns `steps` batches, new rows first.
+
+        New examples are distinct within a batch; for each old one a task is drawn, then an example of it.
+        """
         n_new, n_old = split_batch(self.batch_size, self.ratio)
         old = [self.memory[task] for task in sorted(self.memory)]
         sizes = np.array([len(rows) for rows in old])
@@ -90,18 +93,18 @@ class SampledReplay(NoReplay):
         for _ in range(steps):
             fresh = rng.choice(new, n_new, replace=len(new) < n_new)
             tasks = rng.integers(len(old), size=n_old)
-            places = rng.integers(sizes[tasks])
-            drawn = np.array([old[task][place] for task, place in zip(tasks, places, strict=True)], dtype=np.int64)
+            offsets = rng.integers(sizes[tasks])
+            drawn = np.array([old[task][offset] for task, offset in zip(tasks, offsets, strict=True)], dtype=np.int64)
             batches.append(np.concatenate([fresh, drawn]))
         return batches
 
 
 @dataclass
 class DynamicReplay(SampledReplay):
-    """Dynamic sampling (ConPET, section 3.1): old draws are uniform over tasks, then over a task's examples.
+    """Dynamic sampling (ConPET, section 3.1): an old example is drawn uniformly over tasks, then within the task.
 
-    `kind=history` keeps all old examples (storage grows, compute does not); `fixed` draws from a memory chosen
-    per class by k-means.
+    `kind=history` stores all old examples (storage grows, compute does not); `fixed` draws from a memory selected per
+    class by k-means.
     """
 
     name: str = "dynamic"
@@ -114,11 +117,11 @@ class DynamicReplay(SampledReplay):
         require(self.per_class >= 1, "replay.per_class", self.per_class, "at least 1")
 
     @property
-    def keeps_all(self) -> bool:
+    def keeps_history(self) -> bool:
         return self.kind == "history"
 
     @property
-    def by_class(self) -> bool:
+    def selects_by_class(self) -> bool:
         return self.kind == "fixed"
 
     def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
@@ -131,7 +134,7 @@ class DynamicReplay(SampledReplay):
 
 @dataclass
 class ReservoirReplay(SampledReplay):
-    """A uniform sample of everything seen, of constant size (Vitter, 1985); drawn from uniformly at every step."""
+    """Reservoir sampling (Vitter, 1985): a uniform sample of constant size of all examples seen."""
 
     name: str = "reservoir"
     capacity: int = 200
@@ -142,21 +145,22 @@ class ReservoirReplay(SampledReplay):
 
     def setup(self, data: Encoded, seed: int, batch_size: int) -> None:
         super().setup(data, seed, batch_size)
-        self.passed = 0
+        self.num_seen = 0
 
     def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
-        kept, rng = self.memory.get(0, np.empty(0, dtype=np.int64)).tolist(), self.rng("reservoir", index)
+        reservoir, rng = self.memory.get(0, np.empty(0, dtype=np.int64)).tolist(), self.rng("reservoir", index)
         for row in rng.permutation(self.pool.rows_of(index)):
-            self.passed += 1
-            if len(kept) < self.capacity:
-                kept.append(row)
-            elif (place := int(rng.integers(self.passed))) < self.capacity:
-                kept[place] = row
-        self.memory = {0: np.array(kept, dtype=np.int64)}
+            self.num_seen += 1
+            if len(reservoir) < self.capacity:
+                reservoir.append(row)
+            # Algorithm R: example number n enters with probability capacity / n, in the slot of a random one.
+            elif (slot := int(rng.integers(self.num_seen))) < self.capacity:
+                reservoir[slot] = row
+        self.memory = {0: np.array(reservoir, dtype=np.int64)}
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "passed": self.passed}
+        return {**super().state(), "passed": self.num_seen}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self.passed = int(state["passed"])
+        self.num_seen = int(state["passed"])

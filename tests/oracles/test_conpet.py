@@ -244,7 +244,7 @@ def test_alignment_is_fitted_on_the_memory_that_is_trained_on(make) -> None:
     replay.memory[0] = replay.memory[0][:7]  # fewer than ceil(0.8 m) a class
     room, classes = 16 * 16 - 24, len(set(run.data.train.labels[replay.memory_rows()]))  # ceil(0.8 L) B - new
     assert run.method.plan(1).steps == -(-(24 + 7 * math.ceil(room / 7)) // 16)
-    replay.actual_size = False  # EMR's
+    replay.count_actual_size = False  # EMR's
     assert run.method.plan(1).steps == -(-(24 + 7 * math.ceil(room / (4 * classes))) // 16)
 
 

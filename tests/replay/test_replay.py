@@ -1,4 +1,4 @@
-"""Replay against the counts and distributions of ConPET."""
+"""Replay components compared with the counts and distributions of ConPET."""
 
 from collections import Counter
 
@@ -23,9 +23,9 @@ def pool(sizes: list[int], classes: int = 2) -> EncodedDataset:
 
 
 def set_up(replay, sizes: list[int], batch: int = 8, learned: int | None = None):
-    """A component that remembers the first `learned` tasks."""
-    found = pool(sizes)
-    replay.setup(Encoded(found, found, found), 0, batch)
+    """Sets up a component whose memory contains the first `learned` tasks."""
+    examples = pool(sizes)
+    replay.setup(Encoded(examples, examples, examples), 0, batch)
     for index in range(len(sizes) - 1 if learned is None else learned):
         replay.update_memory(index, lambda rows: np.random.default_rng(1).normal(size=(len(rows), 3)))
     return replay
@@ -99,7 +99,7 @@ def test_first_task_is_an_ordinary_epoch() -> None:
     assert -(-30415 // 8) == set_up(DynamicReplay(), [30415], learned=0).plan(0).steps == 3802
 
 
-def test_same_seed_same_batches_other_epoch_others() -> None:
+def test_batches_depend_on_seed_and_epoch_alone() -> None:
     """Oracle 9."""
     first, again = (set_up(DynamicReplay(limit=50), [40, 40]).plan(1) for _ in range(2))
     for epoch in range(2):
@@ -113,19 +113,19 @@ def test_stages_of_one_task_draw_differently() -> None:
     assert not np.array_equal(replay.plan(1, "selector").epoch(0)[0], replay.plan(1, "module").epoch(0)[0])
 
 
-def test_too_few_new_examples_are_drawn_again() -> None:
+def test_too_few_new_examples_repeat() -> None:
     rows = set_up(DynamicReplay(limit=10), [20, 2]).plan(1).epoch(0)[0]
     assert (rows[:4] >= 20).all()
     assert len(rows) == 8
 
 
-def test_none_gives_the_new_task_alone() -> None:
+def test_none_contains_the_new_task_only() -> None:
     replay = set_up(NoReplay(), [10, 12])
     assert sorted(np.concatenate(replay.plan(1).epoch(0)).tolist()) == list(range(10, 22))
     assert replay.stored() == 0
 
 
-def test_all_gives_every_task_once() -> None:
+def test_all_contains_every_task_once() -> None:
     replay = set_up(AllReplay(), [10, 12])
     assert sorted(np.concatenate(replay.plan(1).epoch(0)).tolist()) == list(range(22))
 
@@ -133,13 +133,13 @@ def test_all_gives_every_task_once() -> None:
 def test_fixed_memory_keeps_at_most_m_of_each_class() -> None:
     """Oracle 10, first part: <= m per class."""
     replay = set_up(FixedReplay(per_class=3), [40, 40])
-    kept = replay.pool.labels[replay.memory[0]]
-    assert max(Counter(kept.tolist()).values()) <= 3
-    assert set(kept.tolist()) == {0, 1}
+    labels = replay.pool.labels[replay.memory[0]]
+    assert max(Counter(labels.tolist()).values()) <= 3
+    assert set(labels.tolist()) == {0, 1}
 
 
-def test_four_fifths_of_the_kept_examples_are_trained_on() -> None:
-    """Oracle 10: ceil(0.8 * kept) of each class in the training memory, the rest validates; none is in both."""
+def test_four_fifths_of_the_memory_are_trained_on() -> None:
+    """Oracle 10: ceil(0.8 n) of each class are trained on, the others are for validation; none is in both."""
     replay = set_up(FixedReplay(per_class=7, selection="random"), [40, 40])
     labels = replay.pool.labels
     for label in (0, 1):
@@ -156,7 +156,7 @@ TACRED = [651, 341, 2313, 2509, 667, 976, 1083, 248, 1469, 2755]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "classes", "m", "limit", "most", "expected", "sixteen"),
+    ("sizes", "classes", "m", "limit", "max_copies", "expected", "sixteen"),
     [
         (FEWNERD, [7] * 6 + [6] * 4, 100, 2500, 10, [10, 10, 10, 10, 10, 1, 10, 1, 1], [13, 10, 10, 10, 1, 6, 3, 4, 4]),
         (
@@ -175,22 +175,26 @@ TACRED = [651, 341, 2313, 2509, 667, 976, 1083, 248, 1469, 2755]
     ],
     ids=["fewnerd", "ontonotes", "bbn", "fewrel", "tacred", "ace2005"],
 )
-def test_copies_that_equal_the_compute_of_dynamic_sampling(sizes, classes, m, limit, most, expected, sixteen) -> None:
+def test_copies_that_equal_the_compute_of_dynamic_sampling(
+    sizes, classes, m, limit, max_copies, expected, sixteen
+) -> None:
     """Oracle 10 and O13 of the authors' code: f for tasks 2..n at B = 8 and at B = 16."""
     for batch, copies in ((8, expected), (16, sixteen)):
         memories = [4 * m // 5 * sum(classes[:k]) for k in range(len(sizes))]
-        found = [copies_for_equal_compute(sizes[k], memories[k], limit, batch, most) for k in range(1, len(sizes))]
-        assert found == copies
+        computed = [
+            copies_for_equal_compute(sizes[k], memories[k], limit, batch, max_copies) for k in range(1, len(sizes))
+        ]
+        assert computed == copies
 
 
-def test_kmeans_keeps_the_example_nearest_to_each_centre() -> None:
-    """Oracle 10: two tight groups, their middles are kept."""
+def test_kmeans_selects_the_example_nearest_to_each_centre() -> None:
+    """Oracle 10: of two tight groups the middle examples are selected."""
     vectors = np.array([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]])
     assert kmeans_nearest(vectors, 2, seed=0) == [1, 4]
 
 
 def test_herding_follows_the_mean() -> None:
-    """Mean 1: first 1, then the pair (0, 2) keeps it: ties go to the lower row."""
+    """The mean is 1: first 1, then 0 and 2, whose pair has that mean; ties go to the lower row."""
     assert herding(np.array([[0.0], [1.0], [2.0]]), 3) == [1, 0, 2]
 
 
@@ -206,20 +210,20 @@ SUPERNI = [142, 126, 1000, 338, 1000, 1000, 1000, 975, 1000, 1000, 1000, 160, 10
 
 
 @pytest.mark.parametrize(
-    ("size", "classes", "kept"),
+    ("size", "classes", "expected"),
     [(1000, 14, 20), (250, 3, 5), (160, 1, 3), (126, 1, 2), (338, 1, 6), (142, 1, 2), (975, 1, 19), (1000, 1000, 20), (9, 2, 1)],
 )  # fmt: skip
-def test_a_share_of_a_task_is_kept_with_all_its_labels(size: int, classes: int, kept: int) -> None:
-    """MixReplay: max(1, floor(0.02 n)) examples, every label among them where there are no more labels than places."""
-    found = pool([size, 5], classes)
+def test_a_stored_share_of_a_task_contains_all_its_labels(size: int, classes: int, expected: int) -> None:
+    """MixReplay: max(1, floor(0.02 n)) examples, with every label unless there are more labels than examples."""
+    examples = pool([size, 5], classes)
     replay = ShareReplay()
-    replay.setup(Encoded(found, found, found), 0, 8)
+    replay.setup(Encoded(examples, examples, examples), 0, 8)
     replay.update_memory(0, lambda rows: rows)
-    labels = Counter(found.labels[replay.memory[0]].tolist())
-    assert len(set(replay.memory[0].tolist())) == sum(labels.values()) == kept
-    if classes <= kept:
+    labels = Counter(examples.labels[replay.memory[0]].tolist())
+    assert len(set(replay.memory[0].tolist())) == sum(labels.values()) == expected
+    if classes <= expected:
         assert len(labels) == classes
-        assert min(labels.values()) >= kept // classes
+        assert min(labels.values()) >= expected // classes
 
 
 def test_the_share_of_superni_is_232_examples() -> None:
@@ -227,32 +231,32 @@ def test_the_share_of_superni_is_232_examples() -> None:
     assert replay.stored() == 232
 
 
-def test_a_share_comes_back_once_an_epoch() -> None:
+def test_a_share_is_replayed_once_per_epoch() -> None:
     replay = set_up(ShareReplay(share=0.1), [40, 20, 30])
     rows = np.concatenate(replay.plan(2).epoch(0))
     assert sorted(rows.tolist()) == sorted([*replay.memory[0], *replay.memory[1], *range(60, 90)])
     assert sorted(np.concatenate(replay.memory_only_plan(2).epoch(0)).tolist()) == sorted(replay.memory_rows().tolist())
 
 
-def test_no_share_gives_the_batches_of_no_replay() -> None:
+def test_a_share_of_zero_equals_no_replay() -> None:
     replay, none = set_up(ShareReplay(share=0), [40, 40]), set_up(NoReplay(), [40, 40])
     for a, b in zip(replay.plan(1).epoch(3), none.plan(1).epoch(3), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_reservoir_is_a_uniform_sample_of_all_seen() -> None:
-    """Each of 300 examples stays with probability 60/300, whatever its task."""
-    stays = np.zeros(300)
+    """Each of 300 examples is in the reservoir with probability 60/300, whatever its task."""
+    hits = np.zeros(300)
     for seed in range(200):
         replay = ReservoirReplay(capacity=60)
-        found = pool([100, 100, 100])
-        replay.setup(Encoded(found, found, found), seed, 8)
+        examples = pool([100, 100, 100])
+        replay.setup(Encoded(examples, examples, examples), seed, 8)
         for index in range(3):
             replay.update_memory(index, lambda rows: rows)
         assert replay.stored() == 60
-        stays[replay.memory[0]] += 1
-    assert stats.chisquare(stays.reshape(3, 100).sum(1)).pvalue > 0.001
-    assert stays.mean() == 200 * 60 / 300
+        hits[replay.memory[0]] += 1
+    assert stats.chisquare(hits.reshape(3, 100).sum(1)).pvalue > 0.001
+    assert hits.mean() == 200 * 60 / 300
 
 
 @pytest.mark.parametrize(
@@ -272,6 +276,6 @@ def test_state_round_trip_gives_the_same_batches(replay) -> None:
     "make", [lambda: DynamicReplay(ratio=0), lambda: DynamicReplay(kind="all"), lambda: DynamicReplay(limit=1),
              lambda: FixedReplay(per_class=0), lambda: FixedReplay(selection="best"), lambda: ReservoirReplay(capacity=0), lambda: ShareReplay(share=2)]
 )  # fmt: skip
-def test_senseless_settings_are_refused(make) -> None:
+def test_settings_out_of_range_are_rejected(make) -> None:
     with pytest.raises(ConfigError):
         make()
