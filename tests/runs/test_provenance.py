@@ -1,4 +1,4 @@
-"""Inputs that change behind the same name: noticed by finished and stopped runs, and by every cache."""
+"""Finished runs, stopped runs and caches notice when input files change under the same name."""
 
 import json
 import os
@@ -27,7 +27,7 @@ MODEL = {"model_type": "bert", "vocab_size": 266, "hidden_size": 32, "num_hidden
 
 
 def write_model(folder: Path) -> Path:
-    """A BERT of one layer over bytes, in the hub's layout."""
+    """Writes a one-layer BERT with a byte tokenizer, as a folder of the hub."""
     from transformers import BertConfig, BertModel
 
     from clpet.models.backbone import byte_tokenizer
@@ -39,7 +39,7 @@ def write_model(folder: Path) -> Path:
 
 
 def flip_weight(folder: Path) -> None:
-    """Changes one value in the middle of the embeddings by one unit."""
+    """Changes one value in the middle of the embeddings by 1."""
     tensors = load_file(folder / "model.safetensors")
     tensors["embeddings.word_embeddings.weight"][133, 17] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -53,26 +53,26 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of all files that are hashed from now on."""
-    found: list[str] = []
+    """Collects the names of all files that are hashed from now on."""
+    names: list[str] = []
     original = fingerprint.hashlib.file_digest
 
     def spy(file, kind: str):
-        found.append(Path(file.name).name)
+        names.append(Path(file.name).name)
         return original(file, kind)
 
     monkeypatch.setattr(fingerprint.hashlib, "file_digest", spy)
-    return found
+    return names
 
 
-def test_a_file_is_hashed_once_and_again_where_it_has_changed(tmp_path: Path, settled: None, opened: list[str]) -> None:
+def test_a_file_is_hashed_again_only_after_a_change(tmp_path: Path, settled: None, opened: list[str]) -> None:
     file, cache = tmp_path / "x.safetensors", str(tmp_path / "cache")
     file.write_bytes(b"abc")
     first = file_hash(file, cache)
     assert first == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
     assert file_hash(file, cache) == first
     assert len(opened) == 1
-    file.write_bytes(b"abd")  # the same size, and the time stamp put back
+    file.write_bytes(b"abd")  # the same size, with the old time stamp
     os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
     assert file_hash(file, cache) != first
     (damaged,) = [path for path in (tmp_path / "cache" / "fingerprints").iterdir() if first not in path.read_text()]
@@ -80,21 +80,21 @@ def test_a_file_is_hashed_once_and_again_where_it_has_changed(tmp_path: Path, se
     assert file_hash(file, cache) == file_hash(file, None)
 
 
-def test_a_file_that_has_just_changed_is_not_remembered(tmp_path: Path, opened: list[str]) -> None:
+def test_the_hash_of_a_file_that_just_changed_is_not_cached(tmp_path: Path, opened: list[str]) -> None:
     (tmp_path / "x.json").write_text("1")
     for _ in range(2):
         file_hash(tmp_path / "x.json", str(tmp_path / "cache"))
     assert len(opened) == 2
 
 
-def test_a_value_that_cannot_be_kept_is_computed(tmp_path: Path) -> None:
+def test_a_value_that_cannot_be_cached_is_computed(tmp_path: Path) -> None:
     (tmp_path / "fingerprints").write_text("a file where a folder should be")
     assert cached_value(str(tmp_path), "key", lambda: "value") == "value"
     assert cached_value(None, "key", lambda: "value") == "value"
     assert cached_value(str(tmp_path), None, lambda: "value") == "value"
 
 
-def test_a_folder_is_what_is_read_of_it(tmp_path: Path) -> None:
+def test_a_folder_hash_covers_the_files_that_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     (folder / "1_Pooling").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "1_Pooling/config.json"):
@@ -125,27 +125,27 @@ def test_the_commit_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert hub_data({"hub": "org/net", "hub_revision": "b" * 40}) == {"org/net": "b" * 40}
 
 
-def test_code_is_a_module_and_what_it_imports_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_hash_follows_imports_inside_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLPET_CONFIG_DIR", str(tmp_path))
     (tmp_path / "kit").mkdir()
     files = {"mine.py": "import json\nfrom kit import loss\nclass Mine: ...\n", "kit/__init__.py": "", "unread.py": "",
              "kit/loss.py": "def f():\n    from . import late\n", "kit/late.py": "RATE = 1\n"}  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    found = {code(["clpet.methods.sequential.Sequential", "mine.Mine"])}
+    hashes = {code(["clpet.methods.sequential.Sequential", "mine.Mine"])}
     for name in files:
         (tmp_path / name).write_text(files[name] + "\n# a line\n")
-        found.add(code(["mine.Mine"]))
-    assert len(found) == 5  # one at first and one for each file but the unread one
+        hashes.add(code(["mine.Mine"]))
+    assert len(hashes) == 5  # the first one, and one for each file except the unread one
     assert code(["clpet.methods.sequential.Sequential"]) is None
 
 
 def args(data: Path, model: Path, *more: str) -> list[str]:
-    """A run of about a second on a model from a folder."""
+    """Overrides of a run on a model from a folder that takes about a second."""
     return [*tiny_args(data)[1:], "model=local", f"model.path={model}", "train.epochs=1", "method=sequential", *more]
 
 
-def test_a_finished_run_notices_another_weight_and_another_label(
+def test_a_finished_run_notices_a_changed_weight_or_label(
     clpet, tmp_path: Path, settled: None, opened: list[str], capsys: pytest.CaptureFixture
 ) -> None:
     data, model = write_words(tmp_path / "w", copies=2), write_model(tmp_path / "m")
@@ -161,10 +161,10 @@ def test_a_finished_run_notices_another_weight_and_another_label(
 
     whole = (model / "model.safetensors").read_bytes()
     flip_weight(model)
-    found = clpet("train", *words)
-    assert (found.code, found.out, found.err.count("\n")) == (2, "", 1)
-    assert f"finished with weights {results['inputs']['weights']}" in found.err
-    assert "fresh=true" in found.err
+    answer = clpet("train", *words)
+    assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
+    assert f"finished with weights {results['inputs']['weights']}" in answer.err
+    assert "fresh=true" in answer.err
     with pytest.raises(DataError, match="the weights differ from those of"):
         check_inputs(read_record(run))
     (model / "model.safetensors").write_bytes(whole)
@@ -174,15 +174,15 @@ def test_a_finished_run_notices_another_weight_and_another_label(
     with pytest.raises(ConfigError, match=f"finished with data {results['data']['fingerprint']}, now it is"):
         check_finished(run, results, config)
     (data / "test.jsonl").write_text(text)
-    (data / "notes.txt").write_text("not read")  # the files are read again, and are the same
+    (data / "notes.txt").write_text("not read")  # the files are read again and are equal
     check_finished(run, results, config)
     check_finished(run, {key: value for key, value in results.items() if key != "inputs"}, config)
     data.rename(tmp_path / "gone")
     check_finished(run, results, config)
-    assert "cannot check whether its inputs have changed" in capsys.readouterr().out  # where the log goes
+    assert "cannot check whether its inputs have changed" in capsys.readouterr().out  # the log goes to stdout
 
 
-def test_a_finished_run_notices_a_line_of_a_plugin(clpet, tmp_path: Path, words: Path) -> None:
+def test_a_finished_run_notices_changed_plugin_code(clpet, tmp_path: Path, words: Path) -> None:
     folder = tmp_path / "plug"
     (folder / "method").mkdir(parents=True)
     (folder / "method" / "plugged.yaml").write_text("# Plugged in.\n_target_: plugged_in.Plugged\nname: plugged\n")
@@ -194,12 +194,12 @@ def test_a_finished_run_notices_a_line_of_a_plugin(clpet, tmp_path: Path, words:
     line = ["--config-dir", folder, *tiny_args(words, "method=plugged", "train.epochs=1")]
     assert clpet("train", *line).code == 0
     (folder / "plugged_part.py").write_text("RATE = 2\n")
-    found = clpet("train", *line)
-    assert (found.code, found.err.count("\n")) == (2, 1)
-    assert "finished with code" in found.err
+    answer = clpet("train", *line)
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
+    assert "finished with code" in answer.err
 
 
-def test_a_stopped_run_is_not_resumed_with_other_inputs(tmp_path: Path) -> None:
+def test_a_stopped_run_is_not_resumed_with_changed_inputs(tmp_path: Path) -> None:
     from clpet.metrics.transfer_matrix import TransferMatrix
 
     state = RunState(TransferMatrix(["a"]), TransferMatrix(["a"]), done=1)
@@ -212,8 +212,8 @@ def test_a_stopped_run_is_not_resumed_with_other_inputs(tmp_path: Path) -> None:
             RunState.resume(tmp_path / "state", {**was, name: "other"})
 
 
-def test_frozen_logits_are_keyed_by_every_weight(tmp_path: Path, words: Path) -> None:
-    """A value that a sample of each tensor would miss; the same key for the same weights, whatever the adapters."""
+def test_cached_logits_depend_on_every_weight(tmp_path: Path, words: Path) -> None:
+    """Changing one value anywhere changes the key; adapters and seeds do not."""
     model = write_model(tmp_path / "m")
     overrides = [*args(words, model)[:-1], "method=dynamic_conpet", "replay=all", "cache_dir=null"]
 
@@ -234,18 +234,18 @@ def test_frozen_logits_are_keyed_by_every_weight(tmp_path: Path, words: Path) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.uint8])
-def test_the_hash_of_tensors_sees_every_bit(dtype: torch.dtype) -> None:
+def test_the_hash_of_tensors_covers_every_bit(dtype: torch.dtype) -> None:
     value = torch.zeros(3, 5, dtype=dtype)
     other = value.clone()
     other.view(torch.uint8)[2, -1] = 1
-    assert len({tensors_key({"x": found}) for found in (value, other, value.reshape(5, 3), value[0, 0])}) == 4
+    assert len({tensors_key({"x": tensor}) for tensor in (value, other, value.reshape(5, 3), value[0, 0])}) == 4
     assert tensors_key({"x": other}) == tensors_key({"x": other.T.contiguous().T}) != tensors_key({"y": other})
 
 
-def test_the_record_of_a_cached_benchmark_is_read_only_where_the_files_are_the_same(
+def test_the_cached_fingerprint_of_a_benchmark_is_used_only_for_unchanged_files(
     tmp_path: Path, settled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Giga-bytes of data are not read to show a finished run: only sizes and times are."""
+    """Showing a finished run reads sizes and times of its data, not gigabytes of contents."""
     loads = []
     source = SimpleNamespace(
         place=lambda folder: folder, load=lambda _: loads.append(1) or SimpleNamespace(fingerprint=lambda: "f")

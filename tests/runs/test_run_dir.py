@@ -1,4 +1,4 @@
-"""What a run leaves behind, and whether others can read it."""
+"""The files that a run writes, read with their formats' own libraries."""
 
 import csv
 import json
@@ -16,53 +16,53 @@ from tests.wandb_reader import read_wandb
 
 @pytest.fixture(scope="module")
 def finished(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished dynamic_conpet run with offline wandb, which tests only read."""
+    """A finished dynamic_conpet run with offline wandb; read only."""
     out = tmp_path_factory.mktemp("finished")
     assert run_cli("train", *tiny_args(words), "tracking=offline", f"output_dir={out}") == 0
     (folder,) = out.glob("*/*/s*")
     return folder
 
 
-def test_the_run_directory_holds_everything(finished: Path) -> None:
+def test_the_run_directory_contains_all_files(finished: Path) -> None:
     for name in (".hydra/config.yaml", "train.log", "run.json", "metrics.jsonl", "results.json", "transfer.csv",
                  "transfer.png", "accuracy.png", "adapters", "heads", "predictions", "state", "wandb"):  # fmt: skip
         assert (finished / name).exists(), name
     assert (finished / "transfer.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_results_json_has_the_promised_keys(finished: Path) -> None:
-    found = json.loads((finished / "results.json").read_text())
+def test_results_json_has_the_documented_keys(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
     for key in ("method", "model", "benchmark", "seed", "signature", "batch", "tasks", "direction", "scores", "backward", "forward",
                 "task_scores", "average", "whole", "backward_transfer", "forward_transfer", "forgetting",
                 "learning_accuracy", "metrics", "cost", "versions", "git"):  # fmt: skip
-        assert key in found, key
-    assert len(found["scores"]) == 4
-    assert found["direction"] == "higher"
-    assert set(found["cost"][0]) >= {"seconds", "forward_examples", "backward_examples", "forward_tokens", "peak_memory_mb",
+        assert key in results, key
+    assert len(results["scores"]) == 4
+    assert results["direction"] == "higher"
+    assert set(results["cost"][0]) >= {"seconds", "forward_examples", "backward_examples", "forward_tokens", "peak_memory_mb",
                                      "trainable_parameters", "stored_parameters", "replay_examples"}  # fmt: skip
 
 
 def test_transfer_csv_equals_results_json(finished: Path) -> None:
-    found = json.loads((finished / "results.json").read_text())
+    results = json.loads((finished / "results.json").read_text())
     with (finished / "transfer.csv").open() as file:
         header, *rows = csv.reader(file)
-    assert header == ["after", *found["tasks"]]
-    assert [[float(v) for v in row[1:]] for row in rows] == found["scores"]
+    assert header == ["after", *results["tasks"]]
+    assert [[float(v) for v in row[1:]] for row in rows] == results["scores"]
 
 
-def test_any_score_can_be_recomputed_from_the_predictions(finished: Path) -> None:
-    found = json.loads((finished / "results.json").read_text())
+def test_every_score_can_be_recomputed_from_the_predictions(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
     for row in range(4):
         table = pyarrow.parquet.read_table(finished / "predictions" / f"after-{row:03d}.parquet").to_pydict()
         task, label = np.array(table["task"]), np.array(table["label"])
-        for column, values in (("prediction", found["scores"]), ("own_prediction", found["task_scores"])):
+        for column, values in (("prediction", results["scores"]), ("own_prediction", results["task_scores"])):
             answer = np.array(table[column], dtype=object)
-            for index, name in enumerate(found["tasks"]):
+            for index, name in enumerate(results["tasks"]):
                 assert 100 * (answer == label)[task == name].mean() == pytest.approx(values[row][index])
 
 
 def test_adapters_load_with_peft_and_heads_as_safetensors(finished: Path, make) -> None:
-    """PeftModel.from_pretrained on the bare backbone gives the features that the run's own module gives."""
+    """PeftModel.from_pretrained on the backbone gives the same features as the run's module."""
     import peft
 
     run = make("method=dynamic_conpet")
@@ -72,48 +72,48 @@ def test_adapters_load_with_peft_and_heads_as_safetensors(finished: Path, make) 
     assert folders == ["selector", "task000", "task001", "task002"]
     model = peft.PeftModel.from_pretrained(base, finished / "adapters" / "task001").eval()
     with torch.inference_mode():
-        theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        from_peft = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     for index in range(3):
         run.learn(index)
     run.method.objective.adapters.activate("task001")
     with torch.inference_mode():
-        ours = run.method.objective.adapters.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    assert torch.allclose(theirs, ours.last_hidden_state, atol=1e-5)
+        from_run = run.method.objective.adapters.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    assert torch.allclose(from_peft, from_run.last_hidden_state, atol=1e-5)
     with safe_open(finished / "heads" / "task001.safetensors", "pt") as head:
         assert json.loads(head.metadata()["labels"]) == ["gold", "iron", "tin", "zinc"]
         assert torch.allclose(head.get_tensor("weight"), run.method.modules[1].weight, atol=1e-5)
 
 
-def test_an_offline_wandb_run_reads_back(finished: Path) -> None:
-    """Config, per-task scores on the task axis, the transfer table and the summary are in the run's own file."""
+def test_an_offline_wandb_run_can_be_read(finished: Path) -> None:
+    """wandb's file contains the config, per-task scores on the task axis, the transfer table and the summary."""
     (file,) = finished.glob("wandb/offline-run-*/run-*.wandb")
     run = read_wandb(file)
-    found = json.loads((finished / "results.json").read_text())
+    results = json.loads((finished / "results.json").read_text())
     assert run["config"]["method"]["name"] == "dynamic_conpet"
-    assert run["group"] == f"files/dynamic_conpet/{found['signature']}"
+    assert run["group"] == f"files/dynamic_conpet/{results['signature']}"
     rows = [row for row in run["history"] if "average" in row or "score/fruit" in row]
     assert [row["task"] for row in rows] == [0, 1, 2, 3]
     for row in rows:
-        for index, name in enumerate(found["tasks"]):
-            assert row[f"score/{name}"] == found["scores"][row["task"]][index]
+        for index, name in enumerate(results["tasks"]):
+            assert row[f"score/{name}"] == results["scores"][row["task"]][index]
     table = run["tables"]["transfer"]
     assert table["columns"] == ["matrix", "row", "after", "task", "value"]
     for matrix, row, after, task, value in table["data"]:
         source = {"transfer": "scores", "backward": "backward", "forward": "forward", "own_labels": "task_scores"}[
             matrix
         ]
-        assert value == found[source][row][found["tasks"].index(task)]
-        assert after == ("" if row == 0 else found["tasks"][row - 1])
+        assert value == results[source][row][results["tasks"].index(task)]
+        assert after == ("" if row == 0 else results["tasks"][row - 1])
     assert sum(line[0] == "transfer" for line in table["data"]) == 12
-    assert run["summary"]["average"] == found["average"]
+    assert run["summary"]["average"] == results["average"]
     assert run["images"] == {"transfer_picture", "accuracy_picture"}
 
 
-def test_a_wandb_server_that_is_not_there_does_not_stop_a_run(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
-    """A key is set but the port is closed: one warning, an offline run, exit 0."""
+def test_an_unreachable_wandb_server_does_not_stop_a_run(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
+    """With an API key but a closed port: one warning, an offline run, exit code 0."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    found = clpet("train", "method=sequential", *tiny_args(words), "tracking=auto", "tracking.timeout=2")
-    assert found.code == 0
+    answer = clpet("train", "method=sequential", *tiny_args(words), "tracking=auto", "tracking.timeout=2")
+    assert answer.code == 0
     assert list(tmp_path.glob("outputs/*/*/s*/wandb/offline-run-*"))
-    assert "Traceback" not in found.err
+    assert "Traceback" not in answer.err

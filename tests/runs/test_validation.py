@@ -1,4 +1,4 @@
-"""Figures on held-out training data: what settings are chosen by, never taken for figures on test."""
+"""Metrics on validation data, which settings are chosen by, are never mistaken for metrics on test data."""
 
 import json
 import shutil
@@ -18,42 +18,42 @@ from tests.conftest import domain_args, set_up, tiny_args, write_words
 
 @pytest.fixture(scope="module")
 def runs(words: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The same run measured on test and on validation: its folders, and what each printed."""
+    """The same run measured on test and on validation: their folders, and the output folder of both."""
     from hydra.core.global_hydra import GlobalHydra
 
-    found = {}
+    folders = {}
     for split in ("test", "validation"):
         out = tmp_path_factory.getbasetemp() / "measured"
         GlobalHydra.instance().clear()
-        words_ = ["method=sequential", *tiny_args(words), f"output_dir={out}", f"evaluation.split={split}"]
-        assert main.main_with_errors(["train", *words_]) == 0
-        (found[split],) = [path for path in out.glob("*/*/s*") if path not in found.values()]
+        options = ["method=sequential", *tiny_args(words), f"output_dir={out}", f"evaluation.split={split}"]
+        assert main.main_with_errors(["train", *options]) == 0
+        (folders[split],) = [path for path in out.glob("*/*/s*") if path not in folders.values()]
     GlobalHydra.instance().clear()
-    return SimpleNamespace(out=out, **found)
+    return SimpleNamespace(out=out, **folders)
 
 
 def results(run: Path) -> dict:
-    """results.json of a run."""
+    """The contents of results.json."""
     return json.loads((run / "results.json").read_text())
 
 
 def test_the_matrix_is_measured_on_validation(runs: SimpleNamespace) -> None:
-    """The same weights; the last row is what the run on test recorded of validation, and what a sweep returns."""
+    """Both have the same weights. The last row is what the test run recorded on validation, and what a sweep returns."""
     test, validation = results(runs.test), results(runs.validation)
-    assert [found["split"] for found in (test, validation)] == ["test", "validation"]
+    assert [run["split"] for run in (test, validation)] == ["test", "validation"]
     assert validation["total"][-1] == [8, 8, 8]  # 4 labels of 2 examples; as many are in test
     assert validation["test_sets"].keys() == test["test_sets"].keys()
     assert all(validation["test_sets"][task] != test["test_sets"][task] for task in test["tasks"])
     assert np.isfinite(np.array(validation["scores"], float)).all()
-    own = np.mean(validation["task_scores"][-1])
-    assert test["validation"] == pytest.approx({"average": validation["average"], "own_average": own})
+    own_average = np.mean(validation["task_scores"][-1])
+    assert test["validation"] == pytest.approx({"average": validation["average"], "own_average": own_average})
     assert "validation" not in validation
     assert outcome(runs.test) == outcome(runs.validation) == pytest.approx(validation["average"])
     for name in ("adapters/default/adapter_model.safetensors", "heads/default.safetensors"):
         assert (runs.test / name).read_bytes() == (runs.validation / name).read_bytes()
 
 
-def test_everything_that_prints_a_figure_says_so(runs: SimpleNamespace, clpet) -> None:
+def test_every_output_names_the_split(runs: SimpleNamespace, clpet) -> None:
     assert "sequential on files (validation) with tiny" in clpet("show", runs.validation).out
     assert "average on validation after the last task: " in clpet("show", runs.test).out
     assert "(validation)" not in clpet("show", runs.test).out
@@ -88,22 +88,22 @@ def test_names_on_wandb_tell_the_splits_apart(tmp_path: Path) -> None:
     assert keys == ["average", "validation/average"]
 
 
-def test_measuring_validation_changes_nothing_on_test(make) -> None:
-    """Also where a method looks up answers before an evaluation."""
+def test_evaluating_validation_does_not_change_test_predictions(make) -> None:
+    """Also for a method that caches outputs before an evaluation."""
     run = make("method=dynamic_conpet")
     run.learn(0)
-    found = [
+    evaluations = [
         Evaluator(run.benchmark, run.data, split)(run.method, 1, [0, 1, 2]) for split in ("test", "validation", "test")
     ]
     for name in ("prediction", "own_prediction", "score"):
-        np.testing.assert_array_equal(found[0].rows[name], found[2].rows[name])
-    assert len(found[1].rows["score"]) == 24
+        np.testing.assert_array_equal(evaluations[0].rows[name], evaluations[2].rows[name])
+    assert len(evaluations[1].rows["score"]) == 24
     meter = run.method.objective.meter.cost
     assert (meter.evaluated_examples > 0, meter.validated_examples > 0) == (True, True)
 
 
-def test_plain_text_is_measured_on_validation_as_on_test(prose: Path) -> None:
-    """Windows of validation begin, overlap and count bytes as those of test do."""
+def test_plain_text_is_windowed_equally_on_validation_and_test(prose: Path) -> None:
+    """Windows of both splits start, overlap and count bytes in the same way."""
     args = ["method=sequential", "evaluation.split=validation", "evaluation.bos=true", "evaluation.stride=8"]
     run = set_up(domain_args(prose, *args))
     assert run.config.evaluation.split is Split.validation
@@ -113,17 +113,17 @@ def test_plain_text_is_measured_on_validation_as_on_test(prose: Path) -> None:
         assert sum(pool.bytes(row) for row in pool.rows_of(0)) == pytest.approx(
             sum(len(text.encode()) for text in texts), abs=1
         )
-    found = Evaluator(run.benchmark, run.data, "validation")(run.method, 0, [0])
-    assert found.diagnostics["bits_per_byte/birds"] > 0
+    evaluation = Evaluator(run.benchmark, run.data, "validation")(run.method, 0, [0])
+    assert evaluation.diagnostics["bits_per_byte/birds"] > 0
 
 
 def test_tasks_without_validation_are_refused(clpet, words: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(words, tmp_path / "words"))
     (folder / "validation.jsonl").unlink()
     args = [*tiny_args(folder), "method=sequential", "benchmark.validation_share=0"]
-    found = clpet("train", *args, "evaluation.split=validation")
-    assert (found.code, found.err.count("\n")) == (2, 1)
-    assert "evaluation.split=validation, but task fruit has no validation examples" in found.err
+    answer = clpet("train", *args, "evaluation.split=validation")
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
+    assert "evaluation.split=validation, but task fruit has no validation examples" in answer.err
     assert clpet("train", *args, "train.epochs=1").code == 0
     (file,) = tmp_path.glob("outputs/*/*/s*/results.json")
     assert "validation" not in results(file.parent)
