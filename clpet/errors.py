@@ -1,4 +1,4 @@
-"""Errors a person can act on: one sentence on what was wrong, where, and what would be right."""
+"""Errors that the user can fix: one line with what is wrong, where, and how to fix it."""
 
 import contextlib
 import difflib
@@ -6,45 +6,46 @@ from collections.abc import Callable, Iterable, Iterator
 
 from clpet.escape import safe_name
 
-LISTED = 40  # options that are listed
+MAX_LISTED = 40  # options in a message
 
 
 class ClpetError(Exception):
-    """Wrong input. The command line prints the message alone and leaves with `exit_code`."""
+    """Wrong input. The command line prints only the message and exits with `exit_code`."""
 
     exit_code = 2
 
 
 class ConfigError(ClpetError):
-    """A knob is unknown, of the wrong type, out of range, or does not go with another."""
+    """An option is unknown, of the wrong type, out of range, or incompatible with another."""
 
 
 class DataError(ClpetError):
-    """A benchmark's data is missing, incomplete or contradicts itself."""
+    """The data of a benchmark are missing, incomplete or contradictory."""
 
 
 class ModelError(ClpetError):
-    """A backbone is not there or cannot do what is asked of it."""
+    """A backbone is missing or does not support the configuration."""
 
 
 class HostError(ClpetError):
-    """The machine is at fault, not the input: no space, no right to write, numbers that blew up."""
+    """The input is valid, but the run failed: no space or memory, no permission to write, or diverged training."""
 
     exit_code = 1
 
 
 @contextlib.contextmanager
 def enough_memory(advice: Callable[[], str]) -> Iterator[None]:
-    """Raises HostError where the device or the host has no memory left; `advice` says for what, and what to lower."""
-    refused = False
+    """Raises HostError if the device or the host is out of memory; `advice` names the cause and options to lower."""
+    out_of_memory = False
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
-        refused = True
-    if refused:
-        raise HostError(f"out of memory with {advice()}; what was saved before is kept")
+        out_of_memory = True
+    # Outside the except block: `advice` needs memory, which the traceback of the error keeps in use.
+    if out_of_memory:
+        raise HostError(f"out of memory with {advice()}; the latest checkpoint is kept")
 
 
 def first_line(error: BaseException) -> str:
@@ -53,11 +54,11 @@ def first_line(error: BaseException) -> str:
 
 
 def suggest(word: str, options: Iterable[str]) -> str:
-    """'; did you mean X?' when one of the options looks like the word, else the first of the options themselves."""
+    """'; did you mean X?' if one of the options is similar to the word, else '; available: ' and the first options."""
     options = sorted({str(option) for option in options})
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {safe_name(close[0])}?"
-    names = [safe_name(option) for option in options[:LISTED]]
-    more = f" and {len(options) - LISTED} more" if len(options) > LISTED else ""
-    return f"; there are: {', '.join(names)}{more}" if options else ""
+    names = [safe_name(option) for option in options[:MAX_LISTED]]
+    more = f" and {len(options) - MAX_LISTED} more" if len(options) > MAX_LISTED else ""
+    return f"; available: {', '.join(names)}{more}" if options else ""

@@ -1,1 +1,1 @@
-"""What a shell calls: commands, options, completion and the start of processes."""
+"""The `clpet` command: subcommands, options, completion, and the start of processes."""

@@ -1,4 +1,4 @@
-"""The command line: subcommands, shorthands, completion, and one line for every mistake. Imports no torch."""
+"""The `clpet` command: its subcommands, help, and one line for every expected error. Imports no torch at the top."""
 
 import os
 import sys
@@ -22,9 +22,9 @@ def main() -> None:
 
 
 def use_utf8() -> None:
-    """Starts Python once more in its UTF-8 mode where file names would be ASCII: LC_ALL=C with that mode turned off.
+    """Restarts Python in UTF-8 mode if file names would be ASCII, as with LC_ALL=C PYTHONUTF8=0.
 
-    Paths, logs and tables hold names from data, which such a Python can neither hash nor print.
+    Paths, logs and tables contain names from data, which an ASCII Python can neither hash nor print.
     """
     if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -32,12 +32,12 @@ def use_utf8() -> None:
 
 
 def main_with_errors(argv: list[str]) -> int:
-    """Runs a command; every expected mistake becomes one line on stderr and an exit code."""
+    """Runs a command; an expected error is one line on stderr. Returns the exit code."""
     try:
         return dispatch(argv)
-    except KeyboardInterrupt:
-        return print_error("stopped; the same command goes on from what is saved", 130)
-    except BrokenPipeError:
+    except KeyboardInterrupt:  # the second Ctrl-C, or one outside a run
+        return print_error("stopped; re-run the same command to resume from the latest checkpoint", 130)
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe; Python must not flush into it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, Interrupted) as error:
@@ -45,7 +45,7 @@ def main_with_errors(argv: list[str]) -> int:
 
 
 def dispatch(argv: list[str]) -> int:
-    """Picks the subcommand; `clpet -sc ...` is shell completion."""
+    """Calls the subcommand; `clpet -sc ...` is shell completion."""
     if "COMP_LINE" in os.environ and "-sc" in argv:
         return complete(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -61,12 +61,12 @@ def dispatch(argv: list[str]) -> int:
         "export": runs.export, "list": list_options, "data": data, "sweep": sweep,
     }  # fmt: skip
     if argv[0] not in handlers:
-        raise ConfigError(f"unknown command {argv[0]}{suggest(argv[0], COMMANDS)}")
+        raise ConfigError(f"unknown command {argv[0]!r}{suggest(argv[0], COMMANDS)}")
     return handlers[argv[0]](argv[1:])
 
 
 def sweep(argv: list[str]) -> int:
-    """`clpet sweep key=value,value ...`: what scripts/slurm_array.sh calls before it submits."""
+    """`clpet sweep key=value,value ...`: called by scripts/slurm_array.sh before it submits."""
     from clpet.cli import slurm_array  # keeps OmegaConf out of `clpet --help`
 
     return slurm_array.sweep(argv)
@@ -79,12 +79,12 @@ def usage() -> str:
         [
             "clpet: continual learning of language models, one command per experiment",
             "",
-            "clpet COMMAND ...",
+            "clpet COMMAND ...          clpet COMMAND --help describes a command",
             *lines,
             "",
-            "Start with:  clpet train                 the default run, a few minutes on a laptop, no downloads",
+            "Start with:  clpet train                 the default run: a few minutes on a laptop, no downloads",
             "             clpet train --help          groups, flags and examples",
-            "             clpet list methods",
+            "             clpet list                  the methods, models and benchmarks to choose from",
             'Completion:  eval "$(clpet -sc install=bash)"',
         ]
     )

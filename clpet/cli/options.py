@@ -1,8 +1,9 @@
-"""Config groups and their options, and the words of a command line."""
+"""The words of a command line, and the config groups with their options. Imports no torch."""
 
 import argparse
 import os
 import re
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,13 +13,13 @@ from clpet.errors import ConfigError, suggest
 from clpet.escape import inline, printable
 
 COMMANDS = {
-    "train": "learn a benchmark task by task and write its transfer matrix (also resumes, and sweeps with -m)",
-    "runs": "list what is in the output folder, or compare groups of runs",
-    "show": "print one run: figures, matrices, costs",
-    "eval": "test a run's weights once more, or on tasks of lm-evaluation-harness",
-    "export": "write what a run trained for use without clpet: adapters, or merged weights",
-    "list": "what there is: methods, models, benchmarks, hardware, ...",
-    "data": "look at a benchmark's data: counts, balance, lengths, repeats, overlaps",
+    "train": "learn a benchmark task by task and write its transfer matrix (also resumes runs, and sweeps with -m)",
+    "runs": "list the runs in the output folder, or compare groups of runs",
+    "show": "print one run: scores, matrices, costs",
+    "eval": "evaluate the weights of a run again, or on tasks of lm-evaluation-harness",
+    "export": "write the trained weights of a run for use without clpet: adapters, or merged weights",
+    "list": "list the methods, models, benchmarks, hardware, ... to choose from",
+    "data": "describe a benchmark's data: counts, balance, lengths, duplicates, overlaps",
 }
 HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i", "--config-name",
                           "-cn", "--config-path", "-cp", "--experimental-rerun", "-sc")  # fmt: skip
@@ -26,13 +27,13 @@ HYDRA_FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--resolve", 
 
 
 def normalize_argv(argv: list[str]) -> list[str]:
-    """Flags first, wherever they stood; shorthands spelt out; the --config-dir made known to `build`."""
+    """The command line as Hydra expects it: flags before overrides, short keys in full."""
     flags, overrides = split_flags(argv)
     return [*flags, *overrides]
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(Hydra's flags with their values, overrides) of a command line."""
+    """(Hydra's flags with their values, overrides) of a command line; a --config-dir is added to the plugin folders."""
     flags: list[str] = []
     overrides: list[str] = []
     words = iter(argv)
@@ -43,73 +44,101 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
                 raise ConfigError(f"{word} needs a value")
             flags += [word, value]
         elif word.startswith("-"):
-            name, equals, inline = word.partition("=")
+            name, equals, value = word.partition("=")
             if name not in (*HYDRA_FLAGS, *HYDRA_FLAGS_WITH_VALUE):
                 raise ConfigError(f"unknown flag {name}{suggest(name, (*HYDRA_FLAGS, *HYDRA_FLAGS_WITH_VALUE))}")
-            flags.append(f"{name}{equals}{os.path.expanduser(inline)}")
+            flags.append(f"{name}{equals}{os.path.expanduser(value)}")
         else:
             overrides.append(word)
-    for flag, value in pairwise([*flags, ""]):
-        name, _, given = flag.partition("=")
+    for flag, following in pairwise([*flags, ""]):
+        name, _, value = flag.partition("=")
         if name in ("--config-dir", "-cd"):
-            add_plugin_dir(given or value)
+            add_plugin_dir(value or following)
     return flags, [expand_override(word) for word in overrides]
 
 
 def check_group_options(arguments: list[str]) -> None:
-    """Raises ConfigError with a suggestion for a group option that does not exist, before Hydra starts."""
+    """Raises ConfigError with a suggestion for an unknown option of a group; faster than waiting for Hydra."""
     for word in arguments:
-        key, equals, value = word.partition("=")
-        if equals and key in CONFIG_GROUPS and re.fullmatch(r"[\w,./-]+", value):
-            known = options(key)
-            for choice in value.split(","):
-                if choice not in known and not (choice == "null" and key in ("experiment", "debug")):
-                    raise ConfigError(f"{key}={choice}: there is no such {key}{suggest(choice, known)}")
+        group, equals, value = word.partition("=")
+        if equals and group in CONFIG_GROUPS and re.fullmatch(r"[\w,./-]+", value):
+            available = options(group)
+            for option in value.split(","):
+                if option not in available and not (option == "null" and group in ("experiment", "debug")):
+                    raise ConfigError(f"unknown {group} {option!r}{suggest(option, available)}")
 
 
 def options(group: str) -> dict[str, Path]:
-    """{option: its YAML} of a config group, the user's own --config-dir included."""
-    found: dict[str, Path] = {}
+    """{option: its YAML} of a config group, including those of the user's --config-dir; base files are left out."""
+    paths: dict[str, Path] = {}
     for folder in (conf_dir(), *plugin_dirs()):
         for path in sorted((folder / group).glob("**/*.yaml")):
             name = path.relative_to(folder / group).with_suffix("")
             if "base" not in name.parts[:-1]:
-                found[name.as_posix()] = path
-    return found
+                paths[name.as_posix()] = path
+    return paths
 
 
 def list_options(argv: list[str]) -> int:
-    """`clpet list methods` prints each option's first comment; `clpet list method NAME` prints the YAML."""
-    parser = argparse.ArgumentParser("clpet list", description="What there is to choose from.")
-    parser.add_argument(
-        "group", nargs="?", help="methods, models, benchmarks, hardware, pefts, replays, experiments, ..."
-    )
-    parser.add_argument("name", nargs="?", help="print this option's YAML")
-    parser.add_argument("--config-dir", help="a folder with your own configs")
+    """`clpet list`: an overview of the groups, the options of one group, or the YAML of one option."""
+    description = "The groups of options; with GROUP its options; with GROUP NAME the YAML of that option."
+    parser = argparse.ArgumentParser("clpet list", description=description)
+    parser.add_argument("group", nargs="?", help="methods, models, benchmarks, pefts, experiments, ...")
+    parser.add_argument("name", nargs="?", help="an option, or a paper's experiments, such as conpet")
+    parser.add_argument("--config-dir", help="a folder with your own YAMLs")
     arguments = parser.parse_args(argv)
     if arguments.config_dir:
-        normalize_argv(["--config-dir", arguments.config_dir])
-    indent = "" if arguments.group else "  "
-    for named in [arguments.group] if arguments.group else CONFIG_GROUPS:
-        group = named if named in CONFIG_GROUPS else named.removesuffix("s")
-        if group not in CONFIG_GROUPS:
-            raise ConfigError(f"there is no group {named}{suggest(named, CONFIG_GROUPS)}")
-        known = options(group)
-        if arguments.name:
-            if arguments.name not in known:
-                raise ConfigError(f"there is no {group} {arguments.name}{suggest(arguments.name, known)}")
-            print(printable(known[arguments.name].read_text(), kept="\n\t"), end="")
-            return 0
-        if not arguments.group:
-            print(f"{group}:")
-        width = max((len(name) for name in known), default=0)
-        for name, path in known.items():
-            print(inline(f"{indent}{name:{width}}  {first_comment(path)}"))
+        add_plugin_dir(arguments.config_dir)
+    if not arguments.group:
+        print("\n".join(map(inline, overview())))
+        return 0
+    group = arguments.group if arguments.group in CONFIG_GROUPS else arguments.group.removesuffix("s")
+    if group not in CONFIG_GROUPS:
+        raise ConfigError(f"unknown group {arguments.group!r}{suggest(arguments.group, CONFIG_GROUPS)}")
+    available = options(group)
+    if arguments.name in available:
+        print(printable(available[arguments.name].read_text(), allowed="\n\t"), end="")
+        return 0
+    if arguments.name:
+        below = {name: path for name, path in available.items() if name.startswith(f"{arguments.name}/")}
+        if not below:
+            raise ConfigError(f"unknown {group} {arguments.name!r}{suggest(arguments.name, available)}")
+        available = below
+    width = max(map(len, available), default=0)
+    for name, path in available.items():
+        print(inline(f"{name:{width}}  {first_comment(path)}"))
     return 0
 
 
+def overview() -> list[str]:
+    """The lines of `clpet list`: every group, and every paper with experiments, with a count and a few options."""
+    rows = [("group", "options", "examples")]
+    for group in CONFIG_GROUPS:
+        names = list(options(group))
+        papers = Counter(name.partition("/")[0] for name in names if "/" in name)
+        top_level = [name for name in names if "/" not in name]
+        examples = _examples(top_level, 8) if top_level else "settings of published tables, by paper:"
+        rows.append((group if group in ("hardware", "debug") else f"{group}s", str(len(names)), examples))
+        for paper, count in papers.items():
+            of_paper = [name for name in names if name.startswith(f"{paper}/")]
+            rows.append((f"  {paper}", str(count), _examples(of_paper, 3)))
+    width = max(len(label) for label, _, _ in rows)
+    return [
+        *(f"{label:{width}}  {count:>7}  {examples}" for label, count, examples in rows),
+        "",
+        "clpet list GROUP         one line per option, such as clpet list methods",
+        "clpet list GROUP NAME    the YAML of an option, such as clpet list method kif",
+    ]
+
+
+def _examples(names: list[str], count: int) -> str:
+    """At most `count` of the names, evenly spaced; "..." where names are left out."""
+    chosen = [names[index * len(names) // count] for index in range(count)] if len(names) > count else names
+    return ", ".join([*chosen, *(["..."] if len(names) > count else [])])
+
+
 def first_comment(path: Path) -> str:
-    """What an option is: the first comment line of its YAML (after a package line)."""
+    """The description of an option: the first comment line of its YAML, except a `@package` line."""
     for line in path.read_text().splitlines():
         if line.startswith("#") and not line.startswith("# @package"):
             return line.lstrip("# ").strip()

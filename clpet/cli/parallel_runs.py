@@ -1,8 +1,8 @@
-"""The runs of a sweep in parallel on this machine (hardware.parallel_runs). Imports torch only to count GPUs.
+"""Runs of a sweep in parallel on this machine (hardware.parallel_runs). Imports torch only to count GPUs.
 
-Every run is a process of its own, `clpet train` with the run's overrides: it saves, resumes, fails and answers signals
-as a run that was started by hand. hydra-joblib-launcher reuses processes and ends them without a checkpoint;
-submitit's local executor starts all runs at once.
+Every run is a separate process, `clpet train` with the run's overrides, so it saves, resumes, fails and handles signals
+like a run started by hand. hydra-joblib-launcher is not used because it reuses processes and ends them without
+a checkpoint, and submitit's local executor because it starts all runs at once.
 """
 
 import os
@@ -27,27 +27,27 @@ from clpet.reporting.tables import is_summary
 from clpet.runtime.signals import GracefulShutdown
 
 CLPET = [sys.executable, "-m", "clpet", "train"]
-POLL = 0.2  # seconds between looks for a signal
-SHOWN = ("WARNING: ", "ERROR: ", "CRITICAL: ")  # of what a run prints, besides the summary of every task
-IGNORED = ("hydra.mode=", "hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweeper")  # of no use to one run
+POLL_SECONDS = 0.2  # between checks for a signal
+SHOWN_PREFIXES = ("WARNING: ", "ERROR: ", "CRITICAL: ")  # lines of a run's output that are passed on, besides summaries
+SWEEP_OVERRIDES = ("hydra.mode=", "hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweeper")
 
 
 @dataclass
 class Job:
-    """A run of a sweep: its number, what the sweep varies in it, and the words of its own `clpet train`."""
+    """One run of a sweep."""
 
-    number: int
-    varied: str
-    words: list[str]
-    out: Path
+    number: int  # from 1
+    varied: str  # the overrides that differ between the runs
+    words: list[str]  # arguments of its `clpet train`
+    out: Path  # run directory
 
     def print(self, text: str) -> None:
-        """Prints a line that says which run it is about."""
+        """Prints a line that begins with the run's number and varied overrides."""
         print(inline(f"[{self.number}] {self.varied or self.out}: {text}"), flush=True)
 
 
 class RunError(ClpetError):
-    """What ended a run of a sweep, in its own words."""
+    """The error with which a run of a sweep ended."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -55,68 +55,68 @@ class RunError(ClpetError):
 
 
 class ParallelSweep:
-    """The runs of a sweep, from Hydra's look at each of them to the end of the last one."""
+    """Collects the runs of a sweep while Hydra passes through them, then carries them out in parallel."""
 
     def __init__(self, flags: Sequence[str]) -> None:
         self.flags = [flag for flag in flags if flag not in ("-m", "--multirun")]
         self.jobs: dict[Path, Job] = {}
-        self.shares: list[dict[str, str]] = []
+        self.environments: list[dict[str, str]] = []  # one per run that may be active at a time
 
     def takes(self, cfg: Any, hydra: Any, varied: str) -> bool:
-        """Whether a run is left to `run`. Raises ConfigError where the other options forbid several runs at once."""
+        """Whether `run` will carry out this run; raises ConfigError if other options do not allow parallel runs."""
         count = cfg.hardware.get("parallel_runs", 1)
         require(type(count) is int and count >= 1, "hardware.parallel_runs", count, "at least 1")
         if hydra.mode is not RunMode.MULTIRUN or count == 1 or cfg.dry_run:
             return False
         if "BasicLauncher" not in hydra.launcher._target_:
             raise ConfigError(
-                "hardware.parallel_runs is for runs on this machine; hydra.launcher.array_parallelism is SLURM's"
+                "hardware.parallel_runs is for runs on this machine; on SLURM set hydra.launcher.array_parallelism"
             )
         if "BasicSweeper" not in hydra.sweeper._target_:
             raise ConfigError(
-                "hardware.parallel_runs needs Hydra's basic sweeper: others wait for the score of every run"
+                "hardware.parallel_runs needs Hydra's basic sweeper: other sweepers wait for the score of every run"
             )
         if cfg.hardware.get("ranks", 1) != 1:
             raise ConfigError(f"hardware.parallel_runs needs hardware.ranks=1, not {cfg.hardware.ranks}")
-        self.shares = self.shares or environments(cfg, count)
+        self.environments = self.environments or environments(cfg, count)
         out = Path(hydra.runtime.output_dir)
-        overrides = [word for word in hydra.overrides.hydra if not word.lstrip("+~").startswith(IGNORED)]
+        overrides = [word for word in hydra.overrides.hydra if not word.lstrip("+~").startswith(SWEEP_OVERRIDES)]
         job = Job(hydra.job.num + 1, varied, [*self.flags, *overrides, *hydra.overrides.task], out)
-        self.jobs.setdefault(out, job)  # a sweep may name a run twice
+        self.jobs.setdefault(out, job)  # a sweep may contain a run twice
         return True
 
     def run(self) -> list[tuple[str, Exception]]:
-        """Carries the runs out, as many at a time as there are shares; (what the sweep varies, error) where one fails.
+        """Carries out the runs, at most hardware.parallel_runs at a time; [(varied overrides, error)] of failed runs.
 
-        A signal is passed on to the runs; when they have saved, Interrupted is raised here.
+        A signal is passed on to the active runs; when they have saved, Interrupted is raised here.
         """
         if not self.jobs:
             return []
-        pool = Pool(self.shares)
-        with GracefulShutdown() as shutdown, shutdown.deferred(), ThreadPoolExecutor(len(self.shares)) as threads:
+        pool = Pool(self.environments)
+        with GracefulShutdown() as shutdown, shutdown.deferred(), ThreadPoolExecutor(len(self.environments)) as threads:
             futures = [threads.submit(pool.run, job) for job in self.jobs.values()]
             try:
-                while wait(futures, POLL).not_done:
+                while wait(futures, POLL_SECONDS).not_done:
                     if shutdown.pending_signal is not None and not pool.stopped:
                         pool.stop(shutdown.pending_signal)
-            except KeyboardInterrupt:  # a second Ctrl-C: the runs are to end without saving, as one alone would
+            except KeyboardInterrupt:  # a second Ctrl-C ends the runs without saving, as it ends a single run
                 pool.stop(signal.SIGINT)
                 raise
-        found = [future.result() for future in futures]
-        return [(job.varied, error) for job, error in zip(self.jobs.values(), found, strict=True) if error]
+        errors = [future.result() for future in futures]
+        return [(job.varied, error) for job, error in zip(self.jobs.values(), errors, strict=True) if error]
 
 
 def environments(cfg: Any, count: int) -> list[dict[str, str]]:
-    """The variables that give each of `count` runs its share of the cores, and of several GPUs one."""
-    own = bool(cfg.hardware.get("threads")) or "OMP_NUM_THREADS" in os.environ
+    """Environment variables of `count` parallel runs: each gets an equal number of cores, and one of several GPUs."""
+    threads_are_set = bool(cfg.hardware.get("threads")) or "OMP_NUM_THREADS" in os.environ
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shares = {} if own else {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    threads = {} if threads_are_set else {"OMP_NUM_THREADS": str(max(1, cores // count))}
     gpus = [] if cfg.hardware.device == "cpu" else _gpus()
-    return [{**shares, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(count)]
+    return [{**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(count)]
 
 
 def _gpus() -> list[str]:
-    import torch
+    import torch  # takes seconds, and a sweep on the CPU does not need it
 
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return names or [str(number) for number in range(torch.cuda.device_count())]
@@ -124,64 +124,65 @@ def _gpus() -> list[str]:
 
 @dataclass
 class Pool:
-    """The processes that are running now; every one holds one of the shares of the machine."""
+    """The active processes; each uses one of the environments."""
 
-    shares: list[dict[str, str]]
+    environments: list[dict[str, str]]
     stopped: bool = False
     running: set[subprocess.Popen] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-        for share in self.shares:
-            self.free.put(share)
+        for environment in self.environments:
+            self.free.put(environment)
 
     def stop(self, signum: int) -> None:
-        """Passes a signal on to all runs, and starts no more."""
+        """Passes a signal on to all active runs, and starts no more."""
         with self.lock:
             self.stopped = True
             for process in self.running:
                 process.send_signal(signum)
 
     def run(self, job: Job) -> RunError | None:
-        """Carries out one run; the error that its process ended with, None if all is well or it was stopped."""
-        share = self.free.get()
+        """Carries out one run; returns its error, None if it succeeded or was stopped by a signal."""
+        environment = self.free.get()
         try:
-            with self.lock:
+            with self.lock:  # a process is either started before `stop` signals all of them, or not at all
                 if self.stopped:
                     return None
                 process = subprocess.Popen(
-                    [*CLPET, *job.words], env={**os.environ, **share},
+                    [*CLPET, *job.words], env={**os.environ, **environment},
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                     start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
                 )  # fmt: skip
                 self.running.add(process)
             job.print("started")
-            last = _follow(process, job)
+            last_line = _follow(process, job)
             code = process.wait()
             with self.lock:
                 self.running.discard(process)
-            return self._ended(job, code, last)
+            return self._outcome(job, code, last_line)
         finally:
-            self.free.put(share)
+            self.free.put(environment)
 
-    def _ended(self, job: Job, code: int, last: str) -> RunError | None:
+    def _outcome(self, job: Job, code: int, last_line: str) -> RunError | None:
+        """Prints how a run ended, and returns its error."""
         if code == 0:
             job.print(f"finished (clpet show {job.out})")
             return None
-        said = last.removeprefix("clpet: ")
+        message = last_line.removeprefix("clpet: ")
         if code < 0:
-            said, code = f"ended by {signal.Signals(-code).name}", 1
-        job.print(said)
-        return None if self.stopped else RunError(said, code)
+            message, code = f"ended by {signal.Signals(-code).name}", 1
+        job.print(message)
+        return None if self.stopped else RunError(message, code)
 
 
 def _follow(process: subprocess.Popen, job: Job) -> str:
-    """Prints what is to be seen of a run's output while it comes; the last line."""
-    lines: deque[str] = deque([f"{job.out} ended without a message"], maxlen=1)
+    """Prints warnings, errors and task summaries of a run as they appear; returns the last line of its output."""
+    last_line: deque[str] = deque([f"{job.out} ended without a message"], maxlen=1)
     for line in process.stdout or ():
         if text := line.strip():
-            lines.append(text)
-        if is_summary(text) or text.startswith(SHOWN):
+            last_line.append(text)
+        if is_summary(text) or text.startswith(SHOWN_PREFIXES):
             job.print(text)
-    return lines[-1]
+    return last_line[0]

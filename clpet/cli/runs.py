@@ -1,4 +1,4 @@
-"""The subcommands about runs that are there: runs, show, eval, export. Imports no torch."""
+"""The subcommands that read run directories: runs, show, eval, export. Imports no torch at the top."""
 
 import argparse
 from pathlib import Path
@@ -9,26 +9,8 @@ from clpet.escape import printable
 
 
 def runs(argv: list[str]) -> int:
-    """`clpet runs`: list, or compare by a key."""
-    parser = argparse.ArgumentParser("clpet runs", description="Runs in the output folder.")
-    parser.add_argument("folder", nargs="?", default="outputs", help="output folder (default: outputs)")
-    parser.add_argument(
-        "--compare",
-        metavar="KEY",
-        help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ..., or several with commas",
-    )
-    parser.add_argument("--metrics", help="columns to compare, such as average,bwt or zs,cpt,lc; see docs/metrics.md")
-    parser.add_argument(
-        "--view",
-        choices=("all", "own"),
-        default="all",
-        help="labels that compete at test: all seen so far, or each task's own (task-incremental)",
-    )
-    parser.add_argument("--by", choices=("validation",), help="of several settings show the best one on validation")
-    parser.add_argument("--against", metavar="NAME", help="the row to test the others against (default: the best)")
-    parser.add_argument("--picture", metavar="FILE", help="also draw the rows side by side (perplexities)")
-    parser.add_argument("--benchmark", help="only runs of this benchmark")
-    parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
+    """`clpet runs`: lists the runs of a folder, or compares groups of them."""
+    parser = _runs_parser()
     arguments = parser.parse_args(argv)
     from clpet.reporting.show import list_runs
     from clpet.runtime.untrusted_json import find_runs
@@ -38,21 +20,45 @@ def runs(argv: list[str]) -> int:
             raise ConfigError(f"--{name} needs --compare KEY, such as --compare method")
     folder, benchmark = Path(arguments.folder), arguments.benchmark
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; runs go to outputs/ unless output_dir says otherwise")
-    found = [(path, run) for path, run in find_runs(folder) if benchmark in (None, run["benchmark"])]
-    compared = _compared(arguments, found) if arguments.compare else ""
-    print(printable(compared or list_runs(folder, found, benchmark, arguments.format)))
+        raise DataError(f"{folder} is not a folder; runs are written to outputs/ unless output_dir is set")
+    results = [(path, run) for path, run in find_runs(folder) if benchmark in (None, run["benchmark"])]
+    comparison = _compare(arguments, results) if arguments.compare else ""
+    print(printable(comparison or list_runs(folder, results, benchmark, arguments.format)))
     return 0
 
 
-def _compared(arguments: argparse.Namespace, runs: Any) -> str:
+def _runs_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("clpet runs", description="Lists or compares the runs in the output folder.")
+    parser.add_argument("folder", nargs="?", default="outputs", help="output folder (default: outputs)")
+    parser.add_argument(
+        "--compare",
+        metavar="KEY",
+        help="mean ± standard deviation over seeds by KEY: method, model, train.lr, ..., or several, comma-separated",
+    )
+    parser.add_argument("--metrics", help="columns to compare, such as average,bwt or zs,cpt,lc; see docs/metrics.md")
+    parser.add_argument(
+        "--view",
+        choices=("all", "own"),
+        default="all",
+        help="labels to choose from at test time: all seen so far, or only the task's own (task-incremental)",
+    )
+    parser.add_argument("--by", choices=("validation",), help="of each row's settings keep the best one on validation")
+    parser.add_argument("--against", metavar="NAME", help="row that the others are tested against (default: the best)")
+    parser.add_argument("--picture", metavar="FILE", help="also plot the rows next to each other (perplexities)")
+    parser.add_argument("--benchmark", help="only runs of this benchmark")
+    parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
+    return parser
+
+
+def _compare(arguments: argparse.Namespace, runs: Any) -> str:
+    """The comparison of finished runs as text; with --picture also writes the plot."""
     from clpet.reporting.comparison import Comparison
 
     if not runs:
-        raise DataError(f"{arguments.folder} holds no finished runs to compare")
+        raise DataError(f"{arguments.folder} has no finished runs to compare")
     comparison = Comparison(
-        keys=_words(arguments.compare),
-        metrics=_words(arguments.metrics),
+        keys=_split_list(arguments.compare),
+        metrics=_split_list(arguments.metrics),
         task_incremental=arguments.view == "own",
         by_validation=arguments.by is not None,
         against=arguments.against,
@@ -64,97 +70,103 @@ def _compared(arguments: argparse.Namespace, runs: Any) -> str:
     return text
 
 
-def _words(text: str | None) -> list[str]:
-    """The words of a list with commas."""
+def _split_list(text: str | None) -> list[str]:
+    """The items of a comma-separated list."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def show(argv: list[str]) -> int:
-    """`clpet show RUN`: one run in full."""
-    parser = argparse.ArgumentParser("clpet show", description="One run: figures, matrices and costs.")
+    """`clpet show RUN`: scores, matrices and costs of one run."""
+    parser = argparse.ArgumentParser("clpet show", description="Scores, matrices and costs of one run.")
     parser.add_argument("run", help="a run directory")
-    parser.add_argument("--metrics", action="store_true", help="every figure with its formula")
+    parser.add_argument("--metrics", action="store_true", help="every metric with its formula")
     arguments = parser.parse_args(argv)
-    from clpet.reporting.show import show as shown
+    from clpet.reporting.show import show as show_run
 
-    print(printable(shown(Path(arguments.run), arguments.metrics)))
+    print(printable(show_run(Path(arguments.run), arguments.metrics)))
     return 0
 
 
 def evaluate(argv: list[str]) -> int:
-    """`clpet eval RUN`: the test sets once more, or tasks of lm-evaluation-harness."""
-    parser = _opening("clpet eval", "Tests the weights of a run: on its benchmark, or on tasks of others.")
-    parser.add_argument("--downstream", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between")
-    parser.add_argument("--tasks-dir", metavar="DIR", type=Path, help="your own task YAMLs (may name code of yours)")
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first N examples of a downstream task")
+    """`clpet eval RUN`: evaluates the weights of a run on its benchmark, or on tasks of lm-evaluation-harness.
+
+    On its benchmark the scores are compared with the recorded ones: exit code 0 if they are equal, 1 if they differ.
+    """
+    parser = _weights_parser("clpet eval", "Evaluates the weights of a run: on its benchmark, or on other tasks.")
+    parser.add_argument("--downstream", metavar="TASKS", help="tasks of lm-evaluation-harness, comma-separated")
+    parser.add_argument(
+        "--tasks-dir", metavar="DIR", type=Path, help="your own task YAMLs (they can run your own code)"
+    )
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N examples of each downstream task")
     arguments = parser.parse_args(argv)
     if not arguments.downstream and (arguments.tasks_dir or arguments.limit is not None):
         raise ConfigError("--tasks-dir and --limit are for --downstream TASKS")
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {arguments.limit}")
-    from clpet.runs import lm_eval
+    from clpet.runs import lm_eval  # these import torch: only after the arguments are checked
     from clpet.runs.load_run import load_run
     from clpet.runs.reevaluate import compare_with_recorded
     from clpet.training.trainer import quiet_libraries
 
-    run = _recorded(arguments)
-    names = [name for name in (arguments.downstream or "").split(",") if name]
+    record = _read_record(arguments)
+    names = _split_list(arguments.downstream)
     with quiet_libraries():
         if names:
-            lm_eval.check(run)
+            lm_eval.check(record)
             lm_eval.silence_logs()
-            tasks = lm_eval.load_tasks(names, arguments.tasks_dir)
-            opened = load_run(run, arguments.after)
-            found = lm_eval.measure(opened, tasks, arguments.limit)
-            print(printable(lm_eval.report(opened, names, arguments.limit, found)))
+            tasks = lm_eval.load_tasks(names, arguments.tasks_dir)  # reports unknown tasks before the model is loaded
+            run = load_run(record, arguments.after)
+            scores = lm_eval.measure(run, tasks, arguments.limit)
+            print(printable(lm_eval.report(run, names, arguments.limit, scores)))
             return 0
-        text, equal = compare_with_recorded(load_run(run, arguments.after))
+        text, equal = compare_with_recorded(load_run(record, arguments.after))
     print(printable(text))
     return 0 if equal else 1
 
 
 def export(argv: list[str]) -> int:
-    """`clpet export RUN FOLDER`: what was trained, for use without clpet."""
-    parser = _opening("clpet export", "Writes what a run trained, with its tokenizer, for use without clpet.")
-    parser.add_argument("--merge", action="store_true", help="put adapters into the backbone's weights")
+    """`clpet export RUN FOLDER`: writes the trained weights for use without clpet."""
+    parser = _weights_parser("clpet export", "Writes the trained weights and the tokenizer for use without clpet.")
+    parser.add_argument("--merge", action="store_true", help="merge the adapters into the backbone's weights")
     parser.add_argument("folder", type=Path, help="a new folder")
     arguments = parser.parse_args(argv)
-    from clpet.runs.export import check, write
+    from clpet.runs.export import check, write  # these import torch
     from clpet.runs.load_run import load_run
     from clpet.training.trainer import quiet_libraries
 
-    run = _recorded(arguments)
-    check(run, arguments.folder, arguments.merge)
+    record = _read_record(arguments)
+    check(record, arguments.folder, arguments.merge)
     with quiet_libraries():
-        print(printable(write(load_run(run, arguments.after), arguments.folder, arguments.merge)))
+        print(printable(write(load_run(record, arguments.after), arguments.folder, arguments.merge)))
     return 0
 
 
-def _opening(name: str, description: str) -> argparse.ArgumentParser:
-    """What the commands that open a run again have in common."""
+def _weights_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The arguments that eval and export share."""
     parser = argparse.ArgumentParser(name, description=description)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument(
         "--after",
         metavar="N",
         type=int,
-        help="the weights after N tasks (train.snapshot_every saves them); default: newest",
+        help="the weights after N tasks (saved with train.snapshot_every); default: the newest",
     )
     parser.add_argument(
         "--here", metavar="KEY=VALUE", action="append", default=[],
-        help="where things lie now, if elsewhere: data_dir, cache_dir, model.path, hardware.*",
+        help="a new location of the run's files or devices: data_dir, cache_dir, model.path, hardware.*",
     )  # fmt: skip
     parser.add_argument("--allow-plugins", action="store_true", help="run classes of --config-dir and remote code")
     parser.add_argument("--config-dir", help="the folder with your own classes")
     return parser
 
 
-def _recorded(arguments: argparse.Namespace) -> Any:
+def _read_record(arguments: argparse.Namespace) -> Any:
+    """The checked record of the run, with the locations that --here overrides."""
     from clpet.config.compose import add_plugin_dir
     from clpet.runs.load_run import read_record
 
     if arguments.config_dir:
         if not arguments.allow_plugins:
-            raise ConfigError("--config-dir needs --allow-plugins: a recorded run would say which of its code is run")
+            raise ConfigError("--config-dir needs --allow-plugins, because the run's record chooses which code is run")
         add_plugin_dir(arguments.config_dir)
     return read_record(arguments.run, arguments.here, arguments.allow_plugins)

@@ -1,4 +1,4 @@
-"""What a sweep still has to run, and its hardware's sbatch flags: for scripts/slurm_array.sh. Imports no torch."""
+"""The unfinished runs of a sweep and the sbatch flags of its hardware, for scripts/slurm_array.sh. Imports no torch."""
 
 import shlex
 from collections.abc import Sequence
@@ -9,14 +9,18 @@ from clpet.cli.options import check_group_options, split_flags
 from clpet.config.compose import conf_dir, plugin_dirs
 from clpet.config.identity import digest, register_resolvers
 
-# sbatch's names of what hydra.launcher calls otherwise; all other knobs that sbatch knows are called the same.
-SBATCH = {"name": "job-name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks-per-node"}
-SUBMITIT = ("_target_", "submitit_folder", "stderr_to_stdout", "max_num_timeout", "signal_delay_s",
+# hydra.launcher option -> sbatch flag where the names differ.
+SBATCH_NAMES = {"name": "job-name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks-per-node"}
+# hydra.launcher options that are not sbatch flags.
+NOT_SBATCH = ("_target_", "submitit_folder", "stderr_to_stdout", "max_num_timeout", "signal_delay_s",
             "array_parallelism", "additional_parameters", "setup")  # fmt: skip
 
 
 def plan(words: list[str]) -> list[str]:
-    """[file, sbatch flag, ...]: a line of the file holds an unfinished run's words, quoted; [] when all are done."""
+    """[file, sbatch flag, ...] of a sweep, [] if all its runs are finished.
+
+    Each line of the file has the overrides of one unfinished run, quoted for a shell.
+    """
     cfg, runs = _expand(words)
     folders = [f"--config-dir={folder}" for folder in plugin_dirs()]
     lines = {
@@ -27,18 +31,17 @@ def plan(words: list[str]) -> list[str]:
     if not lines:
         return []
     text = "".join(f"{line}\n" for line in lines.values())
-    place = Path(cfg.output_dir, ".slurm", f"array-{digest(text)}.txt").absolute()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.exists():  # an array that waits may read it
-        place.write_text(text)
-    return [str(place), *sbatch_flags(cfg.hydra.launcher, len(lines))]
+    path = Path(cfg.output_dir, ".slurm", f"array-{digest(text)}.txt").absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():  # a queued array of the same runs may be about to read it
+        path.write_text(text)
+    return [str(path), *sbatch_flags(cfg.hydra.launcher, len(lines))]
 
 
 def _expand(words: list[str]) -> tuple[Any, list[tuple[Path, list[str], bool]]]:
-    """The sweep's config, and (run directory, overrides, whether it starts over) of each of its runs, as Hydra would.
+    """The sweep's configuration, and (run directory, overrides, fresh) of each of its runs.
 
-    Hydra's own sweeper is set up and asked to sweep; only the launcher is another one, which writes down what it
-    is told to launch.
+    Hydra's own sweeper expands the sweep, with a launcher that records the runs instead of launching them.
     """
     from hydra._internal.callbacks import Callbacks
     from hydra._internal.hydra import Hydra
@@ -47,51 +50,52 @@ def _expand(words: list[str]) -> tuple[Any, list[tuple[Path, list[str], bool]]]:
     from hydra.types import HydraContext, RunMode
 
     register_resolvers()
-    paths = create_config_search_path(str(conf_dir()))
+    search_path = create_config_search_path(str(conf_dir()))
     for folder in plugin_dirs():
-        paths.prepend("command-line", f"file://{folder}", "schema")
-    hydra = Hydra.create_main_hydra2("train", paths)
+        search_path.prepend("command-line", f"file://{folder}", "schema")
+    hydra = Hydra.create_main_hydra2("train", search_path)
     cfg = hydra.compose_config("train", words, RunMode.MULTIRUN, with_log_configuration=False)
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(cfg))
     sweeper: Any = Plugins.instance().instantiate_sweeper(
         config=cfg, hydra_context=context, task_function=lambda _: None
     )
-    sweeper.launcher = _Notes()
+    sweeper.launcher = _RecordingLauncher()
     sweeper.sweep(list(cfg.hydra.overrides.task))
     runs = []
-    for overrides in sweeper.launcher.launched:
-        one = hydra.config_loader.load_sweep_config(cfg, overrides)
-        runs.append((Path(one.hydra.sweep.dir, one.hydra.sweep.subdir), overrides, bool(one.fresh)))
+    for overrides in sweeper.launcher.recorded:
+        run_cfg = hydra.config_loader.load_sweep_config(cfg, overrides)
+        directory = Path(run_cfg.hydra.sweep.dir, run_cfg.hydra.sweep.subdir)
+        runs.append((directory, overrides, bool(run_cfg.fresh)))
     return cfg, runs
 
 
-class _Notes:
-    """In a launcher's place: keeps the overrides of every run, and runs none."""
+class _RecordingLauncher:
+    """Takes the place of Hydra's launcher: records the overrides of every run, and starts none."""
 
     def __init__(self) -> None:
-        self.launched: list[list[str]] = []
+        self.recorded: list[list[str]] = []
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
-        self.launched += [list(overrides) for overrides in job_overrides]
+        self.recorded += [list(overrides) for overrides in job_overrides]
         return []
 
 
-def sbatch_flags(launcher: Any, runs: int) -> list[str]:
-    """The flags of an array of `runs` tasks; resources only where the hardware option is one for SLURM."""
+def sbatch_flags(launcher: Any, num_runs: int) -> list[str]:
+    """The sbatch flags of an array; resources only if the hardware option is one for SLURM."""
     if "SlurmLauncher" not in launcher._target_:
-        return [f"--array=0-{runs - 1}"]
-    found = {SBATCH.get(key, key): value for key, value in launcher.items() if key not in SUBMITIT}
-    found |= {"array": f"0-{runs - 1}%{launcher.array_parallelism}", "signal": f"B:USR2@{launcher.signal_delay_s}"}
+        return [f"--array=0-{num_runs - 1}"]
+    values = {SBATCH_NAMES.get(key, key): value for key, value in launcher.items() if key not in NOT_SBATCH}
+    values |= {"array": f"0-{num_runs - 1}%{launcher.array_parallelism}", "signal": f"B:USR2@{launcher.signal_delay_s}"}
     if launcher.mem_gb is not None:
-        found["mem"] = f"{launcher.mem_gb}G"
-    found |= launcher.additional_parameters
-    flags = [(f"--{key.replace('_', '-')}", value) for key, value in found.items() if value not in (None, False)]
+        values["mem"] = f"{launcher.mem_gb}G"
+    values |= launcher.additional_parameters
+    flags = [(f"--{key.replace('_', '-')}", value) for key, value in values.items() if value not in (None, False)]
     return [flag if value is True else f"{flag}={value}" for flag, value in flags]
 
 
 def sweep(argv: list[str]) -> int:
-    """`clpet sweep key=value,value ...`: what scripts/slurm_array.sh asks before it submits."""
-    overrides = split_flags(argv)[1]
+    """`clpet sweep key=value,value ...`: prints the plan that scripts/slurm_array.sh submits."""
+    _, overrides = split_flags(argv)
     check_group_options(overrides)
     print("\n".join(plan(overrides)))
     return 0

@@ -1,1 +1,1 @@
-"""The typed configuration: schema, composition, construction, identity and seeds."""
+"""The configuration: schema, composition, construction of objects, identity of a run, and seeds."""

@@ -1,4 +1,4 @@
-"""Objects from config nodes: the only place where a config decides which code runs."""
+"""Builds objects from config nodes: the only place where a configuration decides which code runs."""
 
 import dataclasses
 import importlib
@@ -47,16 +47,16 @@ MOVED_CLASSES = {
 
 
 def parse_config(cfg: DictConfig) -> Config:
-    """The composed config with every top-level knob checked; raises ConfigError on an unknown key or wrong type."""
+    """The composed config with all top-level options checked. Raises ConfigError for an unknown key or wrong type."""
     plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return _merge(Config, OmegaConf.to_container(plain, resolve=True), "")
 
 
 def build(node: dict, where: str, **runtime: Any) -> Any:
-    """The object that a config node names by `_target_`, its fields checked against the dataclass.
+    """An instance of the dataclass in a node's `_target_`, with the node's other keys as checked fields.
 
-    This is the only place where a config decides which code runs: the class must belong to clpet or to a
-    folder the user named with --config-dir. `runtime` sets attributes that are no knobs.
+    The class must belong to clpet or to a --config-dir folder. `where` is the node's key in error messages; `runtime`
+    sets attributes that are not options. Raises ConfigError.
     """
     values = {key: value for key, value in node.items() if key != "_target_"}
     instance = _merge(find_class(str(node["_target_"]), where), values, where)
@@ -66,29 +66,36 @@ def build(node: dict, where: str, **runtime: Any) -> Any:
 
 
 def find_class(target: str, where: str) -> type:
-    """The dataclass that a `_target_` names, of clpet or of a --config-dir folder. Raises ConfigError."""
+    """The dataclass in a `_target_`, of clpet or of a --config-dir folder. Raises ConfigError."""
     target = MOVED_CLASSES.get(target, target)
     module_name, _, class_name = target.rpartition(".")
     for folder in plugin_dirs():
         if str(folder) not in sys.path:
-            sys.path.append(str(folder))
+            sys.path.append(str(folder))  # at the end: a plugin must not replace an installed package
     try:
-        if module_name.partition(".")[0] != "clpet":
-            spec = importlib.util.find_spec(module_name.partition(".")[0]) if module_name else None
-            origin = Path(spec.origin).resolve() if spec and spec.origin else None
-            if origin is None or not any(origin.is_relative_to(folder.resolve()) for folder in plugin_dirs()):
-                raise ConfigError(
-                    f"{where}._target_ names {target}, which is neither part of clpet nor in a --config-dir folder"
-                )
-        found = getattr(importlib.import_module(module_name), class_name)
+        if not _is_allowed(module_name.partition(".")[0]):
+            raise ConfigError(
+                f"{where}._target_ names {target}, which is neither part of clpet nor in a --config-dir folder"
+            )
+        cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{where}._target_ names {target}, which cannot be imported: {error}") from error
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ConfigError(f"{where}._target_ names {target}, which is not a dataclass")
-    return found
+    return cls
+
+
+def _is_allowed(package: str) -> bool:
+    """Whether a top-level package or module is clpet, or its file is in a --config-dir folder; imports nothing."""
+    if package == "clpet":
+        return True
+    spec = importlib.util.find_spec(package) if package else None
+    origin = Path(spec.origin).resolve() if spec and spec.origin else None
+    return origin is not None and any(origin.is_relative_to(folder.resolve()) for folder in plugin_dirs())
 
 
 def _merge(cls: type, values: Any, where: str) -> Any:
+    """An instance of a dataclass with these values, checked against its annotations. Raises ConfigError."""
     prefix = f"{where}." if where else ""
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))

@@ -1,4 +1,4 @@
-"""Where configs are found, and how Hydra composes them."""
+"""The folders of configuration files, and their composition with Hydra. Imports no torch."""
 
 import os
 from pathlib import Path
@@ -7,35 +7,38 @@ from typing import Any
 from clpet.config.overrides import quote
 from clpet.errors import ConfigError
 
+# All config groups, in the order in which help and lists show them.
+CONFIG_GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
+
 
 def conf_dir() -> Path:
-    """The folder of the shipped configs: inside the package when installed, beside it in a checkout."""
-    here = Path(__file__).resolve().parents[1]
-    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+    """The folder of the shipped configs: inside the package in a wheel, next to it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def plugin_dirs() -> list[Path]:
-    """The folders given with --config-dir: their Python files may be named by `_target_`."""
+    """The folders given with --config-dir; `_target_` may name classes in their Python files.
+
+    They are in an environment variable, so that the processes that a run starts use them too.
+    """
     return [Path(folder) for folder in os.environ.get("CLPET_CONFIG_DIR", "").split(os.pathsep) if folder]
 
 
 def add_plugin_dir(folder: str) -> None:
-    """Makes a --config-dir known to `find_class`. Raises ConfigError where it is no folder."""
+    """Sets the --config-dir folder of this process and its children. Raises ConfigError if it is not a folder."""
     if not Path(folder).is_dir():
         raise ConfigError(f"--config-dir {folder} is not a folder")
     os.environ["CLPET_CONFIG_DIR"] = str(Path(folder).resolve())
 
 
-CONFIG_GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
+def compose_config(overrides: list[str]) -> Any:
+    """The configuration (a DictConfig) that overrides give, with the user's --config-dir on the search path."""
+    from hydra import compose, initialize_config_dir  # Hydra and OmegaConf stay out of `clpet --help`
 
-
-def compose_config(words: list[str]) -> Any:
-    """The configuration that overrides give, the user's --config-dir included."""
-    from hydra import compose, initialize_config_dir
-
-    from clpet.config.identity import register_resolvers  # like Hydra, OmegaConf stays out of `clpet --help`
+    from clpet.config.identity import register_resolvers
 
     register_resolvers()
     paths = ",".join(quote(f"file://{folder}") for folder in plugin_dirs())
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", [*words, *([f"hydra.searchpath=[{paths}]"] if paths else [])])
+        return compose("train", [*overrides, *([f"hydra.searchpath=[{paths}]"] if paths else [])])

@@ -1,7 +1,7 @@
-"""The typed configuration: what a run is made of, its identity, and the one place that builds objects from it.
+"""The typed top level of a configuration: training and evaluation options, and the config groups.
 
-Every config group names a dataclass by `_target_`. The dataclass holds the types and the checks, the YAML
-holds the values and a comment per knob. `build` merges the two: there is no second schema.
+The YAML of every config group names a dataclass in `_target_`. The dataclass has the types and the checks, the YAML the
+values and a comment for each option; `build` merges the two, so there is no second schema.
 """
 
 import re
@@ -11,11 +11,12 @@ from typing import Any
 
 from clpet.errors import ConfigError
 
+# The config groups that an object is built from; experiment and debug only set values in them.
 OBJECT_GROUPS = ("method", "replay", "model", "peft", "benchmark", "hardware", "tracking")
 
 
 class Schedule(Enum):
-    """How the learning rate moves (clpet/training/lr_schedules.py)."""
+    """Learning rate over the steps of a task (clpet/training/lr_schedules.py)."""
 
     constant = "constant"
     linear = "linear"
@@ -25,43 +26,43 @@ class Schedule(Enum):
 
 
 class OptimizerState(Enum):
-    """What becomes of the optimiser's moments between tasks."""
+    """Moments of the optimiser at the start of a task."""
 
     reset = "reset"
     carry = "carry"
 
 
 class OnNan(Enum):
-    """What is done about a loss that is no number."""
+    """Reaction to a NaN or infinite loss."""
 
     stop = "stop"
     skip = "skip"
 
 
 class Select(Enum):
-    """Which state of a task's training is kept."""
+    """Epoch whose weights are kept after a task."""
 
     last = "last"
     best = "best"
 
 
 class Matrix(Enum):
-    """How much of the transfer matrix is measured."""
+    """Cells of the transfer matrix that are measured."""
 
     full = "full"
     seen = "seen"
     last = "last"
 
 
-def require(condition: bool, key: str, value: object, wanted: str) -> None:
-    """Raises ConfigError('KEY must be WANTED, not VALUE') unless the condition holds."""
+def require(condition: bool, key: str, value: object, expected: str) -> None:
+    """Raises ConfigError('KEY must be EXPECTED, not VALUE') unless the condition is true."""
     if not condition:
-        raise ConfigError(f"{key} must be {wanted}, not {value}")
+        raise ConfigError(f"{key} must be {expected}, not {value}")
 
 
 @dataclass
 class Training:
-    """How one task is trained, the same for every method."""
+    """Options of training on one task, the same for every method."""
 
     epochs: Any = 3  # or a list
     lr: Any = 1e-3  # or a list
@@ -83,20 +84,14 @@ class Training:
     snapshot_every: int = 0
 
     def __post_init__(self) -> None:
-        passes = self.epochs if isinstance(self.epochs, list) and self.epochs else [self.epochs]
-        fits = all(type(count) is int and count >= 1 for count in passes)
-        require(fits, "train.epochs", self.epochs, "at least 1, or a list of such numbers, one a task")
-        rates = self.lr if isinstance(self.lr, list) and self.lr else [self.lr]
-        fits = all(type(rate) in (int, float) and rate >= 0 for rate in rates)
-        require(fits, "train.lr", self.lr, "0 or more, or a list of such numbers, one a task")
+        self._check_per_task_lists()
         require(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "at least 1")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
-        inside = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require(inside, "train.betas", self.betas, "two numbers in [0, 1)")
+        in_range = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(in_range, "train.betas", self.betas, "two numbers in [0, 1)")
         require(self.eps > 0, "train.eps", self.eps, "more than 0")
-        require(0 <= self.lr_min <= min(rates), "train.lr_min", self.lr_min, f"from 0 to train.lr={self.lr}")
-        held = self.lr_constant
-        require(held is None or held >= 0, "train.lr_constant", held, "0 or more, or null")
+        constant = self.lr_constant
+        require(constant is None or constant >= 0, "train.lr_constant", constant, "0 or more, or null")
         require(0 <= self.anneal_share <= 1, "train.anneal_share", self.anneal_share, "in [0, 1]")
         share = self.warmup_share
         require(share is None or 0 <= share <= 1, "train.warmup_share", share, "in [0, 1], or null")
@@ -106,36 +101,46 @@ class Training:
         every = self.snapshot_every
         require(every >= 0, "train.snapshot_every", every, "0 (only the latest) or a number of tasks")
 
+    def _check_per_task_lists(self) -> None:
+        """Checks epochs, lr and lr_min; YAML types cannot express "a number or a list of numbers"."""
+        epochs = self.epochs if isinstance(self.epochs, list) and self.epochs else [self.epochs]
+        valid = all(type(count) is int and count >= 1 for count in epochs)  # `type` excludes bool, a subclass of int
+        require(valid, "train.epochs", self.epochs, "at least 1, or a list of such numbers, one per task")
+        rates = self.lr if isinstance(self.lr, list) and self.lr else [self.lr]
+        valid = all(type(rate) in (int, float) and rate >= 0 for rate in rates)
+        require(valid, "train.lr", self.lr, "0 or more, or a list of such numbers, one per task")
+        require(0 <= self.lr_min <= min(rates), "train.lr_min", self.lr_min, f"from 0 to train.lr={self.lr}")
+
     def lr_of(self, task: int) -> float:
-        """The learning rate of a task, counted from 0; the last one of a list is for all that follow."""
+        """The learning rate of a task, counted from 0; the last one of a list applies to all later tasks."""
         return _of_task(self.lr, task)
 
     def epochs_of(self, task: int) -> int:
-        """The epochs of a task, counted from 0; the last number of a list is for all that follow."""
+        """The epochs of a task, counted from 0; the last number of a list applies to all later tasks."""
         return _of_task(self.epochs, task)
 
 
 def _of_task(setting: Any, task: int) -> Any:
-    """A setting, or the item of a list of them that is a task's."""
+    """A task's value of a setting that may be a list with one value per task."""
     return setting[min(task, len(setting) - 1)] if isinstance(setting, list) else setting
 
 
 class Decode(Enum):
-    """How a text_to_text model answers."""
+    """How text_to_text models answer: greedy decoding, or the most likely label."""
 
     generate = "generate"
     rank = "rank"
 
 
 class Split(Enum):
-    """Which held-out examples the matrix is measured on."""
+    """Held-out examples that the transfer matrix is measured on."""
 
     test = "test"
     validation = "validation"
 
 
 class CapUnit(Enum):
-    """What evaluation.max_tokens counts."""
+    """Unit of evaluation.max_tokens."""
 
     tokens = "tokens"
     bytes = "bytes"
@@ -143,7 +148,7 @@ class CapUnit(Enum):
 
 @dataclass
 class Evaluation:
-    """What is scored when, and how answers are found."""
+    """Options of evaluation: which tasks are scored when, and how answers are produced."""
 
     split: Split = Split.test
     validation: bool = True
@@ -161,14 +166,14 @@ class Evaluation:
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "at least 1")
         require(self.rank_prompts >= 0, "evaluation.rank_prompts", self.rank_prompts, "0 (off) or more")
-        for key, least in (("max_new_tokens", 1), ("max_tokens", 2), ("stride", 1)):
+        for key, minimum in (("max_new_tokens", 1), ("max_tokens", 2), ("stride", 1)):
             value = getattr(self, key)
-            require(value is None or value >= least, f"evaluation.{key}", value, f"at least {least}, or null")
+            require(value is None or value >= minimum, f"evaluation.{key}", value, f"at least {minimum}, or null")
 
 
 @dataclass
 class Config:
-    """Everything one run is made of; the groups are still config nodes, built when their turn comes."""
+    """The configuration of one run; the groups are config nodes from which `build` makes objects later."""
 
     method: Any
     replay: Any
@@ -191,7 +196,7 @@ class Config:
         for group in OBJECT_GROUPS:
             node = getattr(self, group)
             require(isinstance(node, dict) and "_target_" in node, group, node, f"an option of the group conf/{group}")
-        for group in ("method", "benchmark"):  # they name the run directory
+        for group in ("method", "benchmark"):  # parts of the run directory's path
             name = str(getattr(self, group).get("name", ""))
-            fits = re.fullmatch(r"\w[\w.-]*", name)
-            require(bool(fits), f"{group}.name", repr(name), "letters, digits, _, - and .")
+            valid = re.fullmatch(r"\w[\w.-]*", name)
+            require(bool(valid), f"{group}.name", repr(name), "letters, digits, _, - and .")

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from clpet.config.compose import conf_dir
 from tests.conftest import shared, tiny_args, write_words
 
 CLPET = [sys.executable, "-m", "clpet"]
@@ -63,7 +64,17 @@ def test_lists(clpet) -> None:
     assert "top_k: 1" in clpet("list", "method", "dynamic_conpet").out
     for group in ("models", "benchmarks", "hardware", "pefts", "replays", "trackings"):
         assert clpet("list", group).code == 0
-    assert "minilm" in clpet("list").out
+    assert {line.split()[0] for line in clpet("list", "experiments", "mocl").out.splitlines()} == {"mocl/fewshot_llama"}
+
+
+def test_an_overview_counts_the_options_of_every_group(clpet) -> None:
+    lines = [line.split(maxsplit=2) for line in clpet("list").out.splitlines() if line]
+    assert len(lines) < 30
+    counts = {label: count for label, count, _ in lines}
+    assert counts["methods"] == str(len(clpet("list", "methods").out.splitlines()))
+    papers = {path.name for path in (conf_dir() / "experiment").iterdir() if path.is_dir()}
+    assert papers <= counts.keys()
+    assert sum(int(counts[paper]) for paper in papers) == int(counts["experiments"])
 
 
 def test_train_help_names_groups_and_examples(clpet) -> None:

@@ -70,4 +70,4 @@ def test_without_slurm_there_is_one_line(clpet, words: Path, tmp_path: Path, mon
     monkeypatch.setenv("PATH", str(tmp_path))
     found = clpet("train", *on_slurm(words))
     assert found.code == 1
-    assert found.err.splitlines()[-1].startswith("clpet: there is no SLURM on this machine")
+    assert found.err.splitlines()[-1].startswith("clpet: SLURM is not installed on this machine")

@@ -55,14 +55,14 @@ def test_what_hydra_reads_stays_as_it_is() -> None:
 def test_a_text_that_hydra_cannot_read_gets_a_quoting_that_works(word: str, right: str, clpet) -> None:
     """The word that the message shows is one word in a shell, and gives the text that was meant."""
     message = one_line(clpet("train", "tracking=off", "benchmark=files", word))
-    (typed,) = shlex.split(message.partition("quoted twice: ")[2])
+    (typed,) = shlex.split(message.partition(" twice: ")[2])
     cfg = compose_config(["benchmark=files", expand_override(typed)])
     assert cfg.benchmark[typed.partition("=")[0].removeprefix("benchmark.")] == right
 
 
 def test_entries_of_an_empty_table_get_a_word_that_works(clpet) -> None:
     message = one_line(clpet("train", "tracking=off", "benchmark=files", "benchmark.metrics={a: rouge_l}"))
-    (typed,) = shlex.split(message.partition(" say ")[2])
+    (typed,) = shlex.split(message.partition("add them with ")[2])
     assert compose_config(["benchmark=files", expand_override(typed)]).benchmark.metrics == {"a": "rouge_l"}
 
 

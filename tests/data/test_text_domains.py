@@ -202,7 +202,7 @@ def test_similar_domains_follow_each_other_from_the_reference(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"base": "owl"}, "benchmark.base=owl is no domain of mine; there are: ant, bee, cat, dog"),
+        ({"base": "owl"}, "benchmark.base=owl is no domain of mine; available: ant, bee, cat, dog"),
         ({"reference": "owls"}, "benchmark.reference=owls is neither a domain of mine nor a file or folder"),
         ({"tasks": ["ant", "cot"]}, "benchmark.tasks names cot, which mine does not have; did you mean cat"),
         ({"domains": ["ant", "emu"]}, "has no domain emu"),

@@ -97,7 +97,7 @@ def test_the_default_targets_are_the_output_projections_of_attention(kind: str) 
 
 def test_a_target_that_does_not_exist_lists_those_that_do() -> None:
     """Oracle 23."""
-    with pytest.raises(ModelError, match=r"names the layer o_proj, .* there are: dense, key, query, value"):
+    with pytest.raises(ModelError, match=r"names the layer o_proj, .* available: dense, key, query, value"):
         increments(network("bert"), ["query", "o_proj"])
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clpet.cli.launch import RankError, start
+from clpet.cli.launch import RankError, start_ranks
 from clpet.evaluation.evaluator import Evaluator
 from clpet.runtime.distributed import init_distributed, to_cpu
 from clpet.runtime.signals import EXIT_TEMPFAIL
@@ -90,7 +90,7 @@ def trace(folder: str, cases: dict[str, list[str]]) -> None:
 def by_rank(words: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of every case, on each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    start(2, trace, str(folder), {name: overrides_of(name, words, prose) for name in CASES})
+    start_ranks(2, trace, str(folder), {name: overrides_of(name, words, prose) for name in CASES})
     return [torch.load(folder / f"{index}.pt", weights_only=True) for index in range(2)]
 
 
@@ -198,8 +198,8 @@ def killed() -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_other_one() -> None:
-    with pytest.raises(RankError, match=r"rank \d (was killed \(SIGKILL\)|or another one has ended unheard)"):
-        start(2, killed)
+    with pytest.raises(RankError, match=r"rank \d (was killed \(SIGKILL\)|or another rank ended without a message)"):
+        start_ranks(2, killed)
 
 
 @pytest.mark.slow
