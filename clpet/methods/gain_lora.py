@@ -1,7 +1,8 @@
-"""GainLoRA: a gate per task scales its branch, and is trained where old inputs do not see it (Liang et al., 2025).
+"""GainLoRA: gated branches whose gates barely respond to inputs of earlier tasks (Liang et al., 2025).
 
-h = W x + sum_i a_i(x) s B_i A_i x, a_i = |2 sigmoid(4 cos(key_i, g_i)) - 1| = |tanh(2 cos(key_i, g_i))|,
-g_i = SiLU(W2 SiLU(W1 x')), x' the mean token embedding. The branches are InfLoRA's with design=svd.
+h = W x + sum_i a_i(x) s B_i A_i x with branches of InfLoRA (design=svd) and gates
+    a_i = |2 sigmoid(4 cos(key_i, g_i)) - 1| = |tanh(2 cos(key_i, g_i))|,    g_i = SiLU(W2 SiLU(W1 x')),
+where x' is the mean token embedding. Every update of a gate is projected out of the span of earlier inputs.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from clpet.methods.components.features import mean_pool, token_embeddings, vocab
 from clpet.methods.components.subspace import Covariance, project_out, top_singular_vectors
 from clpet.methods.inf_lora import InfLoRA
 
-READS = {"down": "x", "up": "hidden", "key": "gate"}  # which basis each of a gate's tensors must stay outside of
+INPUT_OF = {"down": "x", "up": "hidden", "key": "gate"}  # tensor of a gate -> the input whose basis it must not touch
 
 
 class Gate(nn.Module):
-    """W1 [hidden, d], W2 [d, hidden] and key [1, d] of one task."""
+    """Gate of one task: W1 = `down` [hidden, d], W2 = `up` [d, hidden] and `key` [1, d]."""
 
     def __init__(self, dim: int, hidden: int, seed: int) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class Gate(nn.Module):
         self.key = uniform(1.0, 1, dim)
 
     def stages(self, x: Tensor) -> dict[str, Tensor]:
-        """x' and what is computed of it: SiLU(W1 x') and g(x')."""
+        """x' [batch, d], SiLU(W1 x') and g(x'): the inputs of W1, W2 and the key."""
         hidden = F.silu(x @ self.down.T)
         return {"x": x, "hidden": hidden, "gate": F.silu(hidden @ self.up.T)}
 
@@ -47,10 +48,10 @@ class Gate(nn.Module):
 
 @dataclass
 class GainLoRA(InfLoRA):
-    """Trained in task t: B_t and gate_t, which starts from gate_{t-1}; all older gates are frozen.
+    """Task t trains B_t and gate_t, which starts from gate_{t-1}; all older gates are frozen.
 
-    rescale=true gives every projected row of the gate the norm that the plain step gave it, as published; false
-    keeps the gate's updates exactly outside the span of old inputs.
+    rescale=true scales every row of the projected gate to its norm after the unprojected step, as in the published
+    code; rescale=false keeps the gate's updates exactly orthogonal to earlier inputs.
     """
 
     hidden: int = 100
@@ -65,10 +66,10 @@ class GainLoRA(InfLoRA):
     def init_adapters(self) -> None:
         super().init_adapters()
         self.gates: list[Gate] = []
-        self.before: dict[str, Tensor] = {}  # the newest gate's tensors before the step, from task 2 on
+        self.old_gate: dict[str, Tensor] = {}  # tensors of the newest gate before a step, from task 2 on
 
     def new_gate(self, index: int | str) -> Gate:
-        """A gate drawn for a task."""
+        """A randomly initialised gate."""
         dim = vocabulary(self.objective.adapters.model).shape[1]
         return Gate(dim, self.hidden, derive(self.seed, "gate", index)).to(self.objective.device)
 
@@ -78,17 +79,18 @@ class GainLoRA(InfLoRA):
         for old in self.gates:
             old.requires_grad_(False)
         with torch.no_grad():
-            for old in self.gates[-1:]:
+            for old in self.gates[-1:]:  # gate_t starts from gate_{t-1}
                 gate.down.copy_(old.down)
                 gate.up.copy_(old.up)
         self.gates.append(gate)
         covariance = self.gate_covariances(index)["gate"]
+        # The key starts at the top direction of the new task's g that earlier tasks do not use.
         direction = top_singular_vectors(covariance, self.basis("gate", covariance))[:, 0]
         with torch.no_grad():
             gate.key.copy_(direction * gate.key.norm())
 
     def pool(self, batch: Batch) -> Tensor:
-        """[batch, dim]: the mean token embedding."""
+        """[batch, dim]: x', the mean token embedding."""
         return mean_pool(token_embeddings(self.objective.adapters.model, batch), self.mask(batch))
 
     def route(self, batch: Batch) -> Tensor:
@@ -97,25 +99,26 @@ class GainLoRA(InfLoRA):
 
     @torch.no_grad()
     def gate_covariances(self, index: int) -> dict[str, Tensor]:
-        """C of the inputs of W1, W2 and of the key in the newest gate, over the task's train part."""
-        found: dict[str, Covariance] = {}
+        """C of the inputs of W1, W2 and the key of the newest gate, over the task's train examples."""
+        covariances: dict[str, Covariance] = {}
         pool, size = self.data.train, self.objective.eval_batch_size
         for rows in pool.by_length(pool.rows_of(index), size):
             batch = pool.batch(rows, self.objective.device)
             for name, x in self.gates[-1].stages(self.pool(batch)).items():
-                found.setdefault(name, Covariance(x.shape[1], x.device)).add(x)
-        return {name: covariance.mean() for name, covariance in found.items()}
+                covariances.setdefault(name, Covariance(x.shape[1], x.device)).add(x)
+        return {name: covariance.mean() for name, covariance in covariances.items()}
 
     def adjust_gradients(self) -> None:
+        """Copies the gate before the step, from which `after_step` computes its update."""
         if len(self.gates) > 1:
-            self.before = {name: tensor.detach().clone() for name, tensor in self.gates[-1].named_parameters()}
+            self.old_gate = {name: tensor.detach().clone() for name, tensor in self.gates[-1].named_parameters()}
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Takes from the gate's update what inputs of earlier tasks would notice."""
-        for name, before in self.before.items():
+        """Projects the gate's update: W + dW (I - M M^T). Projecting gradients would not do, AdamW rescales them."""
+        for name, before in self.old_gate.items():
             tensor = self.gates[-1].get_parameter(name)
-            tensor.copy_(projected_step(before, tensor, self.bases[READS[name]], self.rescale))
+            tensor.copy_(projected_step(before, tensor, self.bases[INPUT_OF[name]], self.rescale))
 
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)
@@ -145,6 +148,6 @@ def opening(cosine: Tensor) -> Tensor:
 
 
 def projected_step(before: Tensor, after: Tensor, basis: Tensor, rescale: bool) -> Tensor:
-    """W + dW (I - M M^T); with `rescale` every row has the norm of W + dW."""
+    """W + dW (I - M M^T), where dW = `after` - `before`; with `rescale` every row gets the norm of W + dW."""
     moved = before + project_out(after - before, basis)
     return moved * (after.norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)) if rescale else moved

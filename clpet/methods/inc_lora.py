@@ -1,4 +1,4 @@
-"""IncLoRA: a new low-rank branch per task beside the frozen ones, h = W x + s sum_{i <= t} B_i A_i x."""
+"""IncLoRA: a new low-rank branch per task, added to the frozen ones, h = W x + s sum_{i <= t} B_i A_i x."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,16 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class IncLoRA(Method):
-    """Branches of stacked rank; subclasses weigh them in `route`. Rank, alpha and targets are those of peft=lora."""
+    """Base of methods with a LoRA branch per task, which subclasses weigh in `route`.
+
+    Rank, alpha (s = alpha / rank) and target layers are those of peft=lora.
+    """
 
     supported_pefts: ClassVar[tuple[str, ...]] = ("lora",)
     supports_recompute: ClassVar[bool] = False
 
     def init_adapters(self) -> None:
-        """Row 0 is the bare backbone."""
+        """Attaches no branch yet: row 0 of the matrix is the bare backbone."""
         self.increments = Increments(self.objective.adapters)
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
@@ -31,28 +34,28 @@ class IncLoRA(Method):
         super().learn(task, index, trainer)
 
     def add_branch(self, index: int) -> None:
-        """What task `index` trains; everything of the earlier tasks is frozen."""
+        """Adds the branch A_t, B_t that task `index` trains; those of earlier tasks are frozen."""
         self.increments.add(derive(self.seed, "adapter", index))
 
     def route(self, batch: Batch) -> Tensor | None:
-        """Weights of the branches, [n] or [batch, n], newest last; None adds them up."""
+        """Weights of the n branches, [n] or [batch, n], newest last; None means 1 for each."""
         return None
 
     def loss(self, batch: Batch) -> Tensor:
-        return self.mixed_loss(batch, self.route(batch))
+        return self.routed_loss(batch, self.route(batch))
 
-    def mixed_loss(self, batch: Batch, weights: Tensor | None) -> Tensor:
-        """Cross-entropy of the model with the branches weighed."""
+    def routed_loss(self, batch: Batch, weights: Tensor | None) -> Tensor:
+        """Cross-entropy of the model with its branches weighed by `weights`."""
         with self.increments.weighted(weights):
             return super().loss(batch)
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         weights = self.route(batch) if self.increments.branches else None
         with self.increments.weighted(weights):
-            found = super().predict(batch, choices)
+            predictions = super().predict(batch, choices)
         if weights is not None and weights.dim() == 2:
-            found.trace["selected"] = weights.argmax(1)
-        return found
+            predictions.trace["selected"] = weights.argmax(1)
+        return predictions
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {**self.increments.current(), **self.objective.parameters()}
@@ -61,7 +64,7 @@ class IncLoRA(Method):
         return super().stored_parameters() + self.increments.count()
 
     def save(self, folder: Path) -> None:
-        """Each branch as a LoRA of its own; those that are not simply added up need the router's weights too."""
+        """Writes each branch as a separate LoRA; using branches that are not simply added takes the router as well."""
         self.increments.save(folder, [module_name(index) for index in range(self.increments.branches)])
 
     def merged(self) -> Any:

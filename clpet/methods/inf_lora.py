@@ -1,7 +1,9 @@
-"""InfLoRA: branches that read only directions which earlier tasks did not use (Liang and Li, 2024, 2404.00228).
+"""InfLoRA: branches that do not respond to inputs of earlier tasks (Liang and Li, 2024, arXiv 2404.00228).
 
-A_t is designed and frozen, B_t is trained: h = W x + s sum_i B_i A_i x. M spans a layer's inputs of the tasks before:
-rows of A_t lie outside of it, so that B_t A_t x = 0 for x in span(M). The rules are those of GainLoRA's version.
+h = W x + s sum_i B_i A_i x. Before task t, A_t is designed and frozen; only B_t is trained. The columns of M are an
+orthonormal basis of a layer's inputs in earlier tasks. The rows of A_t are orthogonal to M, so that B_t A_t x = 0 for
+every x in span(M): training B_t does not change what earlier inputs give. After the task M is extended
+(components/subspace.py). Details follow the version published with GainLoRA.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from clpet.training.trainer import Trainer
 
 
 class Design(Enum):
-    """Where the rows of A_t come from."""
+    """Origin of the rows of A_t: random, or singular vectors of the task's inputs."""
 
     random = "random"
     svd = "svd"
@@ -35,7 +37,7 @@ class Design(Enum):
 
 @dataclass
 class InfLoRA(IncLoRA):
-    """design=svd: the leading directions of the task's own inputs, as in the paper; random: Kaiming rows outside M."""
+    """A_t for design=svd: top singular vectors of the task's inputs (the paper's); random: projected Kaiming rows."""
 
     design: Design = Design.svd
     epsilon: float = 0.995
@@ -46,8 +48,8 @@ class InfLoRA(IncLoRA):
 
     def init_adapters(self) -> None:
         super().init_adapters()
-        self.bases: dict[str, Tensor] = {}  # M by the first layer that reads the input, fp32
-        self.same: dict[str, str] = {}  # layer -> that first layer
+        self.bases: dict[str, Tensor] = {}  # M in fp32, by the layer that represents an input
+        self.source: dict[str, str] = {}  # layer -> the layer with the same input that represents it
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.add_branch(index)
@@ -56,54 +58,54 @@ class InfLoRA(IncLoRA):
         self.fit(trainer, index)
 
     def design_branch(self, index: int) -> None:
-        """Sets A_t; only B_t will move."""
+        """Sets and freezes A_t, so that only B_t is trained."""
         if self.design is Design.svd:
-            found, same = self.covariances(index)
-            rows = {first: self.leading_rows(first, c) for first, c in found.items()}
+            covariances, source = self.covariances(index)
+            rows = {name: self.top_rows(name, covariance) for name, covariance in covariances.items()}
         for name, layer in self.increments.layers.items():
             with torch.no_grad():
                 if self.design is Design.svd:
-                    layer.a.copy_(rows[same[name]])
+                    layer.a.copy_(rows[source[name]])
                 elif index > 0:
-                    layer.a.copy_(projected(layer.a, self.bases[self.same[name]]))
+                    layer.a.copy_(projected(layer.a, self.bases[self.source[name]]))
             layer.a.requires_grad_(False)
 
-    def leading_rows(self, first: str, covariance: Tensor) -> Tensor:
+    def top_rows(self, name: str, covariance: Tensor) -> Tensor:
         """[r, d_in]: the top r left singular vectors of (I - M M^T) C, of norm 1 / sqrt(3)."""
-        return top_singular_vectors(covariance, self.basis(first, covariance))[:, : self.increments.rank].T / 3**0.5
+        return top_singular_vectors(covariance, self.basis(name, covariance))[:, : self.increments.rank].T / 3**0.5
 
     def basis(self, name: str, covariance: Tensor) -> Tensor:
-        """M in fp64; empty before the first task."""
-        held = self.bases.get(name)
-        return covariance[:, :0] if held is None else held.double()
+        """M [d, q] in fp64; q = 0 before the first task."""
+        basis = self.bases.get(name)
+        return covariance[:, :0] if basis is None else basis.double()
 
     @torch.no_grad()
     def covariances(self, index: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """C of every distinct layer input over the task's train part, and the layer whose C each layer shares."""
+        """C of every distinct layer input over the task's train examples, and the layer whose C each layer shares."""
         layers = {name: layer.module for name, layer in self.increments.layers.items()}
         pool, size = self.data.train, self.objective.eval_batch_size
-        with InputCovariances(layers) as found:
+        with InputCovariances(layers) as inputs:
             for rows in pool.by_length(pool.rows_of(index), size):
                 batch = pool.batch(rows, self.objective.device)
-                found.begin(*([] if self.faithful_padding else self.objective.masks(batch)))
-                self.mixed_loss(batch, self.route(batch))
-        return {name: covariance.mean() for name, covariance in found.covariances.items()}, found.source
+                inputs.begin(*([] if self.faithful_padding else self.objective.masks(batch)))
+                self.routed_loss(batch, self.route(batch))
+        return {name: covariance.mean() for name, covariance in inputs.covariances.items()}, inputs.source
 
     def mask(self, batch: Batch) -> Tensor:
-        """[batch, length]: the positions that count."""
+        """[batch, length]: 1 at positions that count; faithful_padding counts padding as the published code does."""
         return torch.ones_like(batch.attention_mask) if self.faithful_padding else batch.attention_mask
 
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)
-        found, self.same = self.covariances(index)
-        for name, covariance in found.items():
+        covariances, self.source = self.covariances(index)
+        for name, covariance in covariances.items():
             self.extend(name, covariance, index)
 
     def extend(self, name: str, covariance: Tensor, index: int) -> None:
-        """Adds to a basis what task `index` used."""
+        """Extends a basis M by the directions that the inputs of task `index` need, with the threshold eps_t."""
         epsilon = threshold(self.epsilon, index, len(self.benchmark))
         basis = extend_basis(self.basis(name, covariance), covariance, epsilon).float()
-        self.bases[name] = basis.contiguous()  # as it comes back from a checkpoint: products round by memory layout
+        self.bases[name] = basis.contiguous()  # the layout it has after resuming: rounding depends on it
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {name: tensor for name, tensor in super().named_parameters().items() if tensor.requires_grad}
@@ -112,17 +114,17 @@ class InfLoRA(IncLoRA):
         return super().stored_parameters() + sum(basis.numel() for basis in self.bases.values())
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "bases": self.bases, "same": self.same}
+        return {**super().state_dict(), "bases": self.bases, "same": self.source}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.same = state["same"]
+        self.source = state["same"]
         self.bases = {name: basis.to(self.objective.device) for name, basis in state["bases"].items()}
         for layer in self.increments.layers.values():
             layer.a.requires_grad_(False)
 
 
 def projected(a: Tensor, basis: Tensor) -> Tensor:
-    """A (I - M M^T) with every row scaled to norm 1 / sqrt(3), the expected norm of a Kaiming row."""
+    """A (I - M M^T) with every row scaled to norm 1 / sqrt(3), about the norm of a Kaiming row."""
     rows = project_out(a.double(), basis.double())
-    return (F.normalize(rows, eps=1e-4) / 3**0.5).to(a.dtype)  # where M leaves no room nothing but noise is left
+    return (F.normalize(rows, eps=1e-4) / 3**0.5).to(a.dtype)  # eps: if M spans everything, rows are rounding noise

@@ -1,6 +1,7 @@
-"""L2P: a pool of prompts, each text led by those whose keys are nearest to it (Wang et al., 2022, arXiv 2112.08654).
+"""L2P: a pool of prompts, of which those with the nearest keys are prepended (Wang et al., 2022, arXiv 2112.08654).
 
-q(x): mean token embedding. The k keys of highest cosine give k L vectors; L = CE - pull mean sum_chosen cos(q, key).
+With the query q(x) = mean token embedding, the prompts of the top_k keys with the highest cosine are prepended, which
+are top_k length vectors; L = CE - pull mean_batch sum_chosen cos(q(x), key).
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from clpet.methods.prompts import Prompts
 
 @dataclass
 class L2P(Prompts):
-    """One pool for all tasks. A key starts as the mean of its prompt, a prompt as random token embeddings."""
+    """One pool for all tasks. Prompts start as embeddings of random tokens, a key as the mean of its prompt."""
 
     pool: int = 10
     length: int = 5
@@ -40,7 +41,7 @@ class L2P(Prompts):
         self.prompts, self.keys = nn.Parameter(start), nn.Parameter(start.mean(1))
 
     def nearest(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cosines and numbers [batch, k] of the chosen keys, nearest first."""
+        """Cosines and indices [batch, top_k] of the chosen keys, nearest first."""
         query = mean_pool(token_embeddings(self.objective.adapters.model, batch), batch.attention_mask)
         return nearest(query, self.keys, self.top_k)
 
@@ -67,6 +68,6 @@ class L2P(Prompts):
 
 
 def nearest(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest cosines of query [batch, d] and keys [M, d], and which keys they are."""
-    found = (F.normalize(query, dim=1) @ F.normalize(keys, dim=1).T).topk(k, dim=1)
-    return found.values, found.indices
+    """The k largest cosines [batch, k] of query [batch, d] with keys [M, d], and the indices of these keys."""
+    top = (F.normalize(query, dim=1) @ F.normalize(keys, dim=1).T).topk(k, dim=1)
+    return top.values, top.indices

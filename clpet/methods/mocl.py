@@ -1,6 +1,7 @@
-"""MoCL: modules composed by how well an input's query matches the task vectors (Wang et al., 2024, NAACL).
+"""MoCL: LoRA modules weighed by the similarity of an input's query to their task vectors (Wang et al., 2024, NAACL).
 
-c_i = cos(q(x), v_i), w = softmax(8 c) or w = c, h = W x + sum_i w_i s B_i A_i x; L = CE + mean(1 - c_t).
+h = W x + sum_i w_i s B_i A_i x with c_i = cos(q(x), v_i) and w = softmax(scale c) or w = c;
+L = CE + matching mean(1 - c_t), which trains the task vector v_t towards the queries of its task.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from clpet.training.trainer import Trainer
 
 
 class Compose(Enum):
-    """How cosines become weights."""
+    """Weights of the modules: w = softmax(scale c), or w = c."""
 
     softmax = "softmax"
     direct = "direct"
@@ -29,9 +30,9 @@ class Compose(Enum):
 
 @dataclass
 class MoCL(IncLoRA):
-    """q(x) is the mean last hidden state of the bare backbone, so that of a train row is computed once a task.
+    """q(x) is the mean last hidden state of the bare backbone; that of a train row is computed once per task.
 
-    task_id_at_test=true composes the modules of an example's own task and of those before it only.
+    task_id_at_test=true composes only the modules of an example's task and of the tasks before it.
     """
 
     compose: Compose = Compose.softmax
@@ -47,8 +48,8 @@ class MoCL(IncLoRA):
 
     def init_adapters(self) -> None:
         super().init_adapters()
-        self.keys: list[nn.Parameter] = []  # the last one is trained
-        self.place = torch.full((len(self.data.train),), -1)
+        self.keys: list[nn.Parameter] = []  # v_1 .. v_t; only the last one is trained
+        self.query_row = torch.full((len(self.data.train),), -1)  # train row -> row of `queries`
 
     def add_branch(self, index: int) -> None:
         super().add_branch(index)
@@ -60,25 +61,25 @@ class MoCL(IncLoRA):
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         rows = self.data.train.rows_of(index)
-        self.place[rows] = torch.arange(len(rows))
+        self.query_row[rows] = torch.arange(len(rows))
         self.queries = self.embed(rows, self.query)
         super().learn(task, index, trainer)
 
     def query(self, batch: Batch) -> Tensor:
         """[batch, dim]: q(x)."""
-        self.objective.meter.count(batch, False)
+        self.objective.meter.count(batch, False)  # this forward does not go through the objective, which counts its own
         with self.increments.off():
             return mean_pool(hidden_states(self.objective.adapters.model, batch), batch.attention_mask)
 
     def cosines(self, queries: Tensor) -> Tensor:
-        """[batch, n]: c_i."""
+        """[batch, n]: c_i = cos(q, v_i) of queries [batch, dim]."""
         return F.normalize(queries, dim=1) @ F.normalize(torch.stack([*self.keys]), dim=1).T
 
     def route(self, batch: Batch) -> Tensor:
         return self.weigh(self.cosines(self.query(batch)), batch.tasks if self.task_id_at_test else None)
 
     def weigh(self, cosines: Tensor, tasks: Tensor | None = None) -> Tensor:
-        """[batch, n]: w; with `tasks` given, later modules than an example's own have no weight."""
+        """[batch, n]: w; if `tasks` [batch] are given, modules of later tasks get weight 0."""
         direct = self.compose is Compose.direct
         if tasks is not None:
             later = torch.arange(cosines.shape[1], device=cosines.device) > tasks[:, None]
@@ -86,9 +87,9 @@ class MoCL(IncLoRA):
         return cosines if direct else (self.scale * cosines).softmax(1)
 
     def loss(self, batch: Batch) -> Tensor:
-        place = self.place[torch.from_numpy(batch.rows)].to(self.queries.device, non_blocking=True)
-        cosines = self.cosines(self.queries[place])
-        loss = self.mixed_loss(batch, self.weigh(cosines))
+        rows = self.query_row[torch.from_numpy(batch.rows)].to(self.queries.device, non_blocking=True)
+        cosines = self.cosines(self.queries[rows])
+        loss = self.routed_loss(batch, self.weigh(cosines))
         return loss + self.matching * (1 - cosines[:, -1]).mean()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

@@ -1,6 +1,6 @@
-"""O-LoRA: branches whose row spaces stay orthogonal (Wang et al., 2023, arXiv 2310.14152).
+"""O-LoRA: LoRA branches with mutually orthogonal row spaces (Wang et al., 2023, arXiv 2310.14152).
 
-L = CE + l1 sum_layers sum_ij |A_{1:t-1} A_t^T|_ij + l2 sum_layers (||A_t|| + ||B_t||), norms not squared.
+L = CE + l1 sum_layers sum_ij |A_{1:t-1} A_t^T|_ij + l2 sum_layers (||A_t|| + ||B_t||), where norms are not squared.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class OLoRA(IncLoRA):
-    """All branches add up. `orthogonality` = l1 and `decay` = l2 are one number, or a list with one per task.
+    """All branches are added. `orthogonality` = l1 and `decay` = l2 are numbers, or lists with one number per task.
 
-    A_t -> 0 is a trivial optimum of the first term: a large l1 buys orthogonality with a branch that learns nothing.
+    A_t = 0 minimises the l1 term, so with a large l1 the branch is orthogonal but learns nothing.
     """
 
     orthogonality: Any = 0.5
@@ -31,14 +31,15 @@ class OLoRA(IncLoRA):
         for key in ("orthogonality", "decay"):
             value = getattr(self, key)
             numbers = value if isinstance(value, list) else [value]
-            right = bool(numbers) and all(isinstance(v, int | float) and v >= 0 for v in numbers)
-            require(right, f"method.{key}", value, "a number of 0 or more, or a list of one per task")
+            valid = bool(numbers) and all(isinstance(v, int | float) and v >= 0 for v in numbers)
+            require(valid, f"method.{key}", value, "a number of 0 or more, or a list of one per task")
 
     def check_benchmark(self, benchmark: Benchmark) -> None:
         for key in ("orthogonality", "decay"):
             value = getattr(self, key)
             if isinstance(value, list) and len(value) != len(benchmark):
-                raise ConfigError(f"method.{key} lists {len(value)} values for {len(benchmark)} tasks")
+                count = f"{len(value)} values for {len(benchmark)} tasks"
+                raise ConfigError(f"method.{key} has {count}: set one number, or a list with one per task")
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.strengths = of_task(self.orthogonality, index), of_task(self.decay, index)
@@ -52,16 +53,16 @@ class OLoRA(IncLoRA):
         return loss
 
     def overlap(self) -> Tensor:
-        """sum |A_{1:t-1} A_t^T| over the layers; B does not enter."""
+        """sum_layers sum_ij |A_{1:t-1} A_t^T|_ij; B plays no role."""
         return torch.stack([overlap(layer.A, layer.a) for layer in self.increments.layers.values()]).sum()
 
     def norms(self) -> Tensor:
-        """Frobenius norms of the branch that is trained."""
+        """sum_layers (||A_t|| + ||B_t||), Frobenius norms of the trained branch."""
         return torch.stack([tensor.norm() for tensor in self.increments.current().values()]).sum()
 
 
 def of_task(value: Any, index: int) -> float:
-    """A knob that is one number for all tasks, or a list."""
+    """Value for task `index` of an option that is one number for all tasks or a list."""
     return float(value[index] if isinstance(value, list) else value)
 
 

@@ -1,7 +1,8 @@
-"""OSF: full fine-tuning outside of a layer's strongest singular directions (Nayak et al., 2025, arXiv 2504.07097).
+"""OSF: fine-tuning orthogonally to a layer's strongest singular directions (Nayak et al., 2025, arXiv 2504.07097).
 
-peft=osf keeps the directions and projects the gradients (not AdamW's steps: the kept directions move a little);
-here its result is merged after a task and decomposed anew.
+peft=osf freezes the directions with large singular values and projects gradients out of them. It does not project
+AdamW's steps, so that the protected directions still change a little. This method merges the result into the weights
+after each task and decomposes them again.
 """
 
 from dataclasses import dataclass
@@ -21,15 +22,15 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class OSF(Method):
-    """What task t made strong is among the kept directions of task t + 1."""
+    """Directions that task t made strong are among the protected ones of task t + 1."""
 
     supported_pefts: ClassVar[tuple[str, ...]] = ("osf",)
 
     def init_adapters(self) -> None:
         super().init_adapters()
-        self.index = 0  # of the task that is learned
+        self.index = 0  # of the current task
         if not self.layers():
-            raise ModelError("peft=osf fits linear layers only, and peft.targets names none")
+            raise ModelError("peft=osf supports linear layers only, but peft.targets matches none: change peft.targets")
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.index = index
@@ -39,27 +40,27 @@ class OSF(Method):
         super().learn(task, index, trainer)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Singular values and vectors of the decomposition made for this task, and the head."""
+        """Trainable singular values and vectors of the current task's decomposition, and the head."""
         adapter = self.objective.adapters.tensors("default")
         return {**{f"{self.index}.{name}": value for name, value in adapter.items()}, **self.objective.parameters()}
 
     def layers(self) -> dict[str, Any]:
-        """The layers that are trained."""
+        """The trained layers by their name in the backbone."""
         named = self.objective.adapters.model.named_modules()
         return {name.removeprefix("base_model.model."): m for name, m in named if hasattr(m, "osf_svd_params")}
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Their weights before the present task."""
+        """Weights of the trained layers before the current task."""
         return {name: layer.get_base_layer().weight for name, layer in self.layers().items()}
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
-        """Writes the trained layers' weights as safetensors, by their name in the backbone."""
+        """Writes the trained layers' weights as safetensors, named as in the backbone."""
         folder.mkdir(parents=True, exist_ok=True)
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, layer in self.layers().items():
-            found[f"{name}.weight"] = (layer.get_base_layer().weight + layer.get_delta_weight("default")).cpu()
-        save_file(found, folder / "weights.safetensors")
+            tensors[f"{name}.weight"] = (layer.get_base_layer().weight + layer.get_delta_weight("default")).cpu()
+        save_file(tensors, folder / "weights.safetensors")
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "weights": self.weights()}

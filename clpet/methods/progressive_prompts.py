@@ -1,6 +1,7 @@
-"""Progressive Prompts: a new prompt before those of the earlier tasks (Razdaibiedina et al., 2023, arXiv 2301.12314).
+"""Progressive Prompts: each task prepends a new prompt to the frozen prompts of earlier tasks.
 
-Task t reads [P_t; P_{t-1}; ...; P_1; e(x)] and trains P_t; optionally P + MLP(P) stands for P while it is trained.
+Razdaibiedina et al., 2023, arXiv 2301.12314. In task t the input is [P_t; P_{t-1}; ...; P_1; e(x)], and only P_t is
+trained, L = CE. Optionally P_t is reparametrised as P_t + MLP(P_t) during training.
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class ProgressivePrompts(Prompts):
-    """At test all prompts, or with task_id_at_test=true those of the example's own task and of the ones before it.
+    """Prepends all prompts at test; with task_id_at_test=true only those of the example's task and the tasks before it.
 
-    The paper trains with Adam at 0.3, weight decay 1e-5, batches of 8 and 10 epochs.
+    The paper trains with Adam, learning rate 0.3, weight decay 1e-5, batch size 8 and 10 epochs.
     """
 
     length: int = 10
@@ -38,10 +39,10 @@ class ProgressivePrompts(Prompts):
 
     def init_adapters(self) -> None:
         super().init_adapters()
-        self.frozen: list[Tensor] = []  # earlier tasks' prompts
-        self.new = nn.Parameter(self.from_vocabulary(0))
+        self.frozen: list[Tensor] = []  # P_1 .. P_{t-1}
+        self.new = nn.Parameter(self.from_vocabulary(0))  # P_t; empty in row 0
         self.reparametrisation: nn.Module | None = None
-        self.shown: int | None = None  # how many prompts, the oldest first; None is all
+        self.num_prompts: int | None = None  # number of prompts used, oldest first; None: all
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         if len(self.new):
@@ -51,7 +52,7 @@ class ProgressivePrompts(Prompts):
         super().learn(task, index, trainer)
 
     def network(self, index: int) -> nn.Module:
-        """The MLP of a task, d -> mlp -> d with tanh between."""
+        """The MLP of a task: d -> mlp -> d with tanh in between."""
         torch.manual_seed(derive(self.seed, "mlp", index))
         dim = self.new.shape[1]
         return nn.Sequential(nn.Linear(dim, self.mlp), nn.Tanh(), nn.Linear(self.mlp, dim)).to(self.objective.device)
@@ -61,25 +62,25 @@ class ProgressivePrompts(Prompts):
         return self.new if self.reparametrisation is None else self.new + self.reparametrisation(self.new)
 
     def prompt(self, batch: Batch) -> Tensor:
-        oldest_first = [*self.frozen, self.newest()][: self.shown]
+        oldest_first = [*self.frozen, self.newest()][: self.num_prompts]
         return torch.cat(oldest_first[::-1]).expand(len(batch), -1, -1)
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         if choices.tasks is None:
             return super().predict(batch, choices)
-        parts = []
+        by_task = []
         for index in choices.tasks.unique().tolist():
             rows = (choices.tasks == index).nonzero().squeeze(1)
-            self.shown = index + 1
-            parts.append((rows, super().predict(batch.select(rows), choices)))
-        self.shown = None
-        return Predictions.joined(parts)
+            self.num_prompts = index + 1
+            by_task.append((rows, super().predict(batch.select(rows), choices)))
+        self.num_prompts = None
+        return Predictions.joined(by_task)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         task = len(self.frozen)
         mlp = {} if self.reparametrisation is None else dict(self.reparametrisation.named_parameters())
-        own = {f"prompt{task}": self.new, **{f"mlp{task}.{name}": value for name, value in mlp.items()}}
-        return {**own, **self.objective.parameters()}
+        prompt = {f"prompt{task}": self.new, **{f"mlp{task}.{name}": value for name, value in mlp.items()}}
+        return {**prompt, **self.objective.parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"task{index:03d}": prompt for index, prompt in enumerate([*self.frozen, self.newest()])}
@@ -90,9 +91,9 @@ class ProgressivePrompts(Prompts):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        own, device = state["prompts"], self.objective.device
-        self.frozen = [prompt.to(device) for prompt in own["frozen"]]
-        self.new = nn.Parameter(own["new"].to(device))
-        if own["mlp"]:
+        prompts, device = state["prompts"], self.objective.device
+        self.frozen = [prompt.to(device) for prompt in prompts["frozen"]]
+        self.new = nn.Parameter(prompts["new"].to(device))
+        if prompts["mlp"]:
             self.reparametrisation = self.network(len(self.frozen))
-            self.reparametrisation.load_state_dict(own["mlp"])
+            self.reparametrisation.load_state_dict(prompts["mlp"])

@@ -1,4 +1,4 @@
-"""Methods that leave the backbone as it is and learn vectors before the text's embeddings."""
+"""Base of prompt methods: the backbone is frozen, and vectors prepended to the text's embeddings are learned."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from clpet.methods.components.features import vocabulary
 
 @dataclass
 class Prompts(Method):
-    """Subclasses say in `prompt` what stands before each text; it is the text that is cut to make room."""
+    """Subclasses return the prepended vectors in `prompt`; texts are cut to make room for them."""
 
     length: int = 10
 
@@ -32,22 +32,22 @@ class Prompts(Method):
         benchmark.reserved_positions = self.longest(benchmark)
 
     def longest(self, benchmark: Benchmark) -> int:
-        """Most vectors that ever stand before a text."""
+        """Largest number of vectors ever prepended to a text."""
         raise NotImplementedError
 
     def init_adapters(self) -> None:
         self.objective.prompt = self.prompt
 
     def prompt(self, batch: Batch) -> Tensor:
-        """[batch, p, dim]: what stands before each text."""
+        """[batch, p, dim]: the vectors prepended to each text."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was learned, by name."""
+        """The learned tensors by name."""
         raise NotImplementedError
 
     def from_vocabulary(self, count: int, *names: object) -> Tensor:
-        """[count, dim] fp32: embeddings of tokens drawn at random for one purpose."""
+        """[count, dim] fp32: embeddings of random tokens, drawn from a stream of random numbers named by `names`."""
         weight = vocabulary(self.objective.adapters.model)
         generator = torch.Generator().manual_seed(derive(self.seed, "prompt", *names))
         return weight[torch.randint(len(weight), (count,), generator=generator).to(weight.device)].float()

@@ -1,7 +1,9 @@
-"""SAPT-LoRA: one softmax over task keys weighs the branches, in training and at test (Zhao et al., 2024, 2401.08295).
+"""SAPT-LoRA: attention over task keys weighs the LoRA branches, in training and at test.
 
-x' = LayerNorm(SiLU(W2 W1 max_pool(embeddings))), w = softmax(k_i . x' / sqrt(d)), h = W x + sum_i w_i s B_i A_i x.
-Stored inputs of each old task i keep the router where it was: + kl_ratio KL(w_i after task i || w now).
+Zhao et al., 2024, arXiv 2401.08295. h = W x + sum_i w_i s B_i A_i x with the router
+    x' = LayerNorm(SiLU(W2 W1 max_pool(embeddings))),    w = softmax_i(k_i . x' / sqrt(d)).
+L = CE + kl_ratio sum_{i<t} KL(w after task i || w now), averaged over stored inputs of each old task i: the router's
+weights for old inputs are distilled.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from clpet.training.trainer import Trainer
 
 
 class Query(nn.Module):
-    """x' = LayerNorm(SiLU(W2 W1 x)), d -> hidden -> d, no bias; drawn from `seed`."""
+    """x' = LayerNorm(SiLU(W2 W1 x)), d -> hidden -> d without biases, initialised from `seed`."""
 
     def __init__(self, dim: int, hidden: int, seed: int) -> None:
         super().__init__()
@@ -36,10 +38,11 @@ class Query(nn.Module):
 
 @dataclass
 class SAPT(IncLoRA):
-    """Old branches and keys are frozen; A_t, B_t, k_t and the query net are trained.
+    """Trains A_t, B_t, k_t and the query network; old branches and keys are frozen.
 
-    Of an old task a share of its inputs is kept (row numbers, labels unused) and its mean weights on validation.
-    All of them enter every step: the embeddings are frozen, so that their pooled vectors are computed once.
+    Of every old task a fraction `share` of its inputs is stored (row numbers; labels are not used), and its mean
+    weights w on validation. All stored inputs enter every step. Embeddings are frozen, so their pooled vectors are
+    computed once per task.
     """
 
     kl_ratio: float = 0.5
@@ -58,10 +61,10 @@ class SAPT(IncLoRA):
         super().init_adapters()
         device, self.dim = self.objective.device, vocabulary(self.objective.adapters.model).shape[1]
         self.query = Query(self.dim, self.hidden, derive(self.seed, "query")).to(device)
-        self.keys = [torch.empty(0, self.dim, device=device)]  # those of earlier tasks, then the one being trained
-        self.memory: dict[int, np.ndarray] = {}
-        self.means: list[Tensor] = []  # after task i: its mean weights of the branches 0 .. i
-        self.held: list[Tensor] = []
+        self.keys = [torch.empty(0, self.dim, device=device)]  # [old tasks, d], then k_t once training starts
+        self.memory: dict[int, np.ndarray] = {}  # task -> train rows of its stored inputs
+        self.means: list[Tensor] = []  # per task i: mean weights [i + 1] right after learning it
+        self.pooled_memory: list[Tensor] = []  # per old task: pooled vectors [n, d] of its stored inputs
 
     def add_branch(self, index: int) -> None:
         super().add_branch(index)
@@ -70,11 +73,8 @@ class SAPT(IncLoRA):
         self.keys = [torch.cat(self.keys).detach(), nn.Parameter(key.to(self.objective.device))]
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
-        self.held = (
-            [self.pooled(self.data.train, rows) for rows in self.memory.values()]
-            if self.kl_ratio and self.share
-            else []
-        )
+        distils = self.kl_ratio and self.share
+        self.pooled_memory = [self.pooled(self.data.train, rows) for rows in self.memory.values()] if distils else []
         super().learn(task, index, trainer)
 
     def pool(self, batch: Batch) -> Tensor:
@@ -84,8 +84,8 @@ class SAPT(IncLoRA):
 
     def pooled(self, pool: EncodedDataset, rows: np.ndarray) -> Tensor:
         """[n, dim]: `pool` of rows, longest first."""
-        parts = pool.by_length(rows, self.objective.eval_batch_size)
-        return torch.cat([self.pool(pool.batch(part, self.objective.device)) for part in parts])
+        batches = pool.by_length(rows, self.objective.eval_batch_size)
+        return torch.cat([self.pool(pool.batch(batch, self.objective.device)) for batch in batches])
 
     def scores(self, pooled: Tensor) -> Tensor:
         """[batch, n]: k_i . x' / sqrt(d)."""
@@ -96,7 +96,7 @@ class SAPT(IncLoRA):
 
     def loss(self, batch: Batch) -> Tensor:
         loss = super().loss(batch)
-        for mean, pooled in zip(self.means, self.held, strict=False):
+        for mean, pooled in zip(self.means, self.pooled_memory, strict=False):
             loss = loss + self.kl_ratio * divergence(mean, self.scores(pooled))
         return loss
 
@@ -114,7 +114,7 @@ class SAPT(IncLoRA):
             self.means.append(self.scores(self.pooled(pool, pool.rows_of(index))).softmax(1).mean(0))
 
     def stored_examples(self) -> int:
-        """Inputs without their labels."""
+        """Number of stored inputs, whose labels are not used."""
         return super().stored_examples() + sum(len(rows) for rows in self.memory.values())
 
     def stored_parameters(self) -> int:
@@ -122,21 +122,21 @@ class SAPT(IncLoRA):
         return super().stored_parameters() + sum(tensor.numel() for tensor in router)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {
+        router = {
             "query": self.query.state_dict(),
             "keys": torch.cat(self.keys).detach(),
             "memory": {str(task): rows.tolist() for task, rows in self.memory.items()},
             "means": self.means,
         }
-        return {**super().state_dict(), "router": own}
+        return {**super().state_dict(), "router": router}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        own, device = state["router"], self.objective.device
-        self.query.load_state_dict(own["query"])
-        self.keys = [own["keys"][:-1].to(device), nn.Parameter(own["keys"][-1:].to(device))]
-        self.memory = {int(task): np.array(rows, dtype=np.int64) for task, rows in own["memory"].items()}
-        self.means = [mean.to(device) for mean in own["means"]]
+        router, device = state["router"], self.objective.device
+        self.query.load_state_dict(router["query"])
+        self.keys = [router["keys"][:-1].to(device), nn.Parameter(router["keys"][-1:].to(device))]
+        self.memory = {int(task): np.array(rows, dtype=np.int64) for task, rows in router["memory"].items()}
+        self.means = [mean.to(device) for mean in router["means"]]
 
 
 def scores(x: Tensor, keys: Tensor) -> Tensor:
@@ -145,6 +145,6 @@ def scores(x: Tensor, keys: Tensor) -> Tensor:
 
 
 def divergence(mean: Tensor, scores: Tensor) -> Tensor:
-    """KL(mean, then zeros for branches added since || softmax(scores)), averaged over the batch; 0 log 0 = 0."""
+    """KL(mean || softmax(scores)) averaged over the batch; `mean` is 0 for branches added since, with 0 log 0 = 0."""
     target = nn.functional.pad(mean, (0, scores.shape[1] - len(mean)))
     return (torch.xlogy(target, target) - target * scores.log_softmax(1)).sum(1).mean()

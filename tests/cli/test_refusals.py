@@ -74,7 +74,7 @@ BAD = [
     ("replay in a router", ["train", "method=sapt", "replay=fixed"], "does not replay"),
     ("more prompts than there are", ["train", "method=l2p", "method.top_k=11"], "method.top_k must be from 1 to method.pool=10"),
     ("text for a list", ["train", "method=o_lora", "method.orthogonality=much"], "a number of 0 or more, or a list of one per task"),
-    ("list of another length", ["train", "method=o_lora", "method.decay=[0,1]"], "lists 2 values for"),
+    ("list of another length", ["train", "method=o_lora", "method.decay=[0,1]"], "has 2 values for"),
     ("prompts that fill the model", ["train", "model=tiny", "method=progressive_prompts", "method.length=200"], "leave no room"),
     ("composition", ["train", "method=mocl", "method.compose=sum"], "method.compose"),
     ("all of the spectrum", ["train", "method=inf_lora", "method.epsilon=1"], "method.epsilon must be between 0 and 1"),

@@ -26,7 +26,7 @@ def test_o_lora_adds_both_terms_of_its_formula(make) -> None:
     run.learn(1)
     method, batch = run.method, run.data.train.batch(run.data.train.rows_of(1)[:8])
     layers = method.increments.layers.values()
-    found = method.loss(batch).item() - method.mixed_loss(batch, None).item()
+    found = method.loss(batch).item() - method.routed_loss(batch, None).item()
     overlap = sum((layer.A @ layer.a.T).abs().sum().item() for layer in layers)
     norms = sum(layer.a.square().sum().sqrt().item() + layer.b.square().sum().sqrt().item() for layer in layers)
     assert overlap > 0
@@ -72,7 +72,7 @@ def test_sapt_keeps_inputs_and_mean_weights(make) -> None:
     assert [len(mean) for mean in method.means] == [1, 2, 3]
     assert all(mean.sum().item() == pytest.approx(1, abs=1e-6) for mean in method.means)
     batch = run.data.train.batch(run.data.train.rows_of(2)[:4])
-    extra = method.loss(batch) - method.mixed_loss(batch, method.route(batch))
+    extra = method.loss(batch) - method.routed_loss(batch, method.route(batch))
     by_hand = 0.0
     for task in range(2):
         weights = method.route(run.data.train.batch(method.memory[task])).double()
@@ -110,7 +110,7 @@ def test_mocl_weights_and_matching(make) -> None:
     run.learn(1)
     batch = run.data.train.batch(run.data.train.rows_of(1)[:4])
     run.method.cosines = lambda queries: cosines.float().expand(len(queries), 2)
-    found = run.method.loss(batch) - run.method.mixed_loss(batch, run.method.weigh(cosines.float().expand(4, 2)))
+    found = run.method.loss(batch) - run.method.routed_loss(batch, run.method.weigh(cosines.float().expand(4, 2)))
     assert found.item() == pytest.approx(0.5, abs=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_mocl_query_of_a_train_row_is_that_of_the_bare_backbone(make) -> None:
         run.learn(index)
     rows = run.data.train.rows_of(1)[:5]
     again = run.method.query(run.data.train.batch(rows))
-    assert torch.allclose(run.method.queries[run.method.place[rows]], again, atol=1e-5)
+    assert torch.allclose(run.method.queries[run.method.query_row[rows]], again, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ROUTED)

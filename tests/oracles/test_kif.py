@@ -160,7 +160,7 @@ def test_o_lora_loss() -> None:
     }
     method.increments = SimpleNamespace(layers=layers, current=lambda: current)
     method.strengths = 0.5, 0.1
-    method.mixed_loss, method.route = lambda batch, weights: torch.ones((), dtype=torch.float64), lambda batch: None
+    method.routed_loss, method.route = lambda batch, weights: torch.ones((), dtype=torch.float64), lambda batch: None
     loss = method.loss(None)
     loss.backward()
     assert loss.item() == pytest.approx(9.169855491, rel=1e-9)
@@ -228,10 +228,10 @@ def test_mocl_composition() -> None:
     weights = [[0.1868094097, 0.7932924749, 0.01989811533], [0.0009258185177, 0.3799150553, 0.6191591262]]
     assert torch.allclose(cosines, double(expected), atol=1e-9)
     assert torch.allclose(method.weigh(cosines), double(weights), atol=1e-9)
-    place = torch.arange(2)
-    method.place, method.queries = place, double([[1, 2, 2], [0, -1, 1]])
-    method.mixed_loss = lambda batch, weights: torch.zeros((), dtype=torch.float64)
-    loss = method.loss(SimpleNamespace(rows=place.numpy()))
+    rows = torch.arange(2)
+    method.query_row, method.queries = rows, double([[1, 2, 2], [0, -1, 1]])
+    method.routed_loss = lambda batch, weights: torch.zeros((), dtype=torch.float64)
+    loss = method.loss(SimpleNamespace(rows=rows.numpy()))
     assert loss.item() == pytest.approx(0.6429868381, abs=1e-9)
 
 

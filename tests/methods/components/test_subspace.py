@@ -54,7 +54,7 @@ def test_new_branches_do_not_read_old_directions(name: str, design: str, make) -
     old = {key: basis.clone() for key, basis in method.bases.items()}
     run.learn(1)
     for key, layer in method.increments.layers.items():
-        basis = old[method.same[key]]
+        basis = old[method.source[key]]
         x = torch.randn(20, basis.shape[1]) @ basis.T
         assert layer.b.abs().max() > 1e-4
         assert product(x, layer.a.detach(), layer.b.detach(), None).abs().max() < 1e-5
@@ -123,7 +123,7 @@ def test_gates_of_old_tasks_keep_their_bits(make) -> None:
     for name in ("down", "up"):
         moved = method.gates[1].get_parameter(name).detach() - old[name]
         assert moved.abs().max() > 1e-3
-        assert (moved @ bases[gain_lora.READS[name]]).abs().max() < 1e-4
+        assert (moved @ bases[gain_lora.INPUT_OF[name]]).abs().max() < 1e-4
     assert (method.gates[1].key @ bases["gate"]).abs().max() < 1e-4
 
 
