@@ -124,7 +124,7 @@ def slm(overrides: list[str], rounds: int) -> None:
             runs = [
                 lambda batch=batch: plain.predict(batch, Choices([])),
                 lambda batch=batch: mixed_forward(method, batch),
-                lambda batch=batch: method.answer(batch, Choices([])),
+                lambda batch=batch: method.predict_retrieved(batch, Choices([])),
                 lambda batch=batch: step(plain, batch),
                 lambda batch=batch: step(method, batch),
             ]
@@ -159,14 +159,14 @@ def trained(method: Any, width: int, tasks: int) -> None:
             orthonormal(method.sizes.groups, method.sizes.keys, width, task).to(method.objective.device)
         )
         method.increments.add(derive(0, task), method.per_task)
-        method.rows.grow(method.benchmark.task_labels(task % len(method.benchmark)), seen=False)
+        method.task_heads.grow(method.benchmark.task_labels(task % len(method.benchmark)), seen=False)
 
 
 def mixed_forward(method: Any, batch: Any) -> None:
     """What a training step computes before backward, without the loss."""
-    mixture = method.mix(method.similarities(batch, method.key_pool[-1:]))
+    mixture = method.retrieve(method.similarities(batch, method.key_pool[-1:]))
     with method.increments.mixed(mixture.branches(method.sizes.keys)):
-        method.rows.scores(method.objective.features(batch), None)
+        method.task_heads.scores(method.objective.features(batch), None)
 
 
 def step(method: Any, batch: Any) -> None:

@@ -1,9 +1,10 @@
-"""SLM: keys find the low-rank increments that an input needs (Peng et al., ICLR 2024, arXiv 2404.07470).
+"""SLM: an input retrieves the low-rank weight increments it needs by key (Peng et al., ICLR 2024, arXiv 2404.07470).
 
-DTKR (components/key_retrieval.py): stage 1 learns a task's keys on cached sentence embeddings, without the backbone.
-JARe: every key owns a value, a low-rank increment on every target layer; stage 2 learns a task's values,
-    h = W u + sum_i w_i(x) A_i B_i u,    w_i = s_i / sum_j s_j over the K keys most similar to x, 0 elsewhere,
-A = 0, B ~ N(0, 1) at the start, in factored form. Nothing of an earlier task is ever trained again.
+Stage 1 (DTKR, components/key_retrieval.py) learns a task's keys on cached sentence embeddings, without the backbone.
+Stage 2 (JARe) learns a task's values with L = CE: every key owns a value, which is a low-rank increment of every target
+layer, stored in factored form,
+    h = W u + sum_i w_i(x) A_i B_i u,    w_i = s_i / sum_j s_j over the K keys most similar to x, 0 for all others,
+where s are cosines and initially A = 0, B ~ N(0, 1). Keys and values of earlier tasks are never trained again.
 """
 
 import logging
@@ -28,9 +29,9 @@ from clpet.methods.components.key_retrieval import (
     RetrievalStats,
     cosines,
     majority,
+    num_uniform,
     orthonormal,
     retrieve,
-    unrelated,
 )
 from clpet.methods.modular import module_name
 from clpet.models.adapters import Lora
@@ -43,7 +44,7 @@ from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-KNOWN = {
+OPTIONS = {
     "values": ("shared", "per_group"),
     "retrieval": ("instance", "batch_mean"),
     "combine": ("ratio", "mean"),
@@ -52,7 +53,7 @@ KNOWN = {
 
 
 class Sizes(NamedTuple):
-    """Groups of an embedding, a task's keys in each, and the keys whose values are mixed for a text."""
+    """Groups of an embedding, keys per task and group, and keys retrieved for a text."""
 
     groups: int
     keys: int
@@ -60,15 +61,16 @@ class Sizes(NamedTuple):
 
 
 PUBLISHED = Sizes(6, 4, 4)
-FEWEST_KEYS = 20
+MIN_KEYS = 20  # of the sizes chosen for tasks with labels
 
 
 @dataclass
 class SLM(Method):
-    """`values=per_group`: every group's key owns a value, and K keys are chosen in every group.
+    """Retrieves among the keys of all tasks with no task id at test (SLM), or among those of the given task (SLM-TI).
 
-    head=single: one row per label, those of earlier tasks frozen. head=per_task: each task has all of its rows and
-    the task id is given at test, where only its own keys may be chosen (SLM-TI).
+    values=per_group: the key of every group owns a value, and K keys are retrieved in every group; shared: a key's
+    similarity is averaged over groups, which share its value. head=single: one row per label, rows of earlier tasks
+    are frozen. head=per_task: every task has its own rows, and the task id is given at test (SLM-TI).
     """
 
     encoder: str = "minilm"
@@ -90,36 +92,40 @@ class SLM(Method):
     supports_recompute: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for knob, known in KNOWN.items():
-            require(getattr(self, knob) in known, f"method.{knob}", getattr(self, knob), " or ".join(known))
-        for knob in ("groups", "keys", "top_k"):
-            value = getattr(self, knob)
-            require(value is None or value >= 1, f"method.{knob}", value, "at least 1, or null")
-        for knob in ("rank", "encoder_length"):
-            require(getattr(self, knob) >= 1, f"method.{knob}", getattr(self, knob), "at least 1")
+        for option, values in OPTIONS.items():
+            require(getattr(self, option) in values, f"method.{option}", getattr(self, option), " or ".join(values))
+        for option in ("groups", "keys", "top_k"):
+            value = getattr(self, option)
+            require(value is None or value >= 1, f"method.{option}", value, "at least 1, or null")
+        for option in ("rank", "encoder_length"):
+            require(getattr(self, option) >= 1, f"method.{option}", getattr(self, option), "at least 1")
         self.task_id_at_test = self.head == "per_task"
 
     def check_benchmark(self, benchmark: Benchmark) -> None:
         sizes, dim = self.choose_sizes(benchmark), Encoder(locate(self.encoder), self.encoder_length).dim
         if dim % sizes.groups:
-            raise ConfigError(f"method.groups={sizes.groups} does not divide the {dim} dimensions of {self.encoder}")
+            raise ConfigError(
+                f"method.groups={sizes.groups} must be a divisor of {dim}, the embedding size of {self.encoder}"
+            )
         if sizes.keys > dim // sizes.groups:
             raise ConfigError(
-                f"method.keys={sizes.keys}, but a chunk of {dim // sizes.groups} numbers has no more orthogonal keys"
+                f"method.keys={sizes.keys} must be at most {dim // sizes.groups}, the numbers in one of {sizes.groups} "
+                "groups: keys are orthogonal"
             )
-        there = f"from 1 to the {sizes.keys} keys of a task (method.keys)"
-        require(sizes.top_k <= sizes.keys, "method.top_k", sizes.top_k, there)
-        require(self.stage1.top_k <= sizes.keys, "method.stage1.top_k", self.stage1.top_k, there)
+        allowed = f"from 1 to method.keys={sizes.keys}, the keys of a task"
+        require(sizes.top_k <= sizes.keys, "method.top_k", sizes.top_k, allowed)
+        require(self.stage1.top_k <= sizes.keys, "method.stage1.top_k", self.stage1.top_k, allowed)
 
     def choose_sizes(self, benchmark: Benchmark) -> "Sizes":
-        """What the options set, else one group, two keys for every label of the largest task, one chosen for a text.
+        """The sizes set in the options; for tasks with labels the defaults depend on the largest number of labels.
 
-        The texts of a label then share keys. The published 6 groups of 4 keys, 4 chosen, stay where there are no
-        labels: they mix labels that lie apart, and find the right task for a third of CLINC150's texts instead of
-        nine tenths.
+        Without labels the defaults are the published ones: 6 groups of 4 keys, 4 retrieved. With labels there are one
+        group, two keys per label of the largest task, and one key retrieved per text, so that the texts of a label
+        share keys. The published sizes mix values of dissimilar labels: on CLINC150 they retrieve the right task for a
+        third of the texts, the defaults with labels for nine tenths.
         """
         labels = max(len(task.labels) for task in benchmark.tasks)
-        groups, keys, top_k = PUBLISHED if labels == 0 else Sizes(1, max(FEWEST_KEYS, 2 * labels), 1)
+        groups, keys, top_k = PUBLISHED if labels == 0 else Sizes(1, max(MIN_KEYS, 2 * labels), 1)
         return Sizes(self.groups or groups, self.keys or keys, self.top_k or min(top_k, self.keys or keys))
 
     def resolved(self, benchmark: Benchmark) -> dict[str, Any]:
@@ -130,15 +136,15 @@ class SLM(Method):
         return {"encoder": backbone(self.encoder).fingerprint(self.cache_dir) or ""}
 
     def init_adapters(self) -> None:
-        """Row 0 is the bare backbone."""
+        """Attaches no value yet: row 0 of the matrix is the bare backbone."""
         objective, self.sizes = self.objective, self.choose_sizes(self.benchmark)
-        self.per_task = self.sizes.keys * (self.sizes.groups if self.values == "per_group" else 1)  # values of a task
+        self.per_task = self.sizes.keys * (self.sizes.groups if self.values == "per_group" else 1)  # values per task
         encoder = Encoder(locate(self.encoder), self.encoder_length, objective.device, self.cache_dir)
         self.embeddings = Embeddings(encoder, self.benchmark, self.data)
         lora = Lora(r=self.rank, alpha=self.rank, targets=self.targets or attention_outputs(objective.adapters.model))
         self.increments = Increments(objective.adapters, lora.peft_config(objective.backbone))
-        self.key_pool: list[Tensor] = []  # of every task [G, P, h]
-        self.rows = None if objective.generates else TaskHeads(objective, self.task_id_at_test)
+        self.key_pool: list[Tensor] = []  # per task [G, P, h]
+        self.task_heads = None if objective.generates else TaskHeads(objective, self.task_id_at_test)
         self.stats = RetrievalStats(len(self.benchmark), objective.device)
 
     # Learning
@@ -147,12 +153,12 @@ class SLM(Method):
         self.key_pool.append(self.learn_keys(task, index, trainer))
         seed = derive(self.seed, "values", task.name)
         self.increments.add(seed, self.per_task, lambda b, generator: b.normal_(generator=generator))
-        if self.rows:
-            self.rows.grow(self.benchmark.task_labels(index), not self.benchmark.per_task_softmax)
+        if self.task_heads:
+            self.task_heads.grow(self.benchmark.task_labels(index), not self.benchmark.per_task_softmax)
         self.fit(trainer, index)
 
     def learn_keys(self, task: Task, index: int, trainer: Trainer) -> Tensor:
-        """Stage 1: [G, P, h]. A task's keys and values start from its name, whatever its place in the order."""
+        """Stage 1: the keys [G, P, h] of a task. Its random numbers depend on its name, not on its position."""
         pool, stage = self.data.train, self.stage1
         rows = pool.rows_of(index)
         queries = self.queries(pool, rows)
@@ -160,40 +166,42 @@ class SLM(Method):
         seed = derive(self.seed, "key learning", task.name)
         trainer.progress.fit("keys", *stage.length(len(rows)))
         keys = stage.learn(queries, keys.to(queries.device), seed, trainer.progress.step, trainer.dry_run)
-        lost = unrelated(cosines(queries, keys), self.sizes.top_k, self.values == "per_group")
-        if lost and not trainer.dry_run:
-            log.warning(
-                "task %s: %d of %d texts are unlike the keys; theirs are mixed evenly", task.name, lost, len(rows)
-            )
+        uniform = num_uniform(cosines(queries, keys), self.sizes.top_k, self.values == "per_group")
+        if uniform and not trainer.dry_run:
+            text = "task %s: %d of %d texts are similar to none of its keys; their values get equal weights"
+            log.warning(text, task.name, uniform, len(rows))
         return keys
 
     def loss(self, batch: Batch) -> Tensor:
-        """The task's loss with its own values, mixed by its own keys."""
-        mixture = self.mix(self.similarities(batch, self.key_pool[-1:]))
+        """Stage 2: L = CE with the values of the current task only, weighed by its own keys."""
+        mixture = self.retrieve(self.similarities(batch, self.key_pool[-1:]))
         with self.increments.mixed(mixture.branches(self.sizes.keys)):
-            if self.rows is None:
+            if self.task_heads is None:
                 return self.objective.loss(batch)
-            return self.rows.loss(self.objective.features(batch), batch.labels)
+            return self.task_heads.loss(self.objective.features(batch), batch.labels)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Those of the current task: its values and head rows."""
-        return {**self.increments.current(), **(self.rows.named_parameters() if self.rows else {})}
+        """The values and head rows of the current task."""
+        return {**self.increments.current(), **(self.task_heads.named_parameters() if self.task_heads else {})}
 
     # Retrieval
 
     def queries(self, pool: EncodedDataset, rows: np.ndarray) -> Tensor:
-        """[len(rows), G, h]: the embeddings in chunks."""
-        found = self.embeddings(pool, rows).to(self.objective.device, non_blocking=True)
-        return found.unflatten(1, (self.sizes.groups, -1))
+        """[len(rows), G, h]: sentence embeddings cut into chunks."""
+        embeddings = self.embeddings(pool, rows).to(self.objective.device, non_blocking=True)
+        return embeddings.unflatten(1, (self.sizes.groups, -1))
 
     def similarities(self, batch: Batch, keys: list[Tensor]) -> Tensor:
-        """[batch, G, N]: cosines with the keys of some tasks; one task's do not depend on what others there are."""
+        """[batch, G, N]: cosines with the keys of some tasks, computed task by task.
+
+        One product with all keys could round those of a task differently as later tasks are added.
+        """
         assert batch.pool is not None
         queries = self.queries(batch.pool, batch.rows)
-        return torch.cat([cosines(queries, own) for own in keys], dim=2)
+        return torch.cat([cosines(queries, task_keys) for task_keys in keys], dim=2)
 
-    def mix(self, sigma: Tensor, allowed: Tensor | None = None) -> Mixture:
-        """What the knobs make of similarities."""
+    def retrieve(self, sigma: Tensor, allowed: Tensor | None = None) -> Mixture:
+        """Retrieves keys by similarity sigma [batch, G, N], as the options say; see `retrieve` in key_retrieval."""
         per_group, uniform, batch_mean = (
             self.values == "per_group",
             self.combine == "mean",
@@ -201,50 +209,52 @@ class SLM(Method):
         )
         return retrieve(sigma, self.sizes.top_k, per_group, uniform, batch_mean, allowed)
 
-    def answer(self, batch: Batch, choices: Choices) -> Predictions:
-        """Predictions with the values of the most similar keys, its own task's only where an example's is given."""
+    def predict_retrieved(self, batch: Batch, choices: Choices) -> Predictions:
+        """Predictions with the values of the most similar keys, only of an example's own task if tasks are given."""
         owner = torch.arange(len(self.key_pool), device=batch.tasks.device).repeat_interleave(self.sizes.keys)
         allowed = None if choices.tasks is None else owner == choices.tasks[:, None]
-        mixture = self.mix(self.similarities(batch, self.key_pool), allowed)
+        mixture = self.retrieve(self.similarities(batch, self.key_pool), allowed)
         weights, owners = mixture.branches(self.sizes.keys), mixture.owners(self.sizes.keys)
         used = (weights != 0).any(0).nonzero().squeeze(1)
         with self.increments.mixed(weights[:, used], used):
-            if self.rows is None:
-                found = self.objective.predict(batch, choices)
+            if self.task_heads is None:
+                predictions = self.objective.predict(batch, choices)
             else:
-                found = Predictions(self.rows.scores(self.objective.features(batch), choices.tasks))
-        found.trace["selected"] = majority(owners, len(self.key_pool))
-        found.trace["right_picks"] = (owners == batch.tasks[:, None]).float().mean(1)
-        return found
+                predictions = Predictions(self.task_heads.scores(self.objective.features(batch), choices.tasks))
+        predictions.trace["selected"] = majority(owners, len(self.key_pool))
+        predictions.trace["right_picks"] = (owners == batch.tasks[:, None]).float().mean(1)
+        return predictions
 
     def predict(self, batch: Batch, choices: Choices) -> Predictions:
         if not self.key_pool:
             return super().predict(batch, choices)
-        found = self.answer(batch, choices)
+        predictions = self.predict_retrieved(batch, choices)
         if self.objective.meter.kind == "evaluated":
-            self.stats.add(batch.tasks, found.trace["selected"], found.trace["right_picks"])
-        return found
+            self.stats.add(batch.tasks, predictions.trace["selected"], predictions.trace["right_picks"])
+        return predictions
 
-    def predict_known_task(self, batch: Batch, found: Predictions) -> Predictions:
-        """SLM-TI's view: an example that picked a key of another task is answered again with those of its own."""
+    def predict_known_task(self, batch: Batch, predictions: Predictions) -> Predictions:
+        """The view of SLM-TI: examples that retrieved a key of another task run again with the keys of their own."""
         if not self.key_pool or self.task_id_at_test:
-            return found
-        lost = ((found.trace["right_picks"] < 1) & (batch.tasks < len(self.key_pool))).nonzero().squeeze(1)
-        if not len(lost):
-            return found
-        part = batch if len(lost) == len(batch) else batch.select(lost)
-        again = self.answer(part, Choices([], part.tasks))
+            return predictions
+        wrong_keys = predictions.trace["right_picks"] < 1
+        rows = (wrong_keys & (batch.tasks < len(self.key_pool))).nonzero().squeeze(1)
+        if not len(rows):
+            return predictions
+        subset = batch if len(rows) == len(batch) else batch.select(rows)
+        again = self.predict_retrieved(subset, Choices([], subset.tasks))
         if again.texts is None:
-            return Predictions(found.scores.index_copy(0, lost, again.scores))  # type: ignore[union-attr, arg-type]
-        texts = dict(enumerate(found.texts or [])) | dict(zip(lost.tolist(), again.texts, strict=True))
+            scores: Any = predictions.scores
+            return Predictions(scores.index_copy(0, rows, again.scores))
+        texts = dict(enumerate(predictions.texts or [])) | dict(zip(rows.tolist(), again.texts, strict=True))
         return Predictions(texts=list(texts.values()))
 
     def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
-        """retrieval=batch_mean takes a batch for one task's."""
+        """Batches for prediction; with retrieval=batch_mean (one mixture per batch) each has a single task."""
         if self.retrieval == "instance":
             return super().batches(pool, rows)
         tasks = [rows[pool.tasks[rows] == task] for task in np.unique(pool.tasks[rows])]
-        return [part for own in tasks for part in super(SLM, self).batches(pool, own)]
+        return [batch_rows for task_rows in tasks for batch_rows in super(SLM, self).batches(pool, task_rows)]
 
     def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         self.stats = RetrievalStats(len(self.benchmark), self.objective.device)
@@ -256,9 +266,9 @@ class SLM(Method):
     # Records
 
     def diagnostics(self) -> dict[str, float]:
-        measured = self.stats.votes.sum(1).nonzero().squeeze(1).tolist()
+        evaluated = bool(self.stats.votes.sum() > 0)
         names = self.benchmark.names[: len(self.key_pool)]
-        return self.stats.figures(names) if measured and names else {}
+        return self.stats.figures(names) if evaluated and names else {}
 
     def figures(self) -> dict[str, dict[str, Any]]:
         shares = self.stats.votes / self.stats.votes.sum(1, keepdim=True)
@@ -268,32 +278,32 @@ class SLM(Method):
         return super().trainable_parameters() + sum(keys.numel() for keys in self.key_pool[-1:])
 
     def stored_parameters(self) -> int:
-        rows = self.rows.count() if self.rows else 0
-        return super().stored_parameters() + self.increments.count() + rows + sum(k.numel() for k in self.key_pool)
+        heads = self.task_heads.count() if self.task_heads else 0
+        return super().stored_parameters() + self.increments.count() + heads + sum(k.numel() for k in self.key_pool)
 
     def save(self, folder: Path) -> None:
-        """Each value as a LoRA of its own; the keys say how they are mixed."""
+        """Writes each value as a separate LoRA; using them takes the keys as well."""
         names = [f"{module_name(task)}.{value}" for task in range(len(self.key_pool)) for value in range(self.per_task)]
         self.increments.save(folder, names)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {
+        slm = {
             "keys": self.key_pool,
             "values": self.increments.state(),
-            "rows": self.rows.state() if self.rows else [],
+            "rows": self.task_heads.state() if self.task_heads else [],
             "tally": self.stats.state(),
         }
-        return {**super().state_dict(), "slm": own}
+        return {**super().state_dict(), "slm": slm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        own, device = state["slm"], self.objective.device
-        self.key_pool = [keys.to(device) for keys in own["keys"]]
-        self.increments.load(own["values"], self.per_task)
-        self.stats.load(own["tally"])
-        if self.rows:
-            self.rows.load(own["rows"])
+        slm, device = state["slm"], self.objective.device
+        self.key_pool = [keys.to(device) for keys in slm["keys"]]
+        self.increments.load(slm["values"], self.per_task)
+        self.stats.load(slm["tally"])
+        if self.task_heads:
+            self.task_heads.load(slm["rows"])
 
     def heads(self) -> dict[str, Head]:
-        rows = self.rows.heads if self.rows else []
-        return {module_name(index): head for index, head in enumerate(rows) if head.labels}
+        heads = self.task_heads.heads if self.task_heads else []
+        return {module_name(index): head for index, head in enumerate(heads) if head.labels}

@@ -206,14 +206,15 @@ def test_no_gradient_crosses_the_stages(slm) -> None:
     run.learn(1)
     method = run.method
     assert len(held) == 2
-    current = [*method.increments.current().values(), *method.rows.heads[1].parameters()]
+    current = [*method.increments.current().values(), *method.task_heads.heads[1].parameters()]
     assert {id(tensor) for tensor in held[1]} == {id(tensor) for tensor in current}
     for tensor in current:
         tensor.grad = None
     method.loss(run.data.train.batch(run.data.train.rows_of(1)[:6])).backward()
     assert all(keys.grad is None and not keys.requires_grad for keys in method.key_pool)
     assert all(
-        p.grad is None for p in [*method.rows.heads[0].parameters(), *method.objective.adapters.model.parameters()]
+        p.grad is None
+        for p in [*method.task_heads.heads[0].parameters(), *method.objective.adapters.model.parameters()]
     )
     assert any((tensor.grad != 0).any() for tensor in current)
 
@@ -226,7 +227,7 @@ def everything(method) -> dict[str, torch.Tensor]:
         rows = slice(task * method.per_task * method.rank, (task + 1) * method.per_task * method.rank)
         for name, layer in method.increments.state().items():
             found[f"{task} {name} A"], found[f"{task} {name} B"] = layer["A"][rows].clone(), layer["B"][:, rows].clone()
-        for name, value in method.rows.heads[task].named_parameters():
+        for name, value in method.task_heads.heads[task].named_parameters():
             found[f"{task} head {name}"] = value.detach().clone()
     return found
 
@@ -330,7 +331,7 @@ def test_the_known_task_s_view_is_the_task_s_own_keys(slm) -> None:
     with torch.no_grad():
         found = method.predict(batch, Choices(range(12)))
         known = method.predict_known_task(batch, found)
-        own = method.answer(batch, Choices([], batch.tasks))
+        own = method.predict_retrieved(batch, Choices([], batch.tasks))
     right = found.trace["right_picks"] == 1
     assert right.any()
     assert not right.all()
@@ -388,22 +389,22 @@ def test_the_head_grows_by_new_labels_alone(slm, tmp_path: Path) -> None:
     method = run.method
     run.learn(0)
     h = torch.randn(2, method.objective.dim)
-    before, rows = method.rows.scores(h, None), everything(method)
-    assert method.rows.heads[0].labels == [0, 1, 2]
+    before, rows = method.task_heads.scores(h, None), everything(method)
+    assert method.task_heads.heads[0].labels == [0, 1, 2]
     run.learn(1)
-    assert method.rows.heads[1].labels == []
+    assert method.task_heads.heads[1].labels == []
     assert len(method.parameters()) == len(method.increments.current())
-    assert torch.equal(method.rows.scores(h, None), before)
+    assert torch.equal(method.task_heads.scores(h, None), before)
     run.learn(2)
-    after = method.rows.scores(h, None)
-    assert method.rows.heads[2].labels == [3]
+    after = method.task_heads.scores(h, None)
+    assert method.task_heads.heads[2].labels == [3]
     assert torch.equal(after[:, :3], before[:, :3])
     assert not torch.equal(after[:, 3], before[:, 3])
     assert all(torch.equal(everything(method)[name], value) for name, value in rows.items() if "head" in name)
     batch = run.data.train.batch(run.data.train.rows_of(2)[:4])
-    logits = torch.cat([head(h) for head in method.rows.competing], 1)[:, method.rows.columns]
+    logits = torch.cat([head(h) for head in method.task_heads.competing], 1)[:, method.task_heads.columns]
     assert logits.shape == (2, 2)  # the softmax is over c and d
-    assert method.rows.place[batch.labels].min() >= 0
+    assert method.task_heads.place[batch.labels].min() >= 0
 
 
 def test_a_head_per_task_has_all_of_its_rows(slm, tmp_path: Path) -> None:
@@ -411,10 +412,10 @@ def test_a_head_per_task_has_all_of_its_rows(slm, tmp_path: Path) -> None:
     run = slm(f"data_dir={shared_labels(tmp_path / 'data')}", "method.head=per_task", spread=None)
     for task in range(3):
         run.learn(task)
-    heads = run.method.rows.heads
+    heads = run.method.task_heads.heads
     assert [head.labels for head in heads] == [[0, 1, 2], [1, 2], [2, 3]]
     h = torch.randn(2, run.method.objective.dim)
-    found = run.method.rows.scores(h, torch.tensor([0, 2]))
+    found = run.method.task_heads.scores(h, torch.tensor([0, 2]))
     assert torch.allclose(found[0, :3], heads[0](h)[0])
     assert torch.allclose(found[1, 2:], heads[2](h)[1])
     assert found[0, 3] == found[1, 0] == float("-inf")
@@ -496,7 +497,7 @@ def test_a_training_step_costs_no_more_memory_with_twenty_tasks(slm) -> None:
         method.key_pool.append(torch.randn(6, 4, 8))
         method.increments.add(task, method.per_task)
         if task == 0:
-            method.rows.grow([0, 1, 2, 3], seen=False)
+            method.task_heads.grow([0, 1, 2, 3], seen=False)
         if task in (0, 19):
             with Peak() as peak:
                 optimizer = torch.optim.AdamW(method.parameters())
@@ -540,10 +541,10 @@ def test_a_run_keeps_and_shows_what_was_retrieved(words: Path, encoder: Path, cl
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("method.top_k=5", "method.top_k must be from 1 to the 4 keys of a task"),
-     ("method.stage1.top_k=5", "method.stage1.top_k must be from 1 to the 4 keys of a task"),
-     ("method.groups=7", "method.groups=7 does not divide the 48 dimensions"),
-     ("method.keys=9", "method.keys=9, but a chunk of 8 numbers has no more orthogonal keys"),
+    [("method.top_k=5", "method.top_k must be from 1 to method.keys=4"),
+     ("method.stage1.top_k=5", "method.stage1.top_k must be from 1 to method.keys=4"),
+     ("method.groups=7", "method.groups=7 must be a divisor of 48"),
+     ("method.keys=9", "method.keys=9 must be at most 8"),
      ("method.values=both", "method.values must be shared or per_group, not both"),
      ("method.rank=0", "method.rank must be at least 1"),
      ("peft=lora", "method=slm needs peft=frozen"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clpet.config.schema import require
 
 EPS = 1e-9  # added to the denominator of the weights
-UNRELATED = 1e-6  # if the similarities of the chosen keys sum up to at most this, their weights are uniform
+MIN_TOTAL = 1e-6  # if the similarities of the chosen keys sum up to at most this, their weights are uniform
 
 
 def cosines(queries: Tensor, keys: Tensor) -> Tensor:
@@ -165,16 +165,16 @@ def retrieve(
     values = top.values.masked_fill(~valid, 0)
     total, share = values.sum((1, 2), keepdim=True), 1 / (top_k * sigma.shape[1])
     ratio = values / (total + EPS)
-    ratio = torch.full_like(values, share) if uniform else torch.where(total <= UNRELATED, share, ratio)
+    ratio = torch.full_like(values, share) if uniform else torch.where(total <= MIN_TOTAL, share, ratio)
     weights = torch.zeros_like(sigma).scatter(-1, top.indices, ratio * valid)
     picks = top.indices.masked_fill(~valid, -1)
     return Mixture(weights.expand(size, -1, -1), picks.expand(size, -1, -1))
 
 
-def unrelated(sigma: Tensor, top_k: int, per_group: bool) -> int:
+def num_uniform(sigma: Tensor, top_k: int, per_group: bool) -> int:
     """Number of items whose chosen similarities sum up to about 0, so that their weights are uniform."""
     sigma = sigma if per_group else over_groups(sigma)
-    return int((sigma.topk(top_k, -1).values.sum((1, 2)) <= UNRELATED).sum())
+    return int((sigma.topk(top_k, -1).values.sum((1, 2)) <= MIN_TOTAL).sum())
 
 
 def majority(owners: Tensor, tasks: int) -> Tensor:

@@ -11,9 +11,9 @@ from clpet.methods.components.key_retrieval import (
     cosines,
     key_loss,
     majority,
+    num_uniform,
     orthonormal,
     retrieve,
-    unrelated,
 )
 
 
@@ -96,7 +96,7 @@ def test_a_forbidden_key_is_never_chosen() -> None:
 def test_similarities_that_sum_up_to_nothing_are_shared_out_evenly() -> None:
     sigma = torch.tensor([[[0.5, -0.5, -0.9]], [[0.5, 0.4, 0.1]]])
     assert retrieve(sigma, 2).weights[0, 0].tolist() == [0.5, 0.5, 0]
-    assert unrelated(sigma, 2, per_group=False) == 1
+    assert num_uniform(sigma, 2, per_group=False) == 1
 
 
 def test_a_batch_together_has_one_mixture() -> None:
