@@ -10,7 +10,7 @@ import torch
 from clpet.config.identity import digest
 from clpet.config.schema import Evaluation, Schedule, Training
 from clpet.data.benchmark import Benchmark
-from clpet.data.token_cache import Tokens, text_hash
+from clpet.data.token_cache import TokenCache, text_hash
 from clpet.errors import HostError
 from clpet.models.adapters import Adapter, Adapters
 from clpet.models.backbone import Backbone
@@ -39,7 +39,7 @@ def prepare(
     if base is None:
         log.warning("model %s starts from random weights: there is no base corpus to make it on", backbone.name)
         return
-    tokens = Tokens(backbone.tokenizer(), begin=benchmark.begin)
+    tokens = TokenCache(backbone.tokenizer(), begin=benchmark.begin)
     made_of = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.isolate,
                str(hardware.torch_dtype)]  # fmt: skip
     name = digest([*made_of, vars(backbone.base)], 16)

@@ -1,4 +1,4 @@
-"""Tokenised splits: pools over all tasks and length-bucketed batches."""
+"""Tokenised splits: one pool over all tasks, and batches of examples of similar length."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clpet.data.benchmark import SPLITS, Benchmark, Example
 
-IGNORED = -100  # target id of a place that is not learned
+IGNORED = -100  # target id of a position without a loss (PyTorch's default ignore_index)
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Batch:
     labels: Tensor
     tasks: Tensor
     padded: bool = True
-    left: bool = False  # padded on the left, for texts that are continued
-    share: float = 1.0  # of the optimiser step's mean, where a step is made of several batches
+    left: bool = False  # padded on the left, for texts that a decoder continues
+    share: float = 1.0  # weight of its mean loss in the loss of an optimizer step of several batches
     targets: Tensor | None = None
     target_positions: Tensor | None = None
     target_ids: Tensor | None = None
@@ -45,21 +45,21 @@ class Batch:
 
     @property
     def references(self) -> list[tuple[str, ...]]:
-        """The answers that count as right, per example."""
+        """The correct answers of each example."""
         assert self.pool is not None
         assert self.pool.references is not None
         return [self.pool.references[row] for row in self.rows]
 
     @property
     def sources(self) -> list[str]:
-        """The texts as they were read, per example."""
+        """The source text of each example, before template and tokenizer."""
         assert self.pool is not None
         assert self.pool.sources is not None
         return [self.pool.sources[row] for row in self.rows]
 
     @property
     def tokens(self) -> int:
-        """Token places computed on, padding included."""
+        """Number of token positions that are computed, padding included."""
         return self.input_ids.numel() + (0 if self.targets is None else self.targets.numel())
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -70,37 +70,36 @@ class Batch:
                 setattr(self, field.name, value.to(device, non_blocking=True))
         return self
 
-    def select(self, keep: Tensor) -> "Batch":
-        """The examples at the given positions, re-padded to the longest of them."""
-        mask = self.attention_mask[keep]
+    def select(self, indices: Tensor) -> "Batch":
+        """The examples with the given indices in the batch, padding trimmed to the longest of them."""
+        mask = self.attention_mask[indices]
         width = int(mask.sum(1).max())
-        inside = slice(-width, None) if self.left else slice(width)
-        chosen = keep.tolist()
+        columns = slice(-width, None) if self.left else slice(width)
         return Batch(
-            self.rows[chosen],
-            self.input_ids[keep][:, inside],
-            mask[:, inside],
-            self.positions[keep],
-            self.labels[keep],
-            self.tasks[keep],
+            self.rows[indices.tolist()],
+            self.input_ids[indices][:, columns],
+            mask[:, columns],
+            self.positions[indices],
+            self.labels[indices],
+            self.tasks[indices],
             left=self.left,
-            targets=None if self.targets is None else self.targets[keep],
+            targets=None if self.targets is None else self.targets[indices],
             pool=self.pool,
         )
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Token id at places that are masked: the padding token's, or 0 for a tokenizer without one."""
+    """Token id at padded positions: the padding token's, or 0 for a tokenizer without one (they are masked)."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def positions(mask: Tensor) -> Tensor:
-    """[batch, length]: the place of each token among its row's real ones."""
+def position_ids(mask: Tensor) -> Tensor:
+    """[batch, length] position ids that count only the tokens that `mask` attends to, for padding on either side."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 class Ragged:
-    """Rows of token ids of any length, as one flat array with offsets."""
+    """Rows of token ids of different lengths, stored as one flat array with offsets."""
 
     def __init__(self, rows: list[list[int]]) -> None:
         self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
@@ -113,20 +112,20 @@ class Ragged:
     def padded(
         self, rows: np.ndarray, fill: int, left: bool = False, width: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [rows, width or longest], whether a place is inside its row)."""
+        """(ids, mask: True where ids are not padding), both [rows, width or longest]."""
         lengths = self.lengths[rows][:, None]
-        places = np.arange(width or int(lengths.max()))
-        inside = places >= places.size - lengths if left else places < lengths
+        columns = np.arange(width or int(lengths.max()))
+        inside = columns >= columns.size - lengths if left else columns < lengths
         ids = np.full(inside.shape, fill, dtype=np.int64)
         ids[inside] = np.concatenate([self[row] for row in rows])
         return ids, inside
 
 
 class EncodedDataset:
-    """One split of all tasks, tokenised: a label id and a task number per row, and an answer where there is one.
+    """One split of all tasks, tokenised: a label id and a task number per row, and an answer for text to text.
 
-    `lengths` [rows] is what batches are sorted by; `weights` [rows] how many terms of a mean loss a row has. `whole`
-    and `whole_answer` [rows] are the tokens of text and answer before they were cut.
+    Batches are sorted by `lengths` [rows]; `weights` [rows] are the numbers of terms of each row in a mean loss.
+    `full_lengths` and `full_answer_lengths` [rows] are the numbers of tokens before truncation.
     """
 
     def __init__(
@@ -140,13 +139,13 @@ class EncodedDataset:
         references: list[tuple[str, ...]] | None = None,
         sources: list[str] | None = None,
         left: bool = False,
-        whole: Sequence[int] | None = None,
-        whole_answers: Sequence[int] | None = None,
+        full_lengths: Sequence[int] | None = None,
+        full_answer_lengths: Sequence[int] | None = None,
     ) -> None:
         self.source = Ragged(tokens)
         self.answer = None if answers is None else Ragged(answers)
-        self.whole = self.source.lengths if whole is None else np.array(whole, np.int64)
-        self.whole_answer = np.array(whole_answers or np.zeros(len(tokens)), np.int64)
+        self.full_lengths = self.source.lengths if full_lengths is None else np.array(full_lengths, np.int64)
+        self.full_answer_lengths = np.array(full_answer_lengths or np.zeros(len(tokens)), np.int64)
         self.references, self.sources, self.left = references, sources, left
         self.lengths = self.source.lengths + (0 if self.answer is None else self.answer.lengths)
         self.weights = np.ones(len(tokens)) if self.answer is None else self.answer.lengths.astype(float)
@@ -157,10 +156,10 @@ class EncodedDataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def cut(self, rows: np.ndarray) -> tuple[int, int]:
-        """How many of the texts and of the answers of these rows were cut."""
-        texts = self.whole[rows] > self.source.lengths[rows]
-        answers = self.whole_answer[rows] > (0 if self.answer is None else self.answer.lengths[rows])
+    def num_truncated(self, rows: np.ndarray) -> tuple[int, int]:
+        """Numbers of truncated texts and of truncated answers among the rows."""
+        texts = self.full_lengths[rows] > self.source.lengths[rows]
+        answers = self.full_answer_lengths[rows] > (0 if self.answer is None else self.answer.lengths[rows])
         return int(texts.sum()), int(answers.sum())
 
     def rows_of(self, *tasks: int) -> np.ndarray:
@@ -169,12 +168,12 @@ class EncodedDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that a network is given of this split."""
-        found = hashlib.sha256(f"{self.pad_id} {self.mask_id}".encode())
-        for part in (self.source, self.answer):
-            for array in (part.flat, part.starts) if part else ():
-                found.update(array.tobytes())
-        return found.hexdigest()
+        """SHA-256 of all token ids of the split, as far as they are a model's input."""
+        hasher = hashlib.sha256(f"{self.pad_id} {self.mask_id}".encode())
+        for ragged in (self.source, self.answer):
+            for array in (ragged.flat, ragged.starts) if ragged else ():
+                hasher.update(array.tobytes())
+        return hasher.hexdigest()
 
     def tokens(self, row: int) -> np.ndarray:
         """Token ids of one row, without its answer."""
@@ -183,27 +182,27 @@ class EncodedDataset:
     def batch(
         self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu", width: int | None = None
     ) -> Batch:
-        """The rows, padded to the longest, or to `width`."""
+        """The rows as a batch, padded to the longest or to `width`."""
         rows = np.asarray(rows, dtype=np.int64)
         ids, inside = self.source.padded(rows, self.pad_id, self.left, width)
-        positions = np.argmax(ids == self.mask_id, axis=1)
-        arrays = [ids, inside.astype(np.int64), positions, self.labels[rows], self.tasks[rows]]
+        mask_positions = np.argmax(ids == self.mask_id, axis=1)
+        arrays = [ids, inside.astype(np.int64), mask_positions, self.labels[rows], self.tasks[rows]]
         if self.answer is not None:
             arrays.append(self.answer.padded(rows, IGNORED)[0])
-        input_ids, mask, places, labels, tasks, *answers = (
+        input_ids, mask, positions, labels, tasks, *answers = (
             torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
         )
-        batch = Batch(rows, input_ids, mask, places, labels, tasks, not inside.all(), self.left, pool=self)
+        batch = Batch(rows, input_ids, mask, positions, labels, tasks, not inside.all(), self.left, pool=self)
         batch.targets = answers[0] if answers else None
         return batch
 
     def by_length(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
-        """The rows in batches of `size`, longest first, so that padding is next to nothing."""
+        """The rows in batches of `size`, longest first, with little padding."""
         ordered = rows[np.argsort(-self.lengths[rows], kind="stable")]
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
     def shuffled(self, rows: np.ndarray, size: int, rng: np.random.Generator, chunk: int = 4) -> list[np.ndarray]:
-        """One epoch: the rows shuffled, batches formed inside chunks of a few batches sorted by length."""
+        """One epoch in random order: inside chunks of `chunk` batches, rows are sorted by length to reduce padding."""
         order = rng.permutation(rows)
         batches: list[np.ndarray] = []
         for start in range(0, len(order), size * chunk):
@@ -213,12 +212,12 @@ class EncodedDataset:
 
 @dataclass
 class Encoded:
-    """A benchmark's splits, each one pool over all tasks."""
+    """The tokenised splits of a benchmark, each one pool over all tasks."""
 
     train: EncodedDataset
     validation: EncodedDataset
     test: EncodedDataset
-    seed_key: Callable[[int], int | str] = int  # of a task number: what its random draws are named by
+    seed_key: Callable[[int], int | str] = int  # task number -> key of its random streams, see Benchmark.seed_key
 
     def split(self, name: str) -> EncodedDataset:
         """One of SPLITS."""
@@ -228,7 +227,7 @@ class Encoded:
 def encode_benchmark(
     benchmark: Benchmark, encode: Callable[[list[Example], list[int], list[int]], EncodedDataset]
 ) -> Encoded:
-    """Encodes every split once; `encode` gets examples, their label ids (-1 without) and their task numbers."""
+    """Encodes every split once. Arguments of `encode`: examples, their label ids (-1 without), their task numbers."""
     pools = {}
     for split in SPLITS:
         pairs = [(index, example) for index, task in enumerate(benchmark.tasks) for example in task.split(split)]

@@ -48,7 +48,7 @@ class Example:
 
 @runtime_checkable
 class Fingerprinted(Protocol):
-    """A split that computes its own hash, such as Documents, whose texts are too large to be read for it."""
+    """A split that computes a hash of its texts, as Documents do from their index."""
 
     def fingerprint(self) -> str:
         """Hash of all texts in order."""
@@ -87,7 +87,7 @@ class Benchmark:
     isolate: bool = False  # documents in one window do not attend to each other
     base: Task | None = None  # corpus that a model with random weights is pretrained on before the first task
     data_record: dict[str, Any] = field(default_factory=dict)
-    groups: dict[str, list[str]] = field(default_factory=dict)  # {group: domains} with scores of their own in reports
+    groups: dict[str, list[str]] = field(default_factory=dict)  # {group: domains} that reports also score together
     report: ReadReport = field(default_factory=ReadReport)  # rows and files that were skipped, repaired or dropped
     order: dict[str, Any] = field(default_factory=dict)  # record of how the domains were ordered
     stream: bool = False  # tokenise texts during training instead of beforehand

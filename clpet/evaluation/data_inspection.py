@@ -114,7 +114,7 @@ def repeats(texts: list[str]) -> int:
 def _cut(data: Encoded | None, index: int) -> dict[str, dict[str, int]]:
     """How many texts and answers of a task were cut, by split."""
     pools = {split: getattr(data, split) for split in SPLITS} if data else {}
-    counts = {split: pool.cut(pool.rows_of(index)) for split, pool in pools.items()}
+    counts = {split: pool.num_truncated(pool.rows_of(index)) for split, pool in pools.items()}
     return {
         "texts_cut": {split: texts for split, (texts, _) in counts.items()},
         "answers_cut": {split: answers for split, (_, answers) in counts.items()},
@@ -156,7 +156,7 @@ def _lengths(data: Encoded | None, index: int) -> dict[str, int]:
     if data is None:
         return {}
     rows = data.train.rows_of(index)
-    lengths = data.train.whole[rows] + data.train.whole_answer[rows]
+    lengths = data.train.full_lengths[rows] + data.train.full_answer_lengths[rows]
     return {"median": int(np.median(lengths)), "p95": int(np.percentile(lengths, 95)), "max": int(lengths.max())}
 
 

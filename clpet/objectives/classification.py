@@ -101,7 +101,9 @@ class Classification(Objective):
 
         def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:
             texts = template.encode(examples)
-            return EncodedDataset(texts.rows, labels, tasks, pad_id(tokenizer), template.mask_id, whole=texts.lengths)
+            return EncodedDataset(
+                texts.rows, labels, tasks, pad_id(tokenizer), template.mask_id, full_lengths=texts.lengths
+            )
 
         return encode
 

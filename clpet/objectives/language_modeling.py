@@ -18,7 +18,7 @@ from clpet.config.schema import CapUnit, Evaluation
 from clpet.data.batches import Batch, Encoded, EncodedDataset, pad_id
 from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.data.packing import Masking, Windows, pack
-from clpet.data.token_cache import Stream, Tokens
+from clpet.data.token_cache import Stream, TokenCache
 from clpet.errors import ConfigError, DataError, ModelError
 from clpet.models.backbone import Architecture, Backbone, first_position
 from clpet.objectives import chunked_cross_entropy
@@ -81,7 +81,7 @@ class LanguageModeling(Objective):
 
     def encode(self) -> Encoded:
         """Blocks of train and validation text and windows of test text, all domains in one pool each."""
-        benchmark, tokens = self.benchmark, Tokens(self.tokenizer, self.cache_dir, self.benchmark.begin)
+        benchmark, tokens = self.benchmark, TokenCache(self.tokenizer, self.cache_dir, self.benchmark.begin)
         pools = {split: self._pool(split) for split in SPLITS}
         for index, task in enumerate(benchmark.tasks):
             for split in SPLITS:
@@ -108,9 +108,9 @@ class LanguageModeling(Objective):
         bos, cls = self.tokenizer.bos_token_id, self.tokenizer.cls_token_id
         return cls if bos is None else bos
 
-    def _add(self, pool: Windows, index: int, name: str, split: str, tokens: Tokens, documents: Any) -> None:
+    def _add(self, pool: Windows, index: int, name: str, split: str, tokens: TokenCache, documents: Any) -> None:
         lazy = self.benchmark.stream and split == "train"
-        stream = tokens.lazy(documents) if lazy else tokens.stream(documents, sized=split != "train")
+        stream = tokens.lazy_stream(documents) if lazy else tokens.stream(documents, sized=split != "train")
         needs = [key for key in ("isolate", "begin") if getattr(self.benchmark, key)]
         if needs and len(stream.tokens) and not len(stream.starts):
             raise DataError(f"benchmark.{needs[0]} needs borders of documents, which the files of {name} do not have")

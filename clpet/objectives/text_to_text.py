@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clpet.config.schema import Decode, Evaluation
-from clpet.data.batches import IGNORED, Batch, EncodedDataset, Ragged, pad_id, positions
+from clpet.data.batches import IGNORED, Batch, EncodedDataset, Ragged, pad_id, position_ids
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template, Tokenised
 from clpet.errors import ConfigError, DataError
@@ -88,7 +88,7 @@ class TextToText(Objective):
             texts = template.encode(examples)
             return EncodedDataset(
                 texts.rows, labels, tasks, pad_id(tokenizer), answers=answers.rows, references=references,
-                sources=sources, left=causal, whole=texts.lengths, whole_answers=answers.lengths,
+                sources=sources, left=causal, full_lengths=texts.lengths, full_answer_lengths=answers.lengths,
             )  # fmt: skip
 
         return encode
@@ -120,7 +120,7 @@ class TextToText(Objective):
     def continued(self, read: dict[str, Any], answer: Tensor, inside: Tensor) -> dict[str, Tensor]:
         """A decoder's inputs with the tokens of an answer behind them."""
         mask = torch.cat([read["attention_mask"], inside.long()], 1)
-        places = {"attention_mask": mask, "position_ids": positions(mask)}
+        places = {"attention_mask": mask, "position_ids": position_ids(mask)}
         if "input_ids" in read:
             return {"input_ids": torch.cat([read["input_ids"], answer], 1), **places}
         text = self.adapters.model.get_input_embeddings()(answer)  # type: ignore[operator]
@@ -200,7 +200,7 @@ class TextToText(Objective):
         model: Any = self.adapters.model
         read = self.inputs(batch)
         mask = read["attention_mask"]
-        prompt = model(position_ids=positions(mask), use_cache=True, logits_to_keep=1, **read)
+        prompt = model(position_ids=position_ids(mask), use_cache=True, logits_to_keep=1, **read)
         first = prompt.logits.repeat_interleave(count, 0)
         if answers.shape[1] == 1:
             return first
@@ -209,7 +209,7 @@ class TextToText(Objective):
         rest = model(
             input_ids=answers[:, :-1],
             attention_mask=mask,
-            position_ids=positions(mask)[:, -answers.shape[1] + 1 :],
+            position_ids=position_ids(mask)[:, -answers.shape[1] + 1 :],
             past_key_values=prompt.past_key_values,
             use_cache=True,
         )

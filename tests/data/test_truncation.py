@@ -66,9 +66,15 @@ def test_answers_know_their_length_before_the_cut() -> None:
     assert [len(row) for row in found.rows] == [5, 3]
     assert found.lengths == [7, 3]
     pool = EncodedDataset(
-        [[1], [1, 2], [3]], [0] * 3, [0] * 3, 0, whole=[4, 2, 1], answers=[[1], [2], [3]], whole_answers=[2, 1, 9]
+        [[1], [1, 2], [3]],
+        [0] * 3,
+        [0] * 3,
+        0,
+        full_lengths=[4, 2, 1],
+        answers=[[1], [2], [3]],
+        full_answer_lengths=[2, 1, 9],
     )
-    assert pool.cut(pool.rows_of(0)) == (1, 2)
+    assert pool.num_truncated(pool.rows_of(0)) == (1, 2)
 
 
 def test_keep_marks_what_it_finds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from clpet.config.schema import CapUnit, Evaluation
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark, Example, Task
-from clpet.data.packing import Masking, windows
+from clpet.data.packing import Masking, eval_windows
 from clpet.data.token_cache import Stream
 from clpet.models.adapters import Adapter, Adapters, Lora
 from clpet.models.backbone import Architecture, Backbone
@@ -161,12 +161,12 @@ def test_behind_a_first_token_all_text_is_predicted(stride: int | None) -> None:
 
 
 def test_a_tail_of_one_token_adds_nothing() -> None:
-    starts, lengths, skips = windows(65, 16)
+    starts, lengths, skips = eval_windows(65, 16)
     assert starts.tolist() == [0, 16, 32, 48]
     assert (lengths - skips).sum() == 60
-    assert (windows(66, 16)[1] - windows(66, 16)[2]).sum() == 66 - 5
-    assert windows(1, 16)[0].size == 0
-    assert windows(0, 16)[0].size == 0
+    assert (eval_windows(66, 16)[1] - eval_windows(66, 16)[2]).sum() == 66 - 5
+    assert eval_windows(1, 16)[0].size == 0
+    assert eval_windows(0, 16)[0].size == 0
 
 
 def test_real_model_agrees_with_a_plain_loop() -> None:

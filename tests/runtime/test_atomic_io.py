@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clpet.data.benchmark import Example
-from clpet.data.token_cache import Tokens
+from clpet.data.token_cache import TokenCache
 from clpet.models.backbone import byte_tokenizer
 from clpet.runtime import atomic_io
 
@@ -51,16 +51,16 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_four_processes_share_an_empty_or_damaged_token_cache(damaged: bool, tmp_path: Path) -> None:
     examples = [Example(f"text number {index}") for index in range(40)]
     tokenizer = byte_tokenizer()
-    expected = Tokens(tokenizer).stream(examples, sized=True)
+    expected = TokenCache(tokenizer).stream(examples, sized=True)
     if damaged:
         for index in range(ROUNDS):
-            Tokens(tokenizer, str(tmp_path / str(index))).stream(examples, sized=True)
+            TokenCache(tokenizer, str(tmp_path / str(index))).stream(examples, sized=True)
             (file,) = (tmp_path / str(index)).glob("tokens/*/tokens")
             file.write_bytes(b"\x00" + file.read_bytes()[1:])
 
     def work(index: int) -> None:
         for _ in range(2):
-            stream = Tokens(tokenizer, str(tmp_path / str(index))).stream(examples, sized=True)
+            stream = TokenCache(tokenizer, str(tmp_path / str(index))).stream(examples, sized=True)
             np.testing.assert_array_equal(stream.tokens, expected.tokens)
             np.testing.assert_array_equal(stream.sizes, expected.sizes)
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.data.batches import Batch, Encoded, EncodedDataset, positions
+from clpet.data.batches import Batch, Encoded, EncodedDataset, position_ids
 from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.models.sentence_encoder import Encoder
 
@@ -30,7 +30,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     network: Any = model
     trunk = network.get_encoder() if network.config.is_encoder_decoder else network.base_model
     # With left padding the first token is not at position 0 unless the positions are passed explicitly.
-    extra = {"position_ids": positions(batch.attention_mask)} if batch.left else {}
+    extra = {"position_ids": position_ids(batch.attention_mask)} if batch.left else {}
     return trunk(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **extra).last_hidden_state.float()
 
 
