@@ -58,7 +58,7 @@ def _run_job(cfg: Any, arguments: list[str], parallel: Any, failures: list[tuple
         if varied and not submitted:
             print(f"\n[{hydra.job.num + 1}] {inline(varied)}\n", flush=True)
         from clpet.cli.launch import launch
-        from clpet.reporting.figures import outcome
+        from clpet.reporting.run_metrics import outcome
 
         out = Path(hydra.runtime.output_dir)
         finished = launch(cfg, out, list(hydra.overrides.task)) is not None

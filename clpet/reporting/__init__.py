@@ -1,1 +1,1 @@
-"""What a person reads: progress, tables, comparisons, plots."""
+"""Output for people: progress, tables, comparisons, figures."""

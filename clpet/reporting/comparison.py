@@ -10,7 +10,6 @@ from clpet.escape import inline, markdown
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import CONVENTIONS
-from clpet.reporting.figures import MeanStd, figures, mean_and_std, pretraining_figures, validation_average
 from clpet.reporting.run_groups import (
     SPLIT,
     TASK_GIVEN,
@@ -23,6 +22,7 @@ from clpet.reporting.run_groups import (
     make_sections,
     value_of,
 )
+from clpet.reporting.run_metrics import MeanStd, mean_and_std, pretraining_metrics, run_metrics, validation_average
 from clpet.reporting.significance import MIN_SEEDS, NUM_DRAWS, Difference, difference, holm
 from clpet.reporting.tables import format_table
 
@@ -77,7 +77,7 @@ class Comparison:
 
     def means(self, row: Row, section: Section) -> dict[str, MeanStd | None]:
         """{metric: mean and deviation} over the seeds of a row; None for a metric that a seed lacks."""
-        seeds = [figures(run, section.runs, self.task_incremental) for _, run in row.runs]
+        seeds = [run_metrics(run, section.runs, self.task_incremental) for _, run in row.runs]
         columns = {name: [values.get(name) for values in seeds] for name in (seeds[0] if seeds else ())}
         return {name: mean_and_std(values) for name, values in columns.items()}
 
@@ -257,7 +257,7 @@ class Comparison:
             )
         (section,) = lower
         groups = {
-            row.name: [pretraining_figures(run, section.runs) for _, run in row.runs if run["method"] != DAPT]
+            row.name: [pretraining_metrics(run, section.runs) for _, run in row.runs if run["method"] != DAPT]
             for row in section.rows
         }
         groups = {name: seeds for name, seeds in groups.items() if seeds}

@@ -76,7 +76,7 @@ class Section:
 
     @property
     def measure(self) -> tuple[str, ...]:
-        """What its scores measure, apart from the split."""
+        """The quantity that its scores measure, apart from the split."""
         return self.benchmark, self.objective, self.metric, self.direction, self.data
 
     def compared_values(self, row: Row) -> tuple[str, ...]:

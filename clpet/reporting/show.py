@@ -9,9 +9,9 @@ import numpy as np
 from clpet.errors import DataError
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
-from clpet.reporting.figures import figures, pretraining_figures
 from clpet.reporting.perplexity_tables import average_table, domain_table, formula_lines, transfer_tables
 from clpet.reporting.run_groups import Runs
+from clpet.reporting.run_metrics import pretraining_metrics, run_metrics
 from clpet.reporting.tables import format_table, matrix_table, table
 from clpet.runtime.json_lines import parse_line
 from clpet.runtime.untrusted_json import as_data_error, command, find_runs, read_json, read_results, split_of
@@ -105,7 +105,7 @@ def _head(run: dict[str, Any]) -> str:
 
 
 def _pretraining(run: dict[str, Any], matrix: TransferMatrix, others: Runs, every_metric: bool) -> list[str]:
-    transfer = pretraining_figures(run, others)
+    transfer = pretraining_metrics(run, others)
     bits = [run["diagnostics"][-1].get(f"bits_per_byte/{name}") for name in matrix.tasks]
     blocks = [
         f"{run.get('metric', 'perplexity')} after each domain (rows), lower is better\n" + matrix_table(matrix),
@@ -119,7 +119,7 @@ def _pretraining(run: dict[str, Any], matrix: TransferMatrix, others: Runs, ever
 
 
 def _metrics(run: dict[str, Any], others: Runs, every_metric: bool) -> str:
-    values = figures(run, others)
+    values = run_metrics(run, others)
     rows = []
     for name, formula in CONVENTIONS.items():
         value = round2(values[name])

@@ -238,7 +238,7 @@ def _description(
 
 
 def batch_record(cfg: DictConfig) -> dict[str, int]:
-    """How the global batch is split: examples per forward pass and device, and forward passes per step."""
+    """The split of the global batch: examples per forward pass and device, and forward passes per step."""
     global_batch, devices = cfg.train.global_batch_size, get_world().size
     per_device = -(-global_batch // devices)  # rounded up, as the trainer splits it
     micro = min(per_device, cfg.hardware.micro_batch_size or per_device)

@@ -54,15 +54,19 @@ def write_run(
     (folder / "results.json").write_text(json.dumps(run))
     recorded = {"method": {"name": method}, "train": {"lr": 0.001, "epochs": 3, "keep": seed}, **config}
     (folder / "run.json").write_text(json.dumps({"config": recorded}))
+    write_predictions(folder / "predictions" / f"after-{len(tasks):03d}.parquet", hits, own)
+    return folder
+
+
+def write_predictions(file: Path, hits: dict[str, list[int]], own: dict[str, list[int]]) -> None:
+    """Writes the predictions of a row of the matrix: the label is always x."""
     rows = [
         (task, "x", "x" if right else "y", float(score))
-        for task in tasks
+        for task in hits
         for score, right in zip(hits[task], own[task], strict=True)
     ]
     columns = dict(zip(("task", "label", "own_prediction", "score"), map(list, zip(*rows, strict=True)), strict=True))
-    file = folder / "predictions" / f"after-{len(tasks):03d}.parquet"
     pyarrow.parquet.write_table(pyarrow.table(columns), file)
-    return folder
 
 
 def lines(text: str, first: str | tuple[str, ...]) -> list[list[str]]:

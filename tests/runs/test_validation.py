@@ -11,7 +11,7 @@ import pytest
 from clpet.cli import main
 from clpet.config.schema import Split
 from clpet.evaluation.evaluator import Evaluator
-from clpet.reporting.figures import outcome
+from clpet.reporting.run_metrics import outcome
 from clpet.runs.tracking import Tracker
 from tests.conftest import domain_args, set_up, tiny_args, write_words
 

@@ -41,13 +41,13 @@ def matrix_of(run: dict[str, Any], task_incremental: bool = False) -> TransferMa
     return matrix
 
 
-def figures(run: dict[str, Any], runs: Runs, task_incremental: bool = False) -> dict[str, float | None]:
+def run_metrics(run: dict[str, Any], runs: Runs, task_incremental: bool = False) -> dict[str, float | None]:
     """{metric: value} of a run. Metrics relative to a joint or independent run take it from `runs`, else are None."""
     matrix = matrix_of(run, task_incremental)
     references = {name: reference(run, runs, name, task_incremental) for name in ("independent", "joint")}
     metrics = matrix.metrics(**references)
     if matrix.direction == "lower":
-        metrics |= perplexity_transfer.headline(pretraining_figures(run, runs))
+        metrics |= perplexity_transfer.headline(pretraining_metrics(run, runs))
     return metrics
 
 
@@ -65,7 +65,7 @@ def outcome(out: Path) -> float | None:
     return TransferMatrix.from_json(run).average() if validation is None else validation
 
 
-def pretraining_figures(run: dict[str, Any], runs: Runs) -> dict[str, Any]:
+def pretraining_metrics(run: dict[str, Any], runs: Runs) -> dict[str, Any]:
     """`perplexity_transfer.figures` of a run; DAPT is the diagonal of a dapt run of the same setting, data and seed."""
     matrix, dapt = TransferMatrix.from_json(run), None
     if dapt_matrix := reference(run, runs, perplexity_transfer.DAPT):
