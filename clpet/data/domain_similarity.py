@@ -1,4 +1,4 @@
-"""Similarity of domains by the embeddings of their texts."""
+"""Similarity of domains: the cosine of the mean embeddings of their texts."""
 
 import hashlib
 import heapq
@@ -12,51 +12,54 @@ from clpet.errors import DataError, ModelError
 
 log = logging.getLogger(__name__)
 
-PIECE = 500  # characters of a text that one vector stands for
-TOKENS = 128  # of them that a sentence encoder reads
+PIECE = 500  # characters of a text per embedding
+TOKENS = 128  # maximum tokens of a piece that a sentence encoder reads
 Embed = Callable[[Sequence[str]], Any]  # texts -> [n, dim], dense or sparse
 Vectors = Mapping[str, np.ndarray]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of length 1; zero stays zero."""
+    """The vectors scaled to length 1; zero vectors stay zero."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
 
 
 def cosines(vectors: np.ndarray, other: np.ndarray | None = None) -> np.ndarray:
-    """[n, n] between rows, or [n] to one other vector; rounded, so that what is equal but for rounding ties."""
+    """[n, n] between the rows, or [n] to one `other` vector.
+
+    Rounded, so that similarities that differ only by floating-point errors tie on every machine.
+    """
     rows = unit(np.asarray(vectors, dtype=float))
     return (rows @ (rows.T if other is None else unit(np.asarray(other, dtype=float)))).round(9)
 
 
 def domain_embeddings(texts: Mapping[str, Iterable[str]], embed: Embed, samples: int) -> dict[str, np.ndarray]:
-    """A unit vector per domain, from up to `samples` pieces of its texts. Raises DataError for one without text."""
-    found = {}
+    """A unit vector per domain, from up to `samples` pieces of its texts. Raises DataError if it has none."""
+    embeddings = {}
     for name in sorted(texts):
         vector = centroid(texts[name], embed, samples)
         if vector is None:
             raise DataError(f"domain {name} has no text to compare it by")
-        found[name] = vector
-    return found
+        embeddings[name] = vector
+    return embeddings
 
 
 def centroid(texts: Iterable[str], embed: Embed, samples: int) -> np.ndarray | None:
-    """The mean of unit vectors of up to `samples` pieces, as a unit vector; None where there is no text."""
+    """The mean of the unit vectors of up to `samples` pieces, scaled to length 1; None if there is no text."""
     from sklearn.preprocessing import normalize
 
-    drawn = draw(texts, samples)
-    return unit(np.asarray(normalize(embed(drawn)).mean(axis=0), dtype=float).ravel()) if drawn else None
+    sample = sample_pieces(texts, samples)
+    return unit(np.asarray(normalize(embed(sample)).mean(axis=0), dtype=float).ravel()) if sample else None
 
 
-def draw(texts: Iterable[str], count: int) -> list[str]:
-    """Up to `count` different pieces, those whose hashes are smallest: the same from any order of the texts."""
-    unlike = {hashlib.sha256(piece.encode(errors="surrogatepass")).digest(): piece for piece in pieces(texts)}
-    return [unlike[key] for key in heapq.nsmallest(count, unlike)]
+def sample_pieces(texts: Iterable[str], count: int) -> list[str]:
+    """Up to `count` distinct pieces, those with the smallest hashes: the order of the texts does not matter."""
+    by_hash = {hashlib.sha256(piece.encode(errors="surrogatepass")).digest(): piece for piece in split_pieces(texts)}
+    return [by_hash[key] for key in heapq.nsmallest(count, by_hash)]
 
 
-def pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Texts cut between words into pieces of at most PIECE characters, where words are not longer."""
+def split_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut between words into pieces of about PIECE characters; a longer word is a piece of its own."""
     for text in texts:
         words: list[str] = []
         length = 0
@@ -71,8 +74,9 @@ def pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def sentence_embedder(name: str, cache_dir: str | None) -> tuple[str, Embed]:
-    """(what the record calls it, the function). `auto` is minilm where it can be had, else `hashed` word 1-2-grams."""
+    """(name for the record, function). `auto` is minilm if it is available, else `hashed`: word 1- and 2-grams."""
     if name != "hashed":
+        # Imported here: most orders need no encoder, and this one loads torch and transformers.
         from clpet.models.sentence_encoder import Encoder, locate
 
         try:
@@ -80,7 +84,7 @@ def sentence_embedder(name: str, cache_dir: str | None) -> tuple[str, Embed]:
         except ModelError as error:
             if name != "auto":
                 raise
-            log.warning("domains are compared by hashed word pairs: %s", error)
+            log.warning("domains are compared by hashed words and word pairs instead of embeddings: %s", error)
         else:
             return "minilm" if name == "auto" else name, lambda texts: encoder.encode(texts).numpy()
     from sklearn.feature_extraction.text import HashingVectorizer

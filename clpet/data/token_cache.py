@@ -13,7 +13,7 @@ import numpy as np
 
 from clpet.config.identity import digest
 from clpet.data.benchmark import Example, Fingerprinted
-from clpet.data.template import first_tokens, frame
+from clpet.data.template import first_tokens, special_tokens
 from clpet.runtime import atomic_io
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class TokenCache:
     def __init__(self, tokenizer: Any, folder: str | None = None, begin: bool = False) -> None:
         self.tokenizer = tokenizer
         self.folder = Path(folder).expanduser() / "tokens" if folder else None
-        self.head, tail = first_tokens(tokenizer, begin), frame(tokenizer)[1]
+        self.head, tail = first_tokens(tokenizer, begin), special_tokens(tokenizer)[1]
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         self.tail = tail or ([] if end is None else [end])
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from clpet.data.template import frame
+from clpet.data.template import special_tokens
 from clpet.errors import ConfigError, DataError, enough_memory, first_line, suggest
 from clpet.models.backbone import Architecture
 from clpet.reporting.tables import table
@@ -77,7 +77,7 @@ def measure(run: LoadedRun, tasks: dict[str, Any], limit: int | None) -> dict[st
         tokenizer.eos_token = tokenizer.sep_token  # also ends an answer in the text_to_text objective
     decoder = run.record.parts["model"].architecture is Architecture.decoder
     # Such a tokenizer appends an end token, which would separate a question from its answer.
-    appends_eos = decoder and frame(tokenizer)[1]
+    appends_eos = decoder and special_tokens(tokenizer)[1]
     objective.adapters.train_mode(False)
     with objective.autocast, enough_memory(objective.memory_advice):
         batch_size = max(1, objective.eval_batch_size // LENGTH_FACTOR)

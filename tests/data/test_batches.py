@@ -7,7 +7,7 @@ import torch
 from clpet.data.batches import EncodedDataset
 from clpet.data.benchmark import Example
 from clpet.data.sources.entities import mark_entities, mentions
-from clpet.data.template import Template, window_rows
+from clpet.data.template import Template, tokens_to_keep
 from clpet.errors import ConfigError, DataError
 from clpet.models.backbone import byte_tokenizer
 
@@ -82,21 +82,21 @@ def test_the_template_part_is_always_whole() -> None:
 
 
 def test_window_is_centred_on_close_entities() -> None:
-    assert window_rows(spans(100), [(40, 42), (48, 50)], 20) == list(range(35, 55))
+    assert tokens_to_keep(spans(100), [(40, 42), (48, 50)], 20) == list(range(35, 55))
 
 
 def test_window_near_an_edge_keeps_its_width() -> None:
-    assert window_rows(spans(100), [(0, 1)], 20) == list(range(20))
-    assert window_rows(spans(100), [(99, 100)], 20) == list(range(80, 100))
+    assert tokens_to_keep(spans(100), [(0, 1)], 20) == list(range(20))
+    assert tokens_to_keep(spans(100), [(99, 100)], 20) == list(range(80, 100))
 
 
 def test_entities_too_far_apart_get_half_of_the_room_each() -> None:
-    rows = window_rows(spans(100), [(10, 11), (90, 91)], 20)
+    rows = tokens_to_keep(spans(100), [(10, 11), (90, 91)], 20)
     assert rows == [*range(5, 15), *range(85, 95)]
 
 
 def test_text_without_entities_keeps_its_head() -> None:
-    assert window_rows(spans(100), [], 5) == [0, 1, 2, 3, 4]
+    assert tokens_to_keep(spans(100), [], 5) == [0, 1, 2, 3, 4]
 
 
 def test_a_template_longer_than_the_limit_is_refused() -> None:

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from clpet.data.decontamination import WINDOW, decontaminated, starts, window_hashes
+from clpet.data.decontamination import WINDOW, decontaminate, starts, window_hashes
 from clpet.data.document_readers import PIECE, STRETCH, JsonLinesReader, LongText, ParquetReader, TextFiles
 from clpet.data.documents import Documents
 from clpet.errors import DataError
@@ -201,12 +201,12 @@ def test_a_piece_of_a_test_text_that_train_has_leaves_a_hole() -> None:
     """Found at any offset of any train text; what remains are two documents; 199 characters are no piece."""
     test, other = letters(1, 1000), letters(2, 300)
     trains = [Documents.strings([letters(3, 5000)]), Documents.strings(["x", "ü" + test[390:610] + "tail"])]
-    found, kept = decontaminated([Documents.strings([test]), Documents.strings([other])], trains)
+    found, kept = decontaminate([Documents.strings([test]), Documents.strings([other])], trains)
     assert texts(found) == [test[:400], test[600:]]
     assert (found.num_contaminated, kept.num_contaminated, texts(kept)) == (1, 0, [other])
     assert found.bytes == 800
     short = [Documents.strings([test[400:599]])]
-    assert decontaminated([Documents.strings([test])], short)[0].num_contaminated == 0
+    assert decontaminate([Documents.strings([test])], short)[0].num_contaminated == 0
 
 
 def test_a_piece_is_found_over_stretches_but_not_over_documents(tmp_path: Path) -> None:
@@ -217,9 +217,9 @@ def test_a_piece_is_found_over_stretches_but_not_over_documents(tmp_path: Path) 
     assert len(stretches) > 2
     border = len(stretches[0].text)
     across = Documents.strings([text[border - 100 : border + 100]])
-    assert decontaminated([across], [stretches])[0].num_contaminated == 1
+    assert decontaminate([across], [stretches])[0].num_contaminated == 1
     halves = Documents.strings([test[:100], test[100:]])
-    assert decontaminated([Documents.strings([test])], [halves])[0].num_contaminated == 0
+    assert decontaminate([Documents.strings([test])], [halves])[0].num_contaminated == 0
 
 
 def test_holes_equal_those_of_a_plain_search(tmp_path: Path) -> None:
@@ -228,6 +228,6 @@ def test_holes_equal_those_of_a_plain_search(tmp_path: Path) -> None:
     parts = [train[at : at + int(rng.integers(150, 700))] if rng.random() < 0.5 else letters(int(at), 450)
              for at in rng.integers(0, len(train) - 1000, 40)]  # fmt: skip
     tests = ["".join(parts[i : i + 4]) for i in range(0, 40, 4)]
-    (found,) = decontaminated([Documents.strings(tests)], [Documents.strings([train])])
+    (found,) = decontaminate([Documents.strings(tests)], [Documents.strings([train])])
     assert found.num_contaminated == sum(text[at : at + WINDOW] in train for text in tests for at in starts(len(text)))
     assert found.num_contaminated > 10

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from clpet.data.domain_similarity import cosines, domain_embeddings, draw, pieces
+from clpet.data.domain_similarity import cosines, domain_embeddings, sample_pieces, split_pieces
 from clpet.data.task_order import (
     Ordering,
     arrange,
@@ -153,14 +153,14 @@ def test_a_domain_is_the_mean_of_unit_vectors() -> None:
 
 def test_a_sample_does_not_depend_on_the_order_of_texts() -> None:
     texts = [f"text {i}" for i in range(50)]
-    assert sorted(draw(texts, 99)) == sorted(texts)
-    assert draw(texts, 5) == draw(texts[::-1] + texts, 5)
-    assert len(draw(texts, 5)) == 5
+    assert sorted(sample_pieces(texts, 99)) == sorted(texts)
+    assert sample_pieces(texts, 5) == sample_pieces(texts[::-1] + texts, 5)
+    assert len(sample_pieces(texts, 5)) == 5
 
 
 def test_long_texts_are_cut_between_words() -> None:
     text = "word " * 250
-    found = list(pieces([text, "short", ""]))
+    found = list(split_pieces([text, "short", ""]))
     assert [len(piece) for piece in found[:3]] == [499, 499, 249]
     assert " ".join(found[:3]) == text.strip()
     assert found[3:] == ["short"]

@@ -10,7 +10,7 @@ import pytest
 from clpet.data.batches import EncodedDataset
 from clpet.data.benchmark import Example, Truncate
 from clpet.data.sources import Table
-from clpet.data.template import Template, window_rows
+from clpet.data.template import Template, tokens_to_keep
 from clpet.errors import ConfigError, ModelError
 from clpet.evaluation.data_inspection import cut_counts
 from clpet.models.backbone import byte_tokenizer
@@ -46,9 +46,9 @@ def test_a_text_is_cut_at_the_side_that_is_asked_for(truncate: str, plain: str, 
 
 def test_what_is_kept_is_cut_where_it_does_not_fit_either() -> None:
     offsets = [(i, i + 1) for i in range(20)]
-    assert window_rows(offsets, [], 4, [(10, 18)], Truncate.end) == [10, 11, 12, 13]
-    assert window_rows(offsets, [], 4, [(10, 18)], Truncate.middle) == [10, 11, 16, 17]
-    assert window_rows(offsets, [], 6, [(0, 2), (18, 20)], Truncate.start) == [0, 1, 16, 17, 18, 19]
+    assert tokens_to_keep(offsets, [], 4, [(10, 18)], Truncate.end) == [10, 11, 12, 13]
+    assert tokens_to_keep(offsets, [], 4, [(10, 18)], Truncate.middle) == [10, 11, 16, 17]
+    assert tokens_to_keep(offsets, [], 6, [(0, 2), (18, 20)], Truncate.start) == [0, 1, 16, 17, 18, 19]
 
 
 def test_markers_move_what_is_kept() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from clpet.config.schema import Training
 from clpet.data.batches import EncodedDataset
-from clpet.data.template import window_rows
+from clpet.data.template import tokens_to_keep
 from clpet.methods.base import Choices
 from clpet.methods.components.contrastive import Bank, contrastive, relation_distillation
 from clpet.methods.crl import CRL
@@ -312,5 +312,5 @@ def test_kmeans_takes_the_best_of_ten_starts() -> None:
 def test_window(limit: int, head: int, tail: int, length: int, first: int, last: int) -> None:
     """O16: which tokens are kept of a sentence that is cut around the markers of head and tail."""
     offsets = [(2 * i, 2 * i + 1) for i in range(length)]
-    found = window_rows(offsets, [offsets[head], offsets[tail]], limit)
+    found = tokens_to_keep(offsets, [offsets[head], offsets[tail]], limit)
     assert found == list(range(first, last + 1))

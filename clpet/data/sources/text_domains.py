@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from clpet.config.schema import require
 from clpet.data.benchmark import Benchmark, Task
 from clpet.data.data_files import SPLIT_NAMES, domain_files, named_splits, text_files
-from clpet.data.decontamination import decontaminated
+from clpet.data.decontamination import decontaminate
 from clpet.data.document_readers import open_readers
 from clpet.data.documents import Documents
 from clpet.data.read_report import ReadReport
@@ -156,7 +156,7 @@ class Domains(Source):
             self._drop("beyond the limits", *(parts[split] for parts in full.values()), kept=kept)
         test = limited
         if self.decontaminate:
-            test = decontaminated(limited, [parts["train"] for parts in full.values()])
+            test = decontaminate(limited, [parts["train"] for parts in full.values()])
         self._drop("found in train", *limited, kept=test)
         for name, part in zip(full, test, strict=True):
             if not len(part) and part.num_contaminated:
