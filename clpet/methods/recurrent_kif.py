@@ -48,8 +48,8 @@ class RecurrentKIF(Method):
         require(self.fuse in ("code", "paper"), "method.fuse", self.fuse, "code or paper")
         require(0 <= self.quantile <= 1, "method.quantile", self.quantile, "in [0, 1]")
         require(self.outer_weight > 0, "method.outer_weight", self.outer_weight, "more than 0")
-        for knob in ("beta1", "beta2"):
-            require(0 <= getattr(self, knob) < 1, f"method.{knob}", getattr(self, knob), "in [0, 1)")
+        for option in ("beta1", "beta2"):
+            require(0 <= getattr(self, option) < 1, f"method.{option}", getattr(self, option), "in [0, 1)")
 
     def check(self, objective: str, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)

@@ -36,4 +36,4 @@ class Replay(Static):
     def check(self, objective: str, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
         if replay == "none":
-            raise ConfigError(f"method={self.name} needs a memory: replay=dynamic, fixed, share, reservoir or all")
+            raise ConfigError(f"method={self.name} needs a memory: set replay=dynamic, fixed, share, reservoir or all")

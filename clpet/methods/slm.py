@@ -130,7 +130,7 @@ class SLM(Method):
 
     def resolved(self, benchmark: Benchmark) -> dict[str, Any]:
         sizes = self.choose_sizes(benchmark)._asdict()
-        return {f"method.{knob}": value for knob, value in sizes.items() if getattr(self, knob) is None}
+        return {f"method.{option}": value for option, value in sizes.items() if getattr(self, option) is None}
 
     def inputs(self) -> dict[str, str]:
         return {"encoder": backbone(self.encoder).fingerprint(self.cache_dir) or ""}

@@ -124,7 +124,7 @@ BAD = [
     ("unknown metric", ["train", "benchmark.metric=bleu"], "benchmark.metric must be accuracy or exact_match or rouge_l"),
     ("column of the prompt", ["train", "method=sequential", "model=tiny_llama", "benchmark=files", "data_dir=WORDS", "objective=text_to_text", "benchmark.prompt='{subject} {text}'"], "has no column subject"),
     ("answer of no length", ["train", "benchmark.max_target=0"], "benchmark.max_target must be at least 1 token"),
-    ("more keys than there are", ["train", "method=slm", "method.keys=4", "method.top_k=5"], "method.top_k must be from 1 to the 4 keys"),
+    ("more keys than there are", ["train", "method=slm", "method.keys=4", "method.top_k=5"], "method.top_k must be from 1 to method.keys=4"),
     ("groups that do not divide", ["train", "method=slm", "method.groups=5"], "method.groups=5 must be a divisor of 384"),
     ("encoder that is not here", ["train", "method=slm", "method.encoder=nli_mpnet_base"], "hf download sentence-transformers/nli-mpnet-base-v2"),
     ("layer without values", ["train", "method=slm", "model=tiny", "method.targets=[o_proj]"], "available: dense, key, query, value"),

@@ -1,1 +1,1 @@
-"""Parts that several methods share, each next to its formula."""
+"""Components that several methods use, each next to its formula."""

@@ -45,10 +45,10 @@ class KeyLearning:
     clip: float = 0.1
 
     def __post_init__(self) -> None:
-        for knob in ("top_k", "epochs", "batch_size"):
-            require(getattr(self, knob) >= 1, f"method.stage1.{knob}", getattr(self, knob), "at least 1")
-        for knob in ("lr", "weight_decay", "clip", "min_steps"):
-            require(getattr(self, knob) >= 0, f"method.stage1.{knob}", getattr(self, knob), "0 or more")
+        for option in ("top_k", "epochs", "batch_size"):
+            require(getattr(self, option) >= 1, f"method.stage1.{option}", getattr(self, option), "at least 1")
+        for option in ("lr", "weight_decay", "clip", "min_steps"):
+            require(getattr(self, option) >= 0, f"method.stage1.{option}", getattr(self, option), "0 or more")
         require(0 < self.decay_at <= 1, "method.stage1.decay_at", self.decay_at, "in (0, 1]")
         require(0 <= self.dropout < 1, "method.stage1.dropout", self.dropout, "in [0, 1)")
 
@@ -163,9 +163,9 @@ def retrieve(
     top = sigma.masked_fill(~allowed[:, None], float("-inf")).topk(top_k, -1)
     valid = top.values.isfinite()  # fewer than top_k keys may be allowed
     values = top.values.masked_fill(~valid, 0)
-    total, share = values.sum((1, 2), keepdim=True), 1 / (top_k * sigma.shape[1])
+    total, equal = values.sum((1, 2), keepdim=True), 1 / (top_k * sigma.shape[1])
     ratio = values / (total + EPS)
-    ratio = torch.full_like(values, share) if uniform else torch.where(total <= MIN_TOTAL, share, ratio)
+    ratio = torch.full_like(values, equal) if uniform else torch.where(total <= MIN_TOTAL, equal, ratio)
     weights = torch.zeros_like(sigma).scatter(-1, top.indices, ratio * valid)
     picks = top.indices.masked_fill(~valid, -1)
     return Mixture(weights.expand(size, -1, -1), picks.expand(size, -1, -1))
@@ -179,8 +179,8 @@ def num_uniform(sigma: Tensor, top_k: int, per_group: bool) -> int:
 
 def majority(owners: Tensor, tasks: int) -> Tensor:
     """[batch]: the task that owns more than half of an item's picks, given their owners [batch, picks]; -1 if none."""
-    shares = F.one_hot(owners.clamp(min=0), tasks).mul((owners >= 0)[..., None]).sum(1)
-    most, task = shares.max(1)
+    counts = F.one_hot(owners.clamp(min=0), tasks).mul((owners >= 0)[..., None]).sum(1)
+    most, task = counts.max(1)
     return torch.where(2 * most > owners.shape[1], task, -1)
 
 
