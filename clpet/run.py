@@ -1,7 +1,7 @@
 """The experiment on one page: learn the tasks one after the other, evaluate every task after every task."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
 from clpet.runtime.signals import GracefulShutdown
 from clpet.runtime.untrusted_json import as_data_error
-from clpet.session import assemble, check_validation, load_objective
+from clpet.session import assemble, check_validation, load_objective, set_up_method
 from clpet.training.fit_checkpoint import FitCheckpointer
 from clpet.training.trainer import Trainer, quiet_libraries
 
@@ -40,95 +40,137 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
-    """Runs, resumes or, if it is finished, just shows the experiment that `cfg` describes, in the folder `out`."""
+    """Runs or resumes the experiment of `cfg` in the run directory `out`; a finished one is only shown.
+
+    Returns its transfer matrix, None after a dry run. `overrides` are the words of the command line, for the record.
+    """
     config = parse_config(cfg)
     console = Console(quiet=not get_world().is_main)
-    identity = {"signature": signature(cfg), "setting": setting(cfg), "seed": str(config.seed)}
-    if not (config.fresh or config.dry_run) and (done := run_dir.finished_results(out)):
-        with as_data_error(f"{out / 'results.json'} is not the result of a run"):
-            provenance.check_finished(out, done, config)
-            run_summary.show_finished(console, out, done)
-        console.print("shown, not run again: it was finished before (fresh=true starts over)")
-        return TransferMatrix.from_json(done)
+    if not (config.fresh or config.dry_run) and (results := run_dir.finished_results(out)):
+        return show_existing(console, config, out, results)
     method, parts = assemble(config)
     with GracefulShutdown() as shutdown, RunLock(out), quiet_libraries():
-        with get_world().main_first():
-            benchmark: Benchmark = provenance.load_benchmark(config, parts["benchmark"])
-        benchmark.length_set = any(word.lstrip("+").startswith("benchmark.max_length=") for word in overrides)
-        method.check_benchmark(benchmark)
-        load_objective_class(parts["benchmark"].objective.value).check_benchmark(benchmark, config.evaluation)
-        check_validation(config, method, benchmark)
+        benchmark = load_benchmark(config, method, parts, overrides)
         display = Display(console, len(benchmark))
         if not config.dry_run:
             cache = Path(config.cache_dir) if config.cache_dir else None
             base_model.prepare(parts["model"], benchmark, parts["hardware"], cache, out, display)
         try:
-            with get_world().main_first():
+            with get_world().main_first():  # the other ranks then find the tokenised text in the cache
                 objective, data = load_objective(config, parts, benchmark)
         except ModelError as error:
             if not (config.dry_run and parts["model"].config):
                 raise
-            count_parameters(console, parts, benchmark, str(error))
+            count_parameters(console, parts, benchmark, str(error))  # a dry run does not need the weights for this
             return None
         if parts["hardware"].shard and get_world().size > 1:
             shard(objective.adapters.model, objective.device)
         benchmark.data_record = inspect_data(benchmark, data)
         announce(display, method, benchmark, parts["benchmark"].objective.value, config.evaluation.split.value)
-        parts["replay"].setup(data, config.seed, config.train.global_batch_size)
-        method.setup(objective, benchmark, data, parts["replay"], config.seed)
+        set_up_method(config, method, parts, objective, benchmark, data)
         display.tasks = len(method.curriculum())
         trainer = Trainer(config.train, parts["hardware"], objective, display, config.seed)
         trainer.checkpointer = FitCheckpointer(method, config.train.save_minutes, shutdown)
         if config.dry_run:
             dry_run(console, config, method, benchmark, trainer)
             return None
-        with get_world().main_first():
-            identity |= provenance.inputs(config, parts["model"], method)
-        identity["data"] = benchmark.data_record["fingerprint"]
-        saved = None if config.fresh else RunState.resume(out / "state", identity)
-        get_world().barrier()
-        if get_world().is_main:
-            if config.fresh:
-                run_dir.clear(out)
-            host = parts["hardware"].record()
-            run_dir.start(out, cfg, overrides, identity, benchmark, host, resumes=saved is not None)
-        get_world().barrier()
-        with Tracker(parts["tracking"], out, display, _plain(cfg), identity) as track:
-            with enough_memory(objective.memory_advice):
-                state = Experiment(config, out, identity, method, benchmark, data, trainer, track, saved).learn()
-            if not get_world().is_main:
-                return state.matrix
-            results = run_dir.collect(out, cfg, overrides, identity, method, benchmark, state)
-            title = f"{method.name} on {on_split(benchmark.name, results['split'])}"
-            paths = run_figures.draw(out, state.matrix, title, benchmark.data_record.get("order"))
-            track.log_results(results, [*paths, *method_figures.draw(out, method.name, method.figures())])
-            run_dir.finish(out, results)
+        return Experiment(cfg, overrides, config, parts, out, method, benchmark, data, trainer, display).run(console)
+
+
+def show_existing(console: Console, config: Config, out: Path, results: dict[str, Any]) -> TransferMatrix:
+    """Prints the results of a finished run. Raises ConfigError if its data, weights or code have changed since."""
+    with as_data_error(f"{out / 'results.json'} is not the result of a run"):
+        provenance.check_finished(out, results, config)
         run_summary.show_finished(console, out, results)
-    return state.matrix
+    console.print("already finished; showing its results (fresh=true runs it again)")
+    return TransferMatrix.from_json(results)
+
+
+def load_benchmark(config: Config, method: Method, parts: dict[str, Any], overrides: list[str]) -> Benchmark:
+    """The benchmark, checked against the method and the objective. Raises ConfigError and DataError."""
+    with get_world().main_first():
+        benchmark: Benchmark = provenance.load_benchmark(config, parts["benchmark"])
+    # A length from the command line must fit the model; the default of a benchmark is shortened to fit.
+    benchmark.length_set = any(word.lstrip("+").startswith("benchmark.max_length=") for word in overrides)
+    method.check_benchmark(benchmark)
+    load_objective_class(parts["benchmark"].objective.value).check_benchmark(benchmark, config.evaluation)
+    check_validation(config, method, benchmark)
+    return benchmark
+
+
+def announce(display: Display, method: Method, benchmark: Benchmark, objective: str, split: str) -> None:
+    """Prints the method, the benchmark, resolved automatic options, truncated texts and warnings about the data."""
+    name, softmax = on_split(benchmark.name, split), run_dir.softmax(benchmark, objective)
+    num_labels, resolved = len(benchmark.labels), method.resolved(benchmark)
+    display.print(run_summary.heading(method.name, name, len(benchmark), num_labels, softmax, resolved))
+    if line := cut_line(benchmark.data_record):
+        display.print(line)
+    for warning in benchmark.data_record["warnings"]:
+        log.warning(warning)
 
 
 @dataclass
 class Experiment:
-    """Everything the loop works with."""
+    """A run whose parts are all set up: learns the tasks, measures the matrix, and writes the run directory."""
 
+    cfg: DictConfig
+    overrides: list[str]
     config: Config
+    parts: dict[str, Any]
     out: Path
-    identity: dict[str, str]
     method: Method
     benchmark: Benchmark
     data: Encoded
     trainer: Trainer
-    track: Tracker
-    saved: tuple[RunState, dict[str, Any]] | None  # what an earlier process left
+    display: Display
+    identity: dict[str, str] = field(init=False)
+    tracker: Tracker = field(init=False)
 
-    def learn(self) -> RunState:
-        """The loop. Checkpoints follow every task and lie inside long ones; a killed run goes on after the last one."""
-        method, track, trainer, curriculum = self.method, self.track, self.trainer, self.method.curriculum()
-        folder, checkpointer, state = self.out / "state", trainer.checkpointer, self.resume()
+    def run(self, console: Console) -> TransferMatrix:
+        """Learns all tasks, or those that an interrupted run has left, and writes and prints the results."""
+        self.identity = self.identify()
+        checkpoint = self.start()
+        config: dict = OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[assignment]
+        self.tracker = Tracker(self.parts["tracking"], self.out, self.display, config, self.identity)
+        with self.tracker:
+            with enough_memory(self.trainer.objective.memory_advice):
+                state = self.learn(checkpoint)
+            if not get_world().is_main:
+                return state.matrix
+            results = self.finish(state)
+        run_summary.show_finished(console, self.out, results)
+        return state.matrix
+
+    def identify(self) -> dict[str, str]:
+        """Hashes of the configuration and of all inputs: a checkpoint is resumed only if it was made from the same."""
+        identity = {"signature": signature(self.cfg), "setting": setting(self.cfg), "seed": str(self.config.seed)}
+        with get_world().main_first():
+            identity |= provenance.inputs(self.config, self.parts["model"], self.method)
+        return identity | {"data": self.benchmark.data_record["fingerprint"]}
+
+    def start(self) -> tuple[RunState, dict[str, Any]] | None:
+        """Reads the newest checkpoint, None for a new run, and writes run.json."""
+        checkpoint = None if self.config.fresh else RunState.resume(self.out / "state", self.identity)
+        get_world().barrier()  # all ranks have read the checkpoint before the main rank may delete it
+        if get_world().is_main:
+            if self.config.fresh:
+                run_dir.clear(self.out)
+            host, resumes = self.parts["hardware"].record(), checkpoint is not None
+            run_dir.start(self.out, self.cfg, self.overrides, self.identity, self.benchmark, host, resumes)
+        get_world().barrier()
+        return checkpoint
+
+    def learn(self, checkpoint: tuple[RunState, dict[str, Any]] | None) -> RunState:
+        """Learns the tasks one after the other, and evaluates and saves after each of them.
+
+        The trainer also saves inside long tasks; a killed run resumes from its newest checkpoint.
+        """
+        method, display, trainer, curriculum = self.method, self.display, self.trainer, self.method.curriculum()
+        folder, checkpointer, state = self.out / "state", trainer.checkpointer, self.resume(checkpoint)
         for position, (index, task) in enumerate(curriculum):
             if position < state.done:
                 continue
-            track.display.task(position + 1, task.name)
+            display.task(position + 1, task.name)
             trainer.begin_task(index, last=position + 1 == len(curriculum))
             checkpointer.start_task(state.task, state.task_writer(folder, self.identity))
             method.learn(task, index, trainer)
@@ -141,29 +183,28 @@ class Experiment:
                 if every and (position + 1) % every == 0 and get_world().is_main:
                     run_dir.save_snapshot(self.out, index + 1, method)
                 state.save(folder, method.state_dict(), self.identity)
-            track.display.task_done()
+            display.task_done()
         return state
 
-    def resume(self) -> RunState:
-        """The state after the last finished task, or a new one with row 0 measured."""
-        saved, self.saved = self.saved, None
-        if saved is None:
+    def resume(self, checkpoint: tuple[RunState, dict[str, Any]] | None) -> RunState:
+        """The state of a checkpoint, loaded into method and trainer; without one a new state with row 0 measured."""
+        if checkpoint is None:
             names, direction = self.benchmark.names, self.benchmark.direction
             state = RunState(TransferMatrix(names, direction), TransferMatrix(names, direction))
-            self.track.drop_lines_after(-1)
+            self.tracker.drop_lines_after(-1)
             self.evaluate(state, 0)
             return state
-        state, method_state = saved
+        state, method_state = checkpoint
         if method_state:
             self.method.load_state_dict(method_state)
         self.trainer.load(state.trainer)
-        self.track.drop_lines_after(state.done)
+        self.tracker.drop_lines_after(state.done)
         inside = f", inside task {state.done + 1}" if state.task else ""
-        self.track.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks{inside}")
+        self.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks{inside}")
         return state
 
     def evaluate(self, state: RunState, row: int) -> None:
-        """Measures row `row` of the matrix, as much of it as evaluation.matrix and .every ask for."""
+        """Measures row `row` of the matrix, the cells that evaluation.matrix and evaluation.every select."""
         kind, total = self.config.evaluation.matrix, len(self.benchmark)
         tasks = range(total if kind is Matrix.full or row == total else row if kind is Matrix.seen else 0)
         if row % self.config.evaluation.every and row < total and tasks:
@@ -172,48 +213,41 @@ class Experiment:
         if not tasks:
             return
         if row == total:
+            # Before the last row: methods keep the statistics of their latest evaluation, which must be this row's.
             state.validation = self.validate(tasks)
-        evaluator = Evaluator(self.benchmark, self.data, self.split)
-        found = evaluator(self.method, row, list(tasks))
-        found.diagnostics |= self.method.diagnostics()
-        for matrix, scores in ((state.matrix, found.seen), (state.task_matrix, found.own)):
+        evaluation = Evaluator(self.benchmark, self.data, self.split)(self.method, row, list(tasks))
+        evaluation.diagnostics |= self.method.diagnostics()
+        for matrix, scores in ((state.matrix, evaluation.seen), (state.task_matrix, evaluation.own)):
             for index in tasks:
                 matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)
-        state.diagnostics.append({"row": row, **found.diagnostics})
+        state.diagnostics.append({"row": row, **evaluation.diagnostics})
         if state.costs:
             state.costs[-1] |= self.method.objective.meter.take_evaluation()
         if self.config.evaluation.predictions and get_world().is_main:
-            write_predictions(self.out / "predictions", row, found, self.benchmark.names, self.benchmark.labels)
-        self.track.log_row(state, row, found)
+            write_predictions(self.out / "predictions", row, evaluation, self.benchmark.names, self.benchmark.labels)
+        self.tracker.log_row(state, row, evaluation)
 
     def validate(self, tasks: range) -> dict[str, Any] | None:
-        """The averages on validation after the last task, by which settings are chosen; None unless all tasks have it.
-
-        It is measured before the last row, so that whatever a method keeps of an evaluation is of that one.
-        """
-        wanted = self.config.evaluation.validation and self.split == "test"
-        if not wanted or len(tasks) < len(self.benchmark) or not all(task.validation for task in self.benchmark.tasks):
+        """Validation averages after the last task, by which settings are chosen; None unless all tasks have them."""
+        enabled = self.config.evaluation.validation and self.split == "test"
+        if not enabled or len(tasks) < len(self.benchmark) or not all(task.validation for task in self.benchmark.tasks):
             return None
-        found = Evaluator(self.benchmark, self.data, "validation")(self.method, len(self.benchmark), list(tasks))
-        views = {"average": found.seen, "own_average": found.own}
+        evaluation = Evaluator(self.benchmark, self.data, "validation")(self.method, len(self.benchmark), list(tasks))
+        views = {"average": evaluation.seen, "own_average": evaluation.own}
         return {name: sum(view[index].value for index in tasks) / len(tasks) for name, view in views.items()}
+
+    def finish(self, state: RunState) -> dict[str, Any]:
+        """Writes weights, figures and results.json, on the main rank only; returns the results."""
+        out, method = self.out, self.method
+        results = run_dir.collect(out, self.cfg, self.overrides, self.identity, method, self.benchmark, state)
+        title = f"{method.name} on {on_split(self.benchmark.name, results['split'])}"
+        figures = run_figures.draw(out, state.matrix, title, self.benchmark.data_record.get("order"))
+        figures += method_figures.draw(out, method.name, method.figures())
+        self.tracker.log_results(results, figures)
+        run_dir.finish(out, results)
+        return results
 
     @property
     def split(self) -> str:
-        """What the matrix is measured on."""
+        """The split that the matrix is measured on."""
         return self.config.evaluation.split.value
-
-
-def announce(display: Display, method: Method, benchmark: Benchmark, objective: str, split: str) -> None:
-    """Prints what is about to be learned, what was resolved, how many texts are cut, and what the data warn of."""
-    name, softmax = on_split(benchmark.name, split), run_dir.softmax(benchmark, objective)
-    labels, resolved = len(benchmark.labels), method.resolved(benchmark)
-    display.print(run_summary.heading(method.name, name, len(benchmark), labels, softmax, resolved))
-    if line := cut_line(benchmark.data_record):
-        display.print(line)
-    for warning in benchmark.data_record["warnings"]:
-        log.warning(warning)
-
-
-def _plain(cfg: DictConfig) -> dict:
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]

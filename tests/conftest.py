@@ -174,7 +174,7 @@ def set_up(overrides: list[str]) -> SimpleNamespace:
     from clpet.config.build import parse_config
     from clpet.config.compose import conf_dir
     from clpet.config.identity import register_resolvers
-    from clpet.session import assemble, load_objective
+    from clpet.session import assemble, load_objective, set_up_method
     from clpet.training.trainer import Trainer
 
     register_resolvers()
@@ -185,8 +185,7 @@ def set_up(overrides: list[str]) -> SimpleNamespace:
     benchmark = parts["benchmark"].load(config.data_dir)
     method.check_benchmark(benchmark)
     objective, data = load_objective(config, parts, benchmark)
-    parts["replay"].setup(data, config.seed, config.train.global_batch_size)
-    method.setup(objective, benchmark, data, parts["replay"], config.seed)
+    set_up_method(config, method, parts, objective, benchmark, data)
     trainer = Trainer(config.train, parts["hardware"], objective, Silent(), config.seed)
 
     def learn(index: int) -> None:

@@ -34,7 +34,7 @@ from clpet.runs.tracking import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
 from clpet.runtime.untrusted_json import as_data_error, check_schema, read_json, read_results
-from clpet.session import assemble, load_objective
+from clpet.session import assemble, load_objective, set_up_method
 
 log = logging.getLogger(__name__)
 # The class that each group's `_target_` must be, or inherit from.
@@ -174,8 +174,7 @@ def load_run(record: RunRecord, after: int | None = None) -> LoadedRun:
             prepare(parts["model"], benchmark, parts["hardware"], cache, record.out, Display(Console(stderr=True), 0))
         check_inputs(record)
         objective, data = load_objective(config, parts, benchmark)
-        parts["replay"].setup(data, config.seed, config.train.global_batch_size)
-        method.setup(objective, benchmark, data, parts["replay"], config.seed)
+        set_up_method(config, method, parts, objective, benchmark, data)
         row, folder = find_weights(record, after)
         if folder:
             state = read_weights(folder)

@@ -298,5 +298,5 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(clpet, words: Path, tmp_path
     again = clpet("train", "method=sequential", *tiny_args(words))
     assert again.code == 0
     finished = clpet("train", "method=sequential", *tiny_args(words))
-    assert "shown, not run again: it was finished before (fresh=true starts over)" in finished.out
-    assert "shown, not run again" not in again.out
+    assert "already finished; showing its results (fresh=true runs it again)" in finished.out
+    assert "already finished" not in again.out
