@@ -1,0 +1,123 @@
+"""SLM's values: what the low-rank increments compute on every target layer, and their gradients and sizes."""
+
+import pytest
+import torch
+from torch import nn
+
+from clpet.errors import ModelError
+from clpet.models.adapters import Adapters, Frozen, Lora
+from clpet.models.backbone import Backbone
+from clpet.models.stacked_lora import Increments, attention_outputs
+from tests.models.test_stacked_lora import IDS, network, read
+
+OUTPUTS = {"bert": 2, "llama": 2, "t5": 6, "gpt2": 2}
+
+
+def increments(model: nn.Module, targets: list[str] | None, r: int = 3) -> Increments:
+    backbone = Backbone(name="any", path=".")
+    lora = Lora(r=r, alpha=r, targets=targets or attention_outputs(model))
+    return Increments(Adapters(model, backbone, Frozen()), lora.peft_config(backbone))
+
+
+def filled(found: Increments, tasks: int, count: int, dtype: torch.dtype = torch.float32) -> Increments:
+    for task in range(tasks):
+        found.add(task, count, lambda b, generator: b.normal_(generator=generator))
+        for layer in found.layers.values():
+            new = torch.randn(layer.b.shape, generator=torch.Generator().manual_seed(task)) * 0.1
+            layer.set(layer.A.to(dtype), layer.B.to(dtype), layer.a.detach().to(dtype), new.to(dtype))
+    return found
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_the_default_targets_are_the_output_projections_of_attention(kind: str) -> None:
+    """Oracle 23: one layer per attention; in a T5 those of the encoder, the decoder and between the two."""
+    found = increments(network(kind), None)
+    assert len(found.layers) == OUTPUTS[kind]
+    bare = read(found, IDS)
+    found.add(0, 4)
+    assert torch.equal(read(found, IDS), bare)  # oracle 1
+
+
+def test_a_target_that_does_not_exist_lists_those_that_do() -> None:
+    """Oracle 23."""
+    with pytest.raises(ModelError, match=r"names the layer o_proj, .* available: dense, key, query, value"):
+        increments(network("bert"), ["query", "o_proj"])
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("bert", None),
+        ("bert", ["intermediate.dense"]),
+        ("llama", ["k_proj", "o_proj", "down_proj"]),
+        ("t5", ["o", "wi"]),
+    ],
+)
+def test_factored_and_dense_increments_agree(
+    kind: str, targets: list[str] | None, dtype: torch.dtype, most: float
+) -> None:
+    """Oracle 7: W + sum_i w_i A_i B_i for each text alone; also layers that are not square."""
+    found = filled(increments(network(kind).to(dtype), targets), 2, 4, dtype)
+    weights = torch.rand(3, 3, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    branches = torch.tensor([1, 4, 7])
+    with torch.no_grad(), found.mixed(weights, branches):
+        together = read(found, IDS)
+    for row in range(3):
+        for layer in found.layers.values():
+            a, b = layer.all()
+            delta = sum(
+                w * b.view(-1, 8, 3)[:, i] @ a.view(8, 3, -1)[i] for w, i in zip(weights[row], branches, strict=True)
+            )
+            layer.kept = layer.module.weight.detach().clone()
+            assert dtype is torch.float32 or torch.linalg.matrix_rank(delta) <= 9  # oracle 9
+            layer.module.weight.data += delta
+        with torch.no_grad(), found.off():
+            dense = read(found, IDS[row : row + 1])
+        for layer in found.layers.values():
+            layer.module.weight.data = layer.kept
+        with torch.no_grad(), found.mixed(weights[row : row + 1], branches):
+            alone = read(found, IDS[row : row + 1])
+        assert (together[row] - dense[0]).abs().max() <= most
+        assert (together[row] - alone[0]).abs().max() <= most
+    with torch.no_grad(), found.off():
+        assert (read(found, IDS) - together).abs().max() > 0.01
+
+
+def test_the_newest_values_alone_get_gradients() -> None:
+    """`mixed` without branches reads the newest ones, as all branches with no weight on the others do."""
+    found = filled(increments(network("llama"), None), 2, 2)
+    weights = torch.rand(3, 2)
+    with found.mixed(weights):
+        new = read(found, IDS)
+    with found.weighted(torch.cat([torch.zeros(3, 2), weights], 1)):
+        assert torch.allclose(read(found, IDS), new, atol=1e-6)
+    new.square().sum().backward()
+    assert all(tensor.grad is not None for tensor in found.current().values())
+    assert all(parameter.grad is None for parameter in found.adapters.model.parameters())
+    with torch.no_grad():
+        base, layer = read(found, IDS), next(iter(found.layers.values()))
+        layer.b.mul_(2)  # oracle 9: twice a is twice the increment of a layer
+    with found.mixed(weights), torch.no_grad():
+        x = torch.randn(3, 4, 16)
+        doubled = layer.forward(layer.module, (x,), torch.zeros(3, 4, 16))
+        layer.b.div_(2)
+        assert torch.allclose(doubled, 2 * layer.forward(layer.module, (x,), torch.zeros(3, 4, 16)), atol=1e-5)
+    assert base.shape == new.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "value"),
+    [(("bert", {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}), 12, 221_184),
+     (("llama", {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}), 8, 2_097_152)],
+)  # fmt: skip
+def test_sizes_of_values(shape: tuple, rank: int, value: int) -> None:
+    """Oracle 17: floats of one value; four of BERT's are 884,736, the 24 of LLaMA's groups 50,331,648."""
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(shape[0], **shape[1]))
+        found = increments(model, None, rank)
+        found.add(0, 4)
+    assert found.count() == 4 * value
+    assert 24 * 2_097_152 == 50_331_648
