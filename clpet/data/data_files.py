@@ -1,4 +1,4 @@
-"""Which files of a data folder are read: hidden ones are ignored, all others that are not read are named."""
+"""The files of a data folder that are read. Hidden files are ignored; all others that are not read are reported."""
 
 import os
 import re
@@ -14,11 +14,11 @@ TABLES = (".parquet", ".jsonl", ".json", ".csv")  # files of labelled rows
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
                "dev": "validation", "test": "test"}  # fmt: skip
 PART = re.compile(r"([a-z]+)([-_.]?\d+)?([-_.]of[-_.]\d+)?", re.IGNORECASE)  # train, train-1, test-00000-of-00001
-ABOUT = ("readme", "license", "licence")  # files about the data, which need no word
+ABOUT = ("readme", "license", "licence")  # files about the data, not reported as unread
 
 
 def file_name(path: Path) -> str:
-    """The last part of a path as text, the same in every locale; bytes that are not UTF-8 are escaped."""
+    """The last component of a path as text, the same in every locale; invalid UTF-8 bytes are escaped."""
     return os.fsencode(path.name).decode(errors="backslashreplace")
 
 
@@ -28,12 +28,12 @@ def stem(path: Path) -> str:
 
 
 def suffix(path: Path) -> str:
-    """The suffix in small letters."""
+    """The suffix in lower case."""
     return path.suffix.lower()
 
 
 def visible(folder: Path) -> list[Path]:
-    """Files and sub-folders in the order of their names, without those that begin with a dot."""
+    """Files and sub-folders sorted by name, without hidden ones (those that begin with a dot)."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
@@ -48,69 +48,69 @@ def tables(folder: Path) -> list[Path]:
 
 
 def note_unread(folder: Path, read: Collection[Path], report: ReadReport) -> None:
-    """Names what lies in a folder and is not read."""
+    """Reports the files and sub-folders of a folder that are not read."""
     report.skip(folder, [_label(path, folder) for path in visible(folder) if path not in read and not _about(path)])
 
 
 def split_files(folder: Path, splits: dict[str, str], report: ReadReport) -> dict[str, Path]:
-    """{split: its file} of a folder of tables; a single data file that is not named as another split is train.
+    """{split: its file} of a folder of tables; a single data file that is not named after another split is train.
 
-    Raises DataError where train is missing or a split has two files.
+    Raises DataError if train is missing or a split has two files.
     """
     train = splits["train"]
     if not folder.is_dir():
-        raise DataError(f"{folder} is not there: a folder with {train}.parquet (or .jsonl, .csv) is expected")
-    there = tables(folder)
-    found = {}
+        raise DataError(f"{folder} does not exist: a folder with {train}.parquet (or .jsonl, .csv) is expected")
+    candidates = tables(folder)
+    chosen = {}
     for split, name in splits.items():
-        files = [path for path in there if stem(path) == name]
+        files = [path for path in candidates if stem(path) == name]
         if len(files) > 1:
             both = " and ".join(file_name(path) for path in files)
-            raise DataError(f"{folder} has {both} for one part: keep the one that is meant")
+            raise DataError(f"{folder} has {both} for one split: remove all but one of them")
         if files:
-            found[split] = files[0]
-    if "train" not in found:
-        if len(there) == 1 and (other := split_of(stem(there[0]))) not in (None, "train"):
-            raise DataError(f"{folder} has only {file_name(there[0])}: a {other} file is not taken for train")
-        if len(there) != 1 or found:
-            more = f"; there are {_few(there)}" if there else ""
+            chosen[split] = files[0]
+    if "train" not in chosen:
+        if len(candidates) == 1 and (other := split_of(stem(candidates[0]))) not in (None, "train"):
+            raise DataError(f"{folder} has only {file_name(candidates[0])}: a {other} file is not used as train")
+        if len(candidates) != 1 or chosen:
+            more = f"; it has {_few(candidates)}" if candidates else ""
             raise DataError(f"{folder} has no {train}{{{','.join(TABLES)}}}, nor a single data file{more}")
-        found = {"train": there[0]}
-    note_unread(folder, found.values(), report)
-    return found
+        chosen = {"train": candidates[0]}
+    note_unread(folder, chosen.values(), report)
+    return chosen
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file name says, alone or as one of several parts; None where it says none."""
+    """The split that a file name stands for, alone or as one of several parts; None for another name."""
     match = PART.fullmatch(name)
     return SPLIT_NAMES.get(match[1].lower()) if match else None
 
 
 def text_files(folder: Path, report: ReadReport, root: Path | None = None) -> list[Path]:
-    """Files of plain text in a folder and below it, sorted; what else lies there is named below `root`."""
+    """Files of plain text in a folder and below it, sorted; other files are reported by their path below `root`."""
     root = root or folder
-    found: list[Path] = []
+    texts: list[Path] = []
     others: list[str] = []
     for path in visible(folder):
         if path.is_dir() and not path.is_symlink():
             inner = text_files(path, report, root)
-            found += inner
+            texts += inner
             others += [] if inner else [_label(path, root)]
         elif suffix(path) in TEXTS and path.is_file():
-            found.append(path)
+            texts.append(path)
         elif not _about(path):
             others.append(_label(path, root))
-    if found or folder == root:  # a folder without any text is named as a whole
+    if texts or folder == root:  # the caller reports a folder without any text by its own name alone
         report.skip(root, others)
-    return sorted(found)
+    return sorted(texts)
 
 
 def domain_files(folder: Path, report: ReadReport) -> dict[str, list[Path]]:
-    """{domain: its files}, sorted: every sub-folder that has any, and every file.
+    """{domain: its files}: every sub-folder with text files, and every text file, sorted.
 
-    Raises DataError for two of one name.
+    Raises DataError for two domains of the same name.
     """
-    found: dict[str, tuple[Path, list[Path]]] = {}
+    domains: dict[str, tuple[Path, list[Path]]] = {}
     others = []
     for path in visible(folder):
         files = text_files(path, report, folder) if path.is_dir() else [path] * (suffix(path) in TEXTS)
@@ -118,39 +118,39 @@ def domain_files(folder: Path, report: ReadReport) -> dict[str, list[Path]]:
             others += [] if _about(path) else [_label(path, folder)]
             continue
         name = file_name(path) if path.is_dir() else stem(path)
-        if name in found:
-            both = f"{_label(found[name][0], folder)} and {_label(path, folder)}"
+        if name in domains:
+            both = f"{_label(domains[name][0], folder)} and {_label(path, folder)}"
             raise DataError(f"{folder}: {both} would both be the domain {safe_name(name)}: rename or remove one")
-        found[name] = path, files
+        domains[name] = path, files
     report.skip(folder, others)
-    return {name: files for name, (_, files) in found.items()}
+    return {name: files for name, (_, files) in domains.items()}
 
 
 def named_splits(files: list[Path], folder: Path, report: ReadReport) -> dict[str, list[Path]]:
-    """Files of a domain by the split that their name, or their folder's, begins with.
+    """{split: files} of a domain by the split that their name, or their folder's, begins with.
 
-    Without a train file all are one pool to be split. Raises DataError for files of test or validation without
-    train, and for two files of one name.
+    Files that name no split are all returned as train, which is split later. Raises DataError for files of test or
+    validation without train, and for two files with the same name.
     """
     names: dict[Path, Path] = {}
     for path in files:
         if (other := names.setdefault(path.with_suffix(""), path)) != path:
             both = f"{_label(other, folder)} and {_label(path, folder)}"
-            raise DataError(f"{folder}: {both} are two files of one name: keep the one that is meant")
-    found: dict[str, list[Path]] = {}
+            raise DataError(f"{folder}: {both} have the same name: remove all but one of them")
+    by_split: dict[str, list[Path]] = {}
     for path in files:
         for name in (stem(path), file_name(path.parent)):
             split = SPLIT_NAMES.get(re.split(r"[-_.]", name)[0].lower())
             if split:
-                found.setdefault(split, []).append(path)
+                by_split.setdefault(split, []).append(path)
                 break
-    if "train" in found:
-        taken = {path for own in found.values() for path in own}
-        report.skip(folder, [_label(path, folder) for path in files if path not in taken and not _about(path)])
-        return found
-    lone = [path for path in files if split_of(stem(path)) or split_of(file_name(path.parent))]
-    if lone:
-        raise DataError(f"{folder}: {_few(lone)} has no train file beside it, and is not taken for one")
+    if "train" in by_split:
+        used = {path for paths in by_split.values() for path in paths}
+        report.skip(folder, [_label(path, folder) for path in files if path not in used and not _about(path)])
+        return by_split
+    held_out = [path for path in files if split_of(stem(path)) or split_of(file_name(path.parent))]
+    if held_out:
+        raise DataError(f"{folder}: {_few(held_out)} has no train file next to it, and is not used as train")
     return {"train": files}
 
 

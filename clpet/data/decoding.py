@@ -1,4 +1,4 @@
-"""Bytes of a file as text: in the encoding that its byte order mark names, in UTF-8 without one."""
+"""Decodes files as text: in the encoding of their byte order mark, or in UTF-8 without one."""
 
 import codecs
 from pathlib import Path
@@ -11,21 +11,21 @@ MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BO
 
 
 class Decoded(NamedTuple):
-    """A text, and what became of its bytes."""
+    """A decoded text, with counts of what was changed."""
 
     text: str
     codec: str
-    replaced: int = 0  # bytes that are not in the encoding and became U+FFFD
-    line_ends: int = 0  # Windows line ends that became line feeds
+    replaced: int = 0  # invalid bytes, replaced by U+FFFD
+    line_ends: int = 0  # Windows line ends (CRLF), replaced by line feeds
 
 
 def encoding(head: bytes) -> str:
-    """The codec of a file that begins with these four or more bytes."""
+    """The codec of a file by its first four or more bytes."""
     return next((codec for mark, codec in MARKS.items() if head.startswith(mark)), "utf-8")
 
 
 def decode(data: bytes, path: Path, codec: str | None = None) -> Decoded:
-    """Plain text: wrong bytes are replaced, Windows line ends become \\n. Raises DataError for what is not text."""
+    """Plain text, with invalid bytes replaced and Windows line ends as \\n. Raises DataError for a binary file."""
     codec = codec or encoding(data)
     replaced = 0
 
@@ -46,7 +46,7 @@ def decode(data: bytes, path: Path, codec: str | None = None) -> Decoded:
 
 
 def decode_strictly(data: bytes, path: Path) -> Decoded:
-    """A table's text as it stands. Raises DataError where a byte is not in the encoding."""
+    """The unchanged text of a table. Raises DataError for an invalid byte."""
     codec = encoding(data)
     _check_zeros(data, codec, path)
     try:
@@ -63,5 +63,5 @@ def _check_zeros(data: bytes, codec: str, path: Path) -> None:
 
 
 def remedy(path: Path, codec: str = "LATIN1") -> str:
-    """How a file becomes UTF-8."""
-    return f"convert it, such as with iconv -f {codec} -t UTF-8 {path.name} > new{path.suffix}"
+    """The command that converts a file to UTF-8, for messages."""
+    return f"convert it, for example with iconv -f {codec} -t UTF-8 {path.name} > new{path.suffix}"

@@ -78,7 +78,7 @@ class TextFiles:
     def scan(self) -> Iterator[Unit]:
         for position, path in enumerate(self.paths):
             decoded = decode(path.read_bytes(), path)
-            self.report.decoded(path, decoded)
+            self.report.add_decoded(path, decoded)
             yield Unit(position, 1, [decoded.text], None)
 
     def read(self, position: int, span: int) -> list[str]:
@@ -123,7 +123,7 @@ class LongText:
         if self.path.stat().st_size > LARGE:
             raise DataError(f"{self.path} is too large to be converted while reading: {remedy(self.path, 'UTF-16')}")
         decoded = decode(self.path.read_bytes(), self.path)
-        self.report.decoded(self.path, decoded)
+        self.report.add_decoded(self.path, decoded)
         return decoded.text.encode(errors="replace")
 
     def _pieces(self, data: bytes, report: ReadReport | None = None) -> list[str]:
@@ -136,7 +136,7 @@ class LongText:
         decoded = [decode(piece, self.path, "utf-8") for piece in pieces]
         if report:
             for piece in decoded:
-                report.decoded(self.path, piece)
+                report.add_decoded(self.path, piece)
         return [piece.text for piece in decoded]
 
 
@@ -190,7 +190,9 @@ class TableReader:
         """The text of a row (numbered from 1); None if it is empty, and if it is not a text, which is reported."""
         if value is None or isinstance(value, str):
             return value
-        self.report.complain(self.path, f"a {type(value).__name__} in column {safe_name(self.text)}, not a text", row)
+        self.report.add_bad_row(
+            self.path, f"a {type(value).__name__} in column {safe_name(self.text)}, not a text", row
+        )
         return None
 
     def cleaned(self, value: Any) -> str:
@@ -263,7 +265,7 @@ class JsonLinesReader(TableReader):
             for number, line in enumerate(file, 1):
                 row = self.row(line)
                 if isinstance(row, str):
-                    self.report.complain(self.path, row, number)
+                    self.report.add_bad_row(self.path, row, number)
                     yield position, None, None
                 else:
                     name = row.get(self.document)

@@ -92,7 +92,7 @@ def _csv(path: Path, report: ReadReport) -> Rows:
     import pyarrow.csv
 
     found = decode_strictly(path.read_bytes(), path)
-    report.decoded(path, found)
+    report.add_decoded(path, found)
     data = found.text.encode()
     bad: dict[int, str] = {}
 
@@ -113,7 +113,7 @@ def _csv(path: Path, report: ReadReport) -> Rows:
     if table.column_names != names:
         raise ValueError(f"its first row is read as {short_repr(table.column_names)} and as {short_repr(names)}")
     if padded := [name for name in names if name != name.strip()]:
-        report.others.append(f"spaces are removed from the column names {short_repr(padded)} of {path}")
+        report.other_notes.append(f"spaces are removed from the column names {short_repr(padded)} of {path}")
         table = table.rename_columns([name.strip() for name in names])
     values = table.to_pylist()
     _note_swallowed_rows(values, len(names), path, report)
@@ -135,7 +135,7 @@ def _note_swallowed_rows(values: list[dict[str, Any]], width: int, path: Path, r
             lines = value.splitlines()
             alike = sum(line.count(",") == width - 1 for line in lines)
             if width > 1 and 2 * alike > len(lines):
-                report.others.append(
+                report.other_notes.append(
                     f"{path}: column {safe_name(column)} of row {number} spans {len(lines)} lines, of which {alike} "
                     "look like rows: is a quote missing or one too many?"
                 )
@@ -150,7 +150,7 @@ def _check_columns(names: list[str], path: Path) -> None:
 def _json(path: Path, report: ReadReport) -> Rows:
     """A list of objects, or an object a line. pyarrow's own reader crashes on some lines that are no objects."""
     found = decode_strictly(path.read_bytes(), path)
-    report.decoded(path, found)
+    report.add_decoded(path, found)
     text = found.text
     _check_not_columns(text, path)
     rows: dict[int, dict[str, Any]] = {}

@@ -63,7 +63,7 @@ def test_label_partitions_of_conpet(name: str, loaded: dict[str, Benchmark]) -> 
 
 def test_partition_without_a_seed_cuts_as_listed() -> None:
     assert partition(["c", "a", "b"], [2, 1], None) == [["c", "a"], ["b"]]
-    with pytest.raises(DataError, match="4 places for 3 labels"):
+    with pytest.raises(DataError, match="4 slots for 3 labels"):
         partition(["a", "b", "c"], [2, 2], 1)
 
 
@@ -192,7 +192,7 @@ def test_a_partition_that_does_not_fit_is_refused(name: str, places: int, tmp_pa
     write_published(name, tmp_path)
     for path in tmp_path.iterdir():
         path.write_text(path.read_text().replace(label_names(name)[3], label_names(name)[4]))
-    with pytest.raises(DataError, match=rf"{places} places for {places - 1} labels"):
+    with pytest.raises(DataError, match=rf"{places} slots for {places - 1} labels"):
         source(name).load(str(tmp_path))
 
 

@@ -158,7 +158,7 @@ def test_all_bad_rows_are_named_at_once_or_dropped_and_counted(tmp_path: Path) -
         "read": 47,
         "kept": 39,
         "dropped": {"bad": 8},
-        "notes": found.report.others,
+        "notes": found.report.other_notes,
     }
     assert "8 bad rows are dropped" in notes(found)
 
@@ -274,7 +274,7 @@ def test_encodings_with_a_byte_order_mark_are_decoded(encoding: str, tmp_path: P
 
 def test_bytes_without_an_encoding_are_refused_in_tables_and_counted_in_text(tmp_path: Path) -> None:
     put(tmp_path / "latin" / "train.csv", b"text,label\na,b\ncaf\xe9,b\n")
-    assert "train.csv is not UTF-8 (byte 0xe9 in line 3): convert it, such as with iconv -f LATIN1" in refused(
+    assert "train.csv is not UTF-8 (byte 0xe9 in line 3): convert it, for example with iconv -f LATIN1" in refused(
         tmp_path / "latin"
     )
     put(tmp_path / "bare" / "train.csv", "text,label\na,b\n".encode("utf-16-le"))
@@ -285,7 +285,7 @@ def test_bytes_without_an_encoding_are_refused_in_tables_and_counted_in_text(tmp
         put(tmp_path / "text" / "several" / f"{i}.txt", "".join(LINES[i::4]).encode() + b"caf\xe9 \xe8t\xe9")
     put(tmp_path / "text" / "single.txt", "".join(LINES).encode() + b"caf\xe9 \xe8t\xe9")
     found = domains(tmp_path / "text")
-    assert "15 bytes that are not UTF-8 became U+FFFD" in notes(found)
+    assert "15 invalid UTF-8 bytes were replaced by U+FFFD" in notes(found)
     assert f"{tmp_path / 'text' / 'single.txt'} (3)" in notes(found)
     assert sum(adds_up(found)["replaced"].values()) == 15
     put(tmp_path / "rows" / "a" / "all.jsonl", json.dumps({"text": "x"}).encode("utf-16") + b"\n")
@@ -366,22 +366,21 @@ def test_unread_files_beside_tables_are_named(tmp_path: Path) -> None:
 def test_two_files_for_one_part_are_refused(tmp_path: Path) -> None:
     for suffix in ("csv", "parquet"):
         write(tmp_path / "t" / f"train.{suffix}", labelled())
-    assert "has train.csv and train.parquet for one part" in refused(tmp_path / "t")
+    assert "has train.csv and train.parquet for one split" in refused(tmp_path / "t")
     put(tmp_path / "d" / "a.txt", "x"), put(tmp_path / "d" / "a" / "b.txt", "x")
     assert "a/ and a.txt would both be the domain a" in refused(tmp_path / "d", domains)
     put(tmp_path / "s" / "a" / "train.txt", "x"), put(tmp_path / "s" / "a" / "train.jsonl", '{"text": "x"}')
-    assert "a/train.jsonl and a/train.txt are two files of one name" in refused(tmp_path / "s", domains)
+    assert "a/train.jsonl and a/train.txt have the same name" in refused(tmp_path / "s", domains)
 
 
 @pytest.mark.parametrize("name", ["test", "validation", "dev", "Test", "test-00000-of-00001", "valid_1"])
 def test_a_lone_test_file_is_not_the_train_file(name: str, tmp_path: Path) -> None:
     write(tmp_path / "t" / f"{name}.jsonl", labelled())
-    assert (
-        f"has only {name}.jsonl: a {'test' if 'est' in name else 'validation'} file is not taken for train"
-        in refused(tmp_path / "t")
+    assert f"has only {name}.jsonl: a {'test' if 'est' in name else 'validation'} file is not used as train" in refused(
+        tmp_path / "t"
     )
     put(tmp_path / "d" / "a" / f"{name}.txt", "".join(LINES))
-    assert f"{name}.txt has no train file beside it" in refused(tmp_path / "d", domains)
+    assert f"{name}.txt has no train file next to it" in refused(tmp_path / "d", domains)
 
 
 def test_text_rows_that_are_not_text_are_named_at_once_or_dropped(tmp_path: Path) -> None:

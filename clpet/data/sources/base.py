@@ -171,7 +171,7 @@ class Source:
 
     def drop_bad(self) -> None:
         """Drops and counts the bad rows read so far. Raises DataError, which names them, unless `skip_bad`."""
-        self.report.drop("bad", self.report.settle(self.skip_bad))
+        self.report.drop("bad", self.report.drop_bad_rows(self.skip_bad))
 
     def chosen(self, there: Collection[str]) -> list[str]:
         """The tasks of the sequence, in listed order. Raises DataError for a task that is not there."""

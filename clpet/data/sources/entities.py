@@ -124,13 +124,13 @@ class Entities(Table):
             return super().groups(names)
         if sorted(label for ids in self.task_ids for label in ids) != list(range(len(names))):
             count = sum(map(len, self.task_ids))
-            raise DataError(f"the label partition has {count} places for {len(names)} labels: see benchmark.task_ids")
+            raise DataError(f"the label partition has {count} slots for {len(names)} labels: see benchmark.task_ids")
         return named_tasks([[names[label] for label in ids] for ids in self.task_ids])
 
     def examples(self, rows: Rows, split: str) -> list[tuple[Row, Example]]:
         if lacking := sorted(set((self.names or {}).values()) - rows.columns):
             columns = " or ".join(lacking)
-            self.report.others.append(f"{rows.where} has no column {columns}: names are read from the tokens")
+            self.report.other_notes.append(f"{rows.where} has no column {columns}: names are read from the tokens")
         return super().examples(rows, split)
 
     def columns(self) -> list[str]:

@@ -76,7 +76,7 @@ class Table(Source):
         where = (self.where or {}).items() if split == "train" else ()
         rows.need(*self.columns(), *(column for column, _ in where))
         for number, what in rows.bad.items():
-            self.report.complain(rows.where, what, number)
+            self.report.add_bad_row(rows.where, what, number)
         found: list[tuple[Row, Example]] = []
         respelt: dict[str, int] = {}
         for number, row in zip(rows.numbers, rows.values, strict=True):
@@ -93,12 +93,12 @@ class Table(Source):
                 row[self.label] = label
                 found.append((row, self._checked(row)))
             except DataError as error:
-                self.report.complain(rows.where, str(error), number)
+                self.report.add_bad_row(rows.where, str(error), number)
                 continue
             self._note_empty(row, rows.where)
         if respelt:
             first, number = next(iter(respelt.items()))
-            self.report.others.append(
+            self.report.other_notes.append(
                 f"{rows.where}: outer spaces are removed from {len(respelt)} labels, or their Unicode form becomes "
                 f"NFC: first {short_repr(first)} in row {number}"
             )

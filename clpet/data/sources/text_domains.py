@@ -114,7 +114,7 @@ class Domains(Source):
         train = found["train"]
         for part in found.values():
             len(part)  # reads the files
-        self.report.settle(self.skip_bad)
+        self.report.drop_bad_rows(self.skip_bad)
         if not len(train):
             raise DataError(f"domain {name} of benchmark {self.name} is empty")
         test, validation = found.get("test"), found.get("validation")
@@ -205,7 +205,7 @@ class Domains(Source):
         files = [place] if place.is_file() else text_files(place, self.report)
         found = Documents.of(*open_readers(files, "text", "doc_id", self.report))
         self._drop("of the reference", found)
-        self.report.settle(self.skip_bad)
+        self.report.drop_bad_rows(self.skip_bad)
         return found
 
     def _groups(self, there: list[str], names: list[str]) -> dict[str, list[str]]:
