@@ -36,9 +36,9 @@ class FixedFractionReplay(NoReplay):
 
     def available(self) -> Rows:
         """The rows that may be replayed."""
-        past = [self.memory[task] for task in sorted(self.memory)] if self.source != "base" else []
-        base = [self.pool.rows_of(-1)] if self.source != "past" else []  # the base corpus is task -1
-        return np.concatenate([np.empty(0, np.int64), *past, *base])
+        past_rows = [self.memory[task] for task in sorted(self.memory)] if self.source != "base" else []
+        base_rows = [self.pool.rows_of(-1)] if self.source != "past" else []  # the base corpus is task -1
+        return np.concatenate([np.empty(0, np.int64), *past_rows, *base_rows])
 
     def plan(self, index: int, stage: str = "") -> BatchPlan:
         new, old = self.pool.rows_of(index), self.available()

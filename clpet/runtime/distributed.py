@@ -45,8 +45,8 @@ class World:
         without rows left repeats the first row of the batch, which then does not count in loss or gradient.
         """
         counted = [(micro_batch, True) for micro_batch in chunks(rows_of_rank(rows, self.index, self.size), size)]
-        passes = len(chunks(rows_of_rank(rows, 0, self.size), size)) if self.sharded else len(counted)
-        return [*counted, *[(rows[:1], False)] * (passes - len(counted))]
+        num_passes = len(chunks(rows_of_rank(rows, 0, self.size), size)) if self.sharded else len(counted)
+        return [*counted, *[(rows[:1], False)] * (num_passes - len(counted))]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], mean: Tensor) -> None:
         """Replaces the gradients and the loss `mean` by their sums over ranks.

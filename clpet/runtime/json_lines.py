@@ -35,7 +35,7 @@ def parse_lines(text: str, object_pairs_hook: PairsHook | None = None) -> Iterat
 def parse_rows(text: str, object_pairs_hook: PairsHook | None = None) -> Iterator[tuple[int, Any]]:
     """(number from 1, value) of the items of a JSON list, or of the lines as `parse_lines` yields them.
 
-    Raises ValueError for an invalid list: unlike lines, its items cannot be told apart.
+    Raises ValueError for an invalid list: unlike lines, its items cannot be read one by one.
     """
     if text.lstrip()[:1] == "[":
         return iter(enumerate(json.loads(text, object_pairs_hook=object_pairs_hook), 1))

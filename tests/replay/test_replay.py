@@ -101,9 +101,9 @@ def test_first_task_is_an_ordinary_epoch() -> None:
 
 def test_batches_depend_on_seed_and_epoch_alone() -> None:
     """Oracle 9."""
-    first, again = (set_up(DynamicReplay(limit=50), [40, 40]).plan(1) for _ in range(2))
+    first, second = (set_up(DynamicReplay(limit=50), [40, 40]).plan(1) for _ in range(2))
     for epoch in range(2):
-        for a, b in zip(first.epoch(epoch), again.epoch(epoch), strict=True):
+        for a, b in zip(first.epoch(epoch), second.epoch(epoch), strict=True):
             np.testing.assert_array_equal(a, b)
     assert not all(np.array_equal(a, b) for a, b in zip(first.epoch(0), first.epoch(1), strict=True))
 

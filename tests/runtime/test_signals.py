@@ -44,12 +44,11 @@ def test_a_signal_saves_at_the_next_step(words: Path, clpet, tmp_path: Path, mon
         assert (stopped.code, len(steps_taken)) == (EXIT_TEMPFAIL, number)
         assert stopped.err.splitlines()[-1].startswith(f"clpet: stopped by {name}")
         assert "re-run the same command to resume" in stopped.err
-    again = clpet(*args, "output_dir=cut")
-    assert again.code == 0
-    assert "inside task 2" in again.out
-    assert len(steps_taken) == 12 + 2 * (
-        24 + 24
-    )  # module of task 1, then selectors and modules: no step was taken twice
+    resumed = clpet(*args, "output_dir=cut")
+    assert resumed.code == 0
+    assert "inside task 2" in resumed.out
+    # The module of task 1, then two selectors and modules: no step was taken twice.
+    assert len(steps_taken) == 12 + 2 * (24 + 24)
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
@@ -71,9 +70,10 @@ def test_a_signal_during_evaluation_keeps_what_was_trained(
     monkeypatch.setattr(
         Trainer, "_backward", lambda self, *rest: trained_tasks.append(self.task) or backward(self, *rest)
     )
-    again = clpet(*args, "hardware.threads=2")
-    assert again.code == 0
-    assert "the run began with threads 1, now 2: it ends equal to rounding, not bit for bit" in again.out + again.err
+    resumed = clpet(*args, "hardware.threads=2")
+    assert resumed.code == 0
+    warning = "the run began with threads 1, now 2: it ends equal to rounding, not bit for bit"
+    assert warning in resumed.out + resumed.err
     assert set(trained_tasks) == {1, 2}
     assert len(evaluations) == 2 + 3 + 1  # one more on validation after the last task
 
