@@ -1,19 +1,20 @@
-"""Speed of clpet beside what people would write by hand, interleaved in one process on the same data.
+"""Speed of clpet compared with hand-written code on the same data; all contenders take turns in one process.
 
     python scripts/bench.py                 five rounds on python_stdlib with minilm
     python scripts/bench.py rounds=7 train.epochs=2 benchmark=clinc150 data_dir=FOLDER
     python scripts/bench.py kif             what KIF adds to a training step, and its fusion of 1,152 units
-    python scripts/bench.py slm             values mixed per text against a plain LoRA, stage 1 against training steps
-    python scripts/bench.py pretraining     packed windows against a loop by hand; chunks: memory of a large vocabulary
+    python scripts/bench.py slm             SLM's mixed branches against plain LoRA; its stage 1 against training steps
+    python scripts/bench.py pretraining     packed windows against a hand-written loop
+    python scripts/bench.py chunks          peak memory of a step with a large vocabulary, with and without chunks
     python scripts/bench.py side_by_side    whole runs: one, two and four at once on this machine
     python scripts/bench.py generate benchmark=long_sequence tasks=[agnews] data_dir=FOLDER model=local \
         model.path=FOLDER model.architecture=decoder    answers in batches against one at a time
 
 Prints medians over the rounds of
-  loop     training examples per second: clpet's Trainer.fit against the shortest PyTorch + peft loop, over
-           the very same batches, and against that loop with its own random batches;
-  whole    seconds to learn the tasks one after the other and test all of them after each: clpet against a
-           script around the Hugging Face Trainer, with the Trainer's default test batch of 8 and with clpet's.
+  loop     training examples per second: clpet's Trainer.fit against the shortest PyTorch + peft loop, once on the
+           same batches and once on its own random batches;
+  whole    seconds to learn the tasks one after the other and evaluate all of them after each: clpet against a script
+           around the Hugging Face Trainer, with the Trainer's default evaluation batch of 8 and with clpet's.
 Model, adapters, precision, attention, training batch size, epochs and test sets are the same for all.
 """
 
@@ -38,12 +39,12 @@ from clpet.data.batches import EncodedDataset
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.adapters import Adapters
 from clpet.replay.batch_plan import BatchPlan
-from clpet.session import assemble, load_objective
+from clpet.session import assemble, load_objective, set_up_method
 from clpet.training.trainer import Trainer, quiet_libraries
 
 
 class Silent:
-    """A progress display that shows nothing."""
+    """A progress display without output."""
 
     def fit(self, stage: str, epochs: int, steps: int) -> None: ...
     def resumed(self, steps: int, examples: int) -> None: ...
@@ -52,7 +53,7 @@ class Silent:
 
 
 class Bench:
-    """One composed setting; every contender starts from a fresh model."""
+    """One configuration; every contender starts from a new model."""
 
     def __init__(self, overrides: list[str]) -> None:
         register_resolvers()
@@ -68,11 +69,10 @@ class Bench:
         )
 
     def method(self) -> Any:
-        """clpet's sequential method, set up as `clpet train` does."""
+        """clpet's sequential method, set up as in `clpet train`."""
         method, parts = assemble(self.config)
         objective, data = load_objective(self.config, parts, self.benchmark)
-        parts["replay"].setup(data, 0, self.batch)
-        method.setup(objective, self.benchmark, data, parts["replay"], 0)
+        set_up_method(self.config, method, parts, objective, self.benchmark, data)
         method.objective.add_labels(range(len(self.benchmark.labels)))
         return method
 
@@ -80,14 +80,14 @@ class Bench:
         """The same network as a plain module: backbone, peft adapter, mean pooling, linear head."""
         hardware, backbone = self.parts["hardware"], self.parts["model"]
         model, tokenizer = backbone.load(hardware.torch_dtype, hardware.torch_device, 0)
-        for module in model.modules():  # clpet never drops units of a frozen backbone; nor shall the others
+        for module in model.modules():  # clpet has no dropout in a frozen backbone
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         adapters = Adapters(model, backbone, self.parts["peft"])
         adapters.add("default", 0)
         return ByHand(adapters.model, len(self.benchmark.labels)).to(hardware.torch_device), tokenizer
 
-    # training loop alone
+    # The training loop only
 
     def clpet_loop(self, batches: list[np.ndarray]) -> float:
         """Examples per second of Trainer.fit."""
@@ -107,20 +107,20 @@ class Bench:
         seen, device = 0, self.parts["hardware"].torch_device
         start = time.perf_counter()
         for _ in range(self.epochs):
-            for part in batches:
-                batch = tokenizer.pad({"input_ids": [rows[row] for row in part]}, return_tensors="pt")
-                labels = torch.from_numpy(pool.labels[part]).to(device)
+            for indices in batches:
+                batch = tokenizer.pad({"input_ids": [rows[row] for row in indices]}, return_tensors="pt")
+                labels = torch.from_numpy(pool.labels[indices]).to(device)
                 loss = model(**batch.to(device), labels=labels)["loss"]
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                seen += len(part)
+                seen += len(indices)
         return seen / (time.perf_counter() - start)
 
-    # tasks one after the other, tested after each
+    # Tasks one after the other, evaluated after each
 
     def clpet_whole(self) -> float:
-        """Seconds of tokenising, training and testing with clpet."""
+        """Seconds of tokenising, training and evaluating with clpet."""
         method = self.method()
         start = time.perf_counter()
         objective = method.objective
@@ -161,8 +161,8 @@ class Bench:
             trainer = HFTrainer(model, arguments, DataCollatorWithPadding(tokenizer), train_dataset=train)
             trainer.train()
             for test in tests:
-                found = trainer.predict(test)
-                assert found.predictions.argmax(1).shape == found.label_ids.shape
+                output = trainer.predict(test)
+                assert output.predictions.argmax(1).shape == output.label_ids.shape
         return time.perf_counter() - start
 
 
@@ -181,63 +181,75 @@ class ByHand(nn.Module):
 
 def medians(name: str, contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Runs the contenders in turn, `rounds` times after one warm-up, and prints the medians."""
-    found: dict[str, list[float]] = {key: [] for key in contenders}
+    measured: dict[str, list[float]] = {key: [] for key in contenders}
     for turn in range(rounds + 1):
         for key, run in contenders.items():
             value = run()
-            if turn:
-                found[key].append(value)
-    for key, values in found.items():
+            if turn:  # the first turn warms up
+                measured[key].append(value)
+    for key, values in measured.items():
         print(
             f"{name}  {key:28} median {statistics.median(values):8.2f}   min {min(values):.2f}  max {max(values):.2f}"
         )
-    return {key: statistics.median(values) for key, values in found.items()}
+    return {key: statistics.median(values) for key, values in measured.items()}
+
+
+def run_other(name: str, overrides: list[str], rounds: int) -> None:
+    """Runs a benchmark of the other scripts by its function's name."""
+    import bench_methods
+    import bench_processes
+    import bench_text
+
+    with quiet_libraries():
+        for module in (bench_text, bench_methods, bench_processes):
+            if hasattr(module, name):
+                getattr(module, name)(overrides, rounds)
+                return
+    raise SystemExit(f"bench.py: unknown benchmark {name}")
+
+
+def compare(bench: Bench, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians of the training loop (examples per second) and of whole runs (seconds), by contender."""
+    pool = bench.method().data.train
+    rows = np.arange(len(pool))
+    bucketed = pool.shuffled(rows, bench.batch, np.random.default_rng(0))
+    shuffled = np.random.default_rng(0).permutation(rows)
+    random = [shuffled[i : i + bench.batch] for i in range(0, len(rows), bench.batch)]
+    eval_batch = bench.parts["hardware"].eval_batch_size
+    print(f"{len(rows)} train examples, batch {bench.batch}, {bench.epochs} epochs, {rounds} rounds, "
+          f"{torch.get_num_threads()} threads, {bench.parts['hardware'].torch_dtype}")  # fmt: skip
+    loop = medians(
+        "loop  examples/s",
+        {
+            "clpet": lambda: bench.clpet_loop(bucketed),
+            "by hand, same batches": lambda: bench.hand_loop(bucketed, pool),
+            "by hand, random batches": lambda: bench.hand_loop(random, pool),
+        },
+        rounds,
+    )
+    whole = medians(
+        "whole seconds   ",
+        {
+            "clpet": bench.clpet_whole,
+            "HF Trainer, test batch 8": lambda: bench.trainer_whole(8),
+            f"HF Trainer, test batch {eval_batch}": lambda: bench.trainer_whole(eval_batch),
+        },
+        rounds,
+    )
+    return loop, whole
 
 
 def main(arguments: list[str]) -> None:
-    """The comparisons."""
+    """Runs the benchmark that the arguments name, by default the comparison of loops and whole runs."""
     rounds = next((int(word.split("=")[1]) for word in arguments if word.startswith("rounds=")), 5)
     overrides = [word for word in arguments if "=" in word and not word.startswith("rounds=")]
-    for word in arguments:
-        if "=" not in word:
-            import bench_methods
-            import bench_processes
-            import bench_text
-
-            parts = (bench_text, bench_methods, bench_processes)
-            with quiet_libraries():
-                next(getattr(part, word) for part in parts if hasattr(part, word))(overrides, rounds)
-            return
+    if names := [word for word in arguments if "=" not in word]:
+        run_other(names[0], overrides, rounds)
+        return
     bench = Bench(overrides)
     with quiet_libraries():
         warnings.simplefilter("ignore")
-        pool = bench.method().data.train
-        rows = np.arange(len(pool))
-        bucketed = pool.shuffled(rows, bench.batch, np.random.default_rng(0))
-        shuffled = np.random.default_rng(0).permutation(rows)
-        random = [shuffled[i : i + bench.batch] for i in range(0, len(rows), bench.batch)]
-        print(f"{len(rows)} train examples, batch {bench.batch}, {bench.epochs} epochs, {rounds} rounds, "
-              f"{torch.get_num_threads()} threads, {bench.parts['hardware'].torch_dtype}")  # fmt: skip
-        loop = medians(
-            "loop  examples/s",
-            {
-                "clpet": lambda: bench.clpet_loop(bucketed),
-                "by hand, same batches": lambda: bench.hand_loop(bucketed, pool),
-                "by hand, random batches": lambda: bench.hand_loop(random, pool),
-            },
-            rounds,
-        )
-        whole = medians(
-            "whole seconds   ",
-            {
-                "clpet": bench.clpet_whole,
-                "HF Trainer, test batch 8": lambda: bench.trainer_whole(8),
-                f"HF Trainer, test batch {bench.parts['hardware'].eval_batch_size}": lambda: bench.trainer_whole(
-                    bench.parts["hardware"].eval_batch_size
-                ),
-            },
-            rounds,
-        )
+        loop, whole = compare(bench, rounds)
     ours, *others = loop.items()
     for key, value in others:
         print(f"training loop: clpet / {key}: {ours[1] / value:.2f}")

@@ -1,7 +1,7 @@
-"""Speed and memory of training on plain text; parts of scripts/bench.py.
+"""Speed and memory of training on plain text; run by scripts/bench.py.
 
-python scripts/bench.py pretraining [model=... benchmark=...]   Trainer.fit on packed windows against a loop by hand
-python scripts/bench.py chunks       peak memory of a step with 50,257 tokens in the vocabulary, whole and in chunks
+python scripts/bench.py pretraining [model=... benchmark=...]   Trainer.fit on packed windows, and a hand-written loop
+python scripts/bench.py chunks       peak memory of a step with a vocabulary of 50,257, with and without chunks
 """
 
 import multiprocessing
@@ -18,11 +18,11 @@ from torch import nn
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.trainer import Trainer
 
-STEPS = 24  # timed in one go
+STEPS = 24  # timed together
 
 
 def pretraining(overrides: list[str], rounds: int) -> None:
-    """Windows per second of clpet's training loop and of the shortest loop over the very same windows."""
+    """Windows per second of clpet's training loop and of the shortest loop over the same windows."""
     bench = Bench(["benchmark=python_domains", "model=tiny_llama_s", "benchmark.base=null", *overrides])
     first = bench.method()
     pool = first.data.train
@@ -40,7 +40,9 @@ def pretraining(overrides: list[str], rounds: int) -> None:
         objective = bench.method().objective
         model: Any = objective.adapters.model
         optimizer = torch.optim.AdamW(model.parameters(), lr=bench.lr, weight_decay=0.0, fused=True)
-        rows = [torch.from_numpy(np.stack([pool.tokens(row) for row in part]).astype(np.int64)) for part in batches]
+        rows = [
+            torch.from_numpy(np.stack([pool.tokens(row) for row in indices]).astype(np.int64)) for indices in batches
+        ]
         model.train()
         start = time.perf_counter()
         for ids in rows:
@@ -55,20 +57,20 @@ def pretraining(overrides: list[str], rounds: int) -> None:
     print(
         f"{STEPS} steps of {bench.batch} windows of {bench.benchmark.max_length} tokens, {torch.get_num_threads()} threads"
     )
-    found = medians("packed windows/s", {"clpet": ours, "by hand": by_hand}, rounds)
-    print(f"packed training: clpet / by hand: {found['clpet'] / found['by hand']:.3f}")
+    speeds = medians("packed windows/s", {"clpet": ours, "by hand": by_hand}, rounds)
+    print(f"packed training: clpet / by hand: {speeds['clpet'] / speeds['by hand']:.3f}")
 
 
 def chunks(overrides: list[str], rounds: int) -> None:
-    """Memory that one training step takes beyond what the model itself does; each in a process of its own."""
-    found = {name: step_memory(name == "in chunks") for name in ("whole", "in chunks")}
-    for name, value in found.items():
+    """Memory that one training step needs in addition to the model; each measured in a separate process."""
+    memory = {name: step_memory(name == "in chunks") for name in ("whole", "in chunks")}
+    for name, value in memory.items():
         print(f"one step, 4 windows of 1,024 tokens, vocabulary 50,257, logits {name}: {value:.0f} MB")
-    print(f"in chunks / whole: {found['in chunks'] / found['whole']:.3f}")
+    print(f"in chunks / whole: {memory['in chunks'] / memory['whole']:.3f}")
 
 
 def step_memory(chunked: bool) -> float:
-    """MB by which the peak of a fresh process rises in one forward and backward pass."""
+    """MB by which the peak memory of a new process rises in one forward and backward pass."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_one_step, (chunked,))
 
@@ -83,7 +85,7 @@ def _one_step(chunked: bool) -> float:
     torch.set_num_threads(1)
     model: Any = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=256, n_head=4, n_positions=1024)).train()
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # what a training run holds anyway
+        parameter.grad = torch.zeros_like(parameter)  # a training run has them in any case
     ids = torch.randint(50257, (4, 1024))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if chunked:

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A real SLURM of one node on this machine, for trying out and testing what is submitted to a cluster.
+# A real SLURM of one node on this machine, to try out and test jobs before they are submitted to a cluster.
 #
-#   scripts/local_slurm.sh start [DIR]     starts it and prints the SLURM_CONF to export; again: only prints
+#   scripts/local_slurm.sh start [DIR]     starts it and prints the SLURM_CONF to export; if it is up, only prints it
 #   scripts/local_slurm.sh stop [DIR]      ends its jobs and daemons
-#   scripts/local_slurm.sh status [DIR]    says what runs; exit code 1 when it is not up
-#   scripts/local_slurm.sh install         Debian's packages slurm-wlm and munge, where they are absent
+#   scripts/local_slurm.sh status [DIR]    shows nodes and jobs; exit code 1 if it is not up
+#   scripts/local_slurm.sh install         installs Debian's packages slurm-wlm and munge where they are missing
 #
-# Everything it writes, a munge key of its own included, lies in DIR (default: /tmp/clpet-slurm-UID). Daemons run as
-# the user who starts them, on free ports of the loopback interface; no cgroups, no systemd, no accounting. CPUS=8 makes
-# the node take eight jobs of one CPU each, whatever the machine has.
+# It writes only to DIR (default: /tmp/clpet-slurm-UID), including its own munge key. The daemons run as the current
+# user, on free ports of the loopback interface, without cgroups, systemd and accounting. With CPUS=8 the node takes
+# eight jobs of one CPU each, whatever the machine has.
 set -euo pipefail
 
 PATH=$PATH:/usr/sbin:/sbin
@@ -30,18 +30,18 @@ install() {
     local absent
     absent=$(missing | xargs)
     [[ -z $absent ]] && return
-    command -v apt-get >/dev/null || fail "$absent missing, and no apt-get here: install SLURM and munge"
-    [[ $(id -u) -eq 0 ]] || fail "$absent missing: as root, apt-get install slurm-wlm munge"
+    command -v apt-get >/dev/null || fail "$absent missing, and this machine has no apt-get: install SLURM and munge"
+    [[ $(id -u) -eq 0 ]] || fail "$absent missing: run apt-get install slurm-wlm munge as root"
     echo "local_slurm: installing slurm-wlm and munge" >&2
     {
         apt-get -qq -o DPkg::Lock::Timeout=300 update
         DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install --no-install-recommends \
             slurm-wlm munge
     } >&2 || fail "apt-get could not install slurm-wlm and munge"
-    [[ -z $(missing) ]] || fail "$(missing | xargs) missing even so"
+    [[ -z $(missing) ]] || fail "$(missing | xargs) are still missing after the installation"
 }
 
-# A free port from $1 on.
+# The first free port, starting at $1.
 port() {
     local number
     for ((number = $1; number < $1 + 5000; number++)); do
@@ -50,7 +50,7 @@ port() {
     fail "no free port from $1 on"
 }
 
-# The configuration: one node that says it has CPUS CPUs, quick to start what was requeued.
+# The configuration: one node with CPUS CPUs, and short intervals so that requeued jobs start soon.
 configuration() {
     local control worker
     control=$(port $((20000 + RANDOM % 10000)))
@@ -94,7 +94,7 @@ up() {
     [[ -f $SLURM_CONF ]] && [[ $(timeout 10 sinfo --noheader --format %t 2>/dev/null) =~ ^(idle|mix|alloc) ]]
 }
 
-# By name as well: a process id that was written down may belong to another process by now.
+# Compares the name too: the recorded process id may belong to another process by now.
 alive() {
     [[ $(cat "/proc/$(cat "$state/$1.pid" 2>/dev/null)/comm" 2>/dev/null) == "$1" ]]
 }
@@ -117,12 +117,12 @@ start() {
             up && break
             sleep 0.5
         done
-        up || fail "the node does not come up, see $state/slurmctld.log and $state/slurmd.log"
+        up || fail "the node does not start, see $state/slurmctld.log and $state/slurmd.log"
     fi
     echo "export SLURM_CONF=$SLURM_CONF"
 }
 
-# Ends the daemons by the process ids they wrote, jobs first.
+# Cancels all jobs, then ends the daemons by their recorded process ids.
 halt() {
     local name
     if alive slurmctld && alive slurmd; then
@@ -149,7 +149,7 @@ stop() {
 }
 
 status() {
-    up || fail "not up in $state"
+    up || fail "SLURM is not running in $state"
     sinfo
     squeue
 }

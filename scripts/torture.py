@@ -1,10 +1,10 @@
-"""Kills runs with -9 at random moments until they are done, and compares them with runs that were left alone.
+"""Kills runs with SIGKILL at random moments until they finish, and compares them with uninterrupted runs.
 
     python scripts/torture.py --rounds 20
 
-Every round takes the next variant on a tiny model, runs `clpet train` once to its end, and once in processes that
-are killed after a random time, saving included; then scores, costs and every byte of the adapters must be equal. A
-process is a fork of this one, which has imported everything and composed nothing.
+Every round takes the next variant on a tiny model and runs `clpet train` twice: once without interruption, and once
+in processes that are killed after a random time, also while they save. Scores, costs and every byte of the adapters
+must be equal. The processes are forks of this one, which has imported everything but composed no configuration.
 """
 
 import argparse
@@ -53,7 +53,7 @@ WORDS = {
 
 
 def write_data(folder: Path, copies: int = 12) -> None:
-    """Three tasks of four labels: a label's word, repeated."""
+    """Writes three tasks of four labels; a text repeats the word of its label."""
     folder.mkdir(parents=True)
     for split, count in (("train", copies), ("validation", 3), ("test", 3)):
         lines = [{"text": " ".join([label] * (1 + i % 3) + [f"{split}{i}"]), "label": label, "task": task}
@@ -62,7 +62,7 @@ def write_data(folder: Path, copies: int = 12) -> None:
 
 
 def start(words: list[str], log: Path, beat: Path | None = None) -> int:
-    """`clpet WORDS` in a process of its own; its number. Times of its first and last step go to the file `beat`."""
+    """Starts `clpet WORDS` in a fork; returns its process id. `beat` gets the times of its first and last step."""
     child = os.fork()
     if child:
         return child
@@ -82,7 +82,7 @@ def start(words: list[str], log: Path, beat: Path | None = None) -> int:
 
 
 def watch(beat: Path) -> None:
-    """Has every step of this process noted: the file's text says when the first one was, its time the last one."""
+    """Records the steps of this process: the first one as the text of the file, the last one as its modification time."""
     from clpet.training.fit_checkpoint import FitCheckpointer
 
     due = FitCheckpointer.should_save
@@ -97,106 +97,107 @@ def watch(beat: Path) -> None:
     FitCheckpointer.should_save = noting  # type: ignore[method-assign]
 
 
-def ended(child: int) -> int:
-    """Waits for a process; its exit code, negative for a signal."""
+def wait_for(child: int) -> int:
+    """Waits for a process; returns its exit code, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def over(child: int) -> bool:
-    """Whether a process has ended; it is still there to be waited for."""
+def has_ended(child: int) -> bool:
+    """Whether a process has ended; `wait_for` can still be called."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def newest(root: Path) -> float:
-    """When the last checkpoint became whole, 0 if there is none."""
-    places = root.glob("*/*/s*/state/[0-9]*/state.json")
-    return max((place.stat().st_mtime for place in places), default=0.0)
+    """The time of the last complete checkpoint, 0 if there is none."""
+    paths = root.glob("*/*/s*/state/[0-9]*/state.json")
+    return max((path.stat().st_mtime for path in paths), default=0.0)
 
 
-class Outcome:
-    """What happened to one run that was killed again and again."""
+class Interruptions:
+    """Counts of one run that was killed repeatedly."""
 
     def __init__(self) -> None:
-        self.kills = self.inside = self.saving = 0
-        self.repeated: list[float] = []
+        self.kills = self.inside_tasks = self.while_saving = 0  # inside_tasks: resumed inside a task
+        self.repeated: list[float] = []  # seconds of training lost by each kill
 
 
-def torment(words: list[str], root: Path, log: Path, longest: float, dice: random.Random) -> Outcome:
-    """Kills and restarts the command until it is done. Raises RuntimeError when it fails by itself."""
-    found, beat = Outcome(), root.with_suffix(".beat")
+def torment(words: list[str], root: Path, log: Path, longest: float, dice: random.Random) -> Interruptions:
+    """Kills and restarts the command until it finishes. Raises RuntimeError if it fails by itself."""
+    counts, beat = Interruptions(), root.with_suffix(".beat")
     while True:
         beat.unlink(missing_ok=True)
         child = start(words, log, beat)
-        while not beat.exists() and dice.random() > 0.001 and not over(child):  # now and then before the first step
+        # Wait for the first step, but now and then kill before it.
+        while not beat.exists() and dice.random() > 0.001 and not has_ended(child):
             time.sleep(0.01)
         time.sleep(dice.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
-        code = ended(child)
+        code = wait_for(child)
         if code == 0:
-            found.inside = log.read_text().count(", inside task")
-            return found
+            counts.inside_tasks = log.read_text().count(", inside task")
+            return counts
         if code != -signal.SIGKILL:
             raise RuntimeError(f"{' '.join(words)} ended with {code}: see {log}")
-        found.kills += 1
-        found.saving += bool(list(root.glob(f"*/*/s*/state/.*.{child}")))
+        counts.kills += 1
+        counts.while_saving += bool(list(root.glob(f"*/*/s*/state/.*.{child}")))
         if beat.exists():
-            found.repeated.append(beat.stat().st_mtime - max(newest(root), float(beat.read_text() or "inf")))
+            counts.repeated.append(beat.stat().st_mtime - max(newest(root), float(beat.read_text() or "inf")))
 
 
 def outcome(root: Path) -> dict[str, Any]:
-    """What has to be equal: matrices, what was trained on, and every byte of what was trained.
+    """The parts of a run that must be equal: matrices, trained examples, and every byte of the trained weights.
 
-    Validation may have to compute logits again that a killed process held in memory.
+    Costs of evaluation are left out: logits that a killed process had in memory are computed again.
     """
-    (folder,) = root.glob("*/*/s*/results.json")
-    found = json.loads(folder.read_text())
-    files = sorted(path for path in folder.parent.glob("[ah]*/**/*.safetensors"))
+    (path,) = root.glob("*/*/s*/results.json")
+    results = json.loads(path.read_text())
+    files = sorted(file for file in path.parent.glob("[ah]*/**/*.safetensors"))
     costs = [{key: value for key, value in cost.items() if key.startswith(("forward", "backward"))}
-             for cost in found["cost"]]  # fmt: skip
+             for cost in results["cost"]]  # fmt: skip
     return {
-        **{key: found[key] for key in ("scores", "correct", "task_scores", "diagnostics")},
+        **{key: results[key] for key in ("scores", "correct", "task_scores", "diagnostics")},
         "cost": costs,
-        "files": {str(path.relative_to(folder.parent)): path.read_bytes() for path in files},
+        "files": {str(file.relative_to(path.parent)): file.read_bytes() for file in files},
     }
 
 
-def one_round(variant: str, place: Path, minutes: float, dice: random.Random) -> tuple[list[str], Outcome]:
-    """What differs (nothing, it is hoped), and what the killed run went through."""
-    args = ["train", *SMALL, *variant.split(), f"data_dir={place.parent / 'data'}", f"train.save_minutes={minutes}"]
-    log, beat = place / "log.txt", place / "whole.beat"
-    place.mkdir()
-    if code := ended(start([*args, f"output_dir={place / 'whole'}"], log, beat)):
+def one_round(variant: str, folder: Path, minutes: float, dice: random.Random) -> tuple[list[str], Interruptions]:
+    """The names of differing parts, none if all is well, and the counts of the killed run."""
+    args = ["train", *SMALL, *variant.split(), f"data_dir={folder.parent / 'data'}", f"train.save_minutes={minutes}"]
+    log, beat = folder / "log.txt", folder / "whole.beat"
+    folder.mkdir()
+    if code := wait_for(start([*args, f"output_dir={folder / 'whole'}"], log, beat)):
         raise RuntimeError(f"{variant} ended with {code}: see {log}")
     seconds = time.time() - float(beat.read_text())
-    found = torment([*args, f"output_dir={place / 'cut'}"], place / "cut", place / "cut.txt", 0.5 * seconds, dice)
-    whole, cut = outcome(place / "whole"), outcome(place / "cut")
-    return [key for key in whole if whole[key] != cut[key]], found
+    counts = torment([*args, f"output_dir={folder / 'cut'}"], folder / "cut", folder / "cut.txt", 0.5 * seconds, dice)
+    whole, cut = outcome(folder / "whole"), outcome(folder / "cut")
+    return [key for key in whole if whole[key] != cut[key]], counts
 
 
-def torture(rounds: int, minutes: float, seed: int, place: Path, first: int) -> int:
-    """Runs the rounds; returns how many ended unequal."""
+def torture(rounds: int, minutes: float, seed: int, folder: Path, first: int) -> int:
+    """Runs the rounds; returns the number of rounds whose runs differ."""
 
     import clpet.reporting.plots.transfer_matrix
-    import clpet.run  # noqa: F401  what every child would import
+    import clpet.run  # noqa: F401  imported once here instead of in every fork
 
-    dice, equal, total = random.Random(seed), 0, Outcome()
-    write_data(place / "data")
+    dice, equal, total = random.Random(seed), 0, Interruptions()
+    write_data(folder / "data")
     for number in range(rounds):
         variant = VARIANTS[(first + number) % len(VARIANTS)]
-        different, found = one_round(variant, place / f"{number:03d}", minutes, dice)
+        different, counts = one_round(variant, folder / f"{number:03d}", minutes, dice)
         equal += not different
-        total.kills, total.inside = total.kills + found.kills, total.inside + found.inside
-        total.saving, total.repeated = total.saving + found.saving, total.repeated + found.repeated
+        total.kills, total.inside_tasks = total.kills + counts.kills, total.inside_tasks + counts.inside_tasks
+        total.while_saving, total.repeated = total.while_saving + counts.while_saving, total.repeated + counts.repeated
         verdict = f"DIFFERENT in {', '.join(different)}" if different else "equal"
         print(
-            f"{number + 1:3d} {verdict:9} {found.kills:3d} kills, {found.inside:3d} resumed inside a task  {variant}",
+            f"{number + 1:3d} {verdict:9} {counts.kills:3d} kills, {counts.inside_tasks:3d} resumed inside a task  {variant}",
             flush=True,
         )
         if not different:
-            shutil.rmtree(place / f"{number:03d}")
+            shutil.rmtree(folder / f"{number:03d}")
     worst = max(total.repeated, default=0.0)
-    print(f"{equal} of {rounds} rounds equal bit for bit; {total.kills} kills, {total.saving} of them while saving, "
-          f"{total.inside} resumes inside a task; at most {worst:.2f} s of steps repeated, a checkpoint every {60 * minutes:.2f} s")  # fmt: skip
+    print(f"{equal} of {rounds} rounds equal bit for bit; {total.kills} kills, {total.while_saving} of them while saving, "
+          f"{total.inside_tasks} resumes inside a task; at most {worst:.2f} s of steps repeated, a checkpoint every {60 * minutes:.2f} s")  # fmt: skip
     return rounds - equal
 
 
@@ -206,10 +207,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.001, help="train.save_minutes")
     parser.add_argument("--first", type=int, default=0, help="number of the first variant")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="kept where a round differs; default: a temporary one")
+    parser.add_argument("--folder", type=Path, help="not removed if a round differs; default: a temporary folder")
     arguments = parser.parse_args()
-    place = arguments.folder or Path(tempfile.mkdtemp(prefix="clpet-torture-"))
-    sys.exit(min(1, torture(arguments.rounds, arguments.minutes, arguments.seed, place.resolve(), arguments.first)))
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="clpet-torture-"))
+    sys.exit(min(1, torture(arguments.rounds, arguments.minutes, arguments.seed, folder.resolve(), arguments.first)))
 
 
 if __name__ == "__main__":
