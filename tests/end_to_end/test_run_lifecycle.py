@@ -27,13 +27,13 @@ def test_a_damaged_checkpoint_is_passed_over(words: Path, clpet, tmp_path: Path)
     args = ["train", "method=replay", *four_tasks(words)]
     assert clpet(*args).code == 0
     (folder,) = (tmp_path / "outputs").glob("*/*/s*")
-    whole = json.loads((folder / "results.json").read_text())["scores"]
+    expected = json.loads((folder / "results.json").read_text())["scores"]
     (folder / "results.json").unlink()
     newest = max(folder.glob("state/[0-9]*")) / "tensors.safetensors"
     newest.write_bytes(newest.read_bytes()[:-10])
     again = clpet(*args)
     assert "resuming after 3 of 4" in again.out
-    assert json.loads((folder / "results.json").read_text())["scores"] == whole
+    assert json.loads((folder / "results.json").read_text())["scores"] == expected
 
 
 def test_changed_data_is_not_resumed(tmp_path: Path, clpet) -> None:
@@ -45,9 +45,9 @@ def test_changed_data_is_not_resumed(tmp_path: Path, clpet) -> None:
     (path,) = (tmp_path / "outputs").glob("*/*/s*/results.json")
     path.unlink()
     write_words(data, copies=7)
-    found = clpet(*args)
-    assert found.code == 2
-    assert "fresh=true" in found.err
+    result = clpet(*args)
+    assert result.code == 2
+    assert "fresh=true" in result.err
 
 
 def test_two_processes_do_not_share_a_run_directory(words: Path, clpet, tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ def test_two_processes_do_not_share_a_run_directory(words: Path, clpet, tmp_path
     (folder,) = (tmp_path / "outputs").glob("*/*/s*")
     (folder / "results.json").unlink()
     with RunLock(folder):
-        found = clpet(*args)
-    assert found.code == 1
-    assert "another process" in found.err
+        result = clpet(*args)
+    assert result.code == 1
+    assert "another process" in result.err
 
 
 @pytest.mark.parametrize("matrix", ["full", "seen", "last"])
@@ -113,8 +113,8 @@ def test_fresh_keeps_the_old_run_when_the_new_one_cannot_start(tmp_path: Path, c
 
 
 def test_a_diverging_loss_stops_the_task_and_says_where(words: Path, clpet) -> None:
-    found = clpet("train", "method=sequential", *tiny_args(words), "train.lr=1e30")
-    assert found.code == 1
-    assert "the loss of task 1" in found.err
-    assert "train.lr" in found.err
-    assert os.linesep.join(found.err.splitlines()[-1:]).count("\n") == 0
+    result = clpet("train", "method=sequential", *tiny_args(words), "train.lr=1e30")
+    assert result.code == 1
+    assert "the loss of task 1" in result.err
+    assert "train.lr" in result.err
+    assert os.linesep.join(result.err.splitlines()[-1:]).count("\n") == 0

@@ -19,14 +19,14 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def slm(make, encoder: Path):
-    """A method set up on the words benchmark; `spread` puts texts around a point per task, so far apart."""
+    """A method set up on the words benchmark; `distance` puts texts around a point per task, so far apart."""
 
-    def build(*overrides: str, spread: float | None = 10.0) -> SimpleNamespace:
+    def build(*overrides: str, distance: float | None = 10.0) -> SimpleNamespace:
         run = make("method=slm", f"method.encoder={encoder}", "train.lr=2e-2", "method.rank=4",
                    "method.groups=6", "method.keys=4", "method.top_k=4",
                    "method.stage1.min_steps=150", *overrides)  # fmt: skip
-        if spread is not None:
-            run.method.embeddings = Around(run, spread)
+        if distance is not None:
+            run.method.embeddings = Around(run, distance)
         run.evaluate = lambda learned: Evaluator(run.benchmark, run.data)(run.method, learned, [0, 1, 2])
         return run
 
@@ -36,8 +36,8 @@ def slm(make, encoder: Path):
 class Around:
     """Embeddings drawn around a centre for each task, the same for the same text."""
 
-    def __init__(self, run: SimpleNamespace, spread: float) -> None:
-        centres = torch.randn(len(run.benchmark), 48, generator=torch.Generator().manual_seed(7)) * spread
+    def __init__(self, run: SimpleNamespace, distance: float) -> None:
+        centres = torch.randn(len(run.benchmark), 48, generator=torch.Generator().manual_seed(7)) * distance
         self.data, self.tables = run.data, {}
         for split in ("train", "validation", "test"):
             texts = [(i, e.text) for i, task in enumerate(run.benchmark.tasks) for e in task.split(split)]

@@ -98,9 +98,9 @@ def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
     again = clpet(*args, "output_dir=cut")
     assert again.code == 0
     assert f"resuming after {after} of" in again.out
-    whole, cut = results(tmp_path / "whole"), results(tmp_path / "cut")
+    uninterrupted, cut = results(tmp_path / "whole"), results(tmp_path / "cut")
     for key in ("scores", "correct", "task_scores", "backward", "forward", "diagnostics"):
-        assert whole[key] == cut[key], key
+        assert uninterrupted[key] == cut[key], key
     (one,), (two,) = ((tmp_path / name).glob("*/*/s*") for name in ("whole", "cut"))
     for file in one.glob("adapters/*/adapter_model.safetensors"):
         a, b = load_file(file), load_file(two / file.relative_to(one))
@@ -121,8 +121,8 @@ def test_a_method_learns_the_words(method: str, make) -> None:
     run.trainer.begin_task(index)
     run.method.learn(task, index, run.trainer)
     run.method.after_task(task, index)
-    found = Evaluator(run.benchmark, run.data)(run.method, index + 1, [0])
-    assert found.own[0].value > 50
+    evaluation = Evaluator(run.benchmark, run.data)(run.method, index + 1, [0])
+    assert evaluation.own[0].value > 50
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -215,17 +215,17 @@ def test_tasks_that_share_labels(method: str, tmp_path: Path, clpet) -> None:
              for task, labels in (("t1", "bd"), ("t2", "ab")) for label in labels for i in range(10)]  # fmt: skip
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = clpet("train", f"method={method}", *tiny_args(tmp_path / "data"), "train.epochs=15", "train.lr=2e-2")
-    assert found.code == 0, found.err
-    own = results(tmp_path / "outputs")["task_scores"]
-    assert own[2][0] > 50
-    assert own[2][1] > 50
+    result = clpet("train", f"method={method}", *tiny_args(tmp_path / "data"), "train.epochs=15", "train.lr=2e-2")
+    assert result.code == 0, result.err
+    task_scores = results(tmp_path / "outputs")["task_scores"]
+    assert task_scores[2][0] > 50
+    assert task_scores[2][1] > 50
 
 
 def test_joint_validates_on_all_tasks(make) -> None:
     run = make("method=joint", "train.select=best")
-    ((held, rows),) = run.method.validation(2)
-    assert set(held.tasks[rows]) == {0, 1, 2}
+    ((pool, rows),) = run.method.validation(2)
+    assert set(pool.tasks[rows]) == {0, 1, 2}
 
 
 def test_seconds_are_those_of_learning(make) -> None:

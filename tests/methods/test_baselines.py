@@ -26,21 +26,21 @@ def test_o_lora_adds_both_terms_of_its_formula(make) -> None:
     run.learn(1)
     method, batch = run.method, run.data.train.batch(run.data.train.rows_of(1)[:8])
     layers = method.increments.layers.values()
-    found = method.loss(batch).item() - method.routed_loss(batch, None).item()
+    penalty = method.loss(batch).item() - method.routed_loss(batch, None).item()
     overlap = sum((layer.A @ layer.a.T).abs().sum().item() for layer in layers)
     norms = sum(layer.a.square().sum().sqrt().item() + layer.b.square().sum().sqrt().item() for layer in layers)
     assert overlap > 0
-    assert found == pytest.approx(0.5 * overlap + 0.1 * norms, rel=1e-4)
+    assert penalty == pytest.approx(0.5 * overlap + 0.1 * norms, rel=1e-4)
 
 
 def test_o_lora_without_its_terms_is_inc_lora(make) -> None:
-    found = []
+    weights = []
     for method in (["inc_lora"], ["o_lora", "method.orthogonality=0"]):
         run = make(f"method={method[0]}", *method[1:])
         run.learn(0)
         run.learn(1)
-        found.append(torch.cat([tensor.detach().flatten() for tensor in run.method.parameters()]))
-    assert torch.equal(*found)
+        weights.append(torch.cat([tensor.detach().flatten() for tensor in run.method.parameters()]))
+    assert torch.equal(*weights)
 
 
 def test_orthogonality_keeps_branches_apart(make) -> None:
@@ -55,10 +55,10 @@ def test_orthogonality_keeps_branches_apart(make) -> None:
 
 def test_sapt_weights_and_divergence() -> None:
     """Oracle 7, with the newest branch last: scores [.5, .5, .75], and KL of the stored [.7, .3, 0]."""
-    found = sapt.scores(double([[1, 2, 0, -1]]), double([[1, 0, 0, 0], [0, 1, 0, 1], [0.5, 0.5, 0, 0]]))
-    assert found[0].tolist() == [0.5, 0.5, 0.75]
-    assert found.softmax(1)[0].tolist() == pytest.approx([0.3045043424, 0.3045043424, 0.3909913152], abs=1e-10)
-    assert sapt.divergence(double([0.7, 0.3]), found).item() == pytest.approx(0.578205629, abs=1e-9)
+    scores = sapt.scores(double([[1, 2, 0, -1]]), double([[1, 0, 0, 0], [0, 1, 0, 1], [0.5, 0.5, 0, 0]]))
+    assert scores[0].tolist() == [0.5, 0.5, 0.75]
+    assert scores.softmax(1)[0].tolist() == pytest.approx([0.3045043424, 0.3045043424, 0.3909913152], abs=1e-10)
+    assert sapt.divergence(double([0.7, 0.3]), scores).item() == pytest.approx(0.578205629, abs=1e-9)
 
 
 def test_sapt_keeps_inputs_and_mean_weights(make) -> None:
@@ -85,14 +85,14 @@ def test_a_stratified_share_has_every_label() -> None:
     """Oracle 2: sizes of the SuperNI tasks; 14 labels fit into 20 places, 1000 different targets do not."""
     rng = np.random.default_rng(0)
 
-    def kept(count: int, labels: int) -> np.ndarray:
+    def sample(count: int, labels: int) -> np.ndarray:
         return stratified_sample(np.arange(count) % labels, np.arange(count), 0.02, rng)
 
-    assert len(kept(1000, 14)) == 20
-    assert set(kept(1000, 14) % 14) == set(range(14))
-    assert set(kept(250, 3) % 3) == {0, 1, 2}
+    assert len(sample(1000, 14)) == 20
+    assert set(sample(1000, 14) % 14) == set(range(14))
+    assert set(sample(250, 3) % 3) == {0, 1, 2}
     sizes = {1000: 20, 250: 5, 160: 3, 126: 2, 338: 6, 142: 2, 975: 19, 10: 1}
-    assert {count: len(kept(count, count)) for count in sizes} == sizes
+    assert {count: len(sample(count, count)) for count in sizes} == sizes
     assert len(stratified_sample(np.zeros(9), np.arange(9), 0.0, rng)) == 0
 
 
@@ -110,8 +110,8 @@ def test_mocl_weights_and_matching(make) -> None:
     run.learn(1)
     batch = run.data.train.batch(run.data.train.rows_of(1)[:4])
     run.method.cosines = lambda queries: cosines.float().expand(len(queries), 2)
-    found = run.method.loss(batch) - run.method.routed_loss(batch, run.method.weigh(cosines.float().expand(4, 2)))
-    assert found.item() == pytest.approx(0.5, abs=1e-6)
+    matching = run.method.loss(batch) - run.method.routed_loss(batch, run.method.weigh(cosines.float().expand(4, 2)))
+    assert matching.item() == pytest.approx(0.5, abs=1e-6)
 
 
 def test_mocl_query_of_a_train_row_is_that_of_the_bare_backbone(make) -> None:
@@ -162,7 +162,7 @@ def test_micro_batches_add_up_to_the_same_gradient(name: str, make) -> None:
     """Oracle 16: 16 at once or 4 times 4, with every penalty, at random values of what starts from zero."""
     more = {"o_lora": ["method.decay=0.1"], "ewc": ["method.merge=average", "method.fisher=batch", "method.strength=100"],
             "lwf": ["method.reduction=mean", "method.temperature=2"]}.get(name, [])  # fmt: skip
-    found = []
+    grads = []
     for size in ("null", "4"):
         run = make(f"method={name}", f"hardware.micro_batch_size={size}", *more)
         run.learn(0)
@@ -178,9 +178,9 @@ def test_micro_batches_add_up_to_the_same_gradient(name: str, make) -> None:
         run.trainer.dry_run = True
         run.trainer.begin_task(1)
         run.method.learn(run.benchmark.tasks[1], 1, run.trainer)
-        found.append([parameter.grad for parameter in run.method.parameters()])
-    assert all(grad is not None for grad in found[0])
-    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*found, strict=True))
+        grads.append([parameter.grad for parameter in run.method.parameters()])
+    assert all(grad is not None for grad in grads[0])
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("name", [*INCREMENTS, "l2p", "progressive_prompts", "osf"])

@@ -24,8 +24,8 @@ def test_relation_distillation() -> None:
     """Oracle 15: target (0.949258, 0.050742), KL 0.0277180."""
     previous = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     z = torch.tensor([[0.8, 0.6]], dtype=torch.float64)
-    found = relation_distillation(z, torch.tensor([0]), previous, torch.eye(2, dtype=torch.float64), 10)
-    assert found.item() == pytest.approx(0.0277180, abs=1e-6)
+    kl = relation_distillation(z, torch.tensor([0]), previous, torch.eye(2, dtype=torch.float64), 10)
+    assert kl.item() == pytest.approx(0.0277180, abs=1e-6)
 
 
 def test_lwf_distillation() -> None:
@@ -90,12 +90,12 @@ def test_fisher_weights_every_label_by_its_probability(make) -> None:
     small = ["train.global_batch_size=1", "method.fisher_batches=1", "train.epochs=1"]
     run = make("method=ewc", "method.fisher=labels", "benchmark.softmax=seen", *small)
     run.method.grow_head(0)
-    found = run.method.information(0)["bias"]
+    fisher = run.method.information(0)["bias"]
     rows = run.data.train.shuffled(run.data.train.rows_of(0), 1, run.method.replay.rng(0, "fisher"))[0]
     with torch.no_grad():
         p = run.method.logits(run.data.train.batch(rows)).softmax(1)[0].double()
     expected = [(p * (p[i] - (torch.arange(4) == i).double()).square()).sum().item() for i in range(4)]
-    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    assert fisher.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_ewc_without_strength_is_sequential(make) -> None:
@@ -132,10 +132,10 @@ def test_alignment_changes_predictions_and_not_in_fine_tuning(make) -> None:
     method = run.method
     for index in range(2):
         run.learn(index)
-    held = method.align.weight.detach().clone()
+    before = method.align.weight.detach().clone()
     run.trainer.begin_task(2)
     method.learn(run.benchmark.tasks[2], 2, run.trainer)
-    assert torch.equal(method.align.weight, held)
+    assert torch.equal(method.align.weight, before)
     method.after_task(run.benchmark.tasks[2], 2)
     batch = run.data.test.batch(np.arange(24))
     with torch.inference_mode():
@@ -171,20 +171,20 @@ def test_bank_has_no_zero_vector_and_exact_means(make, replay: str, monkeypatch:
 def test_bank_sample_holds_every_label_of_the_batch() -> None:
     labels = np.array([0] * 500 + [1])
     bank = Bank(torch.ones(501, 2), labels, np.arange(501), 501, 2)
-    places = bank.sample(np.array([1, 0]), 40, np.random.default_rng(0))
-    assert set(labels[places].tolist()) == {0, 1}
+    entries = bank.sample(np.array([1, 0]), 40, np.random.default_rng(0))
+    assert set(labels[entries].tolist()) == {0, 1}
 
 
 def test_parts_of_a_batch_meet_the_same_entries_of_the_bank(make) -> None:
     """With a sample of the bank, hardware.micro_batch_size changes no result."""
-    found = []
+    adapters = []
     for size in ("null", "4"):
         more = ["replay.limit=10", "method.sample=12", "method.min_per_class=1", f"hardware.micro_batch_size={size}"]
         run = make("method=crl", "replay=dynamic", "train.lr=1e-4", *more)
         for index in range(2):
             run.learn(index)
-        found.append(run.method.objective.adapters.state()["default"])
-    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
+        adapters.append(run.method.objective.adapters.state()["default"])
+    assert all(torch.allclose(adapters[0][name], adapters[1][name], atol=1e-5) for name in adapters[0])
 
 
 def test_a_row_twice_in_a_batch_is_counted_once() -> None:
@@ -281,11 +281,11 @@ def test_best_epoch_counts_validation_memories(make) -> None:
     run = make("method=emr", "replay=fixed", "replay.per_class=5")
     run.learn(0)
     assert isinstance(run.method.replay, FixedReplay)
-    (held, rows), (train, kept) = run.method.replay.validation(1)
-    assert set(held.tasks[rows]) == {1}
-    assert set(train.tasks[kept]) == {0}
+    (pool, rows), (train, memory_rows) = run.method.replay.validation(1)
+    assert set(pool.tasks[rows]) == {1}
+    assert set(train.tasks[memory_rows]) == {0}
     star = make("method=emr", "replay=dynamic", "replay.limit=10")
     star.learn(0)
-    ((held, rows),) = star.method.replay.validation(1)
+    ((pool, rows),) = star.method.replay.validation(1)
     assert len(rows) == 2 * 32
-    assert (held.tasks[rows] == 1).sum() == 32
+    assert (pool.tasks[rows] == 1).sum() == 32

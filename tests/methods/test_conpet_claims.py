@@ -41,9 +41,9 @@ def whole_accuracy(make, relations: Path):
         run = make(f"data_dir={relations}", *setting, "train.lr=1e-2", "train.epochs=5", *overrides)
         for index in range(6):
             run.learn(index)
-        found = Evaluator(run.benchmark, run.data)(run.method, 6, list(range(6)))
-        correct = sum(score.correct for score in found.seen.values())
-        return 100 * correct / len(run.data.test), found.diagnostics.get("selector_whole")
+        evaluation = Evaluator(run.benchmark, run.data)(run.method, 6, list(range(6)))
+        correct = sum(score.correct for score in evaluation.seen.values())
+        return 100 * correct / len(run.data.test), evaluation.diagnostics.get("selector_whole")
 
     return measure
 
@@ -94,9 +94,9 @@ def test_examples_of_a_task_are_a_constant(limit: int, sizes: list[int], static:
             plans = [method.plan(index)]
             if isinstance(method, DynamicConPET):
                 plans.append(method.replay.plan(index, "selector"))
-            parts = [(plan, rows) for plan in plans for epoch in (0, 9) for rows in plan.epoch(epoch)]
+            drawn = [(plan, rows) for plan in plans for epoch in (0, 9) for rows in plan.epoch(epoch)]
             computed = 5 * sum(
-                int(plan.gradient_mask(rows).sum()) if plan.gradient_mask else len(rows) for plan, rows in parts
+                int(plan.gradient_mask(rows).sum()) if plan.gradient_mask else len(rows) for plan, rows in drawn
             )
             if index > 0:
                 assert computed == (dynamic if isinstance(method, DynamicConPET) else static)

@@ -97,9 +97,9 @@ def test_correct_needs_correctly_selected(make) -> None:
     run = learned(make)
     batch, choices = batch_of(run), Choices(range(12))
     with torch.inference_mode():
-        found = run.method.predict(batch, choices)
-    correct = (choices.mask(found.scores).argmax(1) == batch.labels).sum()
-    assert correct <= (found.trace["selected"] == batch.tasks).sum()
+        predictions = run.method.predict(batch, choices)
+    correct = (choices.mask(predictions.scores).argmax(1) == batch.labels).sum()
+    assert correct <= (predictions.trace["selected"] == batch.tasks).sum()
 
 
 def test_as_many_modules_as_tasks_need_no_selector(make) -> None:
@@ -109,12 +109,12 @@ def test_as_many_modules_as_tasks_need_no_selector(make) -> None:
     assert "selector" not in method.objective.adapters.names
     with torch.inference_mode():
         scores = method.predict(batch, Choices(range(12))).scores
-        parts = []
+        logits = []
         for index in range(3):
             with method.objective.adapters.using(module_name(index)):
-                parts.append(method.modules[index](method.objective.features(batch)))
+                logits.append(method.modules[index](method.objective.features(batch)))
     labels = [label for head in method.modules for label in head.labels]
-    assert torch.allclose(scores[:, labels], torch.cat(parts, 1), atol=1e-6)
+    assert torch.allclose(scores[:, labels], torch.cat(logits, 1), atol=1e-6)
 
 
 def test_selector_head_growth_keeps_old_rows(make) -> None:
@@ -144,9 +144,9 @@ def test_teacher_forcing_is_for_training_only(make) -> None:
     batch = pool.batch(np.arange(len(pool)))
     assert (method.training_set(batch.rows) == pool.tasks[:, None]).any(1).all()
     with torch.inference_mode(), method.objective.adapters.using("selector"):
-        own = method.router.head(method.objective.features(batch)).topk(2, 1).indices
+        top_2 = method.router.head(method.objective.features(batch)).topk(2, 1).indices
     with torch.inference_mode():
-        assert torch.equal(method.select(batch), own)
+        assert torch.equal(method.select(batch), top_2)
 
 
 def test_answers_are_labels_seen_so_far(make) -> None:
@@ -237,14 +237,14 @@ def test_skipping_what_meets_no_new_module_gives_the_full_gradient(make, teacher
     selected, has_newest = method.training_set(rows), method.selects(2, rows)
     assert 0 < has_newest.sum() < len(rows)
     method.objective.adapters.activate(module_name(2), train=True)
-    parts = [method.modules[i].labels for i in range(3)]
+    labels = [method.modules[i].labels for i in range(3)]
     batch, z = pool.batch(rows), torch.full((len(rows), 12), MISSING)
     for index in range(3):
         keep = torch.from_numpy((selected == index).any(1).nonzero()[0])
         frozen = method.objective.adapters.using(module_name(index)) if index < 2 else contextlib.nullcontext()
         with frozen:
             logits = method.modules[index](method.objective.features(batch.select(keep)))
-        z = z.index_put((keep[:, None], torch.as_tensor(parts[index])), logits)
+        z = z.index_put((keep[:, None], torch.as_tensor(labels[index])), logits)
     full = torch.autograd.grad(F.cross_entropy(z, batch.labels), method.parameters())
     short = torch.autograd.grad(
         method.loss(pool.batch(rows[has_newest])) * (has_newest.sum() / len(rows)), method.parameters()
@@ -314,8 +314,8 @@ def test_prototypes_route_to_the_nearest_class_mean(make) -> None:
         for label in run.benchmark.task_labels(task):
             mean = h[torch.from_numpy((pool.tasks == task) & (pool.labels == label))].mean(0)
             scores[:, task] = torch.maximum(scores[:, task], F.cosine_similarity(tested, mean[None]))
-    found = method.ranking(run.data.test, np.arange(len(run.data.test)))
-    assert np.array_equal(found[:, 0], scores.argmax(1).numpy())
+    ranking = method.ranking(run.data.test, np.arange(len(run.data.test)))
+    assert np.array_equal(ranking[:, 0], scores.argmax(1).numpy())
     assert method.trainable_parameters() == sum(p.numel() for p in method.parameters())
     assert method.stored_parameters() == method.trainable_parameters() * 3 + 12 * h.shape[1]
 

@@ -33,14 +33,14 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def watch(run, monkeypatch: pytest.MonkeyPatch) -> list[Importance]:
     """What each task's importance was when it was over."""
-    found, consolidate = [], run.method.consolidate
+    recorded, consolidate = [], run.method.consolidate
 
     def record() -> Tensor:
-        found.append(run.method.importance)
+        recorded.append(run.method.importance)
         return consolidate()
 
     monkeypatch.setattr(run.method, "consolidate", record)
-    return found
+    return recorded
 
 
 def one_weight(value: list[float], **knobs) -> tuple[KIF, Tensor]:
@@ -82,10 +82,10 @@ def test_every_step_but_the_first_counts(make, monkeypatch: pytest.MonkeyPatch) 
     """24 examples in batches of 16, 3 epochs: 6 steps; scores start anew with every task."""
     for skip, counted in (("true", 5), ("false", 6)):
         run = make("method=kif", "train.epochs=3", f"method.skip_first_step={skip}")
-        found = watch(run, monkeypatch)
+        recorded = watch(run, monkeypatch)
         run.learn(0)
         run.learn(1)
-        assert [(importance.counted.item(), importance.steps) for importance in found] == [(counted, 6)] * 2
+        assert [(importance.counted.item(), importance.steps) for importance in recorded] == [(counted, 6)] * 2
         assert run.method.diagnostics()["skipped_steps"] == 0
 
 
@@ -99,9 +99,9 @@ def test_the_first_task_is_that_of_sequential_training(make) -> None:
 
 def test_the_first_importance_is_kept_as_it_is(make, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make("method=kif")
-    found = watch(run, monkeypatch)
+    recorded = watch(run, monkeypatch)
     run.learn(0)
-    (importance,) = found
+    (importance,) = recorded
     units = run.method.units
     scores = units.scores(dict(zip(run.method.live, _split(importance, run.method.live), strict=True)))
     assert torch.equal(units.join(run.method.accumulated), scores)
@@ -110,8 +110,8 @@ def test_the_first_importance_is_kept_as_it_is(make, monkeypatch: pytest.MonkeyP
 
 
 def _split(importance: Importance, like: dict[str, Tensor]) -> list[Tensor]:
-    parts = importance.elements().split([value.numel() for value in like.values()])
-    return [part.view_as(value) for part, value in zip(parts, like.values(), strict=True)]
+    slices = importance.elements().split([value.numel() for value in like.values()])
+    return [values.view_as(value) for values, value in zip(slices, like.values(), strict=True)]
 
 
 def test_no_fusion_is_sequential_training(make) -> None:
@@ -139,27 +139,27 @@ def pair(make, *knobs: str, fusion: str) -> SimpleNamespace:
 
 def test_adaptive_fusion_of_every_rank(make) -> None:
     """The coefficient of a rank holds for its row of A and its column of B; heads keep what they learned."""
-    found = pair(make, fusion="adaptive")
-    units = found.run.method.units
-    old, new = norm(units.join(found.accumulated)), units.join(found.run.method.history[1]["importance"])
+    learned = pair(make, fusion="adaptive")
+    units = learned.run.method.units
+    old, new = norm(units.join(learned.accumulated)), units.join(learned.run.method.history[1]["importance"])
     weight = units.broadcast(torch.sigmoid((new - old) / 0.25))
     for name, w in weight.items():
-        expected = w * found.new[name] + (1 - w) * found.before[name]
-        torch.testing.assert_close(found.fused[name], expected.float(), atol=1e-6, rtol=1e-5)
-        assert not torch.allclose(found.fused[name], found.new[name])
-    assert torch.equal(found.head, found.head_new)
+        expected = w * learned.new[name] + (1 - w) * learned.before[name]
+        torch.testing.assert_close(learned.fused[name], expected.float(), atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(learned.fused[name], learned.new[name])
+    assert torch.equal(learned.head, learned.head_new)
     merged = norm(0.7 * old + 0.3 * new)
-    torch.testing.assert_close(units.join(found.run.method.accumulated), merged, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(units.join(learned.run.method.accumulated), merged, atol=1e-6, rtol=1e-5)
 
 
 def test_uniform_fusion_of_tensors_fuses_the_heads_old_rows_too(make) -> None:
-    found = pair(make, "method.unit=matrix", fusion="uniform")
-    for name, value in found.fused.items():
-        torch.testing.assert_close(value, (found.before[name] + found.new[name]) / 2)
-    known = len(found.head_before)
-    torch.testing.assert_close(found.head[:known], (found.head_before + found.head_new[:known]) / 2)
-    assert torch.equal(found.head[known:], found.head_new[known:])
-    assert len(found.run.method.units.groups) == 2 * 2 * 2 + 2  # layers, projections, A and B; weight and bias
+    learned = pair(make, "method.unit=matrix", fusion="uniform")
+    for name, value in learned.fused.items():
+        torch.testing.assert_close(value, (learned.before[name] + learned.new[name]) / 2)
+    old_rows = len(learned.head_before)
+    torch.testing.assert_close(learned.head[:old_rows], (learned.head_before + learned.head_new[:old_rows]) / 2)
+    assert torch.equal(learned.head[old_rows:], learned.head_new[old_rows:])
+    assert len(learned.run.method.units.groups) == 2 * 2 * 2 + 2  # layers, projections, A and B; weight and bias
 
 
 def test_uniform_is_adaptive_at_a_high_temperature(make) -> None:
@@ -173,13 +173,13 @@ def test_uniform_is_adaptive_at_a_high_temperature(make) -> None:
 
 def test_micro_batches_give_the_same_scores(make) -> None:
     """8 at once or 2 times 4: the gradient of the whole batch is scored, with the orthogonality term counted once."""
-    found = []
+    scores = []
     for size in ("null", "4"):
         run = make("method=kif", "train.global_batch_size=8", f"hardware.micro_batch_size={size}", "train.lr=1e-4")
         run.learn(0)
-        found.append(run.method.units.join(run.method.accumulated))
-    torch.testing.assert_close(*found, rtol=1e-3, atol=0)
-    assert found[0].max() > 0
+        scores.append(run.method.units.join(run.method.accumulated))
+    torch.testing.assert_close(*scores, rtol=1e-3, atol=0)
+    assert scores[0].max() > 0
 
 
 def test_the_loss_holds_the_orthogonality_of_the_ranks(make) -> None:
@@ -204,9 +204,9 @@ def test_importance_belongs_to_the_chosen_epoch(make, monkeypatch: pytest.Monkey
         run = make("method=kif", "train.select=best", "train.epochs=4")
         values = iter(scores)
         monkeypatch.setattr(Method, "validate", lambda self, index, values=values: next(values))
-        found = watch(run, monkeypatch)
+        recorded = watch(run, monkeypatch)
         run.learn(0)
-        assert found[0].counted.item() == counted
+        assert recorded[0].counted.item() == counted
 
 
 def test_replay_is_mixed_in_or_comes_after(make) -> None:
@@ -288,14 +288,14 @@ def test_trained_parameters_of_published_models(model, targets, r, expected, mat
 
 
 def test_diagnostics_and_figures_of_a_run(words: Path, clpet, tmp_path: Path) -> None:
-    found = clpet("train", "method=kif", *tiny_args(words))
-    assert found.code == 0, found.err
+    result = clpet("train", "method=kif", *tiny_args(words))
+    assert result.code == 0, result.err
     (path,) = (tmp_path / "outputs").glob("*/*/s*/results.json")
     rows = json.loads(path.read_text())["diagnostics"]
     assert set(rows[0]) == {"row"}
     assert rows[1]["skipped_steps"] == 0
     for row in rows[2:]:
-        assert sum(row[f"units_{part}"] for part in ("kept", "shared", "taken", "averaged")) == pytest.approx(100)
+        assert sum(row[f"units_{kind}"] for kind in ("kept", "shared", "taken", "averaged")) == pytest.approx(100)
         assert 0.018 <= row["new_weight_mean"] <= 0.982
         assert row["units_kept"] + row["units_shared"] == pytest.approx(100 * 7 / 32)  # n - 1 - floor(.8 (n - 1))
     for name in ("importance.png", "fusion.png"):
@@ -316,7 +316,7 @@ def test_carved_validation_never_meets_the_test_set() -> None:
     """Best epochs are chosen on examples cut from train; no example is in two parts."""
     benchmark = build({**compose_config("benchmark=python_stdlib").benchmark}, "benchmark").load(None)
     for task in benchmark.tasks:
-        parts = [{example.text for example in task.split(split)} for split in ("train", "validation", "test")]
-        assert all(parts)
-        assert not parts[0] & parts[1]
-        assert not (parts[0] | parts[1]) & parts[2]
+        splits = [{example.text for example in task.split(split)} for split in ("train", "validation", "test")]
+        assert all(splits)
+        assert not splits[0] & splits[1]
+        assert not (splits[0] | splits[1]) & splits[2]

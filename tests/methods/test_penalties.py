@@ -36,16 +36,16 @@ def test_fisher_of_examples_and_of_batches(kind: str, expected: list[float], mak
 
 def test_merged_fisher() -> None:
     """Oracle 3: averages [3, 3] and [3, 2], sum [9, 6], decayed [7.95, 5.22]."""
-    found = {}
+    merged_by = {}
     for how in (Merge.average, Merge.sum, Merge.decay):
         total, steps = double([5, 2]), []
         for count, new in enumerate(([1, 4], [3, 0]), 1):
             total = merged(total, double(new), count, how, 0.9)
             steps.append(total.tolist())
-        found[how] = steps
-    assert found[Merge.average] == [[3, 3], [3, 2]]
-    assert found[Merge.sum][1] == [9, 6]
-    assert found[Merge.decay][1] == pytest.approx([7.95, 5.22])
+        merged_by[how] = steps
+    assert merged_by[Merge.average] == [[3, 3], [3, 2]]
+    assert merged_by[Merge.sum][1] == [9, 6]
+    assert merged_by[Merge.decay][1] == pytest.approx([7.95, 5.22])
 
 
 @pytest.mark.parametrize("merge", ["average", "sum", "decay"])
@@ -106,9 +106,9 @@ def test_lwf_of_answers_is_a_divergence_over_their_tokens(make) -> None:
     assert kl > 1e-3
     loss.backward()
     assert all(torch.equal(value, now[name]) for name, value in trained.items())
-    parts = [rows[:7], rows[7:]]
-    shares = [run.data.train.weights[part].sum() / len(old) for part in parts]
-    summed = sum(method.loss(run.data.train.batch(part)) * share for part, share in zip(parts, shares, strict=True))
+    chunks = [rows[:7], rows[7:]]
+    shares = [run.data.train.weights[chunk].sum() / len(old) for chunk in chunks]
+    summed = sum(method.loss(run.data.train.batch(chunk)) * share for chunk, share in zip(chunks, shares, strict=True))
     assert summed.item() == pytest.approx(loss.item(), rel=1e-5)
     run.learn(1)
     assert all(torch.equal(value, now[name]) for name, value in method.teacher_tensors.items())
@@ -123,12 +123,12 @@ def test_ewc_of_answers_squares_the_gradient_of_a_batch(make) -> None:
     named = run.method.named_parameters()
     loss = run.method.objective.loss(run.data.train.batch(run.data.train.rows_of(0)))
     grads = torch.autograd.grad(loss, list(named.values()))
-    wanted = {name: grad.double().square() for name, grad in zip(named, grads, strict=True)}
+    expected = {name: grad.double().square() for name, grad in zip(named, grads, strict=True)}
     for name, (fisher, *_) in run.method.quadratic.items():
-        torch.testing.assert_close(fisher, wanted[name], rtol=1e-3, atol=1e-12)
+        torch.testing.assert_close(fisher, expected[name], rtol=1e-3, atol=1e-12)
     run.method.prepare(1)
     with torch.no_grad():
         for value in named.values():
             value.add_(0.1)
-    sums = sum(value.sum().item() for value in wanted.values())
+    sums = sum(value.sum().item() for value in expected.values())
     assert run.method.penalty().item() == pytest.approx(2500 * 0.01 * sums, rel=1e-3)

@@ -40,13 +40,13 @@ def test_progressive_prompts_grow_and_stay(make) -> None:
     run = make("method=progressive_prompts", "train.lr=1e-2")
     method, batch = run.method, run.data.train.batch(np.arange(4))
     width = batch.input_ids.shape[1]
-    kept: list[torch.Tensor] = []
+    frozen: list[torch.Tensor] = []
     for index in range(3):
         run.learn(index)
-        kept.append(method.new.detach().clone())
+        frozen.append(method.new.detach().clone())
         embeds = method.objective.inputs(batch)["inputs_embeds"]
         assert embeds.shape[1] == 10 * (index + 1) + width
-        assert torch.equal(embeds[0, :-width], torch.cat(kept[::-1]))
+        assert torch.equal(embeds[0, :-width], torch.cat(frozen[::-1]))
 
 
 def test_text_is_cut_and_prompts_are_not(make) -> None:
@@ -74,7 +74,7 @@ def test_a_prompt_of_token_embeddings_reads_like_the_text_with_those_tokens(repr
     embedding = objective.adapters.model.get_input_embeddings()
     objective.prompt = lambda batch: embedding(ids).expand(len(batch), -1, -1)
     with torch.no_grad():
-        found = objective.features(batch)
+        features = objective.features(batch)
         longer = torch.cat([ids.expand(len(batch), 3), batch.input_ids], dim=1)
         mask = torch.cat([torch.ones(len(batch), 3, dtype=torch.long), batch.attention_mask], dim=1)
         hidden = objective.adapters.model(input_ids=longer, attention_mask=mask).last_hidden_state
@@ -86,7 +86,7 @@ def test_a_prompt_of_token_embeddings_reads_like_the_text_with_those_tokens(repr
         "mask": hidden[rows, 3 + batch.positions],
         "mean": torch.stack([hidden[row, 3 : 3 + length[row]].mean(0) for row in rows]),
     }[representation]
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(features, expected, atol=1e-5)
 
 
 def test_the_task_given_shows_only_the_prompts_there_were(make) -> None:

@@ -19,8 +19,8 @@ from tests.methods.test_kif import equal, weights
 def test_fusion_of_a_round(how: str, expected: dict[tuple[int, int], float]) -> None:
     inner, outer = torch.tensor([1.0] * 4), torch.tensor([-0.2] * 4)
     masks = torch.tensor(list(expected), dtype=torch.bool)
-    found = fused_step(inner, outer, masks[:, 0], masks[:, 1], how)
-    assert found.tolist() == pytest.approx(list(expected.values()))
+    step = fused_step(inner, outer, masks[:, 0], masks[:, 1], how)
+    assert step.tolist() == pytest.approx(list(expected.values()))
 
 
 def batches(*numbers: int) -> BatchPlan:

@@ -26,15 +26,15 @@ def test_before_training_a_task_changes_nothing(slm) -> None:
 
 def test_no_gradient_crosses_the_stages(slm) -> None:
     """Oracle 6: stage 2 does not reach keys, stage 1 nothing but keys; the optimiser has the current task alone."""
-    run, held = slm(), []
+    run, optimised = slm(), []
     original = run.trainer._optimizer
-    run.trainer._optimizer = lambda parameters: held.append(list(parameters)) or original(parameters)
+    run.trainer._optimizer = lambda parameters: optimised.append(list(parameters)) or original(parameters)
     run.learn(0)
     run.learn(1)
     method = run.method
-    assert len(held) == 2
+    assert len(optimised) == 2
     current = [*method.increments.current().values(), *method.task_heads.heads[1].parameters()]
-    assert {id(tensor) for tensor in held[1]} == {id(tensor) for tensor in current}
+    assert {id(tensor) for tensor in optimised[1]} == {id(tensor) for tensor in current}
     for tensor in current:
         tensor.grad = None
     method.loss(run.data.train.batch(run.data.train.rows_of(1)[:6])).backward()
@@ -48,15 +48,18 @@ def test_no_gradient_crosses_the_stages(slm) -> None:
 
 def everything(method) -> dict[str, torch.Tensor]:
     """Keys, values and head rows by task."""
-    found = {}
+    tensors = {}
     for task, keys in enumerate(method.key_pool):
-        found[f"{task} keys"] = keys.clone()
+        tensors[f"{task} keys"] = keys.clone()
         rows = slice(task * method.per_task * method.rank, (task + 1) * method.per_task * method.rank)
         for name, layer in method.increments.state().items():
-            found[f"{task} {name} A"], found[f"{task} {name} B"] = layer["A"][rows].clone(), layer["B"][:, rows].clone()
+            tensors[f"{task} {name} A"], tensors[f"{task} {name} B"] = (
+                layer["A"][rows].clone(),
+                layer["B"][:, rows].clone(),
+            )
         for name, value in method.task_heads.heads[task].named_parameters():
-            found[f"{task} head {name}"] = value.detach().clone()
-    return found
+            tensors[f"{task} head {name}"] = value.detach().clone()
+    return tensors
 
 
 @pytest.mark.parametrize("values", ["shared", "per_group"])
@@ -95,17 +98,17 @@ def test_later_tasks_leave_what_an_input_retrieved_as_it_was(slm) -> None:
 
 def test_tasks_can_be_learned_in_any_order(slm) -> None:
     """Oracle 14: keys, values and heads of a task are the same bits wherever it stands."""
-    found = []
+    learned = []
     for order in (["fruit", "metal", "river"], ["river", "fruit", "metal"]):
-        run = slm("method.head=per_task", f"benchmark.order=[{','.join(order)}]", spread=None)
+        run = slm("method.head=per_task", f"benchmark.order=[{','.join(order)}]", distance=None)
         pool = run.data.train
         run.method.plan = lambda index, pool=pool: BatchPlan(pool, 1, lambda epoch: [pool.rows_of(index)])
         for task in range(3):
             run.learn(task)
         pieces = everything(run.method)
-        found.append({f"{order[int(key[0])]}{key[1:]}": value for key, value in pieces.items()})
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+        learned.append({f"{order[int(key[0])]}{key[1:]}": value for key, value in pieces.items()})
+    assert learned[0].keys() == learned[1].keys()
+    assert all(torch.equal(learned[0][key], learned[1][key]) for key in learned[0])
 
 
 # Answering
@@ -117,13 +120,13 @@ def test_told_apart_tasks_are_not_forgotten(slm) -> None:
     scores = []
     for task in range(3):
         run.learn(task)
-        found = run.evaluate(task + 1)
-        scores.append([found.own[i].value for i in range(3)])
+        evaluation = run.evaluate(task + 1)
+        scores.append([evaluation.own[i].value for i in range(3)])
         figures = run.method.diagnostics()
         names = run.benchmark.names[: task + 1]
         assert figures["right_picks"] == 100
         assert all(figures[f"vote/{name}"] == figures[f"picks/{name}"] == 100 for name in names)
-        assert found.diagnostics["selector_average"] == 100
+        assert evaluation.diagnostics["selector_average"] == 100
     assert scores[2][2] > 80
     assert min(scores[0][0], scores[1][1]) > 80
     assert scores[2][:2] == [scores[0][0], scores[1][1]]
@@ -131,46 +134,46 @@ def test_told_apart_tasks_are_not_forgotten(slm) -> None:
 
 def test_equal_tasks_are_not_told_apart_and_a_task_id_helps(slm) -> None:
     """Oracles 15 and 16: retrieval at chance costs accuracy; the same model given the task id does not lose it."""
-    run = slm("train.epochs=8", spread=0.0)
+    run = slm("train.epochs=8", distance=0.0)
     for task in range(3):
         run.learn(task)
-    found = run.evaluate(3)
+    evaluation = run.evaluate(3)
     assert run.method.diagnostics()["right_picks"] < 60
-    seen, own = (np.mean([scores[i].value for i in range(3)]) for scores in (found.seen, found.own))
-    assert own > seen + 10
-    given = slm("train.epochs=8", "method.head=per_task", spread=0.0)
+    seen, by_task = (np.mean([scores[i].value for i in range(3)]) for scores in (evaluation.seen, evaluation.own))
+    assert by_task > seen + 10
+    given = slm("train.epochs=8", "method.head=per_task", distance=0.0)
     for task in range(3):
         given.learn(task)
-    told = given.evaluate(3)
+    with_task_id = given.evaluate(3)
     assert given.method.task_id_at_test
-    assert np.mean([told.seen[i].value for i in range(3)]) >= seen
+    assert np.mean([with_task_id.seen[i].value for i in range(3)]) >= seen
     assert given.method.diagnostics()["right_picks"] == 100
-    assert told.seen == told.own
+    assert with_task_id.seen == with_task_id.own
 
 
 def test_the_known_task_s_view_is_the_task_s_own_keys(slm) -> None:
     """Texts that picked other keys are answered again; those that did not keep their scores."""
-    run = slm("method.top_k=2", "method.stage1.min_steps=600", spread=0.5)
+    run = slm("method.top_k=2", "method.stage1.min_steps=600", distance=0.5)
     for task in range(3):
         run.learn(task)
     method, pool = run.method, run.data.test
     batch = pool.batch(np.arange(len(pool)))
     with torch.no_grad():
-        found = method.predict(batch, Choices(range(12)))
-        known = method.predict_known_task(batch, found)
-        own = method.predict_retrieved(batch, Choices([], batch.tasks))
-    right = found.trace["right_picks"] == 1
+        predictions = method.predict(batch, Choices(range(12)))
+        known_task = method.predict_known_task(batch, predictions)
+        expected = method.predict_retrieved(batch, Choices([], batch.tasks))
+    right = predictions.trace["right_picks"] == 1
     assert right.any()
     assert not right.all()
-    assert torch.equal(known.scores[right], found.scores[right])
+    assert torch.equal(known_task.scores[right], predictions.scores[right])
     labels = method.objective.own[batch.tasks] == 0
-    assert torch.allclose(known.scores[labels], own.scores[labels], atol=1e-5)
-    assert not torch.allclose(known.scores[labels], found.scores[labels], atol=1e-3)
+    assert torch.allclose(known_task.scores[labels], expected.scores[labels], atol=1e-5)
+    assert not torch.allclose(known_task.scores[labels], predictions.scores[labels], atol=1e-3)
 
 
 def test_batch_mean_reads_one_task_at_a_time(slm) -> None:
     """Oracle 8: a batch of one text is that text; batches that are tested hold one task; mixed ones differ."""
-    run = slm("method.retrieval=batch_mean", "method.top_k=2", spread=2.0)
+    run = slm("method.retrieval=batch_mean", "method.top_k=2", distance=2.0)
     for task in range(3):
         run.learn(task)
     method, pool = run.method, run.data.test
@@ -180,13 +183,13 @@ def test_batch_mean_reads_one_task_at_a_time(slm) -> None:
         assert torch.allclose(same.scores, single.scores.expand(3, -1), atol=1e-5)
         mixed = method.predict(pool.batch([0, int(pool.rows_of(2)[0])]), Choices(range(12)))
         assert not torch.allclose(mixed.scores[:1], single.scores, atol=1e-3)
-    parts = method.batches(pool, np.arange(len(pool)))
-    assert all(len(set(pool.tasks[part])) == 1 for part in parts)
-    assert sorted(np.concatenate(parts)) == list(range(len(pool)))
+    batches = method.batches(pool, np.arange(len(pool)))
+    assert all(len(set(pool.tasks[rows])) == 1 for rows in batches)
+    assert sorted(np.concatenate(batches)) == list(range(len(pool)))
 
 
 def test_a_text_does_not_depend_on_its_batch(slm) -> None:
-    run = slm("method.values=per_group", "method.top_k=2", spread=0.5)
+    run = slm("method.values=per_group", "method.top_k=2", distance=0.5)
     for task in range(3):
         run.learn(task)
     pool = run.data.test

@@ -19,23 +19,23 @@ def increments(model: nn.Module, targets: list[str] | None, r: int = 3) -> Incre
     return Increments(Adapters(model, backbone, Frozen()), lora.peft_config(backbone))
 
 
-def filled(found: Increments, tasks: int, count: int, dtype: torch.dtype = torch.float32) -> Increments:
+def filled(stack: Increments, tasks: int, count: int, dtype: torch.dtype = torch.float32) -> Increments:
     for task in range(tasks):
-        found.add(task, count, lambda b, generator: b.normal_(generator=generator))
-        for layer in found.layers.values():
+        stack.add(task, count, lambda b, generator: b.normal_(generator=generator))
+        for layer in stack.layers.values():
             new = torch.randn(layer.b.shape, generator=torch.Generator().manual_seed(task)) * 0.1
             layer.set(layer.A.to(dtype), layer.B.to(dtype), layer.a.detach().to(dtype), new.to(dtype))
-    return found
+    return stack
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_the_default_targets_are_the_output_projections_of_attention(kind: str) -> None:
     """Oracle 23: one layer per attention; in a T5 those of the encoder, the decoder and between the two."""
-    found = increments(network(kind), None)
-    assert len(found.layers) == OUTPUTS[kind]
-    bare = read(found, IDS)
-    found.add(0, 4)
-    assert torch.equal(read(found, IDS), bare)  # oracle 1
+    stack = increments(network(kind), None)
+    assert len(stack.layers) == OUTPUTS[kind]
+    bare = read(stack, IDS)
+    stack.add(0, 4)
+    assert torch.equal(read(stack, IDS), bare)  # oracle 1
 
 
 def test_a_target_that_does_not_exist_lists_those_that_do() -> None:
@@ -58,47 +58,47 @@ def test_factored_and_dense_increments_agree(
     kind: str, targets: list[str] | None, dtype: torch.dtype, most: float
 ) -> None:
     """Oracle 7: W + sum_i w_i A_i B_i for each text alone; also layers that are not square."""
-    found = filled(increments(network(kind).to(dtype), targets), 2, 4, dtype)
+    stack = filled(increments(network(kind).to(dtype), targets), 2, 4, dtype)
     weights = torch.rand(3, 3, dtype=dtype, generator=torch.Generator().manual_seed(1))
     branches = torch.tensor([1, 4, 7])
-    with torch.no_grad(), found.mixed(weights, branches):
-        together = read(found, IDS)
+    with torch.no_grad(), stack.mixed(weights, branches):
+        together = read(stack, IDS)
     for row in range(3):
-        for layer in found.layers.values():
+        for layer in stack.layers.values():
             a, b = layer.all()
             delta = sum(
                 w * b.view(-1, 8, 3)[:, i] @ a.view(8, 3, -1)[i] for w, i in zip(weights[row], branches, strict=True)
             )
-            layer.kept = layer.module.weight.detach().clone()
+            layer.frozen_weight = layer.module.weight.detach().clone()
             assert dtype is torch.float32 or torch.linalg.matrix_rank(delta) <= 9  # oracle 9
             layer.module.weight.data += delta
-        with torch.no_grad(), found.off():
-            dense = read(found, IDS[row : row + 1])
-        for layer in found.layers.values():
-            layer.module.weight.data = layer.kept
-        with torch.no_grad(), found.mixed(weights[row : row + 1], branches):
-            alone = read(found, IDS[row : row + 1])
+        with torch.no_grad(), stack.off():
+            dense = read(stack, IDS[row : row + 1])
+        for layer in stack.layers.values():
+            layer.module.weight.data = layer.frozen_weight
+        with torch.no_grad(), stack.mixed(weights[row : row + 1], branches):
+            alone = read(stack, IDS[row : row + 1])
         assert (together[row] - dense[0]).abs().max() <= most
         assert (together[row] - alone[0]).abs().max() <= most
-    with torch.no_grad(), found.off():
-        assert (read(found, IDS) - together).abs().max() > 0.01
+    with torch.no_grad(), stack.off():
+        assert (read(stack, IDS) - together).abs().max() > 0.01
 
 
 def test_the_newest_values_alone_get_gradients() -> None:
     """`mixed` without branches reads the newest ones, as all branches with no weight on the others do."""
-    found = filled(increments(network("llama"), None), 2, 2)
+    stack = filled(increments(network("llama"), None), 2, 2)
     weights = torch.rand(3, 2)
-    with found.mixed(weights):
-        new = read(found, IDS)
-    with found.weighted(torch.cat([torch.zeros(3, 2), weights], 1)):
-        assert torch.allclose(read(found, IDS), new, atol=1e-6)
+    with stack.mixed(weights):
+        new = read(stack, IDS)
+    with stack.weighted(torch.cat([torch.zeros(3, 2), weights], 1)):
+        assert torch.allclose(read(stack, IDS), new, atol=1e-6)
     new.square().sum().backward()
-    assert all(tensor.grad is not None for tensor in found.current().values())
-    assert all(parameter.grad is None for parameter in found.adapters.model.parameters())
+    assert all(tensor.grad is not None for tensor in stack.current().values())
+    assert all(parameter.grad is None for parameter in stack.adapters.model.parameters())
     with torch.no_grad():
-        base, layer = read(found, IDS), next(iter(found.layers.values()))
+        base, layer = read(stack, IDS), next(iter(stack.layers.values()))
         layer.b.mul_(2)  # oracle 9: twice a is twice the increment of a layer
-    with found.mixed(weights), torch.no_grad():
+    with stack.mixed(weights), torch.no_grad():
         x = torch.randn(3, 4, 16)
         doubled = layer.forward(layer.module, (x,), torch.zeros(3, 4, 16))
         layer.b.div_(2)
@@ -117,7 +117,7 @@ def test_sizes_of_values(shape: tuple, rank: int, value: int) -> None:
 
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.for_model(shape[0], **shape[1]))
-        found = increments(model, None, rank)
-        found.add(0, 4)
-    assert found.count() == 4 * value
+        stack = increments(model, None, rank)
+        stack.add(0, 4)
+    assert stack.count() == 4 * value
     assert 24 * 2_097_152 == 50_331_648

@@ -28,7 +28,7 @@ def shared_labels(folder: Path) -> Path:
 
 def test_the_head_grows_by_new_labels_alone(slm, tmp_path: Path) -> None:
     """Oracle 22: a task whose labels are all there trains no row; old columns do not depend on later tasks."""
-    run = slm(f"data_dir={shared_labels(tmp_path / 'data')}", spread=None)
+    run = slm(f"data_dir={shared_labels(tmp_path / 'data')}", distance=None)
     method = run.method
     run.learn(0)
     h = torch.randn(2, method.objective.dim)
@@ -52,16 +52,16 @@ def test_the_head_grows_by_new_labels_alone(slm, tmp_path: Path) -> None:
 
 def test_a_head_per_task_has_all_of_its_rows(slm, tmp_path: Path) -> None:
     """SLM-TI: a label of two tasks has two rows, and the task id says which; others cannot be answered."""
-    run = slm(f"data_dir={shared_labels(tmp_path / 'data')}", "method.head=per_task", spread=None)
+    run = slm(f"data_dir={shared_labels(tmp_path / 'data')}", "method.head=per_task", distance=None)
     for task in range(3):
         run.learn(task)
     heads = run.method.task_heads.heads
     assert [head.labels for head in heads] == [[0, 1, 2], [1, 2], [2, 3]]
     h = torch.randn(2, run.method.objective.dim)
-    found = run.method.task_heads.scores(h, torch.tensor([0, 2]))
-    assert torch.allclose(found[0, :3], heads[0](h)[0])
-    assert torch.allclose(found[1, 2:], heads[2](h)[1])
-    assert found[0, 3] == found[1, 0] == float("-inf")
+    scores = run.method.task_heads.scores(h, torch.tensor([0, 2]))
+    assert torch.allclose(scores[0, :3], heads[0](h)[0])
+    assert torch.allclose(scores[1, 2:], heads[2](h)[1])
+    assert scores[0, 3] == scores[1, 0] == float("-inf")
 
 
 @pytest.mark.parametrize("model", ["tiny_t5", "tiny_llama"])
@@ -69,7 +69,7 @@ def test_a_head_per_task_has_all_of_its_rows(slm, tmp_path: Path) -> None:
 def test_answers_in_a_batch_are_those_alone(model: str, decode: str, slm) -> None:
     """The mixture of a prompt holds for all tokens of its answer and for all its candidates."""
     run = slm(f"model={model}", "benchmark.objective=text_to_text", "benchmark.max_target=6", "method.values=per_group",
-              "method.top_k=2", f"evaluation.decode={decode}", "train.epochs=1", spread=0.5)  # fmt: skip
+              "method.top_k=2", f"evaluation.decode={decode}", "train.epochs=1", distance=0.5)  # fmt: skip
     for task in range(3):
         run.learn(task)
     method, pool = run.method, run.data.test
@@ -126,7 +126,7 @@ class Peak(TorchDispatchMode):
 
 def test_a_training_step_costs_no_more_memory_with_twenty_tasks(slm) -> None:
     """Beside the stored factors: no activation, gradient or optimiser state of an earlier task."""
-    run = slm(spread=None)
+    run = slm(distance=None)
     method, batch = run.method, run.data.train.batch(run.data.train.rows_of(0)[:16])
     method.embeddings = lambda pool, rows: torch.randn(len(rows), 48)
     peaks = []
@@ -186,10 +186,10 @@ def test_a_run_keeps_and_shows_what_was_retrieved(words: Path, encoder: Path, cl
      ("method.targets=[nowhere]", "method.targets names the layer nowhere")],
 )  # fmt: skip
 def test_senseless_settings_are_refused(override: str, message: str, slm) -> None:
-    with pytest.raises((ConfigError, ModelError)) as found:
-        slm(override, spread=None)
-    assert message in str(found.value)
-    assert "\n" not in str(found.value)
+    with pytest.raises((ConfigError, ModelError)) as error:
+        slm(override, distance=None)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_sizes_follow_the_labels_of_a_task_unless_they_are_set(make, encoder: Path) -> None:

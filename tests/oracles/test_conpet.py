@@ -35,13 +35,13 @@ def bank() -> Bank:
 
 def test_contrastive_loss() -> None:
     """O1, `Moment.loss`: per example and in the mean."""
-    found = [
+    single = [
         contrastive(Z[i : i + 1], torch.tensor([i]), BANK, torch.tensor(BANK_LABELS), 0.1, 1e-4).item()
         for i in range(3)
     ]
-    assert found == pytest.approx([2.0059001570, 9.3948045065, 9.1666355369], abs=1e-9)
-    whole = contrastive(Z, torch.arange(3), BANK, torch.tensor(BANK_LABELS), 0.1, 1e-4)
-    assert whole.item() == pytest.approx(6.8557800668, abs=1e-9)
+    assert single == pytest.approx([2.0059001570, 9.3948045065, 9.1666355369], abs=1e-9)
+    batch = contrastive(Z, torch.arange(3), BANK, torch.tensor(BANK_LABELS), 0.1, 1e-4)
+    assert batch.item() == pytest.approx(6.8557800668, abs=1e-9)
 
 
 MEANS = [[0.9486833, 0.3162278], [-0.3162278, 0.9486833], [-0.4472136, -0.8944272]]
@@ -72,21 +72,24 @@ def crl(*old: int) -> CRL:
     return method
 
 
-def step_loss(method: CRL, parts: list[list[int]]) -> float:
+def step_loss(method: CRL, micro_batches: list[list[int]]) -> float:
     """The loss of the batch of rows 6, 7, 8 in micro-batches, weighed as the trainer weighs them."""
-    rows = np.concatenate([np.array(part) for part in parts])
+    rows = np.concatenate([np.array(chunk) for chunk in micro_batches])
     method.choose_entries(rows)
     labels = torch.from_numpy(method.data.train.labels)
-    found = [method.loss(SimpleNamespace(rows=np.array(part), labels=labels[part])) * len(part) / 3 for part in parts]
-    return sum(found).item()
+    losses = [
+        method.loss(SimpleNamespace(rows=np.array(chunk), labels=labels[chunk])) * len(chunk) / 3
+        for chunk in micro_batches
+    ]
+    return sum(losses).item()
 
 
 def test_a_mixed_step_is_averaged_over_its_old_rows() -> None:
     """O1 + O3, `train_mem_model`: batchmean over the OLD rows, whatever the micro-batches and the ranks."""
-    whole = np.array([6, 7, 8])
-    ranks = [rows_of_rank(whole, index, 2).tolist() for index in range(2)]
-    for parts in ([[6, 7, 8]], [[6], [7, 8]], [[8], [6], [7]], ranks):
-        assert step_loss(crl(0, 1), parts) == pytest.approx(13.8503627825, abs=1e-6)
+    rows = np.array([6, 7, 8])
+    ranks = [rows_of_rank(rows, index, 2).tolist() for index in range(2)]
+    for micro_batches in ([[6, 7, 8]], [[6], [7, 8]], [[8], [6], [7]], ranks):
+        assert step_loss(crl(0, 1), micro_batches) == pytest.approx(13.8503627825, abs=1e-6)
     assert step_loss(crl(0, 1), [[6, 7, 8]]) - 6.8557800668 == pytest.approx(6.9945827157, abs=1e-6)
 
 
@@ -123,8 +126,8 @@ def test_squared_distances() -> None:
     method = CRL()
     method.objective = SimpleNamespace(features=lambda batch: double([[1, 2]]))
     method.prototypes, method.labels = double([[0, 0], [1, 1], [3, 2]]), [0, 1, 2]
-    found = method.predict(SimpleNamespace(), Choices(range(3))).scores
-    assert (-found).flatten().tolist() == pytest.approx([5, 1, 4], abs=1e-6)
+    scores = method.predict(SimpleNamespace(), Choices(range(3))).scores
+    assert (-scores).flatten().tolist() == pytest.approx([5, 1, 4], abs=1e-6)
 
 
 def test_fisher_information() -> None:
@@ -139,11 +142,11 @@ def test_fisher_information() -> None:
     method.data = SimpleNamespace(train=pool)
     method.replay = SimpleNamespace(batch_size=2, rng=lambda *_: None)
     method.objective = SimpleNamespace(device="cpu", meter=SimpleNamespace(cost=SimpleNamespace(backward_examples=0)))
-    found = method.information(0)
-    assert found["weight"].flatten().tolist() == pytest.approx(
+    fisher = method.information(0)
+    assert fisher["weight"].flatten().tolist() == pytest.approx(
         [0.25255681, 0.13609458, 0.24251952, 0.17595474, 0.20989133, 0.06151066], abs=1e-8
     )
-    assert found["bias"].tolist() == pytest.approx([0.19165150, 0.21573643, 0.15233169], abs=1e-8)
+    assert fisher["bias"].tolist() == pytest.approx([0.19165150, 0.21573643, 0.15233169], abs=1e-8)
 
 
 def test_ewc_penalty() -> None:
@@ -217,7 +220,7 @@ def test_module_stage_of_dynamic_conpet(k: int) -> None:
 
 def head(*labels: int) -> SimpleNamespace:
     """Stands for a module's head."""
-    return SimpleNamespace(labels=list(labels), columns=lambda wanted: wanted - labels[0])
+    return SimpleNamespace(labels=list(labels), columns=lambda queried: queried - labels[0])
 
 
 def test_alignment() -> None:
@@ -277,8 +280,8 @@ def test_a_split_is_not_lost_to_rounding() -> None:
 
 def test_limit() -> None:
     """O12: (training steps, validation batches)."""
-    found = {limit: steps_and_val_batches(limit) for limit in (2500, 333, 50, 25, 7)}
-    assert found == {2500: (2000, 500), 333: (266, 66), 50: (40, 10), 25: (20, 5), 7: (5, 1)}
+    sizes = {limit: steps_and_val_batches(limit) for limit in (2500, 333, 50, 25, 7)}
+    assert sizes == {2500: (2000, 500), 333: (266, 66), 50: (40, 10), 25: (20, 5), 7: (5, 1)}
 
 
 def test_memory_with_duplicates() -> None:
@@ -300,7 +303,7 @@ def test_memory_with_duplicates() -> None:
 
 def test_kmeans_takes_the_best_of_ten_starts() -> None:
     """n_init = 10, scikit-learn's default when ConPET was written: one start merges two of these groups of three."""
-    points = np.array([[5.0 * group + place] for group in range(6) for place in (-1, 0, 1)])
+    points = np.array([[5.0 * group + offset] for group in range(6) for offset in (-1, 0, 1)])
     assert kmeans_nearest(points, 6, seed=0) == [3 * group + 1 for group in range(6)]
 
 
@@ -312,5 +315,5 @@ def test_kmeans_takes_the_best_of_ten_starts() -> None:
 def test_window(limit: int, head: int, tail: int, length: int, first: int, last: int) -> None:
     """O16: which tokens are kept of a sentence that is cut around the markers of head and tail."""
     offsets = [(2 * i, 2 * i + 1) for i in range(length)]
-    found = tokens_to_keep(offsets, [offsets[head], offsets[tail]], limit)
-    assert found == list(range(first, last + 1))
+    tokens = tokens_to_keep(offsets, [offsets[head], offsets[tail]], limit)
+    assert tokens == list(range(first, last + 1))

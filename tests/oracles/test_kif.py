@@ -80,15 +80,15 @@ def test_kif_over_three_tasks() -> None:
         for step in range(4):
             gradient = closed_form(4, 3 * task + 7 * step, 13, 6, 4, 20)
             importance.update([trained(task, step)], [gradient])
-        found = units.scores(named(importance.elements()))
-        assert found.tolist() == pytest.approx(UNITS[task], rel=1e-7)
+        unit_scores = units.scores(named(importance.elements()))
+        assert unit_scores.tolist() == pytest.approx(UNITS[task], rel=1e-7)
         new = named(trained(task))
         factors = [value.mT if ".lora_B." in name else value for name, value in new.items()]
         assert 0.1 * orthogonality(factors).item() == pytest.approx(ORTHOGONALITY[task], rel=1e-7)
         if task == 0:
-            accumulated = found
+            accumulated = unit_scores
             continue
-        before, now = norm(accumulated), norm(found)
+        before, now = norm(accumulated), norm(unit_scores)
         assert (now.tolist(), before.tolist()) == (
             pytest.approx(NEW[task - 1], abs=1e-7),
             pytest.approx(OLD[task - 1], abs=1e-7),
@@ -123,9 +123,9 @@ def test_a_round_of_recurrent_kif() -> None:
         masks.append(above_quantile(importance.elements(), 0.8))
         assert set(masks[-1].nonzero().flatten().tolist()) == chosen
     middle, end = inner[-1][0], outer[-1][0]
-    found = start + fused_step(middle - start, end - middle, *masks, "code")
+    fused = start + fused_step(middle - start, end - middle, *masks, "code")
     expected = [-0.25, 0.1, 0.45, -0.1399999976, 0.15, 0.15, -0.7, -0.4, 0.2, -0.1]
-    assert found.tolist() == pytest.approx(expected, abs=1e-7)
+    assert fused.tolist() == pytest.approx(expected, abs=1e-7)
 
 
 def test_learning_rates_of_recurrent_kif() -> None:
@@ -135,10 +135,10 @@ def test_learning_rates_of_recurrent_kif() -> None:
     assert plan.steps == 24
     settings = Training(lr=1.0, schedule=Schedule.linear, warmup_steps=2)
     rate = schedule(settings, 1.0, SchedulePosition(plan.clock(plan.steps)))
-    found = [rate(plan.clock(step)) for step in range(24)]
+    rates = [rate(plan.clock(step)) for step in range(24)]
     expected = [0.0, 0.5, 1.0, 0.928571, 0.857143, 0.785714, 0.714286, 0.642857, *[0.571429] * 4, 0.571429, 0.5, 0.428571,
                 0.357143, 0.285714, 0.214286, 0.142857, 0.0714286, *[0.0] * 4]  # fmt: skip
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert rates == pytest.approx(expected, abs=1e-6)
 
 
 def test_o_lora_loss() -> None:
@@ -178,24 +178,24 @@ def test_basis_of_three_tasks() -> None:
         torch.ones(4, 4, dtype=torch.float64) + torch.diag(double([0, 0, 0, 3])),
     ]
     basis = torch.empty(4, 0, dtype=torch.float64)
-    found = []
+    projectors = []
     for index, covariance in enumerate(covariances):
         epsilon = threshold(0.95, index, 3)
         assert epsilon == pytest.approx([0.95, 0.96666667, 0.98333333][index], abs=1e-8)
         basis = extend_basis(basis, covariance, epsilon)
-        found.append(basis @ basis.T)
-    for projector, directions in zip(found, (2, 4, 4), strict=True):
+        projectors.append(basis @ basis.T)
+    for projector, directions in zip(projectors, (2, 4, 4), strict=True):
         assert torch.allclose(projector, torch.diag(double([1.0] * directions + [0.0] * (4 - directions))), atol=1e-12)
 
 
 def test_gate_and_projected_step() -> None:
     """B5, `cal_attention` of GainLoRA's t5_large.py, and the formula of its training loop."""
     g, key = double([[1, 2, -1], [0, 1, 1], [-1, 0.5, 2]]), double([[0.5, -1, 2]])
-    found = opening(torch.cosine_similarity(g, key))
-    assert found.tolist() == pytest.approx([0.8475020005, 0.5491848569, 0.8153739425], abs=1e-9)
+    openings = opening(torch.cosine_similarity(g, key))
+    assert openings.tolist() == pytest.approx([0.8475020005, 0.5491848569, 0.8153739425], abs=1e-9)
     gate = Gate(3, 2, 0)
     gate.stages, gate.key.data = lambda x: {"gate": x}, key
-    assert torch.equal(gate(g), found)
+    assert torch.equal(gate(g), openings)
     before, after, basis = double([[1, 0, 0], [0, 2, 1]]), double([[2, 1, 1], [1, 1, 3]]), double([[0.6], [0.8], [0]])
     exact = double([[1.16, -0.12, 1.0], [1.12, 1.16, 3.0]])
     rescaled = double([[1.849599132, -0.1913378412, 1.59448201], [1.090649917, 1.1296017, 2.921383706]])
@@ -212,11 +212,11 @@ def test_sapt_router() -> None:
     embeddings = double([[((3 * i + 2 * j) % 7 - 3) / 2 for j in range(4)] for i in range(6)])
     pooled = torch.stack([embeddings[ids].amax(0) for ids in ([1, 2, 5], [4, 3, 3])])
     keys = double([[0.5, 0.5, 0, -1], [1, 0, -0.5, 0.25], [-0.5, 1, 1, 0]]).flip(0)
-    found = scores(query(pooled), keys)
+    router_scores = scores(query(pooled), keys)
     weights = [[0.4362250741, 0.4386152957, 0.1251596302], [0.3880931441, 0.5007691801, 0.1111376757]]
-    assert torch.allclose(found.softmax(1).flip(1), double(weights), atol=1e-7)
+    assert torch.allclose(router_scores.softmax(1).flip(1), double(weights), atol=1e-7)
     stored = double([0.3, 0.7])  # of the two older branches
-    assert divergence(stored, found).item() == pytest.approx(0.5609182241, abs=1e-7)
+    assert divergence(stored, router_scores).item() == pytest.approx(0.5609182241, abs=1e-7)
 
 
 def test_mocl_composition() -> None:

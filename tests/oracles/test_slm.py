@@ -32,9 +32,9 @@ def test_key_loss(top_k: int, draws: list | None, loss: float, gradient: list) -
     """Retriever.forward of vectordb/models/retriever.py: loss and gradient, with the draws [item][group][key] at p = 0.2."""
     keys = nn.Parameter(KEYS.clone())
     dropped = torch.ones(3, 2, 2) if draws is None else torch.tensor(draws).unflatten(1, (2, 2))
-    found = KeyLearning(top_k=top_k, dropout=0.2).loss(QUERIES, keys, dropped)
-    found.backward()
-    assert found.item() == pytest.approx(loss, abs=1e-9)
+    key_loss = KeyLearning(top_k=top_k, dropout=0.2).loss(QUERIES, keys, dropped)
+    key_loss.backward()
+    assert key_loss.item() == pytest.approx(loss, abs=1e-9)
     assert keys.grad is not None
     assert torch.allclose(keys.grad.flatten(), double(gradient), atol=1e-7)
 
@@ -48,10 +48,10 @@ def test_learned_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(keys, expected, atol=1e-7)
 
 
-def increment(found: Increments, weights: torch.Tensor) -> torch.Tensor:
+def increment(stack: Increments, weights: torch.Tensor) -> torch.Tensor:
     """[2, 2]: the sum of the weighted values of the only layer, rows are outputs."""
-    (layer,) = found.layers.values()
-    with torch.no_grad(), found.mixed(weights):
+    (layer,) = stack.layers.values()
+    with torch.no_grad(), stack.mixed(weights):
         return layer.forward(layer.module, (torch.eye(2).double()[None],), torch.zeros(1, 2, 2).double())[0].T
 
 
@@ -61,9 +61,9 @@ def test_retrieval_and_increment() -> None:
                                  intermediate_size=2, max_position_embeddings=8))  # fmt: skip
     backbone = Backbone(name="any", path=".")
     lora = Lora(r=1, alpha=1, targets=attention_outputs(model))
-    found = Increments(Adapters(model, backbone, Frozen()), lora.peft_config(backbone))
-    found.add(0, 3)
-    (layer,) = found.layers.values()
+    stack = Increments(Adapters(model, backbone, Frozen()), lora.peft_config(backbone))
+    stack.add(0, 3)
+    (layer,) = stack.layers.values()
     a, b = double([[1, 0], [0, 2], [1, 1]]), double([[1, 1], [1, -1], [0, 3]])
     layer.set(layer.A.double(), layer.B.double(), b, a.T)
     sigma = cosines(QUERIES, double([[[1, 0], [1, 1], [0, 1]]] * 2))
@@ -73,7 +73,7 @@ def test_retrieval_and_increment() -> None:
     for rows, delta in expected.items():
         weights = retrieve(sigma[list(rows)], 2, batch_mean=len(rows) > 1).branches(3)
         for one in weights:
-            assert torch.allclose(increment(found, one[None]), double(delta), atol=1e-6)
+            assert torch.allclose(increment(stack, one[None]), double(delta), atol=1e-6)
 
 
 def test_initial_values_and_keys(make, tmp_path: Path) -> None:

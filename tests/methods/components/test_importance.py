@@ -31,18 +31,18 @@ def t(values: object) -> Tensor:
 
 def scalar(weights: list[float], gradients: list[float], score: str, beta: float = 0.85, **more) -> Importance:
     """One weight through some steps in fp64."""
-    found = Importance(1, score, beta, beta, more.pop("skip_first", False), t(0.0))
+    importance = Importance(1, score, beta, beta, more.pop("skip_first", False), t(0.0))
     for w, g in zip(weights, gradients, strict=True):
-        found.update([t([w])], [t([g])])
-    return found
+        importance.update([t([w])], [t([g])])
+    return importance
 
 
 def lora(score: str) -> dict[str, Tensor]:
     """Importance of the scalars of a LoRA pair with r = 2, d_in = 3, d_out = 2 after two steps."""
-    found = Importance(10, score, 0.85, 0.85, False, t(0.0))
+    importance = Importance(10, score, 0.85, 0.85, False, t(0.0))
     for weights, gradients in (((A1, B1), (GA1, GB1)), ((A2, B2), (GA2, GB2))):
-        found.update([t(w) for w in weights], [t(g) for g in gradients])
-    return unflat(found.elements(), dict(zip(NAMES, (t(A1), t(B1)), strict=True)))
+        importance.update([t(w) for w in weights], [t(g) for g in gradients])
+    return unflat(importance.elements(), dict(zip(NAMES, (t(A1), t(B1)), strict=True)))
 
 
 def unit_scores(elements: dict[str, Tensor], by_rank: bool, how: str = "product_of_means") -> list[float]:
@@ -60,10 +60,10 @@ def test_running_score_and_deviation_of_one_weight() -> None:
         [0.019125, 0.0309825, 0.1696020539],
     )
     for steps in (1, 2, 3):
-        found = scalar([2, 2, 2][:steps], [0.5, -0.25, 1][:steps], "first")
-        assert found.mean.item() == approx(mean[steps - 1])
-        assert found.uncertainty.item() == approx(deviation[steps - 1])
-        assert found.elements().item() == approx(importance[steps - 1])
+        running = scalar([2, 2, 2][:steps], [0.5, -0.25, 1][:steps], "first")
+        assert running.mean.item() == approx(mean[steps - 1])
+        assert running.uncertainty.item() == approx(deviation[steps - 1])
+        assert running.elements().item() == approx(importance[steps - 1])
 
 
 def test_scores_of_second_order() -> None:
@@ -121,9 +121,9 @@ P, C = t([0.5, 0.55, 1, 0, 0.1]), t([0, 0.2, 1, 0.5, 0.1])
 )
 def test_a_steady_weight_rises_and_fades(steps: int, expected: float) -> None:
     """S_t = (1 - b^t) (1 - b) t b^t."""
-    found = scalar([1] * steps, [1] * steps, "first").elements().item()
-    assert found == pytest.approx(expected, abs=2e-9)
-    assert found == approx((1 - 0.85**steps) * 0.15 * steps * 0.85**steps)
+    importance = scalar([1] * steps, [1] * steps, "first").elements().item()
+    assert importance == pytest.approx(expected, abs=2e-9)
+    assert importance == approx((1 - 0.85**steps) * 0.15 * steps * 0.85**steps)
 
 
 RULES = [
@@ -182,11 +182,11 @@ def test_twice_the_loss() -> None:
     gradients = [[torch.randn_like(w) for w in pair] for pair in weights]
 
     def ranks(scale: float, score: str) -> tuple[Tensor, Tensor]:
-        found = Importance(14, score, 0.85, 0.85, False, t(0.0))
+        importance = Importance(14, score, 0.85, 0.85, False, t(0.0))
         for pair, grads in zip(weights, gradients, strict=True):
-            found.update(pair, [scale * g for g in grads])
-        elements = unflat(found.elements(), dict(zip(NAMES, weights[0], strict=True)))
-        return found.elements(), ParameterGroups(elements, True).scores(elements)
+            importance.update(pair, [scale * g for g in grads])
+        elements = unflat(importance.elements(), dict(zip(NAMES, weights[0], strict=True)))
+        return importance.elements(), ParameterGroups(elements, True).scores(elements)
 
     (once, one), (twice, two) = ranks(1, "first"), ranks(2, "first")
     torch.testing.assert_close(twice, 4 * once)
@@ -204,12 +204,12 @@ def test_product_of_means_is_the_mean_of_the_outer_product() -> None:
 
 def test_tiny_scores_do_not_underflow() -> None:
     """1e-21 times 1e-25 is 0 in fp32."""
-    found = Importance(2, "first", 0.85, 0.85, False)
-    found.mean.fill_(1e-21)
-    found.uncertainty.copy_(torch.tensor([1e-25, 1e-25]))
-    elements = unflat(found.elements(), dict(zip(NAMES, (torch.zeros(1, 1), torch.zeros(1, 1)), strict=True)))
+    importance = Importance(2, "first", 0.85, 0.85, False)
+    importance.mean.fill_(1e-21)
+    importance.uncertainty.copy_(torch.tensor([1e-25, 1e-25]))
+    elements = unflat(importance.elements(), dict(zip(NAMES, (torch.zeros(1, 1), torch.zeros(1, 1)), strict=True)))
     assert ParameterGroups(elements, True).scores(elements).item() == pytest.approx(1e-92, rel=1e-5)
-    assert (found.mean * found.uncertainty).sum() == 0
+    assert (importance.mean * importance.uncertainty).sum() == 0
 
 
 def test_equal_scores_are_no_importance() -> None:
@@ -241,21 +241,21 @@ def test_a_step_that_is_not_finite_counts_for_nothing(bad: float, score: str) ->
 def test_importance_goes_on_where_it_was_saved() -> None:
     torch.manual_seed(0)
     series = [([torch.randn(6)], [torch.randn(6)]) for _ in range(6)]
-    whole, cut = (Importance(6, "mix", 0.85, 0.85, True) for _ in range(2))
-    for place, (weights, gradients) in enumerate(series):
-        whole.update(weights, gradients)
+    uninterrupted, cut = (Importance(6, "mix", 0.85, 0.85, True) for _ in range(2))
+    for step, (weights, gradients) in enumerate(series):
+        uninterrupted.update(weights, gradients)
         cut.update(weights, gradients)
-        if place == 2:
-            whole.keep_best(0.5)
+        if step == 2:
+            uninterrupted.keep_best(0.5)
             cut.keep_best(0.5)
             state, cut = cut.state(), Importance(6, "mix", 0.85, 0.85, True)
             cut.load(state)
-    assert torch.equal(whole.elements(), cut.elements())
+    assert torch.equal(uninterrupted.elements(), cut.elements())
     assert (cut.counted.item(), cut.steps) == (5, 6)
     cut.keep_best(0.4)  # no better than 0.5
-    whole.restore_best()
+    uninterrupted.restore_best()
     cut.restore_best()
-    assert torch.equal(whole.elements(), cut.elements())
+    assert torch.equal(uninterrupted.elements(), cut.elements())
     assert cut.counted.item() == 2
 
 
@@ -270,13 +270,13 @@ def test_nothing_waits_for_the_device() -> None:
     """Updates, quantiles and the orthogonality term give the GPU work without asking for its results."""
     tensors = [torch.randn(8, 64, device="cuda", requires_grad=True) for _ in range(4)]
     grads = [torch.randn_like(value) for value in tensors]
-    found = Importance(4 * 8 * 64, "mix", 0.85, 0.85, False, torch.zeros((), device="cuda"))
+    importance = Importance(4 * 8 * 64, "mix", 0.85, 0.85, False, torch.zeros((), device="cuda"))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            found.update(list(tensors), grads)
+            importance.update(list(tensors), grads)
         orthogonality(tensors).backward()
-        above_quantile(found.elements(), 0.8)
+        above_quantile(importance.elements(), 0.8)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert found.counted.item() == 3
+    assert importance.counted.item() == 3

@@ -51,10 +51,10 @@ def test_weights_are_shares_of_the_chosen_similarities() -> None:
     sigma = torch.tensor([[[0.6, 0.5, 0.4, 0.3]]])
     expected = {4: [1 / 3, 0.27778, 0.22222, 0.16667], 2: [0.54545, 0.45455, 0, 0], 1: [1.0, 0, 0, 0]}
     for k, weights in expected.items():
-        found = retrieve(sigma, k)
-        assert torch.allclose(found.weights[0, 0], torch.tensor(weights), atol=1e-5)
-        assert abs(found.weights.sum().item() - 1) < 1e-6
-        assert found.picks[0, 0].tolist() == list(range(k))
+        mixture = retrieve(sigma, k)
+        assert torch.allclose(mixture.weights[0, 0], torch.tensor(weights), atol=1e-5)
+        assert abs(mixture.weights.sum().item() - 1) < 1e-6
+        assert mixture.picks[0, 0].tolist() == list(range(k))
     assert retrieve(sigma, 4, uniform=True).weights[0, 0].tolist() == [0.25] * 4
     negative = retrieve(torch.tensor([[[0.6, -0.1]]]), 2).weights[0, 0]
     assert torch.allclose(negative, torch.tensor([1.2, -0.2]), atol=1e-5)
@@ -73,10 +73,10 @@ def test_groups_are_averaged_or_choose_for_themselves() -> None:
 
 def test_branches_are_task_by_task_and_group_by_group() -> None:
     """Two tasks of two keys, two groups: [t0 g0 k0, t0 g0 k1, t0 g1 k0, ..., t1 g1 k1]."""
-    found = retrieve(torch.tensor([[[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]]), 4, per_group=True)
+    mixture = retrieve(torch.tensor([[[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]]), 4, per_group=True)
     expected = torch.tensor([[0.1, 0.2, 0.5, 0.6, 0.3, 0.4, 0.7, 0.8]]) / 3.6
-    assert torch.allclose(found.branches(2), expected, atol=1e-6)
-    assert found.owners(2).tolist() == [[1, 1, 0, 0] * 2]
+    assert torch.allclose(mixture.branches(2), expected, atol=1e-6)
+    assert mixture.owners(2).tolist() == [[1, 1, 0, 0] * 2]
 
 
 def test_a_forbidden_key_is_never_chosen() -> None:
@@ -84,10 +84,10 @@ def test_a_forbidden_key_is_never_chosen() -> None:
     sigma = torch.tensor([[[0.6, 0.5, 0.4, 0.3, 0.9]]])
     allowed = torch.tensor([[True, True, True, True, False]])
     for k in range(1, 6):
-        found = retrieve(sigma, k, allowed=allowed)
-        assert found.weights[0, 0, 4] == 0
-        assert abs(found.weights.sum().item() - 1) < 1e-6
-        assert 4 not in found.picks.flatten().tolist()
+        mixture = retrieve(sigma, k, allowed=allowed)
+        assert mixture.weights[0, 0, 4] == 0
+        assert abs(mixture.weights.sum().item() - 1) < 1e-6
+        assert 4 not in mixture.picks.flatten().tolist()
     none = retrieve(sigma, 2, allowed=torch.zeros(1, 5, dtype=torch.bool))
     assert none.weights.tolist() == [[[0.0] * 5]]
     assert none.owners(1).tolist() == [[-1, -1]]
@@ -102,8 +102,8 @@ def test_similarities_that_sum_up_to_nothing_are_shared_out_evenly() -> None:
 def test_a_batch_together_has_one_mixture() -> None:
     """Oracle 8: the mean similarities decide; the order in the batch does not, and single items differ."""
     sigma = torch.tensor([[[0.9, 0.1, 0.2]], [[0.1, 0.9, 0.4]]])
-    found = retrieve(sigma, 1, batch_mean=True).weights
-    assert found.tolist() == [[[1, 0, 0]], [[1, 0, 0]]] or found.tolist() == [[[0, 1, 0]], [[0, 1, 0]]]
+    weights = retrieve(sigma, 1, batch_mean=True).weights
+    assert weights.tolist() == [[[1, 0, 0]], [[1, 0, 0]]] or weights.tolist() == [[[0, 1, 0]], [[0, 1, 0]]]
     both = retrieve(sigma, 2, batch_mean=True).weights
     assert torch.allclose(both, torch.tensor([0.5, 0.5, 0]).expand(2, 1, 3))
     assert torch.allclose(retrieve(sigma.flip(0), 2, batch_mean=True).weights, both)
@@ -186,13 +186,13 @@ def test_how_long_a_stage_is() -> None:
 def test_told_apart_when_tasks_are_and_not_when_they_are_not() -> None:
     """Oracle 16: well separated Gaussian tasks are always recognised; three equal ones a third of the time."""
 
-    def votes(spread: float) -> list[float]:
-        centres = drawn(3, 1, 2, 16) * spread
+    def votes(distance: float) -> list[float]:
+        centres = drawn(3, 1, 2, 16) * distance
         train, test = (centres + drawn(3, 300, 2, 16, seed=seed) for seed in (1, 2))
         learned = [KeyLearning().learn(train[t], orthonormal(2, 4, 16, t), t, silent, False) for t in range(3)]
-        found = retrieve(cosines(test.flatten(0, 1), torch.cat(learned, 1)), 4)
-        right = majority(found.owners(4), 3).view(3, -1) == torch.arange(3)[:, None]
-        picks = found.owners(4).view(3, -1) == torch.arange(3)[:, None]
+        mixture = retrieve(cosines(test.flatten(0, 1), torch.cat(learned, 1)), 4)
+        right = majority(mixture.owners(4), 3).view(3, -1) == torch.arange(3)[:, None]
+        picks = mixture.owners(4).view(3, -1) == torch.arange(3)[:, None]
         return [right.float().mean().item(), picks.float().mean().item()]
 
     assert votes(10.0) == [1.0, 1.0]

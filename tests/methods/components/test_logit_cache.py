@@ -21,16 +21,16 @@ TOP_2 = ["method=dynamic_conpet", "method.top_k=2", "benchmark.task=null", "benc
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(file name, row) of every logit vector that is computed."""
-    found: list[tuple[str, int]] = []
+    logits: list[tuple[str, int]] = []
     original = LogitCache._compute
 
     def spy(self, name, pool, rows):
         path = self._table(name, pool).path
-        found.extend((path.name if path else "", int(row)) for row in rows)
+        logits.extend((path.name if path else "", int(row)) for row in rows)
         return original(self, name, pool, rows)
 
     monkeypatch.setattr(LogitCache, "_compute", spy)
-    return found
+    return logits
 
 
 def outcome(folder: Path) -> tuple[list, dict[str, torch.Tensor]]:
@@ -99,8 +99,8 @@ def test_each_logit_is_computed_once_across_a_resume(
     assert 0 < before < len(computed)
     assert len(set(computed)) == len(computed)
     files = list(tmp_path.glob("outputs/.cache/logits/*.safetensors"))
-    held = {(path.name, int(row)) for path in files for row in load_file(path)["rows"]}
-    assert held == set(computed)
+    stored = {(path.name, int(row)) for path in files for row in load_file(path)["rows"]}
+    assert stored == set(computed)
 
 
 def test_the_cost_of_a_repeated_run_says_what_was_read(make, tmp_path: Path) -> None:
@@ -135,8 +135,10 @@ def test_a_damaged_file_is_computed_again(harm: str, make, tmp_path: Path, compu
     rows = np.arange(20)
     good = store.get(module_name(0), pool, rows)
     path, data = only_file(tmp_path), only_file(tmp_path).read_bytes()
-    place = data.index(good[0].tobytes()[:8])
-    path.write_bytes({"truncated": data[:-5], "empty": b"", "flipped": data[:place] + b"\1" + data[place + 1 :]}[harm])
+    offset = data.index(good[0].tobytes()[:8])
+    path.write_bytes(
+        {"truncated": data[:-5], "empty": b"", "flipped": data[:offset] + b"\1" + data[offset + 1 :]}[harm]
+    )
     computed.clear()
     _, store, pool = frozen(make, f"cache_dir={tmp_path}")
     assert np.array_equal(store.get(module_name(0), pool, rows), good)
@@ -185,22 +187,22 @@ def test_neighbours_do_not_change_a_bit(dtype: str, attention: str, make) -> Non
     """Row by row, in any order, all at once: the same logits. The cache rests on this."""
     method, store, pool = frozen(make, f"hardware.dtype={dtype}", f"model.attention={attention}")
     rows = np.arange(len(pool))
-    whole = store.get(module_name(0), pool, rows)
+    logits = store.get(module_name(0), pool, rows)
     rng = np.random.default_rng(0)
     for size in (1, 5, 30):
         store.freeze(module_name(0), *method.readout(0))
         order = rng.permutation(rows)
         for start in range(0, len(rows), size):
             store.get(module_name(0), pool, order[start : start + size])
-        assert np.array_equal(store.get(module_name(0), pool, rows), whole)
+        assert np.array_equal(store.get(module_name(0), pool, rows), logits)
 
 
 def test_blocks_hold_rows_of_one_shape() -> None:
     """Widths in steps of 8, at most the longest row; rows that fill their block are apart from padded ones."""
     lengths = np.array([3, 8, 9, 16, 20, 7] + [5] * BLOCK)
     assert block_widths(lengths)[:6].tolist() == [8, 8, 16, 16, 20, 8]
-    found = [part.tolist() for part in blocks(lengths, np.arange(len(lengths)))]
-    assert found == [[0, 5, *range(6, 20)], [20, 21], [1], [2], [3], [4]]
+    rows = [block.tolist() for block in blocks(lengths, np.arange(len(lengths)))]
+    assert rows == [[0, 5, *range(6, 20)], [20, 21], [1], [2], [3], [4]]
 
 
 def fill(path: Path, start: int) -> None:
@@ -219,8 +221,8 @@ def test_two_processes_share_a_file(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     while any(worker.is_alive() for worker in workers):
-        there = path.exists()
-        assert len(LogitTable(100, 2, path).values) > 0 or not there  # never a half-written file
+        exists = path.exists()
+        assert len(LogitTable(100, 2, path).values) > 0 or not exists  # never a half-written file
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
@@ -234,6 +236,6 @@ def test_two_processes_share_a_file(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_given_up(make, tmp_path: Path, caplog) -> None:
     (tmp_path / "logits").write_text("a file where the folder should be")
     _, store, pool = frozen(make, f"cache_dir={tmp_path}")
-    found = store.get(module_name(0), pool, np.arange(4))
-    assert np.isfinite(found).all()
+    logits = store.get(module_name(0), pool, np.arange(4))
+    assert np.isfinite(logits).all()
     assert "cannot be written" in caplog.text

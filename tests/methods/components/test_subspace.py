@@ -14,34 +14,34 @@ from tests.conftest import double
 def test_projected_rows() -> None:
     """Oracle 9: no part along e1, norm 1 / sqrt(3)."""
     a, basis = double([[1, 1, 0], [0, 2, 2]]), double([[1], [0], [0]])
-    found = projected(a, basis)
-    assert found.tolist() == [
+    rows = projected(a, basis)
+    assert rows.tolist() == [
         pytest.approx([0, 0.57735027, 0], abs=1e-8),
         pytest.approx([0, 0.40824829, 0.40824829], abs=1e-8),
     ]
-    assert (found @ basis).abs().max().item() == 0
+    assert (rows @ basis).abs().max().item() == 0
 
 
 @pytest.mark.parametrize(("epsilon", "count"), [(0.5, 1), (0.9, 1), (0.995, 2)])
 def test_first_basis(epsilon: float, count: int) -> None:
     """Oracle 10: cumulative shares .642, .928, .9993, 1 of sigma = 3, 2, 1, .1: those below epsilon, at least one."""
-    found = extend_basis(torch.empty(4, 0, dtype=torch.float64), torch.diag(double([3, 2, 1, 0.1])), epsilon)
-    assert found.shape == (4, count)
-    assert torch.allclose(found.T @ found, torch.eye(count, dtype=torch.float64), atol=1e-12)
+    extended = extend_basis(torch.empty(4, 0, dtype=torch.float64), torch.diag(double([3, 2, 1, 0.1])), epsilon)
+    assert extended.shape == (4, count)
+    assert torch.allclose(extended.T @ extended, torch.eye(count, dtype=torch.float64), atol=1e-12)
 
 
 @pytest.mark.parametrize(("epsilon", "added"), [(0.75, 0), (0.9, 1), (0.97, 2), (0.995, 3)])
 def test_basis_growth(epsilon: float, added: int) -> None:
     """Oracle 10: e1 explains .753 of diag(4, 2, 1, .5); directions are added while the share is below epsilon."""
     e1 = double([[1], [0], [0], [0]])
-    found = extend_basis(e1, torch.diag(double([4, 2, 1, 0.5])), epsilon)
-    assert torch.equal(found[:, :1], e1)
-    assert torch.allclose(found.abs(), torch.eye(4, dtype=torch.float64)[:, : 1 + added], atol=1e-12)
+    extended = extend_basis(e1, torch.diag(double([4, 2, 1, 0.5])), epsilon)
+    assert torch.equal(extended[:, :1], e1)
+    assert torch.allclose(extended.abs(), torch.eye(4, dtype=torch.float64)[:, : 1 + added], atol=1e-12)
 
 
 def test_threshold_grows_with_the_tasks() -> None:
-    found = [threshold(0.995, index, 15) for index in (0, 1, 7, 14)]
-    assert found == pytest.approx([0.995, 0.99533333, 0.99733333, 0.99966667], abs=1e-8)
+    thresholds = [threshold(0.995, index, 15) for index in (0, 1, 7, 14)]
+    assert thresholds == pytest.approx([0.995, 0.99533333, 0.99733333, 0.99966667], abs=1e-8)
 
 
 @pytest.mark.parametrize("design", ["random", "svd"])
@@ -85,16 +85,16 @@ def test_covariances_leave_out_padding(make) -> None:
     method = run.method
     method.increments.add(0)
     method.grow_head(0)
-    whole, _ = method.covariances(0)
+    full, _ = method.covariances(0)
     method.objective.eval_batch_size = 1
     alone, _ = method.covariances(0)
-    assert all(torch.allclose(whole[key], alone[key], atol=1e-5) for key in whole)
+    assert all(torch.allclose(full[key], alone[key], atol=1e-5) for key in full)
 
 
 def test_gate_opening() -> None:
     """Oracle 8."""
-    found = gain_lora.opening(double([0, 0.25, -0.5, 1]))
-    assert found.tolist() == pytest.approx([0, 0.4621171573, 0.7615941560, 0.9640275801], abs=1e-10)
+    openings = gain_lora.opening(double([0, 0.25, -0.5, 1]))
+    assert openings.tolist() == pytest.approx([0, 0.4621171573, 0.7615941560, 0.9640275801], abs=1e-10)
 
 
 def test_gate_step_leaves_old_inputs_alone() -> None:
@@ -145,6 +145,6 @@ def test_osf_keeps_strong_directions_and_decomposes_anew(make) -> None:
         assert torch.allclose(weight, first[name] + changes[name], atol=1e-6)
         u, _, v = torch.linalg.svd(first[name])
         assert changes[name].abs().max() > 1e-4
-        kept = u[:, :16].T @ changes[name] @ v[:16].T
-        assert kept.norm() < 0.1 * changes[name].norm()  # of a random change it would have half the norm
+        protected = u[:, :16].T @ changes[name] @ v[:16].T
+        assert protected.norm() < 0.1 * changes[name].norm()  # of a random change it would have half the norm
     assert method.objective.adapters.names == ["default"]
