@@ -32,7 +32,7 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
     parts["benchmark"] = build(config.benchmark, "benchmark", cache_dir=config.cache_dir)
     method = build(config.method, "method", cache_dir=config.cache_dir)
     objective = parts["benchmark"].objective.value
-    parts["benchmark"].settle(method.mixes_tasks(parts["replay"].name))
+    parts["benchmark"].resolve_softmax(method.mixes_tasks(parts["replay"].name))
     method.check(objective, parts["replay"].name, parts["peft"].name)
     load_objective_class(objective).check(parts["model"], parts["peft"].name, config.evaluation)
     check_unused_options(config, parts, objective)

@@ -1,4 +1,4 @@
-"""Rows of tables, from files and from the hub."""
+"""SplitRows of tables, from local files and from the Hugging Face hub."""
 
 import csv
 import io
@@ -16,60 +16,62 @@ from clpet.escape import safe_name, short_repr
 from clpet.runtime.hub import unavailable
 from clpet.runtime.json_lines import parse_rows
 
-LARGEST_BLOCK = 2**31 - 2  # bytes that pyarrow's csv reader takes at a time
+LARGEST_BLOCK = 2**31 - 2  # bytes, the maximum block size of pyarrow's csv reader
+
+Row = dict[str, Any]
 
 
 @dataclass
-class Rows:
-    """The rows of one split and where they came from; `bad` are those that could not be read, by their number."""
+class SplitRows:
+    """The rows of one split, and the file or data set they come from."""
 
-    where: str
+    origin: str
     columns: set[str]
-    values: list[dict[str, Any]]
-    numbers: list[int] = field(default_factory=list)  # of the rows: lines of a jsonl file, else counted from 1
-    bad: dict[int, str] = field(default_factory=dict)
+    values: list[Row]
+    numbers: list[int] = field(default_factory=list)  # row numbers: lines of a jsonl file, else counted from 1
+    bad: dict[int, str] = field(default_factory=dict)  # row number -> error, for rows that could not be read
 
     def __post_init__(self) -> None:
         self.numbers = self.numbers or list(range(1, len(self.values) + 1))
 
-    def fill(self, column: str, value: Any) -> None:
-        """Adds a column that holds one value."""
+    def add_column(self, column: str, value: Any) -> None:
+        """Adds a column with the same value in every row."""
         self.columns.add(column)
         for row in self.values:
             row[column] = value
 
-    def need(self, *columns: str) -> None:
-        """Raises DataError when a column is missing."""
+    def require(self, *columns: str) -> None:
+        """Raises DataError if a column is missing."""
         for column in columns if self.values else ():
             if column not in self.columns:
                 only = next(iter(self.columns)) if len(self.columns) == 1 else ""
                 hint = "; its values must be separated by commas" if {";", "\t"} & set(only) else ""
-                raise DataError(f"{self.where} has no column {safe_name(column)}{suggest(column, self.columns)}{hint}")
+                raise DataError(f"{self.origin} has no column {safe_name(column)}{suggest(column, self.columns)}{hint}")
 
 
-def existing(data_dir: str | None) -> Path | None:
-    """The folder that data_dir names, if it names one. Raises DataError where it is not there."""
+def data_folder(data_dir: str | None) -> Path | None:
+    """The folder of data_dir, None if it is not set. Raises DataError if it does not exist."""
     folder = Path(data_dir).expanduser() if data_dir else None
     if folder is not None and not folder.is_dir():
         raise DataError(f"data_dir={data_dir} is not a folder")
     return folder
 
 
-def read_local(folder: Path, splits: dict[str, str], report: ReadReport | None = None) -> dict[str, Rows]:
+def read_local(folder: Path, splits: dict[str, str], report: ReadReport | None = None) -> dict[str, SplitRows]:
     """{split: rows} of a folder's train, validation and test files; a single data file counts as train.
 
-    Raises DataError when the folder or its train file is not there, or a file cannot be read.
+    Raises DataError if the folder or its train file does not exist, or a file cannot be read.
     """
     report = report or ReadReport()
-    rows = {split: _read_file(path, report) for split, path in split_files(folder, splits, report).items()}
-    for part in rows.values():
-        if not part.values and not part.bad:
-            raise DataError(f"{part.where} has no rows; without the file its part is cut from train")
-        report.read[part.where] += len(part.values) + len(part.bad)
-    return rows
+    by_split = {split: _read_file(path, report) for split, path in split_files(folder, splits, report).items()}
+    for rows in by_split.values():
+        if not rows.values and not rows.bad:
+            raise DataError(f"{rows.origin} has no rows; remove the file to cut this split from train")
+        report.read[rows.origin] += len(rows.values) + len(rows.bad)
+    return by_split
 
 
-def _read_file(path: Path, report: ReadReport) -> Rows:
+def _read_file(path: Path, report: ReadReport) -> SplitRows:
     import pyarrow
 
     reader = {".parquet": _parquet, ".csv": _csv}.get(suffix(path), _json)
@@ -79,21 +81,21 @@ def _read_file(path: Path, report: ReadReport) -> Rows:
         raise DataError(f"{path} cannot be read as {suffix(path)[1:]}: {first_line(error)[:200]}") from error
 
 
-def _parquet(path: Path, report: ReadReport) -> Rows:
+def _parquet(path: Path, report: ReadReport) -> SplitRows:
     import pyarrow.parquet
 
     _check_columns(pyarrow.parquet.read_schema(path).names, path)
     table = pyarrow.parquet.read_table(path)
-    return Rows(str(path), set(table.column_names), table.to_pylist())
+    return SplitRows(str(path), set(table.column_names), table.to_pylist())
 
 
-def _csv(path: Path, report: ReadReport) -> Rows:
-    """A csv file as one block, so that a cell may be of any length. All cells are texts: labels 1 and 01 are two."""
+def _csv(path: Path, report: ReadReport) -> SplitRows:
+    """A csv file, read as one block so that cells can have any length. Cells are texts: 1 and 01 are two labels."""
     import pyarrow.csv
 
-    found = decode_strictly(path.read_bytes(), path)
-    report.add_decoded(path, found)
-    data = found.text.encode()
+    decoded = decode_strictly(path.read_bytes(), path)
+    report.add_decoded(path, decoded)
+    data = decoded.text.encode()
     bad: dict[int, str] = {}
 
     def invalid(row: Any) -> str:
@@ -104,30 +106,30 @@ def _csv(path: Path, report: ReadReport) -> Rows:
 
     block = pyarrow.csv.ReadOptions(block_size=min(len(data) + 1, LARGEST_BLOCK), use_threads=False)
     options = pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=invalid)
-    names = _header(found.text)
+    names = _header(decoded.text)
     _check_columns([name.strip() for name in names], path)
     as_text = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=True, null_values=[""]
     )
     table = pyarrow.csv.read_csv(pyarrow.BufferReader(data), block, options, as_text)
     if table.column_names != names:
-        raise ValueError(f"its first row is read as {short_repr(table.column_names)} and as {short_repr(names)}")
+        raise ValueError(f"its header is read as {short_repr(table.column_names)} and as {short_repr(names)}")
     if padded := [name for name in names if name != name.strip()]:
         report.other_notes.append(f"spaces are removed from the column names {short_repr(padded)} of {path}")
         table = table.rename_columns([name.strip() for name in names])
     values = table.to_pylist()
     _note_swallowed_rows(values, len(names), path, report)
     numbers = [number for number in range(1, len(values) + len(bad) + 1) if number not in bad]
-    return Rows(str(path), set(table.column_names), values, numbers, bad)
+    return SplitRows(str(path), set(table.column_names), values, numbers, bad)
 
 
 def _header(text: str) -> list[str]:
-    """The cells of the first row. A stream of pyarrow's would do, but its thread can abort the process at exit."""
+    """The cells of the first row. Not read with pyarrow: the thread of its reader can abort the process at exit."""
     return next((row for row in csv.reader(io.StringIO(text, newline="")) if row), [])
 
 
-def _note_swallowed_rows(values: list[dict[str, Any]], width: int, path: Path, report: ReadReport) -> None:
-    """Notes cells of many lines that look like rows: an odd quote begins a cell that ends with the next quote."""
+def _note_swallowed_rows(values: list[Row], width: int, path: Path, report: ReadReport) -> None:
+    """Reports long cells whose lines look like rows: an unpaired quote opens a cell that ends at the next quote."""
     for number, row in enumerate(values, 1):
         for column, value in row.items():
             if value is None or value.count("\n") < 3:
@@ -137,23 +139,23 @@ def _note_swallowed_rows(values: list[dict[str, Any]], width: int, path: Path, r
             if width > 1 and 2 * alike > len(lines):
                 report.other_notes.append(
                     f"{path}: column {safe_name(column)} of row {number} spans {len(lines)} lines, of which {alike} "
-                    "look like rows: is a quote missing or one too many?"
+                    "look like rows: check for a missing or an extra quote"
                 )
 
 
 def _check_columns(names: list[str], path: Path) -> None:
-    twice = [name for number, name in enumerate(names) if name in names[:number]]
-    if twice:
-        raise DataError(f"{path} has the column {safe_name(twice[0])} twice")
+    repeated = [name for number, name in enumerate(names) if name in names[:number]]
+    if repeated:
+        raise DataError(f"{path} has the column {safe_name(repeated[0])} twice")
 
 
-def _json(path: Path, report: ReadReport) -> Rows:
-    """A list of objects, or an object a line. pyarrow's own reader crashes on some lines that are no objects."""
-    found = decode_strictly(path.read_bytes(), path)
-    report.add_decoded(path, found)
-    text = found.text
+def _json(path: Path, report: ReadReport) -> SplitRows:
+    """A list of objects, or one object per line. pyarrow's own reader crashes on some lines that are not objects."""
+    decoded = decode_strictly(path.read_bytes(), path)
+    report.add_decoded(path, decoded)
+    text = decoded.text
     _check_not_columns(text, path)
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[int, Row] = {}
     bad: dict[int, str] = {}
     for number, row in parse_rows(text, _object):
         if not isinstance(row, dict):
@@ -164,33 +166,33 @@ def _json(path: Path, report: ReadReport) -> Rows:
             rows[number] = row
     columns = {column for row in rows.values() for column in row}
     values = [{column: row.get(column) for column in columns} for row in rows.values()]
-    return Rows(str(path), columns, values, list(rows), bad)
+    return SplitRows(str(path), columns, values, list(rows), bad)
 
 
 def _check_not_columns(text: str, path: Path) -> None:
-    """Raises DataError for a file that is a single object of lists or objects: a table written column by column."""
+    """Raises DataError for a single object of lists or objects: a table that was written by columns."""
     if not re.match(r'\s*\{\s*"[^"\\]*"\s*:\s*[\[{]', text):
         return
     try:
-        whole = json.loads(text)
-    except ValueError:  # several objects, one a line
+        value = json.loads(text)
+    except ValueError:  # several objects, one per line
         return
-    if all(isinstance(value, list | dict) for value in whole.values()):
+    if all(isinstance(column, list | dict) for column in value.values()):
         raise DataError(
-            f"{path} is one object with the keys {short_repr(list(whole))}: a list of rows, or a row a line, is "
+            f"{path} is one object with the keys {short_repr(list(value))}: a list of rows, or one row per line, is "
             "expected (in pandas: to_json(FILE, orient='records', lines=True))"
         )
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {safe_name(next(name for name in names if names.count(name) > 1))} twice")
-    return found
+    return row
 
 
-def _encodes(row: dict[str, Any]) -> bool:
+def _encodes(row: Row) -> bool:
     try:
         return bool(json.dumps(row, ensure_ascii=False).encode())
     except UnicodeEncodeError:
@@ -204,10 +206,10 @@ def read_hub(
     splits: dict[str, str],
     columns: dict[str, str],
     report: ReadReport | None = None,
-) -> dict[str, Rows]:
-    """{split: rows} of a data set on the Hugging Face hub (or a local folder in its layout); label ids become names.
+) -> dict[str, SplitRows]:
+    """{split: rows} of a data set on the hub (or of a local folder in its layout), with label names instead of ids.
 
-    Of the hub's own parquet conversion (revision refs/convert/parquet) the configuration is a folder.
+    In the hub's own parquet conversion (revision refs/convert/parquet) a configuration is a folder.
     """
     import datasets
 
@@ -216,65 +218,65 @@ def read_hub(
     if revision == "refs/convert/parquet":
         files = {split: f"{config or 'default'}/{split}/*.parquet" for split in splits.values()}
     try:
-        found = datasets.load_dataset(name, None if files else config, revision=revision, data_files=files)
+        data_set = datasets.load_dataset(name, None if files else config, revision=revision, data_files=files)
     except Exception as error:
         what = f"the data set {name}"
         raise DataError(unavailable(what, name, error, "data_dir=FOLDER with its files", data_set=True)) from error
     first = next(iter(splits.values()))
-    if first not in found:
-        raise DataError(f"data set {name} has no split {first}{suggest(first, found)}")
+    if first not in data_set:
+        raise DataError(f"data set {name} has no split {first}{suggest(first, data_set)}")
     rows = {}
     for split, hub_split in splits.items():
-        if hub_split in found:
-            part = found[hub_split].rename_columns({theirs: ours for ours, theirs in columns.items()})
-            values = part.to_list()
-            for column, feature in part.features.items():
+        if hub_split in data_set:
+            table = data_set[hub_split].rename_columns({theirs: ours for ours, theirs in columns.items()})
+            values = table.to_list()
+            for column, feature in table.features.items():
                 label = getattr(feature, "feature", feature)  # a list of labels, or one
                 if isinstance(label, datasets.ClassLabel):
                     for row in values:
-                        row[column] = _named(row[column], label.names)
-            rows[split] = Rows(f"{name}/{hub_split}", set(part.column_names), values)
+                        row[column] = _label_names(row[column], label.names)
+            rows[split] = SplitRows(f"{name}/{hub_split}", set(table.column_names), values)
             if report:
-                report.read[rows[split].where] += len(values)
+                report.read[rows[split].origin] += len(values)
     return rows
 
 
-def _named(ids: Any, names: list[str]) -> Any:
+def _label_names(ids: Any, names: list[str]) -> Any:
     if isinstance(ids, list):
-        return [_named(number, names) for number in ids]
-    return names[ids] if ids >= 0 else None
+        return [_label_names(number, names) for number in ids]
+    return names[ids] if ids >= 0 else None  # -1: the hub's id for an example without a label
 
 
-def slots(column: str) -> list[str]:
-    """Column names in a column knob: a bare name, or a text with {name} slots."""
+def column_names(column: str) -> list[str]:
+    """The columns that an option such as benchmark.text reads: the column it names, or those in {name} slots."""
     return re.findall(r"\{(\w+)\}", column) or [column]
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell holds nothing: null, a missing number, or spaces alone; the same in all formats."""
+    """Whether a cell is null, NaN, or only spaces; formats differ in how they store an empty cell."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def cell(value: Any, column: str) -> str:
-    """A cell as text; an empty one is the empty text. Raises DataError for a list, an object or bytes."""
+def cell_text(value: Any, column: str) -> str:
+    """A cell as text; an empty cell is the empty text. Raises DataError for a list, an object or bytes."""
     if is_empty(value):
         return ""
     if isinstance(value, list | dict | bytes):
         kind = {list: "a list", dict: "an object"}.get(type(value), "bytes that are not UTF-8")
         raise DataError(f"{kind} in column {safe_name(column)}, where a text is needed")
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of whole numbers with a hole is read as floats
+        value = int(value)  # a column of integers with an empty cell is read as floats
     return str(value).replace("\r\n", "\n")
 
 
-def fill(column: str, row: dict[str, Any]) -> str:
-    """The text of a row: one column, or several put into a text with {name} slots.
+def row_text(column: str, row: Row) -> str:
+    """The text of a row: one column, or several inserted into a text with {name} slots.
 
-    Raises DataError for what is not a text; a number is one only inside a text with slots.
+    Raises DataError for a value that is not a text; numbers are only converted to text in slots.
     """
     if "{" in column:
-        return re.sub(r"\{(\w+)\}", lambda slot: cell(row[slot.group(1)], slot.group(1)), column)
+        return re.sub(r"\{(\w+)\}", lambda slot: cell_text(row[slot.group(1)], slot.group(1)), column)
     value = row[column]
     if not isinstance(value, str | list | dict | bytes) and not is_empty(value):
         raise DataError(f"a {type(value).__name__} in column {safe_name(column)}, where a text is needed")
-    return cell(value, column)
+    return cell_text(value, column)

@@ -80,7 +80,7 @@ def data_key(config: Config, source: Any) -> str | None:
     if config.data_dir is None:  # the data come from the Python installation
         return digest([config.benchmark, __version__, sys.version], 32)
     folder = Path(config.data_dir).expanduser()
-    stats = [file_stat(path) for path in sorted(_walk(source.place(folder) if folder.is_dir() else folder))]
+    stats = [file_stat(path) for path in sorted(_walk(source.data_root(folder) if folder.is_dir() else folder))]
     return None if None in stats else digest([config.benchmark, __version__, stats], 32)
 
 

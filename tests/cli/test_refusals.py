@@ -48,7 +48,7 @@ BAD = [
     ("no train examples", ["train", "benchmark.max_train=0"], "benchmark.max_train must be at least 1"),
     ("data_dir is missing", ["train", "benchmark=clinc150", "data_dir=nowhere"], "data_dir=nowhere is not a folder"),
     ("data_dir is empty", ["train", "benchmark=files", "data_dir=."], "nor a single data file"),
-    ("files need data_dir", ["train", "benchmark=files"], "say data_dir=FOLDER"),
+    ("files need data_dir", ["train", "benchmark=files"], "set data_dir=FOLDER"),
     ("missing column", ["train", "benchmark=files", "data_dir=WORDS", "text=body"], "has no column body"),
     ("missing label column", ["train", "benchmark=files", "data_dir=WORDS", "label=topic"], "has no column topic"),
     ("unknown task", ["train", "benchmark=files", "data_dir=WORDS", "benchmark.task=task", "tasks=[fruits]"], "did you mean fruit?"),

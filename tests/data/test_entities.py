@@ -9,10 +9,10 @@ import pytest
 from clpet.config.build import build, parse_config
 from clpet.config.compose import compose_config
 from clpet.data.benchmark import SPLITS, Benchmark
-from clpet.data.sources.entities import Relations, Typing, cut_anew, mark_entities
-from clpet.data.sources.entity_formats import cleaned, read_published, tidy
+from clpet.data.sources.entities import Relations, Typing, mark_entities, shuffle_and_split
+from clpet.data.sources.entity_formats import cleaned, convert, read_published
 from clpet.data.splits import partition
-from clpet.data.tabular_files import Rows
+from clpet.data.tabular_files import SplitRows
 from clpet.data.template import Template
 from clpet.errors import ConfigError, DataError
 from clpet.models.backbone import byte_tokenizer
@@ -70,7 +70,7 @@ def test_partition_without_a_seed_cuts_as_listed() -> None:
 def test_seven_hundred_examples_are_cut_560_70_70() -> None:
     """FewRel: 4480 / 560 / 560 a task of eight relations; every example is in one part."""
     pools = [[{"label": label, "i": i} for i in range(700)] for label in range(8)]
-    parts = cut_anew(pools, random.Random(100))
+    parts = shuffle_and_split(pools, random.Random(100))
     assert {split: len(rows) for split, rows in parts.items()} == {"train": 4480, "validation": 560, "test": 560}
     assert len({(row["label"], row["i"]) for rows in parts.values() for row in rows}) == 5600
 
@@ -112,7 +112,7 @@ def test_marked_sentences(loaded: dict[str, Benchmark]) -> None:
 
 def test_a_row_of_equal_tags_is_one_mention() -> None:
     record = {"tokens": list("abcdef"), "fine_ner_tags": ["x", "x", "O", "x", "y", "y"]}
-    rows = tidy([record], "fewnerd", "here")
+    rows = convert([record], "fewnerd", "here")
     assert [(row["label"], row["entity_pos"]) for row in rows] == [("x", [0, 1]), ("x", [3]), ("y", [4, 5])]
 
 
@@ -134,7 +134,7 @@ def test_tacred_names_are_its_own() -> None:
 
 def test_ace_places_count_from_the_documents_start() -> None:
     record = {"sentences": [["a", "b"], ["c", "d", "e"]], "relations": [[], [[4, 4, 2, 3, "PHYS.Near"]]]}
-    assert tidy([record], "ace", "here") == [
+    assert convert([record], "ace", "here") == [
         {"tokens": ["c", "d", "e"], "head_pos": [2], "tail_pos": [0, 1], "label": "Near"}
     ]
 
@@ -178,7 +178,7 @@ def test_a_licensed_set_says_what_to_get(name: str, tmp_path: Path) -> None:
     """What it is, its files, where they go; with a folder, what is missing there."""
     found = source(name)
     files = list(found.published.values())
-    with pytest.raises(DataError, match=rf"put {', '.join(files)} of .*LDC20.* into FOLDER/{name} and say data_dir"):
+    with pytest.raises(DataError, match=rf"put {', '.join(files)} of .*LDC20.* into FOLDER/{name} and set data_dir"):
         found.load(None)
     write_published(name, tmp_path / name)
     (tmp_path / name / files[1]).unlink()
@@ -210,7 +210,7 @@ def test_an_unknown_relation_of_tacred_is_refused(tmp_path: Path) -> None:
         ("spans", "0\t1\ta b\tx\n1\t3\ta b\tx\n", "tokens 1 to 2 are not in a sentence of 2"),
         ("spans", "0\t0\ta b\tx\n", "tokens 0 to -1"),
         ("spans", "0 1 a b x\n", "not enough values"),
-        ("tacred", '[{"relation": "x"}]', "there is no 'token'"),
+        ("tacred", '[{"relation": "x"}]', "missing 'token'"),
         ("tacred", "[{", "Expecting"),
         ("ace", '{"sentences": [["a"]], "relations": [[[0, 0, 1, 1, "A.B"]]]}', "tokens 1 to 1 are not in a sentence"),
         ("fewnerd", "London art-music", "not enough values"),
@@ -262,8 +262,8 @@ def test_fewrel_names_are_the_data_sets_own_and_blank_tokens_are_dropped(tmp_pat
     end = " gang [unused3] . In this sentence, james gang is the [MASK] of the assassination of jesse james by the coward robert ford."
     assert template.tokenizer.decode(ids) == f"[CLS]{start}{end}[SEP]"
     assert "In this sentence, James gang is the [MASK] of The Assassination" in template.tokenizer.decode(plain)
-    named.examples(Rows("here", set(row) - {"tail"}, []), "train")
-    assert "here has no column tail: names are read from the tokens" in named.report.notes()
+    named.examples(SplitRows("here", set(row) - {"tail"}, []), "train")
+    assert "here has no column tail: names are taken from the tokens" in named.report.notes()
     with pytest.raises(ConfigError, match=r"benchmark.names must be a column for each of entity, or null"):
         Typing(name="x", names={"head": "head"})
 

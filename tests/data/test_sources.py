@@ -15,7 +15,7 @@ from clpet.data.benchmark import Example, normalize
 from clpet.data.sources import PythonStdlib, Table
 from clpet.data.sources.python_stdlib import _module_paragraphs
 from clpet.data.splits import by_label, sample, split_off
-from clpet.data.tabular_files import fill, read_local
+from clpet.data.tabular_files import read_local, row_text
 from clpet.data.task_order import order_tasks
 from clpet.errors import DataError
 from clpet.evaluation.data_inspection import inspect_data
@@ -199,7 +199,7 @@ def test_the_hub_route_of_long_sequence_builds_the_published_texts_or_refuses() 
         for row in rows if task in config["hub_tasks"] else ():
             columns = re.fullmatch(HUB_FORMS[task], row["text"], re.DOTALL).groupdict()
             spec = config["hub_tasks"][task]["text"]
-            assert (fill(spec, columns) if "{" in spec else columns[spec]) == row["text"]
+            assert (row_text(spec, columns) if "{" in spec else columns[spec]) == row["text"]
     for name in ("amazon", "agnews", "yahoo"):
         with pytest.raises(DataError, match=f"task {name} of long_sequence has no data set on the hub"):
             from_yaml("long_sequence", None, f"benchmark.tasks=[{name}]", "benchmark.order=listed")

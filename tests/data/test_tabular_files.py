@@ -231,7 +231,7 @@ def test_a_table_written_by_column_gets_a_short_line(whole: dict, tmp_path: Path
     for number, indent in enumerate((None, 2)):
         put(tmp_path / str(number) / "train.json", json.dumps(whole, indent=indent))
         message = refused(tmp_path / str(number))
-        assert "a list of rows, or a row a line, is expected" in message
+        assert "a list of rows, or one row per line, is expected" in message
         assert len(message) < 300 + len(str(tmp_path))
 
 

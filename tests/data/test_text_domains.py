@@ -249,7 +249,7 @@ def test_domains_without_text_are_refused(four: Path, tmp_path: Path) -> None:
     (tmp_path / "nothing" / "train.txt").write_text("text")
     with pytest.raises(DataError, match="train are splits, not domains: make a sub-folder for each domain"):
         domains(four).load(str(tmp_path / "nothing"))
-    with pytest.raises(DataError, match="say data_dir=FOLDER"):
+    with pytest.raises(DataError, match="set data_dir=FOLDER"):
         domains(four).load(None)
 
 

@@ -10,19 +10,19 @@ from clpet.config.schema import require
 from clpet.data.benchmark import SPLITS, Example, Truncate
 from clpet.data.data_files import note_unread
 from clpet.data.sources import Table
-from clpet.data.sources.entity_formats import LAYOUTS, Row, read_published, tidy
+from clpet.data.sources.entity_formats import LAYOUTS, convert, read_published
 from clpet.data.splits import Splits, named_tasks
-from clpet.data.tabular_files import Rows, read_hub, read_local
+from clpet.data.tabular_files import Row, SplitRows, read_hub, read_local
 from clpet.errors import DataError
 from clpet.escape import short_repr
 
 
 @dataclass
 class Entities(Table):
-    """A table of sentences as tokens with marked mentions.
+    """A table of tokenised sentences with the positions of entity mentions.
 
-    A folder with train.parquet is read as it stands. Published files, and the hub's rows, go through `layout`
-    and are then cut anew where `resplit` says so.
+    A folder with train.parquet is read unchanged. Published files and rows from the hub are converted from `layout`,
+    and split again if `resplit` is set.
     """
 
     tokens: str = "tokens"
@@ -40,13 +40,13 @@ class Entities(Table):
         super().__post_init__()
         words = self.template_words
         require(words is None or words >= 1, "benchmark.template_words", words, "at least 1, or null")
-        fits = self.truncate is Truncate.end and self.keep is None
-        require(fits, "benchmark.truncate and benchmark.keep", "set", "unset: a sentence is cut around its entities")
-        known = self.layout is None or self.layout in LAYOUTS
-        require(known, "benchmark.layout", self.layout, f"{', '.join(LAYOUTS)} or null")
+        unset = self.truncate is Truncate.end and self.keep is None
+        require(unset, "benchmark.truncate and benchmark.keep", "set", "unset: a sentence is cut around its entities")
+        valid = self.layout is None or self.layout in LAYOUTS
+        require(valid, "benchmark.layout", self.layout, f"{', '.join(LAYOUTS)} or null")
         require(self.resplit in (None, "label", "all"), "benchmark.resplit", self.resplit, "label, all or null")
-        named = set(self.names or {}) <= set(self.fields)
-        require(named, "benchmark.names", self.names, f"a column for each of {', '.join(self.fields)}, or null")
+        valid = set(self.names or {}) <= set(self.fields)
+        require(valid, "benchmark.names", self.names, f"a column for each of {', '.join(self.fields)}, or null")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
         tasks = super().read(data_dir)
@@ -58,56 +58,59 @@ class Entities(Table):
         return tasks
 
     def words_around(self, example: Example) -> int:
-        """Words of the filled template without the text."""
-        part = self.template.replace("{text}", " ")
+        """Number of words of the filled template without the text."""
+        template = self.template.replace("{text}", " ")
         for slot, value in example.fields.items():
-            part = part.replace(f"{{{slot}}}", value)
-        return len(part.split())
+            template = template.replace(f"{{{slot}}}", value)
+        return len(template.split())
 
-    def rows(self, data_dir: Path | None) -> dict[str, Rows]:
+    def rows(self, data_dir: Path | None) -> dict[str, SplitRows]:
         if data_dir is None:
-            return self._cut(self._from_hub())
-        folder = self.place(data_dir)
+            return self._resplit(self._from_hub())
+        folder = self.data_root(data_dir)
         if not self.published or (folder / f"{self.splits['train']}.parquet").is_file():
             return read_local(folder, self.splits, self.report)
         missing = [name for name in self.published.values() if not (folder / name).is_file()]
         if missing:
-            raise DataError(f"{folder} lacks {', '.join(missing)}: {self._wanted()}")
+            raise DataError(f"{folder} lacks {', '.join(missing)}: {self._instructions()}")
         note_unread(folder, [folder / name for name in self.published.values()], self.report)
         layout = str(self.layout)
-        return self._cut({part: read_published(folder / name, layout) for part, name in self.published.items()})
+        return self._resplit({split: read_published(folder / name, layout) for split, name in self.published.items()})
 
-    def _wanted(self) -> str:
+    def _instructions(self) -> str:
         files = ", ".join((self.published or {}).values())
-        place = f"FOLDER/{self.folder or self.name}"
-        return f"put {files} of {self.obtain} into {place} and say data_dir=FOLDER"
+        folder = f"FOLDER/{self.folder or self.name}"
+        return f"put {files} of {self.obtain} into {folder} and set data_dir=FOLDER"
 
     def _from_hub(self) -> dict[str, list[Row]]:
         if self.hub is None:
-            raise DataError(f"benchmark {self.name} is read from your own files: {self._wanted()}")
+            raise DataError(f"benchmark {self.name} is read from your own files: {self._instructions()}")
         splits = self.hub_splits or self.splits
-        found = read_hub(self.hub, self.hub_config, self.hub_revision, splits, self.hub_columns or {})
+        by_split = read_hub(self.hub, self.hub_config, self.hub_revision, splits, self.hub_columns or {})
         if self.layout is None:
-            return {part: rows.values for part, rows in found.items()}
-        return {part: tidy(rows.values, self.layout, rows.where) for part, rows in found.items()}
+            return {split: rows.values for split, rows in by_split.items()}
+        return {split: convert(rows.values, self.layout, rows.origin) for split, rows in by_split.items()}
 
-    def _cut(self, parts: dict[str, list[Row]]) -> dict[str, Rows]:
-        """The parts without dropped labels, as published or cut anew."""
-        for part, rows in parts.items():
-            self.report.read[f"{self.name}/{part}"] += len(rows)
-            parts[part] = [row for row in rows if str(row.get(self.label)) not in self.drop_labels]
-            self.report.drop("benchmark.drop_labels", len(rows) - len(parts[part]))
+    def _resplit(self, splits: dict[str, list[Row]]) -> dict[str, SplitRows]:
+        """The rows without dropped labels, in their published splits or split again."""
+        for split, rows in splits.items():
+            self.report.read[f"{self.name}/{split}"] += len(rows)
+            splits[split] = [row for row in rows if str(row.get(self.label)) not in self.drop_labels]
+            self.report.drop("benchmark.drop_labels", len(rows) - len(splits[split]))
         if self.resplit is not None:
-            pooled = [row for rows in parts.values() for row in rows]
+            pooled = [row for rows in splits.values() for row in rows]
             rng = random.Random(self.partition_seed or 0)
-            parts = cut_anew(self._pools(pooled, rng), rng)
-        return {part: Rows(f"{self.name}/{part}", set(rows[0] if rows else ()), rows) for part, rows in parts.items()}
+            splits = shuffle_and_split(self._pools(pooled, rng), rng)
+        return {
+            split: SplitRows(f"{self.name}/{split}", set(rows[0] if rows else ()), rows)
+            for split, rows in splits.items()
+        }
 
     def _pools(self, rows: list[Row], rng: random.Random) -> list[list[Row]]:
-        """What is cut 80/10/10 on its own: all rows, or each label's, task by task.
+        """The sets of rows that are each split 80/10/10: all rows, or those of each label, task by task.
 
-        Label by label, the generator has shuffled the labels before (ConPET splits FewRel with the generator
-        of its label partition going on).
+        The labels are shuffled once before, without using the result: ConPET splits FewRel with the generator that has
+        drawn its label partition, so the draws that follow only match if that draw is repeated.
         """
         if self.resplit == "all":
             return [rows]
@@ -127,17 +130,17 @@ class Entities(Table):
             raise DataError(f"the label partition has {count} slots for {len(names)} labels: see benchmark.task_ids")
         return named_tasks([[names[label] for label in ids] for ids in self.task_ids])
 
-    def examples(self, rows: Rows, split: str) -> list[tuple[Row, Example]]:
+    def examples(self, rows: SplitRows, split: str) -> list[tuple[Row, Example]]:
         if lacking := sorted(set((self.names or {}).values()) - rows.columns):
             columns = " or ".join(lacking)
-            self.report.other_notes.append(f"{rows.where} has no column {columns}: names are read from the tokens")
+            self.report.other_notes.append(f"{rows.origin} has no column {columns}: names are taken from the tokens")
         return super().examples(rows, split)
 
     def columns(self) -> list[str]:
         return [self.tokens, *self._roles(), *(column for column in super().columns() if column != self.text)]
 
     def example(self, row: Row) -> Example:
-        """The marked sentence; the template's slots are the mentions' names, or the first mentions themselves."""
+        """The marked sentence; the template's slots are the entities' names, by default their first mentions."""
         for column in (self.tokens, *self._roles()):
             if not isinstance(row.get(column), list):
                 raise DataError(f"no list in column {column}")
@@ -147,10 +150,10 @@ class Entities(Table):
         try:
             spans = {role: mentions(row[column]) for role, column in zip(self.fields, self._roles(), strict=True)}
         except (TypeError, ValueError):
-            raise DataError("positions that are not whole numbers") from None
-        for role, found in spans.items():
-            if not found or not all(0 <= first <= last < len(tokens) for first, last in found):
-                raise DataError(f"the {role} at {short_repr(found)} in a sentence of {len(tokens)} tokens")
+            raise DataError("positions that are not integers") from None
+        for role, positions in spans.items():
+            if not positions or not all(0 <= first <= last < len(tokens) for first, last in positions):
+                raise DataError(f"the {role} at {short_repr(positions)} in a sentence of {len(tokens)} tokens")
         names = {role: str(row[column]) for role, column in (self.names or {}).items() if row.get(column)}
         return mark_entities(tokens, spans, str(row[self.label]), names)
 
@@ -177,23 +180,23 @@ class Typing(Entities):
     fields = ("entity",)
 
 
-def cut_anew(pools: Iterable[list[Row]], rng: random.Random) -> dict[str, list[Row]]:
-    """Each pool shuffled and cut: the first int(0.8 n) train, the next int(0.1 n) validation, the rest test."""
-    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
+def shuffle_and_split(pools: Iterable[list[Row]], rng: random.Random) -> dict[str, list[Row]]:
+    """Each pool shuffled and split: the first int(0.8 n) rows train, the next int(0.1 n) validation, the rest test."""
+    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for pool in pools:
         rng.shuffle(pool)
         cuts = int(0.8 * len(pool)), int(0.8 * len(pool)) + int(0.1 * len(pool))
-        for split, part in zip(SPLITS, (pool[: cuts[0]], pool[cuts[0] : cuts[1]], pool[cuts[1] :]), strict=True):
-            parts[split] += part
-    return parts
+        for split, rows in zip(SPLITS, (pool[: cuts[0]], pool[cuts[0] : cuts[1]], pool[cuts[1] :]), strict=True):
+            splits[split] += rows
+    return splits
 
 
 def mentions(positions: Any) -> list[tuple[int, int]]:
-    """[first, last] token positions of each mention, from a flat list of positions or a list of lists."""
-    flat = [list(part) if hasattr(part, "__len__") else [part] for part in positions]
+    """(first, last) token position of each mention, from a flat list of positions or a list of lists."""
+    groups = [list(group) if hasattr(group, "__len__") else [group] for group in positions]
     spans: list[tuple[int, int]] = []
-    for part in flat:
-        for position in map(int, part):
+    for group in groups:
+        for position in map(int, group):
             if spans and position == spans[-1][1] + 1:
                 spans[-1] = (spans[-1][0], position)
             else:
@@ -204,9 +207,9 @@ def mentions(positions: Any) -> list[tuple[int, int]]:
 def mark_entities(
     tokens: list[str], roles: dict[str, list[tuple[int, int]]], target: str, names: Mapping[str, str] | None = None
 ) -> Example:
-    """The sentence with a pair of markers per role around its mentions; `entity_spans` covers each role's first one.
+    """The sentence with a pair of markers around the mentions of each role; `entity_spans` are the first mentions.
 
-    The fields are `names` by role; a role without one is named by its first mention.
+    The fields are the `names` of the roles, by default their first mentions.
     """
     opening: dict[int, list[str]] = {}
     closing: dict[int, list[str]] = {}

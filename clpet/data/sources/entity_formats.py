@@ -1,43 +1,41 @@
-"""Entity benchmarks in the layouts they are published in, made into rows of one shape.
+"""Converts entity benchmarks from their published layouts into rows of one form.
 
-A row holds `tokens`, the positions of what is marked (`head_pos` and `tail_pos`, or `entity_pos`) and its label.
-A layout is two functions: one reads a file's records, one turns a record into rows. Records from the hub skip
-the first.
+A row has `tokens`, the positions of the marked entities (`head_pos` and `tail_pos`, or `entity_pos`) and a label. A
+layout is two functions: one reads the records of a file, one converts a record to rows. For records from the hub only
+the second is used. To add a layout, write both and add them to LAYOUTS.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from clpet.data.decoding import decode_strictly
+from clpet.data.tabular_files import Row
 from clpet.errors import DataError
 from clpet.runtime.json_lines import parse_rows
 
-Row = dict[str, Any]
-
 
 def read_published(path: Path, layout: str) -> list[Row]:
-    """The rows of one published file. Raises DataError when it is not in the layout."""
-    return tidy(LAYOUTS[layout][0](path), layout, str(path))
+    """The rows of one published file. Raises DataError if it is not in the layout."""
+    return convert(LAYOUTS[layout][0](path), layout, str(path))
 
 
-def tidy(records: Iterable[Row], layout: str, where: str) -> list[Row]:
-    """The rows of published records. Raises DataError, with the number of records read, for one that does not fit."""
-    convert, number = LAYOUTS[layout][1], 0
+def convert(records: Iterable[Row], layout: str, origin: str) -> list[Row]:
+    """The rows of published records. Raises DataError, with the number of the record, for one not in the layout."""
+    convert_record, number = LAYOUTS[layout][1], 0
     rows: list[Row] = []
     try:
         for number, record in enumerate(records, 1):  # noqa: B007
-            rows += convert(record)
+            rows += convert_record(record)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)[:200]
-        raise DataError(f"{where} is not in the {layout} layout near record {max(1, number)}: {reason}") from error
+        reason = f"missing {error}" if isinstance(error, KeyError) else str(error)[:200]
+        raise DataError(f"{origin} is not in the {layout} layout near record {max(1, number)}: {reason}") from error
     return rows
 
 
 def json_records(path: Path) -> Iterator[Row]:
-    """The objects of a JSON list, or of one line each."""
+    """The objects of a JSON list, or of JSON lines."""
     text = decode_strictly(path.read_bytes(), path).text
     for _, value in parse_rows(text):
         if isinstance(value, ValueError):
@@ -46,14 +44,14 @@ def json_records(path: Path) -> Iterator[Row]:
 
 
 def positions(first: int, last: int, tokens: list[str]) -> list[int]:
-    """first, ..., last; ValueError unless they are places of the sentence."""
+    """first, ..., last. Raises ValueError unless they are positions of the sentence."""
     if not 0 <= first <= last < len(tokens):
         raise ValueError(f"tokens {first} to {last} are not in a sentence of {len(tokens)}")
     return list(range(first, last + 1))
 
 
 def fewrel_records(path: Path) -> Iterator[Row]:
-    """FewRel: {relation: [{tokens, h: [name, id, [[positions]]], t: ...}]}, as the hub has it."""
+    """FewRel: {relation: [{tokens, h: [name, id, [[positions]]], t: ...}]}, converted to the form that the hub uses."""
     for relation, examples in json.loads(decode_strictly(path.read_bytes(), path).text).items():
         for example in examples:
             head, tail = ({"text": example[key][0], "indices": example[key][2]} for key in ("h", "t"))
@@ -61,22 +59,23 @@ def fewrel_records(path: Path) -> Iterator[Row]:
 
 
 def fewrel(record: Row) -> Iterator[Row]:
-    """Every mention of head and tail, and their names; the label is the relation's id.
+    """Every mention of head and tail, and their names; the label is the id of the relation.
 
-    A token that is a single blank is dropped, as ConPET does.
+    Tokens that are a single space are dropped, as ConPET does.
     """
     tokens = record["tokens"]
-    kept = [place for place, token in enumerate(tokens) if token != " "]
-    new = {place: number for number, place in enumerate(kept)}
-    row = {"tokens": [tokens[place] for place in kept], "pid": record["relation"]}
+    nonblank = [position for position, token in enumerate(tokens) if token != " "]
+    renumbered = {old: new for new, old in enumerate(nonblank)}
+    row = {"tokens": [tokens[position] for position in nonblank], "pid": record["relation"]}
     for role in ("head", "tail"):
-        places = [place for mention in record[role]["indices"] for place in mention]
-        row |= {role: record[role].get("text"), f"{role}_pos": [new[i] for i in places if tokens[i] != " "]}
+        old_positions = [position for mention in record[role]["indices"] for position in mention]
+        new_positions = [renumbered[position] for position in old_positions if tokens[position] != " "]
+        row |= {role: record[role].get("text"), f"{role}_pos": new_positions}
     yield row
 
 
 def fewnerd_records(path: Path) -> Iterator[Row]:
-    """Few-NERD: a line `token TAB tag` a token, an empty line after each sentence."""
+    """Few-NERD: one line `token TAB tag` per token, an empty line after each sentence."""
     lines = decode_strictly(path.read_bytes(), path).text.split("\n")
     for filled, group in groupby(lines, key=lambda line: bool(line.strip())):
         if filled:
@@ -85,14 +84,14 @@ def fewnerd_records(path: Path) -> Iterator[Row]:
 
 
 def fewnerd(record: Row) -> Iterator[Row]:
-    """A row per mention: tags are inside or outside, so equal tags in a row are one mention."""
-    for tag, group in groupby(range(len(record["tokens"])), key=lambda place: record["fine_ner_tags"][place]):
+    """One row per mention: tags have no B/I prefix, so consecutive equal tags are one mention."""
+    for tag, group in groupby(range(len(record["tokens"])), key=lambda position: record["fine_ner_tags"][position]):
         if tag != "O":
             yield {"tokens": record["tokens"], "entity_pos": list(group), "label": tag}
 
 
 def span_records(path: Path) -> Iterator[Row]:
-    """OntoNotes and BBN: a line `start TAB end TAB tokens TAB label` a mention, tokens between spaces."""
+    """OntoNotes and BBN: one line `start TAB end TAB tokens TAB label` per mention, tokens separated by spaces."""
     for line in decode_strictly(path.read_bytes(), path).text.split("\n"):
         if line.strip():
             start, end, tokens, label = line.rstrip("\r").split("\t")
@@ -102,12 +101,12 @@ def span_records(path: Path) -> Iterator[Row]:
 def span(record: Row) -> Iterator[Row]:
     """The mention is tokens[start:end]."""
     tokens = record["tokens"]
-    place = positions(record["start"], record["end"] - 1, tokens)
-    yield {"tokens": tokens, "entity_pos": place, "label": record["label"]}
+    entity = positions(record["start"], record["end"] - 1, tokens)
+    yield {"tokens": tokens, "entity_pos": entity, "label": record["label"]}
 
 
 def tacred(record: Row) -> Iterator[Row]:
-    """TACRED: the subject is the head, the object the tail, ends inclusive; odd tokens are cleaned."""
+    """TACRED: the subject is the head, the object the tail; end positions are inclusive. Tokens are cleaned."""
     tokens = record["token"]
     yield {
         "tokens": [cleaned(token) for token in tokens],
@@ -118,13 +117,13 @@ def tacred(record: Row) -> Iterator[Row]:
 
 
 def cleaned(token: str) -> str:
-    """[UNK] for links and rulers, as ConPET cleans TACRED."""
+    """[UNK] for links and for rulers such as `-----`, as ConPET cleans TACRED."""
     ruler = len(token) > 2 and not set(token) - set("=-*")
     return "[UNK]" if ruler or token.startswith("http") else token
 
 
 def ace(record: Row) -> Iterator[Row]:
-    """ACE 2005 documents of DyGIE++: places count from the document's start; the label is the subtype alone."""
+    """ACE 2005 as documents of DyGIE++: positions count from the start of the document; the label is the subtype."""
     start = 0
     for tokens, relations in zip(record["sentences"], record["relations"], strict=True):
         for head, head_end, tail, tail_end, label in relations:

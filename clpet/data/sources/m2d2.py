@@ -111,7 +111,7 @@ class M2D2(Domains):
         return PARENTS
 
     def corpora(self, name: str, data_dir: Path | None) -> dict[str, Documents]:
-        folder = self.fetch(name, None if data_dir is None else self.place(data_dir))
+        folder = self.fetch(name, None if data_dir is None else self.data_root(data_dir))
         return {split: Documents.of(LongText(folder / file, self.report)) for split, file in FILES.items()}
 
     def fetch(self, name: str, place: Path | None) -> Path:

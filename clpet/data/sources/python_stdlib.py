@@ -1,4 +1,4 @@
-"""Docstrings of the Python standard library: a labelled benchmark that every machine has."""
+"""Docstrings of the Python standard library: a labelled benchmark that needs no download."""
 
 import ast
 import hashlib
@@ -19,8 +19,8 @@ from clpet.errors import DataError
 class PythonStdlib(Source):
     """First paragraphs of the standard library's docstrings; the label is the module they document.
 
-    The text is read from the running Python's own files with `ast` and nothing is imported, so it differs a
-    little between Python versions: the benchmark's fingerprint says which text a result is about.
+    The files of the running Python are parsed with `ast`, not imported. Their text differs a little between Python
+    versions; the benchmark's fingerprint identifies the text behind a result.
     """
 
     modules: dict[str, list[str]] = field(default_factory=dict)
@@ -41,18 +41,18 @@ class PythonStdlib(Source):
 
 
 def stdlib_docstrings(modules: list[str]) -> dict[str, list[str]]:
-    """First paragraphs of the docstrings of standard-library modules, in an order that only their text decides.
+    """First paragraphs of the docstrings of standard-library modules, in an order that depends only on their text.
 
-    A module is a top-level file or package; `decimal` and the like, whose Python text lives in `_pydecimal`,
-    are read there. Paragraphs of under four words, repeats, and texts found in two of the modules are left out.
-    Raises DataError when a module's source is not installed.
+    A module is a top-level file or package. Modules such as `decimal`, whose Python source is in `_pydecimal`, are read
+    from there. Paragraphs of fewer than four words, repeats, and texts that occur in two of the modules are left out.
+    Raises DataError if the source of a module is not installed.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = {module: _module_paragraphs(root, module) for module in modules}
-    owners = Counter(key for texts in found.values() for key in texts)
+    paragraphs = {module: _module_paragraphs(root, module) for module in modules}
+    occurrences = Counter(key for texts in paragraphs.values() for key in texts)
     return {
-        module: sorted((text for key, text in texts.items() if owners[key] == 1), key=_stable_key)
-        for module, texts in found.items()
+        module: sorted((text for key, text in texts.items() if occurrences[key] == 1), key=_stable_key)
+        for module, texts in paragraphs.items()
     }
 
 
@@ -60,13 +60,13 @@ def _stable_key(text: str) -> str:
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
-@cache  # the runs of a sweep read them once
+@cache  # the runs of a sweep share one process
 def _module_paragraphs(root: Path, module: str) -> dict[str, str]:
-    places = [root / module, root / f"_py{module}.py", root / f"{module}.py"]
-    place = next((path for path in places if path.exists()), None)
-    if place is None:
+    candidates = [root / module, root / f"_py{module}.py", root / f"{module}.py"]
+    source = next((path for path in candidates if path.exists()), None)
+    if source is None:
         raise DataError(f"the standard library at {root} has no source of the module {module}")
-    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    files = sorted(source.rglob("*.py")) if source.is_dir() else [source]
     paragraphs: dict[str, str] = {}
     for file in files:
         if {"test", "tests"} & set(file.relative_to(root).parts):

@@ -1,4 +1,4 @@
-"""A folder, or a data set of the hub, per task."""
+"""One folder, or one data set on the hub, per task."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,12 +20,13 @@ from clpet.errors import DataError
 class Folders(Source):
     """One folder per task with train, validation and test files; from the hub, one data set per task.
 
-    `folders` are the tasks; without any, all sub-folders of data_dir that have data files, in the order of names.
-    `label_space=task` keeps the labels of different tasks apart, `union` lets equal names be one label;
-    `label_sets` names tasks that share their labels (task -> set). `instructions` (task -> text) fill the
-    prompt's {instruction} where the rows have no such column. `words` (task -> label -> word) are what is answered
-    for a label. `references` names a column with all answers that count as right. `test_share` is cut from train
-    where there is no test part.
+    - `folders`: the tasks; by default all sub-folders of data_dir with data files, sorted by name.
+    - `label_space`: with `task`, equal labels of different tasks are distinct; with `union` they are one label.
+    - `label_sets` (task -> set): tasks of the same set share their labels.
+    - `instructions` (task -> text): the prompt's {instruction}, for rows without such a column.
+    - `words` (task -> label -> word): the answer for each label.
+    - `references`: a column with all correct answers.
+    - `test_share`: cut from train for tasks without a test split.
     """
 
     folders: list[str] = field(default_factory=list)
@@ -47,61 +48,61 @@ class Folders(Source):
         require(self.label_space in ("task", "union"), "benchmark.label_space", self.label_space, "task or union")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
-        there = self._discovered(data_dir)
-        wanted = [str(name) for name in self.tasks or self.named_order() or there if name in there]
-        found = {name: self._read_task(name, data_dir) for name in wanted or there}
+        available = self._discover(data_dir)
+        chosen = [str(name) for name in self.tasks or self.named_order() or available if name in available]
+        # Without a match, all are read: the error about an unknown task follows in `load`.
+        tasks = {name: self._read_task(name, data_dir) for name in chosen or available}
         self.drop_bad()
-        for splits in found.values():
+        for splits in tasks.values():
             if self.test_share and not splits.get("test"):
                 labelled = not self.answers or has_labels(splits["train"])
                 splits["train"], splits["test"] = split_off(splits["train"], self.test_share, labelled)
-        return found
+        return tasks
 
-    def _discovered(self, data_dir: Path | None) -> list[str]:
-        """The task names; where none are given, all sub-folders of data_dir that have a data file."""
+    def _discover(self, data_dir: Path | None) -> list[str]:
+        """The names of the tasks, by default those of all sub-folders of data_dir with a data file."""
         if data_dir is None:
             if not self.folders:
-                raise DataError(f"benchmark {self.name} is read from local files: say data_dir=FOLDER")
+                raise DataError(f"benchmark {self.name} is read from local files: set data_dir=FOLDER")
             return self.folders
-        place = self.place(data_dir)
-        there = subfolders(place)
-        names = self.folders or [name for name, path in there.items() if tables(path)]
+        root = self.data_root(data_dir)
+        available = subfolders(root)
+        names = self.folders or [name for name, path in available.items() if tables(path)]
         if not names:
-            raise DataError(f"{place} has no folders with data files: one for each task, as a/train.csv, is expected")
-        note_unread(place, [there[name] for name in names if name in there], self.report)
+            raise DataError(f"{root} has no folders with data files: one per task, such as a/train.csv, is expected")
+        note_unread(root, [available[name] for name in names if name in available], self.report)
         return names
 
     def _read_task(self, name: str, data_dir: Path | None) -> Splits:
-        kept: dict[str, Any] = {"objective": self.objective, "prompt": self.prompt}
-        table = Table(
-            name=name, text=self.text, label=self.label, splits=self.splits, references=self.references, **kept
-        )
+        common: dict[str, Any] = {"name": name, "objective": self.objective, "prompt": self.prompt}
+        table = Table(text=self.text, label=self.label, splits=self.splits, references=self.references, **common)
         if data_dir is not None:
             rows = read_local(self._folder(name, data_dir), table.splits, self.report)
         else:
             if name not in self.hub_tasks:
                 raise DataError(
-                    f"task {name} of {self.name} has no data set on the hub that gives its published texts "
-                    "(benchmark.hub_tasks): say data_dir=FOLDER"
+                    f"task {name} of {self.name} has no data set on the hub with its published texts "
+                    "(benchmark.hub_tasks): set data_dir=FOLDER"
                 )
             spec = dict(self.hub_tasks[name])
-            table = Table(name=name, **{**kept, **spec})
+            table = Table(**{**common, **spec})
             rows = read_hub(str(table.hub), table.hub_config, table.hub_revision, table.splits, {}, self.report)
         table.report = self.report
         label = self._labeller(name)
         splits = {}
-        for split, part in rows.items():
-            if "instruction" in table.prompt_columns and "instruction" not in part.columns:
-                part.fill("instruction", self.instructions.get(name, ""))
-            found = [example for _, example in table.examples(part, split)]
-            splits[split] = [dataclasses.replace(example, target=label(str(example.target))) for example in found]
+        for split, split_rows in rows.items():
+            if "instruction" in table.prompt_columns and "instruction" not in split_rows.columns:
+                split_rows.add_column("instruction", self.instructions.get(name, ""))
+            examples = [example for _, example in table.examples(split_rows, split)]
+            splits[split] = [dataclasses.replace(example, target=label(str(example.target))) for example in examples]
         return splits
 
     def _folder(self, name: str, data_dir: Path) -> Path:
-        place = self.place(data_dir)
-        return subfolders(place).get(name, place / name)
+        root = self.data_root(data_dir)
+        return subfolders(root).get(name, root / name)
 
     def _labeller(self, task: str) -> Callable[[Any], str]:
+        """The function from a label in the rows of a task to its label in the benchmark."""
         prefix = "" if self.answers or self.label_space == "union" else f"{(self.label_sets or {}).get(task, task)}: "
         words = self.words.get(task, {})
         return lambda value: prefix + words.get(str(value), str(value))

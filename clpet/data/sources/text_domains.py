@@ -15,7 +15,7 @@ from clpet.data.document_readers import open_readers
 from clpet.data.documents import Documents
 from clpet.data.read_report import ReadReport
 from clpet.data.sources import Kind, Source
-from clpet.data.tabular_files import existing
+from clpet.data.tabular_files import data_folder
 from clpet.data.task_order import balanced, order_domains
 from clpet.errors import DataError, suggest
 
@@ -86,7 +86,7 @@ class Domains(Source):
 
     def load(self, data_dir: str | None) -> Benchmark:
         """The benchmark in training order, split, limited, balanced and decontaminated. Raises DataError."""
-        folder, self.report = existing(data_dir), ReadReport("documents")
+        folder, self.report = data_folder(data_dir), ReadReport("documents")
         there = self.names(folder)
         if self.base is not None and self.base not in there:
             raise DataError(f"benchmark.base={self.base} is no domain of {self.name}{suggest(self.base, there)}")
@@ -142,7 +142,7 @@ class Domains(Source):
 
     def _tasks(self, full: dict[str, dict[str, Documents]]) -> dict[str, Task]:
         """Limits first, then the balance inside the sequence; test texts are compared to all of train."""
-        most = self.most_validation(self.max_train)
+        most = self.validation_limit(self.max_train)
         limits = {self.base: self.max_base or self.max_train}
         train = {name: parts["train"].limited(limits.get(name, self.max_train)) for name, parts in full.items()}
         names = [name for name in full if name != self.base]
@@ -238,8 +238,8 @@ class TextDomains(Domains):
 
     def names(self, data_dir: Path | None) -> list[str]:
         if data_dir is None:
-            raise DataError(f"benchmark {self.name} is read from local files: say data_dir=FOLDER")
-        place = self.place(data_dir)
+            raise DataError(f"benchmark {self.name} is read from local files: set data_dir=FOLDER")
+        place = self.data_root(data_dir)
         found = domain_files(place, self.report)
         if not found:
             raise DataError(
@@ -255,7 +255,7 @@ class TextDomains(Domains):
 
     def corpora(self, name: str, data_dir: Path | None) -> dict[str, Documents]:
         assert data_dir is not None
-        place = self.place(data_dir)
+        place = self.data_root(data_dir)
         files = named_splits(domain_files(place, self.report)[name], place, self.report)
         return {
             split: Documents.of(*open_readers(own, self.text, self.document, self.report))
