@@ -1,4 +1,4 @@
-"""Shared fixtures: a small benchmark, a method set up on the tiny model, and the command line in process."""
+"""Shared fixtures: small benchmarks, a method set up on the tiny model, and the command line in this process."""
 
 import copy
 import inspect
@@ -18,22 +18,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(os.environ.get("CLPET_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 
 
-# What a test of equal bits is known by in its own source.
+# A test whose source matches compares bits.
 BITS = re.compile(r"torch\.equal|assert_array_equal|rtol=0|bit for bit|\bbits\b|bit-identical|bitwise|to_the_bit")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the tests that compare bits where they are selected: they hold on any processor (CONTRIBUTING.md)."""
+    """Adds the marker `bits` to tests that compare bits, if it is selected (see `make bits` in CONTRIBUTING.md)."""
     for item in items if "bits" in config.option.markexpr else ():
         if isinstance(item, pytest.Function) and BITS.search(inspect.getsource(item.function)):
             item.add_marker("bits")
 
 
 def shared(*parts: str) -> Path:
-    """A folder of real data beside the checkout; the test is skipped where it is absent."""
+    """A folder of real data next to the checkout; skips the test if it is missing."""
     path = SHARED.joinpath(*parts)
     if not path.exists():
-        pytest.skip(f"real data {'/'.join(parts)} is not here")
+        pytest.skip(f"real data {'/'.join(parts)} is missing")
     return path
 
 
@@ -45,7 +45,7 @@ WORDS = {
 
 
 def write_words(folder: Path, copies: int = 6) -> Path:
-    """A jsonl benchmark of 12 labels that a tiny model can learn: the label's own word, repeated."""
+    """Writes a jsonl benchmark of 12 labels that a tiny model can learn: texts repeat the label's word."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {"train": [], "validation": [], "test": []}
     for task, labels in WORDS.items():
@@ -67,7 +67,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def shipped_yamls_are_parsed_once() -> Iterator[None]:
-    """Hydra parses some 30 YAMLs for each of about a thousand compositions: half of the time they take."""
+    """Caches parsed YAMLs: Hydra parses about 30 for each of a thousand compositions, half of their time."""
     from hydra._internal.config_repository import ConfigRepository
 
     from clpet.config.compose import conf_dir
@@ -76,10 +76,10 @@ def shipped_yamls_are_parsed_once() -> Iterator[None]:
 
     def load_config(self, config_path):
         if {source.path for source in self.sources if source.scheme() == "file"} != {str(conf_dir())}:
-            return parse(self, config_path)  # a test's own files may change
+            return parse(self, config_path)  # files of a test may change
         if config_path not in parsed:
             parsed[config_path] = parse(self, config_path)
-        return copy.deepcopy(parsed[config_path])  # compositions write into what they are given
+        return copy.deepcopy(parsed[config_path])  # compositions modify the parsed YAML
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigRepository, "load_config", load_config)
@@ -87,7 +87,7 @@ def shipped_yamls_are_parsed_once() -> Iterator[None]:
 
 
 def run_cli(*words: object) -> int:
-    """Runs `clpet ...` in this process; its exit code."""
+    """Runs `clpet ...` in this process; returns the exit code."""
     from hydra.core.global_hydra import GlobalHydra
 
     from clpet.cli import main
@@ -116,14 +116,14 @@ def clpet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
 
 
 def methods_of(objective: str) -> list[str]:
-    """The methods that do an objective."""
+    """The methods that support an objective."""
     from omegaconf import OmegaConf
 
     from clpet.cli.options import options
     from clpet.config.build import find_class
 
     classes = {name: find_class(OmegaConf.load(path)["_target_"], "method") for name, path in options("method").items()}
-    return sorted(name for name, found in classes.items() if objective in found.objectives)
+    return sorted(name for name, cls in classes.items() if objective in cls.objectives)
 
 
 PROSE = {
@@ -134,7 +134,7 @@ PROSE = {
 
 
 def write_prose(folder: Path, copies: int = 40) -> Path:
-    """Three domains of plain text, a jsonl file of documents for each split."""
+    """Writes three domains of plain text, with a jsonl file of documents per split."""
     for domain, lines in PROSE.items():
         (folder / domain).mkdir(parents=True, exist_ok=True)
         for split, count in {"train": copies, "validation": 3, "test": 3}.items():
@@ -168,7 +168,7 @@ def make(words: Path):
 
 
 def set_up(overrides: list[str]) -> SimpleNamespace:
-    """A method set up as a run would: (method, trainer, benchmark, data, config), and `learn` for a task by number."""
+    """A method set up as in a run: method, trainer, benchmark, data, config, and `learn(index)` for a task."""
     from hydra import compose, initialize_config_dir
 
     from clpet.config.build import parse_config
@@ -197,7 +197,7 @@ def set_up(overrides: list[str]) -> SimpleNamespace:
 
 
 class Silent:
-    """A progress display that shows nothing."""
+    """A progress display without output."""
 
     def fit(self, stage: str, epochs: int, steps: int) -> None: ...
     def resumed(self, steps: int, examples: int) -> None: ...
@@ -206,12 +206,12 @@ class Silent:
 
 
 def double(values: list) -> torch.Tensor:
-    """A fp64 tensor."""
+    """An fp64 tensor."""
     return torch.tensor(values, dtype=torch.float64)
 
 
 def scores(run: SimpleNamespace, rows: np.ndarray) -> torch.Tensor:
-    """[rows, 12]: what a method of `make` answers on test examples."""
+    """[rows, 12]: scores of a method of `make` for test examples."""
     from clpet.methods.base import Choices
 
     with torch.inference_mode():

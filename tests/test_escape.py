@@ -1,4 +1,4 @@
-"""Names from data in what is printed: nothing a terminal, a table or a spreadsheet would obey."""
+"""Names from data are escaped for terminals, tables and spreadsheets."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from tests.conftest import tiny_args, write_words
     ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"), ("a\x00b\x7f", r"a\x00b\x7f"), ("left\u202eright", r"left\u202eright"),
     ("half \ud800", r"half \ud800"), ("two\nlines\r", r"two\nlines\r"), ("caf\u00e9 \u65e5\u672c \u0646\u200c\u0645\u00a0!", "caf\u00e9 \u65e5\u672c \u0646\u200c\u0645\u00a0!"),
 ])  # fmt: skip
-def test_a_terminal_obeys_nothing(text: str, shown: str) -> None:
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
     assert inline(text) == shown
     assert printable("two\nlines\x1b") == "two\nlines\\x1b"
     assert table(["name"], [[text]]).count("\n") == 1
@@ -36,7 +36,7 @@ def test_cells_of_markdown(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+x", "-cmd", "@sum", "-1+2", "=cmd|' /C calc'!A0", "\uff1d1"])
-def test_a_spreadsheet_computes_no_name(text: str) -> None:
+def test_names_are_not_formulas_of_a_spreadsheet(text: str) -> None:
     assert spreadsheet(text) == f"'{text}"
 
 
@@ -84,7 +84,7 @@ def test_the_display_shows_markup_as_text() -> None:
 
 
 def test_a_run_and_the_report_on_its_data(clpet, tmp_path: Path) -> None:
-    """The command line prints names of tasks and labels that hold escapes, in results, warnings and complaints."""
+    """Task names with control characters are escaped in results, warnings and errors of the command line."""
     folder, bad = write_words(tmp_path / "w"), "\x1b[31mriver\x07"
     for file in folder.iterdir():
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -93,12 +93,12 @@ def test_a_run_and_the_report_on_its_data(clpet, tmp_path: Path) -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in changed))
     args = tiny_args(folder, "method=sequential", "train.epochs=1")
     for words in (["train", *args], ["runs", "outputs"], ["data", "files", *args[4:-2]]):
-        found = clpet(*words)
-        assert found.code == 0, found.err
-        assert "\x1b" not in found.out + found.err
-        assert "\x07" not in found.out + found.err
+        result = clpet(*words)
+        assert result.code == 0, result.err
+        assert "\x1b" not in result.out + result.err
+        assert "\x07" not in result.out + result.err
     (run,) = tmp_path.glob("outputs/*/*/s*")
     assert "\x1b" not in (run / "train.log").read_text() + (run / "transfer.csv").read_text()
-    found = clpet("train", *args, "benchmark.tasks=[\x1b[2J]")
-    assert found.code == 2
-    assert "\x1b" not in found.err
+    result = clpet("train", *args, "benchmark.tasks=[\x1b[2J]")
+    assert result.code == 2
+    assert "\x1b" not in result.err

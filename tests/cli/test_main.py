@@ -1,4 +1,4 @@
-"""The command line as a newcomer meets it: help, lists, mistakes, sweeps, plugins."""
+"""The command line: help, lists, errors, sweeps, plugins."""
 
 import json
 import os
@@ -18,19 +18,19 @@ CLPET = [sys.executable, "-m", "clpet"]
 
 
 def imported(tmp_path: Path, *words: str, code: int = 0) -> set[str]:
-    """The packages that are slow to import and that a command imports all the same."""
+    """The slow packages that a command imports."""
     probe = (
         "import sys; from clpet.cli import main; code = main.main_with_errors(sys.argv[1:]); "
         "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr); sys.exit(code)"
     )
     command = [sys.executable, "-c", probe, *words]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert found.returncode == code, found.stderr
-    return {"torch", "transformers", "peft", "datasets", "hydra", "numpy", "rich"} & set(found.stderr.split())
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    return {"torch", "transformers", "peft", "datasets", "hydra", "numpy", "rich"} & set(result.stderr.split())
 
 
 def test_commands_import_only_what_they_need(tmp_path: Path) -> None:
-    """Help and lists answer at once; a mistyped value is told, and runs are read back, without torch."""
+    """Help and lists import none of them; a wrong value is reported, and runs are read, without torch."""
     assert imported(tmp_path, "--help") == set()
     assert imported(tmp_path, "list", "methods") == set()
     heavy = {"torch", "transformers", "peft", "datasets"}
@@ -53,8 +53,8 @@ def test_help_and_the_config_are_printed_quickly(tmp_path: Path) -> None:
 
 
 def test_lists(clpet) -> None:
-    found = clpet("list", "methods")
-    assert {line.split()[0] for line in found.out.splitlines()} >= {
+    result = clpet("list", "methods")
+    assert {line.split()[0] for line in result.out.splitlines()} >= {
         "dynamic_conpet",
         "independent",
         "joint",
@@ -77,12 +77,12 @@ def test_an_overview_counts_the_options_of_every_group(clpet) -> None:
     assert sum(int(counts[paper]) for paper in papers) == int(counts["experiments"])
 
 
-def test_train_help_names_groups_and_examples(clpet) -> None:
+def test_train_help_exits(clpet) -> None:
     with pytest.raises(SystemExit):
         clpet("train", "--help")
 
 
-def test_flags_may_stand_anywhere(clpet) -> None:
+def test_flags_may_come_anywhere(clpet) -> None:
     from clpet.cli.options import normalize_argv
 
     words = ["method=sequential", "-m", "seed=0,1", "--cfg", "job", "tasks=[a]"]
@@ -96,10 +96,10 @@ def test_flags_may_stand_anywhere(clpet) -> None:
 )  # fmt: skip
 def test_shell_completion_goes_through_the_subcommand(line: str, expected: str, tmp_path: Path) -> None:
     env = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
-    found = subprocess.run(
+    result = subprocess.run(
         [*CLPET, "-sc", "query=bash"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert expected in found.stdout.split()
+    assert expected in result.stdout.split()
 
 
 def test_shell_completion_offers_runs(tmp_path: Path) -> None:
@@ -108,42 +108,42 @@ def test_shell_completion_offers_runs(tmp_path: Path) -> None:
     for command in ("show", "eval", "export"):
         line = f"clpet {command} outputs/fi"
         env = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
-        found = subprocess.run([*CLPET, "-sc", "query=bash"], env=env, cwd=tmp_path, capture_output=True, check=True)
-        assert found.stdout.decode().split() == [str(run.relative_to(tmp_path))]
+        result = subprocess.run([*CLPET, "-sc", "query=bash"], env=env, cwd=tmp_path, capture_output=True, check=True)
+        assert result.stdout.decode().split() == [str(run.relative_to(tmp_path))]
 
 
-def test_dry_run_shows_what_a_run_would_be_and_leaves_nothing(clpet, words: Path, tmp_path: Path) -> None:
-    found = clpet("train", *tiny_args(words), "dry_run=true")
-    assert found.code == 0
-    for part in ("3 tasks, 12 labels", "labels apple, fig, pear, plum", "[CLS]", "trainable parameters", "times fewer",
+def test_a_dry_run_describes_the_run_and_writes_nothing(clpet, words: Path, tmp_path: Path) -> None:
+    result = clpet("train", *tiny_args(words), "dry_run=true")
+    assert result.code == 0
+    for text in ("3 tasks, 12 labels", "labels apple, fig, pear, plum", "[CLS]", "trainable parameters", "times fewer",
                  "steps    fruit module 4", "selector 12 + module 6", "peak memory"):  # fmt: skip
-        assert part in found.out, part
+        assert text in result.out, text
     assert not list(tmp_path.glob("outputs/files"))
 
 
-def test_parameters_of_a_model_whose_weights_are_not_here(clpet) -> None:
+def test_parameters_of_a_model_without_local_weights(clpet) -> None:
     """Counted from the config alone: 3213 times fewer without a head (ConPET oracle 1)."""
-    found = clpet("train", "model=llama_7b", "peft.r=4", "dry_run=true", "tracking=off")
-    assert found.code == 0, found.err
-    assert "trainable parameters 2,097,152 of 6,738,415,616: 0.031 %, 3213.1 times fewer" in found.out
-    assert f"{2_097_152 + 20 * 4097:,}" in found.out
+    result = clpet("train", "model=llama_7b", "peft.r=4", "dry_run=true", "tracking=off")
+    assert result.code == 0, result.err
+    assert "trainable parameters 2,097,152 of 6,738,415,616: 0.031 %, 3213.1 times fewer" in result.out
+    assert f"{2_097_152 + 20 * 4097:,}" in result.out
     fewrel = ["benchmark=fewrel", f"data_dir={shared('data')}"]
     assert "2778.8 times fewer" in clpet("train", "model=llama_7b", "peft.r=4", "dry_run=true", *fewrel).out
 
 
 def test_a_sweep_compares_with_a_paired_test(clpet, words: Path) -> None:
-    """Multirun over methods and seeds, then mean ± deviation, formulas, and references found by setting."""
+    """A sweep over methods and seeds: mean ± standard deviation, formulas, and reference runs of the same setting."""
     args = [*tiny_args(words), "train.lr=2e-2"]
     assert clpet("train", "-m", "method=sequential,joint,independent", "seed=0,1", *args).code == 0
     listing = clpet("runs").out
     assert listing.count("files") >= 6
-    found = clpet("runs", "--compare", "method", "--metrics", "average,bwt,fwt_single_task,intransigence")
-    assert found.code == 0
-    rows = {line.split()[0]: line for line in reversed(found.out.splitlines()) if line}
+    result = clpet("runs", "--compare", "method", "--metrics", "average,bwt,fwt_single_task,intransigence")
+    assert result.code == 0
+    rows = {line.split()[0]: line for line in reversed(result.out.splitlines()) if line}
     assert "±" in rows["sequential"]
-    assert rows["sequential"].split().count("-") == 0  # both reference runs were found
-    assert "95 % interval" in found.out
-    assert "independent (task given)" in found.out
+    assert rows["sequential"].split().count("-") == 0  # both reference runs exist
+    assert "95 % interval" in result.out
+    assert "independent (task given)" in result.out
     for form, mark in (
         ("md", "| --- |"),
         ("csv", "benchmark,objective,metric,data,split,view,method,"),
@@ -163,7 +163,7 @@ def test_show_gives_formulas_and_names_missing_references(clpet, words: Path, tm
     assert "needs: clpet train method=independent model=tiny" in full
 
 
-def test_own_method_is_one_python_file_and_one_yaml(clpet, words: Path, tmp_path: Path) -> None:
+def test_a_users_method_is_one_python_file_and_one_yaml(clpet, words: Path, tmp_path: Path) -> None:
     """A method in the user's own folder: gradients halved, everything else inherited."""
     mine = tmp_path / "mine"
     (mine / "method").mkdir(parents=True)
@@ -180,8 +180,8 @@ def test_own_method_is_one_python_file_and_one_yaml(clpet, words: Path, tmp_path
     (mine / "method" / "gentle.yaml").write_text(
         "# Halves gradients.\n_target_: gentle.Gentle\nname: gentle\nfactor: 0.25\n"
     )
-    found = clpet("train", "--config-dir", mine, "method=gentle", *tiny_args(words))
-    assert found.code == 0, found.err
+    result = clpet("train", "--config-dir", mine, "method=gentle", *tiny_args(words))
+    assert result.code == 0, result.err
     assert list(tmp_path.glob("outputs/files/gentle/s0-*/results.json"))
     assert "Halves gradients" in clpet("list", "methods", "--config-dir", mine).out
 
@@ -190,7 +190,7 @@ def test_own_method_is_one_python_file_and_one_yaml(clpet, words: Path, tmp_path
     ("def learn(self, *_):\n        return undefined", "NameError: name 'undefined' is not defined"),
     ("def learn(self:", "SyntaxError: "),
 ])  # fmt: skip
-def test_a_mistake_in_ones_own_method_is_said_with_its_place(
+def test_an_error_in_a_users_method_is_reported_with_file_and_line(
     code: str, error: str, clpet, words: Path, tmp_path: Path
 ) -> None:
     name = "mine" + error.split(":")[0].lower()
@@ -200,60 +200,60 @@ def test_a_mistake_in_ones_own_method_is_said_with_its_place(
     )
     (tmp_path / "mine" / f"{name}.py").write_text(f"{body}    {code}\n")
     (tmp_path / "mine" / "method" / "mine.yaml").write_text(f"_target_: {name}.Mine\nname: mine\n")
-    found = clpet("train", "--config-dir", tmp_path / "mine", "method=mine", *tiny_args(words))
-    assert found.code == 1
-    assert found.err.count("\n") == 1
-    assert f"mine/{name}.py:" in found.err
-    assert error in found.err
-    assert "report" not in found.err
+    result = clpet("train", "--config-dir", tmp_path / "mine", "method=mine", *tiny_args(words))
+    assert result.code == 1
+    assert result.err.count("\n") == 1
+    assert f"mine/{name}.py:" in result.err
+    assert error in result.err
+    assert "report" not in result.err
 
 
-def test_a_class_from_elsewhere_is_not_run(clpet, words: Path, tmp_path: Path) -> None:
-    found = clpet("train", "method=sequential", *tiny_args(words), "method._target_=os.system")
-    assert found.code == 2
-    assert "neither part of clpet nor in a --config-dir folder" in found.err
+def test_a_class_of_another_package_is_rejected(clpet, words: Path, tmp_path: Path) -> None:
+    result = clpet("train", "method=sequential", *tiny_args(words), "method._target_=os.system")
+    assert result.code == 2
+    assert "neither part of clpet nor in a --config-dir folder" in result.err
 
 
-def test_a_benchmark_of_ones_own_is_inspected(clpet, words: Path, tmp_path: Path) -> None:
+def test_data_describes_a_users_benchmark(clpet, words: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine" / "benchmark"
     mine.mkdir(parents=True)
     yaml = "# Mine.\ndefaults:\n  - files@_here_\n  - _self_\nname: mine\ntask: task\n"
     (mine / "mine.yaml").write_text(yaml)
-    found = clpet("data", "mine", f"data_dir={words}", "model=tiny", "--config-dir", mine.parent)
-    assert found.code == 0, found.err
-    assert "river" in found.out
+    result = clpet("data", "mine", f"data_dir={words}", "model=tiny", "--config-dir", mine.parent)
+    assert result.code == 0, result.err
+    assert "river" in result.out
 
 
-def test_what_nobody_foresaw_is_one_line_and_a_file(clpet, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_one_line_and_a_file(clpet, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from clpet.run import Experiment
 
     def broken(*_: object) -> None:
         raise RuntimeError("out of cheese\nsecond line")
 
     monkeypatch.setattr(Experiment, "learn", broken)
-    found = clpet("train", "method=sequential", *tiny_args(words))
-    assert found.code == 1
-    assert found.err.count("\n") == 1
-    assert "RuntimeError: out of cheese" in found.err
-    path = Path(found.err.split("report it with ")[1].split(": RuntimeError")[0])
+    result = clpet("train", "method=sequential", *tiny_args(words))
+    assert result.code == 1
+    assert result.err.count("\n") == 1
+    assert "RuntimeError: out of cheese" in result.err
+    path = Path(result.err.split("report it with ")[1].split(": RuntimeError")[0])
     assert "Traceback" in path.read_text()
 
 
 def test_a_failing_run_does_not_stop_a_sweep(clpet, words: Path, tmp_path: Path) -> None:
-    found = clpet("train", "-m", "method=sequential,joint", "replay=none,fixed", *tiny_args(words))
-    assert found.code == 2
-    assert found.err.count("does not replay") == 2
-    assert "clpet: method=sequential replay=fixed: method=sequential does not replay" in found.err
-    assert "[1] method=sequential replay=none" in found.out
+    result = clpet("train", "-m", "method=sequential,joint", "replay=none,fixed", *tiny_args(words))
+    assert result.code == 2
+    assert result.err.count("does not replay") == 2
+    assert "clpet: method=sequential replay=fixed: method=sequential does not replay" in result.err
+    assert "[1] method=sequential replay=none" in result.out
     assert len(list(tmp_path.glob("outputs/*/*/s*/results.json"))) == 2
 
 
 def test_data_report(clpet, words: Path) -> None:
-    found = clpet("data", "files", f"data_dir={words}", "benchmark.task=task", "model=tiny")
-    assert found.code == 0
-    assert [line.split()[:4] for line in found.out.splitlines()[1:4]] == [["fruit", "24", "8", "8"], ["metal", "24", "8", "8"],
+    result = clpet("data", "files", f"data_dir={words}", "benchmark.task=task", "model=tiny")
+    assert result.code == 0
+    assert [line.split()[:4] for line in result.out.splitlines()[1:4]] == [["fruit", "24", "8", "8"], ["metal", "24", "8", "8"],
                                                                          ["river", "24", "8", "8"]]  # fmt: skip
-    assert "fingerprint: " in found.out
+    assert "fingerprint: " in result.out
 
 
 def test_a_warning_when_test_text_is_in_train(clpet, tmp_path: Path) -> None:
@@ -261,9 +261,9 @@ def test_a_warning_when_test_text_is_in_train(clpet, tmp_path: Path) -> None:
     train = (data / "train.jsonl").read_text().splitlines()
     with (data / "test.jsonl").open("a") as file:
         file.write(train[0] + "\n")
-    found = clpet("train", "method=sequential", *tiny_args(data))
-    assert found.code == 0
-    assert "1 of 25 test texts of files also occur in train" in found.err + found.out
+    result = clpet("train", "method=sequential", *tiny_args(data))
+    assert result.code == 0
+    assert "1 of 25 test texts of files also occur in train" in result.err + result.out
     (path,) = tmp_path.glob("outputs/*/*/s*/results.json")
     assert json.loads(path.read_text())["data"]["overlaps"] == {"test in train": 1}
 
@@ -282,17 +282,17 @@ def test_parquet_and_jsonl_give_the_same_run(clpet, words: Path, tmp_path: Path)
     assert scores[0] == scores[1]
 
 
-def test_an_unfinished_run_is_shown_as_far_as_it_is(clpet, words: Path, tmp_path: Path) -> None:
+def test_show_prints_the_finished_tasks_of_an_unfinished_run(clpet, words: Path, tmp_path: Path) -> None:
     assert clpet("train", "method=sequential", *tiny_args(words)).code == 0
     (run,) = tmp_path.glob("outputs/*/*/s*")
     (run / "results.json").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:3]) + "\n")
-    found = clpet("show", run)
-    assert found.code == 0
-    assert "not finished, 2 tasks done of 3; resume with:" in found.out
-    assert "metal" in found.out.splitlines()[-1]
-    assert "fruit" in found.out.splitlines()[-2]
+    result = clpet("show", run)
+    assert result.code == 0
+    assert "not finished, 2 tasks done of 3; resume with:" in result.out
+    assert "metal" in result.out.splitlines()[-1]
+    assert "fruit" in result.out.splitlines()[-2]
     (run / "metrics.jsonl").write_text('{"done": "x"}\n')
     assert clpet("show", run).code == 2
     again = clpet("train", "method=sequential", *tiny_args(words))

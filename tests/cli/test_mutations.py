@@ -1,4 +1,4 @@
-"""Configurations and data files with anything in them: a run, or one line, and nothing that a later run trips over."""
+"""Random configurations and data files: each gives a run or a one-line error, and later runs still work."""
 
 import contextlib
 import copy
@@ -22,8 +22,8 @@ MANY = settings(max_examples=100, deadline=None, suppress_health_check=list(Heal
 VALUES = ["null", "-1", "0", "1", "2", "3", "0.5", "-0.5", "1e-9", "nan", "inf", "-inf", "true", "false", "''", "x", "[]",
           "[a,b]", "[1]", "{}", "{a: 1}", "../../x", "/dev/null", "'${oc.env:HOME}'", "'${x}'", "'{text}'", "a=b", "[", "é",
           "'\\x00'", "9" * 30, "first", "all"]  # fmt: skip
-# Where files go, what is asked of the machine, and what would only make a run long.
-KEPT = (
+# Options that are not varied: locations, hardware, and those that would only make a run long.
+EXCLUDED = (
     "output_dir",
     "cache_dir",
     "data_dir",
@@ -42,58 +42,58 @@ GROUPS = {
 
 
 def keys(node: DictConfig, prefix: str = "") -> list[str]:
-    """Dotted names of all knobs."""
-    found = []
+    """Dotted names of all options except EXCLUDED ones."""
+    names = []
     for name, value in node.items_ex(resolve=False):
         key = f"{prefix}{name}"
-        found += keys(value, f"{key}.") if isinstance(value, DictConfig) else [key]
-    return [key for key in found if not key.startswith(KEPT)]
+        names += keys(value, f"{key}.") if isinstance(value, DictConfig) else [key]
+    return [key for key in names if not key.startswith(EXCLUDED)]
 
 
 @pytest.fixture(scope="module")
-def knobs(words: Path) -> list[str]:
+def option_keys(words: Path) -> list[str]:
     from clpet.config.compose import compose_config
 
     return keys(compose_config(["method=kif", *tiny_args(words)]))
 
 
-def fits(found: Any) -> None:
-    """A run, or one line and its exit code."""
-    assert found.code in (0, 1, 2), found.err
-    assert "internal error" not in found.err
-    assert "Traceback" not in found.err + found.out
-    if found.code:
-        assert found.err.splitlines()[-1].startswith("clpet: ")
+def check_run_or_one_line(result: Any) -> None:
+    """Checks for a successful run, or one line and its exit code."""
+    assert result.code in (0, 1, 2), result.err
+    assert "internal error" not in result.err
+    assert "Traceback" not in result.err + result.out
+    if result.code:
+        assert result.err.splitlines()[-1].startswith("clpet: ")
 
 
-def no_trap(clpet, args: list[str]) -> None:
-    """The run that was meant goes on as if nothing had been."""
+def check_later_run(clpet, args: list[str]) -> None:
+    """Checks that valid input still gives a run after all the invalid ones."""
     again = clpet(*args)
     assert again.code == 0, again.err
 
 
-def test_any_configuration_is_a_run_or_one_line(knobs: list[str], words: Path, clpet, tmp_path: Path) -> None:
+def test_any_configuration_is_a_run_or_one_line(option_keys: list[str], words: Path, clpet, tmp_path: Path) -> None:
     codes = []
     group = st.sampled_from([(name, option) for name, options in GROUPS.items() for option in options])
-    knob = st.tuples(st.sampled_from(knobs), st.sampled_from(VALUES))
+    knob = st.tuples(st.sampled_from(option_keys), st.sampled_from(VALUES))
     args = ["train", *tiny_args(words, "train.epochs=1"), "output_dir=out"]
 
     @MANY
     @given(st.lists(group, max_size=2), st.lists(knob, min_size=1, max_size=2))
     def survives(groups: list, mutations: list) -> None:
         words = [f"{key}={value}" for key, value in dict([*groups, *mutations]).items()]
-        found = clpet(*args, *words)
-        codes.append(found.code)
-        fits(found)
+        result = clpet(*args, *words)
+        codes.append(result.code)
+        check_run_or_one_line(result)
 
     survives()
     assert 2 in codes
-    no_trap(clpet, [*args, "method=kif"])
+    check_later_run(clpet, [*args, "method=kif"])
 
 
 @pytest.mark.parametrize("how", ["rows", "bytes"])
 def test_any_data_are_a_run_or_one_line(how: str, clpet, tmp_path: Path) -> None:
-    """Rows and bytes of the training and test files, each in the place of the good ones."""
+    """Changed rows or bytes in the training or test file."""
     folder = write_words(tmp_path / "words", copies=2)
     good = {split: (folder / f"{split}.jsonl").read_bytes() for split in ("train", "test")}
     args = ["train", "method=replay", *tiny_args(folder, "train.epochs=1"), "output_dir=out"]
@@ -105,9 +105,9 @@ def test_any_data_are_a_run_or_one_line(how: str, clpet, tmp_path: Path) -> None
             (folder / f"{other}.jsonl").write_bytes(text)
         (folder / f"{name}.jsonl").write_bytes(content)
         shutil.rmtree(tmp_path / "out" / ".cache", ignore_errors=True)
-        found = clpet(*args, "fresh=true")
-        codes.append(found.code)
-        fits(found)
+        result = clpet(*args, "fresh=true")
+        codes.append(result.code)
+        check_run_or_one_line(result)
 
     @settings(MANY, max_examples=50)
     @given(split, st.data())
@@ -128,7 +128,7 @@ def test_any_data_are_a_run_or_one_line(how: str, clpet, tmp_path: Path) -> None
     assert 2 in codes
     for name, text in good.items():
         (folder / f"{name}.jsonl").write_bytes(text)
-    no_trap(clpet, [*args, "fresh=true"])
+    check_later_run(clpet, [*args, "fresh=true"])
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "json", "jsonl"])
@@ -147,12 +147,12 @@ def test_any_file_is_read_or_refused(suffix: str, tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text(json.dumps(rows) if suffix == "json" else (folder / "train.jsonl").read_text())
-    whole = path.read_bytes()
+    intact = path.read_bytes()
 
     @settings(MANY, max_examples=500)
-    @given(st.integers(0, len(whole)), st.integers(0, 200), st.binary(max_size=20))
+    @given(st.integers(0, len(intact)), st.integers(0, 200), st.binary(max_size=20))
     def survives(at: int, gone: int, new: bytes) -> None:
-        path.write_bytes(whole[:at] + new + whole[at + gone :])
+        path.write_bytes(intact[:at] + new + intact[at + gone :])
         with contextlib.suppress(DataError):
             read_local(path.parent, {"train": "train"})
 

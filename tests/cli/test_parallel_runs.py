@@ -1,4 +1,4 @@
-"""A sweep whose runs are carried out at the same time (hardware.parallel_runs)."""
+"""Parallel runs of a sweep (hardware.parallel_runs)."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from clpet.cli import parallel_runs
 from clpet.runtime.signals import EXIT_TEMPFAIL
 from tests.conftest import tiny_args
 
-# In the place of `python -m clpet train`: notes what it was given; seed 1 fails, seed 2 is killed, 3 waits for a signal.
-STAND_IN = """
+# Replaces `python -m clpet train`: records its arguments; seed 1 fails, seed 2 is killed, 3 waits for a signal.
+FAKE_TRAIN = """
 import json, os, pathlib, signal, sys, time
 words = sys.argv[1:]
 (seed,) = (word[5:] for word in words if word.startswith("seed="))
@@ -41,8 +41,8 @@ if seed == "3":
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_runs, "CLPET", [sys.executable, "-c", STAND_IN])
+def fake_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel_runs, "CLPET", [sys.executable, "-c", FAKE_TRAIN])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
@@ -51,13 +51,13 @@ def sweep(words: Path, *more: str) -> list[str]:
     return ["train", "-m", "hardware.parallel_runs=2", *args, *more]
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("fake_train")
 def test_runs_get_their_words_and_cores_and_a_failing_one_does_not_stop_the_others(
     clpet, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
-    found = clpet(*sweep(words, "seed=1,2,0,0,4", "hydra.sweep.dir=${output_dir}", "hydra.verbose=false"))
-    assert (found.code, found.err.splitlines()) == (
+    result = clpet(*sweep(words, "seed=1,2,0,0,4", "hydra.sweep.dir=${output_dir}", "hydra.verbose=false"))
+    assert (result.code, result.err.splitlines()) == (
         2, ["clpet: seed=1: no such file", "clpet: seed=2: ended by SIGKILL"]
     )  # fmt: skip
     noted = {path.name[-1]: json.loads(path.read_text()) for path in tmp_path.glob("noted-*")}
@@ -65,14 +65,14 @@ def test_runs_get_their_words_and_cores_and_a_failing_one_does_not_stop_the_othe
     assert {note["threads"] for note in noted.values()} == {"3"}
     assert "hydra.verbose=false" in noted["0"]["words"]
     assert not any(word == "-m" or word.startswith("hydra.sweep") for word in noted["0"]["words"])
-    lines = found.out.splitlines()
+    lines = result.out.splitlines()
     assert "[1] seed=1: average 50.00 · whole 50.00 on 1 seen tasks" in lines
     assert "[1] seed=1: WARNING: odd data" in lines
     assert all(line.startswith("[") for line in lines), lines
     assert len([line for line in lines if line.startswith("[3] seed=0: ")]) == 3  # started, a task, finished
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("fake_train")
 def test_ctrl_c_reaches_every_run_and_starts_no_more(clpet, words: Path, tmp_path: Path) -> None:
     def press() -> None:
         while len(list(tmp_path.glob("waiting-*"))) < 2:
@@ -80,33 +80,33 @@ def test_ctrl_c_reaches_every_run_and_starts_no_more(clpet, words: Path, tmp_pat
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press, daemon=True).start()
-    found = clpet(*sweep(words, "seed=3", "train.lr=1e-3,2e-3,3e-3"))
-    assert (found.code, found.err.splitlines()) == (
+    result = clpet(*sweep(words, "seed=3", "train.lr=1e-3,2e-3,3e-3"))
+    assert (result.code, result.err.splitlines()) == (
         EXIT_TEMPFAIL, ["clpet: stopped by SIGINT; progress is saved, re-run the same command to resume"]
     )  # fmt: skip
-    lines = found.out.splitlines()
+    lines = result.out.splitlines()
     assert len([line for line in lines if line.endswith(": saved")]) == 2
     assert not any("train.lr=0.003" in line for line in lines)
 
 
 def test_every_run_has_one_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # what the user has set stays
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # a value set by the user is kept
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-6f")
     cfg = OmegaConf.create({"hardware": {"device": "auto", "threads": None}})
-    found = parallel_runs.environments(cfg, 3)
-    assert found == [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "GPU-6f", "4")]
+    result = parallel_runs.environments(cfg, 3)
+    assert result == [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "GPU-6f", "4")]
     cfg.hardware.device = "cpu"
     assert parallel_runs.environments(cfg, 3) == [{}, {}, {}]
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("fake_train")
 def test_options_that_forbid_parallel_runs_are_named(clpet, words: Path, tmp_path: Path) -> None:
     for more, expected in (
         ("hardware.parallel_runs=0", "hardware.parallel_runs must be at least 1, not 0"),
         ("hardware.ranks=2", "hardware.parallel_runs needs hardware.ranks=1, not 2"),
     ):
-        found = clpet(*sweep(words, "seed=0", more))
-        assert (found.code, expected in found.err) == (2, True), found.err
+        result = clpet(*sweep(words, "seed=0", more))
+        assert (result.code, expected in result.err) == (2, True), result.err
     assert not list(tmp_path.glob("noted-*"))
 
 
@@ -115,8 +115,8 @@ def test_a_parallel_sweep_gives_the_scores_of_a_serial_one(clpet, words: Path, t
     """On one thread each; both runs share a cold cache."""
     args = ["train", "-m", *tiny_args(words), "method=dynamic_conpet,replay"]
     assert clpet(*args, "output_dir=serial").code == 0
-    found = clpet(*args, "output_dir=parallel", "hardware.parallel_runs=2")
-    assert found.code == 0, found.err
+    result = clpet(*args, "output_dir=parallel", "hardware.parallel_runs=2")
+    assert result.code == 0, result.err
     scores = {
         root: {
             path.parts[-3]: json.loads(path.read_text())["scores"]
@@ -126,4 +126,4 @@ def test_a_parallel_sweep_gives_the_scores_of_a_serial_one(clpet, words: Path, t
     }
     assert scores["parallel"] == scores["serial"]
     assert scores["serial"].keys() == {"dynamic_conpet", "replay"}
-    assert len([line for line in found.out.splitlines() if " seen tasks" in line]) == 6
+    assert len([line for line in result.out.splitlines() if " seen tasks" in line]) == 6

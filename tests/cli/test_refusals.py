@@ -1,4 +1,4 @@
-"""Mistakes people make: each gets one line that says what was wrong and what would be right, and exit code 2."""
+"""Invalid input: one line with what is wrong, where, and how to fix it, and exit code 2."""
 
 import json
 import os
@@ -9,13 +9,13 @@ import pytest
 from tests.conftest import tiny_args
 
 
-def one_line(found) -> str:
-    """The error of a refused command: exit code 2, one line, no traceback, no run directory."""
-    assert found.code == 2, (found.code, found.err)
-    assert found.err.startswith("clpet: ")
-    assert found.err.count("\n") == 1, found.err
-    assert "Traceback" not in found.out
-    return found.err
+def one_line(result) -> str:
+    """The error message of a rejected command, after checks: exit code 2, one line, no traceback."""
+    assert result.code == 2, (result.code, result.err)
+    assert result.err.startswith("clpet: ")
+    assert result.err.count("\n") == 1, result.err
+    assert "Traceback" not in result.out
+    return result.err
 
 
 BAD = [
@@ -139,8 +139,8 @@ BAD = [
 
 
 @pytest.fixture
-def places(tmp_path: Path, words: Path) -> dict[str, str]:
-    """Good and bad data folders by name."""
+def folders(tmp_path: Path, words: Path) -> dict[str, str]:
+    """{name in BAD: path} of valid and invalid data folders."""
 
     def folder(name: str, train: list[dict], test: list[dict] | None = None) -> str:
         path = tmp_path / name.lower()
@@ -175,8 +175,8 @@ def places(tmp_path: Path, words: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("name", "command", "expected"), BAD, ids=[name for name, _, _ in BAD])
-def test_bad_input_gets_one_line(name: str, command: list[str], expected: str, clpet, places: dict[str, str]) -> None:
-    words = [word.partition("=")[0] + "=" + places.get(word.partition("=")[2], word.partition("=")[2]) if "=" in word else word
+def test_bad_input_gets_one_line(name: str, command: list[str], expected: str, clpet, folders: dict[str, str]) -> None:
+    words = [word.partition("=")[0] + "=" + folders.get(word.partition("=")[2], word.partition("=")[2]) if "=" in word else word
              for word in command]  # fmt: skip
     if words[0] == "train":
         words.insert(1, "tracking=off")
@@ -184,13 +184,13 @@ def test_bad_input_gets_one_line(name: str, command: list[str], expected: str, c
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_an_output_folder_that_may_not_be_written(clpet, words: Path, tmp_path: Path) -> None:
+def test_an_output_folder_without_write_permission(clpet, words: Path, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     assert "locked" in one_line(clpet("train", *tiny_args(words), "output_dir=locked/x"))
 
 
 def test_a_read_only_output_folder(clpet, words: Path) -> None:
-    """/proc takes no folders, whoever asks."""
+    """Nobody can create folders in /proc, not even root."""
     assert "/proc" in one_line(clpet("train", *tiny_args(words), "output_dir=/proc/clpet"))
 
 

@@ -1,4 +1,4 @@
-"""Words of the command line: paths as they are typed reach the configuration, texts get a quoting that works."""
+"""Overrides on the command line: paths reach the configuration as typed, and hints quote texts correctly."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ AWKWARD = ["données (2024)", "a=b", "p#1", "it's", 'say "so"', "x;y", "{a: b}",
 
 @pytest.mark.parametrize("name", AWKWARD)
 def test_a_path_reaches_the_configuration_as_it_was_typed(name: str) -> None:
-    """Blanks, parentheses, =, #, quotes, other alphabets, what looks like a number; twice is the same as once."""
+    """Spaces, parentheses, =, #, quotes, other alphabets, numbers; expanding twice is the same as once."""
     parser = OverridesParser.create()
     for path in (name, f"/data/{name}", f"{name}/inner"):
         word = expand_override(f"data_dir={path}")
@@ -35,7 +35,7 @@ def test_all_path_options_and_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {cfg.data_dir, cfg.output_dir, cfg.cache_dir} == {"/home/a b/x=1"}
 
 
-def test_what_hydra_reads_stays_as_it_is() -> None:
+def test_values_that_hydra_reads_are_unchanged() -> None:
     for value in ("null", "plain/path-1.2_x", "../up", "${output_dir}/c", "'a b'", '"a b"', "choice(a,b)", ""):
         assert path_value(value) == value
     swept = OverridesParser.create().parse_override(expand_override("data_dir=a (1),b=2,c"))
@@ -53,7 +53,7 @@ def test_what_hydra_reads_stays_as_it_is() -> None:
     ],
 )
 def test_a_text_that_hydra_cannot_read_gets_a_quoting_that_works(word: str, right: str, clpet) -> None:
-    """The word that the message shows is one word in a shell, and gives the text that was meant."""
+    """The word in the hint is one word for a shell, and Hydra reads it as the intended text."""
     message = one_line(clpet("train", "tracking=off", "benchmark=files", word))
     (typed,) = shlex.split(message.partition(" twice: ")[2])
     cfg = compose_config(["benchmark=files", expand_override(typed)])
@@ -67,9 +67,9 @@ def test_entries_of_an_empty_table_get_a_word_that_works(clpet) -> None:
 
 
 def test_a_run_in_an_awkward_folder(clpet, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data below the home folder and a data folder with blanks, =, # and accents: found by `clpet data`."""
+    """`clpet data` reads a folder below ~ with spaces, =, # and accents in its name."""
     monkeypatch.setenv("HOME", str(tmp_path))
     os.symlink(words, tmp_path / "données (2024) = #1")
-    found = clpet("data", "files", "data_dir=~/données (2024) = #1", "task=task", "model=tiny")
-    assert found.code == 0, found.err
-    assert "river" in found.out
+    result = clpet("data", "files", "data_dir=~/données (2024) = #1", "task=task", "model=tiny")
+    assert result.code == 0, result.err
+    assert "river" in result.out

