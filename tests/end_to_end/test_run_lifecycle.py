@@ -23,7 +23,7 @@ def test_a_finished_run_returns_at_once_and_fresh_starts_over(words: Path, clpet
     assert path.stat().st_mtime_ns != first
 
 
-def test_a_damaged_checkpoint_is_passed_over(words: Path, clpet, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(words: Path, clpet, tmp_path: Path) -> None:
     args = ["train", "method=replay", *four_tasks(words)]
     assert clpet(*args).code == 0
     (folder,) = (tmp_path / "outputs").glob("*/*/s*")
@@ -64,7 +64,7 @@ def test_two_processes_do_not_share_a_run_directory(words: Path, clpet, tmp_path
 
 
 @pytest.mark.parametrize("matrix", ["full", "seen", "last"])
-def test_how_much_of_the_matrix_is_measured(matrix: str, words: Path, clpet, tmp_path: Path) -> None:
+def test_evaluation_matrix_selects_the_evaluated_entries(matrix: str, words: Path, clpet, tmp_path: Path) -> None:
     assert clpet("train", "method=sequential", *tiny_args(words), f"evaluation.matrix={matrix}").code == 0
     scores = results(tmp_path / "outputs")["scores"]
     measured = [[value is not None for value in row] for row in scores]
@@ -77,7 +77,7 @@ def test_how_much_of_the_matrix_is_measured(matrix: str, words: Path, clpet, tmp
 
 
 def test_files_missing_after_a_kill_are_written_on_resume(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
-    """results.json is written after the figures, and a truncated line of metrics.jsonl does no harm."""
+    """results.json is written after the figures, and a truncated line of metrics.jsonl does not matter."""
     from clpet.reporting.plots import run_figures
 
     args = ["train", "method=sequential", *tiny_args(words)]

@@ -19,7 +19,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def slm(make, encoder: Path):
-    """A method set up on the words benchmark; `distance` puts texts around a point per task, so far apart."""
+    """Builds SLM on the words benchmark; `distance` is that between the centres of the tasks' embeddings."""
 
     def build(*overrides: str, distance: float | None = 10.0) -> SimpleNamespace:
         run = make("method=slm", f"method.encoder={encoder}", "train.lr=2e-2", "method.rank=4",
@@ -34,7 +34,7 @@ def slm(make, encoder: Path):
 
 
 class Around:
-    """Embeddings drawn around a centre for each task, the same for the same text."""
+    """Random embeddings around one centre per task; equal texts have equal embeddings."""
 
     def __init__(self, run: SimpleNamespace, distance: float) -> None:
         centres = torch.randn(len(run.benchmark), 48, generator=torch.Generator().manual_seed(7)) * distance

@@ -1,4 +1,4 @@
-"""Every method on a tiny model: it runs, and a run that was killed ends as one that was not."""
+"""Every method on a tiny model: it learns, and a killed and resumed run ends like an uninterrupted one."""
 
 import json
 import signal
@@ -73,7 +73,7 @@ QUICK = {"dynamic_conpet"}  # the others in the slow tests
 
 
 def speed(variant: list[str]) -> Any:
-    """A variant with its mark."""
+    """A variant as a test parameter, marked as slow unless it is quick."""
     quick = variant[0] in QUICK and len(variant) == 1
     return pytest.param(variant, id="-".join(variant), marks=[] if quick else pytest.mark.slow)
 
@@ -82,7 +82,7 @@ def speed(variant: list[str]) -> Any:
 def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
     variant: list[str], words: Path, clpet, tmp_path: Path
 ) -> None:
-    """kill -9 after task 3 (joint: after its only fit), the same command again: same matrices, adapters, predictions."""
+    """After kill -9 following task 3 (joint: its only fit) the same command ends with equal scores, adapters, predictions."""
     method, *more = variant
     args = ["train", f"method={method}", *four_tasks(words), *more]
     assert clpet(*args, "output_dir=whole").code == 0
@@ -113,7 +113,7 @@ def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_learns_the_words(method: str, make) -> None:
-    """After training on a task, its own labels are told apart better than by chance among four."""
+    """After training, accuracy among the four labels of the task is above chance."""
     run = make(f"method={method}", "train.lr=2e-2", "train.epochs=6")
     from clpet.evaluation.evaluator import Evaluator
 
@@ -127,7 +127,7 @@ def test_a_method_learns_the_words(method: str, make) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trained_parameters_are_those_that_change(method: str, make) -> None:
-    """No tensor outside `parameters()` moves while a task is learned."""
+    """No tensor outside `parameters()` changes while a task is learned."""
     run = make(f"method={method}")
     model = run.method.objective.adapters.model
     base = {
@@ -155,7 +155,7 @@ def test_every_memory_goes_with_every_method_that_replays(method: str, replay: s
 
 @pytest.mark.parametrize("peft", ["ia3", "prompt"])
 def test_a_module_per_task_with_other_adapters(peft: str, make) -> None:
-    """Each task has its own adapter of any kind; the first one keeps its bits while the second learns."""
+    """Each task has an adapter of any kind; the first one is unchanged bit for bit while the second is trained."""
     run = make("method=independent", f"peft={peft}", "train.lr=1e-2")
     run.learn(0)
     adapters = run.method.objective.adapters
@@ -195,9 +195,9 @@ def test_first_state_stays_without_a_better_epoch(make, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("method", ["sequential", "lwf", "ewc", "dynamic_conpet"])
 def test_micro_batches_give_the_same_gradients(method: str, make) -> None:
-    """16 at once and 4 times 4 end in the same weights, penalties and distillation included.
+    """One batch of 16 and four of 4 end in the same weights, including penalties and distillation.
 
-    AdamW makes a full step of a gradient that is nothing but rounding: a larger eps leaves such steps out.
+    AdamW turns a gradient of mere rounding errors into a full step; a larger eps suppresses such steps.
     """
     weights = []
     for size in ("null", "4"):
@@ -229,7 +229,7 @@ def test_joint_validates_on_all_tasks(make) -> None:
 
 
 def test_seconds_are_those_of_learning(make) -> None:
-    """What came before the first task is not counted as its time."""
+    """Time before the first task is not counted."""
     import time
 
     run = make("method=sequential", "train.epochs=1")
@@ -238,7 +238,7 @@ def test_seconds_are_those_of_learning(make) -> None:
     assert run.method.objective.meter.take_learning()["seconds"] < 0.7
 
 
-def test_validation_is_counted_apart(make) -> None:
+def test_validation_is_counted_separately(make) -> None:
     run = make("method=sequential", "train.select=best")
     run.learn(0)
     cost = run.method.objective.meter.take_learning()

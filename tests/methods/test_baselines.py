@@ -1,4 +1,4 @@
-"""Branches per task, added up or routed, against numbers worked by hand; what all baselines have in common."""
+"""LoRA branches per task, added or routed, against numbers computed by hand, and properties of all baselines."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ ROUTED = ["sapt", "mocl", "gain_lora", "l2p"]
 
 
 def test_orthogonality_is_a_sum_of_absolute_values() -> None:
-    """Oracle 1: |A_prev A_new^T| = [[.5, 2], [.5, 1]] sums to 4; the norm of A_new is not squared."""
+    """|A_prev A_new^T| = [[.5, 2], [.5, 1]] sums to 4; the norm of A_new is not squared."""
     old, new = double([[1, 0, 0, 2], [0, 1, 1, 0]]), double([[0.5, 0.5, 0, 0], [0, 0, 1, -1]])
     assert o_lora.overlap(old, new).item() == 4.0
     assert new.norm().item() == pytest.approx(1.5811388301, abs=1e-10)
@@ -54,7 +54,7 @@ def test_orthogonality_keeps_branches_apart(make) -> None:
 
 
 def test_sapt_weights_and_divergence() -> None:
-    """Oracle 7, with the newest branch last: scores [.5, .5, .75], and KL of the stored [.7, .3, 0]."""
+    """The newest branch is last: scores [.5, .5, .75], and the KL of the stored [.7, .3, 0]."""
     scores = sapt.scores(double([[1, 2, 0, -1]]), double([[1, 0, 0, 0], [0, 1, 0, 1], [0.5, 0.5, 0, 0]]))
     assert scores[0].tolist() == [0.5, 0.5, 0.75]
     assert scores.softmax(1)[0].tolist() == pytest.approx([0.3045043424, 0.3045043424, 0.3909913152], abs=1e-10)
@@ -62,7 +62,7 @@ def test_sapt_weights_and_divergence() -> None:
 
 
 def test_sapt_keeps_inputs_and_mean_weights(make) -> None:
-    """Two percent of a task, at least one; weights over the branches there were; old router rows get their term."""
+    """Two percent of a task's inputs, at least one, are stored, and the mean weights over the branches so far."""
     run = make("method=sapt", "method.share=0.2")
     for index in range(3):
         run.learn(index)
@@ -81,8 +81,8 @@ def test_sapt_keeps_inputs_and_mean_weights(make) -> None:
     assert extra.item() == pytest.approx(0.5 * by_hand, rel=1e-3, abs=1e-6)
 
 
-def test_a_stratified_share_has_every_label() -> None:
-    """Oracle 2: sizes of the SuperNI tasks; 14 labels fit into 20 places, 1000 different targets do not."""
+def test_a_stratified_sample_has_every_label() -> None:
+    """Sizes of the SuperNI tasks: a sample of 20 has all of 14 labels, but not 1000 different targets."""
     rng = np.random.default_rng(0)
 
     def sample(count: int, labels: int) -> np.ndarray:
@@ -97,7 +97,7 @@ def test_a_stratified_share_has_every_label() -> None:
 
 
 def test_mocl_weights_and_matching(make) -> None:
-    """Oracle 13: softmax of 8 c, or c itself; the task given leaves out later modules."""
+    """Weights are softmax(8 c) or c; if the task is given, later modules are excluded."""
     cosines = double([[0.9, 0.5]])
     method = mocl.MoCL()
     assert method.weigh(cosines)[0].tolist() == pytest.approx([0.9608342772, 0.0391657228], abs=1e-10)
@@ -115,7 +115,7 @@ def test_mocl_weights_and_matching(make) -> None:
 
 
 def test_mocl_query_of_a_train_row_is_that_of_the_bare_backbone(make) -> None:
-    """What was computed once before the task equals what it is afterwards, whatever the branches learned."""
+    """Queries computed once before the task equal those computed after it, because branches do not change them."""
     run = make("method=mocl", "train.lr=1e-2")
     for index in range(2):
         run.learn(index)
@@ -126,7 +126,7 @@ def test_mocl_query_of_a_train_row_is_that_of_the_bare_backbone(make) -> None:
 
 @pytest.mark.parametrize("name", ROUTED)
 def test_an_answer_does_not_depend_on_the_rest_of_the_batch(name: str, make) -> None:
-    """Nor on padding: texts of different lengths, each alone and all together."""
+    """Nor does it depend on padding: texts of different lengths, each alone and all in one batch."""
     run = make(f"method={name}", "train.lr=1e-2")
     for index in range(2):
         run.learn(index)
@@ -138,7 +138,7 @@ def test_an_answer_does_not_depend_on_the_rest_of_the_batch(name: str, make) -> 
 
 @pytest.mark.parametrize("name", ["inc_lora", "o_lora", "sapt", "ewc", "lwf", "replay"])
 def test_one_task_is_sequential_fine_tuning(name: str, make) -> None:
-    """Oracle 15: from the same start, bit for bit; nothing of these methods acts before task 2."""
+    """From the same start the first task ends in the same bits: these methods act from task 2 on."""
     seq, run = make("method=sequential"), make(f"method={name}")
     if name in INCREMENTS:
         increments, add = run.method.increments, run.method.increments.add
@@ -159,7 +159,7 @@ def test_one_task_is_sequential_fine_tuning(name: str, make) -> None:
 
 @pytest.mark.parametrize("name", [*INCREMENTS, "l2p", "progressive_prompts", "osf", "ewc", "lwf"])
 def test_micro_batches_add_up_to_the_same_gradient(name: str, make) -> None:
-    """Oracle 16: 16 at once or 4 times 4, with every penalty, at random values of what starts from zero."""
+    """One batch of 16 and four of 4 give equal gradients with every penalty, at random values of B and other zeros."""
     more = {"o_lora": ["method.decay=0.1"], "ewc": ["method.merge=average", "method.fisher=batch", "method.strength=100"],
             "lwf": ["method.reduction=mean", "method.temperature=2"]}.get(name, [])  # fmt: skip
     grads = []
@@ -185,7 +185,7 @@ def test_micro_batches_add_up_to_the_same_gradient(name: str, make) -> None:
 
 @pytest.mark.parametrize("name", [*INCREMENTS, "l2p", "progressive_prompts", "osf"])
 def test_a_state_gives_back_the_predictions(name: str, make) -> None:
-    """Oracle 17, after two tasks, bit for bit."""
+    """A restored state gives the same predictions bit for bit after two tasks."""
     run, twin = make(f"method={name}"), make(f"method={name}")
     for index in range(2):
         run.learn(index)

@@ -1,4 +1,4 @@
-"""The static ConPET methods and the no-replay baselines against the oracles of ConPET."""
+"""Static ConPET and the baselines without replay against numbers computed by hand."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from clpet.replay.exemplar import FixedReplay
 
 
 def test_contrastive_loss() -> None:
-    """Oracle 14: terms 0.0183891, 8.8545115, 4.0130441; label A has the first and the third."""
+    """The terms are 0.0183891, 8.8545115, 4.0130441; label A has the first and the third."""
     z, bank = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     labels = torch.tensor([0, 1, 0])
     loss = contrastive(z.double(), torch.tensor([0]), bank.double(), labels, 0.1, 1e-4)
@@ -21,7 +21,7 @@ def test_contrastive_loss() -> None:
 
 
 def test_relation_distillation() -> None:
-    """Oracle 15: target (0.949258, 0.050742), KL 0.0277180."""
+    """Target (0.949258, 0.050742), KL 0.0277180."""
     previous = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     z = torch.tensor([[0.8, 0.6]], dtype=torch.float64)
     kl = relation_distillation(z, torch.tensor([0]), previous, torch.eye(2, dtype=torch.float64), 10)
@@ -29,7 +29,7 @@ def test_relation_distillation() -> None:
 
 
 def test_lwf_distillation() -> None:
-    """Oracle 16: 1.0443203 per example over the old columns only, summed over the batch."""
+    """1.0443203 per example over the old columns only, summed over the batch."""
     teacher, student = torch.tensor([[1.0, 0.0, 5.0]]), torch.tensor([[0.0, 1.0, 9.0]])
     assert distillation(teacher[:, :2], student[:, :2]).item() == pytest.approx(1.0443203, abs=1e-6)
     twice = distillation(teacher[:, :2].repeat(2, 1), student[:, :2].repeat(2, 1))
@@ -37,7 +37,7 @@ def test_lwf_distillation() -> None:
 
 
 def test_lwf_matches_columns_by_label(make) -> None:
-    """Oracle 33: the order in which the head's rows stand does not change the loss."""
+    """The order of the head's rows does not change the loss."""
     losses = []
     for order in (range(12), reversed(range(12))):
         run = make("method=lwf")
@@ -53,7 +53,7 @@ def test_lwf_matches_columns_by_label(make) -> None:
 
 
 def test_ewc_penalty(make) -> None:
-    """Oracle 16: F = 2, difference 3 gives 9 lambda; two tasks' penalties add up exactly as one by one."""
+    """F = 2 and a difference of 3 give 9 lambda; the merged quadratic equals the sum of two tasks' penalties."""
     run = make("method=ewc", "method.strength=1.5")
     method = run.method
     method.grow_head(0)
@@ -109,7 +109,7 @@ def test_ewc_without_strength_is_sequential(make) -> None:
 
 
 def test_alignment_of_an_unchanged_model_is_the_identity(make) -> None:
-    """Oracle 18: with identity A and the same features the error is 0, and A stays."""
+    """With A = I and unchanged features the error is 0, and A does not change."""
     run = make("method=ea_emr")
     u = torch.randn(40, run.method.objective.dim)
     run.method.fit_alignment(u, u.clone(), 0)
@@ -118,7 +118,7 @@ def test_alignment_of_an_unchanged_model_is_the_identity(make) -> None:
 
 @pytest.mark.parametrize("replay", ["dynamic", "fixed"])
 def test_alignment_is_the_identity_after_the_first_task(make, replay: str) -> None:
-    """Oracle 18: targets of new classes equal the inputs."""
+    """Targets of new classes equal the inputs."""
     run = make("method=ea_emr", f"replay={replay}")
     run.learn(0)
     assert torch.equal(run.method.align.weight, torch.eye(run.method.objective.dim))
@@ -127,7 +127,6 @@ def test_alignment_is_the_identity_after_the_first_task(make, replay: str) -> No
 
 
 def test_alignment_changes_predictions_and_not_in_fine_tuning(make) -> None:
-    """Oracle 32."""
     run = make("method=ea_emr", "replay=dynamic", "method.align_lr=1e-2")
     method = run.method
     for index in range(2):
@@ -148,7 +147,7 @@ def test_alignment_changes_predictions_and_not_in_fine_tuning(make) -> None:
 
 @pytest.mark.parametrize("replay", ["dynamic", "fixed"])
 def test_bank_has_no_zero_vector_and_exact_means(make, replay: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle 33: every entry has length one, incremental class means equal a full recomputation."""
+    """Every entry has norm 1, and incremental class means equal a full recomputation."""
     run = make("method=crl", f"replay={replay}")
     checked = []
 
@@ -175,7 +174,7 @@ def test_bank_sample_holds_every_label_of_the_batch() -> None:
     assert set(labels[entries].tolist()) == {0, 1}
 
 
-def test_parts_of_a_batch_meet_the_same_entries_of_the_bank(make) -> None:
+def test_micro_batches_compare_with_the_same_bank_entries(make) -> None:
     """With a sample of the bank, hardware.micro_batch_size changes no result."""
     adapters = []
     for size in ("null", "4"):
@@ -194,7 +193,7 @@ def test_a_row_twice_in_a_batch_is_counted_once() -> None:
 
 
 def test_starred_crl_draws_as_published(make) -> None:
-    """Stage 2: L E batches of half old and half new, at least min(10, n_c) of every class among them."""
+    """Stage 2 has L E batches, half old and half new, with at least min(10, n_c) examples of every class."""
     run = make("method=crl", "replay=dynamic", "replay.limit=30", "method.min_per_class=3")
     for index in range(2):
         run.learn(index)
@@ -222,7 +221,7 @@ def test_crl_answers_the_nearest_class_mean(make) -> None:
 
 
 def test_future_labels_change_nothing_at_test_when_permuted(make) -> None:
-    """Oracle 25: with all labels in the head from the start, future columns cannot be answered."""
+    """With all labels in the head from the start, labels of later tasks are never predicted."""
     run = make("method=emr", "replay=dynamic", "method.future_labels=true")
     for index in range(2):
         run.learn(index)
@@ -238,7 +237,7 @@ def test_future_labels_change_nothing_at_test_when_permuted(make) -> None:
 
 
 def test_loss_at_a_task_does_not_depend_on_how_many_will_come(make, words) -> None:
-    """Oracle 34: two tasks of a benchmark of two, or of three, are learned alike."""
+    """The first two tasks are learned alike in benchmarks of two and of three tasks."""
     weights = []
     for tasks in ("benchmark.tasks=[fruit,metal]", "benchmark.tasks=[fruit,metal,river]"):
         run = make("method=emr", "replay=dynamic", tasks)
@@ -249,7 +248,7 @@ def test_loss_at_a_task_does_not_depend_on_how_many_will_come(make, words) -> No
 
 
 def test_validation_of_old_tasks_cannot_change_while_a_module_learns(make) -> None:
-    """Oracle 31: with K = 1 an old example goes to a frozen module, or is wrong."""
+    """With K = 1 an old example is scored by a frozen module, or is wrong."""
     run = make("method=dynamic_conpet")
     for index in range(2):
         run.learn(index)
@@ -277,7 +276,7 @@ def test_validation_of_old_tasks_cannot_change_while_a_module_learns(make) -> No
 
 
 def test_best_epoch_counts_validation_memories(make) -> None:
-    """EMR validates on the new task's part and the memories' fifth; dynamic on half new, half old draws."""
+    """EMR validates on the new task and a fifth of the memory; replay=dynamic on half new, half old samples."""
     run = make("method=emr", "replay=fixed", "replay.per_class=5")
     run.learn(0)
     assert isinstance(run.method.replay, FixedReplay)

@@ -1,4 +1,4 @@
-"""What ConPET claims: which method is better than which, and that a task's cost does not grow."""
+"""Claims of ConPET: the ranking of methods, and a cost per task that does not grow with the number of tasks."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from clpet.replay.sampled import DynamicReplay
 
 @pytest.fixture(scope="module")
 def relations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 made-up relations in 6 tasks: a word that tells the relation, thrice, among two of 12 words that do not."""
+    """12 artificial relations in 6 tasks: each text repeats its relation's word three times among two of 12 other words."""
     folder, rng = tmp_path_factory.mktemp("relations"), random.Random(1)
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     words = rng.sample([a + b for a in syllables for b in syllables], 24)
@@ -34,7 +34,7 @@ def relations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def whole_accuracy(make, relations: Path):
-    """Whole accuracy in percent after the last task of a method on the relations, and the selector's."""
+    """Micro-averaged accuracy in percent after the last task, and that of the selector."""
 
     def measure(*overrides: str) -> tuple[float, float | None]:
         setting = ["benchmark.task=null", "benchmark.classes_per_task=2", "benchmark.max_length=40"]
@@ -53,9 +53,9 @@ DYNAMIC = ["method=dynamic_conpet", "replay.limit=10"]
 
 @pytest.mark.slow
 def test_one_module_beats_two_and_two_beat_all_and_all_data_beat_a_limit(whole_accuracy) -> None:
-    """Oracle 28, in the published order; oracle 21: what is right was sent to the right module.
+    """The order is the published one, and an example that is right was routed to the right module.
 
-    Seed 0 gives 85, 59, 22 and 99 %; with other seeds one module and two may come out even.
+    Seed 0 gives 85, 59, 22 and 99 %; with other seeds one and two modules may be equally good.
     """
     one, selector = whole_accuracy(*DYNAMIC)
     two, _ = whole_accuracy(*DYNAMIC, "method.top_k=2")
@@ -69,7 +69,7 @@ def test_one_module_beats_two_and_two_beat_all_and_all_data_beat_a_limit(whole_a
 
 @pytest.mark.slow
 def test_replay_is_far_above_regularisation(whole_accuracy) -> None:
-    """Oracle 28: tens of points between EMR* and EWC or LwF, which end near the last task's share of a sixth."""
+    """EMR* is tens of points above EWC and LwF, which end near a sixth, the fraction of the last task."""
     replay, _ = whole_accuracy("method=emr", "replay=dynamic", "replay.limit=10")
     ewc, _ = whole_accuracy("method=ewc")
     lwf, _ = whole_accuracy("method=lwf")
@@ -83,7 +83,7 @@ def test_replay_is_far_above_regularisation(whole_accuracy) -> None:
     ids=["FewRel", "FewNERD"],
 )
 def test_examples_of_a_task_are_a_constant(limit: int, sizes: list[int], static: int, dynamic: int) -> None:
-    """Oracle 29: S E B for EMR*; a selector and a module that skips old examples take 1.5 times that (two of 10 epochs)."""
+    """EMR* takes S E B examples, a selector and a module that skips old examples 1.5 times that (2 of 10 epochs)."""
     tasks = np.repeat(np.arange(len(sizes)), sizes)
     pool = EncodedDataset([[1]] * len(tasks), tasks.tolist(), tasks.tolist(), 0, -1)
     data = Encoded(pool, pool, pool)
@@ -105,7 +105,7 @@ def test_examples_of_a_task_are_a_constant(limit: int, sizes: list[int], static:
 
 @pytest.mark.slow
 def test_the_tenth_task_takes_as_long_as_the_second(make, tmp_path: Path) -> None:
-    """Oracle 29, in processor time of learning: level with dynamic replay, growing where all data come back."""
+    """Processor time of learning is constant with dynamic replay and grows if all data are replayed."""
     lines = [
         json.dumps({"text": f"{label} {i}", "label": f"{label:02d}"}) + "\n" for label in range(20) for i in range(40)
     ]

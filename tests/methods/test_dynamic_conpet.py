@@ -14,7 +14,7 @@ from clpet.objectives.classification import MISSING
 
 
 def test_masked_cross_entropy_and_its_gradient(make) -> None:
-    """Oracles 11 and 30: the K = 1 batch loss by the full formula, and by computing the new half only."""
+    """The K = 1 loss of a batch by the full formula equals that of its new half alone."""
     new = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
     old = torch.tensor([2.0, 0.0], dtype=torch.float64)
     gap = torch.full((2,), MISSING, dtype=torch.float64)
@@ -32,13 +32,11 @@ def test_masked_cross_entropy_and_its_gradient(make) -> None:
 
 
 def test_a_missed_gold_label_costs_a_hundred() -> None:
-    """Oracle 12."""
     z = torch.tensor([[1.0, 0.0, MISSING]], dtype=torch.float64)
     assert F.cross_entropy(z, torch.tensor([2])).item() == pytest.approx(101.3132617, abs=1e-7)
 
 
 def test_union_of_two_modules() -> None:
-    """Oracle 13."""
     z = torch.tensor([2.0, 0.0, 1.0, 3.0])
     assert z.softmax(0).tolist() == pytest.approx([0.23688, 0.03206, 0.08714, 0.64391], abs=1e-5)
     assert z.argmax().item() == 3
@@ -57,7 +55,7 @@ def batch_of(run, rows=None):
 
 
 def test_frozen_modules_keep_their_bits(make) -> None:
-    """Oracle 19: parameters of module j < k are bitwise unchanged by task k, their logits equal the cached ones."""
+    """Parameters of module j < k are bitwise unchanged by task k, their logits equal the cached ones."""
     run = learned(make, "method.top_k=2", tasks=2)
     method = run.method
     before = {k: v.clone() for k, v in method.objective.adapters.tensors(module_name(0)).items()}
@@ -74,7 +72,7 @@ def test_frozen_modules_keep_their_bits(make) -> None:
 
 
 def test_an_oracle_selector_forgets_nothing(make, monkeypatch) -> None:
-    """Oracle 20: with the true task selected and K = 1, what is predicted for task j never changes."""
+    """With K = 1 and a perfect selector, predictions for task j never change."""
     run = make("method=dynamic_conpet")
     monkeypatch.setattr(
         run.method, "ranking", lambda pool, rows: pool.tasks[rows].clip(max=len(run.method.modules) - 1)[:, None]
@@ -93,7 +91,7 @@ def test_an_oracle_selector_forgets_nothing(make, monkeypatch) -> None:
 
 
 def test_correct_needs_correctly_selected(make) -> None:
-    """Oracle 21: with K = 1, #correct <= #correctly selected."""
+    """With K = 1, #correct <= #correctly selected."""
     run = learned(make)
     batch, choices = batch_of(run), Choices(range(12))
     with torch.inference_mode():
@@ -103,7 +101,7 @@ def test_correct_needs_correctly_selected(make) -> None:
 
 
 def test_as_many_modules_as_tasks_need_no_selector(make) -> None:
-    """Oracle 22: K >= number of tasks equals concatenating all heads, and the selector is not there."""
+    """With K >= number of tasks all heads are concatenated, and there is no selector."""
     run = learned(make, "method.top_k=3")
     method, batch = run.method, batch_of(run)
     assert "selector" not in method.objective.adapters.names
@@ -118,7 +116,7 @@ def test_as_many_modules_as_tasks_need_no_selector(make) -> None:
 
 
 def test_selector_head_growth_keeps_old_rows(make) -> None:
-    """Oracle 23: old rows and biases are identical right after the expansion."""
+    """Old rows and biases are identical right after the expansion."""
     run = learned(make, tasks=2)
     selector = run.method.router.head
     weight, bias = selector.weight.detach().clone(), selector.bias.detach().clone()
@@ -131,14 +129,14 @@ def test_selector_head_growth_keeps_old_rows(make) -> None:
 
 
 def test_teacher_forcing_replaces_the_last_selected() -> None:
-    """Oracle 24: the true task is always in the set, whose size stays K."""
+    """The true task is always in the set, whose size stays K."""
     selected = np.array([[0, 1], [2, 0], [1, 2]])
     forced = force_true_task(selected, np.array([3, 0, 1]))
     assert forced.tolist() == [[0, 3], [2, 0], [1, 2]]
 
 
 def test_teacher_forcing_is_for_training_only(make) -> None:
-    """Oracle 24: at test the selection is the selector's own."""
+    """At test the modules are those that the selector ranks highest."""
     run = learned(make, "method.top_k=2")
     method, pool = run.method, run.data.train
     batch = pool.batch(np.arange(len(pool)))
@@ -150,7 +148,6 @@ def test_teacher_forcing_is_for_training_only(make) -> None:
 
 
 def test_answers_are_labels_seen_so_far(make) -> None:
-    """Oracle 25."""
     run = learned(make, tasks=2)
     with torch.inference_mode():
         choices = Choices(run.benchmark.seen_labels(2))
@@ -159,7 +156,6 @@ def test_answers_are_labels_seen_so_far(make) -> None:
 
 
 def test_switching_adapters_and_back_is_exact(make) -> None:
-    """Oracle 26."""
     run = learned(make, tasks=2)
     adapters, batch = run.method.objective.adapters, batch_of(run)
     with torch.inference_mode():
@@ -174,7 +170,7 @@ def test_switching_adapters_and_back_is_exact(make) -> None:
 
 
 def test_cost_of_a_task_is_constant(make) -> None:
-    """Oracle 29: S E B selector examples and half as many module examples, whatever k; decision (d): 1.5 S E B."""
+    """Every task takes S E B examples for the selector and half as many for the module, 1.5 S E B in total."""
     run = make("method=dynamic_conpet", "replay.limit=10")
     costs = []
     for index in range(3):
@@ -185,7 +181,7 @@ def test_cost_of_a_task_is_constant(make) -> None:
 
 
 def test_the_module_stage_forwards_the_new_half_only(make) -> None:
-    """Decision (d): neither old examples nor the selector nor frozen modules are run for module k when K = 1."""
+    """With K = 1 training module k runs neither old examples nor the selector nor frozen modules."""
     run = learned(make, tasks=2)
     seen: list[int] = []
     features = run.method.objective.features
@@ -201,7 +197,7 @@ def test_the_module_stage_forwards_the_new_half_only(make) -> None:
 
 
 def test_skipping_the_old_half_gives_the_full_gradient(make) -> None:
-    """Oracle 30: gradients of module k from the skipped computation equal those of the full batch, in fp64."""
+    """Gradients of module k from the skipped computation equal those of the full batch, in fp64."""
     run = learned(make, "method.top_k=1")
     method = run.method
     method.objective.adapters.model.double()
@@ -228,8 +224,8 @@ def test_skipping_the_old_half_gives_the_full_gradient(make) -> None:
 
 
 @pytest.mark.parametrize("teacher_forcing", [True, False])
-def test_skipping_what_meets_no_new_module_gives_the_full_gradient(make, teacher_forcing: bool) -> None:
-    """K = 2: an example whose selected modules are all frozen adds a constant to the loss, whatever its label."""
+def test_skipping_examples_without_the_new_module_gives_the_full_gradient(make, teacher_forcing: bool) -> None:
+    """With K = 2 an example whose selected modules are all frozen adds a constant to the loss, whatever its label."""
     forcing = f"method.teacher_forcing={str(teacher_forcing).lower()}"
     run = learned(make, "method.top_k=2", "method.selector_ratio=null", forcing)
     method, pool = run.method, run.data.train
@@ -253,8 +249,8 @@ def test_skipping_what_meets_no_new_module_gives_the_full_gradient(make, teacher
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_a_micro_batch_may_meet_frozen_modules_only(make) -> None:
-    """K = 2: 16 at once and 4 times 4, the last of them all old examples, end in the same weights."""
+def test_a_micro_batch_may_have_frozen_modules_only(make) -> None:
+    """With K = 2 one batch of 16 and four of 4, the last with old examples only, end in the same weights."""
     weights = []
     for size in ("null", "4"):
         run = learned(make, "method.top_k=2", f"hardware.micro_batch_size={size}", "train.lr=1e-4")
@@ -270,7 +266,7 @@ def _double_features(objective, batch):
 
 @pytest.mark.parametrize("start", ["scratch", "previous", "selector"])
 def test_warm_start(make, start: str, monkeypatch) -> None:
-    """A new module's adapter starts where it is told to."""
+    """A new module's adapter starts from the source that method.warm_start names."""
     run = learned(make, f"method.warm_start={start}", tasks=1)
     seen = {}
 
@@ -303,7 +299,7 @@ def test_limitless_learns_from_everything(make) -> None:
 
 
 def test_prototypes_route_to_the_nearest_class_mean(make) -> None:
-    """The ranking is that of max over a task's classes of cos(h, class mean), h of the bare backbone; nothing trains."""
+    """Tasks are ranked by the maximum over their classes of cos(h, class mean), h of the bare backbone, untrained."""
     run = learned(make, "method.selector=prototypes", "replay=none")
     method, pool = run.method, run.data.train
     with torch.no_grad(), method.objective.adapters.off():
@@ -321,7 +317,7 @@ def test_prototypes_route_to_the_nearest_class_mean(make) -> None:
 
 
 def test_the_selector_has_epochs_and_a_rate_of_its_own(make) -> None:
-    """Only its stage takes them; afterwards the trainer has those of the run again."""
+    """They apply to its stage only; afterwards the trainer has those of the run again."""
     run = make("method=dynamic_conpet", "method.selector_epochs=5", "method.selector_lr=0.5")
     fits: list[tuple[str, int, float]] = []
     run.trainer.progress.fit = lambda stage, epochs, steps: fits.append((stage, epochs, run.trainer.settings.lr))

@@ -1,4 +1,4 @@
-"""KIF and Recurrent-KIF as methods: what is scored when, what is fused with what, and what survives."""
+"""KIF as a method: when importance is scored, what is fused, and replay after the fusion."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def watch(run, monkeypatch: pytest.MonkeyPatch) -> list[Importance]:
-    """What each task's importance was when it was over."""
+    """Records the importance of each task when it ends."""
     recorded, consolidate = [], run.method.consolidate
 
     def record() -> Tensor:
@@ -43,9 +43,9 @@ def watch(run, monkeypatch: pytest.MonkeyPatch) -> list[Importance]:
     return recorded
 
 
-def one_weight(value: list[float], **knobs) -> tuple[KIF, Tensor]:
-    """KIF whose only scored tensor is `value`; with beta 0 the running score is the last step's."""
-    method = KIF(**{"score": "first", "skip_first_step": False, "beta1": 0.0, "beta2": 0.0, **knobs})
+def one_weight(value: list[float], **options) -> tuple[KIF, Tensor]:
+    """KIF with `value` as its only scored tensor; with beta = 0 the running score is that of the last step."""
+    method = KIF(**{"score": "first", "skip_first_step": False, "beta1": 0.0, "beta2": 0.0, **options})
     weight = nn.Parameter(torch.tensor(value, dtype=torch.float64))
     method.live = {"w": weight}
     method.importance = Importance(len(value), method.score, method.beta1, method.beta2, False, weight.detach())
@@ -53,7 +53,7 @@ def one_weight(value: list[float], **knobs) -> tuple[KIF, Tensor]:
 
 
 def step(method: KIF, weight: Tensor, gradient: list[float], lr: float, clip: float = 0.0) -> list[float]:
-    """One step as the trainer does it; the step's scores."""
+    """Does one step as the trainer does, and returns its scores."""
     weight.grad = torch.tensor(gradient, dtype=torch.float64)
     method.adjust_gradients()
     if clip:
@@ -79,7 +79,7 @@ def test_weights_that_start_at_zero_have_no_importance_before_their_first_step()
 
 
 def test_every_step_but_the_first_counts(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """24 examples in batches of 16, 3 epochs: 6 steps; scores start anew with every task."""
+    """24 examples in batches of 16 for 3 epochs are 6 steps; scores start from 0 in every task."""
     for skip, counted in (("true", 5), ("false", 6)):
         run = make("method=kif", "train.epochs=3", f"method.skip_first_step={skip}")
         recorded = watch(run, monkeypatch)
@@ -123,9 +123,12 @@ def test_no_fusion_is_sequential_training(make) -> None:
     assert len(run.method.history) == 3
 
 
-def pair(make, *knobs: str, fusion: str) -> SimpleNamespace:
+def pair(make, *options: str, fusion: str) -> SimpleNamespace:
     """Two tasks with and without fusion: weights before the second task, trained, and fused."""
-    run, plain = make("method=kif", *knobs, f"method.fusion={fusion}"), make("method=kif", *knobs, "method.fusion=none")
+    run, plain = (
+        make("method=kif", *options, f"method.fusion={fusion}"),
+        make("method=kif", *options, "method.fusion=none"),
+    )
     run.learn(0)
     plain.learn(0)
     before, head_before, accumulated = weights(run), head(run), dict(run.method.accumulated)
@@ -138,7 +141,7 @@ def pair(make, *knobs: str, fusion: str) -> SimpleNamespace:
 
 
 def test_adaptive_fusion_of_every_rank(make) -> None:
-    """The coefficient of a rank holds for its row of A and its column of B; heads keep what they learned."""
+    """The weight of a rank applies to its row of A and its column of B; heads are not fused."""
     learned = pair(make, fusion="adaptive")
     units = learned.run.method.units
     old, new = norm(units.join(learned.accumulated)), units.join(learned.run.method.history[1]["importance"])
@@ -172,7 +175,7 @@ def test_uniform_is_adaptive_at_a_high_temperature(make) -> None:
 
 
 def test_micro_batches_give_the_same_scores(make) -> None:
-    """8 at once or 2 times 4: the gradient of the whole batch is scored, with the orthogonality term counted once."""
+    """With one batch of 8 or two of 4 the full batch's gradient is scored, and the orthogonality term counts once."""
     scores = []
     for size in ("null", "4"):
         run = make("method=kif", "train.global_batch_size=8", f"hardware.micro_batch_size={size}", "train.lr=1e-4")
@@ -183,7 +186,7 @@ def test_micro_batches_give_the_same_scores(make) -> None:
 
 
 def test_the_loss_holds_the_orthogonality_of_the_ranks(make) -> None:
-    """At the start A is Kaiming and B is 0, so that the term is about lambda sqrt(8) 5/6 = 0.2357."""
+    """Initially A is Kaiming and B is 0, so the term is about lambda sqrt(8) 5/6 = 0.2357."""
     runs = [make("method=kif", f"method.orth_strength={strength}") for strength in (0.1, 0)]
     losses = []
     for run in runs:
@@ -195,7 +198,7 @@ def test_the_loss_holds_the_orthogonality_of_the_ranks(make) -> None:
 
 
 def test_importance_belongs_to_the_chosen_epoch(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps an epoch, of which the first is skipped: the best epoch of 4 gives the scores."""
+    """Epochs have two steps, and the first step of all is skipped; scores are those of the best of 4 epochs."""
     for scores, counted in (
         ([0.1, 0.5, 0.9, 0.3, 0.2], 3),
         ([0.5, 0.1, 0.1, 0.1, 0.5], 0),
@@ -219,7 +222,7 @@ def test_replay_is_mixed_in_or_comes_after(make) -> None:
 
 
 def test_replay_after_fusion_trains_old_units_alone(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other unit keeps its bits, weight decay or not."""
+    """All other units stay unchanged bit for bit, even with weight decay."""
     run = make("method=kif", "replay=share", "replay.share=0.5", "method.replay_phase=after", "train.weight_decay=0.5")
     run.learn(0)
     fused, replay_protected = {}, run.method.replay_protected
@@ -239,7 +242,7 @@ def test_replay_after_fusion_trains_old_units_alone(make, monkeypatch: pytest.Mo
 
 
 def test_tied_parameters_are_scored_once() -> None:
-    """T5's embedding is the encoder's, the decoder's and the output's: one unit of full fine-tuning."""
+    """The embedding that T5's encoder, decoder and output share is one unit of full fine-tuning."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
@@ -313,7 +316,7 @@ def test_figures_are_drawn_from_a_loaded_state(make, tmp_path: Path) -> None:
 
 
 def test_carved_validation_never_meets_the_test_set() -> None:
-    """Best epochs are chosen on examples cut from train; no example is in two parts."""
+    """Best epochs are chosen on examples cut from train; no example is in two splits."""
     benchmark = build({**compose_config("benchmark=python_stdlib").benchmark}, "benchmark").load(None)
     for task in benchmark.tasks:
         splits = [{example.text for example in task.split(split)} for split in ("train", "validation", "test")]

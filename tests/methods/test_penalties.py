@@ -1,4 +1,4 @@
-"""EWC and LwF in the forms that other papers use."""
+"""EWC and LwF in the variants of other papers, against numbers computed by hand."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tests.conftest import double
 
 
 def test_ewc_penalty_around_the_newest_weights(make) -> None:
-    """Oracle 3: theta = [1, 2], theta* = [.5, 2.5], F = [2, 4], lambda = 400: 300 and [400, -800]."""
+    """The penalty at theta = [1, 2], theta* = [.5, 2.5], F = [2, 4], lambda = 400 is 300, its gradient [400, -800]."""
     method = make("method=ewc", "method.strength=400", "method.merge=average").method
     theta, star, fisher = nn.Parameter(torch.tensor([1.0, 2.0])), double([0.5, 2.5]), double([2, 4])
     method.named_parameters = lambda: {"x": theta}
@@ -25,7 +25,7 @@ def test_ewc_penalty_around_the_newest_weights(make) -> None:
 
 @pytest.mark.parametrize(("kind", "expected"), [("sample", [5, 2]), ("batch", [4, 1])])
 def test_fisher_of_examples_and_of_batches(kind: str, expected: list[float], make, monkeypatch) -> None:
-    """Oracle 3: gradients [1, 2] and [3, 0] squared one by one, or their mean squared."""
+    """Gradients [1, 2] and [3, 0] are squared one by one, or their mean is squared."""
     method = make("method=ewc", f"method.fisher={kind}").method
     theta, gradients = nn.Parameter(torch.zeros(2)), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
     method.named_parameters = lambda: {"x": theta}
@@ -35,7 +35,7 @@ def test_fisher_of_examples_and_of_batches(kind: str, expected: list[float], mak
 
 
 def test_merged_fisher() -> None:
-    """Oracle 3: averages [3, 3] and [3, 2], sum [9, 6], decayed [7.95, 5.22]."""
+    """Averages [3, 3] and [3, 2], sum [9, 6], decayed [7.95, 5.22]."""
     merged_by = {}
     for how in (Merge.average, Merge.sum, Merge.decay):
         total, steps = double([5, 2]), []
@@ -50,7 +50,7 @@ def test_merged_fisher() -> None:
 
 @pytest.mark.parametrize("merge", ["average", "sum", "decay"])
 def test_merged_ewc_is_centred_on_the_newest_weights(merge: str, make) -> None:
-    """After a task the penalty is zero at its weights, and rows of labels to come are free."""
+    """After a task the penalty is 0 at its weights, and rows of later labels are not penalised."""
     run = make("method=ewc", f"method.merge={merge}", "method.fisher=batch", "method.strength=100")
     run.learn(0)
     run.learn(1)
@@ -65,7 +65,7 @@ def test_merged_ewc_is_centred_on_the_newest_weights(merge: str, make) -> None:
 
 
 def test_lwf_divergence() -> None:
-    """Oracle 4: KL(old || new) at T = 2 times 4, never the reverse (2.2436); zero for equal logits."""
+    """KL(old || new) at T = 2 times 4, never the reverse (2.2436); zero for equal logits."""
     old, new = double([[3, 0, -2]]), double([[0, 1, 0]])
     assert lwf.divergence(old, new, 2).item() == pytest.approx(2.1155131044, abs=1e-9)
     assert lwf.divergence(old, new, 1).item() == pytest.approx(1.2760785078, abs=1e-9)

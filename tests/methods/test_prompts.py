@@ -1,4 +1,4 @@
-"""L2P and Progressive Prompts: which prompt, where it stands, what is cut."""
+"""L2P and Progressive Prompts: which prompts are prepended, in which order, and how texts are cut."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,6 @@ from tests.conftest import double, scores, tiny_args
 
 
 def test_l2p_chooses_by_cosine() -> None:
-    """Oracle 5."""
     keys = double([[1, 0, 0], [1, 1, 0], [0, 1, 0], [-1, 0, 0], [1, 1, 1]])
     cosines, chosen = l2p.nearest(double([[1, 0, 0]]), keys, 3)
     assert chosen.tolist() == [[0, 1, 4]]
@@ -22,7 +21,7 @@ def test_l2p_chooses_by_cosine() -> None:
 
 
 def test_l2p_loss_and_input(make) -> None:
-    """Keys start as the mean of their prompt; k L vectors stand before a text, in falling similarity."""
+    """Keys start as the mean of their prompt; top_k length vectors are prepended by falling similarity."""
     run = make("method=l2p")
     method, batch = run.method, run.data.train.batch(run.data.train.rows_of(0)[:4])
     method.grow_head(0)
@@ -36,7 +35,7 @@ def test_l2p_loss_and_input(make) -> None:
 
 
 def test_progressive_prompts_grow_and_stay(make) -> None:
-    """Oracle 6: ten vectors more a task, newest first; the older ones keep their bits."""
+    """Every task adds ten vectors, newest first; the older ones stay unchanged bit for bit."""
     run = make("method=progressive_prompts", "train.lr=1e-2")
     method, batch = run.method, run.data.train.batch(np.arange(4))
     width = batch.input_ids.shape[1]
@@ -50,7 +49,7 @@ def test_progressive_prompts_grow_and_stay(make) -> None:
 
 
 def test_text_is_cut_and_prompts_are_not(make) -> None:
-    """Oracle 6: a model of 40 positions leaves 10 tokens beside three prompts; what frames the text stays."""
+    """A model with 40 positions leaves 10 tokens for the text next to three prompts; special tokens stay."""
     run = make("method=progressive_prompts", "model.config.max_position_embeddings=40")
     pool, tokenizer = run.data.train, run.method.objective.tokenizer
     assert pool.lengths.max() == 10
@@ -65,7 +64,7 @@ def test_text_is_cut_and_prompts_are_not(make) -> None:
 
 @pytest.mark.parametrize("representation", ["cls", "last", "mean", "mask"])
 def test_a_prompt_of_token_embeddings_reads_like_the_text_with_those_tokens(representation: str, make) -> None:
-    """The position that is read moves with the prompt, and padding stays out."""
+    """The position that is read shifts with the prompt, and padding is not read."""
     template = ["benchmark.template='{text} {mask}'"] if representation == "mask" else []
     run = make("method=progressive_prompts", f"model.representation={representation}", *template)
     objective, pool = run.method.objective, run.data.train
@@ -89,8 +88,8 @@ def test_a_prompt_of_token_embeddings_reads_like_the_text_with_those_tokens(repr
     assert torch.allclose(features, expected, atol=1e-5)
 
 
-def test_the_task_given_shows_only_the_prompts_there_were(make) -> None:
-    """What task 1 reads is bit for bit what it read right after it was learned."""
+def test_a_given_task_uses_only_the_prompts_up_to_it(make) -> None:
+    """The input of task 1 is bit for bit the one right after it was learned."""
     run = make("method=progressive_prompts", "method.task_id_at_test=true", "train.lr=1e-2")
     method, pool = run.method, run.data.test
     run.learn(0)

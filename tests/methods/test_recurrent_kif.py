@@ -24,12 +24,12 @@ def test_fusion_of_a_round(how: str, expected: dict[tuple[int, int], float]) -> 
 
 
 def batches(*numbers: int) -> BatchPlan:
-    """Each epoch: one batch per number, marked with the epoch."""
+    """A plan whose epochs have one batch per number, marked with the epoch."""
     return BatchPlan(None, len(numbers), lambda epoch: [np.array([number + 100 * epoch]) for number in numbers])
 
 
 def test_inner_and_outer_batches_take_turns_across_epochs() -> None:
-    """3 new and 2 old batches a pass, Q = 2, M = 1: rounds go on over the end of an epoch."""
+    """3 new and 2 old batches per epoch, Q = 2, M = 1: a round may continue in the next epoch."""
     plan = alternate(batches(0, 1, 2), batches(50, 51), 2, 1)
     assert plan.steps == 5  # 3 and half of it, rounded up
     stream = [int(rows[0]) for epoch in range(3) for rows in plan.epoch(epoch)]
@@ -37,9 +37,9 @@ def test_inner_and_outer_batches_take_turns_across_epochs() -> None:
     assert [int(rows[0]) for rows in plan.epoch(1)] == stream[5:10]
 
 
-def one_round(skipped: tuple[int, ...] = (), **knobs: float) -> tuple[RecurrentKIF, list[list[float]], list[Tensor]]:
-    """Five weights of 1 in two inner steps of .5 and an outer one of .1; weights and gradient after each step."""
-    method = RecurrentKIF(inner_steps=2, outer_steps=1, **knobs)
+def one_round(skipped: tuple[int, ...] = (), **options: float) -> tuple[RecurrentKIF, list[list[float]], list[Tensor]]:
+    """Runs two inner steps of .5 and an outer one of .1 on five weights of 1; returns weights and gradients per step."""
+    method = RecurrentKIF(inner_steps=2, outer_steps=1, **options)
     weight = nn.Parameter(torch.ones(5))
     method.objective = SimpleNamespace(device="cpu", adapters=SimpleNamespace(tensors=lambda name: {"w": weight}))
     method.replay = SimpleNamespace(memory={0: [1]})
@@ -68,7 +68,7 @@ def one_round(skipped: tuple[int, ...] = (), **knobs: float) -> tuple[RecurrentK
 
 
 def test_a_round_of_two_inner_steps_and_one_outer_step() -> None:
-    """Of five weights one counts in the inner steps and another in the outer one; then a new round begins."""
+    """Of five weights one is important in the inner steps and another in the outer one; then a new round starts."""
     method, seen, used = one_round()
     assert seen[1] == pytest.approx([2.0] * 5)
     assert seen[2] == pytest.approx([2.0, 1.1, 1.55, 1.55, 1.55])
@@ -86,7 +86,7 @@ def test_a_round_of_two_inner_steps_and_one_outer_step() -> None:
         (2, [2.0, 1.5, 1.5, 1.5, 1.5], 1),  # t_in = 1, t_out = 0 and nothing important in it
     ],
 )
-def test_a_step_left_out_at_a_border_of_a_round_loses_neither_middle_nor_fusion(
+def test_a_skipped_last_step_of_a_round_loses_neither_middle_nor_fusion(
     skipped: int, end: list[float], outer: int
 ) -> None:
     method, seen, _ = one_round((skipped,))
@@ -102,9 +102,9 @@ def test_the_first_task_of_recurrent_kif_is_that_of_sequential_training(make) ->
 
 
 def test_recurrent_kif_fuses_as_often_as_rounds_are_full(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 batches of new data an epoch, 6 epochs: 6 * (2 + 2 * 1 / 2) = 18 steps of rounds of 3.
+    """2 batches of new data per epoch and 6 epochs are 6 * (2 + 2 * 1 / 2) = 18 steps in rounds of 3.
 
-    The rate falls over the 12 inner steps; an outer step takes the rate of the inner step to come.
+    The learning rate falls over the 12 inner steps; an outer step uses that of the next inner step.
     """
     taken: list[float] = []
     step = torch.optim.AdamW.step
@@ -119,8 +119,8 @@ def test_recurrent_kif_fuses_as_often_as_rounds_are_full(make, monkeypatch: pyte
     assert run.trainer.stage_history[""]["steps"] == 12 + 12
 
 
-def test_a_poisoned_step_of_recurrent_kif_is_left_out_and_counted(make) -> None:
-    """on_nan=skip leaves out the last inner and the only outer step of the first round; both rounds are fused."""
+def test_a_nan_step_of_recurrent_kif_is_skipped_and_counted(make) -> None:
+    """on_nan=skip skips the last inner and the only outer step of the first round; both rounds are fused."""
     run = make("method=recurrent_kif", "method.inner_steps=2", "method.outer_steps=1", "train.on_nan=skip")
     run.learn(0)
     loss, calls = run.method.loss, iter(range(100))

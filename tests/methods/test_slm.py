@@ -1,4 +1,4 @@
-"""SLM: what its increments compute, what a task may change, what a text retrieves."""
+"""SLM: what the training of a task changes, and what a text retrieves."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from clpet.replay.batch_plan import BatchPlan
 
 
 def test_before_training_a_task_changes_nothing(slm) -> None:
-    """Oracle 1: with its fresh values the model answers as the frozen backbone; stage 1 did not use it."""
+    """With new values the model equals the frozen backbone, which stage 1 does not use."""
     run = slm()
     batch = run.data.test.batch(np.arange(6))
     bare = run.method.objective.features(batch)
@@ -25,7 +25,7 @@ def test_before_training_a_task_changes_nothing(slm) -> None:
 
 
 def test_no_gradient_crosses_the_stages(slm) -> None:
-    """Oracle 6: stage 2 does not reach keys, stage 1 nothing but keys; the optimiser has the current task alone."""
+    """Stage 1 trains keys only, stage 2 none; the optimiser has parameters of the current task only."""
     run, optimised = slm(), []
     original = run.trainer._optimizer
     run.trainer._optimizer = lambda parameters: optimised.append(list(parameters)) or original(parameters)
@@ -64,7 +64,7 @@ def everything(method) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("values", ["shared", "per_group"])
 def test_earlier_tasks_keep_their_bits(values: str, slm) -> None:
-    """Oracle 12, with weight decay: after each task keys, values and head rows of every earlier one are the same."""
+    """Keys, values and head rows of earlier tasks do not change, even with weight decay."""
     run = slm(f"method.values={values}", "method.top_k=2", "train.weight_decay=0.5", "benchmark.softmax=seen")
     before: dict[str, torch.Tensor] = {}
     for task in range(3):
@@ -78,7 +78,7 @@ def test_earlier_tasks_keep_their_bits(values: str, slm) -> None:
 
 
 def test_later_tasks_leave_what_an_input_retrieved_as_it_was(slm) -> None:
-    """Oracle 13: similarities to old keys and, with the same keys chosen, old logits are bit-identical alone."""
+    """Similarities to old keys and, if the same keys are retrieved, old logits stay bit-identical for a text alone."""
     run = slm("method.top_k=2")
     run.learn(0)
     pool, method = run.data.test, run.method
@@ -97,7 +97,7 @@ def test_later_tasks_leave_what_an_input_retrieved_as_it_was(slm) -> None:
 
 
 def test_tasks_can_be_learned_in_any_order(slm) -> None:
-    """Oracle 14: keys, values and heads of a task are the same bits wherever it stands."""
+    """Keys, values and heads of a task are bit-identical at any position in the order."""
     learned = []
     for order in (["fruit", "metal", "river"], ["river", "fruit", "metal"]):
         run = slm("method.head=per_task", f"benchmark.order=[{','.join(order)}]", distance=None)
@@ -114,8 +114,8 @@ def test_tasks_can_be_learned_in_any_order(slm) -> None:
 # Answering
 
 
-def test_told_apart_tasks_are_not_forgotten(slm) -> None:
-    """Oracle 16: every text finds its task's keys; among a task's labels what was right stays right."""
+def test_separated_tasks_are_not_forgotten(slm) -> None:
+    """Every text retrieves its task's keys, and accuracy among the task's labels does not drop."""
     run = slm("train.epochs=8", "method.stage1.min_steps=600")
     scores = []
     for task in range(3):
@@ -132,8 +132,8 @@ def test_told_apart_tasks_are_not_forgotten(slm) -> None:
     assert scores[2][:2] == [scores[0][0], scores[1][1]]
 
 
-def test_equal_tasks_are_not_told_apart_and_a_task_id_helps(slm) -> None:
-    """Oracles 15 and 16: retrieval at chance costs accuracy; the same model given the task id does not lose it."""
+def test_equal_tasks_are_confused_and_a_task_id_helps(slm) -> None:
+    """Retrieval at chance costs accuracy, which the same model keeps if the task id is given."""
     run = slm("train.epochs=8", distance=0.0)
     for task in range(3):
         run.learn(task)
@@ -151,8 +151,8 @@ def test_equal_tasks_are_not_told_apart_and_a_task_id_helps(slm) -> None:
     assert with_task_id.seen == with_task_id.own
 
 
-def test_the_known_task_s_view_is_the_task_s_own_keys(slm) -> None:
-    """Texts that picked other keys are answered again; those that did not keep their scores."""
+def test_the_known_task_view_uses_the_keys_of_the_task(slm) -> None:
+    """Texts that retrieved other tasks' keys are predicted again; all others keep their scores."""
     run = slm("method.top_k=2", "method.stage1.min_steps=600", distance=0.5)
     for task in range(3):
         run.learn(task)
@@ -172,7 +172,7 @@ def test_the_known_task_s_view_is_the_task_s_own_keys(slm) -> None:
 
 
 def test_batch_mean_reads_one_task_at_a_time(slm) -> None:
-    """Oracle 8: a batch of one text is that text; batches that are tested hold one task; mixed ones differ."""
+    """A batch of one text equals instance retrieval; evaluation batches contain one task; mixed batches differ."""
     run = slm("method.retrieval=batch_mean", "method.top_k=2", distance=2.0)
     for task in range(3):
         run.learn(task)

@@ -30,16 +30,15 @@ def filled(stack: Increments, tasks: int, count: int, dtype: torch.dtype = torch
 
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_the_default_targets_are_the_output_projections_of_attention(kind: str) -> None:
-    """Oracle 23: one layer per attention; in a T5 those of the encoder, the decoder and between the two."""
+    """One layer per attention; in T5 those of encoder, decoder and cross-attention."""
     stack = increments(network(kind), None)
     assert len(stack.layers) == OUTPUTS[kind]
     bare = read(stack, IDS)
     stack.add(0, 4)
-    assert torch.equal(read(stack, IDS), bare)  # oracle 1
+    assert torch.equal(read(stack, IDS), bare)
 
 
 def test_a_target_that_does_not_exist_lists_those_that_do() -> None:
-    """Oracle 23."""
     with pytest.raises(ModelError, match=r"names the layer o_proj, .* available: dense, key, query, value"):
         increments(network("bert"), ["query", "o_proj"])
 
@@ -57,7 +56,7 @@ def test_a_target_that_does_not_exist_lists_those_that_do() -> None:
 def test_factored_and_dense_increments_agree(
     kind: str, targets: list[str] | None, dtype: torch.dtype, most: float
 ) -> None:
-    """Oracle 7: W + sum_i w_i A_i B_i for each text alone; also layers that are not square."""
+    """Both equal W + sum_i w_i A_i B_i computed for each text alone, also for layers that are not square."""
     stack = filled(increments(network(kind).to(dtype), targets), 2, 4, dtype)
     weights = torch.rand(3, 3, dtype=dtype, generator=torch.Generator().manual_seed(1))
     branches = torch.tensor([1, 4, 7])
@@ -70,7 +69,7 @@ def test_factored_and_dense_increments_agree(
                 w * b.view(-1, 8, 3)[:, i] @ a.view(8, 3, -1)[i] for w, i in zip(weights[row], branches, strict=True)
             )
             layer.frozen_weight = layer.module.weight.detach().clone()
-            assert dtype is torch.float32 or torch.linalg.matrix_rank(delta) <= 9  # oracle 9
+            assert dtype is torch.float32 or torch.linalg.matrix_rank(delta) <= 9
             layer.module.weight.data += delta
         with torch.no_grad(), stack.off():
             dense = read(stack, IDS[row : row + 1])
@@ -85,7 +84,7 @@ def test_factored_and_dense_increments_agree(
 
 
 def test_the_newest_values_alone_get_gradients() -> None:
-    """`mixed` without branches reads the newest ones, as all branches with no weight on the others do."""
+    """Without a list of branches the newest are used, which equals weights of 0 for all others."""
     stack = filled(increments(network("llama"), None), 2, 2)
     weights = torch.rand(3, 2)
     with stack.mixed(weights):
@@ -97,7 +96,7 @@ def test_the_newest_values_alone_get_gradients() -> None:
     assert all(parameter.grad is None for parameter in stack.adapters.model.parameters())
     with torch.no_grad():
         base, layer = read(stack, IDS), next(iter(stack.layers.values()))
-        layer.b.mul_(2)  # oracle 9: twice a is twice the increment of a layer
+        layer.b.mul_(2)  # twice a is twice the increment of a layer
     with stack.mixed(weights), torch.no_grad():
         x = torch.randn(3, 4, 16)
         doubled = layer.forward(layer.module, (x,), torch.zeros(3, 4, 16))
@@ -112,7 +111,7 @@ def test_the_newest_values_alone_get_gradients() -> None:
      (("llama", {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}), 8, 2_097_152)],
 )  # fmt: skip
 def test_sizes_of_values(shape: tuple, rank: int, value: int) -> None:
-    """Oracle 17: floats of one value; four of BERT's are 884,736, the 24 of LLaMA's groups 50,331,648."""
+    """Number of scalars of one value; four values of BERT have 884,736, 24 of LLaMA 50,331,648."""
     from transformers import AutoConfig, AutoModel
 
     with torch.device("meta"):

@@ -18,7 +18,7 @@ from tests.methods.test_slm import everything
 
 
 def shared_labels(folder: Path) -> Path:
-    """Three tasks; the second one's labels are all of the first one's."""
+    """Writes three tasks; all labels of the second one are also labels of the first one."""
     folder.mkdir()
     lines = [f'{{"text": "{label} {label} {i}", "label": "{label}", "task": "{task}"}}\n'
              for task, labels in (("t1", "abc"), ("t2", "bc"), ("t3", "cd")) for label in labels for i in range(10)]  # fmt: skip
@@ -27,7 +27,7 @@ def shared_labels(folder: Path) -> Path:
 
 
 def test_the_head_grows_by_new_labels_alone(slm, tmp_path: Path) -> None:
-    """Oracle 22: a task whose labels are all there trains no row; old columns do not depend on later tasks."""
+    """A task without new labels trains no row; old columns do not depend on later tasks."""
     run = slm(f"data_dir={shared_labels(tmp_path / 'data')}", distance=None)
     method = run.method
     run.learn(0)
@@ -51,7 +51,7 @@ def test_the_head_grows_by_new_labels_alone(slm, tmp_path: Path) -> None:
 
 
 def test_a_head_per_task_has_all_of_its_rows(slm, tmp_path: Path) -> None:
-    """SLM-TI: a label of two tasks has two rows, and the task id says which; others cannot be answered."""
+    """In SLM-TI a label of two tasks has two rows, selected by the task id; labels of other tasks cannot be predicted."""
     run = slm(f"data_dir={shared_labels(tmp_path / 'data')}", "method.head=per_task", distance=None)
     for task in range(3):
         run.learn(task)
@@ -67,7 +67,7 @@ def test_a_head_per_task_has_all_of_its_rows(slm, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["tiny_t5", "tiny_llama"])
 @pytest.mark.parametrize("decode", ["generate", "rank"])
 def test_answers_in_a_batch_are_those_alone(model: str, decode: str, slm) -> None:
-    """The mixture of a prompt holds for all tokens of its answer and for all its candidates."""
+    """The mixture of a prompt is used for all tokens of its answer and for all candidates."""
     run = slm(f"model={model}", "benchmark.objective=text_to_text", "benchmark.max_target=6", "method.values=per_group",
               "method.top_k=2", f"evaluation.decode={decode}", "train.epochs=1", distance=0.5)  # fmt: skip
     for task in range(3):
@@ -100,7 +100,7 @@ def test_text_to_text_learns_with_its_own_values(model: str, slm) -> None:
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of tensors made inside that were alive at once."""
+    """Measures the peak number of bytes of live tensors created inside `with`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Peak(TorchDispatchMode):
 
 
 def test_a_training_step_costs_no_more_memory_with_twenty_tasks(slm) -> None:
-    """Beside the stored factors: no activation, gradient or optimiser state of an earlier task."""
+    """Apart from the stored factors, earlier tasks need no activation, gradient or optimiser state."""
     run = slm(distance=None)
     method, batch = run.method, run.data.train.batch(run.data.train.rows_of(0)[:16])
     method.embeddings = lambda pool, rows: torch.randn(len(rows), 48)
@@ -147,7 +147,7 @@ def test_a_training_step_costs_no_more_memory_with_twenty_tasks(slm) -> None:
 
 
 def test_a_run_keeps_and_shows_what_was_retrieved(words: Path, encoder: Path, clpet, tmp_path: Path) -> None:
-    """results.json, the parquet and the picture; a second run finds its embeddings and gets the same."""
+    """Retrieval is in results.json, the parquet and the figure; a second run reads cached embeddings and is equal."""
     from tests.conftest import tiny_args
 
     sizes = ["method.groups=6", "method.keys=4", "method.top_k=4"]
@@ -185,7 +185,7 @@ def test_a_run_keeps_and_shows_what_was_retrieved(words: Path, encoder: Path, cl
      ("method.encoder=nli_mpnet_base", "is not on this machine"),
      ("method.targets=[nowhere]", "method.targets names the layer nowhere")],
 )  # fmt: skip
-def test_senseless_settings_are_refused(override: str, message: str, slm) -> None:
+def test_invalid_settings_are_refused(override: str, message: str, slm) -> None:
     with pytest.raises((ConfigError, ModelError)) as error:
         slm(override, distance=None)
     assert message in str(error.value)
@@ -193,7 +193,7 @@ def test_senseless_settings_are_refused(override: str, message: str, slm) -> Non
 
 
 def test_sizes_follow_the_labels_of_a_task_unless_they_are_set(make, encoder: Path) -> None:
-    """One group, at least 20 keys and the best one where there are labels; options that are set stay; all is said."""
+    """With labels the defaults are one group, at least 20 keys and the best one; explicit options have priority."""
     run = make("method=slm", f"method.encoder={encoder}")
     assert run.method.sizes == (1, 20, 1)
     assert run.method.resolved(run.benchmark) == {"method.groups": 1, "method.keys": 20, "method.top_k": 1}

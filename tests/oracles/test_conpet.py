@@ -34,7 +34,7 @@ def bank() -> Bank:
 
 
 def test_contrastive_loss() -> None:
-    """O1, `Moment.loss`: per example and in the mean."""
+    """`Moment.loss`: per example and in the mean."""
     single = [
         contrastive(Z[i : i + 1], torch.tensor([i]), BANK, torch.tensor(BANK_LABELS), 0.1, 1e-4).item()
         for i in range(3)
@@ -48,7 +48,7 @@ MEANS = [[0.9486833, 0.3162278], [-0.3162278, 0.9486833], [-0.4472136, -0.894427
 
 
 def test_class_means() -> None:
-    """O2, `get_mem_proto`."""
+    """`get_mem_proto`."""
     assert torch.allclose(bank().means(), double(MEANS), atol=1e-7)
 
 
@@ -56,13 +56,13 @@ PROTOTYPES = double([[1, 2], [2, -1], [0, 0]])
 
 
 def test_distillation_of_old_rows() -> None:
-    """O3, `kl_div_loss`: row A and row B."""
+    """`kl_div_loss`: row A and row B."""
     kl = relation_distillation(Z[:2], torch.arange(2), PROTOTYPES[:2], bank().means()[:2], 10)
     assert kl.tolist() == pytest.approx([0.0762738650, 13.9128915664], abs=1e-9)
 
 
 def crl(*old: int) -> CRL:
-    """CRL in stage 2 whose features are the z of O1 at rows 6, 7, 8; `old` are the classes of earlier tasks."""
+    """CRL in stage 2 whose features at rows 6, 7, 8 are Z; `old` are the classes of earlier tasks."""
     method = CRL()
     method.objective = SimpleNamespace(features=lambda batch: Z[torch.from_numpy(batch.rows) - 6])
     method.projection = nn.Identity()
@@ -73,7 +73,7 @@ def crl(*old: int) -> CRL:
 
 
 def step_loss(method: CRL, micro_batches: list[list[int]]) -> float:
-    """The loss of the batch of rows 6, 7, 8 in micro-batches, weighed as the trainer weighs them."""
+    """The loss of the batch of rows 6, 7, 8 in micro-batches, weighed as in the trainer."""
     rows = np.concatenate([np.array(chunk) for chunk in micro_batches])
     method.choose_entries(rows)
     labels = torch.from_numpy(method.data.train.labels)
@@ -85,7 +85,7 @@ def step_loss(method: CRL, micro_batches: list[list[int]]) -> float:
 
 
 def test_a_mixed_step_is_averaged_over_its_old_rows() -> None:
-    """O1 + O3, `train_mem_model`: batchmean over the OLD rows, whatever the micro-batches and the ranks."""
+    """`train_mem_model`: L_KD is a mean over the OLD rows, for all divisions into micro-batches and ranks."""
     rows = np.array([6, 7, 8])
     ranks = [rows_of_rank(rows, index, 2).tolist() for index in range(2)]
     for micro_batches in ([[6, 7, 8]], [[6], [7, 8]], [[8], [6], [7]], ranks):
@@ -99,7 +99,7 @@ def test_a_step_without_old_rows_distils_nothing() -> None:
 
 @pytest.mark.parametrize(("replay", "sampled"), [("fixed", [True, False]), ("dynamic", [True, True])])
 def test_stage_one_contrasts_with_a_sample_of_the_bank(replay: str, sampled: list[bool], make) -> None:
-    """`train_simple_model` samples 500 entries with a fixed memory, too; stage 2 of a fixed memory takes all.
+    """`train_simple_model` samples 500 entries with a fixed memory, too; its stage 2 uses all entries.
 
     The projection has biases.
     """
@@ -122,7 +122,7 @@ def test_stage_one_contrasts_with_a_sample_of_the_bank(replay: str, sampled: lis
 
 
 def test_squared_distances() -> None:
-    """O4, `osdist`."""
+    """`osdist`."""
     method = CRL()
     method.objective = SimpleNamespace(features=lambda batch: double([[1, 2]]))
     method.prototypes, method.labels = double([[0, 0], [1, 1], [3, 2]]), [0, 1, 2]
@@ -131,7 +131,7 @@ def test_squared_distances() -> None:
 
 
 def test_fisher_information() -> None:
-    """O5, `get_model_mean_fisher`: a linear model and three batches, of two, two and one example."""
+    """`get_model_mean_fisher`: a linear model and three batches, of two, two and one example."""
     weight = nn.Parameter(double([[1, 0], [0, 1], [0.5, -0.5]]))
     bias = nn.Parameter(double([0, 0.1, -0.1]))
     batches = [double([[1, 2], [0, 1]]), double([[2, -1], [1, 1]]), double([[-1, 0]])]
@@ -150,7 +150,7 @@ def test_fisher_information() -> None:
 
 
 def test_ewc_penalty() -> None:
-    """O6, `calculate_ewc_loss`, lambda 2: tasks (mean, F) = ((1, 2), (2, .5)) and ((0, -1), (1, 3)) at (.5, .5)."""
+    """`calculate_ewc_loss`, lambda 2: tasks (mean, F) = ((1, 2), (2, .5)) and ((0, -1), (1, 3)) at (.5, .5)."""
     tasks = [(double([1, 2]), double([2, 0.5])), (double([0, -1]), double([1, 3]))]
     theta = nn.Parameter(double([0.5, 0.5]))
     method = EWC(strength=2, merge=Merge.tasks)
@@ -163,7 +163,7 @@ def test_ewc_penalty() -> None:
 
 
 def test_lwf() -> None:
-    """O7, `calculate_lwf_loss`, lambda .5: old columns {0, 1}, T = 1, summed over the batch."""
+    """`calculate_lwf_loss`, lambda .5: old columns {0, 1}, T = 1, summed over the batch."""
     teacher, student = double([[1, 0], [-1, 2]]), double([[0, 1], [0.5, 0.5]])
     assert 0.5 * distillation(teacher, student).item() == pytest.approx(0.8687337234, abs=1e-9)
 
@@ -192,7 +192,7 @@ OLD = {  # the part of the loss of examples without the newest module in their s
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_module_stage_of_dynamic_conpet(k: int) -> None:
-    """O8, `generate_continual_logits` and `select_topk_experts`: sets, loss, gradients and answers."""
+    """`generate_continual_logits` and `select_topk_experts`: sets, loss, gradients and predictions."""
     pool = EncodedDataset([[1]] * 4, [0, 3, 4, 5], [0, 1, 2, 2], 0)
     newest = MODULES[2].clone().requires_grad_()
     method = DynamicConPET(top_k=k)
@@ -219,12 +219,12 @@ def test_module_stage_of_dynamic_conpet(k: int) -> None:
 
 
 def head(*labels: int) -> SimpleNamespace:
-    """Stands for a module's head."""
+    """A stand-in for a module's head."""
     return SimpleNamespace(labels=list(labels), columns=lambda queried: queried - labels[0])
 
 
 def test_alignment() -> None:
-    """O9, `update_alignment_model`: Adam 1e-4, 20 epochs of one batch, from the identity."""
+    """`update_alignment_model`: Adam 1e-4, 20 epochs of one batch, from the identity."""
     u, e = double([[1, 0], [0, 1], [1, 1], [-1, 0.5]]), double([[0.9, 0.1], [0.2, 1], [1, 1.2], [-1, 0.4]])
     method = EAEMR()
     method.seed, method.align = 0, nn.Linear(2, 2).double()
@@ -237,7 +237,7 @@ def test_alignment() -> None:
 
 
 def test_alignment_is_fitted_on_the_memory_that_is_trained_on(make) -> None:
-    """`update_alignment_model` sees the training share of the memory; copies f are counted by its actual size."""
+    """`update_alignment_model` uses the training part of the memory; the number of copies follows its actual size."""
     run = make("method=ea_emr", "replay=fixed", "replay.per_class=5", "replay.limit=20")
     run.learn(0)
     replay = run.method.replay
@@ -252,7 +252,7 @@ def test_alignment_is_fitted_on_the_memory_that_is_trained_on(make) -> None:
 
 
 def test_adamw() -> None:
-    """O10, the authors' AdamW: lr .01, weight decay .01, eps 1e-4."""
+    """The authors' AdamW: lr .01, weight decay .01, eps 1e-4."""
     parameter = nn.Parameter(double([1, -2, 0.5]))
     trainer = Trainer.__new__(Trainer)
     trainer.settings, trainer.task = Training(lr=0.01, weight_decay=0.01, eps=1e-4), 0
@@ -269,23 +269,23 @@ def test_adamw() -> None:
      (16, 1, (8, 8)), (10, 1.5, (6, 4)), (7, -0.75, (4, 3))],
 )  # fmt: skip
 def test_split_of_a_batch(size: int, ratio: float, expected: tuple[int, int]) -> None:
-    """O11: (new, old) places."""
+    """Numbers of (new, old) examples in a batch."""
     assert split_batch(size, ratio) == expected
 
 
 def test_a_split_is_not_lost_to_rounding() -> None:
-    """O11, deliberately different: the authors' floats make 16 * .6 / 1.6 = 5.999..., and (5, 11) of it."""
+    """Deliberately different: the authors' floats make 16 * .6 / 1.6 = 5.999..., which gives (5, 11)."""
     assert split_batch(16, 0.6) == (6, 10)
 
 
 def test_limit() -> None:
-    """O12: (training steps, validation batches)."""
+    """Numbers of (training steps, validation batches)."""
     sizes = {limit: steps_and_val_batches(limit) for limit in (2500, 333, 50, 25, 7)}
     assert sizes == {2500: (2000, 500), 333: (266, 66), 50: (40, 10), 25: (20, 5), 7: (5, 1)}
 
 
 def test_memory_with_duplicates() -> None:
-    """O14: six distinct points five times each, m = 10: six are kept; the draw of 80 % runs over the ten centres."""
+    """Six distinct points five times each, m = 10: six are selected; the sample of 80 % is over the ten centres."""
     rows = np.arange(30)
     points = double([[i % 6 * 10, i % 6] for i in range(30)]).numpy()
     centres = rows[kmeans_nearest(points, 10, 0)]
@@ -313,7 +313,7 @@ def test_kmeans_takes_the_best_of_ten_starts() -> None:
      (20, 12, 15, 40, 4, 23)],
 )  # fmt: skip
 def test_window(limit: int, head: int, tail: int, length: int, first: int, last: int) -> None:
-    """O16: which tokens are kept of a sentence that is cut around the markers of head and tail."""
+    """The tokens that remain of a sentence cut around the markers of head and tail."""
     offsets = [(2 * i, 2 * i + 1) for i in range(length)]
     tokens = tokens_to_keep(offsets, [offsets[head], offsets[tail]], limit)
     assert tokens == list(range(first, last + 1))

@@ -72,7 +72,7 @@ def trained(task: int, step: int = 3) -> Tensor:
 
 
 def test_kif_over_three_tasks() -> None:
-    """B1, `RankAllocator`, `get_lora_ipt`, `lora_averaging` and `compute_orth_regu`: LoRA units, mix score, tau .25."""
+    """`RankAllocator`, `get_lora_ipt`, `lora_averaging` and `compute_orth_regu`: LoRA units, mix score, tau .25."""
     units = ParameterGroups(named(trained(0)), by_rank=True)
     old, accumulated = named(trained(0)), torch.empty(0)
     for task in range(3):
@@ -110,7 +110,7 @@ OUTER = [0.00541333125, 0.000765, 0.0040640625, 0.0111537, 0.0004303125, 0.00313
 
 
 def test_a_round_of_recurrent_kif() -> None:
-    """B2, `RankAllocator` of lora_importance_bilevel.py and `update_parameters_with_task_vectors`."""
+    """`RankAllocator` of lora_importance_bilevel.py and `update_parameters_with_task_vectors`."""
     start = closed_form(3, 0, 7, 3, 10, 10)
     inner = [(closed_form(3, s, 11, 5, 10, 10), closed_form(5, 2 * s, 9, 4, 2, 10)) for s in range(3)]
     outer = [(closed_form(4, 3 + s, 13, 6, 10, 10), closed_form(2, 5 * s + 1, 7, 3, 2, 10)) for s in range(2)]
@@ -129,7 +129,7 @@ def test_a_round_of_recurrent_kif() -> None:
 
 
 def test_learning_rates_of_recurrent_kif() -> None:
-    """B2, the script's loop: lr 1, linear, warm-up 2, 16 inner steps, Q = 8, M = 4; outer steps do not advance it."""
+    """The script's loop: lr 1, linear, warm-up 2, 16 inner steps, Q = 8, M = 4; outer steps do not advance the schedule."""
     new, old = (BatchPlan(None, steps, lambda epoch, steps=steps: [None] * steps) for steps in (16, 5))
     plan = alternate(new, old, 8, 4)
     assert plan.steps == 24
@@ -142,7 +142,7 @@ def test_learning_rates_of_recurrent_kif() -> None:
 
 
 def test_o_lora_loss() -> None:
-    """B3, `training_step`: layers q and v, CE = 1, lambda1 = .5, lambda2 = .1."""
+    """`training_step`: layers q and v, CE = 1, lambda1 = .5, lambda2 = .1."""
 
     def entries(rows: int, columns: int, c: int) -> Tensor:
         return closed_form(5, c, 9, 4, 4, rows * columns).view(rows, columns)
@@ -171,7 +171,7 @@ def test_o_lora_loss() -> None:
 
 
 def test_basis_of_three_tasks() -> None:
-    """B4, `update_GPM` and `get_repsentation`: d = 4, T = 3, eps = .95; directions and the projector."""
+    """`update_GPM` and `get_repsentation`: d = 4, T = 3, eps = .95; directions and the projector."""
     covariances = [
         torch.diag(double([4, 2, 1, 0.5])),
         double([[1, 0.5, 0, 0], [0.5, 2, 0.5, 0], [0, 0.5, 3, 0.5], [0, 0, 0.5, 1]]),
@@ -189,7 +189,7 @@ def test_basis_of_three_tasks() -> None:
 
 
 def test_gate_and_projected_step() -> None:
-    """B5, `cal_attention` of GainLoRA's t5_large.py, and the formula of its training loop."""
+    """`cal_attention` of GainLoRA's t5_large.py, and the formula of its training loop."""
     g, key = double([[1, 2, -1], [0, 1, 1], [-1, 0.5, 2]]), double([[0.5, -1, 2]])
     openings = opening(torch.cosine_similarity(g, key))
     assert openings.tolist() == pytest.approx([0.8475020005, 0.5491848569, 0.8153739425], abs=1e-9)
@@ -204,7 +204,7 @@ def test_gate_and_projected_step() -> None:
 
 
 def test_sapt_router() -> None:
-    """B6, `cal_attention` and `memory_replay` of SAPT's t5_prompt.py; clpet lists the newest branch last."""
+    """`cal_attention` and `memory_replay` of SAPT's t5_prompt.py; clpet lists the newest branch last."""
     query = Query(4, 2, 0).double()
     with torch.no_grad():
         query.down.weight.copy_(double([[0.5, -0.25, 1, 0], [0, 0.5, 0.25, -1]]))
@@ -220,7 +220,7 @@ def test_sapt_router() -> None:
 
 
 def test_mocl_composition() -> None:
-    """B7, key_encoder.py: cosines, weights at scale 8, and the matching loss of the third task."""
+    """key_encoder.py: cosines, weights at scale 8, and the matching loss of the third task."""
     method = MoCL()
     method.keys = [nn.Parameter(double(key)) for key in ([0.2, 0.9, 0.1], [0.5, 0.5, 0.7], [1, 0, 0.3])]
     cosines = method.cosines(double([[1, 2, 2], [0, -1, 1]]))
@@ -236,7 +236,7 @@ def test_mocl_composition() -> None:
 
 
 def test_l2p_choice() -> None:
-    """B8, prompt.py of l2p-pytorch: chosen keys, and the sum of their cosines over the batch."""
+    """prompt.py of l2p-pytorch: chosen keys, and the sum of their cosines over the batch."""
     embeddings = double([[[1, 0, 1], [1, 2, 1]], [[0, 3, 0], [0, 1, -1]]])
     method = L2P(pool=4, top_k=2, pull=1.0)
     method.keys = nn.Parameter(double([[1, 0, 0], [1, 1, 0], [0, 1, 1], [-1, 2, 0]]).float())

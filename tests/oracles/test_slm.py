@@ -29,7 +29,7 @@ KEYS = double([[[1, 0], [0, 1]]] * 2)
     ],
 )  # fmt: skip
 def test_key_loss(top_k: int, draws: list | None, loss: float, gradient: list) -> None:
-    """Retriever.forward of vectordb/models/retriever.py: loss and gradient, with the draws [item][group][key] at p = 0.2."""
+    """Retriever.forward of vectordb/models/retriever.py: loss and gradient, with draws [item][group][key] and p = 0.2."""
     keys = nn.Parameter(KEYS.clone())
     dropped = torch.ones(3, 2, 2) if draws is None else torch.tensor(draws).unflatten(1, (2, 2))
     key_loss = KeyLearning(top_k=top_k, dropout=0.2).loss(QUERIES, keys, dropped)
@@ -40,7 +40,7 @@ def test_key_loss(top_k: int, draws: list | None, loss: float, gradient: list) -
 
 
 def test_learned_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same forward in the loop of vectordb/train.py: the items one by one in their order, three epochs."""
+    """The same forward in the loop of vectordb/train.py: three epochs over the items, one by one in order."""
     monkeypatch.setattr(torch, "randperm", lambda count, generator: torch.arange(count))
     stage = KeyLearning(top_k=1, dropout=0.0, epochs=3, min_steps=0, lr=0.05, batch_size=1, clip=0.1)
     keys = stage.learn(QUERIES, KEYS, 0, lambda *_: None, dry_run=False)
@@ -49,7 +49,7 @@ def test_learned_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def increment(stack: Increments, weights: torch.Tensor) -> torch.Tensor:
-    """[2, 2]: the sum of the weighted values of the only layer, rows are outputs."""
+    """[2, 2]: the weighted sum of the values of the only layer; rows are outputs."""
     (layer,) = stack.layers.values()
     with torch.no_grad(), stack.mixed(weights):
         return layer.forward(layer.module, (torch.eye(2).double()[None],), torch.zeros(1, 2, 2).double())[0].T

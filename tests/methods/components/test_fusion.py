@@ -43,7 +43,7 @@ def test_orthogonality() -> None:
 
 @pytest.mark.parametrize("width", [64, 768])
 def test_orthogonality_at_initialisation(width: int) -> None:
-    """Rows of a Kaiming A have squared norm 1/3 on average, B is zero: lambda sqrt(8) 5/6."""
+    """Rows of a Kaiming A have squared norm 1/3 on average and B is zero: lambda sqrt(8) 5/6."""
     torch.manual_seed(0)
     factors = []
     for _ in range(100):
@@ -63,7 +63,7 @@ def test_orthogonal_rows_and_zero_columns_get_no_gradient() -> None:
 
 
 def test_fusion_from_end_to_end() -> None:
-    """A2 and B2 were trained from A1 and B1; ranks of which the new task prefers the first, the old ones the second."""
+    """A2 and B2 were trained from A1 and B1; the first rank matters to the new task, the second to the old ones."""
     units = ParameterGroups(dict(zip(NAMES, (t(A1), t(B1)), strict=True)), by_rank=True)
     new = norm(units.scores(lora("mix")))
     assert new.tolist() == [1, 0]

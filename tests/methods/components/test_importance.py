@@ -30,7 +30,7 @@ def t(values: object) -> Tensor:
 
 
 def scalar(weights: list[float], gradients: list[float], score: str, beta: float = 0.85, **more) -> Importance:
-    """One weight through some steps in fp64."""
+    """Running importance of one weight after some steps in fp64."""
     importance = Importance(1, score, beta, beta, more.pop("skip_first", False), t(0.0))
     for w, g in zip(weights, gradients, strict=True):
         importance.update([t([w])], [t([g])])
@@ -150,7 +150,7 @@ def test_units_are_judged_by_their_order_of_size_alone(rule) -> None:
     ("units", "expected"), [(5, 1), (10, 2), (20, 4), (144, 29), (288, 58), (512, 103), (576, 115), (1152, 231)]
 )
 def test_how_many_units_are_important(units: int, expected: int) -> None:
-    """n - 1 - floor(0.8 (n - 1)) of n distinct scores, by interpolation and by selection alike."""
+    """n - 1 - floor(0.8 (n - 1)) of n distinct scores, by interpolation as well as by selection."""
     torch.manual_seed(0)
     scores = torch.rand(units, dtype=torch.float64)
     assert above_percentile(scores, 80).sum() == above_quantile(scores, 0.8).sum() == expected
@@ -170,13 +170,13 @@ def test_without_memory_and_when_steady_nothing_is_important() -> None:
 
 
 @pytest.mark.parametrize("score", ["first", "second", "mix"])
-def test_no_gradient_or_no_weight_is_no_importance(score: str) -> None:
+def test_without_gradient_or_weight_importance_is_zero(score: str) -> None:
     assert scalar([2, 3], [0, 0], score).elements().item() == 0
     assert scalar([0, 0], [2, 3], score).elements().item() == 0
 
 
 def test_twice_the_loss() -> None:
-    """First order: s doubles, S is fourfold, a rank's score sixteenfold."""
+    """With first-order scores s doubles, I U is fourfold and a rank's score sixteenfold."""
     torch.manual_seed(0)
     weights = [[torch.randn(2, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)] for _ in range(5)]
     gradients = [[torch.randn_like(w) for w in pair] for pair in weights]
@@ -212,7 +212,7 @@ def test_tiny_scores_do_not_underflow() -> None:
     assert (importance.mean * importance.uncertainty).sum() == 0
 
 
-def test_equal_scores_are_no_importance() -> None:
+def test_equal_scores_have_importance_zero() -> None:
     flat_map = norm(t([3, 3, 3, 3, 3]))
     assert flat_map.tolist() == [0] * 5
     assert adaptive(flat_map, flat_map, 0.25).tolist() == [0.5] * 5
@@ -222,8 +222,8 @@ def test_equal_scores_are_no_importance() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("score", ["first", "second", "mix"])
-def test_a_step_that_is_not_finite_counts_for_nothing(bad: float, score: str) -> None:
-    """One bad gradient anywhere: no score of the step enters, also that of a weight of 0."""
+def test_a_step_that_is_not_finite_is_skipped(bad: float, score: str) -> None:
+    """With one NaN or infinite gradient no score of the step counts, not even that of a weight of 0."""
     torch.manual_seed(0)
     weights = [torch.randn(2, 3), torch.zeros(4)]
     good = [torch.randn(2, 3), torch.randn(4)]
@@ -238,7 +238,7 @@ def test_a_step_that_is_not_finite_counts_for_nothing(bad: float, score: str) ->
     assert (dirty.counted.item(), dirty.skipped.item()) == (3, 1)
 
 
-def test_importance_goes_on_where_it_was_saved() -> None:
+def test_importance_resumes_from_its_state() -> None:
     torch.manual_seed(0)
     series = [([torch.randn(6)], [torch.randn(6)]) for _ in range(6)]
     uninterrupted, cut = (Importance(6, "mix", 0.85, 0.85, True) for _ in range(2))
@@ -267,7 +267,7 @@ def test_flat_and_back() -> None:
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device() -> None:
-    """Updates, quantiles and the orthogonality term give the GPU work without asking for its results."""
+    """Updates, quantiles and the orthogonality term never synchronise with the GPU."""
     tensors = [torch.randn(8, 64, device="cuda", requires_grad=True) for _ in range(4)]
     grads = [torch.randn_like(value) for value in tensors]
     importance = Importance(4 * 8 * 64, "mix", 0.85, 0.85, False, torch.zeros((), device="cuda"))

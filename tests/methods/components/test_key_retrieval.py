@@ -1,4 +1,4 @@
-"""Keys and weights: hand-computed similarities, what is chosen, what is learned, what is dropped."""
+"""Keys and weights against numbers computed by hand: retrieval, training, and dropout of keys."""
 
 import pytest
 import torch
@@ -25,7 +25,6 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_first_keys_are_orthonormal_in_every_group() -> None:
-    """Oracle 2."""
     keys = orthonormal(6, 4, 64, seed=3)
     assert torch.allclose(keys @ keys.mT, torch.eye(4).expand(6, 4, 4), atol=1e-5)
     assert torch.equal(keys, orthonormal(6, 4, 64, seed=3))
@@ -33,7 +32,7 @@ def test_first_keys_are_orthonormal_in_every_group() -> None:
 
 
 def test_cosines_see_directions_alone() -> None:
-    """Oracle 3: rescaled chunks and keys, one group, and keys that trade places with their values."""
+    """Rescaling chunks or keys changes nothing, nor does permuting keys together with their values."""
     queries, keys, values = drawn(5, 3, 8), drawn(3, 7, 8, seed=1), drawn(7, 4, seed=2)
     sigma = cosines(queries, keys)
     scaled = cosines(queries * torch.rand(5, 3, 1) * 9 + queries, keys * (torch.rand(3, 7, 1) + 0.1))
@@ -47,7 +46,6 @@ def test_cosines_see_directions_alone() -> None:
 
 
 def test_weights_are_shares_of_the_chosen_similarities() -> None:
-    """Oracle 4."""
     sigma = torch.tensor([[[0.6, 0.5, 0.4, 0.3]]])
     expected = {4: [1 / 3, 0.27778, 0.22222, 0.16667], 2: [0.54545, 0.45455, 0, 0], 1: [1.0, 0, 0, 0]}
     for k, weights in expected.items():
@@ -61,7 +59,7 @@ def test_weights_are_shares_of_the_chosen_similarities() -> None:
 
 
 def test_groups_are_averaged_or_choose_for_themselves() -> None:
-    """Two groups, three keys: averages (.5, .3, .4); or the best key of each group, weighed against each other."""
+    """Two groups, three keys: averages (.5, .3, .4), or the best key of each group with weights over both groups."""
     sigma = torch.tensor([[[0.9, 0.2, 0.3], [0.1, 0.4, 0.5]]])
     shared = retrieve(sigma, 2)
     assert torch.allclose(shared.weights, torch.tensor([[[0.5 / 0.9, 0, 0.4 / 0.9]]]), atol=1e-6)
@@ -80,7 +78,7 @@ def test_branches_are_task_by_task_and_group_by_group() -> None:
 
 
 def test_a_forbidden_key_is_never_chosen() -> None:
-    """Oracle 5: with -100 in its place it would get the weight 1.018."""
+    """If -100 replaced the similarity of a forbidden key, its weight would be 1.018."""
     sigma = torch.tensor([[[0.6, 0.5, 0.4, 0.3, 0.9]]])
     allowed = torch.tensor([[True, True, True, True, False]])
     for k in range(1, 6):
@@ -93,14 +91,14 @@ def test_a_forbidden_key_is_never_chosen() -> None:
     assert none.owners(1).tolist() == [[-1, -1]]
 
 
-def test_similarities_that_sum_up_to_nothing_are_shared_out_evenly() -> None:
+def test_similarities_that_sum_up_to_zero_give_uniform_weights() -> None:
     sigma = torch.tensor([[[0.5, -0.5, -0.9]], [[0.5, 0.4, 0.1]]])
     assert retrieve(sigma, 2).weights[0, 0].tolist() == [0.5, 0.5, 0]
     assert num_uniform(sigma, 2, per_group=False) == 1
 
 
 def test_a_batch_together_has_one_mixture() -> None:
-    """Oracle 8: the mean similarities decide; the order in the batch does not, and single items differ."""
+    """Keys are chosen by mean similarity, whatever the order in the batch; items alone get other mixtures."""
     sigma = torch.tensor([[[0.9, 0.1, 0.2]], [[0.1, 0.9, 0.4]]])
     weights = retrieve(sigma, 1, batch_mean=True).weights
     assert weights.tolist() == [[[1, 0, 0]], [[1, 0, 0]]] or weights.tolist() == [[[0, 1, 0]], [[0, 1, 0]]]
@@ -115,7 +113,7 @@ def test_a_batch_together_has_one_mixture() -> None:
 
 
 def test_one_key_becomes_the_mean_of_the_unit_queries() -> None:
-    """Oracle 10, the fixed point of stage 1."""
+    """The fixed point of stage 1."""
     queries = drawn(64, 2, 8) + drawn(1, 2, 8, seed=5) * 2
     stage = KeyLearning(top_k=1, dropout=0.0, epochs=1, min_steps=3000, batch_size=64, lr=1e-2, clip=0)
     keys = stage.learn(queries, orthonormal(2, 1, 8, 0), 0, silent, dry_run=False)
@@ -124,7 +122,7 @@ def test_one_key_becomes_the_mean_of_the_unit_queries() -> None:
 
 
 def test_the_key_loss_turns_chosen_keys_alone() -> None:
-    """Oracle 10: no gradient along a key, none for a key that is not chosen or dropped; L lies in [-1, 1]."""
+    """The gradient is orthogonal to a key, and 0 for keys that are not chosen or are dropped; L is in [-1, 1]."""
     queries = drawn(4, 3, 8)
     keys = drawn(3, 5, 8, seed=1).requires_grad_()
     draws = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(2))
@@ -141,7 +139,7 @@ def test_the_key_loss_turns_chosen_keys_alone() -> None:
 
 
 def test_a_dropped_key_is_replaced_by_what_is_left() -> None:
-    """Oracle 24: two keys, both wanted; an item without any is no part of the mean."""
+    """With two keys and K = 2 the remaining key counts; an item without any is excluded from the mean."""
     sigma = torch.tensor([[[0.8, 0.4]], [[0.6, 0.2]], [[0.1, 0.1]]], requires_grad=True)
     dropped = torch.tensor([[[False, False]], [[False, True]], [[True, True]]])
     loss = key_loss(sigma, 2, dropped)
@@ -151,7 +149,7 @@ def test_a_dropped_key_is_replaced_by_what_is_left() -> None:
 
 
 def test_dropout_of_keys_has_its_rate_and_touches_the_choice_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle 11: p +- 3 sigma over a learning; similarities of what is left are those without dropout."""
+    """The rate is within p +- 3 sigma over a whole stage; dropout does not change the other similarities."""
     from clpet.methods.components import key_retrieval
 
     masks, original = [], key_retrieval.key_loss
@@ -177,14 +175,14 @@ def test_learning_is_the_same_for_the_same_seed_and_different_for_another() -> N
 
 
 def test_how_long_a_stage_is() -> None:
-    """Oracle 18: 115,000 texts in batches of 32 for 5 epochs are 17,970 steps; few texts are repeated."""
+    """115,000 texts in batches of 32 for 5 epochs are 17,970 steps; small tasks are repeated."""
     epochs, steps = KeyLearning(epochs=5, batch_size=32, min_steps=500).length(115_000)
     assert (steps, epochs * steps) == (3594, 17_970)
     assert KeyLearning(epochs=3, batch_size=16, min_steps=500).length(64) == (125, 4)
 
 
-def test_told_apart_when_tasks_are_and_not_when_they_are_not() -> None:
-    """Oracle 16: well separated Gaussian tasks are always recognised; three equal ones a third of the time."""
+def test_only_separated_tasks_are_recognised() -> None:
+    """Well separated Gaussian tasks are always recognised, three equal ones in a third of the cases."""
 
     def votes(distance: float) -> list[float]:
         centres = drawn(3, 1, 2, 16) * distance
@@ -219,8 +217,8 @@ def test_retrieval_stats_counts_votes_and_right_picks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knob", "value"), [("top_k", 0), ("dropout", 1.0), ("lr", -1), ("decay_at", 0), ("epochs", 0)]
+    ("option", "value"), [("top_k", 0), ("dropout", 1.0), ("lr", -1), ("decay_at", 0), ("epochs", 0)]
 )
-def test_knobs_out_of_range(knob: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=rf"method\.stage1\.{knob} must be"):
-        KeyLearning(**{knob: value})
+def test_options_out_of_range(option: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"method\.stage1\.{option} must be"):
+        KeyLearning(**{option: value})

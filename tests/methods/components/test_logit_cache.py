@@ -1,4 +1,4 @@
-"""Logits of frozen modules: each computed once, the same bits from the cache as from the network."""
+"""Logits of frozen modules: each is computed once, and the cache gives the same bits as the network."""
 
 import json
 import multiprocessing
@@ -53,7 +53,7 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 def test_a_repeated_run_computes_nothing_again_and_ends_alike(words: Path, clpet, tmp_path: Path, computed) -> None:
-    """Oracle 27: without a cache, filling one and reading one are the same run, in another output folder too."""
+    """A run gives the same results without a cache, while filling one and while reading one, in any output folder."""
     args = ["train", *tiny_args(words), *TOP_2]
     assert clpet(*args, "output_dir=none", "cache_dir=null").code == 0
     without = len(computed)
@@ -67,7 +67,7 @@ def test_a_repeated_run_computes_nothing_again_and_ends_alike(words: Path, clpet
 
 
 def test_what_another_run_has_filled_in_does_not_change_a_run(words: Path, clpet, tmp_path: Path, computed) -> None:
-    """All modules for every example (K = 4) share the first module with K = 2, and asked for it in other blocks."""
+    """A run with K = 4 fills the cache of the first module too, which it computes in other blocks."""
     args = ["train", *tiny_args(words), *TOP_2]
     assert clpet(*args, "output_dir=none", "cache_dir=null").code == 0
     without = len(computed)
@@ -82,7 +82,7 @@ def test_what_another_run_has_filled_in_does_not_change_a_run(words: Path, clpet
 def test_each_logit_is_computed_once_across_a_resume(
     method: str, words: Path, clpet, tmp_path: Path, computed, monkeypatch
 ) -> None:
-    """Oracle 27: no (example, module) pair twice, in training, evaluation and after a stop; files hold just these."""
+    """No (example, module) pair is computed twice in training, evaluation and after a stop; files contain exactly these."""
     save = RunState.save
 
     def stop(self, *rest) -> None:
@@ -104,7 +104,7 @@ def test_each_logit_is_computed_once_across_a_resume(
 
 
 def test_the_cost_of_a_repeated_run_says_what_was_read(make, tmp_path: Path) -> None:
-    """forward_examples are computed ones, cached_examples those that an earlier run has computed."""
+    """forward_examples counts computed logits, cached_examples those that an earlier run has computed."""
     costs = []
     for _ in range(2):
         run = make("method=dynamic_conpet", "method.top_k=2", f"cache_dir={tmp_path}")
@@ -118,7 +118,7 @@ def test_the_cost_of_a_repeated_run_says_what_was_read(make, tmp_path: Path) -> 
 
 
 def frozen(make, *overrides: str):
-    """The store of a method that has learned one task, its module 0, and the train pool."""
+    """A method that has learned one task, its logit cache, and the train pool."""
     run = make("method=dynamic_conpet", "train.epochs=1", *overrides)
     run.learn(0)
     return run.method, run.method.cache, run.data.train
@@ -147,7 +147,7 @@ def test_a_damaged_file_is_computed_again(harm: str, make, tmp_path: Path, compu
 
 
 def test_settings_do_not_share(make, tmp_path: Path) -> None:
-    """Every one of these changes the network, the module, what is read or where it is read: a file of its own."""
+    """Each of these settings changes the network, the module, the texts or the position that is read: a separate file."""
     settings = [
         [],
         ["seed=1"],
@@ -168,7 +168,7 @@ def test_settings_do_not_share(make, tmp_path: Path) -> None:
 
 
 def test_a_module_trained_again_has_a_file_of_its_own(make, tmp_path: Path) -> None:
-    """One changed value in the adapter or in the readout is another module."""
+    """Changing one value of the adapter or the readout makes a different module."""
     method, store, pool = frozen(make, f"cache_dir={tmp_path}")
     first = store.get(module_name(0), pool, np.arange(4))
     adapter = next(iter(method.objective.adapters.tensors(module_name(0)).values()))
@@ -184,7 +184,7 @@ def test_a_module_trained_again_has_a_file_of_its_own(make, tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_neighbours_do_not_change_a_bit(dtype: str, attention: str, make) -> None:
-    """Row by row, in any order, all at once: the same logits. The cache rests on this."""
+    """Logits are the same row by row, in any order and all at once, which the cache relies on."""
     method, store, pool = frozen(make, f"hardware.dtype={dtype}", f"model.attention={attention}")
     rows = np.arange(len(pool))
     logits = store.get(module_name(0), pool, rows)
@@ -198,7 +198,7 @@ def test_neighbours_do_not_change_a_bit(dtype: str, attention: str, make) -> Non
 
 
 def test_blocks_hold_rows_of_one_shape() -> None:
-    """Widths in steps of 8, at most the longest row; rows that fill their block are apart from padded ones."""
+    """Widths are multiples of 8 or the longest row; rows that fill their block are separate from padded ones."""
     lengths = np.array([3, 8, 9, 16, 20, 7] + [5] * BLOCK)
     assert block_widths(lengths)[:6].tolist() == [8, 8, 16, 16, 20, 8]
     rows = [block.tolist() for block in blocks(lengths, np.arange(len(lengths)))]
@@ -206,7 +206,7 @@ def test_blocks_hold_rows_of_one_shape() -> None:
 
 
 def fill(path: Path, start: int) -> None:
-    """One of two processes: adds rows one by one to the shared file."""
+    """Adds every second row to the shared file, one by one, as one of two processes."""
     table = LogitTable(100, 2, path)
     for row in range(start, 100, 2):
         if table.slot[row] < 0:
@@ -215,7 +215,7 @@ def fill(path: Path, start: int) -> None:
 
 
 def test_two_processes_share_a_file(tmp_path: Path) -> None:
-    """Neither breaks the file for the other; what both wrote last is all there in the end."""
+    """Neither process damages the file for the other, and in the end it contains the rows of both."""
     path, context = tmp_path / "x.safetensors", multiprocessing.get_context("fork")
     workers = [context.Process(target=fill, args=(path, start)) for start in (0, 1)]
     for worker in workers:

@@ -1,4 +1,4 @@
-"""InfLoRA, GainLoRA and OSF: bases of used directions, and steps outside of them."""
+"""InfLoRA, GainLoRA and OSF: bases of the directions earlier tasks use, and updates orthogonal to them."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.conftest import double
 
 
 def test_projected_rows() -> None:
-    """Oracle 9: no part along e1, norm 1 / sqrt(3)."""
+    """Rows have no component along e1 and norm 1 / sqrt(3)."""
     a, basis = double([[1, 1, 0], [0, 2, 2]]), double([[1], [0], [0]])
     rows = projected(a, basis)
     assert rows.tolist() == [
@@ -24,7 +24,7 @@ def test_projected_rows() -> None:
 
 @pytest.mark.parametrize(("epsilon", "count"), [(0.5, 1), (0.9, 1), (0.995, 2)])
 def test_first_basis(epsilon: float, count: int) -> None:
-    """Oracle 10: cumulative shares .642, .928, .9993, 1 of sigma = 3, 2, 1, .1: those below epsilon, at least one."""
+    """Cumulative shares .642, .928, .9993, 1 of sigma = 3, 2, 1, .1: those below epsilon, at least one."""
     extended = extend_basis(torch.empty(4, 0, dtype=torch.float64), torch.diag(double([3, 2, 1, 0.1])), epsilon)
     assert extended.shape == (4, count)
     assert torch.allclose(extended.T @ extended, torch.eye(count, dtype=torch.float64), atol=1e-12)
@@ -32,7 +32,7 @@ def test_first_basis(epsilon: float, count: int) -> None:
 
 @pytest.mark.parametrize(("epsilon", "added"), [(0.75, 0), (0.9, 1), (0.97, 2), (0.995, 3)])
 def test_basis_growth(epsilon: float, added: int) -> None:
-    """Oracle 10: e1 explains .753 of diag(4, 2, 1, .5); directions are added while the share is below epsilon."""
+    """e1 explains .753 of diag(4, 2, 1, .5); directions are added while the share is below epsilon."""
     e1 = double([[1], [0], [0], [0]])
     extended = extend_basis(e1, torch.diag(double([4, 2, 1, 0.5])), epsilon)
     assert torch.equal(extended[:, :1], e1)
@@ -47,7 +47,7 @@ def test_threshold_grows_with_the_tasks() -> None:
 @pytest.mark.parametrize("design", ["random", "svd"])
 @pytest.mark.parametrize("name", ["inf_lora", "gain_lora"])
 def test_new_branches_do_not_read_old_directions(name: str, design: str, make) -> None:
-    """Oracle 9 on trained layers: inside span(M) the new branch gives 0; M stays orthonormal; only B has moved."""
+    """On trained layers: in span(M) the new branch gives 0, M stays orthonormal, and only B has changed."""
     run = make(f"method={name}", f"method.design={design}", "train.lr=1e-2", "method.epsilon=0.9")
     method = run.method
     run.learn(0)
@@ -68,7 +68,7 @@ def test_new_branches_do_not_read_old_directions(name: str, design: str, make) -
 
 
 def test_layers_that_read_the_same_input_share_a_basis(make) -> None:
-    """Query and value of an attention; svd gives them the same rows; layers of different depth have their own."""
+    """Query and value of one attention share a basis and, with svd, the same rows; other layers have other bases."""
     run = make("method=inf_lora", "method.design=svd")
     run.learn(0)
     method = run.method
@@ -92,13 +92,12 @@ def test_covariances_leave_out_padding(make) -> None:
 
 
 def test_gate_opening() -> None:
-    """Oracle 8."""
     openings = gain_lora.opening(double([0, 0.25, -0.5, 1]))
     assert openings.tolist() == pytest.approx([0, 0.4621171573, 0.7615941560, 0.9640275801], abs=1e-10)
 
 
 def test_gate_step_leaves_old_inputs_alone() -> None:
-    """Oracle 11: without rescaling dW x = 0 for x in span(M); with it each row has the plain step's norm."""
+    """Without rescaling dW x = 0 for x in span(M); with it each row has the plain step's norm."""
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64))[0]
     before, step = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
@@ -112,7 +111,7 @@ def test_gate_step_leaves_old_inputs_alone() -> None:
 
 
 def test_gates_of_old_tasks_keep_their_bits(make) -> None:
-    """Oracle 11, over training: the new gate starts from the old one and moves only outside of its bases."""
+    """The new gate starts from the old one, and training changes it only orthogonally to its bases."""
     run = make("method=gain_lora", "method.rescale=false", "method.epsilon=0.9", "train.lr=1e-2")
     method = run.method
     run.learn(0)
@@ -128,12 +127,12 @@ def test_gates_of_old_tasks_keep_their_bits(make) -> None:
 
 
 def test_parameters_of_a_gate() -> None:
-    """Oracle 11: 205,824 at T5-large's width."""
+    """A gate has 205,824 parameters at the width of T5-large."""
     assert sum(p.numel() for p in gain_lora.Gate(1024, 100, 0).parameters()) == 205_824
 
 
-def test_osf_keeps_strong_directions_and_decomposes_anew(make) -> None:
-    """A task hardly moves W between the strongest half of its singular directions; then the new W is decomposed."""
+def test_osf_protects_strong_directions_and_decomposes_again(make) -> None:
+    """A task hardly changes W within its strongest half of singular directions; then the new W is decomposed."""
     run = make("method=osf", "train.lr=1e-2")
     method = run.method
     first = {name: weight.detach().clone() for name, weight in method.weights().items()}
