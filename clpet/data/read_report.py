@@ -1,6 +1,6 @@
 """A report of the rows and files that were skipped, repaired or dropped while the data was read.
 
-Every command prints it, and a run stores it in data.json.
+Every command prints it, and a run stores it in run.json and results.json.
 """
 
 from collections import Counter

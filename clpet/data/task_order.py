@@ -72,7 +72,7 @@ class Ordering:
         return digest(self.names, 16)
 
     def record(self) -> dict[str, Any]:
-        """The ordering as plain values, for data.json."""
+        """The ordering as plain values, for run.json and results.json."""
         record: dict[str, Any] = {"order": self.order, "hash": self.hash, "names": self.names, "encoder": self.encoder}
         for name in ("similarity", "reference_similarity"):
             values = getattr(self, name)

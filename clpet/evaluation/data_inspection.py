@@ -1,4 +1,4 @@
-"""What a benchmark's data is like: counts, balance, lengths, repeats, and text that occurs where it should not."""
+"""Statistics of a benchmark's data: counts, label balance, lengths, repeats, overlaps between splits, warnings."""
 
 import unicodedata
 from collections import Counter
@@ -15,16 +15,16 @@ from clpet.data.read_report import account
 from clpet.objectives import load
 from clpet.reporting.tables import table
 
-OFTEN = 0.05  # share of texts or answers that are cut, from which on it is warned of
+OFTEN = 0.05  # share of truncated texts or answers above which there is a warning
 
 
 def key(example: Example) -> str:
-    """What is compared: the normalised text with its template fields."""
+    """The normalized text with its template fields: examples with equal keys count as equal."""
     return normalize(" ".join([example.text, *example.fields.values()]))
 
 
 def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str, Any]:
-    """Counts per task and split, label balance, token lengths, repeats, overlaps and warnings; a plain dict."""
+    """Counts per task and split, label balance, token lengths, repeats, overlaps and warnings, as plain values."""
     if all(isinstance(task.train, Documents) for task in benchmark.tasks):
         return inspect_domains(benchmark, data)
     keys = {
@@ -59,17 +59,17 @@ def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str,
 
 
 def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> dict[str, Any]:
-    """Documents, pieces, bytes and tokens per domain and split, what was left out, the order; a plain dict."""
+    """The same for plain text: documents, pieces, bytes and tokens per domain and split, decontamination, the order."""
     tasks = {task.name: _domain(task, data, index) for index, task in enumerate(benchmark.tasks)}
-    owners = Counter(key for task in benchmark.tasks for key in set(task.train.hashes.tolist()))  # type: ignore[attr-defined]
-    dropped = {name: task["dropped"] for name, task in tasks.items() if task["dropped"]}
-    found = {
-        "test pieces in train": sum(dropped.values()),
-        "train documents in several domains": sum(count > 1 for count in owners.values()),
+    num_domains = Counter(key for task in benchmark.tasks for key in set(task.train.hashes.tolist()))  # type: ignore[attr-defined]
+    contaminated = {name: task["dropped"] for name, task in tasks.items() if task["dropped"]}
+    overlaps = {
+        "test pieces in train": sum(contaminated.values()),
+        "train documents in several domains": sum(count > 1 for count in num_domains.values()),
     }
     warnings = benchmark.report.notes() + [
         f"domain {name}: {count} pieces of 200 characters of its test texts also occur in train and are left out"
-        for name, count in dropped.items()
+        for name, count in contaminated.items()
     ]
     if any(task["dropped"] is None for task in tasks.values()):
         warnings.append("test texts were not compared to train (benchmark.decontaminate=false)")
@@ -81,38 +81,38 @@ def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> dict[s
         "base": benchmark.base and {"name": benchmark.base.name, **_domain(benchmark.base)},
         "groups": benchmark.groups,
         "order": benchmark.order,
-        "overlaps": {pair: count for pair, count in found.items() if count},
+        "overlaps": {pair: count for pair, count in overlaps.items() if count},
         "warnings": warnings,
     }
 
 
 def _documents(benchmark: Benchmark) -> int:
     tasks = [*benchmark.tasks, *([benchmark.base] if benchmark.base else [])]
-    parts: list[Any] = [task.split(split) for task in tasks for split in SPLITS]
-    return sum(part.num_documents for part in parts)
+    documents: list[Any] = [task.split(split) for task in tasks for split in SPLITS]
+    return sum(texts.num_documents for texts in documents)
 
 
 def _domain(task: Task, data: Encoded | None = None, index: int = -1) -> dict[str, Any]:
-    parts: dict[str, Any] = {split: task.split(split) for split in SPLITS}
+    splits: dict[str, Any] = {split: task.split(split) for split in SPLITS}
     pools = {split: getattr(data, split) for split in SPLITS} if data else {}
     return {
-        **{split: len(part) for split, part in parts.items()},
-        "pieces": {split: part.num_pieces for split, part in parts.items()},
-        "bytes": {split: part.bytes for split, part in parts.items()},
-        "repeats": {split: part.repeats for split, part in parts.items()},
+        **{split: len(texts) for split, texts in splits.items()},
+        "pieces": {split: texts.num_pieces for split, texts in splits.items()},
+        "bytes": {split: texts.bytes for split, texts in splits.items()},
+        "repeats": {split: texts.repeats for split, texts in splits.items()},
         "tokens": {split: int(pool.lengths[pool.rows_of(index)].sum()) for split, pool in pools.items()},
-        "borders": parts["train"].has_boundaries,
-        "dropped": parts["test"].num_contaminated,
+        "borders": splits["train"].has_boundaries,
+        "dropped": splits["test"].num_contaminated,
     }
 
 
 def repeats(texts: list[str]) -> int:
-    """How many texts repeat an earlier one."""
+    """Number of texts that are equal to an earlier one."""
     return len(texts) - len(set(texts))
 
 
 def _cut(data: Encoded | None, index: int) -> dict[str, dict[str, int]]:
-    """How many texts and answers of a task were cut, by split."""
+    """Numbers of truncated texts and answers of a task, by split."""
     pools = {split: getattr(data, split) for split in SPLITS} if data else {}
     counts = {split: pool.num_truncated(pool.rows_of(index)) for split, pool in pools.items()}
     return {
@@ -122,37 +122,40 @@ def _cut(data: Encoded | None, index: int) -> dict[str, dict[str, int]]:
 
 
 def cut_counts(tasks: dict[str, dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """{texts, answers: (how many were cut, of how many)} over all tasks and splits."""
+    """{texts, answers: (number truncated, total number)} over all tasks and splits."""
     total = sum(task[split] for task in tasks.values() for split in SPLITS)
     return {what: (sum(sum(t[f"{what}_cut"].values()) for t in tasks.values()), total) for what in ("texts", "answers")}
 
 
-def cut_line(found: dict[str, Any]) -> str:
-    """What a run says of the texts and answers that were cut, '' where none was."""
-    if "truncate" not in found:
+def cut_line(record: dict[str, Any]) -> str:
+    """A line with the numbers of truncated texts and answers, '' if there are none."""
+    if "truncate" not in record:  # plain text is not truncated
         return ""
-    most = {"texts": f"{found['max_length']} tokens ({found['truncate']})", "answers": f"{found['max_target']} tokens"}
-    counts = cut_counts(found["tasks"])
-    said = [f"{count} of {total} {what} at {most[what]}" for what, (count, total) in counts.items() if count]
-    return f"cut: {', '.join(said)}" if said else ""
+    limits = {
+        "texts": f"{record['max_length']} tokens ({record['truncate']})",
+        "answers": f"{record['max_target']} tokens",
+    }
+    counts = cut_counts(record["tasks"])
+    items = [f"{count} of {total} {what} at {limits[what]}" for what, (count, total) in counts.items() if count]
+    return f"cut: {', '.join(items)}" if items else ""
 
 
 def _much_cut(tasks: dict[str, dict[str, Any]], benchmark: Benchmark) -> list[str]:
-    """Warnings where more than a twentieth of all texts, or of all answers, were cut."""
+    """Warnings if more than OFTEN of all texts, or of all answers, are truncated."""
     limits = {
         "texts": f"benchmark.max_length={benchmark.max_length} tokens, prompt included: raise it, or choose what is "
-        f"cut by benchmark.truncate={benchmark.truncate.value} and benchmark.keep",
-        "answers": f"benchmark.max_target={benchmark.max_target} tokens, end included: raise it",
+        f"cut with benchmark.truncate={benchmark.truncate.value} and benchmark.keep",
+        "answers": f"benchmark.max_target={benchmark.max_target} tokens, end token included: raise it",
     }
     return [
-        f"{count} of {total} {what} ({100 * count / total:.0f} %) are cut, since they are longer than {limits[what]}"
+        f"{count} of {total} {what} ({100 * count / total:.0f} %) are cut because they are longer than {limits[what]}"
         for what, (count, total) in cut_counts(tasks).items()
         if count > OFTEN * total
     ]
 
 
 def _lengths(data: Encoded | None, index: int) -> dict[str, int]:
-    """Tokens of train texts with their answers, before they were cut."""
+    """Numbers of tokens of the train texts with their answers, before truncation."""
     if data is None:
         return {}
     rows = data.train.rows_of(index)
@@ -161,9 +164,9 @@ def _lengths(data: Encoded | None, index: int) -> dict[str, int]:
 
 
 def _overlaps(benchmark: Benchmark, keys: dict[tuple[str, str], list[str]]) -> dict[str, int]:
-    """Number of texts that two splits, or two tasks' train parts, share (only pairs that share any)."""
+    """Numbers of texts that two splits, or the train splits of several tasks, have in common; zeros are left out."""
     pooled = {split: _union(keys[name, split] for name in benchmark.names) for split in SPLITS}
-    found = {
+    overlaps = {
         "test in train": sum(text in pooled["train"] for name in benchmark.names for text in keys[name, "test"]),
         "test in validation": sum(
             text in pooled["validation"] for name in benchmark.names for text in keys[name, "test"]
@@ -171,9 +174,9 @@ def _overlaps(benchmark: Benchmark, keys: dict[tuple[str, str], list[str]]) -> d
         "validation in train": sum(text in pooled["train"] for n in benchmark.names for text in keys[n, "validation"]),
     }
     sets = {name: set(keys[name, "train"]) for name in benchmark.names}
-    owners = Counter(text for texts in sets.values() for text in texts)
-    found["train texts in several tasks"] = sum(count > 1 for count in owners.values())
-    return {pair: count for pair, count in found.items() if count}
+    num_tasks = Counter(text for texts in sets.values() for text in texts)
+    overlaps["train texts in several tasks"] = sum(count > 1 for count in num_tasks.values())
+    return {pair: count for pair, count in overlaps.items() if count}
 
 
 def _union(groups: Iterable[list[str]]) -> set[str]:
@@ -181,28 +184,28 @@ def _union(groups: Iterable[list[str]]) -> set[str]:
 
 
 def near_equal(labels: Iterable[str]) -> list[list[str]]:
-    """Groups of labels that differ in case, spaces and Unicode form only."""
+    """Groups of labels that differ only in case, spaces and Unicode form."""
     groups: dict[str, list[str]] = {}
     for label in labels:
         groups.setdefault("".join(unicodedata.normalize("NFKC", label).casefold().split()), []).append(label)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _near_equal(benchmark: Benchmark) -> list[str]:
-    """What to say of labels that may be one by mistake: of a task where answers are written, or of all tasks."""
-    spaces = {"": benchmark.labels}
+def _label_warnings(benchmark: Benchmark) -> list[str]:
+    """Warnings about labels that may be meant as one: among all labels or, for generated answers, those of a task."""
+    label_sets = {"": benchmark.labels}
     if benchmark.max_target:
-        spaces = {f"task {task.name}: ": list(task.labels) for task in benchmark.tasks}
+        label_sets = {f"task {task.name}: ": list(task.labels) for task in benchmark.tasks}
     return [
-        f"{where}the labels {', '.join(map(repr, group))} differ only in case, spaces or Unicode form: are they one?"
-        for where, labels in spaces.items()
+        f"{prefix}the labels {', '.join(map(repr, group))} differ only in case, spaces or Unicode form: are they one?"
+        for prefix, labels in label_sets.items()
         for group in near_equal(labels)
     ]
 
 
 def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
     total = sum(len(task.test) for task in benchmark.tasks)
-    return [*benchmark.report.notes(), *_near_equal(benchmark)] + [
+    return [*benchmark.report.notes(), *_label_warnings(benchmark)] + [
         f"{overlaps[pair]} of {total} test texts of {benchmark.name} also occur in {pair.split(' in ')[1]}"
         for pair in ("test in train", "test in validation")
         if pair in overlaps
@@ -210,7 +213,7 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
 
 
 def report(cfg: Any) -> str:
-    """What `clpet data` prints: the tables of a benchmark composed in `cfg`, with the model's tokenizer."""
+    """The report of `clpet data` on the benchmark of a composed configuration, with the tokenizer of its model."""
     config = parse_config(cfg)
     source = build(config.benchmark, "benchmark")
     if source.plain_text:
@@ -219,7 +222,10 @@ def report(cfg: Any) -> str:
     objective = load(source.objective.value)
     objective.check_benchmark(benchmark, config.evaluation)
     encode = objective.encoder(benchmark, backbone, backbone.tokenizer())
-    found = inspect_data(benchmark, encode_benchmark(benchmark, encode))
+    return _task_report(benchmark, inspect_data(benchmark, encode_benchmark(benchmark, encode)))
+
+
+def _task_report(benchmark: Benchmark, record: dict[str, Any]) -> str:
     answers = ["answers cut"] if benchmark.max_target else []
     header = ["task", *SPLITS, "labels", "label sizes", "tokens median", "p95", "max", "cut", *answers, "repeats"]
     rows = [
@@ -227,23 +233,22 @@ def report(cfg: Any) -> str:
          str(t["tokens"]["median"]), str(t["tokens"]["p95"]), str(t["tokens"]["max"]),
          *("/".join(str(t[count][split]) for split in SPLITS)
            for count in ("texts_cut", *(["answers_cut"] if answers else []), "repeats"))]
-        for name, t in found["tasks"].items()
+        for name, t in record["tasks"].items()
     ]  # fmt: skip
     note = (
-        "tokens: of train texts with their answers, before they are cut; cut, repeats: train/validation/test\n"
+        "tokens: of train texts with their answers, before truncation; cut, repeats: train/validation/test\n"
         f"cut: texts of more than benchmark.max_length={benchmark.max_length} tokens"
         + (f", answers of more than benchmark.max_target={benchmark.max_target}" if answers else "")
         + "\nrepeats: texts equal to an earlier one (letters and digits only)"
     )
-    return _printed(table(header, rows), note, found)
+    return _lines(table(header, rows), note, record)
 
 
-def _domain_report(found: dict[str, Any]) -> str:
-
+def _domain_report(record: dict[str, Any]) -> str:
     header = ["domain", "documents", "pieces", "MB", "repeats", "left out"]
-    domains = dict(found["tasks"])
-    if found["base"]:
-        domains[f"{found['base']['name']} (base)"] = found["base"]
+    domains = dict(record["tasks"])
+    if record["base"]:
+        domains[f"{record['base']['name']} (base)"] = record["base"]
     rows = [
         [name, *("/".join(str(values[split]) for split in SPLITS) for values in (d, d["pieces"])),
          "/".join(f"{d['bytes'][split] / 1e6:.2f}" for split in SPLITS),
@@ -251,13 +256,13 @@ def _domain_report(found: dict[str, Any]) -> str:
         for name, d in domains.items()
     ]  # fmt: skip
     note = "train/validation/test; repeats: documents equal to an earlier one; left out: test pieces found in train"
-    groups = "".join(f"\ngroup {name}: {', '.join(members)}" for name, members in found["groups"].items())
-    order = f"\norder: {found['order']['order']}, {found['order']['hash']}"
-    return _printed(table(header, rows), note + groups + order, found)
+    groups = "".join(f"\ngroup {name}: {', '.join(members)}" for name, members in record["groups"].items())
+    order = f"\norder: {record['order']['order']}, {record['order']['hash']}"
+    return _lines(table(header, rows), note + groups + order, record)
 
 
-def _printed(table: str, note: str, found: dict[str, Any]) -> str:
-    lines = [table, "", note, *([account(found["read"])] if found["read"]["read"] else [])]
-    lines += [f"overlap: {pair}: {count}" for pair, count in found["overlaps"].items()] or ["overlap: none"]
-    lines += [f"warning: {warning}" for warning in found["warnings"]]
-    return "\n".join([*lines, f"fingerprint: {found['fingerprint']}"])
+def _lines(table: str, note: str, record: dict[str, Any]) -> str:
+    lines = [table, "", note, *([account(record["read"])] if record["read"]["read"] else [])]
+    lines += [f"overlap: {pair}: {count}" for pair, count in record["overlaps"].items()] or ["overlap: none"]
+    lines += [f"warning: {warning}" for warning in record["warnings"]]
+    return "\n".join([*lines, f"fingerprint: {record['fingerprint']}"])

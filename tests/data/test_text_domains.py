@@ -178,7 +178,7 @@ def test_groups_follow_the_order(four: Path) -> None:
     assert benchmark.groups == {"pets": ["dog"], "insects": ["bee", "ant"]}
     swapped = domains(four, groups=groups, source_order=["insects", "pets"], order="reversed").load(str(four))
     assert swapped.names == ["bee", "ant", "dog", "cat"]
-    with pytest.raises(DataError, match=r"benchmark\.groups\.pets names owl, which is no domain"):
+    with pytest.raises(DataError, match=r"benchmark\.groups\.pets names owl, which is not a domain"):
         domains(four, groups={"pets": ["owl"]}).load(str(four))
 
 
@@ -202,7 +202,7 @@ def test_similar_domains_follow_each_other_from_the_reference(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"base": "owl"}, "benchmark.base=owl is no domain of mine; available: ant, bee, cat, dog"),
+        ({"base": "owl"}, "benchmark.base=owl is not a domain of mine; available: ant, bee, cat, dog"),
         ({"reference": "owls"}, "benchmark.reference=owls is neither a domain of mine nor a file or folder"),
         ({"tasks": ["ant", "cot"]}, "benchmark.tasks names cot, which mine does not have; did you mean cat"),
         ({"domains": ["ant", "emu"]}, "has no domain emu"),
@@ -219,8 +219,8 @@ def test_what_is_not_there_is_named(four: Path, knobs: dict, message: str) -> No
     ("knobs", "message"),
     [
         ({"base": "a", "tasks": ["a"]}, "benchmark.base must be none of benchmark.tasks"),
-        ({"balance": Balance.cap}, "benchmark.max_bytes must be given with balance=cap"),
-        ({"max_bytes": 5}, "benchmark.max_bytes must be given with balance=cap"),
+        ({"balance": Balance.cap}, "benchmark.max_bytes must be set with balance=cap"),
+        ({"max_bytes": 5}, "benchmark.max_bytes must be set with balance=cap"),
         ({"shots": 3}, "benchmark.shots must be null"),
         ({"objective": Kind.classification}, "benchmark.objective must be language_modeling"),
     ],
@@ -241,7 +241,9 @@ def test_domains_without_text_are_refused(four: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="domain eel of benchmark mine is empty"):
         domains(four).load(str(four))
     (four / "eel" / "all.jsonl").write_text('{"text": "alone"}\n')
-    with pytest.raises(DataError, match="domain eel of benchmark mine has a single document: no test part can be cut"):
+    with pytest.raises(
+        DataError, match="domain eel of benchmark mine has a single document, so no test split can be cut"
+    ):
         domains(four).load(str(four))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="has no domains: a sub-folder or a file"):
@@ -341,9 +343,9 @@ def test_m2d2_presets_are_leaves() -> None:
 
 def test_m2d2_never_has_a_domain_together_with_its_parts() -> None:
     for knobs in ({"tasks": ["cs_l1", "cs.CL"]}, {"tasks": ["cs.CL"], "base": "cs_l1"}):
-        with pytest.raises(ConfigError, match=r"cs_l1 holds the text of cs\.CL"):
+        with pytest.raises(ConfigError, match=r"cs_l1 contains the text of cs\.CL"):
             M2D2(name="m", **knobs).load(None)
-    with pytest.raises(ConfigError, match=r"cs\.CLL is no domain of M2D2; did you mean cs\.CL"):
+    with pytest.raises(ConfigError, match=r"cs\.CLL is not a domain of M2D2; did you mean cs\.CL"):
         M2D2(name="m", tasks=["cs.CLL"])
 
 

@@ -1,7 +1,7 @@
 """M2D2 (Reid et al., EMNLP 2022, arXiv 2210.07370): Wikipedia and S2ORC domains, from the archives its authors host.
 
-The ids are theirs, spelling included. A first-level (L1) domain is the union of its second-level ones, so the two
-never stand in one sequence.
+The ids are those of the archives, misspellings included. A first-level (L1) domain is the union of its second-level
+ones, so a sequence cannot contain both.
 """
 
 import os
@@ -22,7 +22,7 @@ from clpet.runtime.hub import unavailable
 
 HUB = "machelreid/m2d2"
 FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
-JUNK = ("eval_sets", "only_text", "only_txt2")  # names in the published list that are no domains
+JUNK = ("eval_sets", "only_text", "only_txt2")  # names in the published list that are not domains
 
 WIKI = {
     "Culture_and_the_arts": "Culture_and_Humanities Games_and_Toys Mass_media Performing_arts Sports_and_Recreation"
@@ -38,7 +38,7 @@ WIKI = {
     "Society_and_social_sciences": "Social_sciences Society",
     "Technology_and_applied_sciences": "Agriculture Computing Engineering Transport",
 }
-S2ORC = {  # "-": the bare prefix is a domain too
+S2ORC = {  # "-": the prefix alone is a domain too
     "astro-ph": "- CO EP GA HE IM SR",
     "cond-mat": "- dis-nn mes-hall mtrl-sci other quant-gas soft stat-mech str-el supr-con",
     "cs": "AI AR CC CE CG CL CR CV CY DB DC DL DM DS ET FL GL GR GT HC IR IT LG LO MA MM MS NA NE NI OH OS PF PL RO SC"
@@ -58,7 +58,7 @@ SINGLE = [
     "gr-qc", "hep-ex", "hep-lat", "hep-ph", "hep-th", "math-ph", "mtrl-th", "nucl-ex", "nucl-th", "patt-sol",
     "plasm-ph", "q-alg", "quant-ph", "solv-int", "supr-con",
 ]  # fmt: skip
-CHILDLESS = ["Art", "Philosophy"]  # first level, in S2ORC
+CHILDLESS = ["Art", "Philosophy"]  # first-level domains of S2ORC without second-level ones
 
 WIKI_PARENTS = {f"{parent}__{name}": parent for parent, names in WIKI.items() for name in names.split()}
 S2ORC_PARENTS = {
@@ -73,7 +73,7 @@ IDS = [name for names in SOURCES.values() for name in names]
 
 
 class Preset(Enum):
-    """Second-level domains, and those without any."""
+    """Sets of leaves: second-level domains, and first-level ones without any."""
 
     wiki = "wiki"
     s2orc = "s2orc"
@@ -82,7 +82,7 @@ class Preset(Enum):
 
 @dataclass
 class M2D2(Domains):
-    """The leaves of `preset`, or the `tasks` given, which may also be first-level domains."""
+    """The leaves of `preset`, or `tasks`, which may also be first-level domains."""
 
     preset: Preset = Preset.all
     hub: str = HUB
@@ -92,17 +92,17 @@ class M2D2(Domains):
         super().__post_init__()
         for name in [*(self.tasks or []), *(self.named_order() or []), *([self.base] if self.base else [])]:
             if name not in IDS:
-                raise ConfigError(f"{name} is no domain of M2D2{suggest(name, IDS)}")
+                raise ConfigError(f"{name} is not a domain of M2D2{suggest(name, IDS)}")
         require(self.groups is None, "benchmark.groups", self.groups, "null: they are wiki and s2orc")
 
     def names(self, data_dir: Path | None) -> list[str]:
-        parts = list(LEAVES) if self.preset is Preset.all else [self.preset.value]
-        found = list(self.tasks or self.named_order() or [name for part in parts for name in LEAVES[part]])
-        found += [self.base] if self.base and self.base not in found else []
-        for name in found:
-            if PARENTS.get(name) in found:
-                raise ConfigError(f"{PARENTS[name]} holds the text of {name}: take one or the other")
-        return found
+        sets = list(LEAVES) if self.preset is Preset.all else [self.preset.value]
+        names = list(self.tasks or self.named_order() or [name for key in sets for name in LEAVES[key]])
+        names += [self.base] if self.base and self.base not in names else []
+        for name in names:
+            if PARENTS.get(name) in names:
+                raise ConfigError(f"{PARENTS[name]} contains the text of {name}: choose one of them")
+        return names
 
     def sources(self) -> dict[str, list[str]]:
         return SOURCES
@@ -114,12 +114,12 @@ class M2D2(Domains):
         folder = self.fetch(name, None if data_dir is None else self.data_root(data_dir))
         return {split: Documents.of(LongText(folder / file, self.report)) for split, file in FILES.items()}
 
-    def fetch(self, name: str, place: Path | None) -> Path:
-        """The folder of a domain's three files: already unpacked, from an archive in `place`, or from the hub."""
-        place = place or cache() / "m2d2" / (self.hub_revision or "main")
-        folder = place / name
+    def fetch(self, name: str, root: Path | None) -> Path:
+        """The folder of a domain's three files: already unpacked, from an archive in `root`, or from the hub."""
+        root = root or cache_folder() / "m2d2" / (self.hub_revision or "main")
+        folder = root / name
         if not folder.is_dir():
-            archives = [place / f"{name}.tar.gz", place / "data" / f"{name}.tar.gz"]
+            archives = [root / f"{name}.tar.gz", root / "data" / f"{name}.tar.gz"]
             archive = next((path for path in archives if path.is_file()), None)
             unpack(archive or self.download(name), folder)
         missing = [file for file in FILES.values() if not (folder / file).is_file()]
@@ -128,7 +128,7 @@ class M2D2(Domains):
         return folder
 
     def download(self, name: str) -> Path:
-        """The archive, in the hub's own cache. Raises DataError."""
+        """The archive in the cache of the hub. Raises DataError."""
         from huggingface_hub import hf_hub_download
 
         file = f"data/{name}.tar.gz"
@@ -140,7 +140,7 @@ class M2D2(Domains):
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Writes the three files of an archive, and nothing else of it, into `folder`, whole or not at all."""
+    """Extracts the three files of an archive, and no others, into `folder`, atomically. Raises DataError."""
     try:
         with create_folder(folder) as temporary, tarfile.open(archive, "r:gz") as tar:
             for member in tar:
@@ -152,6 +152,6 @@ def unpack(archive: Path, folder: Path) -> None:
         raise DataError(f"{archive} cannot be unpacked into {folder}: {error}") from error
 
 
-def cache() -> Path:
-    """Where archives are unpacked without a data_dir."""
+def cache_folder() -> Path:
+    """The folder below which archives are unpacked if data_dir is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clpet"

@@ -1,4 +1,4 @@
-"""The running Python's standard library as domains of text: real English and code on every machine."""
+"""The standard library of the running Python as domains of text: real English and code without a download."""
 
 import ast
 import logging
@@ -16,18 +16,18 @@ from clpet.errors import DataError
 
 log = logging.getLogger(__name__)
 
-TOPICS = "pydoc_data.topics"  # the language reference, which pydoc shows as help
-REST = "*"  # every module that no domain names
+TOPICS = "pydoc_data.topics"  # the language reference, which `help()` shows
+REST = "*"  # every module that no domain lists
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass
 class PythonDomains(Domains):
-    """Source files of groups of modules, one document per file; of `pydoc_data.topics` every topic is one.
+    """Groups of modules, one document per source file; for `pydoc_data.topics`, one per topic.
 
-    Modules that this Python does not have are passed over, and a domain of less than `min_bytes` becomes part of
-    the smallest other one. Files are split by their hash. The text differs a little between Python versions: the
-    version is stored with every result.
+    Modules that this Python lacks are skipped, and a domain of less than `min_bytes` is merged into the smallest other
+    one. Files are split by their hash. The text differs a little between Python versions, so the version is stored with
+    every result.
     """
 
     modules: dict[str, list[str]] = field(default_factory=dict)
@@ -37,9 +37,9 @@ class PythonDomains(Domains):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.min_bytes >= 1, "benchmark.min_bytes", self.min_bytes, "at least 1")
-        named = [module for group in self.modules.values() for module in group]
-        twice = sorted({module for module in named if named.count(module) > 1})
-        require(not twice, "benchmark.modules", f"{', '.join(twice)} twice", "in one domain each")
+        listed = [module for group in self.modules.values() for module in group]
+        repeated = sorted({module for module in listed if listed.count(module) > 1})
+        require(not repeated, "benchmark.modules", f"{', '.join(repeated)} twice", "in one domain each")
 
     def names(self, data_dir: Path | None) -> list[str]:
         return list(self.files)
@@ -53,21 +53,21 @@ class PythonDomains(Domains):
 
     @cached_property
     def files(self) -> dict[str, list[Path]]:
-        """{domain: its files}, small ones merged. Raises DataError where the library's source is not installed."""
+        """{domain: its files}, small ones merged. Raises DataError if the source of the library is not installed."""
         modules = library_modules(library(), self.exclude)
-        named = {module for group in self.modules.values() for module in group}
-        found = {}
+        listed = {module for group in self.modules.values() for module in group}
+        files = {}
         for name, group in self.modules.items():
-            own = [module for module in modules if module in group or (REST in group and module not in named)]
-            found[name] = sorted(path for module in own for path in modules[module])
-        sizes = {name: sum(path.stat().st_size for path in paths) for name, paths in found.items()}
+            members = [module for module in modules if module in group or (REST in group and module not in listed)]
+            files[name] = sorted(path for module in members for path in modules[module])
+        sizes = {name: sum(path.stat().st_size for path in paths) for name, paths in files.items()}
         while len(sizes) > 1 and min(sizes.values()) < self.min_bytes:
             small = min(sizes, key=lambda name: sizes[name])
             into = min((name for name in sizes if name not in (small, self.base)), key=lambda name: sizes[name])
-            log.warning("domain %s has %d bytes here and becomes part of %s", small, sizes[small], into)
-            found[into] = sorted(found[into] + found.pop(small))
+            log.warning("domain %s has only %d bytes and is merged into %s", small, sizes[small], into)
+            files[into] = sorted(files[into] + files.pop(small))
             sizes[into] += sizes.pop(small)
-        return found
+        return files
 
 
 def library() -> Path:
@@ -76,22 +76,22 @@ def library() -> Path:
 
 
 def library_modules(root: Path, exclude: list[str]) -> dict[str, list[Path]]:
-    """{module or package: its files}, tests and installed packages left out; the language reference is a module."""
-    found: dict[str, list[Path]] = {}
+    """{module or package: its files}, without tests and installed packages; the language reference is a module."""
+    modules: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         module = TOPICS if parts == tuple(TOPICS.split(".")) else parts[0]
         if not NOT_LIBRARY.intersection(parts) and not any(fnmatch(module, pattern) for pattern in exclude):
-            found.setdefault(module, []).append(path)
-    if not found:
+            modules.setdefault(module, []).append(path)
+    if not modules:
         raise DataError(f"the source of the standard library is not installed at {root}")
-    return found
+    return modules
 
 
 def read_topics(path: Path) -> list[str]:
-    """The texts of the dictionary that pydoc's topics are, read without importing it."""
+    """The texts of pydoc's dictionary of topics, parsed without importing it."""
     for node in ast.parse(path.read_bytes()).body:
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         if isinstance(value, ast.Dict):
             return [str(text) for text in ast.literal_eval(value).values()]
-    raise DataError(f"{path} holds no topics")
+    raise DataError(f"{path} contains no dictionary of topics")
