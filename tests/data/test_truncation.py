@@ -86,7 +86,7 @@ def test_keep_marks_what_it_finds(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert [example.text[a:b] for a, b in example.protected_spans] == ["\nquestion: who?"] * (
             "question" in example.text
         )
-    assert "nothing to keep in 4 of 16 texts of task task01" in caplog.text
+    assert "matches nothing in 4 of 16 texts of task task01" in caplog.text
     with pytest.raises(ConfigError, match=r"benchmark.keep must be a regular expression"):
         Table(keep="(")
 
