@@ -1,1 +1,1 @@
-"""Benchmarks: tasks, their order, templates, splits, and batches of encoded examples."""
+"""Data: benchmarks, their tasks and order, templates, splits, and batches of encoded examples."""

@@ -207,21 +207,10 @@ def read_hub(
     columns: dict[str, str],
     report: ReadReport | None = None,
 ) -> dict[str, SplitRows]:
-    """{split: rows} of a data set on the hub (or of a local folder in its layout), with label names instead of ids.
-
-    In the hub's own parquet conversion (revision refs/convert/parquet) a configuration is a folder.
-    """
+    """{split: rows} of a data set on the hub (or of a local folder in its layout), with label names instead of ids."""
     import datasets
 
-    datasets.disable_progress_bars()
-    files = None
-    if revision == "refs/convert/parquet":
-        files = {split: f"{config or 'default'}/{split}/*.parquet" for split in splits.values()}
-    try:
-        data_set = datasets.load_dataset(name, None if files else config, revision=revision, data_files=files)
-    except Exception as error:
-        what = f"the data set {name}"
-        raise DataError(unavailable(what, name, error, "data_dir=FOLDER with its files", data_set=True)) from error
+    data_set = _load_data_set(name, config, revision, splits)
     first = next(iter(splits.values()))
     if first not in data_set:
         raise DataError(f"data set {name} has no split {first}{suggest(first, data_set)}")
@@ -239,6 +228,20 @@ def read_hub(
             if report:
                 report.read[rows[split].origin] += len(values)
     return rows
+
+
+def _load_data_set(name: str, config: str | None, revision: str | None, splits: dict[str, str]) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    files = None
+    if revision == "refs/convert/parquet":  # the hub's own conversion, where a configuration is a folder
+        files = {split: f"{config or 'default'}/{split}/*.parquet" for split in splits.values()}
+    try:
+        return datasets.load_dataset(name, None if files else config, revision=revision, data_files=files)
+    except Exception as error:  # offline, no such id, no permission: the errors have no common type
+        what = f"the data set {name}"
+        raise DataError(unavailable(what, name, error, "data_dir=FOLDER with its files", data_set=True)) from error
 
 
 def _label_names(ids: Any, names: list[str]) -> Any:

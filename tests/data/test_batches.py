@@ -42,7 +42,7 @@ def test_mentions_from_flat_or_nested_positions() -> None:
     assert mentions(np.array([7])) == [(7, 7)]
 
 
-def test_template_reads_tail_first_and_holds_one_mask() -> None:
+def test_template_puts_the_tail_first_and_has_one_mask() -> None:
     found = template()
     example = mark_entities(["Paris", "is", "in", "France"], {"head": [(3, 3)], "tail": [(0, 0)]}, "x")
     text = found.tokenizer.decode(found.encode([example]).rows[0])
@@ -60,7 +60,7 @@ def test_markers_are_single_reserved_tokens() -> None:
         assert ids.count(found.tokenizer.convert_tokens_to_ids(marker)) == 1
 
 
-def test_a_text_without_place_for_the_mask_is_refused() -> None:
+def test_a_template_without_a_mask_is_refused() -> None:
     with pytest.raises(ConfigError, match="mask"):
         template("{text}")
 
@@ -70,8 +70,8 @@ def test_a_second_mask_in_the_text_is_refused() -> None:
         template("{text} is {mask}").encode([Example("a [MASK] b", "x")])
 
 
-def test_the_template_part_is_always_whole() -> None:
-    """A long sentence is cut, the template and both entities stay."""
+def test_the_template_is_never_truncated() -> None:
+    """Only the sentence is cut; the template and both entities remain."""
     tokens = ["word"] * 60 + ["Paris"] + ["word"] * 60 + ["France"] + ["word"] * 60
     found = template(length=200)
     ids = found.encode([mark_entities(tokens, {"head": [(121, 121)], "tail": [(60, 60)]}, "x")]).rows[0]
@@ -108,7 +108,7 @@ def dataset(lengths: list[int]) -> EncodedDataset:
     return EncodedDataset([[7] * n for n in lengths], list(range(len(lengths))), [0] * len(lengths), 0, -1)
 
 
-def test_batches_by_length_lose_nothing_and_pad_little() -> None:
+def test_batches_by_length_cover_all_rows_with_little_padding() -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 100).tolist()
     pool = dataset(lengths)
     parts = pool.by_length(np.arange(100), 16)
@@ -117,7 +117,7 @@ def test_batches_by_length_lose_nothing_and_pad_little() -> None:
     assert padded < 1.25 * sum(lengths)
 
 
-def test_an_epoch_is_a_permutation_and_depends_on_its_rng_only() -> None:
+def test_an_epoch_is_a_permutation_that_depends_only_on_its_rng() -> None:
     pool = dataset(list(range(1, 51)))
     one = pool.shuffled(np.arange(50), 8, np.random.default_rng(1))
     two = pool.shuffled(np.arange(50), 8, np.random.default_rng(1))
@@ -127,7 +127,7 @@ def test_an_epoch_is_a_permutation_and_depends_on_its_rng_only() -> None:
     assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_batch_selects_and_pads_again() -> None:
+def test_selecting_from_a_batch_trims_its_padding() -> None:
     batch = dataset([5, 2, 9]).batch([0, 1, 2])
     part = batch.select(torch.tensor([1, 0]))
     assert part.input_ids.tolist() == [[7, 7, 0, 0, 0], [7, 7, 7, 7, 7]]

@@ -1,4 +1,4 @@
-"""Documents over files: what they hold, where a reading goes on, how they are split and limited."""
+"""Documents: reading from files and cursors, splits, limits, decontamination."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def texts(documents: Documents) -> list[str]:
 
 @pytest.mark.parametrize("write", [parquet, jsonl])
 def test_consecutive_rows_of_one_id_are_a_document(tmp_path: Path, write) -> None:
-    """A document goes on over row groups; every element can be read out of turn."""
+    """Also across row groups; elements can be read in any order."""
     found = Documents.of(write(tmp_path, ROWS))
     assert texts(found) == TEXTS
     assert [found[place].text for place in (4, 0, 2, 0, 3)] == [TEXTS[place] for place in (4, 0, 2, 0, 3)]
@@ -51,7 +51,7 @@ def test_consecutive_rows_of_one_id_are_a_document(tmp_path: Path, write) -> Non
     assert found.bytes == sum(len(text.encode()) for text in TEXTS) == 35
 
 
-def test_a_text_without_borders_is_read_in_stretches_that_give_it_back(tmp_path: Path) -> None:
+def test_the_stretches_of_a_text_without_boundaries_add_up_to_it(tmp_path: Path) -> None:
     lines = [f"zeile {i} ü {'x' * (i % 90)}\n" for i in range(4000)] + ["ü" * 100_000]
     found = Documents.of(long_text(tmp_path, "".join(lines)))
     assert "".join(texts(found)) == "".join(lines)
@@ -69,7 +69,7 @@ def test_files_that_are_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "long", "strings"])
-def test_reading_goes_on_at_a_cursor(tmp_path: Path, kind: str) -> None:
+def test_reading_resumes_at_a_cursor(tmp_path: Path, kind: str) -> None:
     rows = [(f"d{i // 3}", f"text {i} " * 40) for i in range(60)]
     readers = {"parquet": lambda: parquet(tmp_path, rows, 7), "jsonl": lambda: jsonl(tmp_path, rows),
                "long": lambda: long_text(tmp_path, "\n".join(text for _, text in rows))}  # fmt: skip
@@ -81,8 +81,8 @@ def test_reading_goes_on_at_a_cursor(tmp_path: Path, kind: str) -> None:
         assert [example.text for example, _ in rest] == [example.text for example, _ in whole[stop:]]
 
 
-def test_going_on_does_not_read_what_lies_before(tmp_path: Path) -> None:
-    """Once the index is made, lines before the cursor may even be gone."""
+def test_resuming_does_not_read_elements_before_the_cursor(tmp_path: Path) -> None:
+    """Once the index is built, lines before the cursor may even be overwritten."""
     found = Documents.of(jsonl(tmp_path, [(None, f"text {i}") for i in range(50)]))
     assert len(found) == 50
     path = tmp_path / "rows.jsonl"
@@ -104,7 +104,7 @@ def test_a_corpus_is_never_in_memory(tmp_path: Path) -> None:
     assert peak < 2_000_000
 
 
-def test_the_fingerprint_is_of_the_text_alone(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_only_on_the_text(tmp_path: Path) -> None:
     one = Documents.of(jsonl(tmp_path, ROWS)).fingerprint()
     os.utime(tmp_path / "rows.jsonl", (1, 1))
     assert Documents.of(JsonLinesReader(tmp_path / "rows.jsonl", "text", "doc_id")).fingerprint() == one
@@ -115,12 +115,12 @@ def test_the_fingerprint_is_of_the_text_alone(tmp_path: Path) -> None:
 
 
 def settled(reader: JsonLinesReader) -> None:
-    """Reads all documents, and refuses bad rows."""
+    """Reads all documents; raises DataError for bad rows."""
     len(Documents.of(reader))
     reader.report.drop_bad_rows(skip_bad=False)
 
 
-def test_wrong_files_are_named(tmp_path: Path) -> None:
+def test_invalid_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"rows\.parquet cannot be read as parquet"):
         len(Documents.of(ParquetReader(tmp_path / "rows.parquet", "text", "doc_id")))
@@ -135,7 +135,7 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
 
 
 def test_a_limit_takes_documents_by_hash_and_cuts_the_last() -> None:
-    """More is always a superset; the order of the texts and what else there is do not matter."""
+    """A larger limit selects a superset; the order of the texts and other texts do not matter."""
     words = [f"document {i:03d}" for i in range(100)]
     few, more = (set(texts(Documents.strings(words).limited(n))) for n in (10, 30))
     assert few < more
@@ -150,14 +150,14 @@ def test_a_limit_never_cuts_inside_a_character() -> None:
     assert texts(Documents.strings(["äöü"]).limited(size=5)) == ["äö"]
 
 
-def test_pieces_of_a_document_are_counted_one_by_one(tmp_path: Path) -> None:
+def test_limits_count_the_pieces_of_a_document(tmp_path: Path) -> None:
     rows = [("a", f"piece {i}") for i in range(5)]
     found = Documents.of(jsonl(tmp_path, rows)).limited(3)
     assert texts(found) == ["piece 0\n\npiece 1\n\npiece 2"]
     assert found.num_pieces == 3
 
 
-def test_a_text_without_borders_keeps_its_beginning_and_gives_its_end(tmp_path: Path) -> None:
+def test_limits_keep_the_beginning_of_a_text_without_boundaries_and_splits_take_its_end(tmp_path: Path) -> None:
     text = "".join(f"line {i:05d}\n" for i in range(5000))
     whole = Documents.of(long_text(tmp_path, text))
     assert "".join(texts(whole.limited(size=12_345))) == text[:12_345]
@@ -177,14 +177,14 @@ def test_a_split_is_by_document_and_equal_documents_stay_together() -> None:
     assert [len(part) for part in Documents.strings(["alone"]).split_off(0.5)] == [1, 0]
 
 
-def test_pieces_of_a_test_text_end_with_it() -> None:
+def test_the_last_piece_of_a_test_text_ends_with_the_text() -> None:
     assert starts(WINDOW - 1).tolist() == []
     assert starts(WINDOW).tolist() == [0]
     assert starts(2 * WINDOW).tolist() == [0, 200]
     assert starts(2 * WINDOW + 50).tolist() == [0, 200, 250]
 
 
-def test_equal_windows_have_equal_hashes_wherever_they_stand() -> None:
+def test_equal_windows_have_equal_hashes_at_every_position() -> None:
     rng = np.random.default_rng(0)
     one, two, same = ("".join(map(chr, rng.integers(32, 1000, size))) for size in (333, 777, WINDOW))
     first, second = window_hashes(one + same + two), window_hashes(two + same + one)
@@ -197,8 +197,8 @@ def letters(seed: int, count: int) -> str:
     return "".join(map(chr, np.random.default_rng(seed).integers(97, 123, count)))
 
 
-def test_a_piece_of_a_test_text_that_train_has_leaves_a_hole() -> None:
-    """Found at any offset of any train text; what remains are two documents; 199 characters are no piece."""
+def test_a_piece_of_a_test_text_that_occurs_in_train_leaves_a_hole() -> None:
+    """It is found at any offset of any train text; two elements remain. 199 characters are not a piece."""
     test, other = letters(1, 1000), letters(2, 300)
     trains = [Documents.strings([letters(3, 5000)]), Documents.strings(["x", "ü" + test[390:610] + "tail"])]
     found, kept = decontaminate([Documents.strings([test]), Documents.strings([other])], trains)
@@ -222,7 +222,7 @@ def test_a_piece_is_found_over_stretches_but_not_over_documents(tmp_path: Path) 
     assert decontaminate([Documents.strings([test])], [halves])[0].num_contaminated == 0
 
 
-def test_holes_equal_those_of_a_plain_search(tmp_path: Path) -> None:
+def test_holes_equal_those_of_a_naive_search(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     train = letters(8, 1_200_000)  # longer than what is looked at together
     parts = [train[at : at + int(rng.integers(150, 700))] if rng.random() < 0.5 else letters(int(at), 450)

@@ -1,4 +1,4 @@
-"""ConPET's six benchmarks: label partitions, splits, mentions, cleaning, and what is refused."""
+"""ConPET's six benchmarks: label partitions, splits, mentions, cleaning, and invalid input."""
 
 import json
 import random
@@ -31,13 +31,13 @@ ENDS = {  # ids of the first and the last task
 
 
 def source(name: str, *overrides: str):
-    """A benchmark's source as `clpet train benchmark=NAME` builds it."""
+    """The source of a benchmark, built as by `clpet train benchmark=NAME`."""
     return build(parse_config(compose_config([f"benchmark={name}", *overrides])).benchmark, "benchmark")
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Benchmark]:
-    """All six, read from made-up files in their published layouts."""
+    """All six, read from synthetic files in their published layouts."""
     root = tmp_path_factory.mktemp("published")
     for name in CLASSES:
         write_published(name, root / (source(name).folder or name))
@@ -50,7 +50,7 @@ def counts(benchmark: Benchmark) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_label_partitions_of_conpet(name: str, loaded: dict[str, Benchmark]) -> None:
-    """Class counts, first and last task as published; the tasks' labels are disjoint and exhaustive."""
+    """Numbers of classes, first and last task as published; every label belongs to exactly one task."""
     names = label_names(name)
     ids = [{names.index(label) for label in task.labels} for task in loaded[name].tasks]
     assert (ids[0], ids[-1]) == ENDS[name]
@@ -68,7 +68,7 @@ def test_partition_without_a_seed_cuts_as_listed() -> None:
 
 
 def test_seven_hundred_examples_are_cut_560_70_70() -> None:
-    """FewRel: 4480 / 560 / 560 a task of eight relations; every example is in one part."""
+    """FewRel: 4480 / 560 / 560 for a task of eight relations; every example is in exactly one split."""
     pools = [[{"label": label, "i": i} for i in range(700)] for label in range(8)]
     parts = shuffle_and_split(pools, random.Random(100))
     assert {split: len(rows) for split, rows in parts.items()} == {"train": 4480, "validation": 560, "test": 560}
@@ -86,7 +86,7 @@ def test_splits_follow_each_data_sets_rule(loaded: dict[str, Benchmark]) -> None
 
 
 def test_pooled_examples_are_split_with_the_generator_of_the_labels(tmp_path: Path) -> None:
-    """FewRel by hand: shuffle 80 ids, then each label's ten examples, tasks in order, labels ascending."""
+    """FewRel by hand: shuffle 80 ids, then the ten examples of each label, tasks in order, labels ascending."""
     folder = write_published("fewrel", tmp_path)
     rng = random.Random(100)
     ids = list(range(80))
@@ -110,7 +110,7 @@ def test_marked_sentences(loaded: dict[str, Benchmark]) -> None:
     assert texts["fewnerd"].fields["entity"].startswith("New York")
 
 
-def test_a_row_of_equal_tags_is_one_mention() -> None:
+def test_consecutive_equal_tags_are_one_mention() -> None:
     record = {"tokens": list("abcdef"), "fine_ner_tags": ["x", "x", "O", "x", "y", "y"]}
     rows = convert([record], "fewnerd", "here")
     assert [(row["label"], row["entity_pos"]) for row in rows] == [("x", [0, 1]), ("x", [3]), ("y", [4, 5])]
@@ -123,8 +123,8 @@ def test_tacred_tokens_are_cleaned() -> None:
     assert [cleaned(token) for token in plain] == plain
 
 
-def test_tacred_names_are_its_own() -> None:
-    """Published relations hold slashes; there are 16 of organisations and 25 of persons."""
+def test_tacred_has_the_published_relation_names() -> None:
+    """Published names contain slashes; there are 16 relations of organisations and 25 of persons."""
     names = tacred_names()
     assert len(set(names)) == 41
     assert sum(name.startswith("org:") for name in names) == 16
@@ -132,15 +132,15 @@ def test_tacred_names_are_its_own() -> None:
                                                        "org:number_of_employees/members"}  # fmt: skip
 
 
-def test_ace_places_count_from_the_documents_start() -> None:
+def test_ace_positions_count_from_the_start_of_the_document() -> None:
     record = {"sentences": [["a", "b"], ["c", "d", "e"]], "relations": [[], [[4, 4, 2, 3, "PHYS.Near"]]]}
     assert convert([record], "ace", "here") == [
         {"tokens": ["c", "d", "e"], "head_pos": [2], "tail_pos": [0, 1], "label": "Near"}
     ]
 
 
-def test_the_word_filter_is_for_train_alone(tmp_path: Path) -> None:
-    """'In this sentence, X is a [MASK].' has 6 words beside the mention: 45 more are too many."""
+def test_the_word_filter_applies_to_train_only(tmp_path: Path) -> None:
+    """'In this sentence, X is a [MASK].' has 6 words without the mention: 45 more are too many."""
     lines = [f"0\t{n}\t{' '.join(['w'] * n)} .\t{label}" for label in "ab" for n in (44, 45)]
     for part in ("train", "dev", "test"):
         (tmp_path / f"{part}.txt").write_text("\n".join(lines))
@@ -174,8 +174,8 @@ def test_templates_and_lengths(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ontonotes", "bbn", "tacred", "ace2005"])
-def test_a_licensed_set_says_what_to_get(name: str, tmp_path: Path) -> None:
-    """What it is, its files, where they go; with a folder, what is missing there."""
+def test_errors_of_licensed_data_sets_name_the_files_to_get(name: str, tmp_path: Path) -> None:
+    """The data set, its files and their folder; with data_dir, the files that are missing."""
     found = source(name)
     files = list(found.published.values())
     with pytest.raises(DataError, match=rf"put {', '.join(files)} of .*LDC20.* into FOLDER/{name} and set data_dir"):
@@ -188,7 +188,7 @@ def test_a_licensed_set_says_what_to_get(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "places"), [("fewrel", 80), ("ontonotes", 86), ("bbn", 46), ("ace2005", 18)])
 def test_a_partition_that_does_not_fit_is_refused(name: str, places: int, tmp_path: Path) -> None:
-    """A data set without one of the labels has another numbering: its tasks would be others, silently."""
+    """Without one of the labels, ids would be numbered differently, and tasks would silently contain other labels."""
     write_published(name, tmp_path)
     for path in tmp_path.iterdir():
         path.write_text(path.read_text().replace(label_names(name)[3], label_names(name)[4]))
@@ -217,7 +217,7 @@ def test_an_unknown_relation_of_tacred_is_refused(tmp_path: Path) -> None:
         ("fewrel", "[]", "no attribute"),
     ],
 )
-def test_a_file_of_another_layout_is_named(layout: str, text: str, reason: str, tmp_path: Path) -> None:
+def test_a_file_of_another_layout_is_refused(layout: str, text: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text(text)
     with pytest.raises(DataError, match=rf"file is not in the {layout} layout near record .*{reason}"):
@@ -238,7 +238,7 @@ def test_knobs_out_of_range(knob: dict) -> None:
 
 
 def hub_folder(folder: Path, config: str, splits: dict[str, list[dict]], features=None) -> Path:
-    """A folder laid out as the hub lays out its own parquet conversion."""
+    """A folder in the layout of the hub's own parquet conversion."""
     import datasets
 
     for split, rows in splits.items():
@@ -247,8 +247,8 @@ def hub_folder(folder: Path, config: str, splits: dict[str, list[dict]], feature
     return folder
 
 
-def test_fewrel_names_are_the_data_sets_own_and_blank_tokens_are_dropped(tmp_path: Path) -> None:
-    """O15 (`fewrel_script.py`): `h[0]` and `t[0]`; a token that is one blank is left out, wherever it stands."""
+def test_fewrel_entity_names_come_from_the_data_and_blank_tokens_are_dropped(tmp_path: Path) -> None:
+    """O15 (`fewrel_script.py`): `h[0]` and `t[0]`; tokens that are a single space are left out, at every position."""
     films = [*["The", "Assassination", "of", "Jesse", "James", "by", "the", "Coward", "Robert", "Ford"], '"']
     tokens = ["350–351", " ", "That", *films[:4], " ", *films[4:], "are", "James", "gang", "."]
     record = {"tokens": tokens, "h": ["the assassination of jesse james by the coward robert ford", "Q1",
@@ -269,7 +269,7 @@ def test_fewrel_names_are_the_data_sets_own_and_blank_tokens_are_dropped(tmp_pat
 
 
 def test_fewrel_in_the_hubs_layout(tmp_path: Path) -> None:
-    """The published columns: relation, tokens, head and tail with nested indices; other splits are left alone."""
+    """The published columns: relation, tokens, head and tail with nested indices; other splits are not read."""
 
     def row(i: int) -> dict:
         return {"relation": f"P{i % 2}", "tokens": ["Paris", "in", "France"],
@@ -286,7 +286,7 @@ def test_fewrel_in_the_hubs_layout(tmp_path: Path) -> None:
 
 
 def test_fewnerd_in_the_hubs_layout(tmp_path: Path) -> None:
-    """Lists of label ids become names; of the three configurations only the supervised one is read."""
+    """Lists of label ids become names; only the supervised one of the three configurations is read."""
     import datasets
 
     tags = datasets.ClassLabel(names=["O", *label_names("fewnerd")])

@@ -1,4 +1,4 @@
-"""Streams of tokens: their cache, their reading as they come, and the windows they are cut into."""
+"""Streams of tokens: the cache, lazy streams, and windows."""
 
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def test_the_cache_gives_the_same_tokens_and_survives_damage(tmp_path: Path) -> 
     assert len(list(tmp_path.glob("tokens/[!.]*"))) == 1
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """No folder can be made below a file, nor in /proc: one warning, and the same tokens."""
+def test_without_a_writable_cache_tokens_stay_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder below a file or in /proc cannot be created: one warning, and the same tokens."""
     examples = [Example(text) for text in TEXTS["birds"]]
     fresh = TokenCache(byte_tokenizer()).stream(examples, sized=True)
     (tmp_path / "file").touch()
@@ -54,7 +54,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: 
         caplog.clear()
 
 
-def test_texts_read_as_they_come_give_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lazy_streams_give_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [Example(text) for text in TEXTS["birds"]] * 3
     tokens = TokenCache(byte_tokenizer(), str(tmp_path))
     whole, lazy = tokens.stream(examples, sized=False), tokens.lazy_stream(examples)
@@ -71,8 +71,8 @@ def test_texts_read_as_they_come_give_the_same_windows(tmp_path: Path, monkeypat
     assert all(sorted(order[start : start + 4]) == list(range(start, start + 4)) for start in (0, 4, 8))
 
 
-def test_domains_that_are_read_as_they_come_are_mixed_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As replay and joint training need it: in every fifth of an epoch each has its share."""
+def test_lazy_domains_are_mixed_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replay and joint training need it: every fifth of an epoch contains an equal share of each domain."""
     monkeypatch.setattr("clpet.data.packing.BUFFER", 4)
     tokens, pool = TokenCache(byte_tokenizer(), str(tmp_path)), Windows(pad_id=0)
     for task in range(3):
@@ -93,8 +93,8 @@ def test_bytes_count_every_character_once() -> None:
     assert found.sizes[[0, -1]].tolist() == [0, 0]  # [CLS] and [SEP]
 
 
-def test_a_begin_token_stands_before_every_document_where_it_is_asked_for(tmp_path: Path) -> None:
-    """Once, whether the tokenizer puts it or not; it stands for no bytes, and the cache knows the difference."""
+def test_begin_adds_one_bos_token_before_every_document(tmp_path: Path) -> None:
+    """Also if the tokenizer adds one itself. The token counts 0 bytes, and the cache tells both streams apart."""
     own, bare = byte_tokenizer(), byte_tokenizer()
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
     bare.bos_token = bare.cls_token

@@ -1,4 +1,4 @@
-"""Benchmarks: what their tasks hold."""
+"""Sources of labelled data: tasks, labels, orders and texts of the shipped benchmarks and of the user's files."""
 
 import json
 import re
@@ -14,9 +14,7 @@ from clpet.config.compose import compose_config
 from clpet.data.benchmark import Example, normalize
 from clpet.data.sources import PythonStdlib, Table
 from clpet.data.sources.python_stdlib import _module_paragraphs
-from clpet.data.splits import by_label, sample, split_off
 from clpet.data.tabular_files import read_local, row_text
-from clpet.data.task_order import order_tasks
 from clpet.errors import DataError
 from clpet.evaluation.data_inspection import inspect_data
 from tests.conftest import shared
@@ -94,54 +92,13 @@ def test_python_stdlib_is_the_same_every_time() -> None:
     assert from_yaml("python_stdlib").fingerprint() == first
 
 
-def test_a_module_that_is_not_installed_is_named() -> None:
+def test_a_module_that_is_not_installed_is_reported() -> None:
     with pytest.raises(DataError, match="no source of the module nosuchmodule"):
         PythonStdlib(name="x", modules={"a": ["nosuchmodule"]}).load(None)
 
 
-def test_orders() -> None:
-    names = ["a", "b", "c", "d"]
-    assert order_tasks(names, "listed", {}, 0) == names
-    assert order_tasks(names, "reversed", {}, 0) == names[::-1]
-    assert order_tasks(names, ["c", "a", "d", "b"], {}, 0) == ["c", "a", "d", "b"]
-    drawn = order_tasks(names, "random", {}, 3)
-    assert sorted(drawn) == names
-    assert drawn == order_tasks(names, "random", {}, 3)
-    assert {tuple(order_tasks(names, "random", {}, seed)) for seed in range(9)} != {tuple(drawn)}
-
-
-@pytest.mark.parametrize("order", ["nosuch", ["a", "b"], ["a", "b", "c", "c"]])
-def test_an_order_that_does_not_fit_is_refused(order) -> None:
-    with pytest.raises(DataError, match=r"benchmark\.order"):
-        order_tasks(["a", "b", "c"], order, {}, 0)
-
-
-def test_a_sample_is_spread_over_labels_and_always_the_same() -> None:
-    examples = [Example(str(i), "ab"[i % 2] if i < 20 else "c") for i in range(23)]
-    chosen = sample(examples, 6)
-    assert sorted(e.target for e in chosen) == ["a", "a", "b", "b", "c", "c"]
-    assert chosen == sample(examples, 6)
-
-
-def test_a_split_never_takes_a_label_away() -> None:
-    examples = [Example("x", "rare")] + [Example(str(i), "often") for i in range(30)]
-    rest, part = split_off(examples, 0.2)
-    assert {e.target for e in rest} == {"rare", "often"}
-    assert len(part) == 6
-
-
-def test_a_partition_must_cover_the_labels() -> None:
-    examples = {"train": [Example("x", "a"), Example("y", "b")]}
-    with pytest.raises(DataError, match="does not cover"):
-        by_label(examples, {"t": ["a"]})
-    with pytest.raises(DataError, match="lacks"):
-        by_label(examples, {"t": ["a", "b", "c"]})
-    with pytest.raises(DataError, match="two tasks"):
-        by_label(examples, {"t": ["a", "b"], "u": ["b"]})
-
-
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_own_files_in_three_formats(tmp_path: Path, suffix: str) -> None:
+def test_user_files_in_three_formats(tmp_path: Path, suffix: str) -> None:
     """A single file is split into train, validation and test; column names are the user's."""
     rows = [{"body": f"text {i}", "topic": "ab"[i % 2]} for i in range(40)]
     path = tmp_path / f"mine.{suffix}"
@@ -156,8 +113,8 @@ def test_own_files_in_three_formats(tmp_path: Path, suffix: str) -> None:
     assert [len(t.train) + len(t.validation) + len(t.test) for t in benchmark.tasks] == [20, 20]
 
 
-def test_files_as_people_have_them(tmp_path: Path) -> None:
-    """A CSV with line breaks inside quotes, whole numbers with a hole as labels, a JSON array."""
+def test_files_with_line_breaks_and_empty_labels(tmp_path: Path) -> None:
+    """A CSV with line breaks inside quotes, integer labels with an empty cell, a JSON array."""
     text = "text,label\n" + "".join(f'"line {i}\nsecond",{i % 2}\n' for i in range(20))
     (tmp_path / "train.csv").write_text(text)
     (tmp_path / "test.json").write_text(json.dumps([{"text": "x", "label": 1.0}, {"text": "y", "label": 0}]))
@@ -188,7 +145,7 @@ HUB_FORMS |= dict.fromkeys(("cb", "rte"), HUB_FORMS["mnli"])
 
 
 def test_the_hub_route_of_long_sequence_builds_the_published_texts_or_refuses() -> None:
-    """Columns cut out of a published text, as the hub has them, give that text again; instructions are the published."""
+    """The hub's columns, extracted from published texts, reproduce these texts; the instructions are published ones."""
     config = OmegaConf.to_container(compose_config(["benchmark=long_sequence"]).benchmark)
     assert set(config["folders"]) - set(config["hub_tasks"]) == {"amazon", "agnews", "yahoo"}
     for task in config["folders"]:
@@ -206,7 +163,7 @@ def test_the_hub_route_of_long_sequence_builds_the_published_texts_or_refuses() 
 
 
 def test_a_data_set_in_the_hubs_layout(tmp_path: Path) -> None:
-    """Label ids become names, renamed columns are found, oos is dropped: read by `datasets` itself."""
+    """Read by `datasets` itself: label ids become names, columns are renamed, oos is dropped."""
     import datasets
 
     features = datasets.Features(
@@ -239,7 +196,7 @@ def test_repeats_and_overlaps_are_counted(words: Path, tmp_path: Path) -> None:
     assert found["warnings"] == ["1 of 1 test texts of files also occur in train"]
 
 
-def test_normalised_ignores_case_and_punctuation() -> None:
+def test_normalize_ignores_case_and_punctuation() -> None:
     assert normalize("Hello,  WORLD! 3") == "helloworld3"
 
 
@@ -252,7 +209,7 @@ def test_fingerprint_changes_with_the_text(words: Path) -> None:
 
 
 def test_bert_cl5_has_33_labels_in_the_published_orders() -> None:
-    """Yelp and Amazon share five; AG News' and Yahoo's sports are two."""
+    """Yelp and Amazon share five labels; the sports labels of AG News and Yahoo are distinct."""
     folder = shared("data", "long_sequence")
     orders = {
         "order4": ["agnews", "yelp", "amazon", "yahoo", "dbpedia"],
@@ -271,7 +228,7 @@ def test_bert_cl5_has_33_labels_in_the_published_orders() -> None:
 
 
 def test_bert_cl5_keeps_the_published_sizes(tmp_path: Path) -> None:
-    """120,000 texts less 4 % for validation leave 115,000 to train on; none is in both."""
+    """120,000 texts minus 4 % for validation leave 115,000 for training, without overlap."""
     (tmp_path / "agnews").mkdir()
     for split, count in (("train", 120_000), ("test", 7_600)):
         table = pyarrow.table(
@@ -294,7 +251,7 @@ def test_t5_fewshot_has_sixteen_of_every_class_and_answers_in_words() -> None:
 
 
 def domains(folder: Path) -> Path:
-    """100 rows of each of the three domains, without a test part."""
+    """100 rows of each of the three domains, without a test split."""
     for task, labels in (
         ("finance", ["negative", "neutral"]),
         ("mmlu", ["A", "B", "C", "D"]),
@@ -306,7 +263,7 @@ def domains(folder: Path) -> Path:
     return folder
 
 
-def test_llama_domains_cuts_its_test_part_without_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_domains_cuts_its_test_split_without_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     benchmark = from_yaml("llama_domains", domains(tmp_path))
     assert benchmark.names == ["finance", "mmlu", "medical"]
@@ -338,8 +295,8 @@ def test_bert_score_without_its_library_is_refused_before_reading(
     )
 
 
-def test_json_lines_of_any_editor_are_read_and_half_characters_refused(tmp_path: Path) -> None:
-    """A byte order mark before the first line; an emoji that was cut in half, which no tokenizer can encode."""
+def test_json_lines_with_a_byte_order_mark_are_read_and_lone_surrogates_refused(tmp_path: Path) -> None:
+    """No tokenizer can encode half of an emoji (a lone surrogate)."""
     path, row = tmp_path / "train.jsonl", {"text": "a\u2028b 😀", "label": "x"}
     path.write_text(json.dumps(row) + "\n\n" + json.dumps({"text": "c", "more": 1}) + "\n", encoding="utf-8-sig")
     found = read_local(tmp_path, {"train": "train"})["train"]
@@ -351,8 +308,8 @@ def test_json_lines_of_any_editor_are_read_and_half_characters_refused(tmp_path:
     assert read_local(tmp_path, {"train": "train"})["train"].bad == {2: "a value that is not an object"}
 
 
-def test_a_csv_holds_text(tmp_path: Path) -> None:
-    """Labels 1 and 01 are two, numerals are text, and what is empty is nothing."""
+def test_csv_cells_are_text(tmp_path: Path) -> None:
+    """Labels 1 and 01 are distinct, numbers are text, and empty cells are missing."""
     (tmp_path / "train.csv").write_text("text,label,more\n12,01,\n13,1,true\n")
     found = read_local(tmp_path, {"train": "train"})["train"]
     assert found.values == [{"text": "12", "label": "01", "more": None}, {"text": "13", "label": "1", "more": "true"}]

@@ -1,4 +1,4 @@
-"""Orders of domains: greedy chains against hand-made similarity matrices, and what must not change an order."""
+"""Orders of tasks and domains: greedy chains on small similarity matrices, and invariances of an order."""
 
 import itertools
 
@@ -14,6 +14,7 @@ from clpet.data.task_order import (
     first,
     hierarchy,
     order_domains,
+    order_tasks,
     swap_sources,
     walk,
 )
@@ -57,7 +58,7 @@ def test_a_chain_from_a_reference() -> None:
     assert np.argsort(-R5).tolist() == [3, 1, 2, 0, 4]  # and so is the sort
 
 
-def test_without_a_reference_the_chain_starts_where_most_is_near() -> None:
+def test_without_a_reference_the_chain_starts_at_the_most_central_domain() -> None:
     """Row sums of S4 are 2.9, 2.6, 2.2, 1.7."""
     assert first(S4) == 0
     assert first(S4[::-1, ::-1]) == 3
@@ -167,7 +168,7 @@ def test_long_texts_are_cut_between_words() -> None:
 
 
 def test_texts_give_a_chain_of_similar_domains() -> None:
-    """Birds share words with boats alone, which share none with the others: a tie. Listing them otherwise is the same."""
+    """Birds share words only with boats, which share none with the others: a tie. The listed order does not matter."""
     found = order_domains(TEXTS, "similar", encoder="hashed", reference=["a robin in the garden"])
     assert found.names == ["birds", "boats", "metals", "motors"]
     assert found.similarity[1, 2] == found.similarity[1, 3] == 0
@@ -178,7 +179,7 @@ def test_texts_give_a_chain_of_similar_domains() -> None:
     assert again.record() == found.record()
 
 
-def test_reversed_and_swapped_orders_carry_their_similarities_along() -> None:
+def test_similarities_follow_reversed_and_swapped_orders() -> None:
     found = order_domains(TEXTS, "similar", encoder="hashed")
     back = order_domains(TEXTS, "reversed_similar", encoder="hashed")
     assert back.names == found.names[::-1]
@@ -190,7 +191,7 @@ def test_reversed_and_swapped_orders_carry_their_similarities_along() -> None:
     assert set(parts.names[:2]) == {"metals", "motors"}
 
 
-def test_no_texts_are_read_where_they_are_not_compared() -> None:
+def test_orders_without_similarity_read_no_texts() -> None:
     class Unread(dict):
         def __getitem__(self, key: str) -> list[str]:
             raise AssertionError
@@ -200,7 +201,7 @@ def test_no_texts_are_read_where_they_are_not_compared() -> None:
     assert found.record()["similarity"] is None
 
 
-def test_without_an_encoder_words_are_hashed_unless_one_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_encoder_words_are_hashed_unless_one_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise ModelError("not on this machine")
 
@@ -208,3 +209,20 @@ def test_without_an_encoder_words_are_hashed_unless_one_was_named(monkeypatch: p
     assert order_domains(TEXTS, "similar", encoder="auto").encoder == "hashed (no sentence encoder)"
     with pytest.raises(ModelError):
         order_domains(TEXTS, "similar", encoder="minilm")
+
+
+def test_orders_of_tasks() -> None:
+    names = ["a", "b", "c", "d"]
+    assert order_tasks(names, "listed", {}, 0) == names
+    assert order_tasks(names, "reversed", {}, 0) == names[::-1]
+    assert order_tasks(names, ["c", "a", "d", "b"], {}, 0) == ["c", "a", "d", "b"]
+    drawn = order_tasks(names, "random", {}, 3)
+    assert sorted(drawn) == names
+    assert drawn == order_tasks(names, "random", {}, 3)
+    assert {tuple(order_tasks(names, "random", {}, seed)) for seed in range(9)} != {tuple(drawn)}
+
+
+@pytest.mark.parametrize("order", ["nosuch", ["a", "b"], ["a", "b", "c", "c"]])
+def test_an_order_that_does_not_fit_is_refused(order) -> None:
+    with pytest.raises(DataError, match=r"benchmark\.order"):
+        order_tasks(["a", "b", "c"], order, {}, 0)

@@ -1,15 +1,12 @@
-"""Domains of plain text: where they lie, how they are split, sized, grouped and kept apart."""
+"""Domains of plain text: files, splits, sizes, groups, order and decontamination."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from clpet.data.benchmark import SPLITS
-from clpet.data.sources import Kind, Table, m2d2, python_domains
-from clpet.data.sources.m2d2 import M2D2
+from clpet.data.sources import Kind, Table
 from clpet.data.sources.text_domains import Balance, TextDomains
 from clpet.errors import ConfigError, DataError
 from clpet.evaluation.data_inspection import inspect_data
@@ -50,7 +47,7 @@ def test_every_sub_folder_is_a_domain_split_by_document(four: Path) -> None:
     assert benchmark.labels == []
 
 
-def test_files_and_folders_say_which_split_they_are(tmp_path: Path) -> None:
+def test_splits_follow_the_names_of_files_and_folders(tmp_path: Path) -> None:
     def put(name: str, *lines: str) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("jsonl"):
@@ -73,7 +70,7 @@ def test_files_and_folders_say_which_split_they_are(tmp_path: Path) -> None:
 
 
 def test_text_domains_as_their_readme_counts_them() -> None:
-    """Pieces and documents of the given splits; test documents may get holes."""
+    """Pieces and documents of the published splits; decontamination can add elements to a test split."""
     folder = shared("data", "text_domains")
     benchmark = from_yaml("text_domains", folder, "benchmark.decontaminate=false")
     found = {task.name: [task.split(split).num_pieces for split in SPLITS] for task in benchmark.tasks}
@@ -89,7 +86,7 @@ def test_text_domains_as_their_readme_counts_them() -> None:
     ]
 
 
-def test_test_pieces_of_real_text_that_train_has_are_left_out() -> None:
+def test_pieces_of_real_test_text_that_occur_in_train_are_left_out() -> None:
     folder = shared("data", "text_domains")
     knobs = ["benchmark.tasks=[python_peps]", "benchmark.max_test=30"]
     before = from_yaml("text_domains", folder, *knobs, "benchmark.decontaminate=false").tasks[0]
@@ -134,7 +131,7 @@ def test_domains_are_balanced_by_bytes_of_train(tmp_path: Path) -> None:
     assert sizes(balance=Balance.min, base="d") == [10, 10, 10]  # the base corpus is not balanced
 
 
-def test_a_base_corpus_is_limited_apart_from_the_tasks(four: Path) -> None:
+def test_a_base_corpus_has_a_limit_separate_from_the_tasks(four: Path) -> None:
     alike, apart = (domains(four, base="ant", max_train=2, max_base=most).load(str(four)) for most in (None, 4))
     assert [len(task.train) for task in [*alike.tasks, *apart.tasks]] == [2] * 6
     assert alike.base is not None
@@ -142,8 +139,8 @@ def test_a_base_corpus_is_limited_apart_from_the_tasks(four: Path) -> None:
     assert (len(alike.base.train), len(apart.base.train)) == (2, 4)
 
 
-def test_a_base_corpus_is_no_task_but_counts_as_train(four: Path) -> None:
-    """What a test text shares with it is left out too."""
+def test_a_base_corpus_is_not_a_task_but_counts_as_train(four: Path) -> None:
+    """Pieces of test texts that occur in it are left out, too."""
     copied = json.loads((four / "ant" / "all.jsonl").read_text().splitlines()[0])["text"]
     (four / "bee" / "test.jsonl").write_text(json.dumps({"text": letters(1, 300) + copied[:200]}) + "\n")
     (four / "bee" / "all.jsonl").rename(four / "bee" / "train.jsonl")
@@ -210,7 +207,7 @@ def test_similar_domains_follow_each_other_from_the_reference(tmp_path: Path) ->
         ({"order": "alphabetical"}, "benchmark.order=alphabetical is none of"),
     ],
 )
-def test_what_is_not_there_is_named(four: Path, knobs: dict, message: str) -> None:
+def test_unknown_names_are_reported(four: Path, knobs: dict, message: str) -> None:
     with pytest.raises(DataError, match=message.replace(".", r"\.")):
         domains(four, **knobs).load(str(four))
 
@@ -225,7 +222,7 @@ def test_what_is_not_there_is_named(four: Path, knobs: dict, message: str) -> No
         ({"objective": Kind.classification}, "benchmark.objective must be language_modeling"),
     ],
 )
-def test_knobs_that_make_no_sense_are_refused(knobs: dict, message: str) -> None:
+def test_inconsistent_options_are_refused(knobs: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         TextDomains(name="d", **knobs)
 
@@ -255,7 +252,7 @@ def test_domains_without_text_are_refused(four: Path, tmp_path: Path) -> None:
         domains(four).load(None)
 
 
-def test_a_method_of_labels_is_refused(clpet) -> None:
+def test_a_method_for_labels_is_refused(clpet) -> None:
     done = clpet("train", "method=dynamic_conpet", "benchmark=python_domains", "model=tiny", "tracking=off")
     assert done.code == 2
     assert "language_modeling" in done.err
@@ -263,151 +260,6 @@ def test_a_method_of_labels_is_refused(clpet) -> None:
 
 
 # The standard library
-
-
-@pytest.fixture(scope="module")
-def library_benchmark():
-    return from_yaml("python_domains")
-
-
-def test_the_standard_library_is_several_domains(library_benchmark) -> None:
-    assert len(library_benchmark) >= 6
-    assert library_benchmark.base.name == "general"
-    assert library_benchmark.base.train.bytes > 500_000
-    for task in library_benchmark.tasks:
-        sizes = [task.split(split).bytes for split in SPLITS]
-        assert sum(sizes) >= 100_000
-        assert min(sizes) >= 5_000
-    if "language" in library_benchmark.names:  # text, not the file that holds it
-        language = library_benchmark.tasks[library_benchmark.names.index("language")]
-        assert not any(text.startswith("topics =") for text in texts(language.train))
-
-
-def test_the_standard_library_is_the_same_every_time(library_benchmark) -> None:
-    assert from_yaml("python_domains").fingerprint() == library_benchmark.fingerprint()
-
-
-def fake_library(folder: Path, sizes: dict[str, int]) -> Path:
-    for name, size in sizes.items():
-        path = folder / f"{name}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"# {name}\n" + "".join(f"x{i} = 1\n" for i in range(size // 10)))
-    return folder
-
-
-def test_modules_that_are_gone_and_small_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A domain below min_bytes joins the smallest other one; tests and installed packages are no library."""
-    files = {f"big/m{i}": 2000 for i in range(6)} | {f"wide/m{i}": 3000 for i in range(6)}
-    files |= {"small": 900, "left": 4000, "over": 4000, "tables/t": 5000, "big/test/x": 9000, "site-packages/y": 9000}
-    monkeypatch.setattr(python_domains, "library", lambda: fake_library(tmp_path, files))
-    source = python_domains.PythonDomains(
-        name="p", modules={"one": ["big"], "two": ["wide"], "three": ["small", "imp"], "rest": ["*"]}, base="rest",
-        exclude=["tables"], min_bytes=5000, test_share=0.2, validation_share=0.2,
-    )  # fmt: skip
-    found = {name: sorted(path.stem for path in paths) for name, paths in source.files.items()}
-    assert found == {
-        "one": [*(f"m{i}" for i in range(6)), "small"],
-        "two": [f"m{i}" for i in range(6)],
-        "rest": ["left", "over"],
-    }
-    with pytest.raises(ConfigError, match="big twice"):
-        python_domains.PythonDomains(name="p", modules={"one": ["big"], "two": ["big"]})
-
-
-def test_a_python_without_its_source_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(python_domains, "library", lambda: tmp_path)
-    with pytest.raises(DataError, match="source of the standard library is not installed"):
-        python_domains.PythonDomains(name="p", modules={"one": ["*"]}).load(None)
-
-
-# M2D2
-
-
-def test_m2d2_has_the_published_ids() -> None:
-    assert len(m2d2.IDS) == len(set(m2d2.IDS)) == 236
-    assert len({*m2d2.IDS, *m2d2.JUNK}) == 239
-    wiki, s2orc = m2d2.SOURCES["wiki"], m2d2.SOURCES["s2orc"]
-    parents = set(m2d2.PARENTS.values())
-    assert (len(wiki), len(parents & set(wiki)), len(set(wiki) - parents)) == (49, 11, 38)
-    assert (len(s2orc), len(parents & set(s2orc)), len(set(s2orc) - parents)) == (187, 11, 174 + 2)
-    assert {"General_referece", "Human_activites__Human_activities", "cs.CL", "q-bio", "hep-ph", "Art"} <= set(m2d2.IDS)
-    assert m2d2.PARENTS["astro-ph"] == m2d2.PARENTS["astro-ph.CO"] == "astro-ph_l1"
-    assert m2d2.PARENTS["Culture_and_the_arts__Mass_media"] == "Culture_and_the_arts"
-    assert "hep-ph" not in m2d2.PARENTS
-
-
-def test_m2d2_presets_are_leaves() -> None:
-    sizes = {preset: len(M2D2(name="m", preset=preset).names(None)) for preset in m2d2.Preset}
-    assert [sizes[preset] for preset in (m2d2.Preset.wiki, m2d2.Preset.s2orc, m2d2.Preset.all)] == [38, 176, 214]
-
-
-def test_m2d2_never_has_a_domain_together_with_its_parts() -> None:
-    for knobs in ({"tasks": ["cs_l1", "cs.CL"]}, {"tasks": ["cs.CL"], "base": "cs_l1"}):
-        with pytest.raises(ConfigError, match=r"cs_l1 contains the text of cs\.CL"):
-            M2D2(name="m", **knobs).load(None)
-    with pytest.raises(ConfigError, match=r"cs\.CLL is not a domain of M2D2; did you mean cs\.CL"):
-        M2D2(name="m", tasks=["cs.CLL"])
-
-
-def write_m2d2(folder: Path, seed: int) -> None:
-    folder.mkdir(parents=True)
-    for number, (file, lines) in enumerate((("train.txt", 90), ("valid.txt", 10), ("test.txt", 10))):
-        (folder / file).write_text("".join(letters(seed * 1000 + number * 100 + i, 150) + "\n" for i in range(lines)))
-
-
-def archive(folder: Path, path: Path, *more: tuple[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for file in folder.iterdir():
-            tar.add(file, f"{path.name.removesuffix('.tar.gz')}/{file.name}")
-        for name, data in more:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def test_m2d2_from_folders_and_archives(tmp_path: Path) -> None:
-    """Only the three files leave an archive, whatever their names say about folders."""
-    write_m2d2(tmp_path / "in" / "cs.CL", 1), write_m2d2(tmp_path / "out" / "Philosophy", 2)
-    write_m2d2(tmp_path / "out" / "Health_and_fitness__Exercise", 3)
-    evil = [("../../evil.txt", b"x"), ("/tmp/clpet-evil.txt", b"x"), ("notes/readme.md", b"x")]
-    archive(tmp_path / "out" / "Philosophy", tmp_path / "in" / "data" / "Philosophy.tar.gz", *evil)
-    archive(tmp_path / "out" / "Health_and_fitness__Exercise", tmp_path / "in" / "Health_and_fitness__Exercise.tar.gz")
-    tasks = ["cs.CL", "Philosophy", "Health_and_fitness__Exercise"]
-    benchmark = M2D2(name="m", tasks=tasks).load(str(tmp_path / "in"))
-    assert benchmark.names == tasks
-    assert benchmark.groups == {"wiki": tasks[2:], "s2orc": tasks[:2]}
-    for task, place in zip(
-        benchmark.tasks, ("in/cs.CL", "out/Philosophy", "out/Health_and_fitness__Exercise"), strict=True
-    ):
-        for split, file in m2d2.FILES.items():
-            assert "".join(texts(task.split(split))) == (tmp_path / place / file).read_text()
-        assert not task.train.has_boundaries
-    assert sorted(path.name for path in (tmp_path / "in" / "Philosophy").iterdir()) == [
-        "test.txt",
-        "train.txt",
-        "valid.txt",
-    ]
-    assert not list(tmp_path.rglob("evil*"))
-    assert not Path("/tmp/clpet-evil.txt").exists()
-
-
-def test_m2d2_archives_that_are_damaged_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_m2d2(tmp_path / "out", 1)
-    whole = archive(tmp_path / "out", tmp_path / "in" / "Art.tar.gz")
-    whole.write_bytes(whole.read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"Art\.tar\.gz cannot be unpacked"):
-        M2D2(name="m", tasks=["Art"]).load(str(tmp_path / "in"))
-    assert not (tmp_path / "in" / "Art").exists()
-    (tmp_path / "in" / "cs.CL").mkdir()
-    with pytest.raises(DataError, match=r"cs\.CL lacks train\.txt and valid\.txt and test\.txt"):
-        M2D2(name="m", tasks=["cs.CL"]).load(str(tmp_path / "in"))
-    with pytest.raises(
-        DataError, match=r"data/hep-ph\.tar\.gz of .* cannot be loaded from the hub .* set data_dir=FOLDER"
-    ):
-        M2D2(name="m", tasks=["hep-ph"], hub="nobody/nothing-clpet").load(None)
 
 
 def test_clpet_data_prints_domains(clpet, four: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is cut of texts and answers, where, and that it is said."""
+"""Truncation of texts and answers, and how it is reported."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from tests.data.test_sources import from_yaml
 
 
 def letters(example: Example, truncate: Truncate, length: int = 14) -> str:
-    """What a byte tokenizer keeps of `<text>!` with [CLS] and [SEP]."""
+    """The letters of `<text>!` that remain after truncation, with a byte tokenizer that adds [CLS] and [SEP]."""
     tokenizer = byte_tokenizer()
     found = Template(tokenizer, "<{text}>!", length, truncate=truncate).encode([example])
     assert found.lengths == [len(example.text) + 5]
@@ -36,22 +36,22 @@ def letters(example: Example, truncate: Truncate, length: int = 14) -> str:
         ("middle", "<abcdemnop>!", "<abcklmnop>!"),
     ],
 )
-def test_a_text_is_cut_at_the_side_that_is_asked_for(truncate: str, plain: str, kept: str) -> None:
-    """16 letters, room for 9; with n, o and p kept, 6 of the others are left, from the side that is not cut."""
+def test_a_text_is_cut_at_the_end_that_truncate_names(truncate: str, plain: str, kept: str) -> None:
+    """16 letters, room for 9. With n, o and p protected, 6 others remain, from the end that is not cut."""
     text, side = "abcdefghijklmnop", Truncate(truncate)
     assert letters(Example(text), side) == plain
     assert letters(Example(text, protected_spans=((13, 16),)), side) == kept
     assert letters(Example("abc"), side) == "<abc>!"
 
 
-def test_what_is_kept_is_cut_where_it_does_not_fit_either() -> None:
+def test_protected_spans_are_cut_if_they_do_not_fit() -> None:
     offsets = [(i, i + 1) for i in range(20)]
     assert tokens_to_keep(offsets, [], 4, [(10, 18)], Truncate.end) == [10, 11, 12, 13]
     assert tokens_to_keep(offsets, [], 4, [(10, 18)], Truncate.middle) == [10, 11, 16, 17]
     assert tokens_to_keep(offsets, [], 6, [(0, 2), (18, 20)], Truncate.start) == [0, 1, 16, 17, 18, 19]
 
 
-def test_markers_move_what_is_kept() -> None:
+def test_protected_spans_move_with_markers() -> None:
     """[m0] becomes one reserved token of another length before the text is cut."""
     tokenizer = byte_tokenizer()
     text = "[m0]" + "a" * 30 + "QUESTION"
@@ -60,8 +60,8 @@ def test_markers_move_what_is_kept() -> None:
     assert found.lengths == [41]
 
 
-def test_answers_know_their_length_before_the_cut() -> None:
-    """Its letters and the end."""
+def test_full_lengths_of_answers_are_recorded() -> None:
+    """Letters plus the end token."""
     found = encode_answers(byte_tokenizer(), ["abcdef", "ab"], 5)
     assert [len(row) for row in found.rows] == [5, 3]
     assert found.lengths == [7, 3]
@@ -77,7 +77,7 @@ def test_answers_know_their_length_before_the_cut() -> None:
     assert pool.num_truncated(pool.rows_of(0)) == (1, 2)
 
 
-def test_keep_marks_what_it_finds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keep_protects_its_matches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"text": f"passage {i}" + "\nquestion: who?" * (i % 4 > 0), "label": "ab"[i % 2]} for i in range(16)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level(logging.WARNING):
@@ -92,7 +92,7 @@ def test_keep_marks_what_it_finds(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_prompts_of_long_sequence_keep_their_question() -> None:
-    """With the default length, where the passage before it is far too long; without `keep` none of these did."""
+    """With the default length, although the passage before it is far too long; without `keep` all lose it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared("weights", "base-5.9M"))
@@ -113,8 +113,8 @@ def test_prompts_of_long_sequence_keep_their_question() -> None:
             assert asked in tokenizer.decode(row)
 
 
-def test_what_is_cut_is_said_and_recorded(clpet, words: Path, tmp_path: Path) -> None:
-    """In `clpet data`, in the run's header and its record, with a warning above a twentieth."""
+def test_truncation_is_printed_and_recorded(clpet, words: Path, tmp_path: Path) -> None:
+    """By `clpet data`, in the header of a run and in its record, with a warning above 5 %."""
     args = tiny_args(
         words, "benchmark.max_length=12", "train.epochs=1", "benchmark.tasks=[fruit]", "evaluation.matrix=last"
     )
@@ -134,8 +134,8 @@ def test_what_is_cut_is_said_and_recorded(clpet, words: Path, tmp_path: Path) ->
     assert "benchmark.truncate=end" in run.out
 
 
-def test_a_default_length_is_lowered_to_what_the_model_reads(make, caplog: pytest.LogCaptureFixture) -> None:
-    """Said, and only that which was set on the command line is refused."""
+def test_the_default_length_is_lowered_to_the_maximum_of_the_model(make, caplog: pytest.LogCaptureFixture) -> None:
+    """With a warning; only a length that was set on the command line is refused."""
     with caplog.at_level(logging.WARNING):
         run = make("method=sequential", "benchmark.max_length=600")
     assert run.benchmark.max_length == 512
@@ -145,8 +145,8 @@ def test_a_default_length_is_lowered_to_what_the_model_reads(make, caplog: pytes
         run.method.objective._check_lengths()
 
 
-def test_a_tokenizer_without_special_tokens_will_do(clpet, words: Path, tmp_path: Path) -> None:
-    """Padding is masked: a model whose tokenizer has no padding, unknown and end token learns labels all the same."""
+def test_a_tokenizer_without_special_tokens_works(clpet, words: Path, tmp_path: Path) -> None:
+    """Padding is masked, so a tokenizer without padding, unknown and end tokens suffices to learn labels."""
     folder = shutil.copytree(shared("weights", "base-5.9M"), tmp_path / "model", copy_function=shutil.copyfile)
     for name, gone in (
         ("tokenizer_config.json", ("pad_token", "eos_token", "unk_token")),
