@@ -217,7 +217,7 @@ class Experiment:
             state.validation = self.validate(tasks)
         evaluation = Evaluator(self.benchmark, self.data, self.split)(self.method, row, list(tasks))
         evaluation.diagnostics |= self.method.diagnostics()
-        for matrix, scores in ((state.matrix, evaluation.seen), (state.task_matrix, evaluation.own)):
+        for matrix, scores in ((state.matrix, evaluation.seen), (state.task_matrix, evaluation.per_task)):
             for index in tasks:
                 matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)
         state.diagnostics.append({"row": row, **evaluation.diagnostics})
@@ -233,7 +233,7 @@ class Experiment:
         if not enabled or len(tasks) < len(self.benchmark) or not all(task.validation for task in self.benchmark.tasks):
             return None
         evaluation = Evaluator(self.benchmark, self.data, "validation")(self.method, len(self.benchmark), list(tasks))
-        views = {"average": evaluation.seen, "own_average": evaluation.own}
+        views = {"average": evaluation.seen, "own_average": evaluation.per_task}
         return {name: sum(view[index].value for index in tasks) / len(tasks) for name, view in views.items()}
 
     def finish(self, state: RunState) -> dict[str, Any]:

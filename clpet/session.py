@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from clpet.config.build import build
-from clpet.config.schema import Config, Evaluation, Select, Split
+from clpet.config.schema import Config, EvaluationOptions, Select, Split
 from clpet.config.seeding import derive
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
@@ -43,7 +43,7 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
 
 def check_unused_options(config: Config, parts: dict[str, Any], objective: str) -> None:
     """Raises ConfigError for an option set to a non-default value that has no effect with this objective."""
-    defaults = Evaluation()
+    defaults = EvaluationOptions()
     for option, user in OPTION_OBJECTIVES.items():
         if objective != user and getattr(config.evaluation, option) != getattr(defaults, option):
             raise ConfigError(f"evaluation.{option} is for {user}; this benchmark's objective is {objective}")

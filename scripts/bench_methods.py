@@ -14,7 +14,7 @@ from clpet.config.seeding import derive
 from clpet.methods.components.importance import Importance, ParameterGroups, adaptive, fuse, norm, unflat
 from clpet.methods.components.key_retrieval import KeyLearning, orthonormal
 from clpet.models.stacked_lora import attention_outputs
-from clpet.objectives.base import Choices
+from clpet.objectives.base import AnswerSpace
 
 
 def kif(overrides: list[str], rounds: int) -> None:
@@ -83,7 +83,7 @@ def generate(overrides: list[str], rounds: int) -> None:
     def batched() -> float:
         start = time.perf_counter()
         for indices in objective.batches(pool, rows):
-            objective.predict(pool.batch(indices, objective.device), Choices([]))
+            objective.predict(pool.batch(indices, objective.device), AnswerSpace([]))
         return time.perf_counter() - start
 
     @torch.inference_mode()
@@ -144,9 +144,9 @@ def slm_times(method: Any, plain: Any, batches: list[Any], rounds: int) -> list[
     for turn in range(rounds + 1):
         for index, batch in enumerate(batches):
             runs = [
-                lambda batch=batch: plain.predict(batch, Choices([])),
+                lambda batch=batch: plain.predict(batch, AnswerSpace([])),
                 lambda batch=batch: mixed_forward(method, batch),
-                lambda batch=batch: method.predict_retrieved(batch, Choices([])),
+                lambda batch=batch: method.predict_retrieved(batch, AnswerSpace([])),
                 lambda batch=batch: step(plain, batch),
                 lambda batch=batch: step(method, batch),
             ]

@@ -212,7 +212,7 @@ def double(values: list) -> torch.Tensor:
 
 def scores(run: SimpleNamespace, rows: np.ndarray) -> torch.Tensor:
     """[rows, 12]: scores of a method of `make` for test examples."""
-    from clpet.methods.base import Choices
+    from clpet.methods.base import AnswerSpace
 
     with torch.inference_mode():
-        return run.method.predict(run.data.test.batch(rows), Choices(range(12))).scores
+        return run.method.predict(run.data.test.batch(rows), AnswerSpace(range(12))).scores

@@ -147,7 +147,7 @@ class CapUnit(Enum):
 
 
 @dataclass
-class Evaluation:
+class EvaluationOptions:
     """Options of evaluation: which tasks are scored when, and how answers are produced."""
 
     split: Split = Split.test
@@ -183,7 +183,7 @@ class Config:
     hardware: Any
     tracking: Any
     train: Training = field(default_factory=Training)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     seed: int = 0
     output_dir: str = "outputs"
     cache_dir: str | None = None

@@ -1,4 +1,4 @@
-"""Evaluator: one pass over a split gives every task's score, in two views, and a row per example."""
+"""Evaluates a method on a split of a benchmark: a score per task in two views, and a row per example."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,20 +15,19 @@ from clpet.runtime.distributed import get_world, without_gradients
 
 @dataclass
 class Evaluation:
-    """Scores of one moment by task number: among all seen labels, and among each task's own labels."""
+    """Scores by task number, in the class-incremental (`seen`) and the task-incremental (`per_task`) view."""
 
     seen: dict[int, TaskScore] = field(default_factory=dict)
-    own: dict[int, TaskScore] = field(default_factory=dict)
-    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    per_task: dict[int, TaskScore] = field(default_factory=dict)
+    rows: dict[str, np.ndarray] = field(default_factory=dict)  # columns, with one value per example
     diagnostics: dict[str, float] = field(default_factory=dict)
 
 
 class Evaluator:
-    """Scores a method on a split of a benchmark, all tasks in one pass of large batches sorted by length.
+    """Evaluates a method on several tasks in one pass of large batches, sorted by length.
 
-    What a prediction is and how right it is are the objective's to say. Where labels are answered there are two
-    views of the same predictions: class-incremental (all labels seen so far compete) and task-incremental (a
-    task's own labels only).
+    The objective defines predictions and scores. For label predictions there are two views: class-incremental (all
+    labels seen so far compete) and task-incremental (only the labels of the example's task).
     """
 
     def __init__(self, benchmark: Benchmark, data: Encoded, split: str = "test") -> None:
@@ -38,47 +37,50 @@ class Evaluator:
     def __call__(self, method: Method, learned: int, tasks: list[int]) -> Evaluation:
         """Scores of `tasks` after the first `learned` tasks."""
         objective, labels = method.objective, self.benchmark.seen_labels(learned)
-        asked = self.pool.rows_of(*tasks)
-        measured = self.split == objective.evaluation.split.value  # else it only helps to choose settings
-        objective.meter.kind = "evaluated" if measured else "validated"
-        method.before_evaluation(self.pool, asked)
+        rows = self.pool.rows_of(*tasks)
+        is_main_split = self.split == objective.evaluation.split.value  # otherwise only for choosing settings
+        objective.meter.kind = "evaluated" if is_main_split else "validated"
+        method.before_evaluation(self.pool, rows)
 
-        def judged(part: np.ndarray) -> dict[str, Any]:
-            batch = self.pool.batch(part, objective.device)
+        def evaluate_batch(batch_rows: np.ndarray) -> dict[str, Any]:
+            batch = self.pool.batch(batch_rows, objective.device)
             choices = method.choices(batch, labels)
-            found = method.predict(batch, choices)
-            columns = objective.table(batch, found, method.predict_known_task(batch, found), choices)
-            columns = {"row": part, "task": batch.tasks, **columns, **found.trace}
+            predictions = method.predict(batch, choices)
+            task_aware = method.predict_known_task(batch, predictions)
+            columns = objective.prediction_columns(batch, predictions, task_aware, choices)
+            columns = {"row": batch_rows, "task": batch.tasks, **columns, **predictions.extras}
             return {name: values.cpu() if torch.is_tensor(values) else values for name, values in columns.items()}
 
-        table: dict[str, list[Any]] = {}
-        for columns in get_world().map(judged, method.batches(self.pool, asked)):
+        pieces: dict[str, list[Any]] = {}
+        for columns in get_world().map(evaluate_batch, method.batches(self.pool, rows)):
             for name, values in columns.items():
-                table.setdefault(name, []).append(values)
-        if measured:
-            probed = objective.probe(lambda batch: method.predict(batch, method.choices(batch, labels)))
+                pieces.setdefault(name, []).append(values)
+        extra: dict[str, float] = {}
+        if is_main_split:
+            extra = objective.extra_evaluation(lambda batch: method.predict(batch, method.choices(batch, labels)))
         method.after_evaluation()
         objective.meter.kind = "learned"
-        rows = {name: np.concatenate([np.asarray(part) for part in parts]) for name, parts in table.items()}
-        result = self._summary(method, rows, tasks, learned)
-        result.diagnostics |= probed if measured else {}
-        return result
+        table = {name: np.concatenate([np.asarray(values) for values in lists]) for name, lists in pieces.items()}
+        evaluation = self._aggregate(method, table, tasks, learned)
+        evaluation.diagnostics |= extra
+        return evaluation
 
-    def _summary(self, method: Method, table: dict[str, np.ndarray], tasks: list[int], learned: int) -> Evaluation:
+    def _aggregate(self, method: Method, table: dict[str, np.ndarray], tasks: list[int], learned: int) -> Evaluation:
+        """Scores and diagnostics of every task from the columns, which are sorted by row first."""
         order = np.argsort(table["row"])
         table = {name: values[order] for name, values in table.items()}
-        result = Evaluation(rows=table)
+        evaluation = Evaluation(rows=table)
         for index in tasks:
             rows = {name: values[table["task"] == index] for name, values in table.items()}
-            result.seen[index] = method.objective.summary(rows)
-            result.own[index] = method.objective.summary(rows, own=True)
-            more = method.objective.diagnostics(rows)
-            result.diagnostics |= {f"{key}/{self.benchmark.names[index]}": value for key, value in more.items()}
-        if "selected" in table:
+            evaluation.seen[index] = method.objective.aggregate(rows)
+            evaluation.per_task[index] = method.objective.aggregate(rows, task_incremental=True)
+            diagnostics = method.objective.diagnostics(rows)
+            evaluation.diagnostics |= {f"{key}/{self.benchmark.names[index]}": x for key, x in diagnostics.items()}
+        if "selected" in table:  # the task that the method has selected for each example
             hits = table["selected"] == table["task"]
             shares = [hits[table["task"] == index].mean() for index in tasks if index < learned]
-            result.diagnostics |= {
+            evaluation.diagnostics |= {
                 "selector_average": 100 * float(np.mean(shares)),
                 "selector_whole": 100 * float(hits[table["task"] < learned].mean()),
             }
-        return result
+        return evaluation

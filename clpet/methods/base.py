@@ -13,7 +13,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch, Encoded, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
-from clpet.objectives.base import Choices, Predictions
+from clpet.objectives.base import AnswerSpace, Predictions
 from clpet.objectives.classification import Head
 from clpet.replay.base import NoReplay, ValidationRows
 from clpet.replay.batch_plan import BatchPlan
@@ -145,7 +145,7 @@ class Method:
         """The values of `named_parameters`."""
         return list(self.named_parameters().values())
 
-    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         """Scores over all labels (those outside `choices` are masked by the caller), or texts."""
         return self.objective.predict(batch, choices)
 
@@ -163,9 +163,9 @@ class Method:
         """Predictions with the task given (task-incremental view); reuses `predictions` of `predict` if possible."""
         return predictions
 
-    def choices(self, batch: Batch, labels: Sequence[int]) -> Choices:
+    def choices(self, batch: Batch, labels: Sequence[int]) -> AnswerSpace:
         """The answers that compete for a batch."""
-        return Choices(labels, batch.tasks if self.task_id_at_test else None)
+        return AnswerSpace(labels, batch.tasks if self.task_id_at_test else None)
 
     def validate(self, index: int) -> float:
         """Score on validation examples, averaged over their tasks, for train.select=best."""
@@ -173,7 +173,7 @@ class Method:
 
         def score(batch: Batch) -> Tensor:
             choices = self.choices(batch, labels)
-            return self.objective.judge(batch, self.predict(batch, choices), choices)
+            return self.objective.score(batch, self.predict(batch, choices), choices)
 
         return self.average_score(self.validation(index), score)
 

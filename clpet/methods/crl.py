@@ -20,7 +20,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
-from clpet.methods.base import Choices, Method, Predictions
+from clpet.methods.base import AnswerSpace, Method, Predictions
 from clpet.methods.components.contrastive import Bank, contrastive, draw, relation_distillation
 from clpet.replay.batch_plan import BatchPlan, split_batch
 from clpet.replay.exemplar import FixedReplay
@@ -202,7 +202,7 @@ class CRL(Method):
         for label in present:
             self.prototypes[label] = h[labels == label].mean(0)
 
-    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         """Scores are minus the squared distances to the prototypes, and minus infinity for classes without one."""
         h = self.objective.features(batch)
         scores = h.new_full((len(h), len(self.prototypes)), float("-inf"))

@@ -22,7 +22,7 @@ from clpet.config.schema import require
 from clpet.data.batches import Batch, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
-from clpet.methods.base import Choices, Predictions
+from clpet.methods.base import AnswerSpace, Predictions
 from clpet.methods.components.logit_cache import LogitCache
 from clpet.methods.components.task_selector import Prototypes, Selector
 from clpet.methods.modular import Modular, module_name
@@ -229,13 +229,13 @@ class DynamicConPET(Modular):
             tasks = np.where(tasks < len(self.modules), tasks, chosen[:, :1])
             self.prefetch_logits(pool, rows, np.concatenate([chosen, tasks], axis=1))
 
-    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         """Concatenates the raw logits of the selected modules; the selector's scores are not used as weights."""
         if not self.modules:
             return Predictions(self.route(batch, torch.zeros_like(batch.tasks)[:, None]))
         selected = self.select(batch)
-        trace = {} if self.top_k >= len(self.modules) else {"selected": selected[:, 0]}
-        return Predictions(self.route(batch, selected), selected, trace)
+        extras = {} if self.top_k >= len(self.modules) else {"selected": selected[:, 0]}
+        return Predictions(self.route(batch, selected), selected, extras)
 
     def validate(self, index: int) -> float:
         """K = 1: score of the new module on its task; selector and old modules do not change in this stage."""
@@ -243,11 +243,11 @@ class DynamicConPET(Modular):
             return super().validate(index)
         pool = self.data.validation
         validation = [(pool, pool.rows_of(index))]
-        choices = Choices(self.benchmark.task_labels(index))
+        choices = AnswerSpace(self.benchmark.task_labels(index))
 
         def score(batch: Batch) -> Tensor:
             predictions = Predictions(self.route(batch, batch.tasks[:, None]))
-            return self.objective.judge(batch, predictions, choices)
+            return self.objective.score(batch, predictions, choices)
 
         return self.average_score(validation, score)
 

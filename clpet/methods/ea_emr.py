@@ -15,7 +15,7 @@ from clpet.config.schema import require
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
-from clpet.methods.base import Choices, Predictions
+from clpet.methods.base import AnswerSpace, Predictions
 from clpet.methods.replay import Replay
 from clpet.replay.exemplar import FixedReplay
 from clpet.training.trainer import Trainer
@@ -60,7 +60,7 @@ class EAEMR(Replay):
     def loss(self, batch: Batch) -> Tensor:
         return self.objective.cross_entropy(self.logits(batch), batch)
 
-    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         return Predictions(self.objective.head.scatter(self.represent(batch)))
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:

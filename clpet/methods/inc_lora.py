@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
-from clpet.methods.base import Choices, Method, Predictions
+from clpet.methods.base import AnswerSpace, Method, Predictions
 from clpet.methods.modular import module_name
 from clpet.models.stacked_lora import Increments
 from clpet.training.trainer import Trainer
@@ -49,12 +49,12 @@ class IncLoRA(Method):
         with self.increments.weighted(weights):
             return super().loss(batch)
 
-    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         weights = self.route(batch) if self.increments.branches else None
         with self.increments.weighted(weights):
             predictions = super().predict(batch, choices)
         if weights is not None and weights.dim() == 2:
-            predictions.trace["selected"] = weights.argmax(1)
+            predictions.extras["selected"] = weights.argmax(1)
         return predictions
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch
-from clpet.methods.base import Choices, Method, Predictions
+from clpet.methods.base import AnswerSpace, Method, Predictions
 from clpet.methods.modular import Modular, module_name
 
 
@@ -42,7 +42,7 @@ class Independent(Modular):
         name = self.objective.adapters.names[-1]
         return {f"{name}.{key}": value for key, value in self.objective.adapters.tensors(name).items()}
 
-    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         assert choices.tasks is not None
         if self.has_heads:
             modules = choices.tasks[:, None]

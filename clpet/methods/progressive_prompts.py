@@ -14,7 +14,7 @@ from clpet.config.schema import require
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Benchmark, Task
-from clpet.methods.base import Choices, Predictions
+from clpet.methods.base import AnswerSpace, Predictions
 from clpet.methods.prompts import Prompts
 from clpet.training.trainer import Trainer
 
@@ -65,7 +65,7 @@ class ProgressivePrompts(Prompts):
         oldest_first = [*self.frozen, self.newest()][: self.num_prompts]
         return torch.cat(oldest_first[::-1]).expand(len(batch), -1, -1)
 
-    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         if choices.tasks is None:
             return super().predict(batch, choices)
         by_task = []
@@ -74,7 +74,7 @@ class ProgressivePrompts(Prompts):
             self.num_prompts = index + 1
             by_task.append((rows, super().predict(batch.select(rows), choices)))
         self.num_prompts = None
-        return Predictions.joined(by_task)
+        return Predictions.from_parts(by_task)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         task = len(self.frozen)

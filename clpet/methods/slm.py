@@ -21,7 +21,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
-from clpet.methods.base import Choices, Method, Predictions
+from clpet.methods.base import AnswerSpace, Method, Predictions
 from clpet.methods.components.features import Embeddings
 from clpet.methods.components.key_retrieval import (
     KeyLearning,
@@ -209,7 +209,7 @@ class SLM(Method):
         )
         return retrieve(sigma, self.sizes.top_k, per_group, uniform, batch_mean, allowed)
 
-    def predict_retrieved(self, batch: Batch, choices: Choices) -> Predictions:
+    def predict_retrieved(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         """Predictions with the values of the most similar keys, only of an example's own task if tasks are given."""
         owner = torch.arange(len(self.key_pool), device=batch.tasks.device).repeat_interleave(self.sizes.keys)
         allowed = None if choices.tasks is None else owner == choices.tasks[:, None]
@@ -221,28 +221,28 @@ class SLM(Method):
                 predictions = self.objective.predict(batch, choices)
             else:
                 predictions = Predictions(self.task_heads.scores(self.objective.features(batch), choices.tasks))
-        predictions.trace["selected"] = majority(owners, len(self.key_pool))
-        predictions.trace["right_picks"] = (owners == batch.tasks[:, None]).float().mean(1)
+        predictions.extras["selected"] = majority(owners, len(self.key_pool))
+        predictions.extras["right_picks"] = (owners == batch.tasks[:, None]).float().mean(1)
         return predictions
 
-    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         if not self.key_pool:
             return super().predict(batch, choices)
         predictions = self.predict_retrieved(batch, choices)
         if self.objective.meter.kind == "evaluated":
-            self.stats.add(batch.tasks, predictions.trace["selected"], predictions.trace["right_picks"])
+            self.stats.add(batch.tasks, predictions.extras["selected"], predictions.extras["right_picks"])
         return predictions
 
     def predict_known_task(self, batch: Batch, predictions: Predictions) -> Predictions:
         """The view of SLM-TI: examples that retrieved a key of another task run again with the keys of their own."""
         if not self.key_pool or self.task_id_at_test:
             return predictions
-        wrong_keys = predictions.trace["right_picks"] < 1
+        wrong_keys = predictions.extras["right_picks"] < 1
         rows = (wrong_keys & (batch.tasks < len(self.key_pool))).nonzero().squeeze(1)
         if not len(rows):
             return predictions
         subset = batch if len(rows) == len(batch) else batch.select(rows)
-        again = self.predict_retrieved(subset, Choices([], subset.tasks))
+        again = self.predict_retrieved(subset, AnswerSpace([], subset.tasks))
         if again.texts is None:
             scores: Any = predictions.scores
             return Predictions(scores.index_copy(0, rows, again.scores))

@@ -149,7 +149,7 @@ class Backbone:
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(self._absent(str(source), error)) from error
         if self.representation is Representation.pooled and any("pooler" in key for key in found["missing_keys"]):
-            raise ModelError(f"model.representation=pooled, but the weights of {self.name} have no pooler: take cls")
+            raise ModelError(f"model.representation=pooled, but the weights of {self.name} have no pooler: use cls")
         return (model if nf4 else model.to(place)).eval(), tokenizer
 
     def tokenizer(self) -> Any:

@@ -1,9 +1,9 @@
-"""What a model is asked to do. `load` gives the class of an objective by its name."""
+"""Training objectives. `load` returns the class of an objective by its name."""
 
 import importlib
 from typing import Any
 
-PLACES = {
+CLASS_PATHS = {
     "classification": "clpet.objectives.classification.Classification",
     "language_modeling": "clpet.objectives.language_modeling.LanguageModeling",
     "text_to_text": "clpet.objectives.text_to_text.TextToText",
@@ -11,6 +11,6 @@ PLACES = {
 
 
 def load(name: str) -> Any:
-    """The objective's class, imported when it is needed."""
-    module, _, kind = PLACES[name].rpartition(".")
-    return getattr(importlib.import_module(module), kind)
+    """The class of an objective, imported only when it is needed."""
+    module, _, class_name = CLASS_PATHS[name].rpartition(".")
+    return getattr(importlib.import_module(module), class_name)

@@ -1,4 +1,4 @@
-"""Classification: a linear head on a representation of the text, growing with the labels seen so far."""
+"""Classification: a linear head on a representation of the text, with a row for each label seen so far."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template
 from clpet.errors import ModelError
 from clpet.models.backbone import Backbone, Representation, representation
-from clpet.objectives.base import Choices, Encode, Objective, Predictions
+from clpet.objectives.base import AnswerSpace, Encode, Objective, Predictions
 
 MISSING = -100.0  # logit of a label that no selected module scores (ConPET, section 3.7)
 
@@ -21,8 +21,8 @@ MISSING = -100.0  # logit of a label that no selected module scores (ConPET, sec
 class Head(nn.Module):
     """logits = W h + b over a growing list of labels; `labels` are global label ids, one per row.
 
-    A row starts from U(-1/sqrt(d), 1/sqrt(d)) drawn from (seed, label name): its start depends neither on
-    the order of the tasks nor on how many labels there will be. Growing copies old rows bit for bit.
+    A row is initialised from U(-1/sqrt(d), 1/sqrt(d)) with the seed (seed, label name), so it depends neither on the
+    order of the tasks nor on the number of labels. Growing copies old rows bit for bit.
     """
 
     def __init__(self, dim: int, names: Sequence[str], seed: int, device: torch.device | str = "cpu") -> None:
@@ -36,7 +36,7 @@ class Head(nn.Module):
     start: Tensor
 
     def grow(self, labels: Sequence[int]) -> None:
-        """Adds rows for the label ids that have none; the old rows keep their bits."""
+        """Adds rows for the label ids that have none; the old rows do not change."""
         new = [label for label in labels if label not in self.labels]
         if new:
             rows = self.start[new]
@@ -55,7 +55,7 @@ class Head(nn.Module):
         return lookup.to(labels.device, non_blocking=True)[labels]
 
     def scatter(self, h: Tensor) -> Tensor:
-        """[batch, dim] -> [batch, all labels]; a label without a row is scored by the row it would start from."""
+        """[batch, dim] -> [batch, all labels]; a label without a row is scored by its initial row."""
         logits = F.linear(h, self.start[:, :-1], self.start[:, -1])
         if self.labels:
             logits[:, self.labels] = self(h).to(logits.dtype)
@@ -66,7 +66,7 @@ class Head(nn.Module):
         return {"labels": list(self.labels), "weight": self.weight.detach(), "bias": self.bias.detach()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restores what `state` returned."""
         self.labels = list(state["labels"])
         self.weight = nn.Parameter(state["weight"].to(self.start.device))
         self.bias = nn.Parameter(state["bias"].to(self.start.device))
@@ -78,19 +78,19 @@ def _initial_row(dim: int, seed: int, name: str) -> Tensor:
 
 
 class Classification(Objective):
-    """A head on a representation of the text: all labels seen so far compete."""
+    """A softmax over a head's labels, by default over all labels seen so far."""
 
     name = "classification"
 
     def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
         self.representation = representation(backbone, benchmark.template)
         super().__init__(benchmark, backbone, *rest)
-        self.pooler = self.own_pooler() if self.representation is Representation.pooled else None
+        self.pooler = self.load_pooler() if self.representation is Representation.pooled else None
         self.head = self.new_head(self.seed)
-        own = torch.full((len(benchmark), len(benchmark.labels)), float("-inf"))
+        mask = torch.full((len(benchmark), len(benchmark.labels)), float("-inf"))
         for index in range(len(benchmark)):
-            own[index, benchmark.task_labels(index)] = 0
-        self.own = own.to(self.device)  # [tasks, labels]: minus infinity at the labels of other tasks
+            mask[index, benchmark.task_labels(index)] = 0
+        self.task_label_mask = mask.to(self.device)  # [tasks, labels]: minus infinity for labels of other tasks
 
     @classmethod
     def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
@@ -107,12 +107,12 @@ class Classification(Objective):
 
         return encode
 
-    def own_pooler(self) -> nn.Module:
-        """The layer behind the last one that makes a text's vector. Raises ModelError for a network without one."""
+    def load_pooler(self) -> nn.Module:
+        """The network's pooler, a layer after the last one. Raises ModelError if there is none."""
         pooler = getattr(self.adapters.model, "pooler", None)
         if not isinstance(pooler, nn.Module):
             raise ModelError(
-                f"model.representation=pooled, but model {self.backbone.name} has no pooler: take cls, mean or last"
+                f"model.representation=pooled, but model {self.backbone.name} has no pooler: use cls, mean or last"
             )
         return pooler
 
@@ -121,14 +121,14 @@ class Classification(Objective):
         return Head(self.dim, self.benchmark.labels if names is None else names, seed, self.device)
 
     def features(self, batch: Batch) -> Tensor:
-        """[batch, dim] fp32: the last hidden state after the final norm, read at the representation's position.
+        """[batch, dim] fp32: the last hidden state after the final norm, pooled according to model.representation.
 
-        In training a share model.head_dropout of it is dropped.
+        In training with dropout of rate model.head_dropout.
         """
         self.meter.count(batch, torch.is_grad_enabled())
         with self.autocast:
             hidden = self.adapters.model(**self.inputs(batch)).last_hidden_state
-        hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompts stand in front
+        hidden = hidden[:, -batch.input_ids.shape[1] :]  # without the prompt in front
         h = self.pooler(hidden).float() if self.pooler else pool(hidden, batch, self.representation)
         return F.dropout(h, self.backbone.head_dropout, self.adapters.training)
 
@@ -144,30 +144,33 @@ class Classification(Objective):
         return self.cross_entropy(self.logits(batch), batch)
 
     def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Over the labels seen so far, or with benchmark.softmax=task over those of an example's task."""
+        """Cross-entropy over the labels seen so far; with benchmark.softmax=task over those of each example's task."""
         if self.benchmark.per_task_softmax:
-            logits = logits + self.own[batch.tasks][:, self.head.labels]
+            logits = logits + self.task_label_mask[batch.tasks][:, self.head.labels]
         return F.cross_entropy(logits, self.targets(batch))
 
-    def predict(self, batch: Batch, choices: Choices) -> Predictions:
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         return Predictions(self.head.scatter(self.features(batch)))
 
-    def judge(self, batch: Batch, found: Predictions, choices: Choices) -> Tensor:
-        """[batch]: 1 where the best of the labels that may be answered is the right one; a tie takes the lowest."""
-        assert found.scores is not None
-        return (choices.mask(found.scores).argmax(1) == batch.labels).float()
+    def score(self, batch: Batch, predictions: Predictions, choices: AnswerSpace) -> Tensor:
+        """[batch]: 1 if the best allowed label is correct; among equal scores the lowest label id is taken."""
+        assert predictions.scores is not None
+        return (choices.mask(predictions.scores).argmax(1) == batch.labels).float()
 
-    def table(self, batch: Batch, found: Predictions, known: Predictions, choices: Choices) -> dict[str, Any]:
-        """Two views: all seen labels compete, where a task not learned yet scores 0; or a task's own labels only."""
-        assert found.scores is not None
-        assert known.scores is not None
-        best, own = _best(choices.mask(found.scores)), _best(known.scores + self.own[batch.tasks])
+    def prediction_columns(
+        self, batch: Batch, predictions: Predictions, task_aware: Predictions, choices: AnswerSpace
+    ) -> dict[str, Any]:
+        """Two views: all seen labels compete, so a task not learned yet scores 0; or only the task's own labels."""
+        assert predictions.scores is not None
+        assert task_aware.scores is not None
+        best = _best(choices.mask(predictions.scores))
+        best_of_task = _best(task_aware.scores + self.task_label_mask[batch.tasks])
         return {
             "label": batch.labels,
             "prediction": best,
-            "own_prediction": own,
+            "own_prediction": best_of_task,
             "score": best == batch.labels,
-            "own_score": own == batch.labels,
+            "own_score": best_of_task == batch.labels,
         }
 
     def describe(self, pool: EncodedDataset, row: int) -> str:
@@ -191,7 +194,7 @@ class Classification(Objective):
 
 
 def _best(scores: Tensor) -> Tensor:
-    """[batch]: the label with the highest score, the lowest one of a tie; -1 where no label can be answered."""
+    """[batch]: the label with the highest score, the lowest id of a tie; -1 where no label is allowed."""
     value, label = scores.max(1)
     return torch.where(value == float("-inf"), -1, label)
 

@@ -1,4 +1,4 @@
-"""What learning costs: examples and tokens through the network, time and memory, task by task."""
+"""Cost of learning each task: examples and tokens passed through the network, time and memory."""
 
 import resource
 import time
@@ -13,10 +13,10 @@ from clpet.runtime.distributed import get_world
 
 @dataclass
 class Cost:
-    """Counters of one task. A forward with gradients counts as forward and backward; evaluation counts apart.
+    """Counters of one task. A pass with gradients counts as forward and backward; evaluation is counted separately.
 
-    `cached_examples` are forwards of training that an earlier run has done: their logits were read from cache_dir.
-    `skipped_steps` were left out because their loss or gradient was no number.
+    `cached_examples` are forward passes of training that an earlier run has done, with logits read from cache_dir.
+    `skipped_steps` had a NaN or infinite loss or gradient.
     """
 
     seconds: float = 0.0
@@ -31,25 +31,25 @@ class Cost:
     peak_memory_mb: float = 0.0
 
 
-SAME = ("seconds", "skipped_steps", "peak_memory_mb")  # of several ranks the largest; all else adds up
+MAX_OVER_RANKS = ("seconds", "skipped_steps", "peak_memory_mb")  # all other counters are summed over ranks
 
 
 class Meter:
-    """Counts what goes through the network since the last `take`."""
+    """Counts the passes through the network since the last `take_learning` or `take_evaluation`."""
 
     def __init__(self) -> None:
-        self.kind = "learned"  # learned | validated | evaluated: what the passes are for
+        self.kind = "learned"  # purpose of the passes: learned | validated | evaluated
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was counted so far."""
+        """Sets all counters to 0."""
         self.cost = Cost()
         self._since = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     def count(self, batch: Batch, gradient: bool) -> None:
-        """Adds one pass of a batch; places of padding count as tokens, since they are computed."""
+        """Adds one pass of a batch; padding counts as tokens, since it is computed too."""
         if self.kind != "learned":
             name = f"{self.kind}_examples"
             setattr(self.cost, name, getattr(self.cost, name) + len(batch))
@@ -61,30 +61,30 @@ class Meter:
             self.cost.backward_tokens += batch.tokens
 
     def cached(self, examples: int) -> None:
-        """Notes forwards that need not be done because an earlier run has done them."""
+        """Adds forward passes that were saved because an earlier run has cached their results."""
         if self.kind == "learned":
             self.cost.cached_examples += examples
 
     def state(self) -> dict[str, Any]:
-        """The counters of training so far, of all ranks."""
+        """The counters of training so far, over all ranks."""
         peak = max(self.cost.peak_memory_mb, peak_memory_mb())
-        mine = {**asdict(self.cost), "seconds": time.perf_counter() - self._since, "peak_memory_mb": peak}
-        ranks = get_world().gather(mine)
-        return {name: (max if name in SAME else sum)(one[name] for one in ranks) for name in mine}
+        local = {**asdict(self.cost), "seconds": time.perf_counter() - self._since, "peak_memory_mb": peak}
+        ranks = get_world().gather(local)
+        return {name: (max if name in MAX_OVER_RANKS else sum)(rank[name] for rank in ranks) for name in local}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a state: what was done again since then is not counted twice."""
-        self.cost = Cost(**(state if get_world().is_main else {name: state[name] for name in SAME}))
+        """Continues from a state: passes repeated after a resume are not counted twice."""
+        self.cost = Cost(**(state if get_world().is_main else {name: state[name] for name in MAX_OVER_RANKS}))
         self._since = time.perf_counter() - self.cost.seconds
 
     def take_learning(self) -> dict[str, Any]:
-        """The counters of training since the last call, and starts anew."""
+        """Returns the counters of training since the last call and resets them."""
         taken = self.state()
         self.restart()
         return taken
 
     def take_evaluation(self) -> dict[str, Any]:
-        """Seconds and examples of the evaluation since the last call, and starts anew."""
+        """Returns seconds and examples of the evaluation since the last call and resets the counters."""
         taken = {
             "evaluation_seconds": time.perf_counter() - self._since,
             "evaluated_examples": sum(get_world().gather(self.cost.evaluated_examples)),

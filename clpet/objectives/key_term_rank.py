@@ -1,8 +1,8 @@
-"""Prediction rank of a domain's key terms (Yıldız et al., 2024, arXiv 2402.17400): is a term foreseen in its place?
+"""Prediction rank of a domain's key terms (Yıldız et al., 2024, arXiv 2402.17400).
 
-Key terms are the n-grams of words that set a domain apart from the others. A fixed list of places in test text
-where they stand is asked of every checkpoint: the context before the term, and the rank of the term's first token
-among all tokens. A rank of 1 is best.
+Key terms are the n-grams of words that distinguish a domain from the others. At a fixed list of positions in test text,
+every checkpoint gets the context before a key term; the metric is the rank of the term's first token among all tokens.
+A rank of 1 is best.
 """
 
 import math
@@ -22,13 +22,13 @@ from clpet.data.packing import Windows
 from clpet.data.template import first_tokens
 from clpet.data.token_cache import Stream
 
-SAMPLE = 5000  # documents of a split that key terms and prompts come from
-_WORD = re.compile(r"[^\W\d_]{3,}")  # letters, three or more
+MAX_DOCUMENTS = 5000  # of a split, for key terms and prompts
+_WORD = re.compile(r"[^\W\d_]{3,}")  # three or more letters
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A place in a test text: `context` ends before the space in front of a key term, `target` starts with it."""
+    """A position in a test text: `context` ends before the space in front of a key term, `target` starts with it."""
 
     domain: str
     term: str
@@ -39,26 +39,27 @@ class Prompt:
 def key_terms(texts: Mapping[str, Iterable[str]], count: int = 50, longest: int = 3) -> dict[str, list[str]]:
     """Up to `count` n-grams of each domain with the highest (1 + ln tf) ln(domains / df), lower case, best first.
 
-    tf counts a term in the domain, at least twice; df the domains that have it, not all of them. Ties go by the
-    alphabet.
+    tf is the number of occurrences in the domain, at least 2; df is the number of domains with the term, fewer than
+    all. Ties are sorted alphabetically.
     """
     counts = {
-        name: Counter(term for text in own for term, _, _ in ngrams(text, longest)) for name, own in texts.items()
+        name: Counter(term for text in documents for term, _, _ in ngrams(text, longest))
+        for name, documents in texts.items()
     }
-    df = Counter(term for own in counts.values() for term in own)
-    found = {}
-    for name, own in counts.items():
+    df = Counter(term for frequencies in counts.values() for term in frequencies)
+    terms = {}
+    for name, frequencies in counts.items():
         weights = {
             term: (1 + math.log(tf)) * math.log(len(counts) / df[term])
-            for term, tf in own.items()
+            for term, tf in frequencies.items()
             if tf > 1 and df[term] < len(counts)
         }
-        found[name] = sorted(weights, key=lambda term: (-weights[term], term))[:count]
-    return found
+        terms[name] = sorted(weights, key=lambda term: (-weights[term], term))[:count]
+    return terms
 
 
 def ngrams(text: str, longest: int) -> Iterator[tuple[str, int, int]]:
-    """(term, start, end) of all runs of 1 to `longest` words with one blank between and no stop word among them."""
+    """(term, start, end) of all runs of 1 to `longest` words, separated by single spaces, without stop words."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     run: list[tuple[int, int]] = []
@@ -79,32 +80,34 @@ def prompts(
     per_domain: int = 100,
     seed: int = 0,
     characters: int = 500,
-    least: int = 20,
+    min_characters: int = 20,
 ) -> list[Prompt]:
-    """Places in test texts where a key term of their domain stands after a blank, `per_domain` at most.
+    """At most `per_domain` positions of key terms in the test texts of their domain.
 
-    Terms take turns, so that a frequent one does not fill the list; of terms that overlap at a place the longest is
-    asked for. A context has up to `characters` characters, cut between words, and at least `least`.
+    Terms take turns, so that a frequent one does not fill the list; of overlapping terms the longest is used. A context
+    has at most `characters` characters, cut between words, and at least `min_characters`.
     """
-    found = []
+    chosen = []
     for name in sorted(texts):
-        places = [prompt for text in texts[name] for prompt in _places(name, text, set(terms[name]), characters, least)]
-        order = np.random.default_rng(derive(seed, "prompts", name)).permutation(len(places))
+        limits = (characters, min_characters)
+        candidates = [prompt for text in texts[name] for prompt in _prompts(name, text, set(terms[name]), *limits)]
+        order = np.random.default_rng(derive(seed, "prompts", name)).permutation(len(candidates))
         turns: Counter[str] = Counter()
         drawn: list[tuple[int, int, Prompt]] = []
-        for place in order:
-            drawn.append((turns[places[place].term], len(drawn), places[place]))
-            turns[places[place].term] += 1
-        found += [prompt for _, _, prompt in sorted(drawn, key=lambda entry: entry[:2])[:per_domain]]
-    return found
+        for index in order:
+            drawn.append((turns[candidates[index].term], len(drawn), candidates[index]))
+            turns[candidates[index].term] += 1
+        chosen += [prompt for _, _, prompt in sorted(drawn, key=lambda entry: entry[:2])[:per_domain]]
+    return chosen
 
 
-def _places(domain: str, text: str, terms: set[str], characters: int, least: int) -> Iterator[Prompt]:
+def _prompts(domain: str, text: str, terms: set[str], characters: int, min_characters: int) -> Iterator[Prompt]:
+    """All possible prompts of a text, without overlaps."""
     longest = max((len(term.split()) for term in terms), default=1)
     spans = [(start, -end, term) for term, start, end in ngrams(text, longest) if term in terms]
     free = 0
     for start, negative_end, term in sorted(spans):
-        if start < max(free, least) or text[start - 1] != " ":
+        if start < max(free, min_characters) or text[start - 1] != " ":
             continue
         free = -negative_end
         cut = max(0, start - characters)
@@ -114,14 +117,14 @@ def _places(domain: str, text: str, terms: set[str], characters: int, least: int
         yield Prompt(domain, term, context, text[start - 1 : free])
 
 
-def asked(benchmark: Benchmark, tokenizer: Any, per_domain: int, pad_id: int, split: str = "test") -> Windows:
-    """A window for every prompt: the end of its context, then the first token of its term, the only one predicted."""
+def prompt_windows(benchmark: Benchmark, tokenizer: Any, per_domain: int, pad_id: int, split: str = "test") -> Windows:
+    """A window per prompt: the end of its context and the first token of its term, the only token to predict."""
     tasks = {task.name: task for task in benchmark.tasks}
-    known = key_terms({name: _texts(task.train) for name, task in tasks.items()})
-    places = prompts({name: _texts(task.split(split)) for name, task in tasks.items()}, known, per_domain)
+    terms = key_terms({name: _texts(task.train) for name, task in tasks.items()})
+    selected = prompts({name: _texts(task.split(split)) for name, task in tasks.items()}, terms, per_domain)
     pool, head = Windows(pad_id), first_tokens(tokenizer, benchmark.begin)
     for index, name in enumerate(benchmark.names):
-        rows = [_ids(tokenizer, prompt) for prompt in places if prompt.domain == name]
+        rows = [_ids(tokenizer, prompt) for prompt in selected if prompt.domain == name]
         rows = [[*head, *ids[-(benchmark.max_length - len(head)) :]] for ids in rows]
         lengths = np.array([len(ids) for ids in rows], np.int64)
         flat = np.array([token for ids in rows for token in ids], np.int64)
@@ -131,29 +134,30 @@ def asked(benchmark: Benchmark, tokenizer: Any, per_domain: int, pad_id: int, sp
 
 
 def _texts(documents: Iterable[Example]) -> Iterator[str]:
-    return (example.text for example in islice(documents, SAMPLE))
+    return (example.text for example in islice(documents, MAX_DOCUMENTS))
 
 
 def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Tokens of a context and of its term up to the first that is more than a blank."""
+    """Tokens of a context and of its term, up to the first token that is not only a space."""
     before = tokenizer(prompt.context, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(prompt.context + prompt.target, add_special_tokens=False)["input_ids"]
+    full = tokenizer(prompt.context + prompt.target, add_special_tokens=False)["input_ids"]
     end = len(before) + 1
-    while end < len(whole) and not tokenizer.decode(whole[len(before) : end]).strip():
+    while end < len(full) and not tokenizer.decode(full[len(before) : end]).strip():
         end += 1
-    return whole[:end]
+    return full[:end]
 
 
 def ranks(logits: Tensor, targets: Tensor) -> Tensor:
-    """[...]: 1 + how many of the logits [..., vocabulary] are above the target's; equal ones do not count."""
-    own = logits.gather(-1, targets[..., None])
-    return 1 + (logits > own).sum(-1)
+    """[...]: 1 + the number of logits [..., vocabulary] above the target's; equal ones do not count."""
+    of_target = logits.gather(-1, targets[..., None])
+    return 1 + (logits > of_target).sum(-1)
 
 
-def rank_figures(found: Sequence[int], domains: Sequence[str]) -> dict[str, dict[str, float]]:
+def rank_statistics(values: Sequence[int], domains: Sequence[str]) -> dict[str, dict[str, float]]:
     """Median rank and mean natural log of the rank, by domain and over `all` prompts; lower is better."""
-    values, names = np.asarray(found, dtype=float), np.asarray(domains)
-    parts = {"all": values, **{name: values[names == name] for name in dict.fromkeys(domains)}}
+    array, names = np.asarray(values, dtype=float), np.asarray(domains)
+    groups = {"all": array, **{name: array[names == name] for name in dict.fromkeys(domains)}}
     return {
-        name: {"median": float(np.median(part)), "mean_log": float(np.log(part).mean())} for name, part in parts.items()
+        name: {"median": float(np.median(group)), "mean_log": float(np.log(group).mean())}
+        for name, group in groups.items()
     }

@@ -1,7 +1,7 @@
-"""language_modeling: read plain text and predict its tokens; causal backbones, and masked ones that fill places.
+"""language_modeling: predict the tokens of plain text, with causal backbones or with masked ones.
 
 perplexity = exp(sum of -log p(token | context) / predicted tokens), sums over all windows of a domain's test text.
-Of a masked backbone it is the pseudo-perplexity of the places that are masked, the same at every checkpoint.
+For a masked backbone it is the pseudo-perplexity of the masked positions, which are the same at every checkpoint.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clpet.config.schema import CapUnit, Evaluation
+from clpet.config.schema import CapUnit, EvaluationOptions
 from clpet.data.batches import Batch, Encoded, EncodedDataset, pad_id
 from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.data.packing import Masking, Windows, pack
@@ -22,11 +22,12 @@ from clpet.data.token_cache import Stream, TokenCache
 from clpet.errors import ConfigError, DataError, ModelError
 from clpet.models.backbone import Architecture, Backbone, first_position
 from clpet.objectives import chunked_cross_entropy
-from clpet.objectives.base import Choices, Objective, Predictions, TaskScore
-from clpet.objectives.key_term_rank import asked, rank_figures, ranks
+from clpet.objectives.base import AnswerSpace, Objective, Predictions, TaskScore
+from clpet.objectives.key_term_rank import prompt_windows, rank_statistics, ranks
 
-CAPPED = ("head_logits_cap", "final_logit_softcapping")  # what some models do to logits after their output layer
-EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of so many tokens
+# Config entries of models that transform their logits after the output layer.
+LOGIT_CAPS = ("head_logits_cap", "final_logit_softcapping")
+EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of this many tokens
 
 
 class LanguageModeling(Objective):
@@ -40,33 +41,37 @@ class LanguageModeling(Objective):
         super().__init__(benchmark, backbone, *rest)
         for task in benchmark.tasks if not self.causal else ():
             task.metric = "pseudo_perplexity"
-        self.terms: Windows | None = None
+        self.rank_windows: Windows | None = None  # contexts of key terms (evaluation.rank_prompts)
         if self.tokenizer.mask_token_id is None and not self.causal:
-            raise ModelError(f"model {backbone.name} has no mask token, so there is nothing for it to fill")
+            raise ModelError(f"model {backbone.name} has no mask token, so it cannot be trained as a masked one")
         config: Any = self.adapters.model.config
-        bent = next((key for key in CAPPED if getattr(config, key, None)), None)
-        if bent:
-            raise ModelError(f"model {backbone.name} bends its logits ({bent}), which language_modeling does not know")
+        cap = next((key for key in LOGIT_CAPS if getattr(config, key, None)), None)
+        if cap:  # the chunked loss applies the output layer itself and would leave the cap out
+            raise ModelError(f"model {backbone.name} caps its logits ({cap}), which language_modeling does not support")
         if self.evaluation.rank_prompts and not self.causal:
             raise ConfigError(f"evaluation.rank_prompts needs a decoder, which model {backbone.name} is not")
         stride, length = self.evaluation.stride, benchmark.max_length
         if stride and stride > length:
             raise ConfigError(
-                f"evaluation.stride={stride} passes over text: at most benchmark.max_length={length} does not"
+                f"evaluation.stride={stride} would skip text: it must be at most benchmark.max_length={length}"
             )
-        if self.evaluation.bos and (not self.causal or self.bos_id is None):
-            raise ConfigError(f"evaluation.bos needs a decoder whose tokenizer has such a token: model {backbone.name}")
-        if benchmark.begin and (not self.causal or self.tokenizer.bos_token_id is None):
-            raise ConfigError(f"benchmark.begin needs a decoder with a begin token: model {backbone.name} has none")
-        if benchmark.begin and self.evaluation.bos:
-            raise ConfigError("evaluation.bos does not go with benchmark.begin, which puts that token before all texts")
-        if self.evaluation.bos and benchmark.isolate:
-            raise ConfigError("evaluation.bos does not go with benchmark.isolate, where every document begins anew")
+        self._check_begin_tokens()
         if benchmark.isolate and getattr(self.adapters.config, "num_virtual_tokens", None):
-            raise ConfigError("benchmark.isolate does not go with virtual tokens: take peft=lora or none")
+            raise ConfigError("benchmark.isolate does not support virtual tokens: set peft=lora or peft=none")
+
+    def _check_begin_tokens(self) -> None:
+        benchmark, name = self.benchmark, self.backbone.name
+        if self.evaluation.bos and (not self.causal or self.bos_id is None):
+            raise ConfigError(f"evaluation.bos needs a decoder whose tokenizer has such a token: model {name} has none")
+        if benchmark.begin and (not self.causal or self.tokenizer.bos_token_id is None):
+            raise ConfigError(f"benchmark.begin needs a decoder with a begin token: model {name} has none")
+        if benchmark.begin and self.evaluation.bos:
+            raise ConfigError("evaluation.bos and benchmark.begin would both put a begin token in front: set only one")
+        if self.evaluation.bos and benchmark.isolate:
+            raise ConfigError("evaluation.bos does not support benchmark.isolate, where several texts share a window")
 
     @classmethod
-    def check(cls, backbone: Backbone, peft: str, evaluation: Evaluation) -> None:
+    def check(cls, backbone: Backbone, peft: str, evaluation: EvaluationOptions) -> None:
         if backbone.architecture is Architecture.encoder_decoder:
             raise ConfigError(
                 f"model {backbone.name} is an encoder-decoder: language_modeling needs a decoder or encoder"
@@ -74,24 +79,24 @@ class LanguageModeling(Objective):
 
     @classmethod
     def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Any:
-        """Windows are made by `encode`, out of whole domains."""
+        """Not used: `encode` makes windows from entire domains."""
         return None
 
     # Windows
 
     def encode(self) -> Encoded:
-        """Blocks of train and validation text and windows of test text, all domains in one pool each."""
+        """Windows of all domains, in one pool per split."""
         benchmark, tokens = self.benchmark, TokenCache(self.tokenizer, self.cache_dir, self.benchmark.begin)
         pools = {split: self._pool(split) for split in SPLITS}
         for index, task in enumerate(benchmark.tasks):
             for split in SPLITS:
                 if documents := task.split(split):
                     self._add(pools[split], index, task.name, split, tokens, documents)
-        if benchmark.base is not None:  # its blocks can be replayed; no task learns them
+        if benchmark.base is not None:  # for replay; it is not a task
             self._add(pools["train"], -1, benchmark.base.name, "train", tokens, benchmark.base.train)
         if self.evaluation.rank_prompts:
             pad, split = pad_id(self.tokenizer), self.evaluation.split.value
-            self.terms = asked(benchmark, self.tokenizer, self.evaluation.rank_prompts, pad, split)
+            self.rank_windows = prompt_windows(benchmark, self.tokenizer, self.evaluation.rank_prompts, pad, split)
         return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.seed_key)
 
     def _pool(self, split: str) -> Windows:
@@ -104,7 +109,7 @@ class LanguageModeling(Objective):
 
     @property
     def bos_id(self) -> int | None:
-        """The token that a text of this tokenizer begins with."""
+        """The token that texts of this tokenizer begin with; None if it has none."""
         bos, cls = self.tokenizer.bos_token_id, self.tokenizer.cls_token_id
         return cls if bos is None else bos
 
@@ -113,7 +118,7 @@ class LanguageModeling(Objective):
         stream = tokens.lazy_stream(documents) if lazy else tokens.stream(documents, sized=split != "train")
         needs = [key for key in ("isolate", "begin") if getattr(self.benchmark, key)]
         if needs and len(stream.tokens) and not len(stream.starts):
-            raise DataError(f"benchmark.{needs[0]} needs borders of documents, which the files of {name} do not have")
+            raise DataError(f"benchmark.{needs[0]} needs document boundaries, which the files of {name} do not have")
         cap = self.evaluation
         limit = None if split == "train" else capped(stream, cap.max_tokens, cap.cap_unit)
         stride = cap.stride if split != "train" else None
@@ -123,30 +128,31 @@ class LanguageModeling(Objective):
         size = max(1, self.eval_batch_size * EVAL_LENGTH // self.benchmark.max_length)
         return pool.by_length(rows, size)
 
-    # Learning
+    # Training
 
     def states(self, batch: Batch) -> Tensor:
-        """[terms, dim]: what the output layer reads to predict each of `batch.target_ids`."""
+        """[terms, dim]: inputs of the output layer for each of `batch.target_ids`."""
         self.meter.count(batch, torch.is_grad_enabled())
         assert batch.target_positions is not None
         with self.autocast, without_head(self.adapters.model) as model:
             hidden = model(**self.inputs(batch), **({"use_cache": False} if self.causal else {})).logits
-        hidden = hidden[:, -batch.input_ids.shape[1] :]  # prompts stand in front
+        hidden = hidden[:, -batch.input_ids.shape[1] :]  # without the prompt in front
         return hidden.flatten(0, 1)[batch.target_positions - int(self.causal)]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        read: dict[str, Any] = super().inputs(batch)
+        """With benchmark.isolate also a mask that separates documents, and positions that restart in each of them."""
+        inputs: dict[str, Any] = super().inputs(batch)
         if batch.document_ids is None:
-            return read
-        numbers, length = batch.document_ids, batch.input_ids.shape[1]
-        same = numbers[:, None, :, None] == numbers[:, None, None, :]
+            return inputs
+        ids, length = batch.document_ids, batch.input_ids.shape[1]  # [batch, length]
+        same = ids[:, None, :, None] == ids[:, None, None, :]
         if self.causal:
             same = same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
         low = torch.finfo(self.dtype).min
-        read["attention_mask"] = torch.zeros(same.shape, dtype=self.dtype, device=same.device).masked_fill(~same, low)
-        count = torch.arange(length, device=same.device).expand_as(numbers)
-        first = torch.zeros_like(numbers).scatter_reduce(1, numbers, count, "amin", include_self=False)
-        return {**read, "position_ids": count - first.gather(1, numbers) + first_position(self.adapters.model.config)}
+        inputs["attention_mask"] = torch.zeros(same.shape, dtype=self.dtype, device=same.device).masked_fill(~same, low)
+        index = torch.arange(length, device=same.device).expand_as(ids)
+        start = torch.zeros_like(ids).scatter_reduce(1, ids, index, "amin", include_self=False)  # by document id
+        return {**inputs, "position_ids": index - start.gather(1, ids) + first_position(self.adapters.model.config)}
 
     @property
     def head(self) -> nn.Module:
@@ -166,31 +172,33 @@ class LanguageModeling(Objective):
     def loss(self, batch: Batch) -> Tensor:
         return chunked_cross_entropy.mean_nll(self.states(batch), self.targets(batch), self.head)
 
-    # Judging
+    # Prediction and scores
 
-    def predict(self, batch: Batch, choices: Choices) -> Predictions:
-        """Facts per window: the sum of its tokens' negative log-likelihoods and how many it predicts."""
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
+        """Sum of negative log-likelihoods and number of predicted tokens per window; for key terms ranks."""
         assert batch.target_positions is not None
-        if batch.pool is self.terms:
-            return Predictions(trace={"rank": ranks(self.logits(batch), self.targets(batch))})
+        if batch.pool is self.rank_windows:
+            return Predictions(extras={"rank": ranks(self.logits(batch), self.targets(batch))})
         with self.autocast:
             nll = chunked_cross_entropy.token_nll(self.states(batch), self.targets(batch), self.head).double()
         row = batch.target_positions // batch.input_ids.shape[1]
         sums = nll.new_zeros(len(batch)).index_add_(0, row, nll)
         counts = nll.new_zeros(len(batch)).index_add_(0, row, torch.ones_like(nll))
-        return Predictions(trace={"nll": sums, "tokens": counts})
+        return Predictions(extras={"nll": sums, "tokens": counts})
 
-    def judge(self, batch: Batch, found: Predictions, choices: Choices) -> Tensor:
+    def score(self, batch: Batch, predictions: Predictions, choices: AnswerSpace) -> Tensor:
         """[batch]: minus the mean negative log-likelihood, so that higher is better."""
-        return -found.trace["nll"] / found.trace["tokens"].clamp(min=1)
+        return -predictions.extras["nll"] / predictions.extras["tokens"].clamp(min=1)
 
-    def table(self, batch: Batch, found: Predictions, known: Predictions, choices: Choices) -> dict[str, Any]:
+    def prediction_columns(
+        self, batch: Batch, predictions: Predictions, task_aware: Predictions, choices: AnswerSpace
+    ) -> dict[str, Any]:
         assert isinstance(batch.pool, Windows)
-        return {"bytes": np.array([batch.pool.bytes(row) for row in batch.rows]), "own_nll": known.trace["nll"]}
+        return {"bytes": np.array([batch.pool.bytes(row) for row in batch.rows]), "own_nll": task_aware.extras["nll"]}
 
-    def summary(self, rows: dict[str, np.ndarray], own: bool = False) -> TaskScore:
-        """Perplexity, with the sums behind it: nll and predicted tokens."""
-        nll, tokens = float(rows["own_nll" if own else "nll"].sum()), float(rows["tokens"].sum())
+    def aggregate(self, rows: dict[str, np.ndarray], task_incremental: bool = False) -> TaskScore:
+        """Perplexity, with the sums that it is computed from: nll and predicted tokens."""
+        nll, tokens = float(rows["own_nll" if task_incremental else "nll"].sum()), float(rows["tokens"].sum())
         return TaskScore(perplexity(nll, tokens), nll, tokens)
 
     def diagnostics(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
@@ -198,33 +206,33 @@ class LanguageModeling(Objective):
         size = float(rows["bytes"].sum())
         return {"bits_per_byte": float(rows["nll"].sum()) / (math.log(2) * size)} if size and self.causal else {}
 
-    def probe(self, answer: Callable[[Batch], Predictions]) -> dict[str, float]:
-        """Ranks of the key terms of all domains in their places (evaluation.rank_prompts)."""
-        if self.terms is None or not len(self.terms):
+    def extra_evaluation(self, answer: Callable[[Batch], Predictions]) -> dict[str, float]:
+        """Prediction ranks of the key terms of all domains (evaluation.rank_prompts)."""
+        if self.rank_windows is None or not len(self.rank_windows):
             return {}
-        parts = self.batches(self.terms, np.arange(len(self.terms)))
-        found = [answer(self.terms.batch(rows, self.device)).trace["rank"].cpu() for rows in parts]
-        names = [self.benchmark.names[task] for task in self.terms.tasks[np.concatenate(parts)]]
-        figures = rank_figures(torch.cat(found).tolist(), names)
+        batches = self.batches(self.rank_windows, np.arange(len(self.rank_windows)))
+        values = [answer(self.rank_windows.batch(rows, self.device)).extras["rank"].cpu() for rows in batches]
+        names = [self.benchmark.names[task] for task in self.rank_windows.tasks[np.concatenate(batches)]]
+        statistics = rank_statistics(torch.cat(values).tolist(), names)
         return {
             f"{kind}_rank{'' if name == 'all' else f'/{name}'}": value
-            for name, own in figures.items()
-            for kind, value in own.items()
+            for name, of_domain in statistics.items()
+            for kind, value in of_domain.items()
         }
 
     def describe(self, pool: EncodedDataset, row: int) -> str:
         return f"predicts {int(pool.weights[row])} of its {int(pool.lengths[row])} tokens"
 
 
-def capped(stream: Stream, most: int | None, unit: CapUnit) -> int | None:
-    """How many tokens of a stream are tested."""
-    if most is None or unit is CapUnit.tokens or not len(stream.sizes):
-        return most
-    return int(np.searchsorted(np.cumsum(stream.sizes, dtype=np.float64), most, side="right"))
+def capped(stream: Stream, limit: int | None, unit: CapUnit) -> int | None:
+    """Number of tokens of a stream within evaluation.max_tokens; None for all."""
+    if limit is None or unit is CapUnit.tokens or not len(stream.sizes):
+        return limit
+    return int(np.searchsorted(np.cumsum(stream.sizes, dtype=np.float64), limit, side="right"))
 
 
 def perplexity(nll: float, tokens: float) -> float:
-    """exp(nll / tokens); the largest number there is where it is larger still."""
+    """exp(nll / tokens); the largest float on overflow."""
     try:
         return math.exp(nll / tokens)
     except OverflowError:
@@ -233,7 +241,7 @@ def perplexity(nll: float, tokens: float) -> float:
 
 @contextlib.contextmanager
 def without_head(model: Any) -> Iterator[Any]:
-    """The model with its output layer passed over: what it gives as logits is what that layer would read."""
+    """Replaces the output layer by the identity: the model's `logits` are then the inputs of that layer."""
     head = model.get_output_embeddings()
     parent, name = next((p, n) for p in model.modules() for n, child in p.named_children() if child is head)
     setattr(parent, name, nn.Identity())

@@ -1,4 +1,4 @@
-"""Head rows by the task that brought them: earlier ones are frozen, so that their bits stay."""
+"""One classification head per task, with the rows that the task added; the heads of earlier tasks are frozen."""
 
 from typing import Any
 
@@ -10,64 +10,66 @@ from clpet.objectives.classification import Classification, Head
 
 
 class TaskHeads:
-    """A head per task: the rows of its new labels, or, where `apart`, of all its labels, for a task id at test."""
+    """A head per task with rows for its new labels; if `disjoint`, for all its labels, used with task ids at test."""
 
-    def __init__(self, objective: Classification, apart: bool) -> None:
-        self.objective, self.apart = objective, apart
+    def __init__(self, objective: Classification, disjoint: bool) -> None:
+        self.objective, self.disjoint = objective, disjoint
         self.heads: list[Head] = []
 
     def grow(self, labels: list[int], seen: bool) -> None:
-        """Rows for a task, which alone are trained from now on; its softmax is over its labels, or all `seen`."""
+        """Adds the head of a task and freezes the others; the softmax is over its labels, if `seen` over all."""
         for head in self.heads:
             head.requires_grad_(False)
-        held = [] if self.apart else [label for head in self.heads for label in head.labels]
+        old_labels = [] if self.disjoint else [label for head in self.heads for label in head.labels]
         self.heads.append(self.objective.new_head(self.objective.seed))
-        self.heads[-1].grow([label for label in labels if label not in held])
-        self.compete({*labels, *(held if seen else [])})
+        self.heads[-1].grow([label for label in labels if label not in old_labels])
+        self.compete({*labels, *(old_labels if seen else [])})
 
     def compete(self, labels: set[int]) -> None:
-        """The loss is a softmax over the columns of `labels` among the rows of `competing` heads."""
-        heads = self.heads[-1:] if self.apart else self.heads
+        """Restricts the softmax of the loss to `labels`, and the forward pass to the heads that have one of them."""
+        heads = self.heads[-1:] if self.disjoint else self.heads
         self.competing = [head for head in heads if labels.intersection(head.labels)]
         rows = [label for head in self.competing for label in head.labels]
         columns = [column for column, label in enumerate(rows) if label in labels]
-        place = torch.full((len(self.objective.benchmark.labels),), -1)
-        place[[rows[column] for column in columns]] = torch.arange(len(columns))
-        self.columns, self.place = (x.to(self.objective.device) for x in (torch.tensor(columns), place))
+        target = torch.full((len(self.objective.benchmark.labels),), -1)  # label id -> index among the columns
+        target[[rows[column] for column in columns]] = torch.arange(len(columns))
+        self.columns, self.target = (x.to(self.objective.device) for x in (torch.tensor(columns), target))
 
     def loss(self, h: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of representations [batch, dim]."""
         logits = torch.cat([head(h) for head in self.competing], dim=1)
-        return F.cross_entropy(logits[:, self.columns], self.place[labels])
+        return F.cross_entropy(logits[:, self.columns], self.target[labels])
 
     def scores(self, h: Tensor, tasks: Tensor | None) -> Tensor:
-        """[batch, all labels]; of a label that no head has, by the row it would start from.
+        """[batch, all labels]; labels that no head has are scored by their initial rows.
 
-        Where `tasks` are given other labels cannot win, and a task of heads `apart` is scored by its own.
+        With `tasks` the labels of other tasks get minus infinity, and a disjoint head scores only its own task.
         """
         logits = self.objective.head.scatter(h)
         for index, head in enumerate(self.heads):
-            if not self.apart:
+            if not self.disjoint:
                 logits[:, head.labels] = head(h)
             elif tasks is not None:
                 logits[:, head.labels] = torch.where((tasks == index)[:, None], head(h), logits[:, head.labels])
-        return logits if tasks is None else logits + self.objective.own[tasks]
+        return logits if tasks is None else logits + self.objective.task_label_mask[tasks]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The rows of the newest task."""
-        found = {f"head{len(self.heads)}.{name}": p for head in self.heads[-1:] for name, p in head.named_parameters()}
-        return {name: value for name, value in found.items() if value.numel()}
+        """Parameters of the newest head."""
+        parameters = {
+            f"head{len(self.heads)}.{name}": p for head in self.heads[-1:] for name, p in head.named_parameters()
+        }
+        return {name: value for name, value in parameters.items() if value.numel()}
 
     def count(self) -> int:
-        """Scalars in all rows."""
+        """Number of scalars in all heads."""
         return sum(value.numel() for head in self.heads for value in head.parameters())
 
     def state(self) -> list[dict[str, Any]]:
-        """Rows and labels of every task."""
+        """State of every head."""
         return [head.state() for head in self.heads]
 
     def load(self, state: list[dict[str, Any]]) -> None:
-        """The inverse of `state`."""
+        """Restores what `state` returned."""
         self.heads = [self.objective.new_head(self.objective.seed) for _ in state]
         for head, saved in zip(self.heads, state, strict=True):
             head.load(saved)

@@ -87,7 +87,7 @@ class Tracker:
         names = state.matrix.tasks
         tasks = {
             names[index]: {"score": score.value, "correct": score.correct, "total": score.total,
-                           "own_labels": evaluation.own[index].value}
+                           "own_labels": evaluation.per_task[index].value}
             for index, score in evaluation.seen.items()
         }  # fmt: skip
         line: dict[str, Any] = {"done": state.done, "row": row, "split": self.split, "tasks": tasks}

@@ -12,7 +12,7 @@ from clpet.cli.options import first_comment, options
 from clpet.config.build import build, parse_config
 from clpet.config.compose import CONFIG_GROUPS, conf_dir
 from clpet.config.identity import register_resolvers, run_name, signature
-from clpet.config.schema import Config, Evaluation, Training
+from clpet.config.schema import Config, EvaluationOptions, Training
 from tests.config import assert_none
 
 CHOICES = [(group, name) for group in CONFIG_GROUPS for name in options(group)]
@@ -63,7 +63,7 @@ def test_top_level_knobs_are_those_of_the_dataclasses() -> None:
     cfg = compose_config()
     assert set(cfg) == {field.name for field in dataclasses.fields(Config)}
     assert set(cfg.train) == {field.name for field in dataclasses.fields(Training)}
-    assert set(cfg.evaluation) == {field.name for field in dataclasses.fields(Evaluation)}
+    assert set(cfg.evaluation) == {field.name for field in dataclasses.fields(EvaluationOptions)}
     assert parse_config(cfg).train == Training()
 
 

@@ -75,8 +75,8 @@ def test_a_fit_shorter_than_its_warmup_gives_a_warning(
 
 def test_joining_predictions_keeps_their_extras() -> None:
     """As progressive prompts with the task given at test need it on plain text."""
-    parts = [(torch.tensor(rows), Predictions(trace={"nll": torch.tensor(rows) * 10.0})) for rows in ([2, 0], [1, 3])]
-    assert Predictions.joined(parts).trace["nll"].tolist() == [0, 10, 20, 30]
+    parts = [(torch.tensor(rows), Predictions(extras={"nll": torch.tensor(rows) * 10.0})) for rows in ([2, 0], [1, 3])]
+    assert Predictions.from_parts(parts).extras["nll"].tolist() == [0, 10, 20, 30]
 
 
 def test_only_packages_of_clpet_are_suggested_for_installation() -> None:

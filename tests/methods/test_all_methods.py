@@ -122,7 +122,7 @@ def test_a_method_learns_the_words(method: str, make) -> None:
     run.method.learn(task, index, run.trainer)
     run.method.after_task(task, index)
     evaluation = Evaluator(run.benchmark, run.data)(run.method, index + 1, [0])
-    assert evaluation.own[0].value > 50
+    assert evaluation.per_task[0].value > 50
 
 
 @pytest.mark.parametrize("method", METHODS)

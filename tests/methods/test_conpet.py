@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from clpet.methods.base import Choices
+from clpet.methods.base import AnswerSpace
 from clpet.methods.components.contrastive import Bank, contrastive, relation_distillation
 from clpet.methods.lwf import distillation
 from clpet.replay.exemplar import FixedReplay
@@ -138,10 +138,10 @@ def test_alignment_changes_predictions_and_not_in_fine_tuning(make) -> None:
     method.after_task(run.benchmark.tasks[2], 2)
     batch = run.data.test.batch(np.arange(24))
     with torch.inference_mode():
-        aligned = method.predict(batch, Choices(range(12))).scores
+        aligned = method.predict(batch, AnswerSpace(range(12))).scores
         torch.nn.init.eye_(method.align.weight)
         torch.nn.init.zeros_(method.align.bias)
-        plain = method.predict(batch, Choices(range(12))).scores
+        plain = method.predict(batch, AnswerSpace(range(12))).scores
     assert not torch.allclose(aligned, plain, atol=1e-3)
 
 
@@ -215,7 +215,7 @@ def test_crl_answers_the_nearest_class_mean(make) -> None:
     method, batch = run.method, run.data.test.batch(np.arange(8))
     with torch.inference_mode():
         h = method.objective.features(batch)
-        answers = Choices(range(4)).mask(method.predict(batch, Choices(range(4))).scores).argmax(1)
+        answers = AnswerSpace(range(4)).mask(method.predict(batch, AnswerSpace(range(4))).scores).argmax(1)
     nearest = torch.cdist(h, method.prototypes[:4]).argmin(1)
     assert torch.equal(answers, nearest)
 
@@ -227,7 +227,7 @@ def test_future_labels_change_nothing_at_test_when_permuted(make) -> None:
         run.learn(index)
     head = run.method.objective.head
     assert len(head.labels) == 12
-    choices, batch = Choices(run.benchmark.seen_labels(2)), run.data.test.batch(np.arange(24))
+    choices, batch = AnswerSpace(run.benchmark.seen_labels(2)), run.data.test.batch(np.arange(24))
     with torch.inference_mode():
         before = choices.mask(run.method.predict(batch, choices).scores).argmax(1)
         head.weight[8:] = head.weight[8:].flip(0).clone()
@@ -258,7 +258,7 @@ def test_validation_of_old_tasks_cannot_change_while_a_module_learns(make) -> No
 
     def right() -> float:
         with torch.inference_mode():
-            choices = Choices(range(12))
+            choices = AnswerSpace(range(12))
             scores = choices.mask(method.predict(batch, choices).scores)
             seen.append(scores.argmax(1) == batch.labels)
         return 0.0

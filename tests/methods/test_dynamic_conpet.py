@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clpet.methods.base import Choices
+from clpet.methods.base import AnswerSpace
 from clpet.methods.dynamic_conpet import force_true_task
 from clpet.methods.modular import module_name
 from clpet.objectives.classification import MISSING
@@ -84,7 +84,7 @@ def test_an_oracle_selector_forgets_nothing(make, monkeypatch) -> None:
         batch = pool.batch(pool.rows_of(0))
         with torch.inference_mode():
             labels = run.benchmark.seen_labels(index + 1)
-            choices = Choices(labels)
+            choices = AnswerSpace(labels)
             answers.append(choices.mask(run.method.predict(batch, choices).scores).argmax(1))
     assert torch.equal(answers[0], answers[1])
     assert torch.equal(answers[0], answers[2])
@@ -93,11 +93,11 @@ def test_an_oracle_selector_forgets_nothing(make, monkeypatch) -> None:
 def test_correct_needs_correctly_selected(make) -> None:
     """With K = 1, #correct <= #correctly selected."""
     run = learned(make)
-    batch, choices = batch_of(run), Choices(range(12))
+    batch, choices = batch_of(run), AnswerSpace(range(12))
     with torch.inference_mode():
         predictions = run.method.predict(batch, choices)
     correct = (choices.mask(predictions.scores).argmax(1) == batch.labels).sum()
-    assert correct <= (predictions.trace["selected"] == batch.tasks).sum()
+    assert correct <= (predictions.extras["selected"] == batch.tasks).sum()
 
 
 def test_as_many_modules_as_tasks_need_no_selector(make) -> None:
@@ -106,7 +106,7 @@ def test_as_many_modules_as_tasks_need_no_selector(make) -> None:
     method, batch = run.method, batch_of(run)
     assert "selector" not in method.objective.adapters.names
     with torch.inference_mode():
-        scores = method.predict(batch, Choices(range(12))).scores
+        scores = method.predict(batch, AnswerSpace(range(12))).scores
         logits = []
         for index in range(3):
             with method.objective.adapters.using(module_name(index)):
@@ -150,7 +150,7 @@ def test_teacher_forcing_is_for_training_only(make) -> None:
 def test_answers_are_labels_seen_so_far(make) -> None:
     run = learned(make, tasks=2)
     with torch.inference_mode():
-        choices = Choices(run.benchmark.seen_labels(2))
+        choices = AnswerSpace(run.benchmark.seen_labels(2))
         answers = choices.mask(run.method.predict(batch_of(run), choices).scores).argmax(1)
     assert set(answers.tolist()) <= set(run.benchmark.seen_labels(2))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clpet.methods import l2p
-from clpet.methods.base import Choices
+from clpet.methods.base import AnswerSpace
 from tests.conftest import double, scores, tiny_args
 
 
@@ -102,7 +102,7 @@ def test_a_given_task_uses_only_the_prompts_up_to_it(make) -> None:
     with torch.inference_mode():
         method.objective.head.scatter = lambda h: seen.append(h) or h
         everything = pool.batch(np.arange(len(pool)))
-        method.predict(everything, Choices(range(12), everything.tasks))
+        method.predict(everything, AnswerSpace(range(12), everything.tasks))
     assert len(seen) == 3
     assert torch.allclose(seen[0], before, atol=1e-6)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from clpet.objectives.base import Choices
+from clpet.objectives.base import AnswerSpace
 from clpet.replay.batch_plan import BatchPlan
 
 # Learning
@@ -84,16 +84,16 @@ def test_later_tasks_leave_what_an_input_retrieved_as_it_was(slm) -> None:
     pool, method = run.data.test, run.method
     batch = pool.batch(pool.rows_of(0)[:1])
     with torch.no_grad():
-        sigma, before = method.similarities(batch, method.key_pool), method.predict(batch, Choices([0]))
+        sigma, before = method.similarities(batch, method.key_pool), method.predict(batch, AnswerSpace([0]))
     run.learn(1)
     run.learn(2)
     with torch.no_grad():
         assert torch.equal(method.similarities(batch, method.key_pool)[:, :, :4], sigma)
-        after = method.predict(batch, Choices([0]))
+        after = method.predict(batch, AnswerSpace([0]))
         assert torch.equal(after.scores[:, :4], before.scores[:, :4])
         assert not torch.equal(after.scores[:, 4:], before.scores[:, 4:])  # their heads are there now
         mixed = pool.batch(np.concatenate([pool.rows_of(0)[:1], pool.rows_of(2)[:3]]))
-        assert torch.allclose(method.predict(mixed, Choices([0])).scores[0], after.scores[0], atol=1e-6)
+        assert torch.allclose(method.predict(mixed, AnswerSpace([0])).scores[0], after.scores[0], atol=1e-6)
 
 
 def test_tasks_can_be_learned_in_any_order(slm) -> None:
@@ -121,7 +121,7 @@ def test_separated_tasks_are_not_forgotten(slm) -> None:
     for task in range(3):
         run.learn(task)
         evaluation = run.evaluate(task + 1)
-        scores.append([evaluation.own[i].value for i in range(3)])
+        scores.append([evaluation.per_task[i].value for i in range(3)])
         figures = run.method.diagnostics()
         names = run.benchmark.names[: task + 1]
         assert figures["right_picks"] == 100
@@ -139,7 +139,7 @@ def test_equal_tasks_are_confused_and_a_task_id_helps(slm) -> None:
         run.learn(task)
     evaluation = run.evaluate(3)
     assert run.method.diagnostics()["right_picks"] < 60
-    seen, by_task = (np.mean([scores[i].value for i in range(3)]) for scores in (evaluation.seen, evaluation.own))
+    seen, by_task = (np.mean([scores[i].value for i in range(3)]) for scores in (evaluation.seen, evaluation.per_task))
     assert by_task > seen + 10
     given = slm("train.epochs=8", "method.head=per_task", distance=0.0)
     for task in range(3):
@@ -148,7 +148,7 @@ def test_equal_tasks_are_confused_and_a_task_id_helps(slm) -> None:
     assert given.method.task_id_at_test
     assert np.mean([with_task_id.seen[i].value for i in range(3)]) >= seen
     assert given.method.diagnostics()["right_picks"] == 100
-    assert with_task_id.seen == with_task_id.own
+    assert with_task_id.seen == with_task_id.per_task
 
 
 def test_the_known_task_view_uses_the_keys_of_the_task(slm) -> None:
@@ -159,14 +159,14 @@ def test_the_known_task_view_uses_the_keys_of_the_task(slm) -> None:
     method, pool = run.method, run.data.test
     batch = pool.batch(np.arange(len(pool)))
     with torch.no_grad():
-        predictions = method.predict(batch, Choices(range(12)))
+        predictions = method.predict(batch, AnswerSpace(range(12)))
         known_task = method.predict_known_task(batch, predictions)
-        expected = method.predict_retrieved(batch, Choices([], batch.tasks))
-    right = predictions.trace["right_picks"] == 1
+        expected = method.predict_retrieved(batch, AnswerSpace([], batch.tasks))
+    right = predictions.extras["right_picks"] == 1
     assert right.any()
     assert not right.all()
     assert torch.equal(known_task.scores[right], predictions.scores[right])
-    labels = method.objective.own[batch.tasks] == 0
+    labels = method.objective.task_label_mask[batch.tasks] == 0
     assert torch.allclose(known_task.scores[labels], expected.scores[labels], atol=1e-5)
     assert not torch.allclose(known_task.scores[labels], predictions.scores[labels], atol=1e-3)
 
@@ -178,10 +178,10 @@ def test_batch_mean_reads_one_task_at_a_time(slm) -> None:
         run.learn(task)
     method, pool = run.method, run.data.test
     with torch.no_grad():
-        single = method.predict(pool.batch([0]), Choices(range(12)))
-        same = method.predict(pool.batch([0, 0, 0]), Choices(range(12)))
+        single = method.predict(pool.batch([0]), AnswerSpace(range(12)))
+        same = method.predict(pool.batch([0, 0, 0]), AnswerSpace(range(12)))
         assert torch.allclose(same.scores, single.scores.expand(3, -1), atol=1e-5)
-        mixed = method.predict(pool.batch([0, int(pool.rows_of(2)[0])]), Choices(range(12)))
+        mixed = method.predict(pool.batch([0, int(pool.rows_of(2)[0])]), AnswerSpace(range(12)))
         assert not torch.allclose(mixed.scores[:1], single.scores, atol=1e-3)
     batches = method.batches(pool, np.arange(len(pool)))
     assert all(len(set(pool.tasks[rows])) == 1 for rows in batches)
@@ -194,8 +194,8 @@ def test_a_text_does_not_depend_on_its_batch(slm) -> None:
         run.learn(task)
     pool = run.data.test
     with torch.no_grad():
-        together = run.method.predict(pool.batch(np.arange(24)), Choices(range(12)))
+        together = run.method.predict(pool.batch(np.arange(24)), AnswerSpace(range(12)))
         for row in range(0, 24, 5):
-            alone = run.method.predict(pool.batch([row]), Choices(range(12)))
+            alone = run.method.predict(pool.batch([row]), AnswerSpace(range(12)))
             assert torch.allclose(alone.scores[0], together.scores[row], atol=1e-5)
-            assert alone.trace["right_picks"][0] == together.trace["right_picks"][row]
+            assert alone.extras["right_picks"][0] == together.extras["right_picks"][row]

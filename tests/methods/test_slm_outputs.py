@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clpet.errors import ConfigError, ModelError
-from clpet.objectives.base import Choices
+from clpet.objectives.base import AnswerSpace
 from tests.methods.test_all_methods import results
 from tests.methods.test_slm import everything
 
@@ -78,11 +78,11 @@ def test_answers_in_a_batch_are_those_alone(model: str, decode: str, slm) -> Non
             value.normal_(generator=torch.Generator().manual_seed(3))
     rows = pool.rows_of(1)
     with torch.inference_mode():
-        together = method.predict(pool.batch(rows), Choices(range(12)))
-        alone = [method.predict(pool.batch([row]), Choices(range(12))).texts[0] for row in rows]
+        together = method.predict(pool.batch(rows), AnswerSpace(range(12)))
+        alone = [method.predict(pool.batch([row]), AnswerSpace(range(12))).texts[0] for row in rows]
     assert together.texts == alone
     with method.increments.off(), torch.inference_mode():
-        bare = method.objective.predict(pool.batch(rows), Choices(range(12))).texts
+        bare = method.objective.predict(pool.batch(rows), AnswerSpace(range(12))).texts
     assert decode == "rank" or bare != alone
 
 

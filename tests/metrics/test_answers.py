@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import normalizers
 
-from clpet.config.schema import Evaluation
+from clpet.config.schema import EvaluationOptions
 from clpet.data.benchmark import Benchmark, Example, Task
 from clpet.data.sources import Kind, Table
 from clpet.data.splits import in_order
@@ -43,7 +43,7 @@ def table(folder: Path, rows: list[dict], **settings: object) -> Benchmark:
             "'a b' can never be right",
             "benchmark.metric=exact_match or benchmark.metric=acc",
         ),
-        (("a+", "A+", "A"), "exact_match", "'a+' and 'A+' are equal", ": take evaluation.decode=rank"),
+        (("a+", "A+", "A"), "exact_match", "'a+' and 'A+' are equal", ": set evaluation.decode=rank"),
     ],
 )
 def test_labels_that_a_metric_takes_for_equal_are_refused(
@@ -51,12 +51,12 @@ def test_labels_that_a_metric_takes_for_equal_are_refused(
 ) -> None:
     """With the remedy, which works; a label that is chosen is compared as a label, whatever the metric."""
     with pytest.raises(ConfigError) as error:
-        TextToText.check_benchmark(labelled(*labels, metric=metric), Evaluation())
+        TextToText.check_benchmark(labelled(*labels, metric=metric), EvaluationOptions())
     assert said in str(error.value)
     assert remedy in str(error.value)
-    TextToText.check_benchmark(labelled(*labels, metric=metric), Evaluation(decode="rank"))
+    TextToText.check_benchmark(labelled(*labels, metric=metric), EvaluationOptions(decode="rank"))
     for better in text_scores.that_tell_apart(labels):
-        TextToText.check_benchmark(labelled(*labels, metric=better), Evaluation())
+        TextToText.check_benchmark(labelled(*labels, metric=better), EvaluationOptions())
 
 
 def test_labels_that_are_equal_after_cutting_are_refused() -> None:

@@ -175,11 +175,11 @@ def test_a_pooled_representation_is_that_of_the_network(make) -> None:
 
 def test_a_network_without_a_pooler_is_refused(make, tmp_path: Path) -> None:
     """Of its kind, or because the weights lack it: those of a masked language model do."""
-    with pytest.raises(ModelError, match="model tiny_t5 has no pooler: take cls, mean or last"):
+    with pytest.raises(ModelError, match="model tiny_t5 has no pooler: use cls, mean or last"):
         make("method=sequential", "model=tiny_t5", "model.representation=pooled")
     transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="the weights of local have no pooler: take cls"):
+    with pytest.raises(ModelError, match="the weights of local have no pooler: use cls"):
         make("method=sequential", "model=local", f"model.path={tmp_path}", "model.representation=pooled")
 
 

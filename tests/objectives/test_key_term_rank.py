@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from clpet.objectives.key_term_rank import key_terms, ngrams, prompts, rank_figures, ranks
+from clpet.objectives.key_term_rank import key_terms, ngrams, prompts, rank_statistics, ranks
 
 TEXTS = {
     "birds": [
@@ -39,17 +39,17 @@ def test_a_term_stands_in_the_text_as_it_is() -> None:
 
 def test_places_are_fixed_and_terms_take_turns() -> None:
     text = "we saw that " + "and then the heron " * 9 + "near the old boat"
-    found = prompts({"b": [text]}, {"b": ["heron", "boat"]}, per_domain=4, seed=1, least=5)
+    found = prompts({"b": [text]}, {"b": ["heron", "boat"]}, per_domain=4, seed=1, min_characters=5)
     assert sorted(prompt.term for prompt in found) == ["boat", "heron", "heron", "heron"]
     assert {prompt.term for prompt in found[:2]} == {"boat", "heron"}
     assert all(text.startswith(prompt.context + prompt.target) for prompt in found)
-    assert prompts({"b": [text]}, {"b": ["heron", "boat"]}, per_domain=4, seed=1, least=5) == found
-    assert prompts({"b": [text]}, {"b": ["heron", "boat"]}, per_domain=4, seed=2, least=5) != found
+    assert prompts({"b": [text]}, {"b": ["heron", "boat"]}, per_domain=4, seed=1, min_characters=5) == found
+    assert prompts({"b": [text]}, {"b": ["heron", "boat"]}, per_domain=4, seed=2, min_characters=5) != found
 
 
 def test_the_longest_term_of_a_place_is_asked_for_with_its_context() -> None:
     text = "all along the muddy banks the Night heron waits; (heron) heron"
-    found = prompts({"b": [text]}, {"b": ["heron", "night heron", "banks"]}, characters=16, least=25)
+    found = prompts({"b": [text]}, {"b": ["heron", "night heron", "banks"]}, characters=16, min_characters=25)
     assert {(prompt.context, prompt.target) for prompt in found} == {
         ("muddy banks the", " Night heron"),
         ("waits; (heron)", " heron"),
@@ -63,7 +63,7 @@ def test_ranks_are_optimistic() -> None:
 
 
 def test_figures_of_ranks() -> None:
-    found = rank_figures([1, 4, 16, 2], ["a", "a", "a", "b"])
+    found = rank_statistics([1, 4, 16, 2], ["a", "a", "a", "b"])
     assert found["a"] == {"median": 4, "mean_log": pytest.approx(math.log(4))}
     assert found["b"]["mean_log"] == pytest.approx(math.log(2))
     assert found["all"]["median"] == 3

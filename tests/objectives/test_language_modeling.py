@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clpet.config.schema import CapUnit, Evaluation
+from clpet.config.schema import CapUnit, EvaluationOptions
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark, Example, Task
 from clpet.data.packing import Masking, eval_windows
@@ -18,7 +18,7 @@ from clpet.data.token_cache import Stream
 from clpet.models.adapters import Adapter, Adapters, Lora
 from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives import chunked_cross_entropy
-from clpet.objectives.base import Choices
+from clpet.objectives.base import AnswerSpace
 from clpet.objectives.language_modeling import LanguageModeling, capped, perplexity
 from clpet.runtime.hardware import Device, Dtype, Hardware
 from tests.conftest import shared
@@ -58,7 +58,7 @@ def objective(
     adapters = Adapters(model, backbone, adapter or Adapter(), generates=True)
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
-    settings = Evaluation(**evaluation)
+    settings = EvaluationOptions(**evaluation)
     return LanguageModeling(benchmark or domains(), backbone, adapters, tokenizer, 0, hardware, settings)
 
 
@@ -69,7 +69,7 @@ def sums(found: LanguageModeling, data: Encoded, task: int, size: int = 128) -> 
     with torch.inference_mode():
         for rows in found.batches(data.test, data.test.rows_of(task)):
             batch = data.test.batch(rows)
-            trace = found.predict(batch, Choices([])).trace
+            trace = found.predict(batch, AnswerSpace([])).extras
             nll, tokens = nll + float(trace["nll"].sum()), tokens + float(trace["tokens"].sum())
     return nll, tokens
 
@@ -88,10 +88,10 @@ def test_perplexity_is_weighted_by_tokens() -> None:
     documents = [[0.1, 0.2, 0.3], [1], [2, 2]]
     nll, tokens = sum(map(sum, documents)), sum(map(len, documents))
     assert perplexity(nll, tokens) == pytest.approx(2.542972, abs=1e-6)
-    found = objective().summary({"nll": np.array([0.6, 1, 4]), "tokens": np.array([3, 1, 2])})
+    found = objective().aggregate({"nll": np.array([0.6, 1, 4]), "tokens": np.array([3, 1, 2])})
     assert found.value == pytest.approx(2.542972, abs=1e-6)  # not 3.776247 nor 2.905678
     assert (found.correct, found.total) == (pytest.approx(5.6), 6)
-    exact = objective().summary({"nll": np.array([6, 1.5, 6]), "tokens": np.array([3, 3, 2])})
+    exact = objective().aggregate({"nll": np.array([6, 1.5, 6]), "tokens": np.array([3, 3, 2])})
     assert exact.value == pytest.approx(5.405949, abs=1e-6)  # not 5.625291
 
 
@@ -102,7 +102,7 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary_and_eight_bits_per
     assert nll.mean().item() == pytest.approx(10.824905, abs=1e-5)
     rows = {"nll": np.full(3, 10 * math.log(256)), "tokens": np.full(3, 10.0), "bytes": np.full(3, 10.0)}
     assert objective().diagnostics(rows)["bits_per_byte"] == pytest.approx(8)
-    assert objective().summary(rows).value == pytest.approx(256)
+    assert objective().aggregate(rows).value == pytest.approx(256)
 
 
 def test_a_perplexity_beyond_all_numbers_is_the_largest_one() -> None:
@@ -179,7 +179,7 @@ def test_real_model_agrees_with_a_plain_loop() -> None:
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
     benchmark = domains(length=16)
-    found = LanguageModeling(benchmark, backbone, adapters, tokenizer, 0, hardware, Evaluation())
+    found = LanguageModeling(benchmark, backbone, adapters, tokenizer, 0, hardware, EvaluationOptions())
     nll, tokens = sums(found, found.encode(), 1)
     plain, reader = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     ids = [t for text in TEXTS["metals"] for t in [*reader(text)["input_ids"], reader.eos_token_id]]
@@ -269,7 +269,7 @@ def test_chunked_loss_and_gradients_are_those_of_the_whole(monkeypatch: pytest.M
         torch.nn.Sequential(torch.nn.Linear(8, 50)),
     ):
         inner = head[0] if isinstance(head, torch.nn.Sequential) else head
-        monkeypatch.setattr(chunked_cross_entropy, "_rows", lambda _: 5)
+        monkeypatch.setattr(chunked_cross_entropy, "_chunk_size", lambda _: 5)
         monkeypatch.setattr(chunked_cross_entropy, "CHUNK", 5 * 50)
         leaves = [states, *inner.parameters()]
         whole = F.cross_entropy(head(states), targets)

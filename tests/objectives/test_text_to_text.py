@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clpet.config.schema import Decode, Evaluation
+from clpet.config.schema import Decode, EvaluationOptions
 from clpet.data.batches import IGNORED
 from clpet.data.benchmark import Benchmark, Example, Task
 from clpet.data.sources import Kind, Table
@@ -17,7 +17,7 @@ from clpet.methods.components.subspace import InputCovariances
 from clpet.metrics.text_scores import accuracy, exact_match, rouge_l
 from clpet.models.adapters import Adapter, Adapters, Lora
 from clpet.models.backbone import Architecture, Backbone
-from clpet.objectives.base import Choices, Predictions
+from clpet.objectives.base import AnswerSpace, Predictions
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
 from clpet.runtime.hardware import Device, Dtype, Hardware
 from tests.conftest import shared
@@ -64,7 +64,13 @@ def objective(shape: str, decode: Decode = Decode.generate, adapter: Adapter | N
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
     return TextToText(
-        benchmark(), backbone, adapters, tokenizer, 0, hardware, Evaluation(decode=decode, max_new_tokens=8, **over)
+        benchmark(),
+        backbone,
+        adapters,
+        tokenizer,
+        0,
+        hardware,
+        EvaluationOptions(decode=decode, max_new_tokens=8, **over),
     )
 
 
@@ -98,7 +104,7 @@ def test_batched_answers_equal_one_at_a_time(shape: str) -> None:
     wanted = [plain_greedy(found, pool.tokens(row).tolist(), 8) for row in range(len(pool))]
     assert len({tuple(ids) for ids in wanted}) > 2  # the prompts matter
     texts = [found.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in wanted]
-    assert found.predict(batch, Choices([])).texts == texts
+    assert found.predict(batch, AnswerSpace([])).texts == texts
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -119,7 +125,7 @@ def test_ranking_equals_one_at_a_time_and_costs_two_passes(shape: str, monkeypat
     watched = [core.encoder, core.decoder] if shape == "t5" else [core]
     for module in watched:
         module.register_forward_pre_hook(lambda *_: calls.append(1))
-    texts = found.predict(batch, Choices([])).texts
+    texts = found.predict(batch, AnswerSpace([])).texts
     assert len(calls) == 2
     assert texts == [found.benchmark.labels[i] for i in wanted.argmax(1).tolist()]
 
@@ -192,7 +198,7 @@ def test_answers_are_cut_with_their_end_kept() -> None:
 def test_an_encoder_is_refused() -> None:
     backbone = Backbone(name="bert", random_weights=True, config={"model_type": "bert"})
     with pytest.raises(ConfigError, match="encoder and cannot write an answer"):
-        TextToText.check(backbone, "lora", Evaluation())
+        TextToText.check(backbone, "lora", EvaluationOptions())
 
 
 def test_metrics() -> None:
@@ -215,16 +221,16 @@ def test_a_chosen_label_is_compared_as_a_label() -> None:
     examples = [Example("x", target[0], {"instruction": "Judge"}, references=target) for _, target in rows]
     pool = found.encode_split(examples, [0] * 3, [0] * 3)
     answers = Predictions(texts=[text for text, _ in rows])
-    assert found.judge(pool.batch(range(3)), answers, Choices([])).tolist() == [0, 1, 1]
+    assert found.score(pool.batch(range(3)), answers, AnswerSpace([])).tolist() == [0, 1, 1]
     found.evaluation.decode = Decode.generate
-    assert found.judge(pool.batch(range(3)), answers, Choices([])).tolist() == [1, 1, 1]
+    assert found.score(pool.batch(range(3)), answers, AnswerSpace([])).tolist() == [1, 1, 1]
 
 
 def test_ranking_is_refused_where_a_task_has_no_labels() -> None:
     """No mode of evaluation takes the place of another."""
-    with pytest.raises(ConfigError, match="task talk has none"):
-        TextToText.check_benchmark(benchmark(), Evaluation(decode=Decode.rank))
-    TextToText.check_benchmark(benchmark(), Evaluation())
+    with pytest.raises(ConfigError, match="task talk has free-text answers"):
+        TextToText.check_benchmark(benchmark(), EvaluationOptions(decode=Decode.rank))
+    TextToText.check_benchmark(benchmark(), EvaluationOptions())
 
 
 def test_real_model_answers_alike_in_batches_and_alone() -> None:
@@ -236,9 +242,9 @@ def test_real_model_answers_alike_in_batches_and_alone() -> None:
     adapters = Adapters(model, backbone, Lora(name="lora", r=2), generates=True)
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
-    found = TextToText(benchmark(), backbone, adapters, tokenizer, 0, hardware, Evaluation(max_new_tokens=10))
+    found = TextToText(benchmark(), backbone, adapters, tokenizer, 0, hardware, EvaluationOptions(max_new_tokens=10))
     pool = found.encode().test
-    texts = found.predict(pool.batch(range(len(pool))), Choices([])).texts
+    texts = found.predict(pool.batch(range(len(pool))), AnswerSpace([])).texts
     plain, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for row in range(len(pool)):
         ids = torch.tensor([pool.tokens(row).tolist()])

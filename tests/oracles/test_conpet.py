@@ -11,7 +11,7 @@ from torch import nn
 from clpet.config.schema import Training
 from clpet.data.batches import EncodedDataset
 from clpet.data.template import tokens_to_keep
-from clpet.methods.base import Choices
+from clpet.methods.base import AnswerSpace
 from clpet.methods.components.contrastive import Bank, contrastive, relation_distillation
 from clpet.methods.crl import CRL
 from clpet.methods.dynamic_conpet import DynamicConPET
@@ -126,7 +126,7 @@ def test_squared_distances() -> None:
     method = CRL()
     method.objective = SimpleNamespace(features=lambda batch: double([[1, 2]]))
     method.prototypes, method.labels = double([[0, 0], [1, 1], [3, 2]]), [0, 1, 2]
-    scores = method.predict(SimpleNamespace(), Choices(range(3))).scores
+    scores = method.predict(SimpleNamespace(), AnswerSpace(range(3))).scores
     assert (-scores).flatten().tolist() == pytest.approx([5, 1, 4], abs=1e-6)
 
 
