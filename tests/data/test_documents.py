@@ -65,7 +65,7 @@ def test_files_that_are_documents(tmp_path: Path) -> None:
     for name, data in (("b", b"second\r\nline"), ("a", b"first \xff"), ("c", b"  \n")):
         (tmp_path / f"{name}.txt").write_bytes(data)
     found = Documents.of(TextFiles(sorted(tmp_path.iterdir())))
-    assert texts(found) == ["first \ufffd", "second\nline"]  # a file without text is no document
+    assert texts(found) == ["first \ufffd", "second\nline"]  # a file without text is not a document
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "long", "strings"])

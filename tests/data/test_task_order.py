@@ -89,7 +89,7 @@ def test_similarities_are_symmetric_with_ones() -> None:
 
 def test_a_hierarchy_walks_groups_and_then_domains() -> None:
     """Angles in degrees. From 65: group B (50) and in it 60 first, then A (10), then c100, a group of its own; the
-    second source goes on from there."""
+    second source continues from there."""
     places = {"a0": 0, "a20": 20, "b40": 40, "b60": 60, "c100": 100, "d30": 30, "d80": 80}
     vectors = {name: angle(place) for name, place in places.items()}
     parents = {name: name[0].upper() for name in places if name != "c100"}
