@@ -201,7 +201,7 @@ class SLM(Method):
         return torch.cat([cosines(queries, task_keys) for task_keys in keys], dim=2)
 
     def retrieve(self, sigma: Tensor, allowed: Tensor | None = None) -> Mixture:
-        """Retrieves keys by similarity sigma [batch, G, N], as the options say; see `retrieve` in key_retrieval."""
+        """Retrieves keys by similarity sigma [batch, G, N] as configured; see `retrieve` in key_retrieval."""
         per_group, uniform, batch_mean = (
             self.values == "per_group",
             self.combine == "mean",

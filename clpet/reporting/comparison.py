@@ -203,10 +203,10 @@ class Comparison:
              f"{result.p:.4f}", f"{p:.4f}", str(result.seeds)]
             for (name, result), p in zip(tested.items(), corrected, strict=True)
         ]  # fmt: skip
-        over = (
+        samples = (
             f"over {section.split} examples, and over seeds where at least {MIN_SEEDS} are paired ({NUM_DRAWS} draws)"
         )
-        title = f"{base.name} minus each other row, final average score: paired bootstrap {over}"
+        title = f"{base.name} minus each other row, final average score: paired bootstrap {samples}"
         title += f"; p (Holm) is corrected for {len(cells)} comparisons" if len(cells) > 1 else ""
         header = ["other", "difference", "95 % interval", "p", "p (Holm)", "paired seeds"]
         if self.form == "md":

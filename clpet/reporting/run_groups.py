@@ -13,7 +13,7 @@ from clpet.runtime.untrusted_json import read_json, split_of
 T = TypeVar("T")
 Runs = list[tuple[Path, dict[str, Any]]]  # (run directory, results.json)
 NAME_KEYS = ("method", "model", "benchmark", "replay", "peft", "seed")  # the options of the groups, and the seed
-TASK_GIVEN = "task_id_at_test"  # True: the method is told which task a test example belongs to, which is easier
+TASK_GIVEN = "task_id_at_test"  # True: the method gets the task of each test example, which is easier
 SPLIT = "evaluation.split"
 SAVING_KEYS = ("train.save_minutes", "train.snapshot_every")  # when files are written; no effect on results
 

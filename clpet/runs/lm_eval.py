@@ -93,8 +93,8 @@ def measure(run: LoadedRun, tasks: dict[str, Any], limit: int | None) -> dict[st
     for name, task in tasks["tasks"].items():
         raw, low = results["results"][name].get("acc,none"), chance(task, limit)
         if raw is not None and low is not None:
-            normalised = 100 * (raw - low) / (1 - low)
-            results.setdefault(NORMALISED, {})[name] = {"raw": 100 * raw, "chance": 100 * low, "normalised": normalised}
+            accuracy = 100 * (raw - low) / (1 - low)
+            results.setdefault(NORMALISED, {})[name] = {"raw": 100 * raw, "chance": 100 * low, "normalised": accuracy}
     return results
 
 
