@@ -17,7 +17,7 @@ from clpet.training.trainer import Trainer
 
 @dataclass
 class IncLoRA(Method):
-    """Base of methods with a LoRA branch per task, which subclasses weigh in `route`.
+    """Base of methods with a LoRA branch per task, which subclasses weight in `route`.
 
     Rank, alpha (s = alpha / rank) and target layers are those of peft=lora.
     """
@@ -45,7 +45,7 @@ class IncLoRA(Method):
         return self.routed_loss(batch, self.route(batch))
 
     def routed_loss(self, batch: Batch, weights: Tensor | None) -> Tensor:
-        """Cross-entropy of the model with its branches weighed by `weights`."""
+        """Cross-entropy of the model with its branches weighted by `weights`."""
         with self.increments.weighted(weights):
             return super().loss(batch)
 

@@ -95,7 +95,7 @@ class LwF(Static):
 
     def distilled(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
         """The weighted distillation term, lambda T^2 (...)."""
-        if self.sums:  # the trainer weighs a micro-batch by its share of the batch; dividing keeps the sum a sum
+        if self.sums:  # the trainer weights a micro-batch by its share of the batch; dividing keeps the sum a sum
             return self.strength * distillation(teacher, student, self.t) / batch.share
         return self.strength * divergence(teacher, student, self.t)
 

@@ -1,4 +1,4 @@
-"""MoCL: LoRA modules weighed by the similarity of an input's query to their task vectors (Wang et al., 2024, NAACL).
+"""MoCL: LoRA modules weighted by the similarity of an input's query to their task vectors (Wang et al., 2024, NAACL).
 
 h = W x + sum_i w_i s B_i A_i x with c_i = cos(q(x), v_i) and w = softmax(scale c) or w = c;
 L = CE + matching mean(1 - c_t), which trains the task vector v_t towards the queries of its task.
@@ -76,9 +76,9 @@ class MoCL(IncLoRA):
         return F.normalize(queries, dim=1) @ F.normalize(torch.stack([*self.keys]), dim=1).T
 
     def route(self, batch: Batch) -> Tensor:
-        return self.weigh(self.cosines(self.query(batch)), batch.tasks if self.task_id_at_test else None)
+        return self.branch_weights(self.cosines(self.query(batch)), batch.tasks if self.task_id_at_test else None)
 
-    def weigh(self, cosines: Tensor, tasks: Tensor | None = None) -> Tensor:
+    def branch_weights(self, cosines: Tensor, tasks: Tensor | None = None) -> Tensor:
         """[batch, n]: w; if `tasks` [batch] are given, modules of later tasks get weight 0."""
         direct = self.compose is Compose.direct
         if tasks is not None:
@@ -89,7 +89,7 @@ class MoCL(IncLoRA):
     def loss(self, batch: Batch) -> Tensor:
         rows = self.query_row[torch.from_numpy(batch.rows)].to(self.queries.device, non_blocking=True)
         cosines = self.cosines(self.queries[rows])
-        loss = self.routed_loss(batch, self.weigh(cosines))
+        loss = self.routed_loss(batch, self.branch_weights(cosines))
         return loss + self.matching * (1 - cosines[:, -1]).mean()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""SAPT-LoRA: attention over task keys weighs the LoRA branches, in training and at test.
+"""SAPT-LoRA: attention over task keys weights the LoRA branches, in training and at test.
 
 Zhao et al., 2024, arXiv 2401.08295. h = W x + sum_i w_i s B_i A_i x with the router
     x' = LayerNorm(SiLU(W2 W1 max_pool(embeddings))),    w = softmax_i(k_i . x' / sqrt(d)).

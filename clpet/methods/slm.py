@@ -173,7 +173,7 @@ class SLM(Method):
         return keys
 
     def loss(self, batch: Batch) -> Tensor:
-        """Stage 2: L = CE with the values of the current task only, weighed by its own keys."""
+        """Stage 2: L = CE with the values of the current task only, weighted by its own keys."""
         mixture = self.retrieve(self.similarities(batch, self.key_pool[-1:]))
         with self.increments.mixed(mixture.branches(self.sizes.keys)):
             if self.task_heads is None:

@@ -100,17 +100,19 @@ def test_mocl_weights_and_matching(make) -> None:
     """Weights are softmax(8 c) or c; if the task is given, later modules are excluded."""
     cosines = double([[0.9, 0.5]])
     method = mocl.MoCL()
-    assert method.weigh(cosines)[0].tolist() == pytest.approx([0.9608342772, 0.0391657228], abs=1e-10)
-    assert method.weigh(cosines, torch.tensor([0]))[0].tolist() == [1.0, 0.0]
+    assert method.branch_weights(cosines)[0].tolist() == pytest.approx([0.9608342772, 0.0391657228], abs=1e-10)
+    assert method.branch_weights(cosines, torch.tensor([0]))[0].tolist() == [1.0, 0.0]
     direct = mocl.MoCL(compose=mocl.Compose.direct)
-    assert direct.weigh(cosines)[0].tolist() == [0.9, 0.5]
-    assert direct.weigh(cosines, torch.tensor([0]))[0].tolist() == [0.9, 0.0]
+    assert direct.branch_weights(cosines)[0].tolist() == [0.9, 0.5]
+    assert direct.branch_weights(cosines, torch.tensor([0]))[0].tolist() == [0.9, 0.0]
     run = make("method=mocl")
     run.learn(0)
     run.learn(1)
     batch = run.data.train.batch(run.data.train.rows_of(1)[:4])
     run.method.cosines = lambda queries: cosines.float().expand(len(queries), 2)
-    matching = run.method.loss(batch) - run.method.routed_loss(batch, run.method.weigh(cosines.float().expand(4, 2)))
+    matching = run.method.loss(batch) - run.method.routed_loss(
+        batch, run.method.branch_weights(cosines.float().expand(4, 2))
+    )
     assert matching.item() == pytest.approx(0.5, abs=1e-6)
 
 

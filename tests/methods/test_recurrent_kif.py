@@ -75,8 +75,8 @@ def test_a_round_of_two_inner_steps_and_one_outer_step() -> None:
     assert method.inner.mean.max() == 0
     assert method.outer.mean.max() > 0
     assert method.diagnostics() == {"fusions": 1.0, "skipped_steps": 0.0, "skipped_outer_steps": 0.0}
-    weighed = one_round(outer_weight=0.25)[2]
-    assert [(a / b).tolist() for a, b in zip(weighed, used, strict=True)] == [[1.0] * 5] * 2 + [[0.25] * 5]
+    weighted = one_round(outer_weight=0.25)[2]
+    assert [(a / b).tolist() for a, b in zip(weighted, used, strict=True)] == [[1.0] * 5] * 2 + [[0.25] * 5]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def crl(*old: int) -> CRL:
 
 
 def step_loss(method: CRL, micro_batches: list[list[int]]) -> float:
-    """The loss of the batch of rows 6, 7, 8 in micro-batches, weighed as in the trainer."""
+    """The loss of the batch of rows 6, 7, 8 in micro-batches, weighted as in the trainer."""
     rows = np.concatenate([np.array(chunk) for chunk in micro_batches])
     method.choose_entries(rows)
     labels = torch.from_numpy(method.data.train.labels)

@@ -227,7 +227,7 @@ def test_mocl_composition() -> None:
     expected = [[0.7907736702, 0.9715365548, 0.5108406855], [-0.6099942813, 0.1421338109, 0.2031856384]]
     weights = [[0.1868094097, 0.7932924749, 0.01989811533], [0.0009258185177, 0.3799150553, 0.6191591262]]
     assert torch.allclose(cosines, double(expected), atol=1e-9)
-    assert torch.allclose(method.weigh(cosines), double(weights), atol=1e-9)
+    assert torch.allclose(method.branch_weights(cosines), double(weights), atol=1e-9)
     rows = torch.arange(2)
     method.query_row, method.queries = rows, double([[1, 2, 2], [0, -1, 1]])
     method.routed_loss = lambda batch, weights: torch.zeros((), dtype=torch.float64)

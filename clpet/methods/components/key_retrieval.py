@@ -149,7 +149,7 @@ def retrieve(
     sigma: Tensor, top_k: int, per_group: bool = False, uniform: bool = False, batch_mean: bool = False,
     allowed: Tensor | None = None,
 ) -> Mixture:  # fmt: skip
-    """Chooses the `top_k` most similar keys and weighs their values, w_i = s_i / sum_j s_j over the chosen keys.
+    """Chooses the `top_k` most similar keys and weights their values, w_i = s_i / sum_j s_j over the chosen keys.
 
     sigma [batch, G, N]: similarities, averaged over groups unless `per_group`.
     uniform: equal weights, which are also used if the chosen similarities sum up to about 0.
