@@ -4,7 +4,6 @@ import logging
 import re
 import reprlib
 import unicodedata
-from typing import Any
 
 JOINERS = "\u200c\u200d"  # zero-width characters that many scripts need
 # Cells that a spreadsheet may read as numbers: also a missing value (-) and mean ± standard deviation.
@@ -41,7 +40,7 @@ def inline(text: str) -> str:
     return printable(text, allowed="")
 
 
-def short_repr(value: Any) -> str:
+def short_repr(value: object) -> str:
     """A value from data for a message: quoted, escaped and truncated."""
     return _SHORT.repr(value)
 

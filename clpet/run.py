@@ -21,6 +21,7 @@ from clpet.methods.base import Method
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
 from clpet.models.memory_saving import shard
 from clpet.objectives import load as load_objective_class
+from clpet.records import Results
 from clpet.reporting import run_summary
 from clpet.reporting.plots import method_figures, run_figures
 from clpet.reporting.progress import Display
@@ -77,7 +78,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
         return Experiment(cfg, overrides, config, parts, out, method, benchmark, data, trainer, display).run(console)
 
 
-def show_existing(console: Console, config: Config, out: Path, results: dict[str, Any]) -> TransferMatrix:
+def show_existing(console: Console, config: Config, out: Path, results: Results) -> TransferMatrix:
     """Prints the results of a finished run. Raises ConfigError if its data, weights or code have changed since."""
     with as_data_error(f"{out / 'results.json'} is not the result of a run"):
         provenance.check_finished(out, results, config)
@@ -236,7 +237,7 @@ class Experiment:
         views = {"average": evaluation.seen, "own_average": evaluation.per_task}
         return {name: sum(view[index].value for index in tasks) / len(tasks) for name, view in views.items()}
 
-    def finish(self, state: RunState) -> dict[str, Any]:
+    def finish(self, state: RunState) -> Results:
         """Writes weights, figures and results.json, on the main rank only; returns the results."""
         out, method = self.out, self.method
         results = run_dir.collect(out, self.cfg, self.overrides, self.identity, method, self.benchmark, state)

@@ -5,13 +5,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError
 from clpet.escape import short_repr
+from clpet.records import DataRecord, OrderRecord
 
-SPLITS = ("train", "validation", "test")
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 _NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
 
@@ -67,7 +69,8 @@ class Task:
 
     def split(self, name: str) -> Sequence[Example]:
         """The examples of one of SPLITS."""
-        return getattr(self, name)
+        examples: Sequence[Example] = getattr(self, name)
+        return examples
 
 
 @dataclass
@@ -86,10 +89,10 @@ class Benchmark:
     begin: bool = False  # every document begins with the tokenizer's BOS token
     isolate: bool = False  # documents in one window do not attend to each other
     base: Task | None = None  # corpus that a model with random weights is pretrained on before the first task
-    data_record: dict[str, Any] = field(default_factory=dict)
+    data_record: DataRecord = field(default_factory=lambda: cast(DataRecord, {}))  # set by the run
     groups: dict[str, list[str]] = field(default_factory=dict)  # {group: domains} that reports also score together
     report: ReadReport = field(default_factory=ReadReport)  # rows and files that were skipped, repaired or dropped
-    order: dict[str, Any] = field(default_factory=dict)  # record of how the domains were ordered
+    order: OrderRecord = field(default_factory=lambda: OrderRecord())  # record of how the domains were ordered
     stream: bool = False  # tokenise texts during training instead of beforehand
 
     def __post_init__(self) -> None:

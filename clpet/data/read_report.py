@@ -4,14 +4,16 @@ Every command prints it, and a run stores it in run.json and results.json.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from clpet.data.decoding import Decoded
 from clpet.errors import DataError
 from clpet.escape import inline
+from clpet.records import ReadRecord, UnreadFiles
 
+T = TypeVar("T")
 FEW = 5  # names in a message
 MANY = 100  # names in a record
 
@@ -80,21 +82,34 @@ class ReadReport:
             lines += [f"{counts.total()} {text}: {_listed(files)}"] if files else []
         return [inline(note) for note in lines + self.other_notes]
 
-    def record(self, num_used: int) -> dict[str, Any]:
+    def record(self, num_used: int) -> ReadRecord:
         """The report as plain values, long lists shortened; `num_used` rows or documents are in the tasks."""
-        counts = {key: +getattr(self, key) for key in ("dropped", "replaced", "line_ends", "empty")}
-        unread = {folder: {"count": len(names), "names": names[:MANY]} for folder, names in self.unread.items()}
-        mappings: dict[str, dict[str, Any]] = {"unread": unread, "encodings": self.encodings, **counts}
-        return {
-            "unit": self.unit,
-            "read": self.read.total(),
-            "kept": num_used,
-            **{key: dict(list(values.items())[:MANY]) for key, values in mappings.items() if values},
-            **({"notes": self.other_notes[:MANY]} if self.other_notes else {}),
+        unread: dict[str, UnreadFiles] = {
+            folder: {"count": len(names), "names": names[:MANY]} for folder, names in self.unread.items()
         }
+        record: ReadRecord = {"unit": self.unit, "read": self.read.total(), "kept": num_used}
+        if unread:
+            record["unread"] = _first(unread)
+        if self.encodings:
+            record["encodings"] = _first(self.encodings)
+        if +self.dropped:
+            record["dropped"] = _first(+self.dropped)
+        if +self.replaced:
+            record["replaced"] = _first(+self.replaced)
+        if +self.line_ends:
+            record["line_ends"] = _first(+self.line_ends)
+        if +self.empty:
+            record["empty"] = _first(+self.empty)
+        if self.other_notes:
+            record["notes"] = self.other_notes[:MANY]
+        return record
 
 
-def account(record: dict[str, Any]) -> str:
+def _first(values: Mapping[str, T]) -> dict[str, T]:
+    return dict(list(values.items())[:MANY])
+
+
+def account(record: ReadRecord) -> str:
     """One line with the balance of a record: read - dropped = in the tasks."""
     dropped = "".join(f" - {count} {reason}" for reason, count in record.get("dropped", {}).items())
     return f"{record['unit']}: {record['read']} read{dropped} = {record['kept']} in the tasks"

@@ -8,7 +8,6 @@ sorts first, so the result depends neither on the order of files nor on the orde
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from clpet.config.identity import digest
 from clpet.config.seeding import derive
 from clpet.data.domain_similarity import Vectors, centroid, cosines, domain_embeddings, sentence_embedder, unit
 from clpet.errors import DataError
+from clpet.records import OrderRecord
 
 SIMPLE = ("listed", "reversed", "random")
 REVERSED = "reversed_"  # prefix of an order of domains: the same chain backwards
@@ -71,13 +71,17 @@ class Ordering:
         """Hash of the names in order."""
         return digest(self.names, 16)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> OrderRecord:
         """The ordering as plain values, for run.json and results.json."""
-        record: dict[str, Any] = {"order": self.order, "hash": self.hash, "names": self.names, "encoder": self.encoder}
-        for name in ("similarity", "reference_similarity"):
-            values = getattr(self, name)
-            record[name] = None if values is None else values.round(4).tolist()
-        return record
+        between, to_reference = self.similarity, self.reference_similarity
+        return {
+            "order": self.order,
+            "hash": self.hash,
+            "names": self.names,
+            "encoder": self.encoder,
+            "similarity": None if between is None else between.round(4).tolist(),
+            "reference_similarity": None if to_reference is None else to_reference.round(4).tolist(),
+        }
 
 
 def order_domains(

@@ -2,20 +2,27 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TypedDict, cast
 
 import numpy as np
+from omegaconf import DictConfig
 
 from clpet.config.build import build, parse_config
 from clpet.data.batches import Encoded, encode_benchmark
-from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, normalize
+from clpet.data.benchmark import SPLITS, Benchmark, Example, Split, Task, normalize
 from clpet.data.documents import Documents
 from clpet.data.read_report import account
 from clpet.objectives import load
+from clpet.records import DataRecord, DomainRecord, LabelledDataRecord, TaskRecord, TextDataRecord
 from clpet.reporting.tables import table
 
 OFTEN = 0.05  # share of truncated texts or answers above which there is a warning
+
+
+class _Cut(TypedDict):
+    texts_cut: dict[str, int]
+    answers_cut: dict[str, int]
 
 
 def key(example: Example) -> str:
@@ -23,20 +30,26 @@ def key(example: Example) -> str:
     return normalize(" ".join([example.text, *example.fields.values()]))
 
 
-def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str, Any]:
+def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> DataRecord:
     """Counts per task and split, label balance, token lengths, repeats, overlaps and warnings, as plain values."""
     if all(isinstance(task.train, Documents) for task in benchmark.tasks):
         return inspect_domains(benchmark, data)
+    return _inspect_tasks(benchmark, data)
+
+
+def _inspect_tasks(benchmark: Benchmark, data: Encoded | None) -> LabelledDataRecord:
     keys = {
         (task.name, split): [key(example) for example in task.split(split)]
         for task in benchmark.tasks
         for split in SPLITS
     }
-    tasks = {}
+    tasks: dict[str, TaskRecord] = {}
     for index, task in enumerate(benchmark.tasks):
         counts = Counter(example.target for example in task.train)
         tasks[task.name] = {
-            **{split: len(task.split(split)) for split in SPLITS},
+            "train": len(task.train),
+            "validation": len(task.validation),
+            "test": len(task.test),
             "labels": len(task.labels),
             "smallest_label": min(counts.values()),
             "largest_label": max(counts.values()),
@@ -58,7 +71,7 @@ def inspect_data(benchmark: Benchmark, data: Encoded | None = None) -> dict[str,
     }
 
 
-def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> dict[str, Any]:
+def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> TextDataRecord:
     """The same for plain text: documents, pieces, bytes and tokens per domain and split, decontamination, the order."""
     tasks = {task.name: _domain(task, data, index) for index, task in enumerate(benchmark.tasks)}
     num_domains = Counter(key for task in benchmark.tasks for key in set(task.train.hashes.tolist()))  # type: ignore[attr-defined]
@@ -78,7 +91,7 @@ def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> dict[s
         "read": benchmark.report.record(_documents(benchmark)),
         "labels": [],
         "tasks": tasks,
-        "base": benchmark.base and {"name": benchmark.base.name, **_domain(benchmark.base)},
+        "base": None if benchmark.base is None else {"name": benchmark.base.name, **_domain(benchmark.base)},
         "groups": benchmark.groups,
         "order": benchmark.order,
         "overlaps": {pair: count for pair, count in overlaps.items() if count},
@@ -88,15 +101,20 @@ def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> dict[s
 
 def _documents(benchmark: Benchmark) -> int:
     tasks = [*benchmark.tasks, *([benchmark.base] if benchmark.base else [])]
-    documents: list[Any] = [task.split(split) for task in tasks for split in SPLITS]
-    return sum(texts.num_documents for texts in documents)
+    return sum(_documents_of(task, split).num_documents for task in tasks for split in SPLITS)
 
 
-def _domain(task: Task, data: Encoded | None = None, index: int = -1) -> dict[str, Any]:
-    splits: dict[str, Any] = {split: task.split(split) for split in SPLITS}
+def _documents_of(task: Task, split: Split) -> Documents:
+    return cast(Documents, task.split(split))
+
+
+def _domain(task: Task, data: Encoded | None = None, index: int = -1) -> DomainRecord:
+    splits = {split: _documents_of(task, split) for split in SPLITS}
     pools = {split: getattr(data, split) for split in SPLITS} if data else {}
     return {
-        **{split: len(texts) for split, texts in splits.items()},
+        "train": len(splits["train"]),
+        "validation": len(splits["validation"]),
+        "test": len(splits["test"]),
         "pieces": {split: texts.num_pieces for split, texts in splits.items()},
         "bytes": {split: texts.bytes for split, texts in splits.items()},
         "repeats": {split: texts.repeats for split, texts in splits.items()},
@@ -111,7 +129,7 @@ def repeats(texts: list[str]) -> int:
     return len(texts) - len(set(texts))
 
 
-def _cut(data: Encoded | None, index: int) -> dict[str, dict[str, int]]:
+def _cut(data: Encoded | None, index: int) -> _Cut:
     """Numbers of truncated texts and answers of a task, by split."""
     pools = {split: getattr(data, split) for split in SPLITS} if data else {}
     counts = {split: pool.num_truncated(pool.rows_of(index)) for split, pool in pools.items()}
@@ -121,16 +139,19 @@ def _cut(data: Encoded | None, index: int) -> dict[str, dict[str, int]]:
     }
 
 
-def cut_counts(tasks: dict[str, dict[str, Any]]) -> dict[str, tuple[int, int]]:
+def cut_counts(tasks: Mapping[str, TaskRecord]) -> dict[str, tuple[int, int]]:
     """{texts, answers: (number truncated, total number)} over all tasks and splits."""
     total = sum(task[split] for task in tasks.values() for split in SPLITS)
-    return {what: (sum(sum(t[f"{what}_cut"].values()) for t in tasks.values()), total) for what in ("texts", "answers")}
+    texts = sum(sum(task["texts_cut"].values()) for task in tasks.values())
+    answers = sum(sum(task["answers_cut"].values()) for task in tasks.values())
+    return {"texts": (texts, total), "answers": (answers, total)}
 
 
-def cut_line(record: dict[str, Any]) -> str:
+def cut_line(record: DataRecord) -> str:
     """A line with the numbers of truncated texts and answers, '' if there are none."""
     if "truncate" not in record:  # plain text is not truncated
         return ""
+    record = cast(LabelledDataRecord, record)
     limits = {
         "texts": f"{record['max_length']} tokens ({record['truncate']})",
         "answers": f"{record['max_target']} tokens",
@@ -140,7 +161,7 @@ def cut_line(record: dict[str, Any]) -> str:
     return f"cut: {', '.join(items)}" if items else ""
 
 
-def _much_cut(tasks: dict[str, dict[str, Any]], benchmark: Benchmark) -> list[str]:
+def _much_cut(tasks: Mapping[str, TaskRecord], benchmark: Benchmark) -> list[str]:
     """Warnings if more than OFTEN of all texts, or of all answers, are truncated."""
     limits = {
         "texts": f"benchmark.max_length={benchmark.max_length} tokens, prompt included: raise it, or choose what is "
@@ -163,7 +184,7 @@ def _lengths(data: Encoded | None, index: int) -> dict[str, int]:
     return {"median": int(np.median(lengths)), "p95": int(np.percentile(lengths, 95)), "max": int(lengths.max())}
 
 
-def _overlaps(benchmark: Benchmark, keys: dict[tuple[str, str], list[str]]) -> dict[str, int]:
+def _overlaps(benchmark: Benchmark, keys: Mapping[tuple[str, Split], list[str]]) -> dict[str, int]:
     """Numbers of texts that two splits, or the train splits of several tasks, have in common; zeros are left out."""
     pooled = {split: _union(keys[name, split] for name in benchmark.names) for split in SPLITS}
     overlaps = {
@@ -212,7 +233,7 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
     ]
 
 
-def report(cfg: Any) -> str:
+def report(cfg: DictConfig) -> str:
     """The report of `clpet data` on the benchmark of a composed configuration, with the tokenizer of its model."""
     config = parse_config(cfg)
     source = build(config.benchmark, "benchmark")
@@ -222,17 +243,17 @@ def report(cfg: Any) -> str:
     objective = load(source.objective.value)
     objective.check_benchmark(benchmark, config.evaluation)
     encode = objective.encoder(benchmark, backbone, backbone.tokenizer())
-    return _task_report(benchmark, inspect_data(benchmark, encode_benchmark(benchmark, encode)))
+    return _task_report(benchmark, _inspect_tasks(benchmark, encode_benchmark(benchmark, encode)))
 
 
-def _task_report(benchmark: Benchmark, record: dict[str, Any]) -> str:
+def _task_report(benchmark: Benchmark, record: LabelledDataRecord) -> str:
     answers = ["answers cut"] if benchmark.max_target else []
     header = ["task", *SPLITS, "labels", "label sizes", "tokens median", "p95", "max", "cut", *answers, "repeats"]
     rows = [
         [name, *(str(t[split]) for split in SPLITS), str(t["labels"]), f"{t['smallest_label']}-{t['largest_label']}",
          str(t["tokens"]["median"]), str(t["tokens"]["p95"]), str(t["tokens"]["max"]),
-         *("/".join(str(t[count][split]) for split in SPLITS)
-           for count in ("texts_cut", *(["answers_cut"] if answers else []), "repeats"))]
+         *("/".join(str(counts[split]) for split in SPLITS)
+           for counts in (t["texts_cut"], *([t["answers_cut"]] if answers else []), t["repeats"]))]
         for name, t in record["tasks"].items()
     ]  # fmt: skip
     note = (
@@ -244,13 +265,13 @@ def _task_report(benchmark: Benchmark, record: dict[str, Any]) -> str:
     return _lines(table(header, rows), note, record)
 
 
-def _domain_report(record: dict[str, Any]) -> str:
+def _domain_report(record: TextDataRecord) -> str:
     header = ["domain", "documents", "pieces", "MB", "repeats", "left out"]
     domains = dict(record["tasks"])
-    if record["base"]:
-        domains[f"{record['base']['name']} (base)"] = record["base"]
+    if base := record["base"]:
+        domains[f"{base['name']} (base)"] = base
     rows = [
-        [name, *("/".join(str(values[split]) for split in SPLITS) for values in (d, d["pieces"])),
+        [name, "/".join(str(d[split]) for split in SPLITS), "/".join(str(d["pieces"][split]) for split in SPLITS),
          "/".join(f"{d['bytes'][split] / 1e6:.2f}" for split in SPLITS),
          "/".join(str(d["repeats"][split]) for split in SPLITS), str(d["dropped"] or 0)]
         for name, d in domains.items()
@@ -261,7 +282,7 @@ def _domain_report(record: dict[str, Any]) -> str:
     return _lines(table(header, rows), note + groups + order, record)
 
 
-def _lines(table: str, note: str, record: dict[str, Any]) -> str:
+def _lines(table: str, note: str, record: DataRecord) -> str:
     lines = [table, "", note, *([account(record["read"])] if record["read"]["read"] else [])]
     lines += [f"overlap: {pair}: {count}" for pair, count in record["overlaps"].items()] or ["overlap: none"]
     lines += [f"warning: {warning}" for warning in record["warnings"]]

@@ -6,10 +6,20 @@ gained. Backward transfer compares with the zero-shot model, as the paper does, 
 checkpoint. Averages are over domains, each counting the same; a figure whose entries were not measured is None.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
+
+from clpet.records import (
+    Curve,
+    Curves,
+    CurveValues,
+    DomainRow,
+    Metrics,
+    PartOfDomains,
+    PerplexityTransfer,
+)
 
 FORMULAS = {
     "zs": "mean_j P[0,j]: zero-shot",
@@ -31,7 +41,9 @@ COLUMNS = ("zs", "dapt", "cpt", "lc", "fg", "backward", "forward")  # of a compa
 DAPT = "dapt"  # the method whose diagonal is D
 SETTLED = 0.02  # how far from its median, relatively, a transfer curve may still be when it has saturated
 
-Curve = dict[str, Any]
+Axis = Literal["after", "age", "lead"]
+Entries = Callable[[np.ndarray, int], np.ndarray]  # (matrix, position) -> the entries of the matrix at the position
+Values = np.ndarray | Sequence[float | None]
 
 
 def figures(
@@ -39,7 +51,7 @@ def figures(
     names: Sequence[str],
     dapt: np.ndarray | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
-) -> dict[str, Any]:
+) -> PerplexityTransfer:
     """Every figure as plain values. `scores` [N+1, N] and `dapt` [N] are NaN where not measured.
 
     `groups` name sets of domains that are also reported apart: their columns of the same matrix.
@@ -60,22 +72,31 @@ def figures(
         }
 
 
-def headline(found: dict[str, Any]) -> dict[str, float | None]:
+def headline(found: PerplexityTransfer) -> Metrics:
     """The means that FORMULAS describes, by name, out of `figures`."""
-    means = {name: found["average"][name]["mean"] for name in found["average"]}
-    pairs = {name: _mean(found[name]["minus_zs"]["mean"]) for name in ("backward", "forward")}
+    means = {name: average["mean"] for name, average in found["average"].items()}
+    curves = {"backward": found["backward"], "forward": found["forward"]}
+    pairs = {name: _mean(curve["minus_zs"]["mean"]) for name, curve in curves.items()}
     return {name: {**means, **pairs, **found["classic"]}[name] for name in FORMULAS}
 
 
-def _domains(scores: np.ndarray, names: Sequence[str], dapt: np.ndarray) -> list[dict[str, Any]]:
+def _domains(scores: np.ndarray, names: Sequence[str], dapt: np.ndarray) -> list[DomainRow]:
     own, last = own_checkpoint(scores), scores[-1]
-    columns = {"zs": scores[0], "dapt": dapt, "cpt": own, "lc": last, "fg": last - own}
+    forgotten = last - own
     return [
-        {"domain": name, **{key: _plain(values[j]) for key, values in columns.items()}} for j, name in enumerate(names)
+        {
+            "domain": name,
+            "zs": _plain(scores[0, j]),
+            "dapt": _plain(dapt[j]),
+            "cpt": _plain(own[j]),
+            "lc": _plain(last[j]),
+            "fg": _plain(forgotten[j]),
+        }
+        for j, name in enumerate(names)
     ]
 
 
-def _part(scores: np.ndarray, dapt: np.ndarray, columns: list[int]) -> dict[str, Any]:
+def _part(scores: np.ndarray, dapt: np.ndarray, columns: list[int]) -> PartOfDomains:
     """The figures over some columns; positions in time stay those of the whole order."""
     own = own_checkpoint(scores)
     inside = np.full(scores.shape, np.nan)
@@ -105,13 +126,13 @@ def _part(scores: np.ndarray, dapt: np.ndarray, columns: list[int]) -> dict[str,
         "classic": classic,
         **curves,
         "saturation": {
-            name: {kind: saturation(curves[name], kind) for kind in ("mean", "median")}
-            for name in ("backward", "forward")
+            name: {"mean": saturation(curve, "mean"), "median": saturation(curve, "median")}
+            for name, curve in (("backward", curves["backward"]), ("forward", curves["forward"]))
         },
     }
 
 
-def transfer(scores: np.ndarray) -> dict[str, Curve]:
+def transfer(scores: np.ndarray) -> Curves:
     """Backward B_i and forward F_i by position i, backward by age and forward by lead.
 
     Age a: domains trained since domain i - a was, seen from checkpoint i; lead l: domain i + l, not trained yet.
@@ -133,15 +154,23 @@ def transfer(scores: np.ndarray) -> dict[str, Curve]:
     }
 
 
-def _curve(axis: str, places: range, views: dict[str, np.ndarray], entries: Any) -> Curve:
-    found: Curve = {axis: list(places), "count": [int(_measured(entries(views["perplexity"], i)).size) for i in places]}
-    for name, values in views.items():
-        parts = [_measured(entries(values, place)) for place in places]
-        found[name] = {"mean": [_mean(part) for part in parts], "median": [_median(part) for part in parts]}
+def _curve(axis: Axis, places: range, views: dict[str, np.ndarray], entries: Entries) -> Curve:
+    def over_places(name: str) -> CurveValues:
+        parts = [_measured(entries(views[name], place)) for place in places]
+        return {"mean": [_mean(part) for part in parts], "median": [_median(part) for part in parts]}
+
+    found: Curve = {
+        "count": [int(_measured(entries(views["perplexity"], place)).size) for place in places],
+        "perplexity": over_places("perplexity"),
+        "minus_zs": over_places("minus_zs"),
+        "over_zs": over_places("over_zs"),
+        "minus_own": over_places("minus_own"),
+    }
+    found[axis] = list(places)
     return found
 
 
-def saturation(curve: Curve, kind: str = "mean", epsilon: float = SETTLED) -> int | None:
+def saturation(curve: Curve, kind: Literal["mean", "median"] = "mean", epsilon: float = SETTLED) -> int | None:
     """The first position from which a transfer curve, over the zero-shot perplexity, stays near its median.
 
     Near is within a share `epsilon` of the median over all positions; None where even the last one is not.
@@ -162,22 +191,24 @@ def saturation(curve: Curve, kind: str = "mean", epsilon: float = SETTLED) -> in
 
 def own_checkpoint(scores: np.ndarray) -> np.ndarray:
     """[N]: P[j,j], each domain just after it was learned."""
-    return np.diagonal(scores[1:])
+    diagonal: np.ndarray = np.diagonal(scores[1:])
+    return diagonal
 
 
 def _measured(values: np.ndarray) -> np.ndarray:
-    return values[~np.isnan(values)]
+    measured: np.ndarray = values[~np.isnan(values)]
+    return measured
 
 
-def _mean(values: Any) -> float | None:
-    values = np.asarray(values, dtype=float)
-    return _plain(values.mean()) if values.size else None
+def _mean(values: Values) -> float | None:
+    array = np.asarray(values, dtype=float)
+    return _plain(array.mean()) if array.size else None
 
 
-def _median(values: Any) -> float | None:
-    values = np.asarray(values, dtype=float)
-    return _plain(np.median(values)) if values.size else None
+def _median(values: Values) -> float | None:
+    array = np.asarray(values, dtype=float)
+    return _plain(np.median(array)) if array.size else None
 
 
-def _plain(value: Any) -> float | None:
+def _plain(value: float) -> float | None:
     return None if np.isnan(value) else float(value)

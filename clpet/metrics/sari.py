@@ -42,13 +42,15 @@ def _ngrams(tokens: list[str], size: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1))
 
 
-def _operations(old: Counter, new: Counter, wanted: list[Counter]) -> list[float]:
+def _operations(
+    old: Counter[tuple[str, ...]], new: Counter[tuple[str, ...]], wanted: list[Counter[tuple[str, ...]]]
+) -> list[float]:
     """[F1 of additions, F1 of what is kept, precision of deletions] of n-grams.
 
     Kept and deleted n-grams are counted once per reference; additions count by kind.
     """
     times = len(wanted)
-    target: Counter = sum(wanted, Counter())
+    target: Counter[tuple[str, ...]] = sum(wanted, Counter())
     old, new = (Counter({gram: times * count for gram, count in grams.items()}) for grams in (old, new))
     added, missing = set(new) - set(old), set(target) - set(old)
     adding = _f1(_ratio(len(added & set(target)), len(added)), _ratio(len(added & set(target)), len(missing)))
@@ -59,7 +61,7 @@ def _operations(old: Counter, new: Counter, wanted: list[Counter]) -> list[float
     return [adding, keeping, _mean_share(deleted - target, deleted)]
 
 
-def _mean_share(part: Counter, whole: Counter) -> float:
+def _mean_share(part: Counter[tuple[str, ...]], whole: Counter[tuple[str, ...]]) -> float:
     """Mean over the kinds in `whole` of their share in `part`."""
     return _ratio(sum(part[gram] / whole[gram] for gram in part), len(whole))
 

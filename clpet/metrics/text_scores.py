@@ -9,7 +9,7 @@ import re
 import string
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 from clpet.errors import ConfigError
 from clpet.metrics.sari import sari
@@ -17,6 +17,18 @@ from clpet.metrics.sari import sari
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NOT_WORD = re.compile(r"[^\w\s]")
 _CODE_LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
+
+
+class _RougeScore(Protocol):
+    fmeasure: float
+
+
+class _RougeScorer(Protocol):
+    def score(self, target: str, prediction: str) -> dict[str, _RougeScore]: ...
+
+
+class _BertScorer(Protocol):
+    def score(self, cands: list[str], refs: list[list[str]]) -> Sequence[float]: ...
 
 
 def plain(text: str) -> str:
@@ -78,16 +90,17 @@ def _filled(code: str) -> str:
 
 def rouge_l(answer: str, references: Sequence[str], source: str = "") -> float:
     """Rouge-L F (longest common subsequence of stemmed words), the best over the references."""
-    return max(_scorer().score(reference, answer)["rougeL"].fmeasure for reference in references)
+    return max(float(_scorer().score(reference, answer)["rougeL"].fmeasure) for reference in references)
 
 
 @functools.cache
-def _scorer() -> Any:
+def _scorer() -> _RougeScorer:
     from absl import logging
     from rouge_score.rouge_scorer import RougeScorer
 
     logging.get_absl_handler().python_handler.stream = sys.__stderr__  # it closes any other stream it was made on
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    scorer: _RougeScorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return scorer
 
 
 def bert_score(answer: str, references: Sequence[str], source: str = "") -> float:
@@ -98,10 +111,11 @@ def bert_score(answer: str, references: Sequence[str], source: str = "") -> floa
 
 
 @functools.cache
-def _bert_scorer() -> Any:
+def _bert_scorer() -> _BertScorer:
     from bert_score import BERTScorer
 
-    return BERTScorer(model_type="roberta-large", num_layers=17, idf=False, rescale_with_baseline=False)
+    scorer: _BertScorer = BERTScorer(model_type="roberta-large", num_layers=17, idf=False, rescale_with_baseline=False)
+    return scorer
 
 
 def need(metric: str) -> None:
@@ -122,7 +136,7 @@ METRICS: dict[str, Callable[[str, Sequence[str], str], float]] = {
 }
 FREE = ("rouge_l", "first_char", "edit_similarity", "sari", "bert_score")  # metrics of texts that are not labels
 # What a metric of labels compares of them.
-_COMPARED: dict[str, Callable[[str], Any]] = {"exact_match": plain, "accuracy": caseless, "first_word": words}
+_COMPARED: dict[str, Callable[[str], object]] = {"exact_match": plain, "accuracy": caseless, "first_word": words}
 
 
 def mistaken(metric: str, labels: Sequence[str]) -> str:

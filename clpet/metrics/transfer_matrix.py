@@ -4,10 +4,12 @@ Rows are training time (row 0 before any training), columns are tasks; R[i, j] i
 task i, in percent for accuracies. A figure whose entries were not measured is None.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+
+from clpet.records import MatrixRecord, Metrics, Rows
 
 CONVENTIONS = {
     "average": "mean_j R[T,j]",
@@ -25,9 +27,9 @@ CONVENTIONS = {
 NEEDS = {"fwt_single_task": "independent", "intransigence": "joint"}
 
 
-def _mean(values: Any) -> float | None:
-    values = np.asarray(values, dtype=float)
-    return None if values.size == 0 or np.isnan(values).any() else float(values.mean())
+def _mean(values: np.ndarray | Sequence[float]) -> float | None:
+    array = np.asarray(values, dtype=float)
+    return None if array.size == 0 or np.isnan(array).any() else float(array.mean())
 
 
 @dataclass
@@ -105,7 +107,7 @@ class TransferMatrix:
         """mean_j R[j,j]."""
         return _mean(self._diagonal())
 
-    def metrics(self, independent: "TransferMatrix | None" = None, joint: "TransferMatrix | None" = None) -> dict:
+    def metrics(self, independent: "TransferMatrix | None" = None, joint: "TransferMatrix | None" = None) -> Metrics:
         """Every convention of CONVENTIONS by name; the two that need a reference run are None without it."""
         backward = self.backward[-1, :-1]
         gain = None if independent is None else self._diagonal() - independent._aligned(self, independent._diagonal())
@@ -130,16 +132,17 @@ class TransferMatrix:
         by_name = dict(zip(self.tasks, values, strict=True))
         return np.array([by_name.get(task, np.nan) for task in other.tasks])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> MatrixRecord:
         """Plain lists, None for NaN; exact, since Python prints floats in full."""
-        arrays = {name: tolist(getattr(self, name)) for name in ("scores", "correct", "total")}
-        return {"tasks": self.tasks, "direction": self.direction, **arrays}
+        scores, correct, total = tolist(self.scores), tolist(self.correct), tolist(self.total)
+        return {"tasks": self.tasks, "direction": self.direction, "scores": scores, "correct": correct, "total": total}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "TransferMatrix":
-        """The inverse of `to_json`."""
-        arrays = {name: np.array(value[name], dtype=float) for name in ("scores", "correct", "total")}
-        return cls(list(value["tasks"]), value["direction"], **arrays)
+    def from_json(cls, value: MatrixRecord, scores: Rows | None = None) -> "TransferMatrix":
+        """The inverse of `to_json`; `scores` replace those of the record."""
+        scores = value["scores"] if scores is None else scores
+        arrays = (np.array(rows, dtype=float) for rows in (scores, value["correct"], value["total"]))
+        return cls(list(value["tasks"]), value["direction"], *arrays)
 
 
 def on_split(benchmark: str, split: str) -> str:
@@ -151,9 +154,9 @@ def _nan(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def tolist(array: np.ndarray) -> list:
+def tolist(array: np.ndarray) -> Rows:
     """Nested lists with None for NaN."""
-    return [tolist(row) if row.ndim else None if row != row else row.item() for row in array]
+    return [[None if value != value else value.item() for value in row] for row in array]
 
 
 def round2(value: float | None) -> str:

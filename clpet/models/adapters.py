@@ -18,6 +18,7 @@ from clpet.config.schema import require
 from clpet.errors import ModelError, suggest
 from clpet.models.backbone import Architecture, Backbone, dropout_rates
 from clpet.models.block_expansion import expand
+from clpet.records import ParameterRatio
 
 TASK_TYPES = {
     Architecture.decoder: peft.TaskType.CAUSAL_LM,
@@ -328,7 +329,7 @@ def pretrained_parameters(model: nn.Module, backbone: Backbone) -> int:
     return count
 
 
-def parameter_ratio(trainable: int, total: int) -> dict[str, Any]:
+def parameter_ratio(trainable: int, total: int) -> ParameterRatio:
     """Trainable and total parameters, the share in percent and the inverse ratio (how many times fewer)."""
     total = max(total, trainable)  # full fine-tuning trains the head on top of all of the backbone
     return {

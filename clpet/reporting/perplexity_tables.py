@@ -4,19 +4,22 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
-from clpet.metrics.perplexity_transfer import FORMULAS, headline
+from clpet.metrics.perplexity_transfer import FORMULAS, Axis, headline
+from clpet.records import Curve, PerplexityTransfer
 from clpet.reporting.tables import perplexity, table
 
-ABBREVIATIONS = {"zs": "ZS", "dapt": "DAPT", "cpt": "CPT", "lc": "LC", "fg": "FG"}
+Column = Literal["zs", "dapt", "cpt", "lc", "fg"]
+ABBREVIATIONS: dict[Column, str] = {"zs": "ZS", "dapt": "DAPT", "cpt": "CPT", "lc": "LC", "fg": "FG"}
+KINDS: tuple[Literal["mean", "median"], ...] = ("mean", "median")
 AVERAGES = ("zs", "dapt", "cpt", "lc", "fg", "fg_before_last", "cpt_minus_dapt", "lc_minus_dapt")
 LEGEND = (
     "ZS zero-shot, DAPT trained on the domain alone, CPT just after it, LC last checkpoint, FG = LC - CPT (forgotten)"
 )
 
 
-def domain_table(transfer: dict[str, Any], bits: Sequence[float | None] = ()) -> str:
+def domain_table(transfer: PerplexityTransfer, bits: Sequence[float | None] = ()) -> str:
     """One row per domain, with the columns that at least one domain has.
 
     `bits` are the bits per byte of the last checkpoint, one per domain.
@@ -30,33 +33,34 @@ def domain_table(transfer: dict[str, Any], bits: Sequence[float | None] = ()) ->
     return f"perplexity by domain, lower is better: {LEGEND}\n{table(header, rows)}"
 
 
-def average_table(transfer: dict[str, Any]) -> str:
+def average_table(transfer: PerplexityTransfer) -> str:
     """Mean and median over all domains, and over each group of domains."""
     groups = {"all": transfer, **transfer["groups"]}
     columns = [key for key in AVERAGES if any(group["average"][key]["mean"] is not None for group in groups.values())]
-    header = ["over domains", *(ABBREVIATIONS.get(key, _difference_name(key)) for key in columns)]
+    header = ["over domains", *(_average_name(key) for key in columns)]
     rows = [
         [f"{kind} of {name}", *(perplexity(group["average"][key][kind]) for key in columns)]
         for name, group in groups.items()
-        for kind in ("mean", "median")
+        for kind in KINDS
     ]
     return table(header, rows)
 
 
-def _difference_name(key: str) -> str:
-    """A column title such as "CPT - DAPT" for cpt_minus_dapt."""
+def _average_name(key: str) -> str:
+    """A column title: CPT for cpt, and "CPT - DAPT" for cpt_minus_dapt."""
+    names = {str(column): name for column, name in ABBREVIATIONS.items()}
     first, _, rest = key.partition("_")
-    return f"{ABBREVIATIONS[first]} {rest.replace('minus', '-').replace('_', ' ').replace('dapt', 'DAPT')}"
+    return names.get(key) or f"{names[first]} {rest.replace('minus', '-').replace('_', ' ').replace('dapt', 'DAPT')}"
 
 
-def transfer_tables(transfer: dict[str, Any]) -> str:
+def transfer_tables(transfer: PerplexityTransfer) -> str:
     """Backward transfer by age and forward transfer by lead: a domain's perplexity after and before its training."""
     blocks = []
-    for name, axis, title in (
-        ("by_age", "age", "backward transfer by age (domains trained since)"),
-        ("by_lead", "lead", "forward transfer by lead (domains until its turn)"),
-    ):
-        curve = transfer[name]
+    columns: list[tuple[Curve, Axis, str]] = [
+        (transfer["by_age"], "age", "backward transfer by age (domains trained since)"),
+        (transfer["by_lead"], "lead", "forward transfer by lead (domains until its turn)"),
+    ]
+    for curve, axis, title in columns:
         rows = [_curve_row(curve, axis, index) for index in sparse_indices(len(curve[axis])) if curve["count"][index]]
         if rows:
             header = [axis, "pairs", "mean", "median", "mean - ZS", "median - ZS", "mean ratio to ZS", "mean - own CPT"]
@@ -64,13 +68,13 @@ def transfer_tables(transfer: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def _curve_row(curve: dict[str, Any], axis: str, index: int) -> list[str]:
-    cells = [("perplexity", "mean"), ("perplexity", "median"), ("minus_zs", "mean"), ("minus_zs", "median")]
+def _curve_row(curve: Curve, axis: Axis, index: int) -> list[str]:
+    views = (curve["perplexity"], curve["minus_zs"])
     ratio = curve["over_zs"]["mean"][index]
     return [
         str(curve[axis][index]),
         str(curve["count"][index]),
-        *(perplexity(curve[view][kind][index]) for view, kind in cells),
+        *(perplexity(values[index]) for view in views for values in (view["mean"], view["median"])),
         "-" if ratio is None else f"{ratio:.3f}",
         perplexity(curve["minus_own"]["mean"][index]),
     ]
@@ -84,7 +88,7 @@ def sparse_indices(count: int) -> list[int]:
     return indices[:count]
 
 
-def formula_lines(transfer: dict[str, Any], dapt_command: str) -> str:
+def formula_lines(transfer: PerplexityTransfer, dapt_command: str) -> str:
     """Every mean with its formula; `dapt_command` makes the run that DAPT is read from."""
     values = headline(transfer)
     width = max(map(len, FORMULAS))
@@ -93,8 +97,8 @@ def formula_lines(transfer: dict[str, Any], dapt_command: str) -> str:
         + (f"; needs: {dapt_command}" if "dapt" in name and values[name] is None else "")
         for name, formula in FORMULAS.items()
     ]
-    for name in ("backward", "forward"):
-        index = transfer["saturation"][name]["mean"]
+    for name, saturation in transfer["saturation"].items():
+        index = saturation["mean"]
         start = "nowhere" if index is None else f"after {index}"
         lines.append(f"{'saturation':{width}}  {start:>8}  from where the mean {name} transfer / ZS stays within 2 %")
     return "\n".join(lines)

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from clpet.config.identity import NOT_IDENTITY, digest
 from clpet.config.renamed import translate_keys
 from clpet.errors import ConfigError, suggest
+from clpet.records import Json, Results
 from clpet.runtime.untrusted_json import read_json, split_of
 
 T = TypeVar("T")
-Runs = list[tuple[Path, dict[str, Any]]]  # (run directory, results.json)
+K = TypeVar("K", bound=Hashable)
+Runs = list[tuple[Path, Results]]  # (run directory, results.json)
 NAME_KEYS = ("method", "model", "benchmark", "replay", "peft", "seed")  # the options of the groups, and the seed
 TASK_GIVEN = "task_id_at_test"  # True: the method gets the task of each test example, which is easier
 SPLIT = "evaluation.split"
@@ -94,12 +96,13 @@ class Section:
         return [key for key in differing_options(self.rows) if key not in self.columns]
 
 
-def options_of(path: Path, run: dict[str, Any]) -> dict[str, str]:
+def options_of(path: Path, run: Results) -> dict[str, str]:
     """{dotted key: value} of a run's configuration; automatic options have the values they were resolved to."""
     record = read_json(path / "run.json")
     translate_keys(record.get("config"))
     options = flatten(record.get("config"))
-    options |= {key: str(run[key]) for key in NAME_KEYS}
+    named = (run["method"], run["model"], run["benchmark"], run["replay"], run["peft"], run["seed"])
+    options |= {key: str(value) for key, value in zip(NAME_KEYS, named, strict=True)}
     options |= {f"inputs.{name}": value for name, value in run.get("inputs", {}).items() if name != "data"}
     options |= {key: str(value) for key, value in run.get("resolved", {}).items()}
     if run.get("softmax"):  # what benchmark.softmax=auto was resolved to
@@ -107,7 +110,7 @@ def options_of(path: Path, run: dict[str, Any]) -> dict[str, str]:
     return {**options, TASK_GIVEN: str(run["task_id_at_test"]), SPLIT: split_of(run)}
 
 
-def flatten(node: Any, prefix: str = "") -> dict[str, str]:
+def flatten(node: Json, prefix: str = "") -> dict[str, str]:
     """{dotted key: value} of a nested configuration."""
     if not isinstance(node, dict):
         return {prefix: str(node)}
@@ -128,12 +131,13 @@ def values_of(options: dict[str, str], keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(value_of(options, key) or "-" for key in keys)
 
 
-def fingerprint(run: dict[str, Any]) -> str:
+def fingerprint(run: Results) -> str:
     """Hash of the data of a run."""
-    return str(run.get("data", {}).get("fingerprint", ""))
+    data = run.get("data")
+    return str(data.get("fingerprint", "")) if data else ""
 
 
-def same_tests(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def same_tests(a: Results, b: Results) -> bool:
     """Whether two runs of one split were measured on the same examples of the same tasks, by their recorded hashes."""
     test_sets = a.get("test_sets") if "test_sets" in b else None
     return test_sets == b["test_sets"] if test_sets else bool(fingerprint(a)) and fingerprint(a) == fingerprint(b)
@@ -160,12 +164,12 @@ def make_sections(runs: Runs, keys: list[str]) -> list[Section]:
     return sorted(result, key=lambda section: (section.benchmark, section.split != "test"))
 
 
-def _without_seed(run: dict[str, Any]) -> tuple[Any, ...]:
+def _without_seed(run: Results) -> tuple[Hashable, ...]:
     """Identifies a run apart from its seed: configuration, data, weights and code."""
     return run["signature"], fingerprint(run), *sorted(run.get("inputs", {}).items())
 
 
-def _kind(run: dict[str, Any], options: dict[str, str], split_by_data: bool) -> tuple[str, str, str, str, str, str]:
+def _kind(run: Results, options: dict[str, str], split_by_data: bool) -> tuple[str, str, str, str, str, str]:
     """(benchmark, objective, metric, direction, split, data) of the section a run belongs to."""
     lower = run["direction"] == "lower"
     # Runs of older versions lack the first two keys; only perplexities are better when lower.
@@ -177,8 +181,8 @@ def _kind(run: dict[str, Any], options: dict[str, str], split_by_data: bool) -> 
     return run["benchmark"], objective, metric, run["direction"], split_of(run), data
 
 
-def _group_by(items: Iterable[T], key: Callable[[T], Hashable]) -> dict[Any, list[T]]:
-    groups: dict[Any, list[T]] = {}
+def _group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    groups: dict[K, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
@@ -217,7 +221,7 @@ def _merge_splits(rows: Sequence[Row]) -> Row:
     return Row(options, test, chosen_by=[*validation, *(run for run in test if run[1]["seed"] not in seeds)])
 
 
-def _setting_key(row: Row) -> tuple[Any, ...]:
+def _setting_key(row: Row) -> tuple[Hashable, ...]:
     """Identifies a setting, whichever split it was measured on."""
     options = {key: value for key, value in row.options.items() if _identifies(key) and key != SPLIT}
     return tuple(sorted(options.items())), row.options[TASK_GIVEN], fingerprint(row.runs[0][1])

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.records import Metrics, PerplexityTransfer, Results
 from clpet.reporting.run_groups import Runs, fingerprint
 from clpet.runtime.untrusted_json import read_results, split_of
 
@@ -32,16 +33,16 @@ def mean_and_std(values: Sequence[float | None]) -> MeanStd | None:
     return MeanStd(float(np.mean(numbers)), std, len(numbers))
 
 
-def matrix_of(run: dict[str, Any], task_incremental: bool = False) -> TransferMatrix:
+def matrix_of(run: Results, task_incremental: bool = False) -> TransferMatrix:
     """The transfer matrix in results.json: of all seen labels, or of each task's own labels (task-incremental view)."""
     if not task_incremental:
         return TransferMatrix.from_json(run)
-    matrix = TransferMatrix.from_json({**run, "scores": run["task_scores"]})
+    matrix = TransferMatrix.from_json(run, run["task_scores"])
     matrix.correct = matrix.scores * matrix.total / 100  # results.json counts correct answers among all labels only
     return matrix
 
 
-def run_metrics(run: dict[str, Any], runs: Runs, task_incremental: bool = False) -> dict[str, float | None]:
+def run_metrics(run: Results, runs: Runs, task_incremental: bool = False) -> Metrics:
     """{metric: value} of a run. Metrics relative to a joint or independent run take it from `runs`, else are None."""
     matrix = matrix_of(run, task_incremental)
     references = {name: reference(run, runs, name, task_incremental) for name in ("independent", "joint")}
@@ -51,7 +52,7 @@ def run_metrics(run: dict[str, Any], runs: Runs, task_incremental: bool = False)
     return metrics
 
 
-def validation_average(run: dict[str, Any], task_incremental: bool = False) -> float | None:
+def validation_average(run: Results, task_incremental: bool = False) -> float | None:
     """The final average on validation, for choosing settings; None if it was not measured."""
     if split_of(run) != "test":
         return matrix_of(run, task_incremental).average()
@@ -65,7 +66,7 @@ def outcome(out: Path) -> float | None:
     return TransferMatrix.from_json(run).average() if validation is None else validation
 
 
-def pretraining_metrics(run: dict[str, Any], runs: Runs) -> dict[str, Any]:
+def pretraining_metrics(run: Results, runs: Runs) -> PerplexityTransfer:
     """`perplexity_transfer.figures` of a run; DAPT is the diagonal of a dapt run of the same setting, data and seed."""
     matrix, dapt = TransferMatrix.from_json(run), None
     if dapt_matrix := reference(run, runs, perplexity_transfer.DAPT):
@@ -76,7 +77,7 @@ def pretraining_metrics(run: dict[str, Any], runs: Runs) -> dict[str, Any]:
     return perplexity_transfer.figures(matrix.scores, matrix.tasks, dapt, groups)
 
 
-def reference(run: dict[str, Any], runs: Runs, method: str, task_incremental: bool = False) -> TransferMatrix | None:
+def reference(run: Results, runs: Runs, method: str, task_incremental: bool = False) -> TransferMatrix | None:
     """The matrix of the `method` run with the same setting, data and seed as `run`; None if there is none.
 
     The setting is a hash of the config without the method and its options, so all methods of a sweep share one.

@@ -2,22 +2,22 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2
+from clpet.records import HeadlineKey, Results
 from clpet.reporting.perplexity_tables import LEGEND, average_table
 from clpet.reporting.tables import matrix_table, say
 from clpet.runtime.untrusted_json import command, split_of
 
 SOFTMAX = {None: "", "task": "; softmax over each task's own labels", "seen": "; softmax over all labels seen"}
-SUMMARY = ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy")
+SUMMARY: tuple[HeadlineKey, ...] = ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy")
 
 
 def heading(
-    method: str, benchmark: str, num_tasks: int, num_labels: int, softmax: str | None, resolved: Mapping[str, Any]
+    method: str, benchmark: str, num_tasks: int, num_labels: int, softmax: str | None, resolved: Mapping[str, object]
 ) -> str:
     """The first line of a run: what is learned, and which automatic options were resolved to what."""
     labels = f", {num_labels} labels" if num_labels else ""
@@ -25,7 +25,7 @@ def heading(
     return f"{method} on {benchmark}: {num_tasks} tasks{labels}{SOFTMAX[softmax]}{choices}"
 
 
-def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
+def show_finished(console: Console, out: Path, results: Results) -> None:
     """Prints the final table of a run, its directory, and commands to try next."""
     matrix = TransferMatrix.from_json(results)
     lower = matrix.direction == "lower"
@@ -41,9 +41,9 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
             _say_value(console, name, results[name])
     if validation := results.get("validation"):
         _say_value(console, "validation average", validation["average"])
-    for name, value in results["diagnostics"][-1].items():
-        if name != "row" and "/" not in name:  # names with a slash are of single tasks
-            _say_value(console, name, value)
+    for key, value in results["diagnostics"][-1].items():
+        if key != "row" and "/" not in key:  # names with a slash are of single tasks
+            _say_value(console, key, value)
     ratio = results["parameters"]
     trained = f"{ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.2f} %)"
     say(console, f"trained per task   {trained}")
@@ -53,7 +53,7 @@ def show_finished(console: Console, out: Path, results: dict[str, Any]) -> None:
     say(console, f"      {command(results, _next_method(results, lower))}")
 
 
-def _table_title(results: dict[str, Any], lower: bool) -> str:
+def _table_title(results: Results, lower: bool) -> str:
     if lower:
         return f"{results.get('metric', 'perplexity')} after each domain (rows), lower is better"
     metric = "score" if results.get("objective") == "text_to_text" else "accuracy"
@@ -64,7 +64,7 @@ def _say_value(console: Console, name: str, value: float | None) -> None:
     say(console, f"{name.replace('_', ' '):18} {round2(value):>7}")
 
 
-def _next_method(results: dict[str, Any], lower: bool) -> str:
+def _next_method(results: Results, lower: bool) -> str:
     """A method to compare with: a baseline, or after a baseline a continual-learning method for the objective."""
     if results["method"] not in ("sequential", "joint", "independent"):
         return "sequential"

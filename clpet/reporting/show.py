@@ -2,13 +2,14 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from clpet.errors import DataError
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
+from clpet.records import Description, ProgressLine, Results
 from clpet.reporting.perplexity_tables import average_table, domain_table, formula_lines, transfer_tables
 from clpet.reporting.run_groups import Runs
 from clpet.reporting.run_metrics import pretraining_metrics, run_metrics
@@ -58,10 +59,11 @@ def show(path: Path, every_metric: bool) -> str:
 
 def _unfinished(path: Path) -> str:
     """The scores so far, from metrics.jsonl, and the command that resumes the run."""
-    run, lines = read_json(path / "run.json"), path / "metrics.jsonl"
+    run, lines = cast(Description, read_json(path / "run.json")), path / "metrics.jsonl"
     matrix = TransferMatrix(run["tasks"], "lower" if run["objective"] == "language_modeling" else "higher")
     done = 0
-    for line in map(parse_line, lines.read_text().splitlines() if lines.is_file() else ()):
+    for text in lines.read_text().splitlines() if lines.is_file() else ():
+        line = cast(ProgressLine, parse_line(text))
         done = int(line["done"])
         for name, result in line["tasks"].items():
             matrix.scores[int(line["row"]), matrix.tasks.index(name)] = float(result["score"])
@@ -71,7 +73,7 @@ def _unfinished(path: Path) -> str:
     return "\n\n".join([f"{head}: {status}", *([matrix_table(matrix)] if np.isfinite(matrix.scores).any() else [])])
 
 
-def _finished(run: dict[str, Any], others: Runs, every_metric: bool) -> str:
+def _finished(run: Results, others: Runs, every_metric: bool) -> str:
     matrix = TransferMatrix.from_json(run)
     if matrix.direction == "lower":
         return "\n\n".join([_head(run), *_pretraining(run, matrix, others, every_metric), _costs(run)])
@@ -80,19 +82,19 @@ def _finished(run: dict[str, Any], others: Runs, every_metric: bool) -> str:
     blocks = [_head(run), f"{title}\n{matrix_table(matrix)}"]
     if not generates:
         title = "accuracy among each task's own labels (task-incremental view)"
-        blocks.append(f"{title}\n{matrix_table(TransferMatrix.from_json({**run, 'scores': run['task_scores']}))}")
-    for key, title in (
-        ("backward", "backward transfer B[i,j] = R[i,j] - R[j,j]"),
-        ("task_forward", "forward transfer F[i,j] = R[i,j] - R[0,j], own labels"),
+        blocks.append(f"{title}\n{matrix_table(TransferMatrix.from_json(run, run['task_scores']))}")
+    for rows, title in (
+        (run["backward"], "backward transfer B[i,j] = R[i,j] - R[j,j]"),
+        (run["task_forward"], "forward transfer F[i,j] = R[i,j] - R[0,j], own labels"),
     ):
-        transfer = TransferMatrix.from_json({**run, "scores": run[key]})
+        transfer = TransferMatrix.from_json(run, rows)
         if (transfer.scores == transfer.scores).any():  # all NaN where the rows it needs were not measured
             blocks.append(f"{title}\n{matrix_table(transfer)}")
     blocks += [_metrics(run, others, every_metric), _costs(run)]
     return "\n\n".join(blocks)
 
 
-def _head(run: dict[str, Any]) -> str:
+def _head(run: Results) -> str:
     label = " (task given at test: task-incremental)" if run["task_id_at_test"] else ""
     ratio, benchmark = run["parameters"], on_split(run["benchmark"], split_of(run))
     validation = run.get("validation")
@@ -104,7 +106,7 @@ def _head(run: dict[str, Any]) -> str:
     )
 
 
-def _pretraining(run: dict[str, Any], matrix: TransferMatrix, others: Runs, every_metric: bool) -> list[str]:
+def _pretraining(run: Results, matrix: TransferMatrix, others: Runs, every_metric: bool) -> list[str]:
     transfer = pretraining_metrics(run, others)
     bits = [run["diagnostics"][-1].get(f"bits_per_byte/{name}") for name in matrix.tasks]
     blocks = [
@@ -118,7 +120,7 @@ def _pretraining(run: dict[str, Any], matrix: TransferMatrix, others: Runs, ever
     return blocks
 
 
-def _metrics(run: dict[str, Any], others: Runs, every_metric: bool) -> str:
+def _metrics(run: Results, others: Runs, every_metric: bool) -> str:
     values = run_metrics(run, others)
     rows = []
     for name, formula in CONVENTIONS.items():
@@ -134,7 +136,7 @@ def _metrics(run: dict[str, Any], others: Runs, every_metric: bool) -> str:
     return "\n".join(f"{name:{width}}  {value:>8}  {formula}" for name, value, formula in rows)
 
 
-def _costs(run: dict[str, Any]) -> str:
+def _costs(run: Results) -> str:
     # Methods such as joint train once on all tasks and have a single cost.
     names = run["tasks"] if len(run["cost"]) == len(run["tasks"]) else ["all tasks"] * len(run["cost"])
     rows = [

@@ -5,13 +5,16 @@ The bootstrap is paired: both methods answer the same test examples, so each res
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clpet.errors import DataError
 from clpet.reporting.run_groups import Runs, same_tests
 from clpet.runtime.untrusted_json import as_data_error
+
+if TYPE_CHECKING:
+    import pyarrow
 
 NUM_DRAWS = 2000  # bootstrap resamples
 MIN_SEEDS = 3  # number of seeds from which on seeds are resampled as well
@@ -73,7 +76,7 @@ def final_scores(runs: Runs, task_incremental: bool = False) -> Scores:
     return result
 
 
-def _scores(table: Any, task_incremental: bool) -> np.ndarray:
+def _scores(table: "pyarrow.Table", task_incremental: bool) -> np.ndarray:
     """[examples] in [0, 1]."""
     column = "own_score" if task_incremental else "score"
     if task_incremental and column not in table.column_names:  # classification stores the answer, which is right or not

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -12,6 +12,8 @@ from clpet.metrics.transfer_matrix import TransferMatrix, round2
 
 TableRows = Sequence[Sequence[str]]
 MAX_SHOWN = 16  # most rows and columns of a matrix on the screen
+
+T = TypeVar("T")
 
 
 def say(console: Console, text: str = "") -> None:
@@ -66,15 +68,15 @@ def matrix_table(matrix: TransferMatrix, rows: int | None = None) -> str:
     """The transfer matrix as text, up to row `rows`; without unmeasured rows and without the middle of a large one."""
     names = ["(before)", *matrix.tasks]
     spell = perplexity if matrix.direction == "lower" else "{:.1f}".format
-    body = []
+    body: list[Sequence[str]] = []
     for index in range(len(matrix) + 1 if rows is None else rows + 1):
         values = matrix.scores[index]
         if (values == values).any():
-            body.append([names[index], *_ends(["" if v != v else spell(v) for v in values])])
-    return table(["after \\ on", *_ends(matrix.tasks)], _ends(body, ["…"] * (min(len(matrix), MAX_SHOWN + 1) + 1)))
+            body.append([names[index], *_ends(["" if v != v else spell(v) for v in values], "…")])
+    return table(["after \\ on", *_ends(matrix.tasks, "…")], _ends(body, ["…"] * (min(len(matrix), MAX_SHOWN + 1) + 1)))
 
 
-def _ends(items: list[Any], gap: Any = "…") -> list[Any]:
+def _ends(items: list[T], gap: T) -> list[T]:
     """The list, or its first and last items with a gap between if it has more than MAX_SHOWN."""
     return items if len(items) <= MAX_SHOWN else [*items[: MAX_SHOWN // 2], gap, *items[-MAX_SHOWN // 2 :]]
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -26,6 +26,7 @@ from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapter
 from clpet.models.backbone import Backbone
+from clpet.records import Checkpoint
 from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
 from clpet.runs.provenance import inputs
@@ -33,7 +34,7 @@ from clpet.runs.run_dir import snapshot_folder
 from clpet.runs.tracking import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
-from clpet.runtime.untrusted_json import as_data_error, check_schema, read_json, read_results
+from clpet.runtime.untrusted_json import Schema, as_data_error, check_schema, read_json, read_results
 from clpet.session import assemble, load_objective, set_up_method
 
 log = logging.getLogger(__name__)
@@ -91,9 +92,9 @@ def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False)
     file = out / "run.json"
     if not file.is_file():
         raise DataError(f"{out} is not a run directory: it has no run.json")
-    run_json = read_json(file)
-    shape = {"config": dict, "tasks": [str], "data": {"fingerprint": str}}
-    check_schema(run_json, shape | ({"inputs": {str: str}} if "inputs" in run_json else {}), f"{file}")
+    run_json = cast(dict[str, Any], read_json(file))
+    shape: dict[str | type[str], Schema] = {"config": dict, "tasks": [str], "data": {"fingerprint": str}}
+    check_schema(run_json, {**shape, **({"inputs": {str: str}} if "inputs" in run_json else {})}, f"{file}")
     check_config(run_json["config"], plugins, "")
     translate_keys(run_json["config"])
     for name in run_json["tasks"]:
@@ -229,7 +230,7 @@ def find_weights(record: RunRecord, after: int | None) -> tuple[int, Path | None
 def read_weights(folder: Path) -> dict[str, Any]:
     """The method's state dict in a checkpoint. Raises DataError."""
     try:
-        return read_tree(folder)["method"]
+        return cast(dict[str, Any], read_tree(folder)["method"])
     except ValueError as error:
         raise DataError(str(error)) from error
 
@@ -240,7 +241,8 @@ def recorded_scores(out: Path, row: int, num_tasks: int) -> list[float | None]:
         return read_results(out / "results.json")["scores"][row]
     for folder in reversed(checkpoints(out / "state")):
         try:
-            return [None if value is None else float(value) for value in read_tree(folder)["matrix"]["scores"][row]]
+            scores = cast(Checkpoint, read_tree(folder))["matrix"]["scores"]
+            return [None if value is None else float(value) for value in scores[row]]
         except ValueError:  # damaged: try the one before
             continue
     return [None] * num_tasks

@@ -23,6 +23,7 @@ from clpet.config.compose import plugin_dirs
 from clpet.config.identity import digest
 from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.errors import ClpetError, ConfigError
+from clpet.records import Results
 from clpet.runtime.fingerprint import cached_value, file_stat, hub_commit
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def load_benchmark(config: Config, source: Any) -> Any:
     return benchmark
 
 
-def check_finished(out: Path, results: dict[str, Any], config: Config) -> None:
+def check_finished(out: Path, results: Results, config: Config) -> None:
     """Raises ConfigError if the weights, data or code have changed since the run finished.
 
     Inputs that no longer exist cannot be compared and only give a warning.

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
@@ -19,11 +19,21 @@ from clpet.methods.base import Method
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, tolist
 from clpet.models.adapters import parameter_ratio
+from clpet.records import Cost, Description, Headline, PerplexityTransfer, Results
 from clpet.runs.provenance import git_revision, hub_data, versions
 from clpet.runtime.atomic_io import replace_folder, write_text
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState, write_tree
 from clpet.runtime.untrusted_json import read_json, read_results
+
+
+class _Validation(TypedDict, total=False):
+    validation: dict[str, float]
+
+
+class _Pretraining(TypedDict, total=False):
+    pretraining: PerplexityTransfer
+
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +42,7 @@ OUTPUT_PATTERNS = ("results.json", "transfer.csv", "*.png", "metrics.jsonl", "ru
 OUTPUT_FOLDERS = ("state", "predictions", "adapters", "heads", "checkpoints", "wandb")
 
 
-def finished_results(out: Path) -> dict[str, Any] | None:
+def finished_results(out: Path) -> Results | None:
     """results.json of a finished run, else None. It is written last: if it exists, all other files are complete."""
     if not (out / "results.json").is_file():
         return None
@@ -63,7 +73,7 @@ def start(
     overrides: list[str],
     identity: dict[str, str],
     benchmark: Benchmark,
-    host: dict[str, Any],
+    host: dict[str, str | int],
     resumes: bool = False,
 ) -> None:
     """Writes run.json: the resolved configuration, the data, the hardware (`host`, of Hardware.record), versions."""
@@ -78,7 +88,7 @@ def start(
     write_text(out / "run.json", json.dumps(record, indent=1))
 
 
-def _warn_of_rounding(out: Path, host: dict[str, Any]) -> None:
+def _warn_of_rounding(out: Path, host: dict[str, str | int]) -> None:
     """Warns that a run started on hardware that rounds differently: resumed here, it will not end bit for bit equal."""
     try:
         before = read_json(out / "run.json").get("host")
@@ -97,11 +107,12 @@ def collect(
     method: Method,
     benchmark: Benchmark,
     state: RunState,
-) -> dict[str, Any]:
+) -> Results:
     """Writes adapters, heads and transfer.csv; returns the contents of results.json, which `finish` writes."""
     method.save(out / "adapters")
     save_heads(method, out / "heads")
     write_text(out / "transfer.csv", transfer_csv(state.matrix, cfg.evaluation.split))
+    validation: _Validation = {"validation": state.validation} if state.validation else {}
     return {
         **_description(cfg, overrides, identity, benchmark),
         **state.matrix.to_json(),
@@ -113,7 +124,7 @@ def collect(
         "task_id_at_test": method.task_id_at_test,
         "resolved": method.resolved(benchmark),
         "metric": benchmark.tasks[0].metric,
-        **({"validation": state.validation} if state.validation else {}),
+        **validation,
         "test_sets": benchmark.fingerprints(cfg.evaluation.split),
         **headline(state.matrix),
         "metrics": state.matrix.metrics(),
@@ -156,12 +167,12 @@ def save_snapshot(out: Path, row: int, method: Method) -> None:
         write_tree(folder / "state", {"row": row, "method": state})
 
 
-def finish(out: Path, results: dict[str, Any]) -> None:
+def finish(out: Path, results: Results) -> None:
     """Writes results.json, as the last file: its presence marks the run as finished."""
     write_text(out / "results.json", json.dumps(_finite(results), indent=1, allow_nan=False))
 
 
-def _finite(node: Any) -> Any:
+def _finite(node: object) -> object:
     """Replaces NaN and infinity by None, since JSON cannot hold them; the sums behind a perplexity are stored too."""
     if isinstance(node, dict):
         return {key: _finite(value) for key, value in node.items()}
@@ -170,7 +181,7 @@ def _finite(node: Any) -> Any:
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
-def headline(matrix: TransferMatrix) -> dict[str, float | None]:
+def headline(matrix: TransferMatrix) -> Headline:
     """The summary metrics at the top level of results.json, for scripts that read them by name."""
     return {
         "average": matrix.average(),
@@ -182,7 +193,7 @@ def headline(matrix: TransferMatrix) -> dict[str, float | None]:
     }
 
 
-def _pretraining(matrix: TransferMatrix, benchmark: Benchmark) -> dict[str, Any]:
+def _pretraining(matrix: TransferMatrix, benchmark: Benchmark) -> _Pretraining:
     if matrix.direction == "higher":
         return {}
     return {"pretraining": perplexity_transfer.figures(matrix.scores, matrix.tasks, groups=benchmark.groups)}
@@ -201,19 +212,17 @@ def transfer_csv(matrix: TransferMatrix, split: str = "test") -> str:
     return text.getvalue()
 
 
-def task_cost(method: Method) -> dict[str, Any]:
+def task_cost(method: Method) -> Cost:
     """The cost of learning the last task, the number of trained parameters, and what the method stores by now."""
-    return {
-        **method.objective.meter.take_learning(),
+    parameters = {
         "trainable_parameters": method.trainable_parameters(),
         "stored_parameters": method.stored_parameters(),
-        "replay_examples": method.stored_examples(),
     }
+    replayed = {"replay_examples": method.stored_examples()}
+    return cast(Cost, {**method.objective.meter.take_learning(), **parameters, **replayed})
 
 
-def _description(
-    cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchmark: Benchmark
-) -> dict[str, Any]:
+def _description(cfg: DictConfig, overrides: list[str], identity: dict[str, str], benchmark: Benchmark) -> Description:
     """The keys that run.json and results.json share: what is run, on which inputs, with which versions."""
     return {
         "method": cfg.method.name,

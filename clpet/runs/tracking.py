@@ -5,11 +5,11 @@ import json
 import logging
 import netrc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -17,12 +17,16 @@ from clpet.config.schema import require
 from clpet.escape import inline
 from clpet.evaluation.evaluator import Evaluation
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
+from clpet.records import Json, ProgressLine, Results
 from clpet.reporting.progress import Display
 from clpet.reporting.tables import matrix_table, summary_line
 from clpet.runtime.atomic_io import atomic_file, write_text
 from clpet.runtime.distributed import get_world
 from clpet.runtime.json_lines import parse_line
 from clpet.runtime.run_checkpoint import RunState
+
+if TYPE_CHECKING:
+    import wandb
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +59,12 @@ class Tracking:
 class Tracker:
     """Reports one run's metrics, on the main rank only. A context manager; `display` shows the progress."""
 
-    def __init__(self, settings: Tracking, out: Path, display: Display, config: dict, identity: dict[str, str]) -> None:
+    def __init__(
+        self, settings: Tracking, out: Path, display: Display, config: dict[str, Json], identity: dict[str, str]
+    ) -> None:
         self.settings, self.out, self.display = settings, out, display
         self.config, self.identity = config, identity
-        self.run: Any = None
+        self.run: Any = None  # the wandb.Run while wandb works, else None
 
     def __enter__(self) -> "Tracker":
         if self.settings.mode is not Mode.off and get_world().is_main:
@@ -90,24 +96,25 @@ class Tracker:
                            "own_labels": evaluation.per_task[index].value}
             for index, score in evaluation.seen.items()
         }  # fmt: skip
-        line: dict[str, Any] = {"done": state.done, "row": row, "split": self.split, "tasks": tasks}
+        line: dict[str, Json] = {"done": state.done, "row": row, "split": self.split, "tasks": tasks}
         line |= evaluation.diagnostics
         line |= {"average": state.matrix.average(row, row), "whole": state.matrix.whole(row, row)} if row else {}
-        line |= {"cost": state.costs[-1]} if state.costs else {}
+        cost: Mapping[str, Json] = cast(Mapping[str, Json], state.costs[-1]) if state.costs else {}
+        line |= {"cost": cost} if cost else {}
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._show(state, row, evaluation)
         if self.run is not None:
-            scalars = {f"score/{name}": value["score"] for name, value in tasks.items()}
+            scalars: dict[str, Json] = {f"score/{name}": value["score"] for name, value in tasks.items()}
             scalars |= {f"own_labels/{name}": value["own_labels"] for name, value in tasks.items()}
             scalars |= {
                 key: line[key] for key in ("average", "whole", *evaluation.diagnostics) if line.get(key) is not None
             }
-            cost = {f"cost/{key}": value for key, value in line.get("cost", {}).items()}
+            costs = {f"cost/{key}": value for key, value in cost.items()}
             scalars = {self._key(inline(key)): value for key, value in scalars.items()}
-            self._safely("log", lambda: self.run.log({"task": row, **scalars, **cost}))
+            self._safely("log", lambda: self.run.log({"task": row, **scalars, **costs}))
 
-    def log_results(self, results: dict[str, Any], figures: list[Path]) -> None:
+    def log_results(self, results: Results, figures: list[Path]) -> None:
         """Writes the final matrices as one table, the figures and the summary metrics to wandb."""
         if self.run is None:
             return
@@ -138,7 +145,10 @@ class Tracker:
     @property
     def split(self) -> str:
         """The split that the matrix is measured on."""
-        return self.config["evaluation"]["split"]
+        return self._option("evaluation", "split")
+
+    def _option(self, group: str, key: str) -> str:
+        return str(cast(Mapping[str, Json], self.config[group])[key])
 
     def _key(self, name: str) -> str:
         """The name of a metric on wandb. A prefix keeps metrics on validation apart from those on test."""
@@ -153,11 +163,11 @@ class Tracker:
             self.display.print(summary_line(state.matrix, row) + extra + on_split("", self.split))
         self.display.print()
 
-    def _start_wandb(self) -> Any:
+    def _start_wandb(self) -> "wandb.Run | None":
         """The wandb run: in the configured mode, else offline, else None with a warning."""
         import wandb
 
-        mode = self._mode()
+        mode, method = self._mode(), self._option("method", "name")
         for attempt in dict.fromkeys([mode, "offline"]):
             try:
                 run = wandb.init(
@@ -169,9 +179,9 @@ class Tracker:
                     # The same id on every start: a resumed run continues its curves instead of starting new ones.
                     id=f"{self.identity['signature']}-s{self.identity['seed']}",
                     resume="allow" if attempt == "online" else None,
-                    name=f"{self.config['method']['name']}-s{self.identity['seed']}",
-                    group=f"{self.config['benchmark']['name']}/{self.config['method']['name']}/{self.identity['signature']}",
-                    job_type=self.config["method"]["name"],
+                    name=f"{method}-s{self.identity['seed']}",
+                    group=f"{self._option('benchmark', 'name')}/{method}/{self.identity['signature']}",
+                    job_type=method,
                     settings=wandb.Settings(
                         silent=True,
                         console="off",
@@ -220,7 +230,7 @@ def _stop_service() -> None:
 def _entries_done(line: str) -> float:
     """Number of learned entries when a line was written; infinity for a truncated line, so that it is dropped."""
     try:
-        return float(parse_line(line)["done"])
+        return float(cast(ProgressLine, parse_line(line))["done"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
@@ -248,7 +258,7 @@ def write_predictions(folder: Path, row: int, evaluation: Evaluation, names: lis
         """The words of ids; null for -1."""
         return pyarrow.DictionaryArray.from_arrays(pyarrow.array(ids, pyarrow.int32(), mask=ids < 0), words)
 
-    columns: dict[str, Any] = {"example": table["row"], "task": dictionary(table["task"], names)}
+    columns: dict[str, pyarrow.Array] = {"example": table["row"], "task": dictionary(table["task"], names)}
     for name in ("label", "prediction", "own_prediction", "score"):
         if name in table:
             is_id = np.issubdtype(table[name].dtype, np.integer)  # generated answers are strings, scores are floats

@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -124,10 +124,10 @@ class DistributedWorld(World):
         sum_flat(tensors, self.reduce)
 
     def gather(self, value: Result) -> list[Result]:
-        values: list[Any] = [None] * self.size
+        values: list[Result | None] = [None] * self.size
         with raise_on_lost_rank():
             self.dist.all_gather_object(values, to_cpu(value))
-        return values
+        return cast(list[Result], values)
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         if self.is_local or self.sharded:
@@ -233,20 +233,23 @@ def sum_flat(tensors: Iterable[Tensor], reduce: Callable[[Tensor], object], limi
     for bucket in buckets:
         flat = torch.cat([tensor.flatten() for tensor in bucket])
         reduce(flat)
-        for tensor, values in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        for tensor, values in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(values.view_as(tensor))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Returns a tensor detached; a sharded one is gathered from all ranks, which must all make this call."""
-    full = getattr(tensor.detach(), "full_tensor", tensor.detach)
+    full: Callable[[], Tensor] = getattr(tensor.detach(), "full_tensor", tensor.detach)
     return full()
 
 
-def to_cpu(node: Any) -> Any:
+def to_cpu(node: Result) -> Result:
     """Returns nested dicts and lists with every tensor detached and on the CPU."""
+    copy: object = node
     if isinstance(node, Tensor):
-        return node.detach().cpu()
-    if isinstance(node, dict):
-        return {key: to_cpu(value) for key, value in node.items()}
-    return type(node)(map(to_cpu, node)) if isinstance(node, list | tuple) else node
+        copy = node.detach().cpu()
+    elif isinstance(node, dict):
+        copy = {key: to_cpu(value) for key, value in node.items()}
+    elif isinstance(node, list | tuple):
+        copy = type(node)(map(to_cpu, node))
+    return cast(Result, copy)

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from clpet.config.identity import digest
 from clpet.runtime.atomic_io import atomic_file
@@ -16,7 +15,7 @@ MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".py")
 TIMESTAMP_RESOLUTION = 2.0  # seconds; two changes within one tick of a file system's clock give one time stamp
 
 
-def file_stat(path: Path) -> list[Any] | None:
+def file_stat(path: Path) -> list[str | int] | None:
     """Returns a file's path, size, times and inode, which together identify its content without reading it.
 
     None for a file changed in the last seconds: a further change might leave the time stamp as it is.

@@ -3,13 +3,32 @@
 import importlib.util
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 from clpet.config.schema import require
 from clpet.errors import ConfigError, HostError
 from clpet.runtime.distributed import get_world
+
+if TYPE_CHECKING:
+    Ranks = int | Literal["auto"]
+else:  # OmegaConf would convert the number of a str | int, and knows no Literal
+    Ranks = Any
+
+
+class Adapters(Protocol):
+    """The part of an option of the group `peft` that hardware depends on."""
+
+    name: str
+    full: bool
+
+
+class Method(Protocol):
+    """The part of a method that hardware depends on."""
+
+    name: str
+    supports_recompute: bool
 
 
 class Device(Enum):
@@ -46,7 +65,7 @@ class Hardware:
     eval_batch_size: int = 128
     threads: int | None = None
     parallel_runs: int = 1
-    ranks: Any = 1  # an integer, or auto
+    ranks: Ranks = 1  # an integer, or auto
     shard: bool = False
     gradient_checkpointing: bool = False
     quantization: Quantization = Quantization.none
@@ -77,7 +96,7 @@ class Hardware:
         name = self.device.value
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
-    def check(self, peft: Any, method: Any) -> None:
+    def check(self, peft: Adapters, method: Method) -> None:
         """Raises ConfigError if the adapter option or the method does not support sharding, nf4 or recomputation."""
         for option, value in (("shard", self.shard), ("quantization", self.quantization is Quantization.nf4)):
             if peft.full and value:
@@ -108,7 +127,7 @@ class Hardware:
             return torch.bfloat16 if native else torch.float32
         return torch.bfloat16 if self.dtype is Dtype.bf16 else torch.float32
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, str | int]:
         """The properties of this machine that the rounding of sums depends on: others give other last bits."""
         return {
             "device": self.torch_device.type,

@@ -5,20 +5,22 @@ Every reader shares the treatment of blank lines, the numbering of lines, and th
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
 
-PairsHook = Callable[[list[tuple[str, Any]]], Any]  # see json.loads
+from clpet.records import Json
+
+PairsHook = Callable[[list[tuple[str, Json]]], Json]  # see json.loads
 
 
-def parse_line(line: str | bytes, object_pairs_hook: PairsHook | None = None) -> Any:
+def parse_line(line: str | bytes, object_pairs_hook: PairsHook | None = None) -> Json:
     """The value of one line. Raises ValueError (UnicodeDecodeError for bytes that are not UTF-8)."""
     try:
-        return json.loads(line, object_pairs_hook=object_pairs_hook)
+        value: Json = json.loads(line, object_pairs_hook=object_pairs_hook)
+        return value
     except json.JSONDecodeError as error:
         raise ValueError(f"invalid JSON ({error.msg}, column {error.colno})") from error
 
 
-def parse_lines(text: str, object_pairs_hook: PairsHook | None = None) -> Iterator[tuple[int, Any]]:
+def parse_lines(text: str, object_pairs_hook: PairsHook | None = None) -> Iterator[tuple[int, Json | ValueError]]:
     """(line number from 1, value) of every line that is not blank.
 
     An invalid line yields its ValueError instead of raising it, so that a reader can report all bad lines at once.
@@ -32,7 +34,7 @@ def parse_lines(text: str, object_pairs_hook: PairsHook | None = None) -> Iterat
                 yield number, error
 
 
-def parse_rows(text: str, object_pairs_hook: PairsHook | None = None) -> Iterator[tuple[int, Any]]:
+def parse_rows(text: str, object_pairs_hook: PairsHook | None = None) -> Iterator[tuple[int, Json | ValueError]]:
     """(number from 1, value) of the items of a JSON list, or of the lines as `parse_lines` yields them.
 
     Raises ValueError for an invalid list: unlike lines, its items cannot be read one by one.

@@ -5,10 +5,10 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from clpet.errors import ConfigError
 from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.records import Checkpoint, Cost, Json, Measurements, Metrics, State, Tree
 from clpet.runtime.atomic_io import replace_folder, write_synced
 from clpet.runtime.distributed import get_world
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _TENSOR = "__tensor__"  # {_TENSOR: name} in state.json refers to a tensor of tensors.safetensors
@@ -31,13 +33,13 @@ class RunState:
     matrix: TransferMatrix
     task_matrix: TransferMatrix  # scores where only the labels of each task compete
     done: int = 0
-    costs: list[dict[str, Any]] = field(default_factory=list)
-    diagnostics: list[dict[str, float]] = field(default_factory=list)
-    trainer: dict[str, Any] = field(default_factory=dict)
-    task: dict[str, Any] | None = None
-    validation: dict[str, Any] | None = None  # averages on validation after the last task
+    costs: list[Cost] = field(default_factory=list)
+    diagnostics: list[Metrics] = field(default_factory=list)
+    trainer: State = field(default_factory=dict)
+    task: State | None = None
+    validation: dict[str, float] | None = None  # averages on validation after the last task
 
-    def measurements(self) -> dict[str, Any]:
+    def measurements(self) -> Measurements:
         """Everything measured so far, as JSON values."""
         return {
             "done": self.done,
@@ -48,22 +50,25 @@ class RunState:
             "validation": self.validation,
         }
 
-    def save(self, folder: Path, method_state: dict[str, Any], identity: dict[str, str]) -> None:
-        """Writes the checkpoint `folder`/NNN, NNN = done. Raises HostError when the disk refuses."""
-        value = {"identity": identity, **self.measurements(), "method": method_state, "trainer": self.trainer}
-        _save(folder, (self.done,), value)
+    def _tree(self) -> State:
+        return cast(State, self.measurements())
 
-    def task_writer(self, folder: Path, identity: dict[str, str]) -> Callable[[int, dict[str, Any]], None]:
+    def save(self, folder: Path, method_state: State, identity: dict[str, str]) -> None:
+        """Writes the checkpoint `folder`/NNN, NNN = done. Raises HostError when the disk refuses."""
+        state: State = {"method": method_state, "trainer": self.trainer}
+        _save(folder, (self.done,), {"identity": identity, **self._tree(), **state})
+
+    def task_writer(self, folder: Path, identity: dict[str, str]) -> Callable[[int, State], None]:
         """Returns the function that writes a checkpoint inside the next task as `folder`/NNN-SSSSSS, S its number.
 
         It contains the progress of that task only. The state before the task is in NNN; before the first task the
         method is newly initialised.
         """
-        done, value = self.done, {"identity": identity, **self.measurements()}
+        done, value = self.done, {"identity": identity, **self._tree()}
         return lambda number, task: _save(folder, (done, number), {**value, "task": task})
 
     @classmethod
-    def resume(cls, folder: Path, identity: dict[str, str]) -> "tuple[RunState, dict[str, Any]] | None":
+    def resume(cls, folder: Path, identity: dict[str, str]) -> "tuple[RunState, State] | None":
         """Loads (state, method state) from the newest undamaged checkpoint; None if there is none.
 
         The method state is empty for a run that was stopped inside its first task. Raises ConfigError if the run was
@@ -72,10 +77,9 @@ class RunState:
         """
         for path in reversed(checkpoints(folder)):
             try:
-                value = {"method": {}, "trainer": {}, "task": None, **read_tree(path)}
-                if value["task"] and value["done"]:
-                    before_task = read_tree(folder / _name((value["done"],)))
-                    value |= {key: before_task[key] for key in ("method", "trainer")}
+                value = before_task = cast(Checkpoint, read_tree(path))
+                if value.get("task") and value["done"]:
+                    before_task = cast(Checkpoint, read_tree(folder / _name((value["done"],))))
             except ValueError as error:
                 log.warning("%s: using the checkpoint before %s", error, path.name)
                 continue
@@ -91,11 +95,11 @@ class RunState:
                 value["done"],
                 value["costs"],
                 value["diagnostics"],
-                value["trainer"],
-                value["task"],
+                before_task.get("trainer", {}),
+                value.get("task"),
                 value.get("validation"),
             )
-            return state, value["method"]
+            return state, before_task.get("method", {})
         if checkpoints(folder):
             log.warning("every checkpoint in %s is damaged: the run starts over", folder)
         return None
@@ -116,7 +120,7 @@ def _name(order: tuple[int, ...]) -> str:
     return "-".join(f"{number:0{width}d}" for number, width in zip(order, (3, 6), strict=False))
 
 
-def _save(folder: Path, order: tuple[int, ...], value: dict[str, Any]) -> None:
+def _save(folder: Path, order: tuple[int, ...], value: State) -> None:
     """Writes a checkpoint on the main rank and deletes old ones.
 
     The two newest after a task and the two newest inside the same task remain, this one included: if one is damaged,
@@ -137,40 +141,44 @@ def _save(folder: Path, order: tuple[int, ...], value: dict[str, Any]) -> None:
             shutil.rmtree(old)
 
 
-def write_tree(folder: Path, tree: dict[str, Any]) -> None:
+def write_tree(folder: Path, tree: Mapping[str, Tree]) -> None:
     """Saves nested dicts and lists of tensors, numbers and strings as JSON and safetensors, atomically."""
     tensors: dict[str, torch.Tensor] = {}
-    plain = _extract_tensors(tree, "", tensors)
+    plain = {str(key): _extract_tensors(value, f"/{key}", tensors) for key, value in tree.items()}
     with replace_folder(folder) as temporary:
         save_file(tensors, temporary / "tensors.safetensors")
         plain["sha256"] = _checksum(temporary / "tensors.safetensors", plain)
         write_synced(temporary / "state.json", json.dumps(plain))
 
 
-def read_tree(folder: Path) -> dict[str, Any]:
+def read_tree(folder: Path) -> State:
     """Loads what `write_tree` saved. Raises ValueError when the files are damaged."""
     try:
-        plain = json.loads((folder / "state.json").read_text())
+        plain: dict[str, Json] = json.loads((folder / "state.json").read_text())
         if plain.pop("sha256") == _checksum(folder / "tensors.safetensors", plain):
             loaded = load_file(folder / "tensors.safetensors")
             # Tensors in a file start at any offset, and sums over differently aligned memory round differently.
             # Copies are aligned like new tensors, so a resumed run stays equal bit for bit.
-            return _insert_tensors(plain, {name: tensor.clone() for name, tensor in loaded.items()})
+            tensors = {name: tensor.clone() for name, tensor in loaded.items()}
+            return {key: _insert_tensors(value, tensors) for key, value in plain.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder} is damaged ({error})") from error
     raise ValueError(f"{folder} is damaged (its checksum does not match)")
 
 
-def cpu_copy(node: Any) -> Any:
-    """Returns a tree whose tensors are detached copies on the CPU."""
+def cpu_copy(node: T) -> T:
+    """Returns a tree whose tensors are detached copies on the CPU; tuples become lists."""
+    copy: object = node
     if isinstance(node, torch.Tensor):
-        return node.detach().to("cpu", copy=True)
-    if isinstance(node, dict):
-        return {key: cpu_copy(value) for key, value in node.items()}
-    return [cpu_copy(value) for value in node] if isinstance(node, list | tuple) else node
+        copy = node.detach().to("cpu", copy=True)
+    elif isinstance(node, dict):
+        copy = {key: cpu_copy(value) for key, value in node.items()}
+    elif isinstance(node, list | tuple):
+        copy = [cpu_copy(value) for value in node]
+    return cast(T, copy)
 
 
-def _extract_tensors(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _extract_tensors(node: Tree, path: str, tensors: dict[str, torch.Tensor]) -> Json:
     """Moves the tensors of a tree into `tensors`, by path, and returns the tree with references in their stead."""
     if isinstance(node, torch.Tensor):
         tensors[path] = node.detach().to("cpu", copy=True).contiguous()
@@ -179,19 +187,19 @@ def _extract_tensors(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> 
         return {str(key): _extract_tensors(value, f"{path}/{key}", tensors) for key, value in node.items()}
     if isinstance(node, list | tuple):
         return [_extract_tensors(value, f"{path}/{index}", tensors) for index, value in enumerate(node)]
-    return node
+    return cast(Json, node)
 
 
-def _insert_tensors(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _insert_tensors(node: Json, tensors: dict[str, torch.Tensor]) -> Tree:
     """Replaces the references of `_extract_tensors` by the tensors."""
     if isinstance(node, dict):
         if node.keys() == {_TENSOR}:
-            return tensors[node[_TENSOR]]
+            return tensors[str(node[_TENSOR])]
         return {key: _insert_tensors(value, tensors) for key, value in node.items()}
-    return [_insert_tensors(value, tensors) for value in node] if isinstance(node, list) else node
+    return [_insert_tensors(value, tensors) for value in node] if isinstance(node, list) else cast(Tree, node)
 
 
-def _checksum(tensors: Path, plain: dict[str, Any]) -> str:
+def _checksum(tensors: Path, plain: Mapping[str, Json]) -> str:
     with tensors.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256")
     checksum.update(json.dumps(plain).encode())

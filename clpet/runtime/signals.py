@@ -7,10 +7,12 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 EXIT_TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, the command may be retried
+
+
+Handler = Callable[[int, FrameType | None], object] | int | None  # as signal.signal returns it
 
 
 class Interrupted(SystemExit):
@@ -33,7 +35,7 @@ class GracefulShutdown:
     def __init__(self) -> None:
         self.pending_signal: int | None = None
         self.save: Callable[[], object] = lambda: None
-        self.previous_handlers: dict[int, Any] = {}
+        self.previous_handlers: dict[int, Handler] = {}
         self.is_deferred = self.sigint_received = False
 
     def __enter__(self) -> "GracefulShutdown":

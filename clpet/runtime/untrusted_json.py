@@ -6,22 +6,25 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import TypeAlias, cast
 
 from clpet.errors import ClpetError, DataError
 from clpet.escape import inline
+from clpet.records import Description, Json, Results, Rows
 
 log = logging.getLogger(__name__)
 
 MAX_DEPTH = 32  # levels of nesting; deeper values could exhaust the stack of recursive code
 MAX_DIGITS = 19  # of an integer; NumPy and Arrow use 64 bits
 NUMBER = int | float
-MATRIX = [[NUMBER | None]]
-# Schema of results.json: a type, [schema of each item], or {key: schema}; the key `str` stands for any key.
-RESULTS = {
+# A type, [schema of each item], or {key: schema}; the key `str` stands for any key.
+Schema: TypeAlias = type | UnionType | list["Schema"] | Mapping[str | type[str], "Schema"]
+MATRIX: Schema = [[NUMBER | None]]
+# Schema of results.json.
+RESULTS: dict[str | type[str], Schema] = {
     **dict.fromkeys(("method", "model", "benchmark", "replay", "peft", "signature", "setting", "direction"), str),
     **dict.fromkeys(("scores", "correct", "total", "backward", "task_scores", "task_forward"), MATRIX),
     **dict.fromkeys(("average", "whole", "backward_transfer", "forgetting", "learning_accuracy"), NUMBER | None),
@@ -39,7 +42,7 @@ RESULTS = {
     ],
 }  # fmt: skip
 # Keys that runs of older versions lack.
-OPTIONAL = {
+OPTIONAL: dict[str | type[str], Schema] = {
     **dict.fromkeys(("objective", "metric", "split"), str),
     "softmax": str | None,
     "data": {"fingerprint": str},
@@ -50,7 +53,7 @@ OPTIONAL = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Json]:
     """Reads a JSON object. Raises DataError if the file is missing or invalid, or contains NaN or an infinity."""
     if not path.is_file():
         raise DataError(f"{path} does not exist")
@@ -67,22 +70,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_results(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> Results:
     """Reads results.json and checks the type and size of every value that is used later. Raises DataError."""
-    run = read_json(path)
-    check_schema(run, {**RESULTS, **{name: schema for name, schema in OPTIONAL.items() if name in run}}, str(path))
+    values = read_json(path)
+    check_schema(values, {**RESULTS, **{name: item for name, item in OPTIONAL.items() if name in values}}, str(path))
+    run = cast(Results, values)
     tasks, costs = run["tasks"], run["cost"]
     if not tasks or len(set(tasks)) < len(tasks) or run["direction"] not in ("higher", "lower"):
         raise DataError(f"{path} needs tasks with distinct names and a direction that is 'higher' or 'lower'")
-    for name, schema in RESULTS.items():
-        if schema is MATRIX and [len(row) for row in run[name]] != [len(tasks)] * (len(tasks) + 1):
+    matrices = {name: cast(Rows, values[str(name)]) for name, schema in RESULTS.items() if schema is MATRIX}
+    for name, rows in matrices.items():
+        if [len(row) for row in rows] != [len(tasks)] * (len(tasks) + 1):
             raise DataError(f"{path}: {name} is not a matrix of {len(tasks) + 1} rows and {len(tasks)} columns")
     if not run["diagnostics"] or len(costs) > len(tasks):
         raise DataError(f"{path}: diagnostics are missing, or there are more costs than tasks")
     return run
 
 
-def find_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def find_runs(folder: Path) -> list[tuple[Path, Results]]:
     """Returns (folder, results) of every finished run below a folder, by path; skips invalid ones with a warning."""
     runs = []
     for path in sorted(folder.glob("*/*/s*-*/results.json")):
@@ -93,7 +98,7 @@ def find_runs(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return runs
 
 
-def check_schema(value: Any, schema: Any, where: str) -> None:
+def check_schema(value: Json, schema: Schema, where: str) -> None:
     """Raises DataError where a value does not match a schema (see RESULTS)."""
     if isinstance(schema, type | UnionType):
         if not isinstance(value, schema) or (isinstance(value, bool) and schema is not bool):
@@ -101,14 +106,15 @@ def check_schema(value: Any, schema: Any, where: str) -> None:
             raise DataError(f"{where}: {str(value)[:40]!r} is not of the type {name}")
     elif isinstance(schema, list):
         check_schema(value, list, where)
-        for item in value:
+        for item in cast(list[Json], value):
             check_schema(item, schema[0], where)
     else:
         check_schema(value, dict, where)
+        assert isinstance(value, dict)
         for key, inner in schema.items():
             if key is not str and key not in value:
                 raise DataError(f"{where} has no {key}")
-            for name in value if key is str else (key,):
+            for name in value if key is str else (str(key),):
                 check_schema(value[name], inner, f"{where}: {name}")
 
 
@@ -141,25 +147,26 @@ def _bounded(text: str) -> int:
     return int(text)
 
 
-def _depth(value: Any) -> int:
+def _depth(value: Json) -> int:
     """Levels of nesting, counted without recursion."""
-    level, depth = [value], 0
+    level: list[Json] = [value]
+    depth = 0
     while level:
         level = [child for node in level for child in _children(node)]
         depth += 1
     return depth
 
 
-def _children(node: Any) -> list[Any]:
+def _children(node: Json) -> list[Json]:
     return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
 
 
-def split_of(run: dict[str, Any]) -> str:
+def split_of(run: Description) -> str:
     """Returns the split on which a run's matrix was measured; runs of older versions always used test."""
     return run.get("split", "test")
 
 
-def command(results: dict[str, Any], method: str) -> str:
+def command(results: Description, method: str) -> str:
     """Returns the command that runs another method under the settings of a run."""
     overrides = [
         override for override in results["overrides"] if not override.startswith(("method", "replay", "fresh", "hydra"))

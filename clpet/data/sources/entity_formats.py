@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import cast
 
 from clpet.data.decoding import decode_strictly
 from clpet.data.tabular_files import Row
@@ -40,7 +41,7 @@ def json_records(path: Path) -> Iterator[Row]:
     for _, value in parse_rows(text):
         if isinstance(value, ValueError):
             raise value
-        yield value
+        yield cast(Row, value)
 
 
 def positions(first: int, last: int, tokens: list[str]) -> list[int]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from clpet.config.schema import require
 from clpet.data.benchmark import Benchmark, Task
@@ -18,6 +18,7 @@ from clpet.data.sources import Kind, Source
 from clpet.data.tabular_files import data_folder
 from clpet.data.task_order import balanced, order_domains
 from clpet.errors import DataError, suggest
+from clpet.records import OrderRecord
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class Domains(Source):
             train |= {name: train[name].limited(size=size) for name, size in zip(names, sizes, strict=True)}
         return train
 
-    def _ordering(self, trains: dict[str, Documents], reference: Documents | None) -> dict[str, Any]:
+    def _ordering(self, trains: dict[str, Documents], reference: Documents | None) -> OrderRecord:
         """The record of the order. Domains are compared by a sample of their full train texts, whatever the limits."""
         ordering = order_domains(
             {name: _texts(train.limited(self.order_samples)) for name, train in trains.items()},

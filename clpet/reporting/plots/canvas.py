@@ -2,15 +2,26 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clpet.escape import inline
 
+if TYPE_CHECKING:  # matplotlib takes a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A figure of `width` x `height` inches with its axes, or with one axes per column."""
+
+def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    """A figure of `width` x `height` inches with its axes."""
+    figure, (axes,) = new_panels(width, height, 1)
+    return figure, axes
+
+
+def new_panels(width: float, height: float, columns: int) -> "tuple[Figure, list[Axes]]":
+    """A figure of `width` x `height` inches with one axes per column."""
     # The Agg canvas is attached by hand instead of through pyplot: it needs no display and keeps no global list of
     # open figures, which would hold every figure of a long process in memory.
     import matplotlib
@@ -20,17 +31,17 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]
     matplotlib.rcParams["text.parse_math"] = False  # a task may be called "$x": print dollar signs as they are
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(ncols=columns)
+    return figure, list(figure.subplots(ncols=columns, squeeze=False)[0])
 
 
-def frame(x: float, y: float, colour: str = "crimson", width: float = 2) -> Any:
+def frame(x: float, y: float, colour: str = "crimson", width: float = 2) -> "Rectangle":
     """A border around the heat map cell whose upper left corner is (x, y)."""
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y), 1, 1, fill=False, edgecolor=colour, linewidth=width)
 
 
-def save(figure: Any, path: Path) -> Path:
+def save(figure: "Figure", path: Path) -> Path:
     """Writes the figure as PNG and returns its path."""
     figure.savefig(path, dpi=110, bbox_inches="tight")  # "tight": a title may be wider than the axes
     return path
@@ -55,7 +66,7 @@ def margins(names: Sequence[str]) -> tuple[float, float]:
     return 0.075 * excess, 0.04 * excess
 
 
-def write_percentages(axes: Any, percentages: Any) -> None:
+def write_percentages(axes: "Axes", percentages: np.ndarray) -> None:
     """Writes each number of a heat map (0 to 100, viridis) into its cell; NaN cells stay empty."""
     for (row, column), value in np.ndenumerate(percentages):
         if value == value:

@@ -1,6 +1,6 @@
 """Figures that single methods add to a run: retrieved keys (SLM), unit importance and its fusion (KIF)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,11 @@ import numpy as np
 
 from clpet.reporting.plots.canvas import frame, margins, new_figure, save, short, short_names, write_percentages
 
+# Method.figures: {kind: arguments of its function, apart from path and title}; their types depend on the kind
+Figures = Mapping[str, Mapping[str, Any]]
 
-def draw(folder: Path, method: str, figures: dict[str, dict[str, Any]]) -> list[Path]:
+
+def draw(folder: Path, method: str, figures: Figures) -> list[Path]:
     """Draws what `Method.figures` returned, {kind: arguments of its function below}, as `folder`/<kind>.png."""
     kinds: dict[str, tuple[Callable[..., Path], str]] = {
         "retrieval": (retrieval_heatmap, "retrieval"),
@@ -44,7 +47,7 @@ def retrieval_heatmap(shares: np.ndarray, tasks: list[str], path: Path, title: s
     return save(figure, path)
 
 
-def importance_heatmap(history: list[dict[str, Any]], tasks: list[str], path: Path, title: str) -> Path:
+def importance_heatmap(history: list[dict[str, Sequence[float]]], tasks: list[str], path: Path, title: str) -> Path:
     """One row per layer, one block of columns per task with a column per unit (rank) of the layer.
 
     `history` holds {layer: importance [units] in [0, 1]} of each task.

@@ -5,15 +5,22 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from clpet.escape import inline
 from clpet.metrics.perplexity_transfer import headline, own_checkpoint
 from clpet.metrics.transfer_matrix import TransferMatrix
-from clpet.reporting.plots.canvas import frame, new_figure, save, short
+from clpet.records import OrderRecord, PerplexityTransfer
+from clpet.reporting.plots.canvas import frame, new_figure, new_panels, save, short
 
+if TYPE_CHECKING:  # matplotlib takes a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+Kind = Literal["mean", "median"]
+STYLES: dict[Kind, str] = {"mean": "-", "median": ":"}
 MAX_NAMES = 24  # most domains whose names fit on an axis
 MAX_NUMBERS = 16  # most domains whose perplexities fit into the cells of a matrix
 COLOURS = {"zs": "#8c8c8c", "dapt": "#2ca02c", "cpt": "#1f77b4", "lc": "#d62728"}
@@ -47,17 +54,22 @@ def perplexity_heatmap(matrix: TransferMatrix, path: Path, title: str) -> Path:
     axes.set_ylabel("after learning")
     axes.set_title(f"{title}: perplexity, framed just after its domain", fontsize=11)
     bar = figure.colorbar(image, ax=axes, label="perplexity / " + ("zero-shot" if has_zero_shot else "median"))
-    ticks = np.linspace(-limit, limit, 5)
+    ticks = np.linspace(-limit, limit, 5).tolist()
     bar.set_ticks(ticks, labels=[f"{2**tick:.2g}" for tick in ticks])
     return save(figure, path)
 
 
-def _domain_axis(axis: Any, names: Sequence[str], start: int) -> None:
+def _domain_axis(axis: "Axis", names: Sequence[str], start: int) -> None:
     """Sets one tick per domain name; if there are too many, every 10th or 20th with its number, from 1 - `start`."""
+    from matplotlib.axis import XAxis
+
     if len(names) <= MAX_NAMES + 1:
-        turned = {"rotation": 30, "ha": "right"} if axis.axis_name == "x" else {}
-        axis.axes.tick_params(axis=axis.axis_name, labelsize=8)
-        axis.set_ticks(range(len(names)), [short(name) for name in names], **turned)
+        axis.set_tick_params(labelsize=8)
+        labels = [short(name) for name in names]
+        if isinstance(axis, XAxis):
+            axis.set_ticks(range(len(names)), labels, rotation=30, ha="right")
+        else:
+            axis.set_ticks(range(len(names)), labels)
     else:
         step = 10 if len(names) <= 120 else 20
         ticks = [tick for tick in range(len(names)) if (tick + 1 - start) % step == 0]
@@ -82,7 +94,7 @@ def by_position(matrix: TransferMatrix, path: Path, title: str) -> Path:
     return save(figure, path)
 
 
-def _perplexity_axis(axes: Any) -> None:
+def _perplexity_axis(axes: "Axes") -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -93,20 +105,19 @@ def _perplexity_axis(axes: Any) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
-def transfer_curves(transfer: dict[str, Any], path: Path, title: str) -> Path:
+def transfer_curves(transfer: PerplexityTransfer, path: Path, title: str) -> Path:
     """Left: transfer of each checkpoint to earlier and later domains. Right: transfer by distance in domains."""
-    figure, (left, right) = new_figure(12, 4.4, columns=2)
-    for name, colour, words in (
-        ("backward", "#1f77b4", "to earlier domains"),
-        ("forward", "#ff7f0e", "to later domains"),
+    figure, (left, right) = new_panels(12, 4.4, columns=2)
+    for curve, colour, words in (
+        (transfer["backward"], "#1f77b4", "to earlier domains"),
+        (transfer["forward"], "#ff7f0e", "to later domains"),
     ):
-        curve = transfer[name]
-        for kind, style in (("mean", "-"), ("median", ":")):
+        for kind, style in STYLES.items():
             left.plot(curve["after"], _floats(curve["over_zs"][kind]), style, color=colour, label=f"{words}, {kind}",
                       marker="o" if len(curve["after"]) <= MAX_NAMES else None, markersize=4)  # fmt: skip
     left.set_xlabel("domains learned")
     left.set_title("transfer of each checkpoint", fontsize=10)
-    for kind, style in (("mean", "-"), ("median", ":")):
+    for kind, style in STYLES.items():
         distance, values = by_distance(transfer, kind)
         right.plot(distance, values, style, color="black", label=kind,
                    marker="o" if len(distance) <= 2 * MAX_NAMES else None, markersize=4)  # fmt: skip
@@ -118,14 +129,14 @@ def transfer_curves(transfer: dict[str, Any], path: Path, title: str) -> Path:
     return save(figure, path)
 
 
-def by_distance(transfer: dict[str, Any], kind: str) -> tuple[list[int], np.ndarray]:
+def by_distance(transfer: PerplexityTransfer, kind: Kind) -> tuple[list[int], np.ndarray]:
     """(distance, perplexity / zero-shot): lead as negative distances, far to near, then age."""
     lead, age = transfer["by_lead"], transfer["by_age"]
     distance = [*(-steps for steps in reversed(lead["lead"])), *age["age"]]
     return distance, np.array([*_floats(lead["over_zs"][kind])[::-1], *_floats(age["over_zs"][kind])])
 
 
-def _ratio_axes(*panels: Any) -> None:
+def _ratio_axes(*panels: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
     for axes in panels:
@@ -140,7 +151,7 @@ def _floats(values: Sequence[float | None]) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
-def order_heatmap(order: Mapping[str, Any], path: Path, title: str) -> Path:
+def order_heatmap(order: OrderRecord, path: Path, title: str) -> Path:
     """Cosine similarities between domains in training order; if there is a reference text, it is the first column."""
     names, values = list(order["names"]), np.array(order["similarity"], dtype=float)
     reference = order.get("reference_similarity")
@@ -173,12 +184,12 @@ def order_heatmap(order: Mapping[str, Any], path: Path, title: str) -> Path:
     return save(figure, path)
 
 
-def plot_groups(groups: Mapping[str, list[dict[str, Any]]], key: str, path: Path, title: str) -> Path:
+def plot_groups(groups: Mapping[str, list[PerplexityTransfer]], key: str, path: Path, title: str) -> Path:
     """Compares groups of runs, such as one per model: mean perplexities as bars, and transfer by distance as curves.
 
     `groups` maps a name to the `transfer` of each of its seeds; `key` is the option that tells the groups apart.
     """
-    figure, (left, right) = new_figure(12.5, 4.6, columns=2)
+    figure, (left, right) = new_panels(12.5, 4.6, columns=2)
     _mean_bars(left, groups)
     left.set_xlabel(key)
     _distance_curves(right, groups)
@@ -186,7 +197,7 @@ def plot_groups(groups: Mapping[str, list[dict[str, Any]]], key: str, path: Path
     return save(figure, path)
 
 
-def _mean_bars(axes: Any, groups: Mapping[str, list[dict[str, Any]]]) -> None:
+def _mean_bars(axes: "Axes", groups: Mapping[str, list[PerplexityTransfer]]) -> None:
     """Per group one bar each for zero-shot, DAPT, CPT and the last checkpoint, averaged over domains and seeds."""
     means = [[headline(transfer) for transfer in runs] for runs in groups.values()]
     columns = {
@@ -211,7 +222,7 @@ def _mean_bars(axes: Any, groups: Mapping[str, list[dict[str, Any]]]) -> None:
     axes.legend(fontsize=8, ncols=2)
 
 
-def _distance_curves(axes: Any, groups: Mapping[str, list[dict[str, Any]]]) -> None:
+def _distance_curves(axes: "Axes", groups: Mapping[str, list[PerplexityTransfer]]) -> None:
     """Per group one curve of perplexity / zero-shot by distance, averaged over seeds."""
     from matplotlib import colormaps
 

@@ -1,16 +1,15 @@
 """The figures that every finished run gets, chosen by what its transfer matrix holds: scores or perplexities."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from clpet.metrics.perplexity_transfer import figures
 from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.records import OrderRecord
 from clpet.reporting.plots.perplexity import by_position, order_heatmap, perplexity_heatmap, transfer_curves
 from clpet.reporting.plots.transfer_matrix import accuracy_curves, transfer_heatmap
 
 
-def draw(out: Path, matrix: TransferMatrix, title: str, order: Mapping[str, Any] | None = None) -> list[Path]:
+def draw(out: Path, matrix: TransferMatrix, title: str, order: OrderRecord | None = None) -> list[Path]:
     """Draws a run's figures into its directory and returns their paths.
 
     `order` is the record of the task order; order.png is drawn where it holds the similarities of the domains.
