@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # commands that only read files do not import torch
 # A value that json.dumps accepts. Mapping and Sequence, since dict and list would refuse dict[str, int] and list[str].
 Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
 # A tree with tensors, such as the state of a method or an optimiser.
-Tree: TypeAlias = Union["Tensor", bool, int, float, str, Sequence["Tree"], Mapping[str, "Tree"], None]  # noqa: UP007
+Tree: TypeAlias = Union["Tensor", bool, int, float, str, Sequence["Tree"], Mapping[str, "Tree"], None]
 State = dict[str, Tree]
 Rows = list[list[float | None]]  # [T+1, T] scores of a transfer matrix, None where not measured
 Metrics = dict[str, float | None]
