@@ -12,7 +12,7 @@ from clpet.config.schema import EvaluationOptions, Schedule, Training
 from clpet.data.benchmark import Benchmark
 from clpet.data.token_cache import TokenCache, text_hash
 from clpet.errors import HostError
-from clpet.models.adapters import Adapter, Adapters
+from clpet.models.adapters import Adapters, FullFineTuning
 from clpet.models.backbone import Backbone
 from clpet.objectives.language_modeling import LanguageModeling
 from clpet.replay.base import NoReplay
@@ -65,7 +65,7 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
     assert benchmark.base is not None
     network = replace(backbone, dropout="auto")  # runs with different dropout share one M_0
     model, tokenizer = network.load(torch.float32, hardware.torch_device, 0, generates=True)
-    adapters = Adapters(model, backbone, Adapter(), generates=True)
+    adapters = Adapters(model, backbone, FullFineTuning(), generates=True)
     adapters.add("default", 0)
     base_benchmark = Benchmark("base", [benchmark.base], max_length=benchmark.max_length, isolate=benchmark.isolate)
     base_benchmark.length_set, base_benchmark.begin = benchmark.length_set, benchmark.begin

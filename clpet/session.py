@@ -13,7 +13,7 @@ from clpet.data.benchmark import Benchmark
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters
-from clpet.models.memory_saving import recompute
+from clpet.models.memory_saving import enable_recomputation
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
 from clpet.runtime.distributed import get_world
@@ -77,7 +77,7 @@ def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) 
     model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, kind.generates, load_device, nf4)
     adapters = Adapters(model, backbone, peft, kind.generates)
     if hardware.gradient_checkpointing:
-        recompute(model, adapters.drops)
+        enable_recomputation(model, adapters.drops)
     if backbone.dropout == "own" and not adapters.dropout():
         log.warning("model.dropout=own, but all dropout rates in the config of %s are 0", backbone.name)
     seed = derive(config.seed, "head")

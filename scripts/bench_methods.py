@@ -13,7 +13,7 @@ from torch import nn
 from clpet.config.seeding import derive
 from clpet.methods.components.importance import Importance, ParameterGroups, adaptive, fuse, norm, unflat
 from clpet.methods.components.key_retrieval import KeyLearning, orthonormal
-from clpet.models.stacked_lora import attention_outputs
+from clpet.models.stacked_lora import require_attention_outputs
 from clpet.objectives.base import AnswerSpace
 
 
@@ -109,7 +109,7 @@ def slm(overrides: list[str], rounds: int) -> None:
     """SLM with branches mixed per text against plain LoRA of equal rank, batch by batch; its stage 1 against steps."""
     bench = Bench(["method=slm", "method.rank=12", "method.groups=6", "method.keys=4", "method.top_k=4", *overrides])
     method = bench.method()
-    targets = ",".join(attention_outputs(method.objective.adapters.model))
+    targets = ",".join(require_attention_outputs(method.objective.adapters.model))
     plain = Bench(["method=sequential", "peft.r=48", "peft.alpha=48", f"peft.targets=[{targets}]", *overrides]).method()
     pool, device = method.data.train, method.objective.device
     queries = method.queries(pool, np.arange(len(pool)))
@@ -165,14 +165,14 @@ def add_tasks(method: Any, width: int, tasks: int) -> None:
         method.key_pool.append(
             orthonormal(method.sizes.groups, method.sizes.keys, width, task).to(method.objective.device)
         )
-        method.increments.add(derive(0, task), method.per_task)
+        method.stack.add(derive(0, task), method.per_task)
         method.task_heads.grow(method.benchmark.task_labels(task % len(method.benchmark)), seen=False)
 
 
 def mixed_forward(method: Any, batch: Any) -> None:
     """The forward pass of a training step, without the loss."""
     mixture = method.retrieve(method.similarities(batch, method.key_pool[-1:]))
-    with method.increments.mixed(mixture.branches(method.sizes.keys)):
+    with method.stack.selected_branches(mixture.branches(method.sizes.keys)):
         method.task_heads.scores(method.objective.features(batch), None)
 
 

@@ -18,7 +18,7 @@ from clpet.errors import ConfigError, suggest
 # Class paths of version 0.1.0 and where the classes are today: run directories of that version and YAML files written
 # for it still open.
 MOVED_CLASSES = {
-    "clpet.adapters.Adapter": "clpet.models.adapters.Adapter",
+    "clpet.adapters.Adapter": "clpet.models.adapters.FullFineTuning",
     "clpet.adapters.Blocks": "clpet.models.adapters.Blocks",
     "clpet.adapters.Frozen": "clpet.models.adapters.Frozen",
     "clpet.adapters.Ia3": "clpet.models.adapters.Ia3",

@@ -11,7 +11,7 @@ from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.base import AnswerSpace, Method, Predictions
 from clpet.methods.modular import module_name
-from clpet.models.stacked_lora import Increments
+from clpet.models.stacked_lora import StackedLora
 from clpet.training.trainer import Trainer
 
 
@@ -27,7 +27,7 @@ class IncLoRA(Method):
 
     def init_adapters(self) -> None:
         """Attaches no branch yet: row 0 of the matrix is the bare backbone."""
-        self.increments = Increments(self.objective.adapters)
+        self.stack = StackedLora(self.objective.adapters)
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.add_branch(index)
@@ -35,7 +35,7 @@ class IncLoRA(Method):
 
     def add_branch(self, index: int) -> None:
         """Adds the branch A_t, B_t that task `index` trains; those of earlier tasks are frozen."""
-        self.increments.add(derive(self.seed, "adapter", index))
+        self.stack.add(derive(self.seed, "adapter", index))
 
     def route(self, batch: Batch) -> Tensor | None:
         """Weights of the n branches, [n] or [batch, n], newest last; None means 1 for each."""
@@ -46,35 +46,35 @@ class IncLoRA(Method):
 
     def routed_loss(self, batch: Batch, weights: Tensor | None) -> Tensor:
         """Cross-entropy of the model with its branches weighted by `weights`."""
-        with self.increments.weighted(weights):
+        with self.stack.branch_weights(weights):
             return super().loss(batch)
 
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
-        weights = self.route(batch) if self.increments.branches else None
-        with self.increments.weighted(weights):
+        weights = self.route(batch) if self.stack.branches else None
+        with self.stack.branch_weights(weights):
             predictions = super().predict(batch, choices)
         if weights is not None and weights.dim() == 2:
             predictions.extras["selected"] = weights.argmax(1)
         return predictions
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {**self.increments.current(), **self.objective.parameters()}
+        return {**self.stack.current(), **self.objective.parameters()}
 
     def stored_parameters(self) -> int:
-        return super().stored_parameters() + self.increments.count()
+        return super().stored_parameters() + self.stack.count()
 
     def save(self, folder: Path) -> None:
         """Writes each branch as a separate LoRA; using branches that are not simply added takes the router as well."""
-        self.increments.save(folder, [module_name(index) for index in range(self.increments.branches)])
+        self.stack.save(folder, [module_name(index) for index in range(self.stack.branches)])
 
     def merged(self) -> Any:
         model = super().merged()
-        self.increments.merge()
+        self.stack.merge()
         return model
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "increments": self.increments.state()}
+        return {**super().state_dict(), "increments": self.stack.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.increments.load(state["increments"])
+        self.stack.load(state["increments"])

@@ -62,17 +62,17 @@ class InfLoRA(IncLoRA):
         if self.design is Design.svd:
             covariances, source = self.covariances(index)
             rows = {name: self.top_rows(name, covariance) for name, covariance in covariances.items()}
-        for name, layer in self.increments.layers.items():
+        for name, layer in self.stack.layers.items():
             with torch.no_grad():
                 if self.design is Design.svd:
-                    layer.a.copy_(rows[source[name]])
+                    layer.A.copy_(rows[source[name]])
                 elif index > 0:
-                    layer.a.copy_(projected(layer.a, self.bases[self.source[name]]))
-            layer.a.requires_grad_(False)
+                    layer.A.copy_(projected(layer.A, self.bases[self.source[name]]))
+            layer.A.requires_grad_(False)
 
     def top_rows(self, name: str, covariance: Tensor) -> Tensor:
         """[r, d_in]: the top r left singular vectors of (I - M M^T) C, of norm 1 / sqrt(3)."""
-        return top_singular_vectors(covariance, self.basis(name, covariance))[:, : self.increments.rank].T / 3**0.5
+        return top_singular_vectors(covariance, self.basis(name, covariance))[:, : self.stack.rank].T / 3**0.5
 
     def basis(self, name: str, covariance: Tensor) -> Tensor:
         """M [d, q] in fp64; q = 0 before the first task."""
@@ -82,7 +82,7 @@ class InfLoRA(IncLoRA):
     @torch.no_grad()
     def covariances(self, index: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """C of every distinct layer input over the task's train examples, and the layer whose C each layer shares."""
-        layers = {name: layer.module for name, layer in self.increments.layers.items()}
+        layers = {name: layer.module for name, layer in self.stack.layers.items()}
         pool, size = self.data.train, self.objective.eval_batch_size
         with InputCovariances(layers) as inputs:
             for rows in pool.by_length(pool.rows_of(index), size):
@@ -120,8 +120,8 @@ class InfLoRA(IncLoRA):
         super().load_state_dict(state)
         self.source = state["same"]
         self.bases = {name: basis.to(self.objective.device) for name, basis in state["bases"].items()}
-        for layer in self.increments.layers.values():
-            layer.a.requires_grad_(False)
+        for layer in self.stack.layers.values():
+            layer.A.requires_grad_(False)
 
 
 def projected(a: Tensor, basis: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class MoCL(IncLoRA):
     def query(self, batch: Batch) -> Tensor:
         """[batch, dim]: q(x)."""
         self.objective.meter.count(batch, False)  # this forward does not go through the objective, which counts its own
-        with self.increments.off():
+        with self.stack.off():
             return mean_pool(hidden_states(self.objective.adapters.model, batch), batch.attention_mask)
 
     def cosines(self, queries: Tensor) -> Tensor:

@@ -54,11 +54,11 @@ class OLoRA(IncLoRA):
 
     def overlap(self) -> Tensor:
         """sum_layers sum_ij |A_{1:t-1} A_t^T|_ij; B plays no role."""
-        return torch.stack([overlap(layer.A, layer.a) for layer in self.increments.layers.values()]).sum()
+        return torch.stack([overlap(layer.frozen_A, layer.A) for layer in self.stack.layers.values()]).sum()
 
     def norms(self) -> Tensor:
         """sum_layers (||A_t|| + ||B_t||), Frobenius norms of the trained branch."""
-        return torch.stack([tensor.norm() for tensor in self.increments.current().values()]).sum()
+        return torch.stack([tensor.norm() for tensor in self.stack.current().values()]).sum()
 
 
 def of_task(value: Any, index: int) -> float:

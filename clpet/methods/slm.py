@@ -36,7 +36,7 @@ from clpet.methods.components.key_retrieval import (
 from clpet.methods.modular import module_name
 from clpet.models.adapters import Lora
 from clpet.models.sentence_encoder import Encoder, backbone, locate
-from clpet.models.stacked_lora import Increments, attention_outputs
+from clpet.models.stacked_lora import StackedLora, require_attention_outputs
 from clpet.objectives.classification import Head
 from clpet.objectives.per_task_heads import TaskHeads
 from clpet.runtime.distributed import get_world
@@ -141,8 +141,9 @@ class SLM(Method):
         self.per_task = self.sizes.keys * (self.sizes.groups if self.values == "per_group" else 1)  # values per task
         encoder = Encoder(locate(self.encoder), self.encoder_length, objective.device, self.cache_dir)
         self.embeddings = Embeddings(encoder, self.benchmark, self.data)
-        lora = Lora(r=self.rank, alpha=self.rank, targets=self.targets or attention_outputs(objective.adapters.model))
-        self.increments = Increments(objective.adapters, lora.peft_config(objective.backbone))
+        targets = self.targets or require_attention_outputs(objective.adapters.model)
+        lora = Lora(r=self.rank, alpha=self.rank, targets=targets)
+        self.stack = StackedLora(objective.adapters, lora.peft_config(objective.backbone))
         self.key_pool: list[Tensor] = []  # per task [G, P, h]
         self.task_heads = None if objective.generates else TaskHeads(objective, self.task_id_at_test)
         self.stats = RetrievalStats(len(self.benchmark), objective.device)
@@ -152,7 +153,7 @@ class SLM(Method):
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.key_pool.append(self.learn_keys(task, index, trainer))
         seed = derive(self.seed, "values", task.name)
-        self.increments.add(seed, self.per_task, lambda b, generator: b.normal_(generator=generator))
+        self.stack.add(seed, self.per_task, lambda b, generator: b.normal_(generator=generator))
         if self.task_heads:
             self.task_heads.grow(self.benchmark.task_labels(index), not self.benchmark.per_task_softmax)
         self.fit(trainer, index)
@@ -175,14 +176,14 @@ class SLM(Method):
     def loss(self, batch: Batch) -> Tensor:
         """Stage 2: L = CE with the values of the current task only, weighted by its own keys."""
         mixture = self.retrieve(self.similarities(batch, self.key_pool[-1:]))
-        with self.increments.mixed(mixture.branches(self.sizes.keys)):
+        with self.stack.selected_branches(mixture.branches(self.sizes.keys)):
             if self.task_heads is None:
                 return self.objective.loss(batch)
             return self.task_heads.loss(self.objective.features(batch), batch.labels)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The values and head rows of the current task."""
-        return {**self.increments.current(), **(self.task_heads.named_parameters() if self.task_heads else {})}
+        return {**self.stack.current(), **(self.task_heads.named_parameters() if self.task_heads else {})}
 
     # Retrieval
 
@@ -216,7 +217,7 @@ class SLM(Method):
         mixture = self.retrieve(self.similarities(batch, self.key_pool), allowed)
         weights, owners = mixture.branches(self.sizes.keys), mixture.owners(self.sizes.keys)
         used = (weights != 0).any(0).nonzero().squeeze(1)
-        with self.increments.mixed(weights[:, used], used):
+        with self.stack.selected_branches(weights[:, used], used):
             if self.task_heads is None:
                 predictions = self.objective.predict(batch, choices)
             else:
@@ -279,17 +280,17 @@ class SLM(Method):
 
     def stored_parameters(self) -> int:
         heads = self.task_heads.count() if self.task_heads else 0
-        return super().stored_parameters() + self.increments.count() + heads + sum(k.numel() for k in self.key_pool)
+        return super().stored_parameters() + self.stack.count() + heads + sum(k.numel() for k in self.key_pool)
 
     def save(self, folder: Path) -> None:
         """Writes each value as a separate LoRA; using them takes the keys as well."""
         names = [f"{module_name(task)}.{value}" for task in range(len(self.key_pool)) for value in range(self.per_task)]
-        self.increments.save(folder, names)
+        self.stack.save(folder, names)
 
     def state_dict(self) -> dict[str, Any]:
         slm = {
             "keys": self.key_pool,
-            "values": self.increments.state(),
+            "values": self.stack.state(),
             "rows": self.task_heads.state() if self.task_heads else [],
             "tally": self.stats.state(),
         }
@@ -299,7 +300,7 @@ class SLM(Method):
         super().load_state_dict(state)
         slm, device = state["slm"], self.objective.device
         self.key_pool = [keys.to(device) for keys in slm["keys"]]
-        self.increments.load(slm["values"], self.per_task)
+        self.stack.load(slm["values"], self.per_task)
         self.stats.load(slm["tally"])
         if self.task_heads:
             self.task_heads.load(slm["rows"])

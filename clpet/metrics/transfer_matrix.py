@@ -77,7 +77,7 @@ class TransferMatrix:
         """mean_j R[row,j], over the first `seen` tasks."""
         return _mean(self.scores[row, :seen])
 
-    def whole(self, row: int = -1, seen: int | None = None) -> float | None:
+    def micro_average(self, row: int = -1, seen: int | None = None) -> float | None:
         """100 * correct / total over the test examples of the first `seen` tasks; of perplexities exp(nll / tokens)."""
         total = self.total[row, :seen].sum()
         if np.isnan(total) or total == 0:
@@ -116,7 +116,7 @@ class TransferMatrix:
             short = None if short is None else -short
         return {
             "average": self.average(),
-            "whole": self.whole(),
+            "whole": self.micro_average(),
             "average_incremental": self.average_incremental(),
             "learning_accuracy": self.learning_accuracy(),
             "bwt": self.backward_transfer(),

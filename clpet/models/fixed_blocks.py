@@ -1,4 +1,8 @@
-"""Blocks of one shape, in which a frozen network gives an example the same bits every time."""
+"""Blocks of one fixed shape, in which a frozen network computes the same bits for an example every time.
+
+Rounding depends on the shape of a batch, not on the other rows in it. If an example always passes through the network
+in a block of the same shape, a cached output therefore equals a recomputed one.
+"""
 
 from collections.abc import Iterator
 
@@ -6,25 +10,28 @@ import numpy as np
 import torch
 import transformers
 
-BLOCK = 16  # examples in a block
-STEP = 8  # a block's width is a multiple of it
+BLOCK_ROWS = 16  # examples per block
+WIDTH_MULTIPLE = 8  # tokens; the width of a block is a multiple of it
 
 
-def blocks(lengths: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows in parts of at most BLOCK of one shape; rows without padding, whose mask is all ones, stay apart."""
+def split_into_blocks(lengths: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows in groups of at most BLOCK_ROWS of one width.
+
+    Rows without padding form groups of their own: their mask is all ones, for which attention uses another kernel.
+    """
     widths = block_widths(lengths)[rows]
     shapes = 2 * widths + (lengths[rows] == widths)
     for shape in np.unique(shapes):
         same = rows[shapes == shape]
-        yield from (same[start : start + BLOCK] for start in range(0, len(same), BLOCK))
+        yield from (same[start : start + BLOCK_ROWS] for start in range(0, len(same), BLOCK_ROWS))
 
 
-def platform(device: torch.device) -> list[str]:
-    """What rounding depends on: the device and the libraries."""
+def rounding_platform(device: torch.device) -> list[str]:
+    """Everything besides the shape that rounding depends on: the device and the libraries."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return [device.type, kind, torch.__version__, transformers.__version__]
 
 
 def block_widths(lengths: np.ndarray) -> np.ndarray:
-    """The width of each row's block: its length rounded up, at most the longest row of the pool."""
-    return np.minimum(-(-lengths // STEP) * STEP, lengths.max())
+    """The width of each row's block: its length rounded up, but at most the longest row of the pool."""
+    return np.minimum(-(-lengths // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, lengths.max())

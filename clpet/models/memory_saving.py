@@ -9,24 +9,24 @@ from clpet.errors import ModelError
 from clpet.runtime.distributed import get_world
 
 
-def blocks(model: nn.Module) -> list[Any]:
-    """The transformer blocks of a network. Raises ModelError where it has none that transformers knows as such."""
+def transformer_blocks(model: nn.Module) -> list[Any]:
+    """The transformer blocks of a network. Raises ModelError if transformers does not mark any module as one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not found:
-        raise ModelError("hardware.shard and gradient_checkpointing need a model whose blocks transformers can name")
-    return found
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ModelError("hardware.shard and gradient_checkpointing need a model whose blocks transformers marks")
+    return blocks
 
 
-def recompute(model: Any, drops: bool) -> None:
-    """Activations inside of blocks are computed again for the gradients instead of held (Chen et al., 2016).
+def enable_recomputation(model: Any, uses_dropout: bool) -> None:
+    """Gradient checkpointing: activations inside blocks are recomputed in the backward pass (Chen et al., 2016).
 
-    transformers does so only where a block is in training mode. Unless the network `drops`, the rates that a block
-    itself holds are set to 0; where it does, the second pass draws what the first one drew.
+    transformers recomputes only in blocks that are in training mode. Unless the network uses dropout, the rates stored
+    in a block are therefore set to 0; if it does, the second pass draws the same masks as the first.
     """
-    found = blocks(model)
-    for block in () if drops else found:
+    blocks = transformer_blocks(model)
+    for block in () if uses_dropout else blocks:
         for name, value in vars(block).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(block, name, 0.0)
@@ -35,24 +35,24 @@ def recompute(model: Any, drops: bool) -> None:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Spreads the blocks of a frozen backbone on the host over the ranks (FSDP2); all else every rank holds whole.
+    """Shards the blocks of a frozen backbone over the ranks (FSDP2); everything else is replicated.
 
-    Adapters come later and stay whole: they are trained and saved as without. From now on the ranks pass through
-    the backbone together.
+    The weights must be on the host. Adapters are added later and stay replicated, so they are trained and saved as
+    without sharding. From now on all ranks must run forward passes together.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model.requires_grad_(False)
     mesh = init_device_mesh(device.type, (get_world().size,))
-    for block in blocks(model):
+    for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     model.to(device)
     get_world().sharded = True
 
 
-def four_bits(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What from_pretrained is told to hold weights as NF4 with doubly quantised scales, and to compute in `dtype`."""
+def nf4_arguments(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of from_pretrained for NF4 weights with doubly quantised scales that compute in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(

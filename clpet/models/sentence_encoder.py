@@ -21,32 +21,33 @@ from torch import Tensor
 from clpet.config.compose import conf_dir, plugin_dirs
 from clpet.config.identity import digest
 from clpet.errors import ConfigError, ModelError, first_line
-from clpet.models.backbone import Backbone, first_position
-from clpet.models.fixed_blocks import BLOCK, STEP, blocks, platform
+from clpet.models.architectures import first_position
+from clpet.models.backbone import Backbone
+from clpet.models.fixed_blocks import BLOCK_ROWS, WIDTH_MULTIPLE, rounding_platform, split_into_blocks
 from clpet.runtime import atomic_io
 from clpet.runtime.fingerprint import folder_hash
 from clpet.runtime.hub import unavailable
 
-PART = 16384  # texts of one file at most: what is lost when a run is stopped
+TEXTS_PER_FILE = 16384  # at most; what is lost if a run stops before the file is written
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
 def locate(name: str) -> Path:
-    """The folder of a sentence encoder: a model option's, a folder, or a hub id's. Raises ModelError."""
-    named = backbone(name)
-    place = named.found()
-    folder = place if isinstance(place, Path) else _download(named)
+    """The folder of a sentence encoder, given as a model option, a folder or a hub id. Raises ModelError."""
+    source = backbone(name)
+    location = source.locate()
+    folder = location if isinstance(location, Path) else _download(source)
     if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"the sentence encoder {name} has no .safetensors in {folder}; pickled weights are not read")
-    known = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
-    for module in known:
-        if not str(module["type"]).startswith("sentence_transformers."):  # it would be imported
-            raise ModelError(f"the sentence encoder {name} names {module['type']}, which is code of its own")
+        raise ModelError(f"the sentence encoder {name} has no .safetensors in {folder}; pickled weights are not loaded")
+    modules = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
+    for module in modules:
+        if not str(module["type"]).startswith("sentence_transformers."):  # it would be imported, and could run anything
+            raise ModelError(f"the sentence encoder {name} names {module['type']}, which is custom code")
     return folder
 
 
 def backbone(name: str) -> Backbone:
-    """The backbone behind a sentence encoder's name. Raises ModelError for one without weights."""
+    """The backbone that a sentence encoder's name refers to. Raises ModelError for one without weights."""
     options = [folder / "model" / f"{name}.yaml" for folder in (conf_dir(), *plugin_dirs())]
     spec: Any = next((OmegaConf.to_container(OmegaConf.load(file)) for file in options if file.is_file()), None)
     if spec is None:
@@ -55,26 +56,26 @@ def backbone(name: str) -> Backbone:
         )
     if not any(spec.get(key) for key in ("hub", "path", "package")):
         raise ModelError(f"method.encoder={name} is a model without weights: it cannot embed sentences")
-    wanted = ("hub", "revision", "path", "package", "sha256")
-    return Backbone(name=name, **{key: spec[key] for key in wanted if key in spec})
+    keys = ("hub", "revision", "path", "package", "sha256")
+    return Backbone(name=name, **{key: spec[key] for key in keys if key in spec})
 
 
 def _download(backbone: Backbone) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(str(backbone.hub), revision=backbone.revision, allow_patterns=[*FILES, "*/*.json"])
+        folder = snapshot_download(str(backbone.hub), revision=backbone.revision, allow_patterns=[*FILES, "*/*.json"])
     except Exception as error:  # offline, no such id, no permission: each library version has its own types
         alternative = f"method.encoder=FOLDER{backbone.package_hint}"
-        what = f"the sentence encoder {backbone.hub}"
-        raise ModelError(unavailable(what, str(backbone.hub), error, alternative)) from error
-    return Path(found)
+        encoder = f"the sentence encoder {backbone.hub}"
+        raise ModelError(unavailable(encoder, str(backbone.hub), error, alternative)) from error
+    return Path(folder)
 
 
 class Encoder:
-    """Mean-pooled last hidden states of a frozen encoder in eval mode, fp32, texts cut at `max_length` tokens.
+    """Mean-pooled last hidden states of a frozen encoder in eval mode, in fp32; texts are cut at `max_length` tokens.
 
-    Nothing is loaded before a text has to be encoded. `encoded` counts those texts.
+    The model is loaded when the first text must be encoded. `encoded` counts the texts that were.
     """
 
     def __init__(
@@ -97,40 +98,42 @@ class Encoder:
             raise ConfigError(f"method.encoder_length={self.max_length}, but this encoder reads at most {most} tokens")
 
     def key(self) -> str:
-        """What an embedding depends on beside its text: every file of the encoder, length, device, library."""
+        """Hash of everything but the text that an embedding depends on: encoder files, length, device, libraries."""
         files = folder_hash(self.folder, self.cache_dir)
-        return digest([files, self.max_length, "mean", *platform(self.device), BLOCK, STEP], 32)
+        platform = rounding_platform(self.device)
+        return digest([files, self.max_length, "mean", *platform, BLOCK_ROWS, WIDTH_MULTIPLE], 32)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """[n, dim] fp32 on the CPU; a text that no run has encoded is encoded, each one once."""
+        """[n, dim] fp32 on the CPU. Only texts that are not in the cache are computed, each different one once."""
         keys = [hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16] for text in texts]
-        place = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-        values, known = np.empty((len(place), self.dim), dtype=np.float32), np.zeros(len(place), dtype=bool)
-        for found, vectors in self._files(place):
-            rows = [(place[key], row) for row, key in enumerate(found) if key in place]
-            values[[to for to, _ in rows]] = vectors[[row for _, row in rows]]
-            known[[to for to, _ in rows]] = True
+        row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        values, cached = np.empty((len(row_of), self.dim), dtype=np.float32), np.zeros(len(row_of), dtype=bool)
+        for file_keys, vectors in self._cache_files(row_of):
+            pairs = [(row_of[key], row) for row, key in enumerate(file_keys) if key in row_of]
+            values[[target for target, _ in pairs]] = vectors[[row for _, row in pairs]]
+            cached[[target for target, _ in pairs]] = True
         text_of = dict(zip(keys, texts, strict=True))
-        missing = [key for key, row in place.items() if not known[row]]
-        for start in range(0, len(missing), PART):
-            part = missing[start : start + PART]
-            vectors = self._compute([text_of[key] for key in part])
-            values[[place[key] for key in part]] = vectors
-            self._save(part, vectors)
-        return torch.from_numpy(values[[place[key] for key in keys]])
+        missing = [key for key, row in row_of.items() if not cached[row]]
+        for start in range(0, len(missing), TEXTS_PER_FILE):
+            chunk = missing[start : start + TEXTS_PER_FILE]
+            vectors = self._compute([text_of[key] for key in chunk])
+            values[[row_of[key] for key in chunk]] = vectors
+            self._save(chunk, vectors)
+        return torch.from_numpy(values[[row_of[key] for key in keys]])
 
-    def _files(self, wanted: dict[bytes, int]) -> Iterator[tuple[list[bytes], np.ndarray]]:
-        """(hashes, vectors) of every whole file that holds a wanted text; of the others only the hashes are read."""
+    def _cache_files(self, row_of: dict[bytes, int]) -> Iterator[tuple[list[bytes], np.ndarray]]:
+        """(hashes, vectors) of every intact file with one of the texts; only the hashes of other files are read."""
         for path in sorted(self.cache.glob("*.safetensors")) if self.cache else []:
             try:
                 with safe_open(path, "numpy") as file:
                     keys = [row.tobytes() for row in file.get_tensor("keys")]
             except (OSError, SafetensorError):
                 continue
-            if not wanted.keys().isdisjoint(keys) and (found := atomic_io.load_arrays(path)):
-                yield keys, found["vectors"]
+            if not row_of.keys().isdisjoint(keys) and (arrays := atomic_io.load_arrays(path)):
+                yield keys, arrays["vectors"]
 
     def _save(self, keys: list[bytes], vectors: np.ndarray) -> None:
+        """Writes one cache file; after a failed write the cache is not tried again."""
         if self.cache:
             name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
             rows = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
@@ -145,9 +148,9 @@ class Encoder:
         ids = tokenizer(texts, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
         lengths = np.array([len(row) for row in ids])
         values = np.empty((len(texts), self.dim), dtype=np.float32)
-        for rows in blocks(lengths, np.arange(len(texts))):
-            block = {"input_ids": [ids[row] for row in np.resize(rows, BLOCK)]}
-            batch = tokenizer.pad(block, pad_to_multiple_of=STEP, return_tensors="pt").to(self.device)
+        for rows in split_into_blocks(lengths, np.arange(len(texts))):
+            block = {"input_ids": [ids[row] for row in np.resize(rows, BLOCK_ROWS)]}
+            batch = tokenizer.pad(block, pad_to_multiple_of=WIDTH_MULTIPLE, return_tensors="pt").to(self.device)
             values[rows] = model(dict(batch))["sentence_embedding"][: len(rows)].float().cpu().numpy()
         return values
 

@@ -16,7 +16,8 @@ from clpet.data.batches import Batch, Encoded, EncodedDataset, encode_benchmark
 from clpet.data.benchmark import Benchmark, Example
 from clpet.errors import ModelError
 from clpet.models.adapters import Adapters
-from clpet.models.backbone import Backbone, first_position
+from clpet.models.architectures import first_position
+from clpet.models.backbone import Backbone
 from clpet.objectives.cost_meter import Meter
 
 log = logging.getLogger(__name__)

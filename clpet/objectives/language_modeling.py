@@ -20,13 +20,12 @@ from clpet.data.benchmark import SPLITS, Benchmark
 from clpet.data.packing import Masking, Windows, pack
 from clpet.data.token_cache import Stream, TokenCache
 from clpet.errors import ConfigError, DataError, ModelError
-from clpet.models.backbone import Architecture, Backbone, first_position
+from clpet.models.architectures import first_position, logit_cap
+from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import AnswerSpace, Objective, Predictions, TaskScore
 from clpet.objectives.key_term_rank import prompt_windows, rank_statistics, ranks
 
-# Config entries of models that transform their logits after the output layer.
-LOGIT_CAPS = ("head_logits_cap", "final_logit_softcapping")
 EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of this many tokens
 
 
@@ -45,8 +44,7 @@ class LanguageModeling(Objective):
         if self.tokenizer.mask_token_id is None and not self.causal:
             raise ModelError(f"model {backbone.name} has no mask token, so it cannot be trained as a masked one")
         config: Any = self.adapters.model.config
-        cap = next((key for key in LOGIT_CAPS if getattr(config, key, None)), None)
-        if cap:  # the chunked loss applies the output layer itself and would leave the cap out
+        if cap := logit_cap(config):  # the chunked loss applies the output layer itself and would leave the cap out
             raise ModelError(f"model {backbone.name} caps its logits ({cap}), which language_modeling does not support")
         if self.evaluation.rank_prompts and not self.causal:
             raise ConfigError(f"evaluation.rank_prompts needs a decoder, which model {backbone.name} is not")

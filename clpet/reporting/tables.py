@@ -91,7 +91,7 @@ def perplexity(value: float | None) -> str:
 
 def summary_line(matrix: TransferMatrix, row: int) -> str:
     """Average over the tasks seen so far (each counts the same), and over all their test examples (`whole`)."""
-    average, micro = matrix.average(row, row), matrix.whole(row, row)
+    average, micro = matrix.average(row, row), matrix.micro_average(row, row)
     if matrix.direction == "lower":
         return f"perplexity: average {perplexity(average)} · whole {perplexity(micro)} on {row} seen domains"
     return f"average {round2(average)} · whole {round2(micro)} on {row} seen tasks"

@@ -24,7 +24,7 @@ from clpet.data.benchmark import Benchmark
 from clpet.data.sources import Source
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.methods.base import Method
-from clpet.models.adapters import Adapter
+from clpet.models.adapters import FullFineTuning
 from clpet.models.backbone import Backbone
 from clpet.records import Checkpoint
 from clpet.replay.base import NoReplay
@@ -39,7 +39,8 @@ from clpet.session import assemble, load_objective, set_up_method
 
 log = logging.getLogger(__name__)
 # The class that each group's `_target_` must be, or inherit from.
-BASE_CLASSES = dict(zip(OBJECT_GROUPS, (Method, NoReplay, Backbone, Adapter, Source, Hardware, Tracking), strict=True))
+_CLASSES = (Method, NoReplay, Backbone, FullFineTuning, Source, Hardware, Tracking)
+BASE_CLASSES = dict(zip(OBJECT_GROUPS, _CLASSES, strict=True))
 LOCATIONS = ("data_dir", "cache_dir", "model.path", "hardware.")  # options that depend on the machine, not on the run
 TASK_NAME = re.compile(r"[^\x00-\x1f]+")
 FOLDER_OPTIONS = ("benchmark.tasks", "benchmark.folders", "benchmark.domains")  # names that may be joined to data_dir

@@ -185,7 +185,7 @@ def headline(matrix: TransferMatrix) -> Headline:
     """The summary metrics at the top level of results.json, for scripts that read them by name."""
     return {
         "average": matrix.average(),
-        "whole": matrix.whole(),
+        "whole": matrix.micro_average(),
         "backward_transfer": matrix.backward_transfer(),
         "forward_transfer": matrix.forward_transfer(),
         "forgetting": matrix.forgetting(),

@@ -98,7 +98,8 @@ class Tracker:
         }  # fmt: skip
         line: dict[str, Json] = {"done": state.done, "row": row, "split": self.split, "tasks": tasks}
         line |= evaluation.diagnostics
-        line |= {"average": state.matrix.average(row, row), "whole": state.matrix.whole(row, row)} if row else {}
+        matrix = state.matrix
+        line |= {"average": matrix.average(row, row), "whole": matrix.micro_average(row, row)} if row else {}
         cost: Mapping[str, Json] = cast(Mapping[str, Json], state.costs[-1]) if state.costs else {}
         line |= {"cost": cost} if cost else {}
         with (self.out / "metrics.jsonl").open("a") as file:

@@ -14,7 +14,8 @@ from clpet.config.build import build, parse_config
 from clpet.config.compose import compose_config
 from clpet.config.schema import Training
 from clpet.errors import ClpetError, ConfigError
-from clpet.models.backbone import Backbone, first_position
+from clpet.models.architectures import first_position
+from clpet.models.backbone import Backbone
 from clpet.objectives.base import Predictions
 from clpet.runs import run_dir
 from clpet.runs.load_run import check_config, is_relative_name

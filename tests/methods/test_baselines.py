@@ -25,10 +25,10 @@ def test_o_lora_adds_both_terms_of_its_formula(make) -> None:
     run.learn(0)
     run.learn(1)
     method, batch = run.method, run.data.train.batch(run.data.train.rows_of(1)[:8])
-    layers = method.increments.layers.values()
+    layers = method.stack.layers.values()
     penalty = method.loss(batch).item() - method.routed_loss(batch, None).item()
-    overlap = sum((layer.A @ layer.a.T).abs().sum().item() for layer in layers)
-    norms = sum(layer.a.square().sum().sqrt().item() + layer.b.square().sum().sqrt().item() for layer in layers)
+    overlap = sum((layer.frozen_A @ layer.A.T).abs().sum().item() for layer in layers)
+    norms = sum(layer.A.square().sum().sqrt().item() + layer.B.square().sum().sqrt().item() for layer in layers)
     assert overlap > 0
     assert penalty == pytest.approx(0.5 * overlap + 0.1 * norms, rel=1e-4)
 
@@ -143,16 +143,16 @@ def test_one_task_is_sequential_fine_tuning(name: str, make) -> None:
     """From the same start the first task ends in the same bits: these methods act from task 2 on."""
     seq, run = make("method=sequential"), make(f"method={name}")
     if name in INCREMENTS:
-        increments, add = run.method.increments, run.method.increments.add
+        stack, add = run.method.stack, run.method.stack.add
         start = {key: value.detach().clone() for key, value in seq.method.objective.adapters.tensors("default").items()}
 
         def add_the_same(seed: int) -> None:
             add(seed)
-            for key, layer in increments.layers.items():
+            for key, layer in stack.layers.items():
                 with torch.no_grad():
-                    layer.a.copy_(start[f"base_model.model.{key}.lora_A.weight"])
+                    layer.A.copy_(start[f"base_model.model.{key}.lora_A.weight"])
 
-        increments.add = add_the_same
+        stack.add = add_the_same
     seq.learn(0)
     run.learn(0)
     assert torch.equal(run.method.objective.head.weight, seq.method.objective.head.weight)
@@ -169,14 +169,14 @@ def test_micro_batches_add_up_to_the_same_gradient(name: str, make) -> None:
         run = make(f"method={name}", f"hardware.micro_batch_size={size}", *more)
         run.learn(0)
         if name in INCREMENTS:
-            add, layers = run.method.increments.add, run.method.increments.layers
+            add, layers = run.method.stack.add, run.method.stack.layers
 
             def add_filled(seed: int, add=add, layers=layers) -> None:
                 add(seed)
                 for layer in layers.values():
-                    nn.init.normal_(layer.b, std=0.1, generator=torch.Generator().manual_seed(0))
+                    nn.init.normal_(layer.B, std=0.1, generator=torch.Generator().manual_seed(0))
 
-            run.method.increments.add = add_filled
+            run.method.stack.add = add_filled
         run.trainer.dry_run = True
         run.trainer.begin_task(1)
         run.method.learn(run.benchmark.tasks[1], 1, run.trainer)
@@ -200,9 +200,9 @@ def test_a_state_gives_back_the_predictions(name: str, make) -> None:
 def test_earlier_branches_keep_their_bits(name: str, make) -> None:
     run = make(f"method={name}", "train.lr=1e-2")
     run.learn(0)
-    first = run.method.increments.state()
+    first = run.method.stack.state()
     run.learn(1)
-    for key, layer in run.method.increments.layers.items():
-        assert torch.equal(layer.A, first[key]["A"])
-        assert torch.equal(layer.B, first[key]["B"])
+    for key, layer in run.method.stack.layers.items():
+        assert torch.equal(layer.frozen_A, first[key]["A"])
+        assert torch.equal(layer.frozen_B, first[key]["B"])
         assert first[key]["B"].abs().max() > 0

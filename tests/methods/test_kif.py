@@ -13,7 +13,7 @@ from clpet.config.build import build
 from clpet.methods.base import Method
 from clpet.methods.components.importance import Importance, norm
 from clpet.methods.kif import KIF
-from clpet.models.adapters import Adapter, Adapters, Lora
+from clpet.models.adapters import Adapters, FullFineTuning, Lora
 from clpet.reporting.plots import method_figures
 from tests.config.test_configs import compose_config
 from tests.conftest import tiny_args
@@ -248,7 +248,7 @@ def test_tied_parameters_are_scored_once() -> None:
     config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config)
     backbone = build({**compose_config("model=t5_base").model}, "model")
-    adapters = Adapters(model, backbone, Adapter())
+    adapters = Adapters(model, backbone, FullFineTuning())
     adapters.add("default", 0)
     method = KIF(unit="matrix")
     head = nn.Linear(16, 2)

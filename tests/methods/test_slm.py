@@ -20,7 +20,7 @@ def test_before_training_a_task_changes_nothing(slm) -> None:
     cost = run.method.objective.meter.take_learning()
     assert cost["forward_examples"] == 24 * run.config.train.epochs  # stage 2 alone
     used = torch.arange(4)
-    with run.method.increments.mixed(torch.rand(6, 4), used), torch.no_grad():
+    with run.method.stack.selected_branches(torch.rand(6, 4), used), torch.no_grad():
         assert torch.equal(run.method.objective.features(batch), bare)
 
 
@@ -33,7 +33,7 @@ def test_no_gradient_crosses_the_stages(slm) -> None:
     run.learn(1)
     method = run.method
     assert len(optimised) == 2
-    current = [*method.increments.current().values(), *method.task_heads.heads[1].parameters()]
+    current = [*method.stack.current().values(), *method.task_heads.heads[1].parameters()]
     assert {id(tensor) for tensor in optimised[1]} == {id(tensor) for tensor in current}
     for tensor in current:
         tensor.grad = None
@@ -52,7 +52,7 @@ def everything(method) -> dict[str, torch.Tensor]:
     for task, keys in enumerate(method.key_pool):
         tensors[f"{task} keys"] = keys.clone()
         rows = slice(task * method.per_task * method.rank, (task + 1) * method.per_task * method.rank)
-        for name, layer in method.increments.state().items():
+        for name, layer in method.stack.state().items():
             tensors[f"{task} {name} A"], tensors[f"{task} {name} B"] = (
                 layer["A"][rows].clone(),
                 layer["B"][:, rows].clone(),

@@ -7,24 +7,24 @@ from torch import nn
 from clpet.errors import ModelError
 from clpet.models.adapters import Adapters, Frozen, Lora
 from clpet.models.backbone import Backbone
-from clpet.models.stacked_lora import Increments, attention_outputs
+from clpet.models.stacked_lora import StackedLora, require_attention_outputs
 from tests.models.test_stacked_lora import IDS, network, read
 
 OUTPUTS = {"bert": 2, "llama": 2, "t5": 6, "gpt2": 2}
 
 
-def increments(model: nn.Module, targets: list[str] | None, r: int = 3) -> Increments:
+def increments(model: nn.Module, targets: list[str] | None, r: int = 3) -> StackedLora:
     backbone = Backbone(name="any", path=".")
-    lora = Lora(r=r, alpha=r, targets=targets or attention_outputs(model))
-    return Increments(Adapters(model, backbone, Frozen()), lora.peft_config(backbone))
+    lora = Lora(r=r, alpha=r, targets=targets or require_attention_outputs(model))
+    return StackedLora(Adapters(model, backbone, Frozen()), lora.peft_config(backbone))
 
 
-def filled(stack: Increments, tasks: int, count: int, dtype: torch.dtype = torch.float32) -> Increments:
+def filled(stack: StackedLora, tasks: int, count: int, dtype: torch.dtype = torch.float32) -> StackedLora:
     for task in range(tasks):
         stack.add(task, count, lambda b, generator: b.normal_(generator=generator))
         for layer in stack.layers.values():
-            new = torch.randn(layer.b.shape, generator=torch.Generator().manual_seed(task)) * 0.1
-            layer.set(layer.A.to(dtype), layer.B.to(dtype), layer.a.detach().to(dtype), new.to(dtype))
+            new = torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(task)) * 0.1
+            layer.set(layer.frozen_A.to(dtype), layer.frozen_B.to(dtype), layer.A.detach().to(dtype), new.to(dtype))
     return stack
 
 
@@ -60,7 +60,7 @@ def test_factored_and_dense_increments_agree(
     stack = filled(increments(network(kind).to(dtype), targets), 2, 4, dtype)
     weights = torch.rand(3, 3, dtype=dtype, generator=torch.Generator().manual_seed(1))
     branches = torch.tensor([1, 4, 7])
-    with torch.no_grad(), stack.mixed(weights, branches):
+    with torch.no_grad(), stack.selected_branches(weights, branches):
         together = read(stack, IDS)
     for row in range(3):
         for layer in stack.layers.values():
@@ -75,7 +75,7 @@ def test_factored_and_dense_increments_agree(
             dense = read(stack, IDS[row : row + 1])
         for layer in stack.layers.values():
             layer.module.weight.data = layer.frozen_weight
-        with torch.no_grad(), stack.mixed(weights[row : row + 1], branches):
+        with torch.no_grad(), stack.selected_branches(weights[row : row + 1], branches):
             alone = read(stack, IDS[row : row + 1])
         assert (together[row] - dense[0]).abs().max() <= most
         assert (together[row] - alone[0]).abs().max() <= most
@@ -87,20 +87,20 @@ def test_the_newest_values_alone_get_gradients() -> None:
     """Without a list of branches the newest are used, which equals weights of 0 for all others."""
     stack = filled(increments(network("llama"), None), 2, 2)
     weights = torch.rand(3, 2)
-    with stack.mixed(weights):
+    with stack.selected_branches(weights):
         new = read(stack, IDS)
-    with stack.weighted(torch.cat([torch.zeros(3, 2), weights], 1)):
+    with stack.branch_weights(torch.cat([torch.zeros(3, 2), weights], 1)):
         assert torch.allclose(read(stack, IDS), new, atol=1e-6)
     new.square().sum().backward()
     assert all(tensor.grad is not None for tensor in stack.current().values())
     assert all(parameter.grad is None for parameter in stack.adapters.model.parameters())
     with torch.no_grad():
         base, layer = read(stack, IDS), next(iter(stack.layers.values()))
-        layer.b.mul_(2)  # twice a is twice the increment of a layer
-    with stack.mixed(weights), torch.no_grad():
+        layer.B.mul_(2)  # twice a is twice the increment of a layer
+    with stack.selected_branches(weights), torch.no_grad():
         x = torch.randn(3, 4, 16)
         doubled = layer.forward(layer.module, (x,), torch.zeros(3, 4, 16))
-        layer.b.div_(2)
+        layer.B.div_(2)
         assert torch.allclose(doubled, 2 * layer.forward(layer.module, (x,), torch.zeros(3, 4, 16)), atol=1e-5)
     assert base.shape == new.shape
 

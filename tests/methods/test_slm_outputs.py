@@ -36,7 +36,7 @@ def test_the_head_grows_by_new_labels_alone(slm, tmp_path: Path) -> None:
     assert method.task_heads.heads[0].labels == [0, 1, 2]
     run.learn(1)
     assert method.task_heads.heads[1].labels == []
-    assert len(method.parameters()) == len(method.increments.current())
+    assert len(method.parameters()) == len(method.stack.current())
     assert torch.equal(method.task_heads.scores(h, None), before)
     run.learn(2)
     after = method.task_heads.scores(h, None)
@@ -74,14 +74,14 @@ def test_answers_in_a_batch_are_those_alone(model: str, decode: str, slm) -> Non
         run.learn(task)
     method, pool = run.method, run.data.test
     with torch.no_grad():
-        for value in method.increments.current().values():
+        for value in method.stack.current().values():
             value.normal_(generator=torch.Generator().manual_seed(3))
     rows = pool.rows_of(1)
     with torch.inference_mode():
         together = method.predict(pool.batch(rows), AnswerSpace(range(12)))
         alone = [method.predict(pool.batch([row]), AnswerSpace(range(12))).texts[0] for row in rows]
     assert together.texts == alone
-    with method.increments.off(), torch.inference_mode():
+    with method.stack.off(), torch.inference_mode():
         bare = method.objective.predict(pool.batch(rows), AnswerSpace(range(12))).texts
     assert decode == "rank" or bare != alone
 
@@ -132,7 +132,7 @@ def test_a_training_step_costs_no_more_memory_with_twenty_tasks(slm) -> None:
     peaks = []
     for task in range(20):
         method.key_pool.append(torch.randn(6, 4, 8))
-        method.increments.add(task, method.per_task)
+        method.stack.add(task, method.per_task)
         if task == 0:
             method.task_heads.grow([0, 1, 2, 3], seen=False)
         if task in (0, 19):
@@ -143,7 +143,7 @@ def test_a_training_step_costs_no_more_memory_with_twenty_tasks(slm) -> None:
             peaks.append(peak.peak)
     assert peaks[0] > 10_000
     assert peaks[1] <= peaks[0]
-    assert method.increments.count() == 20 * 4 * 4 * (32 + 32) * 2
+    assert method.stack.count() == 20 * 4 * 4 * (32 + 32) * 2
 
 
 def test_a_run_keeps_and_shows_what_was_retrieved(words: Path, encoder: Path, clpet, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_whole_and_average_differ_on_unbalanced_tasks() -> None:
     found = TransferMatrix(["a", "b"])
     found.record(2, 0, 100 * 90 / 100, 90, 100)
     found.record(2, 1, 100 * 1 / 2, 1, 2)
-    assert round(found.whole(), 2) == 89.22
+    assert round(found.micro_average(), 2) == 89.22
     assert round(found.average(), 2) == 70.00
 
 
@@ -35,7 +35,7 @@ def test_whole_of_the_tacred_log() -> None:
     """2012/3325 = 60.51 % (oracle 17)."""
     found = TransferMatrix(["a"])
     found.record(1, 0, 0, 2012, 3325)
-    assert round(found.whole(), 2) == 60.51
+    assert round(found.micro_average(), 2) == 60.51
 
 
 def test_backward_matrix_and_bwt() -> None:

@@ -11,7 +11,7 @@ import transformers
 from clpet.errors import ModelError
 from clpet.models.adapters import Adapters, Blocks, Lora
 from clpet.models.backbone import Architecture, Backbone
-from clpet.models.memory_saving import recompute
+from clpet.models.memory_saving import enable_recomputation
 from tests.conftest import domain_args, tiny_args
 
 SMALL = {"vocab_size": 266, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,
@@ -63,7 +63,7 @@ def test_blocks_that_are_not_known_are_refused() -> None:
     with pytest.raises(ModelError, match="not those of bert"):
         Adapters(model, backbone, Blocks())
     backbone, model = network("llama")
-    with pytest.raises(ModelError, match=r"peft.every=5, but the model has 4 blocks"):
+    with pytest.raises(ModelError, match=r"peft.every=5, but the model has only 4 blocks"):
         Adapters(model, backbone, Blocks(every=5))
 
 
@@ -109,7 +109,7 @@ def test_recomputed_blocks_drop_only_where_the_network_does(drops: bool) -> None
     backbone = Backbone(name="opt", architecture=Architecture.decoder, random_weights=True,
                         config={"model_type": "opt", **values})  # fmt: skip
     model, _ = backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
-    recompute(model, drops)
+    enable_recomputation(model, drops)
     assert {block.dropout for block in model.model.decoder.layers} == {0.3 if drops else 0.0}
 
 

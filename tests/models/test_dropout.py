@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from clpet.errors import ConfigError, ModelError
-from clpet.models.adapters import Adapter, Adapters, Frozen, Lora
+from clpet.models.adapters import Adapters, Frozen, FullFineTuning, Lora
 from clpet.models.backbone import Architecture, Backbone, byte_tokenizer
-from clpet.models.memory_saving import recompute
+from clpet.models.memory_saving import enable_recomputation
 from tests.conftest import tiny_args
 
 IDS = torch.tensor([[5, 9, 77, 130, 12, 40, 8, 200]])
@@ -27,13 +27,13 @@ NETWORKS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def network(shape: str, adapter: Adapter, dropout: object, again: bool = False) -> Adapters:
+def network(shape: str, adapter: FullFineTuning, dropout: object, again: bool = False) -> Adapters:
     """A small network with an adapter; with `again` its activations are computed a second time for the gradients."""
     backbone = Backbone(name=shape, random_weights=True, dropout=dropout, **NETWORKS[shape])
     model, _ = backbone.load(torch.float32, torch.device("cpu"), 0)
     found = Adapters(model, backbone, adapter)
     if again:
-        recompute(model, found.drops)
+        enable_recomputation(model, found.drops)
     if not isinstance(adapter, Frozen):
         found.add("default", 0)
     return found
@@ -54,7 +54,7 @@ def twice(adapters: Adapters) -> bool:
 @pytest.mark.parametrize("shape", NETWORKS)
 def test_who_drops_and_when(shape: str) -> None:
     """auto: a network that is itself trained; a frozen one with own or a rate, in training only and not inside `using`."""
-    expected = {(Adapter, "auto"): True, (Adapter, "off"): False, (Adapter, 0.2): True, (Lora, "auto"): False,
+    expected = {(FullFineTuning, "auto"): True, (FullFineTuning, "off"): False, (FullFineTuning, 0.2): True, (Lora, "auto"): False,
                 (Lora, "off"): False, (Lora, "own"): True, (Lora, 0.2): True, (Lora, 0): False, (Frozen, "own"): True}  # fmt: skip
     for (kind, dropout), drops in expected.items():
         adapters = network(shape, kind(), dropout)

@@ -166,5 +166,5 @@ def test_models_that_cannot_embed_are_refused(folder: Path, tmp_path: Path) -> N
         Encoder(folder, 257)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
-    with pytest.raises(ModelError, match="pickled weights are not read"):
+    with pytest.raises(ModelError, match="pickled weights are not loaded"):
         locate(str(tmp_path))

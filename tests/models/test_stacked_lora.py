@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel
 from clpet.errors import ModelError
 from clpet.models.adapters import Adapters, Lora
 from clpet.models.backbone import Backbone
-from clpet.models.stacked_lora import Increments
+from clpet.models.stacked_lora import StackedLora
 
 SHAPES = {
     "bert": ({"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}, ["query", "value"]),
@@ -26,33 +26,33 @@ def network(kind: str, seed: int = 0) -> nn.Module:
     return AutoModel.from_config(config, attn_implementation="eager").eval()
 
 
-def attached(kind: str, model: nn.Module | None = None, **knobs) -> Increments:
+def attached(kind: str, model: nn.Module | None = None, **knobs) -> StackedLora:
     backbone = Backbone(name=kind, path=".", targets=SHAPES[kind][1])
-    return Increments(Adapters(model or network(kind), backbone, Lora(r=3, alpha=6, **knobs)))
+    return StackedLora(Adapters(model or network(kind), backbone, Lora(r=3, alpha=6, **knobs)))
 
 
-def read(increments: Increments, ids: torch.Tensor) -> torch.Tensor:
-    model = increments.adapters.model
+def read(stack: StackedLora, ids: torch.Tensor) -> torch.Tensor:
+    model = stack.adapters.model
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     return model(input_ids=ids, **more).last_hidden_state
 
 
-def randomised(increments: Increments, branches: int) -> Increments:
+def randomised(stack: StackedLora, branches: int) -> StackedLora:
     for branch in range(branches):
-        increments.add(branch)
-        for tensor in increments.current().values():
+        stack.add(branch)
+        for tensor in stack.current().values():
             nn.init.normal_(tensor, std=0.3)
-    return increments
+    return stack
 
 
-def as_peft(increments: Increments, model: nn.Module) -> nn.Module:
+def as_peft(stack: StackedLora, model: nn.Module) -> nn.Module:
     """peft's own LoRA on `model` with the values of the newest branch."""
-    twin = peft.get_peft_model(model, increments.config).eval()
+    twin = peft.get_peft_model(model, stack.config).eval()
     with torch.no_grad():
-        for name, layer in increments.layers.items():
+        for name, layer in stack.layers.items():
             module = twin.base_model.model.get_submodule(name)
-            module.lora_A["default"].weight.copy_(layer.a)
-            module.lora_B["default"].weight.copy_(layer.b)
+            module.lora_A["default"].weight.copy_(layer.A)
+            module.lora_B["default"].weight.copy_(layer.B)
     return twin
 
 
@@ -62,124 +62,124 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [5, 20, 30, 40]])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_one_branch_is_peft_lora_bit_for_bit(kind: str) -> None:
     """BERT, LLaMA, T5 with its decoder and GPT-2's transposed layers; the first branch starts as no change."""
-    increments = attached(kind)
-    bare = read(increments, IDS)
-    increments.add(7)
-    assert torch.equal(read(increments, IDS), bare)
-    for tensor in increments.current().values():
+    stack = attached(kind)
+    bare = read(stack, IDS)
+    stack.add(7)
+    assert torch.equal(read(stack, IDS), bare)
+    for tensor in stack.current().values():
         nn.init.normal_(tensor, std=0.3)
-    twin = as_peft(increments, network(kind))
+    twin = as_peft(stack, network(kind))
     more = {"decoder_input_ids": IDS} if kind == "t5" else {}
-    assert torch.equal(read(increments, IDS), twin(input_ids=IDS, **more).last_hidden_state)
-    assert not torch.equal(read(increments, IDS), bare)
-    with increments.off():
-        assert torch.equal(read(increments, IDS), bare)
+    assert torch.equal(read(stack, IDS), twin(input_ids=IDS, **more).last_hidden_state)
+    assert not torch.equal(read(stack, IDS), bare)
+    with stack.off():
+        assert torch.equal(read(stack, IDS), bare)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_bf16_backbone_keeps_fp32_branches(kind: str) -> None:
     """As peft does: the increment is computed in fp32, the layer's output keeps the backbone's type."""
-    increments = randomised(attached(kind, network(kind).bfloat16()), 1)
-    twin = as_peft(increments, network(kind).bfloat16())
-    found = read(increments, IDS)
+    stack = randomised(attached(kind, network(kind).bfloat16()), 1)
+    twin = as_peft(stack, network(kind).bfloat16())
+    found = read(stack, IDS)
     assert found.dtype is torch.bfloat16
     assert torch.equal(found, twin(input_ids=IDS).last_hidden_state)
     found.float().square().sum().backward()
-    assert all(tensor.dtype is torch.float32 and tensor.grad is not None for tensor in increments.current().values())
+    assert all(tensor.dtype is torch.float32 and tensor.grad is not None for tensor in stack.current().values())
 
 
 def test_branches_add_up_to_merged_weights() -> None:
     """W + s sum_i B_i A_i in place of the layers gives the same output."""
-    increments = randomised(attached("bert"), 3)
-    found = read(increments, IDS)
-    with torch.no_grad(), increments.off():
-        for layer in increments.layers.values():
+    stack = randomised(attached("bert"), 3)
+    found = read(stack, IDS)
+    with torch.no_grad(), stack.off():
+        for layer in stack.layers.values():
             a, b = layer.all()
-            layer.module.weight += increments.scale * b @ a
-        assert torch.allclose(read(increments, IDS), found, atol=1e-5)
+            layer.module.weight += stack.scale * b @ a
+        assert torch.allclose(read(stack, IDS), found, atol=1e-5)
 
 
 def test_weights_of_one_example_do_not_touch_another() -> None:
     """Each row with its own weights alone gives what it gives in the batch, and what scaled branches give."""
-    increments = randomised(attached("bert"), 3)
+    stack = randomised(attached("bert"), 3)
     weights = torch.tensor([[1.0, 0.0, 0.5], [0.2, -1.0, 0.3], [0.0, 0.0, 0.0]])
-    with increments.weighted(weights), torch.no_grad():
-        together = read(increments, IDS)
+    with stack.branch_weights(weights), torch.no_grad():
+        together = read(stack, IDS)
     for row in range(3):
-        with increments.weighted(weights[row : row + 1]), torch.no_grad():
-            assert torch.allclose(read(increments, IDS[row : row + 1])[0], together[row], atol=1e-6)
-        with increments.weighted(weights[row]), torch.no_grad():
-            assert torch.allclose(read(increments, IDS)[row], together[row], atol=1e-6)
-    with increments.off(), torch.no_grad():
-        assert torch.equal(read(increments, IDS)[2], together[2])
-    assert increments.weights is None
+        with stack.branch_weights(weights[row : row + 1]), torch.no_grad():
+            assert torch.allclose(read(stack, IDS[row : row + 1])[0], together[row], atol=1e-6)
+        with stack.branch_weights(weights[row]), torch.no_grad():
+            assert torch.allclose(read(stack, IDS)[row], together[row], atol=1e-6)
+    with stack.off(), torch.no_grad():
+        assert torch.equal(read(stack, IDS)[2], together[2])
+    assert stack.weights is None
 
 
 def test_frozen_branches_get_no_gradient_and_keep_their_bits() -> None:
     """Only the newest A and B, and the weights, are reached by backward; a step moves nothing else."""
-    increments = randomised(attached("t5"), 2)
-    increments.add(9)
-    before = {name: (layer.A.clone(), layer.B.clone()) for name, layer in increments.layers.items()}
+    stack = randomised(attached("t5"), 2)
+    stack.add(9)
+    before = {name: (layer.frozen_A.clone(), layer.frozen_B.clone()) for name, layer in stack.layers.items()}
     weights = torch.full((3, 3), 0.5, requires_grad=True)
-    with increments.weighted(weights):
-        read(increments, IDS).square().sum().backward()
+    with stack.branch_weights(weights):
+        read(stack, IDS).square().sum().backward()
     assert weights.grad is not None
     assert (weights.grad[:, :2] != 0).all()
-    optimizer = torch.optim.AdamW(increments.current().values(), lr=0.1)
+    optimizer = torch.optim.AdamW(stack.current().values(), lr=0.1)
     optimizer.step()
-    for name, layer in increments.layers.items():
-        assert not layer.A.requires_grad
-        assert layer.a.grad is not None
-        assert torch.equal(layer.A, before[name][0])
-        assert torch.equal(layer.B, before[name][1])
-    assert all(parameter.grad is None for parameter in increments.adapters.model.parameters())
+    for name, layer in stack.layers.items():
+        assert not layer.frozen_A.requires_grad
+        assert layer.A.grad is not None
+        assert torch.equal(layer.frozen_A, before[name][0])
+        assert torch.equal(layer.frozen_B, before[name][1])
+    assert all(parameter.grad is None for parameter in stack.adapters.model.parameters())
 
 
 def test_a_new_branch_keeps_the_old_ones() -> None:
     """After `add` the function is the same, the first rows hold the earlier branches bit for bit."""
-    increments = randomised(attached("llama"), 2)
-    before, found = increments.state(), read(increments, IDS)
-    increments.add(5)
-    assert torch.allclose(read(increments, IDS), found, atol=1e-6)
-    for name, layer in increments.layers.items():
-        assert torch.equal(layer.A, before[name]["A"])
-        assert torch.equal(layer.B, before[name]["B"])
+    stack = randomised(attached("llama"), 2)
+    before, found = stack.state(), read(stack, IDS)
+    stack.add(5)
+    assert torch.allclose(read(stack, IDS), found, atol=1e-6)
+    for name, layer in stack.layers.items():
+        assert torch.equal(layer.frozen_A, before[name]["A"])
+        assert torch.equal(layer.frozen_B, before[name]["B"])
 
 
 def test_dropout_has_one_mask_for_all_branches() -> None:
     """Two branches with the same factors, weighed 1 and -1, cancel only under the same mask."""
-    increments = randomised(attached("bert", dropout=0.5), 1)
-    held = [tensor.detach().clone() for tensor in increments.current().values()]
-    increments.add(1)
+    stack = randomised(attached("bert", dropout=0.5), 1)
+    held = [tensor.detach().clone() for tensor in stack.current().values()]
+    stack.add(1)
     with torch.no_grad():
-        for tensor, before in zip(increments.current().values(), held, strict=True):
+        for tensor, before in zip(stack.current().values(), held, strict=True):
             tensor.copy_(before)
-    increments.adapters.train_mode(True)
-    with increments.weighted(torch.tensor([1.0, -1.0])):
-        found = read(increments, IDS)
-    increments.adapters.train_mode(False)
-    with increments.off():
-        assert torch.allclose(found, read(increments, IDS), atol=1e-6)
+    stack.adapters.train_mode(True)
+    with stack.branch_weights(torch.tensor([1.0, -1.0])):
+        found = read(stack, IDS)
+    stack.adapters.train_mode(False)
+    with stack.off():
+        assert torch.allclose(found, read(stack, IDS), atol=1e-6)
 
 
 def test_saved_branches_load_into_peft(tmp_path) -> None:
     """Each folder is a LoRA of its own; all of them together are the sum of the branches."""
-    increments = randomised(attached("bert"), 2)
-    increments.save(tmp_path, ["one", "two"])
+    stack = randomised(attached("bert"), 2)
+    stack.save(tmp_path, ["one", "two"])
     model = peft.PeftModel.from_pretrained(network("bert"), tmp_path / "one", adapter_name="one")
     model.load_adapter(tmp_path / "two", "two")
     for names, weights in ((["one"], [1.0, 0.0]), (["two"], [0.0, 1.0]), (["one", "two"], [1.0, 1.0])):
         model.base_model.set_adapter(names)
-        with increments.weighted(torch.tensor(weights)), torch.no_grad():
-            assert torch.allclose(read(increments, IDS), model(input_ids=IDS).last_hidden_state, atol=1e-5)
+        with stack.branch_weights(torch.tensor(weights)), torch.no_grad():
+            assert torch.allclose(read(stack, IDS), model(input_ids=IDS).last_hidden_state, atol=1e-5)
 
 
 def test_state_comes_back_bit_for_bit() -> None:
-    increments = randomised(attached("bert"), 3)
+    stack = randomised(attached("bert"), 3)
     twin = attached("bert")
-    twin.load(increments.state())
+    twin.load(stack.state())
     assert twin.branches == 3
-    assert torch.equal(read(twin, IDS), read(increments, IDS))
+    assert torch.equal(read(twin, IDS), read(stack, IDS))
     twin.load(attached("bert").state())
     assert twin.branches == 0
 
@@ -190,10 +190,10 @@ def test_trained_parameters_of_t5_large(r: int, count: int) -> None:
     with torch.device("meta"):
         config = AutoConfig.for_model("t5", d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16)
         backbone = Backbone(name="t5_large", path=".", targets=["q", "v"])
-        increments = Increments(Adapters(AutoModel.from_config(config), backbone, Lora(r=r, alpha=32)))
-        increments.add(0)
-    current = increments.current()
-    assert len(increments.layers) == 144
+        stack = StackedLora(Adapters(AutoModel.from_config(config), backbone, Lora(r=r, alpha=32)))
+        stack.add(0)
+    current = stack.current()
+    assert len(stack.layers) == 144
     assert sum(tensor.numel() for tensor in current.values()) == count
     assert sum(tensor.numel() for name, tensor in current.items() if name.endswith(".B")) == count // 2
 
@@ -201,7 +201,7 @@ def test_trained_parameters_of_t5_large(r: int, count: int) -> None:
 def test_targets_that_are_not_there_are_named() -> None:
     backbone = Backbone(name="bert", path=".", targets=["q_proj"])
     with pytest.raises(ModelError, match=r"peft\.targets names the layer q_proj"):
-        Increments(Adapters(network("bert"), backbone, Lora()))
+        StackedLora(Adapters(network("bert"), backbone, Lora()))
     backbone.targets = ["word_embeddings"]
-    with pytest.raises(ModelError, match="Embedding is no linear layer"):
-        Increments(Adapters(network("bert"), backbone, Lora()))
+    with pytest.raises(ModelError, match="Embedding is not a linear layer"):
+        StackedLora(Adapters(network("bert"), backbone, Lora()))

@@ -15,7 +15,7 @@ from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark, Example, Task
 from clpet.data.packing import Masking, eval_windows
 from clpet.data.token_cache import Stream
-from clpet.models.adapters import Adapter, Adapters, Lora
+from clpet.models.adapters import Adapters, FullFineTuning, Lora
 from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import AnswerSpace
@@ -49,13 +49,13 @@ def domains(length: int = 12, isolate: bool = False, base: bool = False) -> Benc
 
 
 def objective(
-    kind: str = "llama", benchmark: Benchmark | None = None, adapter: Adapter | None = None, **evaluation: Any
+    kind: str = "llama", benchmark: Benchmark | None = None, adapter: FullFineTuning | None = None, **evaluation: Any
 ) -> LanguageModeling:
     """A tiny model in fp32 with random weights, full fine-tuning unless an adapter is given."""
     architecture = Architecture.encoder if kind in ("bert", "roberta") else Architecture.decoder
     backbone = Backbone(name=kind, random_weights=True, config=SHAPES[kind], architecture=architecture)
     model, tokenizer = backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
-    adapters = Adapters(model, backbone, adapter or Adapter(), generates=True)
+    adapters = Adapters(model, backbone, adapter or FullFineTuning(), generates=True)
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
     settings = EvaluationOptions(**evaluation)
@@ -175,7 +175,7 @@ def test_real_model_agrees_with_a_plain_loop() -> None:
     folder = shared("weights", "stories260K")
     backbone = Backbone(name="stories", path=str(folder), architecture=Architecture.decoder)
     model, tokenizer = backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
-    adapters = Adapters(model, backbone, Adapter(), generates=True)
+    adapters = Adapters(model, backbone, FullFineTuning(), generates=True)
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
     benchmark = domains(length=16)

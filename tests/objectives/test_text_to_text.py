@@ -15,7 +15,7 @@ from clpet.data.sources import Kind, Table
 from clpet.errors import ConfigError
 from clpet.methods.components.subspace import InputCovariances
 from clpet.metrics.text_scores import accuracy, exact_match, rouge_l
-from clpet.models.adapters import Adapter, Adapters, Lora
+from clpet.models.adapters import Adapters, FullFineTuning, Lora
 from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives.base import AnswerSpace, Predictions
 from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
@@ -51,7 +51,9 @@ def benchmark() -> Benchmark:
     return Benchmark("made", tasks, "{instruction}: {text} ->", 96, 24)
 
 
-def objective(shape: str, decode: Decode = Decode.generate, adapter: Adapter | None = None, **over) -> TextToText:
+def objective(
+    shape: str, decode: Decode = Decode.generate, adapter: FullFineTuning | None = None, **over
+) -> TextToText:
     architecture, targets, config = SHAPES[shape]
     backbone = Backbone(
         name=shape, architecture=architecture, targets=targets, random_weights=True, config={**COMMON, **config}

@@ -149,16 +149,16 @@ def test_o_lora_loss() -> None:
 
     layers = {}
     for name, extra in (("q", 0), ("v", 2)):
-        layer = SimpleNamespace(A=entries(4, 3, 6 + extra))
-        layer.a, layer.b = nn.Parameter(entries(2, 3, 9 + extra)), nn.Parameter(entries(2, 2, 9 + extra))
+        layer = SimpleNamespace(frozen_A=entries(4, 3, 6 + extra))
+        layer.A, layer.B = nn.Parameter(entries(2, 3, 9 + extra)), nn.Parameter(entries(2, 2, 9 + extra))
         layers[name] = layer
     method = OLoRA()
     current = {
         f"{name}.{key}": tensor
         for name, layer in layers.items()
-        for key, tensor in zip("AB", (layer.a, layer.b), strict=True)
+        for key, tensor in zip("AB", (layer.A, layer.B), strict=True)
     }
-    method.increments = SimpleNamespace(layers=layers, current=lambda: current)
+    method.stack = SimpleNamespace(layers=layers, current=lambda: current)
     method.strengths = 0.5, 0.1
     method.routed_loss, method.route = lambda batch, weights: torch.ones((), dtype=torch.float64), lambda batch: None
     loss = method.loss(None)
@@ -166,8 +166,8 @@ def test_o_lora_loss() -> None:
     assert loss.item() == pytest.approx(9.169855491, rel=1e-9)
     da = [[-1.185999428, 1.140249857, -1.170749571], [1.155499714, -1.155499714, 1.170749571]]
     db = [[-0.07302967433, 0.01825741858], [-0.05477225575, 0.03651483717]]
-    assert torch.allclose(layers["q"].a.grad, double(da), atol=1e-9)
-    assert torch.allclose(layers["q"].b.grad, double(db), atol=1e-9)
+    assert torch.allclose(layers["q"].A.grad, double(da), atol=1e-9)
+    assert torch.allclose(layers["q"].B.grad, double(db), atol=1e-9)
 
 
 def test_basis_of_three_tasks() -> None:

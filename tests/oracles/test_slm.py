@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 from clpet.methods.components.key_retrieval import KeyLearning, cosines, over_groups, retrieve
 from clpet.models.adapters import Adapters, Frozen, Lora
 from clpet.models.backbone import Backbone
-from clpet.models.stacked_lora import Increments, attention_outputs
+from clpet.models.stacked_lora import StackedLora, require_attention_outputs
 from tests.conftest import double
 from tests.models.test_sentence_encoder import make_encoder
 
@@ -48,10 +48,10 @@ def test_learned_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(keys, expected, atol=1e-7)
 
 
-def increment(stack: Increments, weights: torch.Tensor) -> torch.Tensor:
+def increment(stack: StackedLora, weights: torch.Tensor) -> torch.Tensor:
     """[2, 2]: the weighted sum of the values of the only layer; rows are outputs."""
     (layer,) = stack.layers.values()
-    with torch.no_grad(), stack.mixed(weights):
+    with torch.no_grad(), stack.selected_branches(weights):
         return layer.forward(layer.module, (torch.eye(2).double()[None],), torch.zeros(1, 2, 2).double())[0].T
 
 
@@ -60,12 +60,12 @@ def test_retrieval_and_increment() -> None:
     model = BertModel(BertConfig(vocab_size=10, hidden_size=2, num_hidden_layers=1, num_attention_heads=1,
                                  intermediate_size=2, max_position_embeddings=8))  # fmt: skip
     backbone = Backbone(name="any", path=".")
-    lora = Lora(r=1, alpha=1, targets=attention_outputs(model))
-    stack = Increments(Adapters(model, backbone, Frozen()), lora.peft_config(backbone))
+    lora = Lora(r=1, alpha=1, targets=require_attention_outputs(model))
+    stack = StackedLora(Adapters(model, backbone, Frozen()), lora.peft_config(backbone))
     stack.add(0, 3)
     (layer,) = stack.layers.values()
     a, b = double([[1, 0], [0, 2], [1, 1]]), double([[1, 1], [1, -1], [0, 3]])
-    layer.set(layer.A.double(), layer.B.double(), b, a.T)
+    layer.set(layer.frozen_A.double(), layer.frozen_B.double(), b, a.T)
     sigma = cosines(QUERIES, double([[[1, 0], [1, 1], [0, 1]]] * 2))
     assert torch.allclose(over_groups(sigma)[0], double([[0.5400422, 0.8030038, 0.5955767]]), atol=1e-7)
     expected = {(0,): [[0, 1.2775311], [1.1483126, 0.1292184]], (1,): [[0, 1.7573593], [0.8284271, 0.9289322]],
@@ -84,7 +84,7 @@ def test_initial_values_and_keys(make, tmp_path: Path) -> None:
                "method.stage1.min_steps=0", "train.lr=0", "train.epochs=1")  # fmt: skip
     run.learn(0)
     assert torch.allclose(run.method.key_pool[0] @ run.method.key_pool[0].mT, torch.eye(4).expand(6, 4, 4), atol=1e-5)
-    layers = run.method.increments.state().values()
+    layers = run.method.stack.state().values()
     assert all(not layer["B"].any() for layer in layers)  # a, as B A is what the paper calls a b
     drawn = torch.cat([layer["A"].flatten() for layer in layers])
     assert drawn.std().item() == pytest.approx(1, abs=4 / (2 * len(drawn)) ** 0.5)

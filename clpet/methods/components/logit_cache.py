@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clpet.config.identity import digest
 from clpet.data.batches import EncodedDataset
-from clpet.models.fixed_blocks import BLOCK, STEP, block_widths, blocks, platform
+from clpet.models.fixed_blocks import BLOCK_ROWS, WIDTH_MULTIPLE, block_widths, rounding_platform, split_into_blocks
 from clpet.objectives.classification import Classification
 from clpet.runtime import atomic_io
 from clpet.runtime.distributed import full_tensor, get_world
@@ -52,7 +52,7 @@ class LogitCache:
         self.objective.meter.cached(table.count_new(rows) - len(missing))
         if len(missing):
             with self._active(name):
-                for block in blocks(pool.lengths, missing):
+                for block in split_into_blocks(pool.lengths, missing):
                     table.add(block, self._compute(name, pool, block))
             table.save()
         return table.values[table.slot[rows]]
@@ -64,7 +64,7 @@ class LogitCache:
             return
         table = self._table(name, pool)
         missing = np.unique(np.concatenate(get_world().gather(rows[table.slot[rows] < 0])))
-        todo = list(blocks(pool.lengths, missing))
+        todo = list(split_into_blocks(pool.lengths, missing))
         cached = table.count_new(rows) - len(missing)
         self.objective.meter.cached(max(0, cached) if get_world().is_main else 0)
         with self._active(name):
@@ -83,7 +83,7 @@ class LogitCache:
     def _compute(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> np.ndarray:
         """Logits of one block; rows are repeated until it has its fixed shape, and repetitions are cut off again."""
         width = block_widths(pool.lengths)[rows[0]]
-        features = self.objective.features(pool.batch(np.resize(rows, BLOCK), self.objective.device, width))
+        features = self.objective.features(pool.batch(np.resize(rows, BLOCK_ROWS), self.objective.device, width))
         return F.linear(features, *self.heads[name])[: len(rows)].cpu().numpy()
 
     def _table(self, name: str, pool: EncodedDataset) -> "LogitTable":
@@ -152,8 +152,8 @@ def network_key(objective: Classification) -> str:
         {name: [list(value.shape), str(value.dtype)] for name, value in named.items()},
         [config.to_dict(), config._attn_implementation],
         {key: sorted(value) if isinstance(value, set) else value for key, value in peft.items()},
-        [str(objective.dtype), objective.representation.value, BLOCK, STEP],
-        platform(device),
+        [str(objective.dtype), objective.representation.value, BLOCK_ROWS, WIDTH_MULTIPLE],
+        rounding_platform(device),
     ]
     return digest(identity, 64)
 

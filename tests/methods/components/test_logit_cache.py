@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from clpet.methods.components.logit_cache import LogitCache, LogitTable
 from clpet.methods.modular import module_name
-from clpet.models.fixed_blocks import BLOCK, block_widths, blocks
+from clpet.models.fixed_blocks import BLOCK_ROWS, block_widths, split_into_blocks
 from clpet.runtime.run_checkpoint import RunState
 from tests.conftest import tiny_args
 
@@ -199,9 +199,9 @@ def test_neighbours_do_not_change_a_bit(dtype: str, attention: str, make) -> Non
 
 def test_blocks_hold_rows_of_one_shape() -> None:
     """Widths are multiples of 8 or the longest row; rows that fill their block are separate from padded ones."""
-    lengths = np.array([3, 8, 9, 16, 20, 7] + [5] * BLOCK)
+    lengths = np.array([3, 8, 9, 16, 20, 7] + [5] * BLOCK_ROWS)
     assert block_widths(lengths)[:6].tolist() == [8, 8, 16, 16, 20, 8]
-    rows = [block.tolist() for block in blocks(lengths, np.arange(len(lengths)))]
+    rows = [block.tolist() for block in split_into_blocks(lengths, np.arange(len(lengths)))]
     assert rows == [[0, 5, *range(6, 20)], [20, 21], [1], [2], [3], [4]]
 
 

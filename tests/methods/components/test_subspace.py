@@ -7,7 +7,7 @@ from torch import nn
 from clpet.methods import gain_lora
 from clpet.methods.components.subspace import extend_basis, threshold
 from clpet.methods.inf_lora import projected
-from clpet.models.stacked_lora import product
+from clpet.models.stacked_lora import low_rank_product
 from tests.conftest import double
 
 
@@ -53,13 +53,13 @@ def test_new_branches_do_not_read_old_directions(name: str, design: str, make) -
     run.learn(0)
     old = {key: basis.clone() for key, basis in method.bases.items()}
     run.learn(1)
-    for key, layer in method.increments.layers.items():
+    for key, layer in method.stack.layers.items():
         basis = old[method.source[key]]
         x = torch.randn(20, basis.shape[1]) @ basis.T
-        assert layer.b.abs().max() > 1e-4
-        assert product(x, layer.a.detach(), layer.b.detach(), None).abs().max() < 1e-5
-        assert layer.a.grad is None
-        norms = layer.a.norm(dim=1)
+        assert layer.B.abs().max() > 1e-4
+        assert low_rank_product(x, layer.A.detach(), layer.B.detach(), None).abs().max() < 1e-5
+        assert layer.A.grad is None
+        norms = layer.A.norm(dim=1)
         assert torch.allclose(norms, torch.full_like(norms, 3**-0.5), atol=1e-4)
     for key, basis in method.bases.items():
         assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5), key
@@ -72,18 +72,18 @@ def test_layers_that_read_the_same_input_share_a_basis(make) -> None:
     run = make("method=inf_lora", "method.design=svd")
     run.learn(0)
     method = run.method
-    assert len(method.increments.layers) == 4
+    assert len(method.stack.layers) == 4
     assert len(method.bases) == 2
-    pairs = [[layer for key, layer in method.increments.layers.items() if f"layer.{i}." in key] for i in range(2)]
-    assert all(torch.equal(query.a, value.a) for query, value in pairs)
-    assert not torch.equal(pairs[0][0].a, pairs[1][0].a)
+    pairs = [[layer for key, layer in method.stack.layers.items() if f"layer.{i}." in key] for i in range(2)]
+    assert all(torch.equal(query.A, value.A) for query, value in pairs)
+    assert not torch.equal(pairs[0][0].A, pairs[1][0].A)
 
 
 def test_covariances_leave_out_padding(make) -> None:
     """C over padded batches equals the mean over the rows one by one."""
     run = make("method=inf_lora")
     method = run.method
-    method.increments.add(0)
+    method.stack.add(0)
     method.grow_head(0)
     full, _ = method.covariances(0)
     method.objective.eval_batch_size = 1
