@@ -47,7 +47,7 @@ def test_the_head_grows_by_new_labels_alone(slm, tmp_path: Path) -> None:
     batch = run.data.train.batch(run.data.train.rows_of(2)[:4])
     logits = torch.cat([head(h) for head in method.task_heads.competing], 1)[:, method.task_heads.columns]
     assert logits.shape == (2, 2)  # the softmax is over c and d
-    assert method.task_heads.place[batch.labels].min() >= 0
+    assert method.task_heads.target[batch.labels].min() >= 0
 
 
 def test_a_head_per_task_has_all_of_its_rows(slm, tmp_path: Path) -> None:
