@@ -1,9 +1,9 @@
-"""Figures of continual domain-adaptive pretraining (Yıldız et al., 2024, arXiv 2402.17400), from perplexities alone.
+"""Metrics of continual domain-adaptive pretraining (Yıldız et al., 2024, arXiv 2402.17400), from perplexities alone.
 
-P[i, j] is the perplexity on domain j after domain i, row 0 that of the untrained-on model; N domains. Lower is
-better in every figure: what is `minus` something is negative and what is `over` it below 1 where something was
-gained. Backward transfer compares with the zero-shot model, as the paper does, `minus_own` with the domain's own
-checkpoint. Averages are over domains, each counting the same; a figure whose entries were not measured is None.
+P[i, j] is the perplexity on domain j after training on domain i, row 0 that of the base model; N domains. Lower is
+better in every metric: a difference (`minus`) below 0 or a ratio (`over`) below 1 is a gain. Backward transfer compares
+with the zero-shot model, as the paper does; `minus_own` compares with the checkpoint just after the domain. Averages
+weight all domains equally; a metric whose entries were not measured is None.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,14 +32,14 @@ FORMULAS = {
     "lc_minus_dapt": "mean_j (P[N,j] - D_j)",
     "backward": "mean_{i>1} mean_{j<i} (P[i,j] - P[0,j]); below 0: better on old domains than zero-shot",
     "forward": "mean_{i<N} mean_{j>i} (P[i,j] - P[0,j]); below 0: better on domains to come than zero-shot",
-    "bwt": "mean_{j<N} (P[N,j] - P[j,j]), the classic figure on perplexities",
+    "bwt": "mean_{j<N} (P[N,j] - P[j,j]), the usual BWT on perplexities",
     "fwt": "mean_{j>1} (P[j-1,j] - P[0,j])",
     "bwt_log": "mean_{j<N} (log P[N,j] - log P[j,j])",
     "fwt_log": "mean_{j>1} (log P[j-1,j] - log P[0,j])",
 }
 COLUMNS = ("zs", "dapt", "cpt", "lc", "fg", "backward", "forward")  # of a comparison, by default
 DAPT = "dapt"  # the method whose diagonal is D
-SETTLED = 0.02  # how far from its median, relatively, a transfer curve may still be when it has saturated
+SATURATION_TOLERANCE = 0.02  # largest relative distance from the median at which a transfer curve counts as saturated
 
 Axis = Literal["after", "age", "lead"]
 Entries = Callable[[np.ndarray, int], np.ndarray]  # (matrix, position) -> the entries of the matrix at the position
@@ -52,43 +52,45 @@ def figures(
     dapt: np.ndarray | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
 ) -> PerplexityTransfer:
-    """Every figure as plain values. `scores` [N+1, N] and `dapt` [N] are NaN where not measured.
+    """Every metric as plain values. `scores` [N+1, N] and `dapt` [N] are NaN where not measured.
 
-    `groups` name sets of domains that are also reported apart: their columns of the same matrix.
+    `groups` names sets of domains that are also reported separately, from their columns of the same matrix.
     """
     scores = np.asarray(scores, dtype=float)
-    alone = np.full(len(names), np.nan) if dapt is None else np.asarray(dapt, dtype=float)
-    columns = {group: [j for j, name in enumerate(names) if name in own] for group, own in (groups or {}).items()}
-    with np.errstate(invalid="ignore"):  # the difference of two infinite perplexities is not known
+    single = np.full(len(names), np.nan) if dapt is None else np.asarray(dapt, dtype=float)
+    columns = {
+        group: [j for j, name in enumerate(names) if name in members] for group, members in (groups or {}).items()
+    }
+    with np.errstate(invalid="ignore"):  # the difference of two infinite perplexities is undefined
         return {
             "direction": "lower is better",
-            "domains": _domains(scores, names, alone),
-            **_part(scores, alone, list(range(len(names)))),
+            "domains": _domains(scores, names, single),
+            **_over_columns(scores, single, list(range(len(names)))),
             "groups": {
-                group: {"domains": [names[j] for j in own], **_part(scores, alone, own)}
-                for group, own in columns.items()
-                if own
+                group: {"domains": [names[j] for j in members], **_over_columns(scores, single, members)}
+                for group, members in columns.items()
+                if members
             },
         }
 
 
-def headline(found: PerplexityTransfer) -> Metrics:
-    """The means that FORMULAS describes, by name, out of `figures`."""
-    means = {name: average["mean"] for name, average in found["average"].items()}
-    curves = {"backward": found["backward"], "forward": found["forward"]}
+def headline(metrics: PerplexityTransfer) -> Metrics:
+    """The means that FORMULAS describes, by name, selected from `metrics`."""
+    means = {name: average["mean"] for name, average in metrics["average"].items()}
+    curves = {"backward": metrics["backward"], "forward": metrics["forward"]}
     pairs = {name: _mean(curve["minus_zs"]["mean"]) for name, curve in curves.items()}
-    return {name: {**means, **pairs, **found["classic"]}[name] for name in FORMULAS}
+    return {name: {**means, **pairs, **metrics["classic"]}[name] for name in FORMULAS}
 
 
 def _domains(scores: np.ndarray, names: Sequence[str], dapt: np.ndarray) -> list[DomainRow]:
-    own, last = own_checkpoint(scores), scores[-1]
-    forgotten = last - own
+    learned, last = own_checkpoint(scores), scores[-1]
+    forgotten = last - learned
     return [
         {
             "domain": name,
             "zs": _plain(scores[0, j]),
             "dapt": _plain(dapt[j]),
-            "cpt": _plain(own[j]),
+            "cpt": _plain(learned[j]),
             "lc": _plain(last[j]),
             "fg": _plain(forgotten[j]),
         }
@@ -96,23 +98,23 @@ def _domains(scores: np.ndarray, names: Sequence[str], dapt: np.ndarray) -> list
     ]
 
 
-def _part(scores: np.ndarray, dapt: np.ndarray, columns: list[int]) -> PartOfDomains:
-    """The figures over some columns; positions in time stay those of the whole order."""
-    own = own_checkpoint(scores)
-    inside = np.full(scores.shape, np.nan)
-    inside[:, columns] = scores[:, columns]
-    old = [j for j in columns if j < len(own) - 1]
+def _over_columns(scores: np.ndarray, dapt: np.ndarray, columns: list[int]) -> PartOfDomains:
+    """The metrics over some columns; positions in time remain those of the full order."""
+    learned = own_checkpoint(scores)
+    masked = np.full(scores.shape, np.nan)
+    masked[:, columns] = scores[:, columns]
+    old = [j for j in columns if j < len(learned) - 1]
     later = [j for j in columns if j > 0]
     average = {
         "zs": scores[0, columns],
         "dapt": dapt[columns],
-        "cpt": own[columns],
+        "cpt": learned[columns],
         "lc": scores[-1, columns],
-        "fg": (scores[-1] - own)[columns],
-        "fg_before_last": (scores[-1] - own)[old],
-        "cpt_minus_zs": (own - scores[0])[columns],
+        "fg": (scores[-1] - learned)[columns],
+        "fg_before_last": (scores[-1] - learned)[old],
+        "cpt_minus_zs": (learned - scores[0])[columns],
         "lc_minus_zs": (scores[-1] - scores[0])[columns],
-        "cpt_minus_dapt": (own - dapt)[columns],
+        "cpt_minus_dapt": (learned - dapt)[columns],
         "lc_minus_dapt": (scores[-1] - dapt)[columns],
     }
     classic = {}
@@ -120,7 +122,7 @@ def _part(scores: np.ndarray, dapt: np.ndarray, columns: list[int]) -> PartOfDom
         before = np.diagonal(values)  # P[j-1, j]
         classic[f"bwt{suffix}"] = _mean((values[-1] - own_checkpoint(values))[old])
         classic[f"fwt{suffix}"] = _mean((before - values[0])[later])
-    curves = transfer(inside)
+    curves = transfer(masked)
     return {
         "average": {name: {"mean": _mean(values), "median": _median(values)} for name, values in average.items()},
         "classic": classic,
@@ -133,11 +135,11 @@ def _part(scores: np.ndarray, dapt: np.ndarray, columns: list[int]) -> PartOfDom
 
 
 def transfer(scores: np.ndarray) -> Curves:
-    """Backward B_i and forward F_i by position i, backward by age and forward by lead.
+    """Backward B_i and forward F_i by position i, backward transfer by age and forward transfer by lead.
 
-    Age a: domains trained since domain i - a was, seen from checkpoint i; lead l: domain i + l, not trained yet.
-    Each in four views: the perplexity, minus and over the zero-shot one, minus that of the domain's own checkpoint;
-    mean and median over the measured entries, whose number is `count`.
+    Age a: checkpoint i on domain i - a, trained a domains ago; lead l: checkpoint i on domain i + l, not trained yet.
+    Each has four views: the perplexity, minus and over the zero-shot perplexity, and minus that of the checkpoint just
+    after the domain; mean and median over the measured entries, whose number is `count`.
     """
     size = scores.shape[1]
     views = {
@@ -154,43 +156,45 @@ def transfer(scores: np.ndarray) -> Curves:
     }
 
 
-def _curve(axis: Axis, places: range, views: dict[str, np.ndarray], entries: Entries) -> Curve:
-    def over_places(name: str) -> CurveValues:
-        parts = [_measured(entries(views[name], place)) for place in places]
-        return {"mean": [_mean(part) for part in parts], "median": [_median(part) for part in parts]}
+def _curve(axis: Axis, points: range, views: dict[str, np.ndarray], entries: Entries) -> Curve:
+    def over_points(name: str) -> CurveValues:
+        samples = [_measured(entries(views[name], point)) for point in points]
+        return {"mean": [_mean(sample) for sample in samples], "median": [_median(sample) for sample in samples]}
 
-    found: Curve = {
-        "count": [int(_measured(entries(views["perplexity"], place)).size) for place in places],
-        "perplexity": over_places("perplexity"),
-        "minus_zs": over_places("minus_zs"),
-        "over_zs": over_places("over_zs"),
-        "minus_own": over_places("minus_own"),
+    curve: Curve = {
+        "count": [int(_measured(entries(views["perplexity"], point)).size) for point in points],
+        "perplexity": over_points("perplexity"),
+        "minus_zs": over_points("minus_zs"),
+        "over_zs": over_points("over_zs"),
+        "minus_own": over_points("minus_own"),
     }
-    found[axis] = list(places)
-    return found
+    curve[axis] = list(points)
+    return curve
 
 
-def saturation(curve: Curve, kind: Literal["mean", "median"] = "mean", epsilon: float = SETTLED) -> int | None:
-    """The first position from which a transfer curve, over the zero-shot perplexity, stays near its median.
+def saturation(
+    curve: Curve, kind: Literal["mean", "median"] = "mean", epsilon: float = SATURATION_TOLERANCE
+) -> int | None:
+    """The first position from which a transfer curve (over the zero-shot perplexity) stays near its median.
 
-    Near is within a share `epsilon` of the median over all positions; None where even the last one is not.
+    Near means within a relative distance `epsilon` of the median over all positions; None if the last one is not.
     """
-    places = [
+    points = [
         (at, value) for at, value in zip(curve["after"], curve["over_zs"][kind], strict=True) if value is not None
     ]
-    if not places:
+    if not points:
         return None
-    level = float(np.median([value for _, value in places]))
-    settled = None
-    for at, value in reversed(places):
+    level = float(np.median([value for _, value in points]))
+    first = None
+    for at, value in reversed(points):
         if abs(value - level) > epsilon * abs(level):
             break
-        settled = at
-    return settled
+        first = at
+    return first
 
 
 def own_checkpoint(scores: np.ndarray) -> np.ndarray:
-    """[N]: P[j,j], each domain just after it was learned."""
+    """[N]: P[j,j], the perplexity on each domain just after training on it."""
     diagonal: np.ndarray = np.diagonal(scores[1:])
     return diagonal
 

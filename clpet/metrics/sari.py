@@ -4,10 +4,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-LONGEST = 4  # words of an n-gram
-_READ_AS = {"<skipped>": "", "-\n": "", "\n": " ", "&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}
-# Where the 13a tokenisation of mteval puts spaces: around signs, and around . , - unless between digits.
-_SPACED = (
+MAX_NGRAM = 4  # words
+_REPLACED = {"<skipped>": "", "-\n": "", "\n": " ", "&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}
+# mteval's 13a tokenisation puts spaces around symbols, and around . , - unless they stand between digits.
+_SEPARATED = (
     (re.compile(r"([{-~\[-` -&(-+:-@/])"), r" \1 "),
     (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
     (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
@@ -18,23 +18,23 @@ _SPACED = (
 def sari(answer: str, references: Sequence[str], source: str) -> float:
     """(F1 of additions + F1 of what is kept + precision of deletions) / 3, each the mean over n-grams of 1 to 4 words.
 
-    As in the hub's metric `sari`, which TRACE scores 20Minuten with: lower case, 13a tokens, 0/0 = 1.
+    Equal to the hub's metric `sari`, with which TRACE scores 20Minuten: lower case, 13a tokens, 0/0 = 1.
     """
     texts = [words(source), words(answer), *map(words, references)]
     parts = []
-    for size in range(1, LONGEST + 1):
-        old, new, *wanted = (_ngrams(text, size) for text in texts)
-        parts += _operations(old, new, wanted)
+    for size in range(1, MAX_NGRAM + 1):
+        source_grams, answer_grams, *reference_grams = (_ngrams(text, size) for text in texts)
+        parts += _operations(source_grams, answer_grams, reference_grams)
     return sum(parts) / len(parts)
 
 
 def words(text: str) -> list[str]:
     """Lower-case tokens of mteval's 13a tokenisation."""
     text = f" {text.lower()} "
-    for sign, read in _READ_AS.items():
-        text = text.replace(sign, read)
-    for pattern, spaced in _SPACED:
-        text = pattern.sub(spaced, text)
+    for symbol, replacement in _REPLACED.items():
+        text = text.replace(symbol, replacement)
+    for pattern, separated in _SEPARATED:
+        text = pattern.sub(separated, text)
     return text.split()
 
 
@@ -43,31 +43,31 @@ def _ngrams(tokens: list[str], size: int) -> Counter[tuple[str, ...]]:
 
 
 def _operations(
-    old: Counter[tuple[str, ...]], new: Counter[tuple[str, ...]], wanted: list[Counter[tuple[str, ...]]]
+    old: Counter[tuple[str, ...]], new: Counter[tuple[str, ...]], references: list[Counter[tuple[str, ...]]]
 ) -> list[float]:
     """[F1 of additions, F1 of what is kept, precision of deletions] of n-grams.
 
     Kept and deleted n-grams are counted once per reference; additions count by kind.
     """
-    times = len(wanted)
-    target: Counter[tuple[str, ...]] = sum(wanted, Counter())
+    times = len(references)
+    target: Counter[tuple[str, ...]] = sum(references, Counter())
     old, new = (Counter({gram: times * count for gram, count in grams.items()}) for grams in (old, new))
     added, missing = set(new) - set(old), set(target) - set(old)
     adding = _f1(_ratio(len(added & set(target)), len(added)), _ratio(len(added & set(target)), len(missing)))
-    kept = old & new
-    good = kept & target
-    keeping = _f1(_mean_share(good, kept), _ratio(good.total(), (old & target).total()))
+    common = old & new
+    correct = common & target
+    keeping = _f1(_mean_share(correct, common), _ratio(correct.total(), (old & target).total()))
     deleted = old - new
     return [adding, keeping, _mean_share(deleted - target, deleted)]
 
 
-def _mean_share(part: Counter[tuple[str, ...]], whole: Counter[tuple[str, ...]]) -> float:
-    """Mean over the kinds in `whole` of their share in `part`."""
-    return _ratio(sum(part[gram] / whole[gram] for gram in part), len(whole))
+def _mean_share(subset: Counter[tuple[str, ...]], grams: Counter[tuple[str, ...]]) -> float:
+    """Mean over the distinct n-grams of the share of their count that is in `subset`."""
+    return _ratio(sum(subset[gram] / grams[gram] for gram in subset), len(grams))
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 1.0
 
 
 def _f1(precision: float, recall: float) -> float:

@@ -1,6 +1,6 @@
-"""How right an answer is, in [0, 1]: from exact match to SARI.
+"""Scores of an answer in [0, 1], from exact match to SARI.
 
-Each metric takes the answer, the references, of which the best counts, and the source: the text the answer is about.
+Each metric takes the answer, the references (the best match counts) and the source, the text that the answer is about.
 """
 
 import functools
@@ -37,12 +37,12 @@ def plain(text: str) -> str:
 
 
 def caseless(text: str) -> str:
-    """Lower case, without outer spaces."""
+    """Lower case, without leading and trailing white space."""
     return text.strip().lower()
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, where every character that is neither a word character nor white space is a blank."""
+    """The words of a text; characters that are neither word characters nor white space separate words."""
     return _NOT_WORD.sub(" ", text).split()
 
 
@@ -52,12 +52,12 @@ def exact_match(answer: str, references: Sequence[str], source: str = "") -> flo
 
 
 def chosen(answer: str, references: Sequence[str], source: str = "") -> float:
-    """1 if the answer, one of several labels, is a reference letter by letter."""
+    """1 if the answer, one of several labels, equals a reference exactly."""
     return float(answer in references)
 
 
 def accuracy(answer: str, references: Sequence[str], source: str = "") -> float:
-    """1 if the answer equals a reference up to case and outer spaces."""
+    """1 if the answer equals a reference up to case and surrounding white space."""
     return float(any(caseless(answer) == caseless(reference) for reference in references))
 
 
@@ -74,7 +74,7 @@ def first_char(answer: str, references: Sequence[str], source: str = "") -> floa
 
 
 def edit_similarity(answer: str, references: Sequence[str], source: str = "") -> float:
-    """1 - insertions and deletions / total length, of code with its literals filled in (TRACE's Py150); 0 for ""."""
+    """1 - insertions and deletions / total length, of code with its literals filled in (TRACE's Py150); 0 if empty."""
     from rapidfuzz import fuzz
 
     if not answer:
@@ -98,7 +98,9 @@ def _scorer() -> _RougeScorer:
     from absl import logging
     from rouge_score.rouge_scorer import RougeScorer
 
-    logging.get_absl_handler().python_handler.stream = sys.__stderr__  # it closes any other stream it was made on
+    logging.get_absl_handler().python_handler.stream = (
+        sys.__stderr__
+    )  # absl closes any other stream that its handler was created with
     scorer: _RougeScorer = RougeScorer(["rougeL"], use_stemmer=True)
     return scorer
 
@@ -135,12 +137,12 @@ METRICS: dict[str, Callable[[str, Sequence[str], str], float]] = {
     "bert_score": bert_score,
 }
 FREE = ("rouge_l", "first_char", "edit_similarity", "sari", "bert_score")  # metrics of texts that are not labels
-# What a metric of labels compares of them.
+# The form in which each metric of labels compares them.
 _COMPARED: dict[str, Callable[[str], object]] = {"exact_match": plain, "accuracy": caseless, "first_word": words}
 
 
 def mistaken(metric: str, labels: Sequence[str]) -> str:
-    """How a metric fails to score labels, '' if it does: two are equal, or one can never be right."""
+    """Why a metric cannot score these labels (two are equal, or one can never be right); '' if it can."""
     seen: dict[str, str] = {}
     for label in labels:
         if not METRICS[metric](label, [label], ""):
@@ -152,5 +154,5 @@ def mistaken(metric: str, labels: Sequence[str]) -> str:
 
 
 def that_tell_apart(labels: Sequence[str]) -> list[str]:
-    """The metrics that score these labels without mistaking one for another."""
+    """The metrics that distinguish all of these labels."""
     return [metric for metric in _COMPARED if not mistaken(metric, labels)]

@@ -1,7 +1,7 @@
-"""The transfer matrix and every continual-learning figure, computed from it alone.
+"""The transfer matrix, and every continual-learning metric computed from it alone.
 
 Rows are training time (row 0 before any training), columns are tasks; R[i, j] is the score on task j after
-task i, in percent for accuracies. A figure whose entries were not measured is None.
+task i, in percent for accuracies. A metric whose entries were not measured is None.
 """
 
 from collections.abc import Sequence
@@ -60,13 +60,13 @@ class TransferMatrix:
 
     @property
     def backward(self) -> np.ndarray:
-        """B[i,j] = R[i,j] - R[j,j] for j < i: what learning later tasks did to task j."""
+        """B[i,j] = R[i,j] - R[j,j] for j < i: the effect of later tasks on task j."""
         rows, columns = np.indices(self.scores.shape)
         return np.where(columns < rows - 1, self.scores - self._diagonal(), np.nan)
 
     @property
     def forward(self) -> np.ndarray:
-        """F[i,j] = R[i,j] - R[0,j] for j > i: what earlier tasks gave to task j before it was learned."""
+        """F[i,j] = R[i,j] - R[0,j] for j > i: the effect of earlier tasks on task j before it is learned."""
         rows, columns = np.indices(self.scores.shape)
         return np.where((columns >= rows) & (rows > 0), self.scores - self.scores[0], np.nan)
 
@@ -78,7 +78,7 @@ class TransferMatrix:
         return _mean(self.scores[row, :seen])
 
     def micro_average(self, row: int = -1, seen: int | None = None) -> float | None:
-        """100 * correct / total over the test examples of the first `seen` tasks; of perplexities exp(nll / tokens)."""
+        """100 * correct / total over the examples of the first `seen` tasks; for perplexities exp(nll / tokens)."""
         total = self.total[row, :seen].sum()
         if np.isnan(total) or total == 0:
             return None
@@ -98,7 +98,7 @@ class TransferMatrix:
         return _mean([self.forward[j, j] for j in range(1, len(self))])
 
     def forgetting(self) -> float | None:
-        """How far each earlier task fell from its best; for perplexities the sign is turned, so that more is worse."""
+        """Mean drop of earlier tasks from their best score; for perplexities the rise, so that more is always worse."""
         sign = 1.0 if self.direction == "higher" else -1.0
         best = [np.max(sign * self.scores[j + 1 : -1, j]) for j in range(len(self) - 1)]
         return _mean([b - sign * self.scores[-1, j] for j, b in enumerate(best)])
@@ -108,11 +108,11 @@ class TransferMatrix:
         return _mean(self._diagonal())
 
     def metrics(self, independent: "TransferMatrix | None" = None, joint: "TransferMatrix | None" = None) -> Metrics:
-        """Every convention of CONVENTIONS by name; the two that need a reference run are None without it."""
+        """Every metric of CONVENTIONS by name; the two that need a reference run are None without it."""
         backward = self.backward[-1, :-1]
         gain = None if independent is None else self._diagonal() - independent._aligned(self, independent._diagonal())
         short = None if joint is None else joint._aligned(self, joint.scores[-1]) - self._diagonal()
-        if self.direction == "lower":  # intransigence counts what is worse than joint, whatever the direction
+        if self.direction == "lower":  # positive where the run is worse than joint, as for accuracies
             short = None if short is None else -short
         return {
             "average": self.average(),
@@ -139,14 +139,14 @@ class TransferMatrix:
 
     @classmethod
     def from_json(cls, value: MatrixRecord, scores: Rows | None = None) -> "TransferMatrix":
-        """The inverse of `to_json`; `scores` replace those of the record."""
+        """Restores what `to_json` returned; `scores` replace those of the record."""
         scores = value["scores"] if scores is None else scores
         arrays = (np.array(rows, dtype=float) for rows in (scores, value["correct"], value["total"]))
         return cls(list(value["tasks"]), value["direction"], *arrays)
 
 
 def on_split(benchmark: str, split: str) -> str:
-    """A benchmark as it is named beside figures, which says so where they are not measured on test."""
+    """The name of a benchmark next to scores; the split is added unless it is test."""
     return benchmark if split == "test" else f"{benchmark} ({split})"
 
 
@@ -160,5 +160,5 @@ def tolist(array: np.ndarray) -> Rows:
 
 
 def round2(value: float | None) -> str:
-    """A figure as it is printed."""
+    """A number as it is printed; - if it is missing."""
     return "-" if value is None or value != value else f"{value:.2f}"
