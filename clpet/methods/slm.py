@@ -243,11 +243,11 @@ class SLM(Method):
         if not len(rows):
             return predictions
         subset = batch if len(rows) == len(batch) else batch.select(rows)
-        again = self.predict_retrieved(subset, AnswerSpace([], subset.tasks))
-        if again.texts is None:
+        corrected = self.predict_retrieved(subset, AnswerSpace([], subset.tasks))
+        if corrected.texts is None:
             scores: Any = predictions.scores
-            return Predictions(scores.index_copy(0, rows, again.scores))
-        texts = dict(enumerate(predictions.texts or [])) | dict(zip(rows.tolist(), again.texts, strict=True))
+            return Predictions(scores.index_copy(0, rows, corrected.scores))
+        texts = dict(enumerate(predictions.texts or [])) | dict(zip(rows.tolist(), corrected.texts, strict=True))
         return Predictions(texts=list(texts.values()))
 
     def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:

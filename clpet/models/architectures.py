@@ -86,14 +86,14 @@ def attention_outputs(model: nn.Module) -> list[str]:
     Matched by module name and not by `model_type`, so that a model that shares another one's layers is recognised too.
     """
     modules = [name for name, _ in model.named_modules()]
-    known = dict.fromkeys(target for row in MODEL_TYPES.values() for target in row.attention_outputs)
-    return [target for target in known if any(matches(name, target) for name in modules)]
+    candidates = dict.fromkeys(target for row in MODEL_TYPES.values() for target in row.attention_outputs)
+    return [target for target in candidates if any(matches(name, target) for name in modules)]
 
 
 def block_outputs(block: nn.Module) -> tuple[str, str] | None:
     """The two layers through which a block adds to its input; None for a block of an unknown kind."""
-    known = dict.fromkeys(row.block_outputs for row in MODEL_TYPES.values() if row.block_outputs)
-    return next((names for names in known if all(_has_submodule(block, name) for name in names)), None)
+    candidates = dict.fromkeys(row.block_outputs for row in MODEL_TYPES.values() if row.block_outputs)
+    return next((names for names in candidates if all(_has_submodule(block, name) for name in names)), None)
 
 
 def matches(module_name: str, target: str) -> bool:

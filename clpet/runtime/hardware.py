@@ -12,9 +12,9 @@ from clpet.errors import ConfigError, HostError
 from clpet.runtime.distributed import get_world
 
 if TYPE_CHECKING:
-    Ranks = int | Literal["auto"]
+    NumRanks = int | Literal["auto"]
 else:  # OmegaConf would convert the number of a str | int, and knows no Literal
-    Ranks = Any
+    NumRanks = Any
 
 
 class Adapters(Protocol):
@@ -65,7 +65,7 @@ class Hardware:
     eval_batch_size: int = 128
     threads: int | None = None
     parallel_runs: int = 1
-    ranks: Ranks = 1  # an integer, or auto
+    ranks: NumRanks = 1  # an integer, or auto
     shard: bool = False
     gradient_checkpointing: bool = False
     quantization: Quantization = Quantization.none
