@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -14,6 +14,7 @@ from clpet.data.token_cache import TokenCache, text_hash
 from clpet.errors import HostError
 from clpet.models.adapters import Adapters, FullFineTuning
 from clpet.models.backbone import Backbone
+from clpet.models.protocols import SavedNetwork, Tokenizer
 from clpet.objectives.language_modeling import LanguageModeling
 from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
@@ -78,11 +79,11 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
     trainer.begin_task(0)
     trainer.fit(replay.plan(0), objective.loss, adapters.tensors("default"))
     if get_world().is_main:
-        _save(model, tokenizer, folder)
+        _save(cast(SavedNetwork, model), tokenizer, folder)
     get_world().barrier()
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def _save(model: SavedNetwork, tokenizer: Tokenizer, folder: Path) -> None:
     try:
         with atomic_io.cache_folder(folder) as temporary:
             model.save_pretrained(temporary)

@@ -7,12 +7,29 @@ values and a comment for each option; `build` merges the two, so there is no sec
 import re
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from clpet.errors import ConfigError
+from clpet.records import Json
 
 # The config groups that an object is built from; experiment and debug only set values in them.
 OBJECT_GROUPS = ("method", "replay", "model", "peft", "benchmark", "hardware", "tracking")
+
+
+# The structured configs of OmegaConf accept no union of a scalar with a list or a mapping: OmegaConf takes these fields
+# as Any, and the `__post_init__` of their class checks the values.
+if TYPE_CHECKING:
+    IntOrList = int | list[int]
+    FloatOrList = float | list[float]
+    NamesOrRule = str | list[str]
+    Patterns = str | dict[str, str | None] | None
+    WordOrNumber = str | float | None
+    Scalar = str | int | float | bool | None
+    Node = dict[str, Json]
+else:
+    IntOrList = FloatOrList = NamesOrRule = Patterns = WordOrNumber = Scalar = Node = Any
+
+T = TypeVar("T")
 
 
 class Schedule(Enum):
@@ -64,8 +81,8 @@ def require(condition: bool, key: str, value: object, expected: str) -> None:
 class Training:
     """Options of training on one task, the same for every method."""
 
-    epochs: Any = 3  # or a list
-    lr: Any = 1e-3  # or a list
+    epochs: IntOrList = 3  # or a list
+    lr: FloatOrList = 1e-3  # or a list
     global_batch_size: int = 16
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -106,7 +123,7 @@ class Training:
         epochs = self.epochs if isinstance(self.epochs, list) and self.epochs else [self.epochs]
         valid = all(type(count) is int and count >= 1 for count in epochs)  # `type` excludes bool, a subclass of int
         require(valid, "train.epochs", self.epochs, "at least 1, or a list of such numbers, one per task")
-        rates = self.lr if isinstance(self.lr, list) and self.lr else [self.lr]
+        rates: list[float] = self.lr if isinstance(self.lr, list) and self.lr else [cast(float, self.lr)]
         valid = all(type(rate) in (int, float) and rate >= 0 for rate in rates)
         require(valid, "train.lr", self.lr, "0 or more, or a list of such numbers, one per task")
         require(0 <= self.lr_min <= min(rates), "train.lr_min", self.lr_min, f"from 0 to train.lr={self.lr}")
@@ -120,7 +137,7 @@ class Training:
         return _of_task(self.epochs, task)
 
 
-def _of_task(setting: Any, task: int) -> Any:
+def _of_task(setting: T | list[T], task: int) -> T:
     """A task's value of a setting that may be a list with one value per task."""
     return setting[min(task, len(setting) - 1)] if isinstance(setting, list) else setting
 
@@ -175,13 +192,13 @@ class EvaluationOptions:
 class Config:
     """The configuration of one run; the groups are config nodes from which `build` makes objects later."""
 
-    method: Any
-    replay: Any
-    model: Any
-    peft: Any
-    benchmark: Any
-    hardware: Any
-    tracking: Any
+    method: Node
+    replay: Node
+    model: Node
+    peft: Node
+    benchmark: Node
+    hardware: Node
+    tracking: Node
     train: Training = field(default_factory=Training)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     seed: int = 0

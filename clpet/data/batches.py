@@ -5,13 +5,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clpet.data.benchmark import SPLITS, Benchmark, Example
+from clpet.models.protocols import Tokenizer
 
 IGNORED = -100  # target id of a position without a loss (PyTorch's default ignore_index)
 
@@ -88,7 +88,7 @@ class Batch:
         )
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Tokenizer) -> int:
     """Token id at padded positions: the padding token's, or 0 for a tokenizer without one (they are masked)."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -221,7 +221,8 @@ class Encoded:
 
     def split(self, name: str) -> EncodedDataset:
         """One of SPLITS."""
-        return getattr(self, name)
+        pool: EncodedDataset = getattr(self, name)
+        return pool
 
 
 def encode_benchmark(

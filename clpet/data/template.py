@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from clpet.data.benchmark import Example, Truncate
 from clpet.errors import ConfigError, DataError
+from clpet.models.protocols import Tokenizer
 
 Span = tuple[int, int]
 # Reserved vocabulary entries, by model family, that replace the markers [m0] to [m3] and, the last one, a missing mask
@@ -37,7 +38,7 @@ class Template:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         template: str,
         max_length: int,
         needs_mask: bool = False,
@@ -127,13 +128,13 @@ class Template:
         return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
 
 
-def first_tokens(tokenizer: Any, begin: bool) -> list[int]:
+def first_tokens(tokenizer: Tokenizer, begin: bool) -> list[int]:
     """The special tokens before a document; with `begin` the BOS token if the tokenizer itself adds none."""
     head, bos = special_tokens(tokenizer)[0], tokenizer.bos_token_id
     return [bos] if begin and not head and bos is not None else head
 
 
-def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer adds before and after a text."""
     probe = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from clpet.config.identity import digest
 from clpet.data.benchmark import Example, Fingerprinted
 from clpet.data.template import first_tokens, special_tokens
+from clpet.models.protocols import Tokenizer
 from clpet.runtime import atomic_io
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Stream:
     `starts` is empty for texts without document boundaries. Special tokens count 0 bytes.
     """
 
-    tokens: Any
+    tokens: "np.ndarray | LazyTokens"
     starts: np.ndarray
     sizes: np.ndarray
 
@@ -41,7 +41,7 @@ class TokenCache:
     Without a folder, or if it cannot be written, they are held in memory.
     """
 
-    def __init__(self, tokenizer: Any, folder: str | None = None, begin: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, folder: str | None = None, begin: bool = False) -> None:
         self.tokenizer = tokenizer
         self.folder = Path(folder).expanduser() / "tokens" if folder else None
         self.head, tail = first_tokens(tokenizer, begin), special_tokens(tokenizer)[1]
@@ -151,7 +151,8 @@ class LazyTokens:
 
 def has_boundaries(documents: Iterable[Example]) -> bool:
     """Whether the elements are separate documents; those of a plain list always are."""
-    return getattr(documents, "has_boundaries", True)
+    separate: bool = getattr(documents, "has_boundaries", True)
+    return separate
 
 
 def _read(folder: Path, dtype: np.dtype) -> Stream | None:
@@ -181,7 +182,8 @@ def byte_sizes(text: str, offsets: Sequence[tuple[int, int]]) -> list[float]:
     width = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
     before = np.concatenate([[0], np.cumsum(width)])
     ends = np.maximum.accumulate(np.array([end for _, end in offsets], np.int64)) if offsets else np.empty(0, np.int64)
-    return np.diff(before[ends], prepend=0).astype(float).tolist()
+    sizes: list[float] = np.diff(before[ends], prepend=0).astype(float).tolist()
+    return sizes
 
 
 def _even(text: str, count: int) -> list[float]:

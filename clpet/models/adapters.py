@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import peft
 import torch
@@ -19,6 +19,7 @@ from clpet.errors import ModelError, suggest
 from clpet.models.architectures import dropout_rates
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.block_expansion import expand
+from clpet.models.protocols import NetworkClass, config_of
 from clpet.records import ParameterRatio
 
 TASK_TYPES = {
@@ -191,7 +192,7 @@ class Adapters:
         self.model = self.model.merge_and_unload() if merge else self.model.unload()  # type: ignore[operator]
         self.names, self.active = [], None
 
-    def merged(self) -> Any:
+    def merged(self) -> nn.Module:
         """The backbone with its adapter merged, in fp32: an increment is often smaller than one step of bf16."""
         self.model.float()
         if self.names and self.config is not None:
@@ -270,9 +271,8 @@ class Adapters:
     def load_saved(self, folder: Path) -> None:
         """Loads the weights of the whole model that `save` wrote; a no-op with adapters."""
         if self.config is None:
-            model: Any = self.model
-            saved = type(model).from_pretrained(
-                folder / "model", config=model.config, dtype=torch.float32, use_safetensors=True
+            saved = cast(NetworkClass, type(self.model)).from_pretrained(
+                folder / "model", config=self.model.config, dtype=torch.float32, use_safetensors=True
             )
             self.load("default", dict(saved.named_parameters()))
 
@@ -323,7 +323,7 @@ def plain_config(path: Path) -> None:
 def pretrained_parameters(model: nn.Module, backbone: Backbone) -> int:
     """Number of scalars of the pretrained model as papers count them: with a decoder's output embedding."""
     count = sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
-    config: Any = model.config
+    config = config_of(model)
     headless = getattr(model, "lm_head", None) is None
     if headless and backbone.architecture is Architecture.decoder and not config.tie_word_embeddings:
         count += config.vocab_size * config.hidden_size

@@ -5,9 +5,10 @@ attention's output projection) refuses it with a message.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
+
+from clpet.models.protocols import NetworkConfig
 
 # The names under which configs of transformers hold the dropout rates of a network, classifiers excluded.
 DROPOUT_KEYS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout", "hidden_dropout_prob",
@@ -69,13 +70,13 @@ def is_decoder_type(model_type: object) -> bool:
     return bool(row and row.is_decoder)
 
 
-def first_position(config: Any) -> int:
+def first_position(config: NetworkConfig) -> int:
     """Position id of a text's first token in the table of positions of `config`."""
     row = MODEL_TYPES.get(config.model_type)
     return config.pad_token_id + 1 if row and row.first_position_after_padding else 0
 
 
-def dropout_rates(config: Any) -> dict[str, float]:
+def dropout_rates(config: object) -> dict[str, float]:
     """The dropout rates of a network by their name in its config, classifiers excluded."""
     return {key: getattr(config, key) for key in DROPOUT_KEYS if getattr(config, key, None) is not None}
 
@@ -101,7 +102,7 @@ def matches(module_name: str, target: str) -> bool:
     return module_name == target or module_name.endswith(f".{target}")
 
 
-def logit_cap(config: Any) -> str | None:
+def logit_cap(config: object) -> str | None:
     """The option of a model that caps its logits after the output layer, as Gemma 2 does; None for other models."""
     return next((key for key in LOGIT_CAP_KEYS if getattr(config, key, None)), None)
 

@@ -6,16 +6,17 @@ import json
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from clpet.config.schema import require
+from clpet.config.schema import WordOrNumber, require
 from clpet.config.seeding import derive
 from clpet.errors import ModelError, first_line
 from clpet.models.architectures import dropout_rates, is_decoder_type
 from clpet.models.memory_saving import nf4_arguments
+from clpet.models.protocols import AutoClass, NetworkConfig, Tokenizer
 from clpet.runtime.fingerprint import folder_hash, hub_commit
 from clpet.runtime.hub import unavailable
 
@@ -79,7 +80,7 @@ class Backbone:
     config: dict[str, Any] = field(default_factory=dict)
     random_weights: bool = False
     attention: str = "auto"
-    dropout: Any = "auto"  # or own, off, a rate in [0, 1)
+    dropout: WordOrNumber = "auto"  # or own, off, a rate in [0, 1)
     head_dropout: float = 0.0
     trust_remote_code: bool = False
     base: BaseTraining = field(default_factory=BaseTraining)
@@ -97,7 +98,8 @@ class Backbone:
         if self.dropout is None or self.dropout is False:  # YAML reads a bare off as false
             self.dropout = "auto" if self.dropout is None else "off"
         is_word = self.dropout in ("auto", "own", "off")
-        is_rate = type(self.dropout) in (int, float) and 0 <= self.dropout < 1
+        number = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
+        is_rate = number and 0 <= cast(float, self.dropout) < 1
         require(is_word or is_rate, "model.dropout", self.dropout, "auto, own, off or a rate in [0, 1)")
         require(0 <= self.head_dropout < 1, "model.head_dropout", self.head_dropout, "in [0, 1)")
         require(not self.random_weights or bool(self.config), "model.config", self.config, "a model config")
@@ -115,7 +117,7 @@ class Backbone:
         generates: bool = False,
         load_on: torch.device | None = None,
         nf4: bool = False,
-    ) -> tuple[torch.nn.Module, Any]:
+    ) -> tuple[torch.nn.Module, Tokenizer]:
         """(model, tokenizer), the model in eval mode; it has its output layer only if it `generates`.
 
         The attention kernel is chosen for `device`; the weights are placed on `load_on` (default: `device`), for
@@ -137,7 +139,7 @@ class Backbone:
         tokenizer = self.tokenizer()
         try:
             if not isinstance(self.dropout, str):
-                kwargs["config"] = self._with_dropout(AutoConfig.from_pretrained(source, **kwargs))
+                kwargs["config"] = self._with_dropout(cast(NetworkConfig, AutoConfig.from_pretrained(source, **kwargs)))
             model, loading = self._class(generates).from_pretrained(
                 source, dtype=dtype, attn_implementation=self.attention_on(device), use_safetensors=True,
                 output_loading_info=True, **kwargs,
@@ -148,7 +150,7 @@ class Backbone:
             raise ModelError(f"model.representation=pooled, but the weights of {self.name} have no pooler: use cls")
         return (model if nf4 else model.to(load_on)).eval(), tokenizer
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer alone, padding on the right. Raises ModelError if it cannot be loaded."""
         if self.random_weights:
             return byte_tokenizer()
@@ -162,7 +164,7 @@ class Backbone:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # or None: see batches.pad_id
         tokenizer.padding_side = "right"
-        return tokenizer
+        return cast(Tokenizer, tokenizer)
 
     def skeleton(self, generates: bool = False) -> torch.nn.Module:
         """The network on the meta device: parameter counts without weights. Raises ModelError without `config`."""
@@ -181,11 +183,11 @@ class Backbone:
         from transformers import AutoConfig
 
         values = dict(self.config)
-        config = self._with_dropout(AutoConfig.for_model(values.pop("model_type"), **values))
+        config = self._with_dropout(cast(NetworkConfig, AutoConfig.for_model(values.pop("model_type"), **values)))
         config._attn_implementation = self.attention_on(device)
         return self._class(generates).from_config(config)
 
-    def _with_dropout(self, config: Any) -> Any:
+    def _with_dropout(self, config: NetworkConfig) -> NetworkConfig:
         """The config with all rates set to `dropout`, if that is a rate. Raises ModelError without any dropout."""
         if not isinstance(self.dropout, str):
             rates = dropout_rates(config)
@@ -199,7 +201,7 @@ class Backbone:
         """Whether the network's layers use dropout in training; `auto`: only if the network itself is `trained`."""
         return trained if self.dropout == "auto" else self.dropout not in ("off", 0)
 
-    def _class(self, generates: bool) -> Any:
+    def _class(self, generates: bool) -> AutoClass:
         import transformers
 
         names = {
@@ -207,12 +209,13 @@ class Backbone:
             Architecture.decoder: ("AutoModel", "AutoModelForCausalLM"),
             Architecture.encoder_decoder: ("AutoModelForTextEncoding", "AutoModelForSeq2SeqLM"),
         }
-        return getattr(transformers, names[self.architecture][generates])
+        found: AutoClass = getattr(transformers, names[self.architecture][generates])
+        return found
 
-    def _source(self) -> tuple[str | Path, dict[str, Any]]:
+    def _source(self) -> tuple[str | Path, dict[str, object]]:
         """(folder or hub id, further arguments of from_pretrained)."""
         source = self.locate()
-        kwargs: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}  # explicit, else transformers prompts
+        kwargs: dict[str, object] = {"trust_remote_code": self.trust_remote_code}  # explicit, else transformers prompts
         if source == self.hub and self.revision:
             kwargs["revision"] = self.revision
         return source, kwargs
@@ -284,21 +287,22 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def byte_tokenizer() -> Any:
+def byte_tokenizer() -> Tokenizer:
     """A tokenizer whose tokens are the 256 bytes, with BERT's special tokens: no vocabulary file is needed."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[unused{i}]" for i in range(5))]
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*special, *symbols])}
-    core = Tokenizer(models.BPE(vocabulary, [], unk_token="[UNK]"))
+    core = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", special.index("[CLS]")), ("[SEP]", special.index("[SEP]"))]
     )
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -306,3 +310,4 @@ def byte_tokenizer() -> Any:
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
+    return cast(Tokenizer, tokenizer)

@@ -4,17 +4,17 @@ A copy is the identity until it is trained: the two layers through which it adds
 """
 
 import copy
-from typing import Any
 
 from torch import nn
 
 from clpet.errors import ModelError
 from clpet.models.architectures import block_outputs
+from clpet.models.protocols import config_of
 
 
-def expand(model: Any, every: int) -> list[nn.Module]:
+def expand(model: nn.Module, every: int) -> list[nn.Module]:
     """Inserts a copy after every `every`-th block and returns the copies. Raises ModelError for unknown blocks."""
-    config = model.config
+    config = config_of(model)
     old = next(
         (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers), None
     )

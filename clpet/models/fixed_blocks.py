@@ -34,4 +34,5 @@ def rounding_platform(device: torch.device) -> list[str]:
 
 def block_widths(lengths: np.ndarray) -> np.ndarray:
     """The width of each row's block: its length rounded up, but at most the longest row of the pool."""
-    return np.minimum(-(-lengths // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, lengths.max())
+    widths: np.ndarray = np.minimum(-(-lengths // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, lengths.max())
+    return widths

@@ -1,6 +1,6 @@
 """Fitting a large backbone: recomputed activations, sharded blocks, 4-bit weights."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -9,17 +9,17 @@ from clpet.errors import ModelError
 from clpet.runtime.distributed import get_world
 
 
-def transformer_blocks(model: nn.Module) -> list[Any]:
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a network. Raises ModelError if transformers does not mark any module as one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise ModelError("hardware.shard and gradient_checkpointing need a model whose blocks transformers marks")
     return blocks
 
 
-def enable_recomputation(model: Any, uses_dropout: bool) -> None:
+def enable_recomputation(model: nn.Module, uses_dropout: bool) -> None:
     """Gradient checkpointing: activations inside blocks are recomputed in the backward pass (Chen et al., 2016).
 
     transformers recomputes only in blocks that are in training mode. Unless the network uses dropout, the rates stored
@@ -30,7 +30,8 @@ def enable_recomputation(model: Any, uses_dropout: bool) -> None:
         for name, value in vars(block).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(block, name, 0.0)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # of new and of older transformers
+    enable: Callable[[dict[str, bool]], object] = next(getattr(model, name) for name in names if hasattr(model, name))
     enable({"use_reentrant": False})
 
 
@@ -51,11 +52,11 @@ def shard(model: nn.Module, device: torch.device) -> None:
     get_world().sharded = True
 
 
-def nf4_arguments(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def nf4_arguments(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     """Arguments of from_pretrained for NF4 weights with doubly quantised scales that compute in `dtype`."""
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     return {"quantization_config": config, "device_map": {"": device}}

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -24,9 +24,13 @@ from clpet.errors import ConfigError, ModelError, first_line
 from clpet.models.architectures import first_position
 from clpet.models.backbone import Backbone
 from clpet.models.fixed_blocks import BLOCK_ROWS, WIDTH_MULTIPLE, rounding_platform, split_into_blocks
+from clpet.models.protocols import NetworkConfig
 from clpet.runtime import atomic_io
 from clpet.runtime.fingerprint import folder_hash
 from clpet.runtime.hub import unavailable
+
+if TYPE_CHECKING:  # takes seconds to import
+    from sentence_transformers import SentenceTransformer
 
 TEXTS_PER_FILE = 16384  # at most; what is lost if a run stops before the file is written
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
@@ -49,7 +53,8 @@ def locate(name: str) -> Path:
 def backbone(name: str) -> Backbone:
     """The backbone that a sentence encoder's name refers to. Raises ModelError for one without weights."""
     options = [folder / "model" / f"{name}.yaml" for folder in (conf_dir(), *plugin_dirs())]
-    spec: Any = next((OmegaConf.to_container(OmegaConf.load(file)) for file in options if file.is_file()), None)
+    found = next((OmegaConf.to_container(OmegaConf.load(file)) for file in options if file.is_file()), None)
+    spec = cast(dict[str, Any] | None, found)  # the values of the YAML, which Backbone checks
     if spec is None:
         return (
             Backbone(name=name, path=name) if (Path(name) / "config.json").is_file() else Backbone(name=name, hub=name)
@@ -87,12 +92,12 @@ class Encoder:
         self.dim = int(self.config.get("hidden_size") or self.config["d_model"])
         self._check_length()
         self.cache = Path(cache_dir).expanduser() / "embeddings" / self.key() if cache_dir else None
-        self.model: Any = None
+        self.model: SentenceTransformer | None = None
         self.encoded = 0
 
     def _check_length(self) -> None:
         config = self.config
-        offset = first_position(SimpleNamespace(**config))
+        offset = first_position(cast(NetworkConfig, SimpleNamespace(**config)))
         most = config.get("max_position_embeddings", self.max_length + offset) - offset
         if self.max_length > most:
             raise ConfigError(f"method.encoder_length={self.max_length}, but this encoder reads at most {most} tokens")
@@ -154,7 +159,7 @@ class Encoder:
             values[rows] = model(dict(batch))["sentence_embedding"][: len(rows)].float().cpu().numpy()
         return values
 
-    def _load(self) -> Any:
+    def _load(self) -> "SentenceTransformer":
         from sentence_transformers import SentenceTransformer
 
         try:

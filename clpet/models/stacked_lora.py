@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import peft
 import torch
@@ -53,8 +53,8 @@ class StackedLora:
     Raises ModelError if no layer matches, or if a target of `config` matches none.
     """
 
-    def __init__(self, adapters: Adapters, config: Any = None) -> None:
-        for target in config.target_modules if config else []:
+    def __init__(self, adapters: Adapters, config: peft.PeftConfig | None = None) -> None:
+        for target in getattr(config, "target_modules", None) or []:
             if not any(matches(name, target) for name, _ in adapters.model.named_modules()):
                 layers = suggest("", linear_layers(adapters.model))
                 raise ModelError(f"method.targets names the layer {target}, which the model does not have{layers}")
@@ -130,11 +130,11 @@ class StackedLora:
         """Number of scalars in all branches."""
         return sum(tensor.numel() for layer in self.layers.values() for tensor in layer.all())
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, dict[str, Tensor]]:
         """A and B of all branches by layer."""
         return {name: dict(zip("AB", layer.all(), strict=True)) for name, layer in self.layers.items()}
 
-    def load(self, state: dict[str, Any], newest: int = 1) -> None:
+    def load(self, state: dict[str, dict[str, Tensor]], newest: int = 1) -> None:
         """Restores what `state` returned; the last `newest` branches become the trainable ones."""
         for name, layer in self.layers.items():
             A, B = state[name]["A"], state[name]["B"]
@@ -149,7 +149,7 @@ class StackedLora:
         for layer in self.layers.values():
             A, B = layer.all()
             increment = self.scale * (B @ A)  # [d_out, d_in]
-            weight: Any = layer.module.weight
+            weight = cast(Tensor, layer.module.weight)
             weight += (increment if isinstance(layer.module, nn.Linear) else increment.T).to(weight.dtype)
         self.enabled = False
 
@@ -171,7 +171,7 @@ class StackedLoraLayer:
     """One adapted layer: frozen_A and frozen_B of earlier branches, A and B of the newest, trainable ones."""
 
     def __init__(self, module: nn.Module, owner: StackedLora) -> None:
-        weight: Any = module.weight
+        weight = cast(Tensor, module.weight)
         self.module, self.owner, self.device = module, owner, weight.device
         if isinstance(module, nn.Linear):
             self.d_in, self.d_out = module.in_features, module.out_features

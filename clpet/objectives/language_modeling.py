@@ -22,6 +22,7 @@ from clpet.data.token_cache import Stream, TokenCache
 from clpet.errors import ConfigError, DataError, ModelError
 from clpet.models.architectures import first_position, logit_cap
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.protocols import config_of
 from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import AnswerSpace, Objective, Predictions, TaskScore
 from clpet.objectives.key_term_rank import prompt_windows, rank_statistics, ranks
@@ -150,7 +151,7 @@ class LanguageModeling(Objective):
         inputs["attention_mask"] = torch.zeros(same.shape, dtype=self.dtype, device=same.device).masked_fill(~same, low)
         index = torch.arange(length, device=same.device).expand_as(ids)
         start = torch.zeros_like(ids).scatter_reduce(1, ids, index, "amin", include_self=False)  # by document id
-        return {**inputs, "position_ids": index - start.gather(1, ids) + first_position(self.adapters.model.config)}
+        return {**inputs, "position_ids": index - start.gather(1, ids) + first_position(config_of(self.adapters.model))}
 
     @property
     def head(self) -> nn.Module:

@@ -11,6 +11,7 @@ from clpet.config.schema import Config
 from clpet.data.benchmark import Benchmark
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, parameter_ratio
+from clpet.models.protocols import config_of
 from clpet.objectives import load
 from clpet.objectives.cost_meter import peak_memory_mb
 from clpet.replay.exemplar_selection import random_features
@@ -65,8 +66,7 @@ def count_parameters(console: Console, parts: dict[str, Any], benchmark: Benchma
     adapter_parameters = adapters.count("default")
     lines = [reason, f"adapter: {_ratio(adapter_parameters, base_parameters)}"]
     if not generates:
-        network_config: Any = adapters.model.config
-        head = (network_config.hidden_size + 1) * num_labels  # a linear layer with bias
+        head = (config_of(adapters.model).hidden_size + 1) * num_labels  # a linear layer with bias
         lines.append(f"adapter and a head of {num_labels} labels: {_ratio(adapter_parameters + head, base_parameters)}")
     for line in lines:
         say(console, line)

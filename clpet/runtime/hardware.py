@@ -3,18 +3,13 @@
 import importlib.util
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Protocol
 
 import torch
 
-from clpet.config.schema import require
+from clpet.config.schema import WordOrNumber, require
 from clpet.errors import ConfigError, HostError
 from clpet.runtime.distributed import get_world
-
-if TYPE_CHECKING:
-    NumRanks = int | Literal["auto"]
-else:  # OmegaConf would convert the number of a str | int, and knows no Literal
-    NumRanks = Any
 
 
 class Adapters(Protocol):
@@ -65,13 +60,15 @@ class Hardware:
     eval_batch_size: int = 128
     threads: int | None = None
     parallel_runs: int = 1
-    ranks: NumRanks = 1  # an integer, or auto
+    ranks: WordOrNumber = 1  # an integer, or auto
     shard: bool = False
     gradient_checkpointing: bool = False
     quantization: Quantization = Quantization.none
 
     def __post_init__(self) -> None:
-        valid = self.ranks == "auto" or (type(self.ranks) is int and self.ranks >= 1)
+        valid = self.ranks == "auto" or (
+            isinstance(self.ranks, int) and not isinstance(self.ranks, bool) and self.ranks >= 1
+        )
         require(valid, "hardware.ranks", self.ranks, "auto, or a number of processes")
         size = self.micro_batch_size
         require(size is None or size >= 1, "hardware.micro_batch_size", size, "at least 1, or null")
@@ -114,6 +111,7 @@ class Hardware:
         gpus = torch.cuda.device_count() if self.torch_device.type == "cuda" else 0
         if self.ranks == "auto":
             return max(1, gpus)
+        assert isinstance(self.ranks, int)
         if gpus and self.ranks > gpus:
             raise HostError(f"hardware.ranks={self.ranks}, but this machine has {gpus} GPUs: use hardware.ranks=auto")
         return self.ranks

@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from clpet.config.schema import require
+from clpet.config.schema import NamesOrRule, Patterns, require
 from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, Truncate
 from clpet.data.read_report import ReadReport
 from clpet.data.splits import Splits, has_labels, in_order, sample, split_off, stratified
@@ -53,7 +53,7 @@ class Source:
     name: str = ""
     folder: str | None = None
     tasks: list[str] | None = None
-    order: Any = "listed"
+    order: NamesOrRule = "listed"
     order_seed: int = 0
     orders: dict[str, list[str]] | None = None
     max_train: int | None = None
@@ -64,7 +64,7 @@ class Source:
     template: str = "{text}"
     max_length: int = 128
     truncate: Truncate = Truncate.end
-    keep: Any = None  # a regular expression, or {task: regular expression}
+    keep: Patterns = None  # a regular expression, or {task: regular expression}
     objective: Kind = Kind.classification
     softmax: Softmax = Softmax.auto
     prompt: str = "{text}"

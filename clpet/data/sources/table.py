@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from clpet.config.schema import require
+from clpet.config.schema import IntOrList, Scalar, require
 from clpet.data.benchmark import SPLITS, Example
 from clpet.data.sources.base import Source
 from clpet.data.splits import Splits, by_label, has_labels, in_order, label_name, named_tasks, partition, split_off
@@ -32,10 +31,10 @@ class Table(Source):
     references: str | None = None
     task: str | None = None
     task_labels: dict[str, list[str]] | None = None
-    classes_per_task: Any = None
+    classes_per_task: IntOrList | None = None
     partition_seed: int | None = None
     drop_labels: list[str] = field(default_factory=list)
-    where: dict[str, Any] | None = None
+    where: dict[str, Scalar] | None = None
     test_share: float = 0.25
 
     def __post_init__(self) -> None:

@@ -1,0 +1,117 @@
+"""What clpet calls of the tokenizers, configs and auto classes of transformers, as types.
+
+transformers builds many of these members at run time, so that its own classes do not show them to a type checker.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NotRequired, Protocol, TypedDict, cast, overload
+
+from torch import Tensor, nn
+
+
+class TextEncoding(TypedDict):
+    """The tokens of one text."""
+
+    input_ids: list[int]
+    offset_mapping: NotRequired[list[tuple[int, int]]]  # with return_offsets_mapping=True
+
+
+class TextsEncoding(TypedDict):
+    """The tokens of several texts."""
+
+    input_ids: list[list[int]]
+    offset_mapping: NotRequired[list[list[tuple[int, int]]]]
+
+
+class PaddedBatch(Protocol):
+    """Tensors by name, as `Tokenizer.pad` returns them; `dict` accepts it."""
+
+    def keys(self) -> Sequence[str]: ...
+
+    def __getitem__(self, key: str) -> Tensor: ...
+
+    def to(self, device: object) -> "PaddedBatch": ...
+
+
+class Tokenizer(Protocol):
+    """A tokenizer of transformers."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    cls_token_id: int | None
+    sep_token_id: int | None
+    pad_token_id: int | None
+    mask_token_id: int | None
+    eos_token: str | None
+    sep_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    mask_token: str | None
+    padding_side: str
+    is_fast: bool
+    all_special_tokens: list[str]
+    all_special_ids: list[int]
+
+    def __len__(self) -> int: ...
+
+    @overload
+    def __call__(self, text: str, **options: object) -> TextEncoding: ...
+
+    @overload
+    def __call__(self, text: list[str], **options: object) -> TextsEncoding: ...
+
+    def decode(self, ids: Sequence[int] | Tensor, **options: object) -> str: ...
+
+    def batch_decode(self, rows: Sequence[Sequence[int]] | Tensor, **options: object) -> list[str]: ...
+
+    def convert_tokens_to_ids(self, token: str) -> int | None: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def add_special_tokens(self, tokens: dict[str, list[str]], replace_extra_special_tokens: bool = True) -> int: ...
+
+    def pad(self, rows: dict[str, list[list[int]]], **options: object) -> PaddedBatch: ...
+
+    def save_pretrained(self, folder: str | Path) -> object: ...
+
+
+class NetworkConfig(Protocol):
+    """The config of a network of transformers; dropout rates have a name per architecture, see `dropout_rates`."""
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    num_hidden_layers: int
+    pad_token_id: int
+    tie_word_embeddings: bool
+    _attn_implementation: str
+
+    def to_dict(self) -> dict[str, object]: ...
+
+
+class AutoClass(Protocol):
+    """An auto class of transformers, such as AutoModelForCausalLM."""
+
+    __name__: str
+
+    def from_pretrained(self, source: str | Path, **options: object) -> tuple[nn.Module, dict[str, Sequence[str]]]: ...
+
+    def from_config(self, config: object) -> nn.Module: ...
+
+
+class NetworkClass(Protocol):
+    """A class of networks of transformers, such as LlamaModel."""
+
+    def from_pretrained(self, source: str | Path, **options: object) -> nn.Module: ...
+
+
+class SavedNetwork(Protocol):
+    """A network that can be written into a folder."""
+
+    def save_pretrained(self, folder: str | Path) -> object: ...
+
+
+def config_of(model: nn.Module) -> NetworkConfig:
+    """The config of a network; nn.Module declares its attributes as tensors and modules only."""
+    return cast(NetworkConfig, model.config)
