@@ -21,6 +21,7 @@ from clpet.reporting.progress import Display
 from clpet.runtime import atomic_io
 from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware
+from clpet.training.step import StepHooks
 from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
     settings = Training(epochs=recipe.epochs, lr=recipe.lr, schedule=Schedule.cosine, warmup_steps=20, clip=1.0)
     trainer = Trainer(settings, hardware, objective, display, 0)
     trainer.begin_task(0)
-    trainer.fit(replay.plan(0), objective.loss, adapters.tensors("default"))
+    hooks = StepHooks(lambda context: objective.loss(context.batch))
+    trainer.fit(replay.plan(0), adapters.tensors("default"), hooks)
     if get_world().is_main:
         _save(cast(SavedNetwork, model), tokenizer, folder)
     get_world().barrier()

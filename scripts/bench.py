@@ -40,6 +40,7 @@ from clpet.evaluation.evaluator import Evaluator
 from clpet.models.adapters import Adapters
 from clpet.replay.batch_plan import BatchPlan
 from clpet.session import assemble, load_objective, set_up_method
+from clpet.training.step import StepHooks
 from clpet.training.trainer import Trainer, quiet_libraries
 
 
@@ -95,7 +96,7 @@ class Bench:
         trainer = Trainer(self.config.train, self.parts["hardware"], method.objective, Silent(), 0)
         plan = BatchPlan(method.data.train, len(batches), lambda epoch: batches)
         start = time.perf_counter()
-        trainer.fit(plan, method.loss, method.named_parameters())
+        trainer.fit(plan, method.named_parameters(), StepHooks(method.loss, step_loss=method.step_loss))
         return self.epochs * sum(map(len, batches)) / (time.perf_counter() - start)
 
     def hand_loop(self, batches: Iterator[list[int]] | list[np.ndarray], pool: EncodedDataset) -> float:

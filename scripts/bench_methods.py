@@ -11,10 +11,12 @@ from bench import Bench
 from torch import nn
 
 from clpet.config.seeding import derive
+from clpet.data.batches import Batch
 from clpet.methods.components.importance import Importance, ParameterGroups, adaptive, fuse, norm, unflat
 from clpet.methods.components.key_retrieval import KeyLearning, orthonormal
 from clpet.models.stacked_lora import require_attention_outputs
 from clpet.objectives.base import AnswerSpace
+from clpet.training.step import StepContext
 
 
 def kif(overrides: list[str], rounds: int) -> None:
@@ -25,7 +27,7 @@ def kif(overrides: list[str], rounds: int) -> None:
         method = bench.method()
         method.start_importance()
         optimizer = torch.optim.AdamW(method.parameters(), lr=bench.lr, fused=True)
-        contenders.append((method, optimizer, method.after_step if tracked else lambda: None))
+        contenders.append((method, optimizer, method.after_step if tracked else lambda context: None))
     pool, device = method.data.train, method.objective.device
     batches = pool.shuffled(np.arange(len(pool)), bench.batch, np.random.default_rng(0))
     times: list[list[float]] = [[], [], []]
@@ -43,13 +45,18 @@ def kif(overrides: list[str], rounds: int) -> None:
     print(f"fusion of 1,152 units     {min(fusion_seconds() for _ in range(5)):8.3f} s")
 
 
-def kif_step(method: Any, optimizer: torch.optim.Optimizer, after_step: Callable[[], None], batch: Any) -> float:
+def kif_step(
+    method: Any, optimizer: torch.optim.Optimizer, after_step: Callable[[StepContext], None], batch: Batch
+) -> float:
     """Seconds of one training step."""
-    start = time.perf_counter()
-    method.loss(batch).backward()
+    start, context = time.perf_counter(), StepContext.of(batch)
+    method.loss(context).backward()
+    term = method.step_loss(context)
+    if term is not None:
+        term.backward()
     nn.utils.clip_grad_norm_(method.parameters(), 1.0)
     optimizer.step()
-    after_step()
+    after_step(context)
     optimizer.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -178,7 +185,7 @@ def mixed_forward(method: Any, batch: Any) -> None:
 
 def step(method: Any, batch: Any) -> None:
     """Forward and backward pass of a training batch; gradients are discarded."""
-    method.loss(batch).backward()
+    method.loss(StepContext.of(batch)).backward()
     for parameter in method.parameters():
         parameter.grad = None
 

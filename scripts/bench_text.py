@@ -16,6 +16,7 @@ from bench import Bench, Silent, medians
 from torch import nn
 
 from clpet.replay.batch_plan import BatchPlan
+from clpet.training.step import StepHooks
 from clpet.training.trainer import Trainer
 
 STEPS = 24  # timed together
@@ -33,7 +34,7 @@ def pretraining(overrides: list[str], rounds: int) -> None:
         trainer = Trainer(bench.config.train, bench.parts["hardware"], method.objective, Silent(), 0)
         plan = BatchPlan(method.data.train, len(batches), lambda epoch: batches)
         start = time.perf_counter()
-        trainer.fit(plan, method.loss, method.named_parameters())
+        trainer.fit(plan, method.named_parameters(), StepHooks(method.loss, step_loss=method.step_loss))
         return sum(map(len, batches)) / (time.perf_counter() - start)
 
     def by_hand() -> float:

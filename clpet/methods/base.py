@@ -18,6 +18,7 @@ from clpet.objectives.classification import Head
 from clpet.replay.base import NoReplay, ValidationRows
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.distributed import get_world, without_gradients
+from clpet.training.step import StepContext, StepHooks
 from clpet.training.trainer import Trainer
 
 
@@ -95,14 +96,18 @@ class Method:
 
     def fit(self, trainer: Trainer, index: int) -> None:
         """The standard stage: trains `named_parameters` with this method's plan, loss and hooks."""
-        trainer.fit(
-            self.plan(index),
-            self.loss,
-            self.named_parameters(),
-            validate=lambda: self.validate(index),
+        trainer.fit(self.plan(index), self.named_parameters(), self.hooks(index))
+
+    def hooks(self, index: int) -> StepHooks:
+        """This method's own hooks, for a fit of task `index`."""
+        return StepHooks(
+            loss=self.loss,
+            before_step=self.before_step,
+            step_loss=self.step_loss,
             adjust_gradients=self.adjust_gradients,
             after_step=self.after_step,
-            after_batch=self.after_batch,
+            end_step=self.end_step,
+            validate=lambda: self.validate(index),
         )
 
     def plan(self, index: int) -> BatchPlan:
@@ -117,17 +122,24 @@ class Method:
         """[terms, classes]: the logits of the loss's softmax."""
         return self.objective.logits(batch)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The objective's cross-entropy, a mean over terms; subclasses add penalties and distillation here."""
-        return self.objective.loss(batch)
+    def before_step(self, context: StepContext) -> None:
+        """Prepares a step, from the rows of its whole batch."""
 
-    def adjust_gradients(self) -> None:
+    def loss(self, context: StepContext) -> Tensor:
+        """The objective's loss of `context.batch`, a mean over terms; subclasses add terms of the batch here."""
+        return self.objective.loss(context.batch)
+
+    def step_loss(self, context: StepContext) -> Tensor | None:
+        """A term that does not depend on the batch, computed once per step: penalties on weights, for example."""
+        return None
+
+    def adjust_gradients(self, context: StepContext) -> None:
         """Changes gradients (projections, for example) after backward and before clipping and the optimiser's step."""
 
-    def after_step(self) -> None:
+    def after_step(self, context: StepContext) -> None:
         """Collects statistics of a step: gradients are still available, weights are already updated."""
 
-    def after_batch(self) -> None:
+    def end_step(self, context: StepContext) -> None:
         """Called at the end of every step, also of a skipped one; gradients are already cleared."""
 
     def after_task(self, task: Task, index: int) -> None:

@@ -7,6 +7,7 @@ two stages; formulas of both losses are in components/contrastive.py:
     stage 2  memory or draws    L = L_CL(z, bank) + L_KD(relations of old classes), from task 2 on
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from clpet.replay.exemplar import FixedReplay
 from clpet.replay.exemplar_selection import random_features
 from clpet.replay.sampled import SampledReplay
 from clpet.runtime.distributed import get_world
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
@@ -93,16 +95,8 @@ class CRL(Method):
         self.sampled = name == "contrast" or self.starred
         self.rng = np.random.default_rng(derive(self.seed, "bank", index, name))
         self.computed: list[tuple[np.ndarray, Tensor]] = []  # (rows, z) of the micro-batches of a step
-        trainer.fit(
-            plan,
-            self.loss,
-            self.named_parameters(),
-            stage=name,
-            clip=self.clip,
-            before_step=self.choose_entries,
-            adjust_gradients=self.gather_z,
-            after_step=self.refresh_bank,
-        )
+        hooks = dataclasses.replace(self.hooks(index), validate=None)
+        trainer.fit(plan, self.named_parameters(), hooks, stage=name, clip=self.clip)
 
     def new_data_plan(self, index: int) -> BatchPlan:
         """Batches of stage 1: all examples of the new task."""
@@ -146,17 +140,18 @@ class CRL(Method):
             plans["replay"] = self.replay_plan(index, epochs=1)
         return plans
 
-    def choose_entries(self, rows: np.ndarray) -> None:
+    def before_step(self, context: StepContext) -> None:
         """Samples the bank entries that a step compares with, and the fraction of the batch that is of old classes.
 
-        Called with the rows of the full batch, so that all micro-batches and ranks use the same values.
+        They depend on the rows of the full batch, so that all micro-batches and ranks use the same values.
         """
-        labels = self.data.train.labels[rows]
+        labels = self.data.train.labels[context.rows]
         self.entries = self.bank.sample(labels, self.sample, self.rng) if self.sampled else slice(None)
         self.old_fraction = float(np.isin(labels, self.old).mean())
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, context: StepContext) -> Tensor:
         """L_CL, a mean over the batch, plus in stage 2 L_KD, a mean over the examples of old classes."""
+        batch = context.batch
         z, entries = self.project(self.objective.features(batch)), self.entries
         self.computed.append((batch.rows, z.detach()))
         loss = contrastive(z, batch.labels, self.bank.z[entries], self.bank.labels[entries], self.tau, self.eps)
@@ -171,12 +166,12 @@ class CRL(Method):
             loss = loss + (kl * is_old).mean() / self.old_fraction
         return loss
 
-    def gather_z(self) -> None:
+    def adjust_gradients(self, context: StepContext) -> None:
         """Collects the representations of a step from all ranks; if the step is skipped they are discarded."""
         gathered = get_world().gather(self.computed)
         self.new_entries, self.computed = [entry for entries in gathered for entry in entries], []
 
-    def refresh_bank(self) -> None:
+    def after_step(self, context: StepContext) -> None:
         """Replaces the bank entries of the step's examples by their new representations."""
         for rows, z in self.new_entries:
             self.bank.update(rows, z.to(self.bank.z.device))

@@ -29,6 +29,7 @@ from clpet.methods.modular import Modular, module_name
 from clpet.objectives.classification import MISSING, Head
 from clpet.replay.batch_plan import BatchPlan
 from clpet.replay.sampled import SampledReplay
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
@@ -189,10 +190,11 @@ class DynamicConPET(Modular):
             if module_name(index) in self.cache:
                 self.cache.prefetch(module_name(index), pool, rows[(chosen == index).any(1)])
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, context: StepContext) -> Tensor:
         """K = 1: cross-entropy over Y_k. K > 1: cross-entropy over the union of the selected modules' labels."""
+        batch = context.batch
         if self.top_k == 1 or len(self.modules) == 1:
-            return super().loss(batch)
+            return super().loss(context)
         return F.cross_entropy(self.union_logits(batch, self.training_set(batch.rows)), batch.labels)
 
     def union_logits(self, batch: Batch, selected: np.ndarray) -> Tensor:

@@ -18,6 +18,7 @@ from clpet.data.benchmark import Task
 from clpet.methods.base import AnswerSpace, Predictions
 from clpet.methods.replay import Replay
 from clpet.replay.exemplar import FixedReplay
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
@@ -57,7 +58,8 @@ class EAEMR(Replay):
     def logits(self, batch: Batch) -> Tensor:
         return self.objective.head(self.represent(batch))
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, context: StepContext) -> Tensor:
+        batch = context.batch
         return self.objective.cross_entropy(self.logits(batch), batch)
 
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from clpet.config.schema import require
-from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.replay import Static
+from clpet.training.step import StepContext
 
 
 class Fisher(Enum):
@@ -75,9 +75,8 @@ class EWC(Static):
         super().init_adapters()
         self.quadratic: dict[str, Triple] = {}  # name -> S, M, Q in fp64
 
-    def loss(self, batch: Batch) -> Tensor:
-        loss = super().loss(batch)
-        return loss + self.penalty() if self.quadratic and self.strength else loss
+    def step_loss(self, context: StepContext) -> Tensor | None:
+        return self.penalty() if self.quadratic and self.strength else None
 
     def penalty(self) -> Tensor:
         """lambda sum_j 1/2 sum F_j (theta - theta_j)^2; head rows added after task j are not part of F_j."""
@@ -137,7 +136,7 @@ class EWC(Static):
             yield from ((weight, nll[:, column].mean()) for column, weight in enumerate(weights))
             return
         for chunk in [rows] if self.fisher is Fisher.batch else np.split(rows, len(rows)):
-            yield len(chunk) / len(rows), super().loss(pool.batch(chunk, device))
+            yield len(chunk) / len(rows), self.loss(StepContext.of(pool.batch(chunk, device)))
 
     def stored_parameters(self) -> int:
         return super().stored_parameters() + sum(t.numel() for triple in self.quadratic.values() for t in triple)

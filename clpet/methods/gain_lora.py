@@ -19,6 +19,7 @@ from clpet.data.benchmark import Task
 from clpet.methods.components.features import mean_pool, token_embeddings, vocabulary
 from clpet.methods.components.subspace import Covariance, project_out, top_singular_vectors
 from clpet.methods.inf_lora import InfLoRA
+from clpet.training.step import StepContext
 
 INPUT_OF = {"down": "x", "up": "hidden", "key": "gate"}  # tensor of a gate -> the input whose basis it must not touch
 
@@ -108,13 +109,13 @@ class GainLoRA(InfLoRA):
                 covariances.setdefault(name, Covariance(x.shape[1], x.device)).add(x)
         return {name: covariance.mean() for name, covariance in covariances.items()}
 
-    def adjust_gradients(self) -> None:
+    def adjust_gradients(self, context: StepContext) -> None:
         """Copies the gate before the step, from which `after_step` computes its update."""
         if len(self.gates) > 1:
             self.old_gate = {name: tensor.detach().clone() for name, tensor in self.gates[-1].named_parameters()}
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, context: StepContext) -> None:
         """Projects the gate's update: W + dW (I - M M^T). Projecting gradients would not do, AdamW rescales them."""
         for name, before in self.old_gate.items():
             tensor = self.gates[-1].get_parameter(name)

@@ -12,6 +12,7 @@ from clpet.data.benchmark import Task
 from clpet.methods.base import AnswerSpace, Method, Predictions
 from clpet.methods.modular import module_name
 from clpet.models.stacked_lora import StackedLora
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
@@ -41,13 +42,14 @@ class IncLoRA(Method):
         """Weights of the n branches, [n] or [batch, n], newest last; None means 1 for each."""
         return None
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, context: StepContext) -> Tensor:
+        batch = context.batch
         return self.routed_loss(batch, self.route(batch))
 
     def routed_loss(self, batch: Batch, weights: Tensor | None) -> Tensor:
         """Cross-entropy of the model with its branches weighted by `weights`."""
         with self.stack.branch_weights(weights):
-            return super().loss(batch)
+            return self.objective.loss(batch)
 
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         weights = self.route(batch) if self.stack.branches else None

@@ -9,6 +9,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.methods.base import AnswerSpace, Method, Predictions
 from clpet.methods.modular import Modular, module_name
+from clpet.training.step import StepContext
 
 
 @dataclass
@@ -33,8 +34,8 @@ class Independent(Modular):
         else:
             self.objective.adapters.add(module_name(index), derive(self.seed, "adapter", index))
 
-    def loss(self, batch: Batch) -> Tensor:
-        return super().loss(batch) if self.has_heads else self.objective.loss(batch)
+    def loss(self, context: StepContext) -> Tensor:
+        return super().loss(context) if self.has_heads else self.objective.loss(context.batch)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         if self.has_heads:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from clpet.config.schema import require
-from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
@@ -40,6 +39,7 @@ from clpet.methods.components.importance import (
     unflat,
 )
 from clpet.replay.batch_plan import BatchPlan
+from clpet.training.step import StepContext, StepHooks
 from clpet.training.trainer import Trainer
 
 OPTIONS = {
@@ -111,13 +111,12 @@ class KIF(Method):
         rest = [value for value in self.parameters() if id(value) not in adapter_ids]
         return {**adapter, **{f"head.{i}": value for i, value in enumerate(rest)}}
 
-    def loss(self, batch: Batch) -> Tensor:
-        """CE + lambda mean(||A A^T - I||_F, ||B^T B - I||_F)."""
-        loss = super().loss(batch)
+    def step_loss(self, context: StepContext) -> Tensor | None:
+        """lambda mean(||A A^T - I||_F, ||B^T B - I||_F)."""
         if self.unit != "lora_rank" or not self.orth_strength:
-            return loss
+            return None
         factors = [value.mT if ".lora_B." in name else value for name, value in self.live.items()]
-        return loss + self.orth_strength * orthogonality(factors, self.orth_squared)
+        return self.orth_strength * orthogonality(factors, self.orth_squared)
 
     def plan(self, index: int) -> BatchPlan:
         return self.replay.plan(index) if self.replay_phase == "union" else self.replay.new_only_plan(index)
@@ -148,14 +147,14 @@ class KIF(Method):
         like = torch.zeros((), device=self.objective.device)
         self.importance = Importance(size, self.score, self.beta1, self.beta2, self.skip_first_step, like)
 
-    def adjust_gradients(self) -> None:
+    def adjust_gradients(self, context: StepContext) -> None:
         """Copies what clipping and the step will change, if importance is to use it."""
         if self.weight_at == "pre_step":
             self.pre_step_weights = [value.detach().clone() for value in self.live.values()]
         if self.gradient == "raw":
             self.raw_gradients = [value.clone() for value in gradients(self.live)]
 
-    def after_step(self) -> None:
+    def after_step(self, context: StepContext) -> None:
         assert self.importance
         weights = self.pre_step_weights if self.weight_at == "pre_step" else list(self.live.values())
         self.importance.update(weights, self.raw_gradients if self.gradient == "raw" else gradients(self.live))
@@ -209,17 +208,19 @@ class KIF(Method):
         trained = self.units.broadcast(protected)
         fused = {name: value.detach().clone() for name, value in self.live.items()}
 
-        def mask() -> None:
+        def mask(context: StepContext) -> None:
             for name, gradient in zip(self.live, gradients(self.live), strict=True):
                 gradient.mul_(trained[name])
 
         @torch.no_grad()
-        def restore() -> None:  # weight decay and Adam's momentum also change weights whose gradient is 0
+        def restore(
+            context: StepContext,
+        ) -> None:  # weight decay and Adam's momentum also change weights whose gradient is 0
             for name, value in self.live.items():
                 value.copy_(torch.where(trained[name], value, fused[name]))
 
-        plan, parameters = self.replay.memory_only_plan(index), self.named_parameters()
-        trainer.fit(plan, self.loss, parameters, stage="replay", adjust_gradients=mask, after_step=restore)
+        hooks = StepHooks(self.loss, step_loss=self.step_loss, adjust_gradients=mask, after_step=restore)
+        trainer.fit(self.replay.memory_only_plan(index), self.named_parameters(), hooks, stage="replay")
 
     def diagnostics(self) -> dict[str, float]:
         return self.history[-1]["figures"] if self.history else {}

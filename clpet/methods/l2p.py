@@ -16,6 +16,7 @@ from clpet.data.batches import Batch
 from clpet.data.benchmark import Benchmark
 from clpet.methods.components.features import mean_pool, token_embeddings
 from clpet.methods.prompts import Prompts
+from clpet.training.step import StepContext
 
 
 @dataclass
@@ -48,8 +49,8 @@ class L2P(Prompts):
     def prompt(self, batch: Batch) -> Tensor:
         return self.prompts[self.nearest(batch)[1]].flatten(1, 2)
 
-    def loss(self, batch: Batch) -> Tensor:
-        return super().loss(batch) - self.pull * self.nearest(batch)[0].sum(1).mean()
+    def loss(self, context: StepContext) -> Tensor:
+        return super().loss(context) - self.pull * self.nearest(context.batch)[0].sum(1).mean()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {"prompts": self.prompts, "keys": self.keys, **self.objective.parameters()}

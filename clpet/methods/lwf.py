@@ -19,6 +19,7 @@ from clpet.config.schema import require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.replay import Static
+from clpet.training.step import StepContext
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class LwF(Static):
         """[batch, old labels]: the columns of the old labels in the order of `old`."""
         return logits[:, self.objective.head.columns(torch.as_tensor(self.old, device=logits.device))]
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, context: StepContext) -> Tensor:
+        batch = context.batch
         if self.writes:
             return self.loss_of_answers(batch)
         logits = self.logits(batch)

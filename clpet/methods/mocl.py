@@ -18,6 +18,7 @@ from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.components.features import hidden_states, mean_pool
 from clpet.methods.inc_lora import IncLoRA
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
@@ -86,7 +87,8 @@ class MoCL(IncLoRA):
             cosines = cosines.masked_fill(later, 0 if direct else float("-inf"))
         return cosines if direct else (self.scale * cosines).softmax(1)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, context: StepContext) -> Tensor:
+        batch = context.batch
         rows = self.query_row[torch.from_numpy(batch.rows)].to(self.queries.device, non_blocking=True)
         cosines = self.cosines(self.queries[rows])
         loss = self.routed_loss(batch, self.branch_weights(cosines))

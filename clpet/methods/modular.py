@@ -12,6 +12,7 @@ from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.base import Method, Predictions
 from clpet.objectives.classification import MISSING, Head
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
@@ -44,8 +45,9 @@ class Modular(Method):
         self.add_module(index)
         self.fit(trainer, index)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, context: StepContext) -> Tensor:
         """Cross-entropy over the labels of the current task."""
+        batch = context.batch
         return F.cross_entropy(self.logits(batch), self.modules[-1].columns(batch.labels))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

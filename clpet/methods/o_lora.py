@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from clpet.config.schema import require
-from clpet.data.batches import Batch
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
 from clpet.methods.inc_lora import IncLoRA
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
@@ -45,12 +45,10 @@ class OLoRA(IncLoRA):
         self.strengths = of_task(self.orthogonality, index), of_task(self.decay, index)
         super().learn(task, index, trainer)
 
-    def loss(self, batch: Batch) -> Tensor:
-        loss = super().loss(batch)
-        for strength, term in zip(self.strengths, (self.overlap, self.norms), strict=True):
-            if strength:
-                loss = loss + strength * term()
-        return loss
+    def step_loss(self, context: StepContext) -> Tensor | None:
+        terms = zip(self.strengths, (self.overlap, self.norms), strict=True)
+        used = [strength * term() for strength, term in terms if strength]
+        return sum(used[1:], used[0]) if used else None
 
     def overlap(self) -> Tensor:
         """sum_layers sum_ij |A_{1:t-1} A_t^T|_ij; B plays no role."""

@@ -24,6 +24,7 @@ from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.methods.components.importance import Importance, above_quantile, flat, gradients, unflat
 from clpet.replay.batch_plan import BatchPlan
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
@@ -88,19 +89,19 @@ class RecurrentKIF(Method):
         """Number of the current step in its round, 0 to Q - 1 inner, Q to Q + M - 1 outer; 0 without a memory."""
         return self.steps % (self.inner_steps + self.outer_steps) if self.replay.memory else 0
 
-    def adjust_gradients(self) -> None:
+    def adjust_gradients(self, context: StepContext) -> None:
         """Multiplies the gradient of a memory batch by outer_weight, before it is clipped."""
         if self.step_in_round >= self.inner_steps and self.outer_weight != 1:
             all_gradients = [value.grad for value in self.parameters() if value.grad is not None]
             torch._foreach_mul_(all_gradients, self.outer_weight)
 
-    def after_step(self) -> None:
+    def after_step(self, context: StepContext) -> None:
         self.step_done = True
         if self.replay.memory:
             importance = self.inner if self.step_in_round < self.inner_steps else self.outer
             importance.update(list(self.live.values()), gradients(self.live))
 
-    def after_batch(self) -> None:
+    def end_step(self, context: StepContext) -> None:
         """Ends the inner steps of a round, or the round, even if its last step was skipped."""
         step = self.step_in_round
         self.skipped[step >= self.inner_steps] += not self.step_done

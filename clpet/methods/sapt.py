@@ -20,6 +20,7 @@ from clpet.data.benchmark import Task
 from clpet.methods.components.features import max_pool, token_embeddings, vocabulary
 from clpet.methods.inc_lora import IncLoRA
 from clpet.replay.exemplar_selection import stratified_sample
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
@@ -94,11 +95,12 @@ class SAPT(IncLoRA):
     def route(self, batch: Batch) -> Tensor:
         return self.scores(self.pool(batch)).softmax(1)
 
-    def loss(self, batch: Batch) -> Tensor:
-        loss = super().loss(batch)
-        for mean, pooled in zip(self.means, self.pooled_memory, strict=False):
-            loss = loss + self.kl_ratio * divergence(mean, self.scores(pooled))
-        return loss
+    def step_loss(self, context: StepContext) -> Tensor | None:
+        terms = [
+            self.kl_ratio * divergence(mean, self.scores(pooled))
+            for mean, pooled in zip(self.means, self.pooled_memory, strict=False)
+        ]
+        return sum(terms[1:], terms[0]) if terms else None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         query = {f"query.{name}": value for name, value in self.query.named_parameters()}

@@ -40,6 +40,7 @@ from clpet.models.stacked_lora import StackedLora, require_attention_outputs
 from clpet.objectives.classification import Head
 from clpet.objectives.per_task_heads import TaskHeads
 from clpet.runtime.distributed import get_world
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -173,8 +174,9 @@ class SLM(Method):
             log.warning(text, task.name, uniform, len(rows))
         return keys
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, context: StepContext) -> Tensor:
         """Stage 2: L = CE with the values of the current task only, weighted by its own keys."""
+        batch = context.batch
         mixture = self.retrieve(self.similarities(batch, self.key_pool[-1:]))
         with self.stack.selected_branches(mixture.branches(self.sizes.keys)):
             if self.task_heads is None:

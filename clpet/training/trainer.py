@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from clpet.config.schema import OnNan, OptimizerState, Select, Training
 from clpet.config.seeding import derive
-from clpet.data.batches import Batch
 from clpet.errors import HostError, enough_memory
 from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import BatchPlan
@@ -23,10 +22,9 @@ from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware
 from clpet.training.fit_checkpoint import BestWeights, FitCheckpointer, FitState, load_moments, moments
 from clpet.training.lr_schedules import SchedulePosition, schedule, warmup, warn_of_warmup
+from clpet.training.step import StepContext, StepHooks
 
 log = logging.getLogger(__name__)
-
-Loss = Callable[[Batch], Tensor]
 
 
 class Progress(Protocol):
@@ -43,20 +41,6 @@ class Progress(Protocol):
 
     def validated(self, epoch: int, score: float) -> None:
         """An epoch has its validation score."""
-
-
-@dataclasses.dataclass
-class Hooks:
-    """Code of a method that runs inside a training step.
-
-    `before_step` gets the rows of the whole batch, before any micro-batch is computed. `adjust_gradients` runs before
-    every update, `after_step` after every update that is not skipped, and `after_batch` at the end of every step.
-    """
-
-    before_step: Callable[[np.ndarray], None] | None = None
-    adjust_gradients: Callable[[], None] | None = None
-    after_step: Callable[[], None] | None = None
-    after_batch: Callable[[], None] | None = None
 
 
 class Trainer:
@@ -111,42 +95,36 @@ class Trainer:
     def fit(
         self,
         plan: BatchPlan,
-        loss: Loss,
         parameters: Mapping[str, nn.Parameter],
+        hooks: StepHooks,
         *,
         stage: str = "",
         clip: float | None = None,
-        validate: Callable[[], float] | None = None,
-        before_step: Callable[[np.ndarray], None] | None = None,
-        adjust_gradients: Callable[[], None] | None = None,
-        after_step: Callable[[], None] | None = None,
-        after_batch: Callable[[], None] | None = None,
     ) -> None:
-        """Minimises `loss`, a mean over the batch, for train.epochs epochs. The last four arguments: see Hooks.
+        """Minimises `hooks.loss` plus `hooks.step_loss` for train.epochs epochs.
 
         `parameters` are trained. Where AdamW's moments are carried over (train.optimizer_state=carry), an equal name in
-        an earlier fit of the same stage means the same tensor. With train.select=best, `validate` (higher is better)
-        is called before the first and after every epoch, and the parameters end at their best values; without a
-        strictly better epoch they end as they were. Raises HostError if the loss is NaN or infinite.
+        an earlier fit of the same stage means the same tensor. With train.select=best, `hooks.validate` is called
+        before the first and after every epoch, and the parameters end at their best values; without a strictly better
+        epoch they end as they were. `clip` replaces train.clip. Raises HostError if the loss is NaN or infinite.
         """
         self.progress.fit(stage, self.epochs, plan.steps)
-        hooks = Hooks(before_step, adjust_gradients, after_step, after_batch)
         if self.dry_run:
-            self._one_pass(plan, loss, list(parameters.values()), hooks)
+            self._one_pass(plan, hooks, list(parameters.values()), stage)
             return
         clip = self.settings.clip if clip is None else clip
         with self.checkpointer.shutdown.deferred(), enough_memory(self._memory_hint):
-            fit = self._begin(plan, parameters, stage, validate)
+            fit = self._begin(plan, parameters, stage, hooks.validate)
             if fit is not None:
-                self._train(plan, fit, partial(self._step, plan, loss, clip, hooks, fit))
+                self._train(plan, fit, partial(self._step, plan, hooks, clip, fit))
                 self._end(plan, fit)
 
-    def _one_pass(self, plan: BatchPlan, loss: Loss, parameters: list[nn.Parameter], hooks: Hooks) -> None:
+    def _one_pass(self, plan: BatchPlan, hooks: StepHooks, parameters: list[nn.Parameter], stage: str) -> None:
         """A forward and backward pass over the first batch, for a dry run."""
-        rows = plan.epoch(0)[0]
+        context = StepContext(self.task, stage, 0, 0, plan.epoch(0)[0], plan.pool)
         if hooks.before_step:
-            hooks.before_step(rows)
-        self._backward(plan, rows, loss, parameters)
+            hooks.before_step(context)
+        self._backward(plan, context, hooks, parameters)
 
     def _train(self, plan: BatchPlan, fit: FitState, step: Callable[[np.ndarray, float], None]) -> None:
         """Runs the remaining steps of a fit; `step` gets the rows of a batch and the learning rate."""
@@ -168,23 +146,22 @@ class Trainer:
                 self.progress.validated(epoch + 1, fit.best.update())
             fit.next_epoch()
 
-    def _step(
-        self, plan: BatchPlan, loss: Loss, clip: float, hooks: Hooks, fit: FitState, rows: Any, lr: float
-    ) -> None:
+    def _step(self, plan: BatchPlan, hooks: StepHooks, clip: float, fit: FitState, rows: np.ndarray, lr: float) -> None:
+        context = StepContext(self.task, fit.stage, fit.epoch, fit.step, rows, plan.pool)
         if hooks.before_step:
-            hooks.before_step(rows)
-        mean = self._backward(plan, rows, loss, fit.parameters)
+            hooks.before_step(context)
+        mean = self._backward(plan, context, hooks, fit.parameters)
         if hooks.adjust_gradients:
-            hooks.adjust_gradients()
+            hooks.adjust_gradients(context)
         if self._clip_and_check(fit, mean, clip):
             for group in fit.optimizer.param_groups:
                 group["lr"] = lr
             fit.optimizer.step()
             if hooks.after_step:
-                hooks.after_step()
+                hooks.after_step(context)
         fit.optimizer.zero_grad(set_to_none=True)
-        if hooks.after_batch:
-            hooks.after_batch()
+        if hooks.end_step:
+            hooks.end_step(context)
         fit.step, fit.seen = fit.step + 1, fit.seen + len(rows)
 
     def _memory_hint(self) -> str:
@@ -278,12 +255,15 @@ class Trainer:
     def _describe_step(self, fit: FitState, step: int) -> str:
         return f"task {self.task + 1}{fit.stage and f' ({fit.stage})'} in epoch {fit.epoch + 1}, step {step}"
 
-    def _backward(self, plan: BatchPlan, rows: Any, loss: Loss, parameters: list[nn.Parameter]) -> Tensor:
-        """Computes the gradients of the batch's mean loss in micro-batches, and returns that mean, detached.
+    def _backward(
+        self, plan: BatchPlan, context: StepContext, hooks: StepHooks, parameters: list[nn.Parameter]
+    ) -> Tensor:
+        """Computes the gradients of a step's loss in micro-batches, and returns that loss, detached.
 
-        Each rank computes its rows of the batch; gradients and mean are then summed over ranks. A micro-batch counts by
+        Each rank computes its rows of the batch; gradients and loss are then summed over ranks. A micro-batch counts by
         its share of the batch's total weight, so the result does not depend on how the batch is divided.
         """
+        rows = context.rows
         total_weight = plan.pool.weights[rows].sum()  # of all rows: those without a gradient count in the mean
         if plan.gradient_mask is not None:
             rows = rows[plan.gradient_mask(rows)]
@@ -295,11 +275,29 @@ class Trainer:
             for micro_rows, counts in get_world().micro_batches(rows, self.hardware.micro_batch_size):
                 batch = plan.pool.batch(micro_rows, self.hardware.torch_device)
                 batch.share = float(plan.pool.weights[micro_rows].sum() / total_weight)
-                value = loss(batch) * (batch.share if counts else 0.0)
+                context.micro_batch = batch
+                value = hooks.loss(context) * (batch.share if counts else 0.0)
                 value.backward()
                 mean += value.detach()
+            context.micro_batch = None
+            self._add_step_loss(context, hooks, mean)
         get_world().sum_gradients(parameters, mean)
         return mean
+
+    def _add_step_loss(self, context: StepContext, hooks: StepHooks, mean: Tensor) -> None:
+        """Adds the term that a step has once, and its gradients, on the main rank alone: ranks are summed afterwards.
+
+        It has a backward pass of its own after those of the micro-batches. The ranks of a sharded backbone all compute
+        it, because the term might run the network, which they can only do together.
+        """
+        counts = get_world().is_main
+        if hooks.step_loss is None or not (counts or get_world().sharded):
+            return
+        value = hooks.step_loss(context)
+        if value is not None:
+            value = value if counts else value * 0.0
+            value.backward()
+            mean += value.detach()
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         settings = self.settings

@@ -173,7 +173,7 @@ def test_a_users_method_is_one_python_file_and_one_yaml(clpet, words: Path, tmp_
         "@dataclass\n"
         "class Gentle(Method):\n"
         "    factor: float = 0.5\n\n"
-        "    def adjust_gradients(self):\n"
+        "    def adjust_gradients(self, context):\n"
         "        for parameter in self.parameters():\n"
         "            parameter.grad *= self.factor\n"
     )

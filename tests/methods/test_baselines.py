@@ -7,6 +7,7 @@ from torch import nn
 
 from clpet.methods import mocl, o_lora, sapt
 from clpet.replay.exemplar_selection import stratified_sample
+from clpet.training.step import StepContext
 from tests.conftest import double, scores
 
 INCREMENTS = ["inc_lora", "o_lora", "sapt", "mocl", "inf_lora", "gain_lora"]
@@ -24,9 +25,8 @@ def test_o_lora_adds_both_terms_of_its_formula(make) -> None:
     run = make("method=o_lora", "method.orthogonality=[0,0.5,5]", "method.decay=0.1")
     run.learn(0)
     run.learn(1)
-    method, batch = run.method, run.data.train.batch(run.data.train.rows_of(1)[:8])
-    layers = method.stack.layers.values()
-    penalty = method.loss(batch).item() - method.routed_loss(batch, None).item()
+    method, layers = run.method, run.method.stack.layers.values()
+    penalty = method.step_loss(None).item()
     overlap = sum((layer.frozen_A @ layer.A.T).abs().sum().item() for layer in layers)
     norms = sum(layer.A.square().sum().sqrt().item() + layer.B.square().sum().sqrt().item() for layer in layers)
     assert overlap > 0
@@ -71,8 +71,7 @@ def test_sapt_keeps_inputs_and_mean_weights(make) -> None:
     assert all(set(run.data.train.tasks[rows]) == {task} for task, rows in method.memory.items())
     assert [len(mean) for mean in method.means] == [1, 2, 3]
     assert all(mean.sum().item() == pytest.approx(1, abs=1e-6) for mean in method.means)
-    batch = run.data.train.batch(run.data.train.rows_of(2)[:4])
-    extra = method.loss(batch) - method.routed_loss(batch, method.route(batch))
+    extra = method.step_loss(None)
     by_hand = 0.0
     for task in range(2):
         weights = method.route(run.data.train.batch(method.memory[task])).double()
@@ -110,7 +109,7 @@ def test_mocl_weights_and_matching(make) -> None:
     run.learn(1)
     batch = run.data.train.batch(run.data.train.rows_of(1)[:4])
     run.method.cosines = lambda queries: cosines.float().expand(len(queries), 2)
-    matching = run.method.loss(batch) - run.method.routed_loss(
+    matching = run.method.loss(StepContext.of(batch)) - run.method.routed_loss(
         batch, run.method.branch_weights(cosines.float().expand(4, 2))
     )
     assert matching.item() == pytest.approx(0.5, abs=1e-6)

@@ -8,6 +8,7 @@ from clpet.methods.base import AnswerSpace
 from clpet.methods.components.contrastive import Bank, contrastive, relation_distillation
 from clpet.methods.lwf import distillation
 from clpet.replay.exemplar import FixedReplay
+from clpet.training.step import StepContext
 
 
 def test_contrastive_loss() -> None:
@@ -48,7 +49,7 @@ def test_lwf_matches_columns_by_label(make) -> None:
         method.learn(run.benchmark.tasks[1], 1, run.trainer)
         method.teacher = torch.linspace(-1, 1, method.teacher.numel()).reshape(method.teacher.shape)
         batch = run.data.train.batch(run.data.train.rows_of(1)[:8])
-        losses.append(method.loss(batch).item())
+        losses.append(method.loss(StepContext.of(batch)).item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
@@ -151,7 +152,7 @@ def test_bank_has_no_zero_vector_and_exact_means(make, replay: str, monkeypatch:
     run = make("method=crl", f"replay={replay}")
     checked = []
 
-    def check(self) -> None:
+    def check(self, context: StepContext) -> None:
         for rows, z in self.new_entries:
             self.bank.update(rows, z)
         self.new_entries = []
@@ -161,7 +162,7 @@ def test_bank_has_no_zero_vector_and_exact_means(make, replay: str, monkeypatch:
         assert (bank.sums - full).abs().max() <= 1e-5
         checked.append(1)
 
-    monkeypatch.setattr(type(run.method), "refresh_bank", check)
+    monkeypatch.setattr(type(run.method), "after_step", check)
     for index in range(2):
         run.learn(index)
     assert len(checked) > 4

@@ -11,6 +11,7 @@ from clpet.methods.base import AnswerSpace
 from clpet.methods.dynamic_conpet import force_true_task
 from clpet.methods.modular import module_name
 from clpet.objectives.classification import MISSING
+from clpet.training.step import StepContext
 
 
 def test_masked_cross_entropy_and_its_gradient(make) -> None:
@@ -217,7 +218,7 @@ def test_skipping_the_old_half_gives_the_full_gradient(make) -> None:
             logits = method.modules[index](method.objective.features(batch.select(keep)))
         z = z.index_put((keep[:, None], torch.as_tensor(method.modules[index].labels)), logits)
     full = torch.autograd.grad(F.cross_entropy(z, batch.labels), parameters)
-    short = torch.autograd.grad(method.loss(pool.batch(rows[:4])) * (4 / 8), parameters)
+    short = torch.autograd.grad(method.loss(StepContext.of(pool.batch(rows[:4]))) * (4 / 8), parameters)
     method.objective.features = features
     for a, b in zip(full, short, strict=True):
         assert (a - b).abs().max() <= 1e-12 * a.abs().max().clamp(min=1e-30)
@@ -243,7 +244,7 @@ def test_skipping_examples_without_the_new_module_gives_the_full_gradient(make, 
         z = z.index_put((keep[:, None], torch.as_tensor(labels[index])), logits)
     full = torch.autograd.grad(F.cross_entropy(z, batch.labels), method.parameters())
     short = torch.autograd.grad(
-        method.loss(pool.batch(rows[has_newest])) * (has_newest.sum() / len(rows)), method.parameters()
+        method.loss(StepContext.of(pool.batch(rows[has_newest]))) * (has_newest.sum() / len(rows)), method.parameters()
     )
     for a, b in zip(full, short, strict=True):
         assert torch.allclose(a, b, atol=1e-5)

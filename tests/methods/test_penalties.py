@@ -8,6 +8,7 @@ from torch import nn
 from clpet.methods import lwf
 from clpet.methods.ewc import Merge, merged
 from clpet.methods.replay import Static
+from clpet.training.step import StepContext
 from tests.conftest import double
 
 
@@ -30,7 +31,7 @@ def test_fisher_of_examples_and_of_batches(kind: str, expected: list[float], mak
     theta, gradients = nn.Parameter(torch.zeros(2)), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
     method.named_parameters = lambda: {"x": theta}
     monkeypatch.setattr(method.data.train, "rows_of", lambda *tasks: np.array([0, 1]))
-    monkeypatch.setattr(Static, "loss", lambda self, batch: (gradients[batch.rows] @ theta).mean())
+    monkeypatch.setattr(Static, "loss", lambda self, context: (gradients[context.rows] @ theta).mean())
     assert method.information(0)["x"].tolist() == expected
 
 
@@ -91,7 +92,7 @@ def test_lwf_of_answers_is_a_divergence_over_their_tokens(make) -> None:
     method.teacher_tensors = {name: value.detach().clone() for name, value in trained.items()}
     batch = run.data.train.batch(rows)
     ce = method.objective.loss(batch)
-    assert method.loss(batch).item() == pytest.approx(ce.item(), rel=1e-6)  # student = teacher
+    assert method.loss(StepContext.of(batch)).item() == pytest.approx(ce.item(), rel=1e-6)  # student = teacher
     old = method.logits(batch).detach()
     with torch.no_grad():
         for value in trained.values():
@@ -101,14 +102,17 @@ def test_lwf_of_answers_is_a_divergence_over_their_tokens(make) -> None:
     p = (old.double() / 2).softmax(1)
     kl = (p * (p.log() - (new / 2).log_softmax(1))).sum(1).mean()
     assert len(old) == run.data.train.weights[rows].sum()
-    loss = method.loss(batch)
+    loss = method.loss(StepContext.of(batch))
     assert loss.item() == pytest.approx(method.objective.loss(batch).item() + 3 * 4 * kl.item(), rel=1e-5)
     assert kl > 1e-3
     loss.backward()
     assert all(torch.equal(value, now[name]) for name, value in trained.items())
     chunks = [rows[:7], rows[7:]]
     shares = [run.data.train.weights[chunk].sum() / len(old) for chunk in chunks]
-    summed = sum(method.loss(run.data.train.batch(chunk)) * share for chunk, share in zip(chunks, shares, strict=True))
+    summed = sum(
+        method.loss(StepContext.of(run.data.train.batch(chunk))) * share
+        for chunk, share in zip(chunks, shares, strict=True)
+    )
     assert summed.item() == pytest.approx(loss.item(), rel=1e-5)
     run.learn(1)
     assert all(torch.equal(value, now[name]) for name, value in method.teacher_tensors.items())

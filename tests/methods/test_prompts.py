@@ -9,6 +9,7 @@ import torch
 
 from clpet.methods import l2p
 from clpet.methods.base import AnswerSpace
+from clpet.training.step import StepContext
 from tests.conftest import double, scores, tiny_args
 
 
@@ -30,8 +31,10 @@ def test_l2p_loss_and_input(make) -> None:
     embeds = method.objective.inputs(batch)["inputs_embeds"]
     assert embeds.shape[1] == 15 + batch.input_ids.shape[1]
     assert torch.equal(embeds[0, 5:10], method.prompts[chosen[0, 1]])
-    plain = super(l2p.L2P, method).loss(batch)
-    assert (method.loss(batch) - plain).item() == pytest.approx(-0.5 * cosines.sum(1).mean().item(), abs=1e-5)
+    plain = super(l2p.L2P, method).loss(StepContext.of(batch))
+    assert (method.loss(StepContext.of(batch)) - plain).item() == pytest.approx(
+        -0.5 * cosines.sum(1).mean().item(), abs=1e-5
+    )
 
 
 def test_progressive_prompts_grow_and_stay(make) -> None:

@@ -47,17 +47,17 @@ def one_round(skipped: tuple[int, ...] = (), **options: float) -> tuple[Recurren
     seen, used = [], []
 
     class Steps:
-        def fit(self, plan, loss, parameters, *, adjust_gradients, after_step, after_batch, **_) -> None:
+        def fit(self, plan, parameters, hooks) -> None:
             for number, (gradient, size) in enumerate(((inner, 0.5), (inner, 0.5), (outer, 0.1))):
                 weight.grad = gradient.clone()
-                adjust_gradients()
+                hooks.adjust_gradients(None)
                 used.append(weight.grad)
                 if number not in skipped:
                     with torch.no_grad():
                         weight.add_(size)
-                    after_step()
+                    hooks.after_step(None)
                 weight.grad = None
-                after_batch()
+                hooks.end_step(None)
                 seen.append(weight.tolist())
 
     method.plan = lambda index: None

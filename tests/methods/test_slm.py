@@ -6,6 +6,7 @@ import torch
 
 from clpet.objectives.base import AnswerSpace
 from clpet.replay.batch_plan import BatchPlan
+from clpet.training.step import StepContext
 
 # Learning
 
@@ -37,7 +38,7 @@ def test_no_gradient_crosses_the_stages(slm) -> None:
     assert {id(tensor) for tensor in optimised[1]} == {id(tensor) for tensor in current}
     for tensor in current:
         tensor.grad = None
-    method.loss(run.data.train.batch(run.data.train.rows_of(1)[:6])).backward()
+    method.loss(StepContext.of(run.data.train.batch(run.data.train.rows_of(1)[:6]))).backward()
     assert all(keys.grad is None and not keys.requires_grad for keys in method.key_pool)
     assert all(
         p.grad is None

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from clpet.errors import ConfigError, ModelError
 from clpet.objectives.base import AnswerSpace
+from clpet.training.step import StepContext
 from tests.methods.test_all_methods import results
 from tests.methods.test_slm import everything
 
@@ -93,7 +94,7 @@ def test_text_to_text_learns_with_its_own_values(model: str, slm) -> None:
     batch = pool.batch(pool.rows_of(0))
     start = run.method.objective.loss(batch).item()
     run.learn(0)
-    assert run.method.loss(batch).item() < start - 0.1
+    assert run.method.loss(StepContext.of(batch)).item() < start - 0.1
     assert not hasattr(run.method.objective, "head")
     run.learn(1)
     assert run.evaluate(2).seen[0].total == 8
@@ -138,7 +139,7 @@ def test_a_training_step_costs_no_more_memory_with_twenty_tasks(slm) -> None:
         if task in (0, 19):
             with Peak() as peak:
                 optimizer = torch.optim.AdamW(method.parameters())
-                method.loss(batch).backward()
+                method.loss(StepContext.of(batch)).backward()
                 optimizer.step()
             peaks.append(peak.peak)
     assert peaks[0] > 10_000

@@ -98,7 +98,7 @@ def test_dropout_is_on_in_training_only(make) -> None:
         with torch.no_grad():
             return torch.stack([objective.features(batch), objective.features(batch)])
 
-    run.method.after_step = lambda: inside.append(twice())
+    run.method.after_step = lambda context: inside.append(twice())
     run.learn(0)
     assert any(not torch.equal(a, b) for a, b in inside)
     assert torch.equal(*twice())

@@ -21,6 +21,7 @@ from clpet.methods.lwf import distillation
 from clpet.replay.batch_plan import split_batch, steps_and_val_batches
 from clpet.replay.exemplar_selection import kmeans_nearest, split_train_val
 from clpet.runtime.distributed import rows_of_rank
+from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 from tests.conftest import double
 
@@ -75,10 +76,10 @@ def crl(*old: int) -> CRL:
 def step_loss(method: CRL, micro_batches: list[list[int]]) -> float:
     """The loss of the batch of rows 6, 7, 8 in micro-batches, weighted as in the trainer."""
     rows = np.concatenate([np.array(chunk) for chunk in micro_batches])
-    method.choose_entries(rows)
+    method.before_step(SimpleNamespace(rows=rows))
     labels = torch.from_numpy(method.data.train.labels)
     losses = [
-        method.loss(SimpleNamespace(rows=np.array(chunk), labels=labels[chunk])) * len(chunk) / 3
+        method.loss(SimpleNamespace(batch=SimpleNamespace(rows=np.array(chunk), labels=labels[chunk]))) * len(chunk) / 3
         for chunk in micro_batches
     ]
     return sum(losses).item()
@@ -106,15 +107,15 @@ def test_stage_one_contrasts_with_a_sample_of_the_bank(replay: str, sampled: lis
     run = make("method=crl", f"replay={replay}", "method.sample=9", "train.epochs=1", "method.min_per_class=1")
     run.learn(0)
     is_sample: dict[str, set[bool]] = {}
-    choose_entries = run.method.choose_entries
+    choose_entries = run.method.before_step
 
-    def record(rows: np.ndarray) -> None:
-        choose_entries(rows)
+    def record(context: StepContext) -> None:
+        choose_entries(context)
         entries, size = run.method.entries, len(run.method.bank.z)
         chosen = range(size)[entries] if isinstance(entries, slice) else entries
         is_sample.setdefault("replay" if run.method.distil else "contrast", set()).add(len(chosen) < size)
 
-    run.method.choose_entries = record
+    run.method.before_step = record
     run.learn(1)
     assert [is_sample["contrast"], is_sample["replay"]] == [{value} for value in sampled]
     width = run.method.objective.dim
@@ -207,7 +208,7 @@ def test_module_stage_of_dynamic_conpet(k: int) -> None:
     rows = np.arange(4)
     assert method.training_set(rows).tolist() == training
     has_newest = method.selects(2, rows)
-    loss = method.loss(pool.batch(rows[has_newest])) * (has_newest.sum() / 4)
+    loss = method.loss(StepContext.of(pool.batch(rows[has_newest]))) * (has_newest.sum() / 4)
     loss.backward()
     assert loss.item() + sum(OLD[k]) / 4 == pytest.approx(LOSSES[k], abs=1e-7)
     assert torch.allclose(newest.grad, torch.tensor(GRADIENTS[k]), atol=1e-7)

@@ -13,6 +13,7 @@ from clpet.errors import HostError
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.run_checkpoint import read_tree, write_tree
 from clpet.training.fit_checkpoint import FitCheckpointer
+from clpet.training.step import StepContext, StepHooks
 from clpet.training.trainer import Trainer
 
 SMALL = "train.global_batch_size=4"  # 6 steps an epoch
@@ -143,7 +144,7 @@ def plan_of(run: SimpleNamespace, batches: list) -> BatchPlan:
 def nan_at(run: SimpleNamespace, step: int) -> Any:
     """The loss of the method, but NaN in one step of the fit, counted from 0."""
     calls = iter(range(1000))
-    return lambda batch: run.method.loss(batch) * (float("nan") if next(calls) == step else 1)
+    return lambda context: run.method.loss(context) * (float("nan") if next(calls) == step else 1)
 
 
 def test_a_nan_loss_stops_the_run_with_its_step(make) -> None:
@@ -154,7 +155,7 @@ def test_a_nan_loss_stops_the_run_with_its_step(make) -> None:
     run.method.grow_head(0)
     plan = run.method.plan(0)
     with pytest.raises(HostError, match=r"task 2 \(stage\) in epoch 2, step 3 is nan"):
-        run.trainer.fit(plan, nan_at(run, 8), run.method.named_parameters(), stage="stage")
+        run.trainer.fit(plan, run.method.named_parameters(), StepHooks(nan_at(run, 8)), stage="stage")
     assert numbers == list(range(1, 9))
 
 
@@ -165,13 +166,14 @@ def test_infinite_weights_are_never_written(make) -> None:
     run.trainer.checkpointer = FitCheckpointer(run.method, 1e-9)
     run.trainer.checkpointer.start_task(None, lambda number, record: numbers.append(number))
 
-    def break_a_weight() -> None:
+    def break_a_weight(context: StepContext) -> None:
         if len(numbers) == 4:
             with torch.no_grad():
                 run.method.objective.head.weight[0, 0] = float("inf")
 
+    hooks = StepHooks(run.method.loss, after_step=break_a_weight)
     with pytest.raises(HostError, match="weights of task 1 in epoch 1, step 5"):
-        run.trainer.fit(run.method.plan(0), run.method.loss, run.method.named_parameters(), after_step=break_a_weight)
+        run.trainer.fit(run.method.plan(0), run.method.named_parameters(), hooks)
     assert numbers == [1, 2, 3, 4]
 
 
@@ -184,7 +186,8 @@ def test_a_step_with_a_nan_loss_can_be_skipped(make) -> None:
         batches = run.method.plan(0).epoch(0)
         loss = nan_at(run, 2) if skip else run.method.loss
         plan = plan_of(run, batches if skip else [*batches[:2], *batches[3:]])
-        run.trainer.fit(plan, loss, run.method.named_parameters(), after_step=lambda steps=steps: steps.append(1))
+        hooks = StepHooks(loss, after_step=steps.append)
+        run.trainer.fit(plan, run.method.named_parameters(), hooks)
         assert len(steps) == 5
         assert learning_cost(run)["skipped_steps"] == int(skip)
         states.append(run.method.state_dict())
@@ -230,7 +233,9 @@ def test_a_name_means_the_same_tensor_in_all_tasks(name: str, make, monkeypatch:
     """A branch, gate, key, prompt or module of a new task has the shape of the previous one, but another name."""
     fits: dict[str, list[dict[str, Tensor]]] = {}
 
-    def fit(self, plan: BatchPlan, loss: Any, parameters: dict[str, Tensor], *, stage: str = "", **_: Any) -> None:
+    def fit(
+        self, plan: BatchPlan, parameters: dict[str, Tensor], hooks: StepHooks, *, stage: str = "", **_: Any
+    ) -> None:
         fits.setdefault(stage, []).append(dict(parameters))
 
     monkeypatch.setattr(Trainer, "fit", fit)
@@ -276,7 +281,7 @@ def test_out_of_memory_reports_the_batch_and_the_option_to_lower(error: Exceptio
         raise error
 
     with pytest.raises(HostError, match=r"6 examples in a training pass: lower hardware.micro_batch_size"):
-        run.trainer.fit(run.method.plan(0), fail, run.method.named_parameters())
+        run.trainer.fit(run.method.plan(0), run.method.named_parameters(), StepHooks(fail))
     run.method.predict = fail
     with pytest.raises(HostError, match=r"128 examples in a pass without gradients: lower hardware.eval_batch_size"):
         run.method.fit(run.trainer, 0)

@@ -13,6 +13,7 @@ from clpet.data.batches import Batch, EncodedDataset
 from clpet.methods.components.logit_cache import BARE, LogitCache
 from clpet.objectives.classification import Classification
 from clpet.replay.batch_plan import BatchPlan
+from clpet.training.step import StepContext, StepHooks
 from clpet.training.trainer import Trainer
 
 NAME = "selector"
@@ -49,7 +50,8 @@ class Selector:
             adapters.add(NAME, derive(self.seed, "adapter", NAME))
         adapters.activate(NAME, train=True)
         self.head.grow([index])
-        trainer.fit(plan, self.loss, self.named_parameters(), stage=NAME, clip=clip, validate=validate)
+        hooks = StepHooks(self.loss, validate=validate)
+        trainer.fit(plan, self.named_parameters(), hooks, stage=NAME, clip=clip)
         self.freeze()
 
     def freeze(self) -> None:
@@ -65,8 +67,9 @@ class Selector:
         self.head.load(state)
         self.freeze()
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, context: StepContext) -> Tensor:
         """L_sel: cross-entropy over task numbers."""
+        batch = context.batch
         return F.cross_entropy(self.head(self.objective.features(batch)), batch.tasks)
 
     def right(self, batch: Batch) -> Tensor:
