@@ -209,8 +209,8 @@ class Backbone:
             Architecture.decoder: ("AutoModel", "AutoModelForCausalLM"),
             Architecture.encoder_decoder: ("AutoModelForTextEncoding", "AutoModelForSeq2SeqLM"),
         }
-        found: AutoClass = getattr(transformers, names[self.architecture][generates])
-        return found
+        auto_class: AutoClass = getattr(transformers, names[self.architecture][generates])
+        return auto_class
 
     def _source(self) -> tuple[str | Path, dict[str, object]]:
         """(folder or hub id, further arguments of from_pretrained)."""

@@ -53,8 +53,8 @@ def locate(name: str) -> Path:
 def backbone(name: str) -> Backbone:
     """The backbone that a sentence encoder's name refers to. Raises ModelError for one without weights."""
     options = [folder / "model" / f"{name}.yaml" for folder in (conf_dir(), *plugin_dirs())]
-    found = next((OmegaConf.to_container(OmegaConf.load(file)) for file in options if file.is_file()), None)
-    spec = cast(dict[str, Any] | None, found)  # the values of the YAML, which Backbone checks
+    values = next((OmegaConf.to_container(OmegaConf.load(file)) for file in options if file.is_file()), None)
+    spec = cast(dict[str, Any] | None, values)  # the values of the YAML, which Backbone checks
     if spec is None:
         return (
             Backbone(name=name, path=name) if (Path(name) / "config.json").is_file() else Backbone(name=name, hub=name)
