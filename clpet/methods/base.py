@@ -13,6 +13,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch, Encoded, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
+from clpet.methods.hook_check import check_hooks
 from clpet.objectives.base import AnswerSpace, Predictions
 from clpet.objectives.classification import Head
 from clpet.replay.base import NoReplay, ValidationRows
@@ -37,6 +38,10 @@ class Method:
     mergeable: ClassVar[bool] = True  # one set of weights for all inputs, so that adapters can be merged
     uses_validation: ClassVar[bool] = True  # validates after every epoch with train.select=best
     cache_dir: ClassVar[str | None] = None  # set by the run: folder of the cache shared by runs
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_hooks(cls, Method)
 
     def check(self, objective: str, replay: str, peft: str) -> None:
         """Raises ConfigError for an unsupported combination, before anything is loaded."""

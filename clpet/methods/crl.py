@@ -74,18 +74,18 @@ class CRL(Method):
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.old = list(self.labels)
-        self.stage(trainer, index, "contrast", self.new_data_plan(index))
+        self.fit_stage(trainer, index, "contrast", self.new_data_plan(index))
         if index > 0:
             if not self.starred:
                 self.replay.update_memory(index, self.vectors)
-            self.stage(trainer, index, "replay", self.replay_plan(index, trainer.epochs))
+            self.fit_stage(trainer, index, "replay", self.replay_plan(index, trainer.epochs))
 
     @property
     def starred(self) -> bool:
         """CRL*: old examples are drawn from all earlier tasks instead of a memory selected per class."""
         return not isinstance(self.replay, FixedReplay)
 
-    def stage(self, trainer: Trainer, index: int, name: str, plan: BatchPlan) -> None:
+    def fit_stage(self, trainer: Trainer, index: int, name: str, plan: BatchPlan) -> None:
         """Fits one stage with a new bank, which has an entry for every row that the plan draws."""
         self.drawn = rows = trainer.rows(plan)
         z = self.embed(rows, lambda batch: self.project(self.objective.features(batch)))
