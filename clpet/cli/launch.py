@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,11 +20,15 @@ from clpet.config.build import build, parse_config
 from clpet.config.schema import require
 from clpet.errors import ClpetError
 from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.records import Json
 from clpet.run import run
 from clpet.runs import run_dir
 from clpet.runtime.distributed import LostRank, init_distributed
 from clpet.runtime.signals import EXIT_TEMPFAIL, GracefulShutdown, Interrupted
 from clpet.session import assemble
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 SHUTDOWN_TIMEOUT = 90  # seconds that ranks have to save after a signal, before they are killed
 
@@ -42,7 +46,7 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
     if cfg.hardware.get("ranks", 1) == 1 or (run_dir.finished_results(out) and not cfg.fresh):
         return run(cfg, out, overrides)
     hardware = assemble(parse_config(cfg))[1]["hardware"]  # also reports wrong options before processes are started
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    plain = cast(dict[str, Json], OmegaConf.to_container(cfg, resolve=True))
     job_logging = _job_logging()
     if num_tasks := slurm_tasks():
         valid = hardware.ranks in ("auto", num_tasks)
@@ -57,9 +61,9 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
     return TransferMatrix.from_json(results) if results else None
 
 
-def run_rank(config: dict, out: Path, overrides: list[str], job_logging: dict | None) -> None:
+def run_rank(config: dict[str, Json], out: Path, overrides: list[str], job_logging: dict[str, Json] | None) -> None:
     """Runs the experiment as one rank; only the main rank logs."""
-    hardware = build(config["hardware"], "hardware")
+    hardware = build(cast(dict[str, Json], config["hardware"]), "hardware")
     with init_distributed(hardware.torch_device, hardware.threads) as world:
         if job_logging and world.is_main:
             logging.config.dictConfig(job_logging)
@@ -68,7 +72,7 @@ def run_rank(config: dict, out: Path, overrides: list[str], job_logging: dict | 
         run(OmegaConf.create(config), out, overrides)
 
 
-def start_ranks(count: int, work: Callable[..., object], *arguments: Any) -> None:
+def start_ranks(count: int, work: Callable[..., object], *arguments: object) -> None:
     """Calls `work(*arguments)` in `count` processes of this machine.
 
     If one fails, the others are ended and RankError is raised. A signal is passed on to the processes; when they have
@@ -96,7 +100,7 @@ def start_ranks(count: int, work: Callable[..., object], *arguments: Any) -> Non
             shutdown.exit_if_requested()
 
 
-def _elastic_launch(count: int, folder: str, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _elastic_launch(count: int, folder: str, work: Callable[..., object], arguments: tuple[object, ...]) -> None:
     """Starts the processes with torch's launcher, without its restarts: clpet resumes from checkpoints instead."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -110,7 +114,7 @@ def _elastic_launch(count: int, folder: str, work: Callable[..., object], argume
     elastic_launch(config, _rank)(folder, work, arguments)
 
 
-def _rank(folder: str, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _rank(folder: str, work: Callable[..., object], arguments: tuple[object, ...]) -> None:
     """One process of `start_ranks`; writes its error, if any, to rankN.json in the folder."""
     os.setpgrp()  # Ctrl-C must only reach the launcher, which passes it on: a second one would end it without saving
     try:
@@ -124,14 +128,14 @@ def _rank(folder: str, work: Callable[..., object], arguments: tuple[Any, ...]) 
         os._exit(code)
 
 
-def _signal_of(folder: Path, number: int, failure: Any) -> int:
+def _signal_of(folder: Path, number: int, failure: "ProcessFailure") -> int:
     """The number of the signal that ended the ranks; raises RankError with the first rank's message if none did."""
     reports = sorted((json.loads(path.read_text()) for path in folder.glob("rank*.json")), key=lambda one: one["time"])
     for report in reports:
         if not (report["lost"] or report["signal"]):  # a lost rank only reports that another one has failed
             raise RankError(report["message"], report["code"])
     if failure.exitcode == EXIT_TEMPFAIL:
-        return next(report["signal"] for report in reports if report["signal"])
+        return next(int(report["signal"]) for report in reports if report["signal"])
     killed = failure.exitcode < 0
     name = signal.Signals(-failure.exitcode).name if killed else ""
     how = f"was killed ({name})" if killed else "or another rank ended without a message"
@@ -144,7 +148,7 @@ def slurm_tasks() -> int:
     return tasks if tasks > 1 else 0
 
 
-def slurm_environment(environ: Any) -> dict[str, str]:
+def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of torch.distributed for a process that srun has started: its rank and the main rank's address."""
     nodes, host = int(environ.get("SLURM_STEP_NUM_NODES", "1")), "127.0.0.1"
     if nodes > 1:
@@ -162,10 +166,10 @@ def slurm_environment(environ: Any) -> dict[str, str]:
     }
 
 
-def _job_logging() -> dict | None:
+def _job_logging() -> dict[str, Json] | None:
     """Hydra's logging configuration of this run; None outside of Hydra."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
         return None
-    return OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)  # type: ignore[return-value]
+    return cast(dict[str, Json], OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True))

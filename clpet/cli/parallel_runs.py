@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hydra.types import RunMode
 
@@ -25,6 +25,10 @@ from clpet.errors import ClpetError, ConfigError
 from clpet.escape import inline
 from clpet.reporting.tables import is_summary
 from clpet.runtime.signals import GracefulShutdown
+
+if TYPE_CHECKING:
+    from hydra.conf import HydraConf
+    from omegaconf import DictConfig
 
 CLPET = [sys.executable, "-m", "clpet", "train"]
 POLL_SECONDS = 0.2  # between checks for a signal
@@ -62,7 +66,7 @@ class ParallelSweep:
         self.jobs: dict[Path, Job] = {}
         self.environments: list[dict[str, str]] = []  # one per run that may be active at a time
 
-    def takes(self, cfg: Any, hydra: Any, varied: str) -> bool:
+    def takes(self, cfg: "DictConfig", hydra: "HydraConf", varied: str) -> bool:
         """Whether `run` will carry out this run; raises ConfigError if other options do not allow parallel runs."""
         count = cfg.hardware.get("parallel_runs", 1)
         require(type(count) is int and count >= 1, "hardware.parallel_runs", count, "at least 1")
@@ -106,7 +110,7 @@ class ParallelSweep:
         return [(job.varied, error) for job, error in zip(self.jobs.values(), errors, strict=True) if error]
 
 
-def environments(cfg: Any, count: int) -> list[dict[str, str]]:
+def environments(cfg: "DictConfig", count: int) -> list[dict[str, str]]:
     """Environment variables of `count` parallel runs: each gets an equal number of cores, and one of several GPUs."""
     threads_are_set = bool(cfg.hardware.get("threads")) or "OMP_NUM_THREADS" in os.environ
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -128,7 +132,7 @@ class Pool:
 
     environments: list[dict[str, str]]
     stopped: bool = False
-    running: set[subprocess.Popen] = field(default_factory=set)
+    running: set[subprocess.Popen[str]] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -177,7 +181,7 @@ class Pool:
         return None if self.stopped else RunError(message, code)
 
 
-def _follow(process: subprocess.Popen, job: Job) -> str:
+def _follow(process: subprocess.Popen[str], job: Job) -> str:
     """Prints warnings, errors and task summaries of a run as they appear; returns the last line of its output."""
     last_line: deque[str] = deque([f"{job.out} ended without a message"], maxlen=1)
     for line in process.stdout or ():

@@ -2,10 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from clpet.errors import ConfigError, DataError
 from clpet.escape import printable
+
+if TYPE_CHECKING:
+    from clpet.reporting.run_groups import Runs
+    from clpet.runs.load_run import RunRecord
 
 
 def runs(argv: list[str]) -> int:
@@ -50,7 +54,7 @@ def _runs_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _compare(arguments: argparse.Namespace, runs: Any) -> str:
+def _compare(arguments: argparse.Namespace, runs: "Runs") -> str:
     """The comparison of finished runs as text; with --picture also writes the plot."""
     from clpet.reporting.comparison import Comparison
 
@@ -160,7 +164,7 @@ def _weights_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _read_record(arguments: argparse.Namespace) -> Any:
+def _read_record(arguments: argparse.Namespace) -> "RunRecord":
     """The checked record of the run, with the locations that --here overrides."""
     from clpet.config.compose import add_plugin_dir
     from clpet.runs.load_run import read_record

@@ -3,11 +3,14 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clpet.cli.options import check_group_options, split_flags
 from clpet.config.compose import conf_dir, plugin_dirs
 from clpet.config.identity import digest, register_resolvers
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # hydra.launcher option -> sbatch flag where the names differ.
 SBATCH_NAMES = {"name": "job-name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks-per-node"}
@@ -38,7 +41,7 @@ def plan(words: list[str]) -> list[str]:
     return [str(path), *sbatch_flags(cfg.hydra.launcher, len(lines))]
 
 
-def _expand(words: list[str]) -> tuple[Any, list[tuple[Path, list[str], bool]]]:
+def _expand(words: list[str]) -> "tuple[DictConfig, list[tuple[Path, list[str], bool]]]":
     """The sweep's configuration, and (run directory, overrides, fresh) of each of its runs.
 
     Hydra's own sweeper expands the sweep, with a launcher that records the runs instead of launching them.
@@ -75,16 +78,16 @@ class _RecordingLauncher:
     def __init__(self) -> None:
         self.recorded: list[list[str]] = []
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[object]:
         self.recorded += [list(overrides) for overrides in job_overrides]
         return []
 
 
-def sbatch_flags(launcher: Any, num_runs: int) -> list[str]:
+def sbatch_flags(launcher: "DictConfig", num_runs: int) -> list[str]:
     """The sbatch flags of an array; resources only if the hardware option is one for SLURM."""
     if "SlurmLauncher" not in launcher._target_:
         return [f"--array=0-{num_runs - 1}"]
-    values = {SBATCH_NAMES.get(key, key): value for key, value in launcher.items() if key not in NOT_SBATCH}
+    values = {SBATCH_NAMES.get(str(key), str(key)): value for key, value in launcher.items() if key not in NOT_SBATCH}
     values |= {"array": f"0-{num_runs - 1}%{launcher.array_parallelism}", "signal": f"B:USR2@{launcher.signal_delay_s}"}
     if launcher.mem_gb is not None:
         values["mem"] = f"{launcher.mem_gb}G"

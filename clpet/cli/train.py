@@ -4,11 +4,16 @@ import atexit
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from clpet.cli.error_messages import format_error, print_error
 from clpet.cli.options import check_group_options, normalize_argv, split_flags
 from clpet.escape import inline
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from clpet.cli.parallel_runs import ParallelSweep
 
 
 def train(argv: list[str]) -> int:
@@ -27,7 +32,7 @@ def train(argv: list[str]) -> int:
     failures: list[tuple[str, Exception]] = []
     parallel = ParallelSweep(split_flags(argv)[0])
 
-    def job(cfg: Any) -> float | None:
+    def job(cfg: "DictConfig") -> float | None:
         return _run_job(cfg, arguments, parallel, failures)
 
     sys.argv = ["clpet train", *arguments]  # Hydra parses sys.argv itself
@@ -35,7 +40,9 @@ def train(argv: list[str]) -> int:
     return _report([*failures, *parallel.run()])
 
 
-def _run_job(cfg: Any, arguments: list[str], parallel: Any, failures: list[tuple[str, Exception]]) -> float | None:
+def _run_job(
+    cfg: "DictConfig", arguments: list[str], parallel: "ParallelSweep", failures: list[tuple[str, Exception]]
+) -> float | None:
     """Runs one configuration; returns the score that a Hydra sweeper optimises.
 
     A failing run is added to `failures` and does not stop the other runs of a sweep.

@@ -4,8 +4,9 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -14,6 +15,9 @@ from clpet.config.compose import plugin_dirs
 from clpet.config.renamed import renamed_message
 from clpet.config.schema import Config
 from clpet.errors import ConfigError, suggest
+from clpet.records import Json
+
+T = TypeVar("T")
 
 # Class paths of version 0.1.0 and where the classes are today: run directories of that version and YAML files written
 # for it still open.
@@ -52,14 +56,14 @@ def parse_config(cfg: DictConfig) -> Config:
     return _merge(Config, OmegaConf.to_container(plain, resolve=True), "")
 
 
-def build(node: dict, where: str, **runtime: Any) -> Any:
+def build(node: Mapping[str, Json], where: str, **runtime: object) -> Any:
     """An instance of the dataclass in a node's `_target_`, with the node's other keys as checked fields.
 
     The class must belong to clpet or to a --config-dir folder. `where` is the node's key in error messages; `runtime`
     sets attributes that are not options. Raises ConfigError.
     """
     values = {key: value for key, value in node.items() if key != "_target_"}
-    instance = _merge(find_class(str(node["_target_"]), where), values, where)
+    instance: object = _merge(find_class(str(node["_target_"]), where), values, where)
     for key, value in runtime.items():
         setattr(instance, key, value)
     return instance
@@ -94,14 +98,14 @@ def _is_allowed(package: str) -> bool:
     return origin is not None and any(origin.is_relative_to(folder.resolve()) for folder in plugin_dirs())
 
 
-def _merge(cls: type, values: Any, where: str) -> Any:
+def _merge(cls: type[T], values: object, where: str) -> T:
     """An instance of a dataclass with these values, checked against its annotations. Raises ConfigError."""
     prefix = f"{where}." if where else ""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values)))
     except ConfigKeyError as error:
         key = f"{prefix}{error.full_key}"
-        names = [item.name for item in dataclasses.fields(cls)]
+        names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
         message = renamed_message(key) or f"unknown key {key}{suggest(str(error.key), names)}"
         raise ConfigError(message) from error
     except OmegaConfBaseException as error:

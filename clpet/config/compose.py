@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from clpet.config.overrides import quote
 from clpet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # All config groups, in the order in which help and lists show them.
 CONFIG_GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
@@ -32,7 +35,7 @@ def add_plugin_dir(folder: str) -> None:
     os.environ["CLPET_CONFIG_DIR"] = str(Path(folder).resolve())
 
 
-def compose_config(overrides: list[str]) -> Any:
+def compose_config(overrides: list[str]) -> "DictConfig":
     """The configuration (a DictConfig) that overrides give, with the user's --config-dir on the search path."""
     from hydra import compose, initialize_config_dir  # Hydra and OmegaConf stay out of `clpet --help`
 

@@ -8,11 +8,12 @@ new directory instead of resuming one of version 0.1.0.
 import hashlib
 import json
 import os
-from typing import Any
+from typing import cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from clpet.config.build import MOVED_CLASSES
+from clpet.records import Json
 
 # Excluded from the identity: options that do not change a run's result, or only say where it is written.
 NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fresh", "dry_run", "seed")
@@ -23,25 +24,26 @@ def digest(value: object, length: int = 8) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
 
 
-def _identity(cfg: Any, without: tuple[str, ...]) -> dict:
-    plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in without])
-    identity: dict = OmegaConf.to_container(plain, resolve=True)  # type: ignore[assignment]
+def _identity(cfg: DictConfig, without: tuple[str, ...]) -> Json:
+    plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in without])
+    identity = cast(dict[str, dict[str, Json]], OmegaConf.to_container(plain, resolve=True))
+    top = cast(dict[str, Json], identity)  # the same dictionary: options that are not in a group
     if identity.get("train"):
         for key in ("save_minutes", "snapshot_every"):  # how often the run saves does not change its result
             identity["train"].pop(key, None)
     # The only hardware option that changes the model: quantized weights are rounded.
     if (cfg.get("hardware") or {}).get("quantization", "none") != "none":
-        identity["quantization"] = str(cfg.hardware.quantization)
-    for node, key in ((identity, "data_dir"), (identity.get("model") or {}, "path")):
+        top["quantization"] = str(cfg.hardware.quantization)
+    for node, key in ((top, "data_dir"), (identity.get("model") or {}, "path")):
         if node.get(key):
-            node[key] = os.path.abspath(os.path.expanduser(node[key]))
-    return _canonical(identity)
+            node[key] = os.path.abspath(os.path.expanduser(str(node[key])))
+    return _canonical(top)
 
 
-def _canonical(node: Any) -> Any:
+def _canonical(node: Json) -> Json:
     """The node with every integer as a float (1 and 1.0 are the same setting), and classes of clpet without module."""
     if isinstance(node, dict):
-        return {key: _class_name(value) if key == "_target_" else _canonical(value) for key, value in node.items()}
+        return {key: _class_name(str(value)) if key == "_target_" else _canonical(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_canonical(value) for value in node]
     return float(node) if isinstance(node, int) and not isinstance(node, bool) else node
@@ -53,17 +55,17 @@ def _class_name(target: str) -> str:
     return target.rpartition(".")[2] if target.startswith("clpet.") else target
 
 
-def signature(cfg: Any) -> str:
+def signature(cfg: DictConfig) -> str:
     """Hash of every option that can change a run's result, except the seed."""
     return digest(_identity(cfg, NOT_IDENTITY))
 
 
-def setting(cfg: Any) -> str:
+def setting(cfg: DictConfig) -> str:
     """Hash of the conditions under which methods are compared: the signature without method and replay."""
     return digest(_identity(cfg, (*NOT_IDENTITY, "method", "replay")))
 
 
-def run_name(root: Any) -> str:
+def run_name(root: DictConfig) -> str:
     """`benchmark/method/sSEED-SIGNATURE`: the configuration alone determines the run directory."""
     name = f"{root.benchmark.name}/{root.method.name}/s{root.seed}-{signature(root)}"
     return f".dry/{name}" if root.dry_run else name

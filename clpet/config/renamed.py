@@ -1,6 +1,6 @@
 """Options that were renamed: the old name is an error that gives the new one, except in recorded configurations."""
 
-from typing import Any
+from clpet.records import Json
 
 # Old key -> new key. A row stays for one release after the rename; recorded configurations are translated forever.
 RENAMED_KEYS = {"train.keep": "train.snapshot_every"}
@@ -11,10 +11,11 @@ def renamed_message(key: str) -> str | None:
     return f"{key} was renamed to {RENAMED_KEYS[key]}" if key in RENAMED_KEYS else None
 
 
-def translate_keys(config: Any) -> None:
+def translate_keys(config: Json) -> None:
     """Renames the old keys of a recorded configuration in place, so that run directories of earlier versions open."""
     for old, new in RENAMED_KEYS.items():
-        node, (*groups, name) = config, old.split(".")
+        node: Json = config
+        *groups, name = old.split(".")
         for group in groups:
             node = node.get(group) if isinstance(node, dict) else None
         if isinstance(node, dict) and name in node:

@@ -39,7 +39,8 @@ def starts(length: int) -> np.ndarray:
 
 def piece_hashes(text: str) -> np.ndarray:
     """[pieces] uint64: the hash of each piece of a text."""
-    return window_hashes(text)[starts(len(text))]
+    hashes: np.ndarray = window_hashes(text)[starts(len(text))]
+    return hashes
 
 
 def window_hashes(text: str) -> np.ndarray:
@@ -56,7 +57,8 @@ def window_hashes(text: str) -> np.ndarray:
     powers, inverses = _powers(1 << (len(codes) - 1).bit_length())
     sums = np.zeros(len(codes) + 1, dtype=np.uint64)
     np.cumsum(codes * powers[: len(codes)], out=sums[1:])
-    return (sums[WINDOW:] - sums[:-WINDOW]) * inverses[: len(codes) - WINDOW + 1]
+    hashes: np.ndarray = (sums[WINDOW:] - sums[:-WINDOW]) * inverses[: len(codes) - WINDOW + 1]
+    return hashes
 
 
 @cache

@@ -8,17 +8,21 @@ from bisect import bisect_right
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from io import BufferedReader, BytesIO
+from io import BufferedReader, BytesIO, RawIOBase
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from clpet.data.data_files import suffix
 from clpet.data.decoding import decode, encoding, remedy
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, suggest
 from clpet.escape import safe_name
+from clpet.records import Json
 from clpet.runtime.json_lines import parse_line
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
 
 PIECE = 2000  # bytes of a piece of a long text without document boundaries, extended to the end of a line
 STRETCH = 65536  # maximum bytes of such a text that are read together, extended to the end of a line
@@ -107,7 +111,7 @@ class LongText:
             file.seek(position)
             return self._pieces(file.read(span))
 
-    def _open(self) -> Any:
+    def _open(self) -> BufferedReader:
         """The file as UTF-8, after its byte order mark; a file in another encoding is converted in memory."""
         file = self.path.open("rb")
         codec = encoding(file.peek(4)[:4])
@@ -115,7 +119,7 @@ class LongText:
             file.seek(3 if codec == "utf-8-sig" else 0)
             return file
         file.close()
-        raw: Any = BytesIO(self._converted)
+        raw = cast(RawIOBase, BytesIO(self._converted))
         return BufferedReader(raw)  # has `peek`, which _read_stretch needs
 
     @cached_property
@@ -140,7 +144,7 @@ class LongText:
         return [piece.text for piece in decoded]
 
 
-def _read_stretch(file: Any, length: int) -> bytes:
+def _read_stretch(file: BufferedReader, length: int) -> bytes:
     """At least `length` bytes up to the end of a line; a very long line is cut between two characters."""
     data: bytes = file.read(length)
     if data and not data.endswith(b"\n"):
@@ -186,7 +190,7 @@ class TableReader:
         if unit is not None:
             yield unit._replace(span=len(unit.pieces))
 
-    def checked(self, value: Any, row: int) -> str | None:
+    def checked(self, value: object, row: int) -> str | None:
         """The text of a row (numbered from 1); None if it is empty, and if it is not a text, which is reported."""
         if value is None or isinstance(value, str):
             return value
@@ -195,7 +199,7 @@ class TableReader:
         )
         return None
 
-    def cleaned(self, value: Any) -> str:
+    def cleaned(self, value: object) -> str:
         """A cell as `scan` yields it: with \\n as line end, empty if it is not a text."""
         return value.replace("\r\n", "\n") if isinstance(value, str) else ""
 
@@ -204,7 +208,7 @@ class ParquetReader(TableReader):
     """A parquet file, decoded a batch at a time. To go back, it restarts at the beginning of a row group."""
 
     _next_row, _row_group = 0, -1  # of `_texts_ahead`: its next row, and the row group of that row
-    _texts_ahead: Iterator[Any]
+    _texts_ahead: Iterator[object]
 
     def rows(self) -> Iterator[tuple[int, str | None, str | None]]:
         with self._open() as file:
@@ -229,7 +233,7 @@ class ParquetReader(TableReader):
         self._row_group = bisect_right(self._group_ends, self._next_row)
         return texts
 
-    def _texts(self, group: int) -> Iterator[Any]:
+    def _texts(self, group: int) -> Iterator[object]:
         with self._open() as file:
             for batch in file.iter_batches(BATCH, row_groups=range(group, len(self._group_ends)), columns=[self.text]):
                 yield from batch.column(0).to_pylist()
@@ -241,7 +245,7 @@ class ParquetReader(TableReader):
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         return list(accumulate(sizes))
 
-    def _open(self) -> Any:
+    def _open(self) -> "pyarrow.parquet.ParquetFile":
         import pyarrow
         import pyarrow.parquet
 
@@ -278,7 +282,7 @@ class JsonLinesReader(TableReader):
             rows = [self.row(file.readline()) for _ in range(span)]
         return [self.cleaned(row[self.text]) if isinstance(row, dict) else "" for row in rows]
 
-    def row(self, line: bytes) -> dict[str, Any] | str:
+    def row(self, line: bytes) -> dict[str, Json] | str:
         """One line as a dict with the text column, or a description of the error."""
         try:
             row = parse_line(line.removeprefix(BOM_UTF8)) if line.strip() else {self.text: ""}

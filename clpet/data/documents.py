@@ -180,10 +180,12 @@ class Documents(Sequence[Example]):
 
     @property
     def _sizes(self) -> np.ndarray:
-        return self.segments[:, 2] - self.segments[:, 1]
+        sizes: np.ndarray = self.segments[:, 2] - self.segments[:, 1]
+        return sizes
 
     def _column(self, column: int) -> np.ndarray:
-        return self.corpus.index[self.segments[:, 0], column]
+        values: np.ndarray = self.corpus.index[self.segments[:, 0], column]
+        return values
 
     def _order(self, last_first: bool = False) -> np.ndarray:
         """Indices of the elements in the order in which limits and splits take them."""

@@ -4,7 +4,6 @@ import hashlib
 import heapq
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,14 +13,15 @@ log = logging.getLogger(__name__)
 
 PIECE = 500  # characters of a text per embedding
 TOKENS = 128  # maximum tokens of a piece that a sentence encoder reads
-Embed = Callable[[Sequence[str]], Any]  # texts -> [n, dim], dense or sparse
+Embed = Callable[[Sequence[str]], object]  # texts -> [n, dim], dense or sparse
 Vectors = Mapping[str, np.ndarray]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     """The vectors scaled to length 1; zero vectors stay zero."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, 1)
+    scaled: np.ndarray = vectors / np.where(lengths > 0, lengths, 1)
+    return scaled
 
 
 def cosines(vectors: np.ndarray, other: np.ndarray | None = None) -> np.ndarray:
@@ -30,7 +30,8 @@ def cosines(vectors: np.ndarray, other: np.ndarray | None = None) -> np.ndarray:
     Rounded, so that similarities that differ only by floating-point errors tie on every machine.
     """
     rows = unit(np.asarray(vectors, dtype=float))
-    return (rows @ (rows.T if other is None else unit(np.asarray(other, dtype=float)))).round(9)
+    similarity: np.ndarray = rows @ (rows.T if other is None else unit(np.asarray(other, dtype=float)))
+    return similarity.round(9)
 
 
 def domain_embeddings(texts: Mapping[str, Iterable[str]], embed: Embed, samples: int) -> dict[str, np.ndarray]:

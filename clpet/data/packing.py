@@ -140,7 +140,7 @@ class Windows(EncodedDataset):
 
     def predicted(self, row: int) -> np.ndarray:
         """[length] bool: the tokens of a window that are predicted."""
-        predicted = np.arange(self.lengths[row]) >= self.skips[row]
+        predicted: np.ndarray = np.arange(self.lengths[row]) >= self.skips[row]
         if self.document_mask:
             predicted[self.document_starts(row)] = False
         return predicted

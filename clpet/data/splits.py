@@ -7,7 +7,6 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from clpet.escape import short_repr
 Splits = dict[str, list[Example]]
 
 
-def label_name(value: Any) -> str:
+def label_name(value: object) -> str:
     """A label without surrounding spaces, in Unicode form NFC, so that equal names are one label."""
     return unicodedata.normalize("NFC", str(value)).strip()
 

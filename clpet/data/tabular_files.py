@@ -4,21 +4,27 @@ import csv
 import io
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from clpet.data.data_files import split_files, suffix
 from clpet.data.decoding import decode_strictly
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, first_line, suggest
 from clpet.escape import safe_name, short_repr
+from clpet.records import Json
 from clpet.runtime.hub import unavailable
 from clpet.runtime.json_lines import parse_rows
 
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow.csv
+
 LARGEST_BLOCK = 2**31 - 2  # bytes, the maximum block size of pyarrow's csv reader
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # the cells of a user's table may be anything that its format can hold
 
 
 @dataclass
@@ -34,7 +40,7 @@ class SplitRows:
     def __post_init__(self) -> None:
         self.numbers = self.numbers or list(range(1, len(self.values) + 1))
 
-    def add_column(self, column: str, value: Any) -> None:
+    def add_column(self, column: str, value: object) -> None:
         """Adds a column with the same value in every row."""
         self.columns.add(column)
         for row in self.values:
@@ -98,7 +104,7 @@ def _csv(path: Path, report: ReadReport) -> SplitRows:
     data = decoded.text.encode()
     bad: dict[int, str] = {}
 
-    def invalid(row: Any) -> str:
+    def invalid(row: "pyarrow.csv.InvalidRow") -> str:
         lines = row.text.count("\n")
         across = f" (a quote that is not closed? it spans {lines + 1} lines)" if lines else ""
         bad[row.number - 1] = f"{row.actual_columns} cells instead of {row.expected_columns}{across}"
@@ -184,7 +190,7 @@ def _check_not_columns(text: str, path: Path) -> None:
         )
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Row:
+def _object(pairs: list[tuple[str, Json]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -230,7 +236,9 @@ def read_hub(
     return rows
 
 
-def _load_data_set(name: str, config: str | None, revision: str | None, splits: dict[str, str]) -> Any:
+def _load_data_set(
+    name: str, config: str | None, revision: str | None, splits: dict[str, str]
+) -> "Mapping[str, datasets.Dataset]":
     import datasets
 
     datasets.disable_progress_bars()
@@ -238,13 +246,14 @@ def _load_data_set(name: str, config: str | None, revision: str | None, splits: 
     if revision == "refs/convert/parquet":  # the hub's own conversion, where a configuration is a folder
         files = {split: f"{config or 'default'}/{split}/*.parquet" for split in splits.values()}
     try:
-        return datasets.load_dataset(name, None if files else config, revision=revision, data_files=files)
+        loaded = datasets.load_dataset(name, None if files else config, revision=revision, data_files=files)
+        return cast(Mapping[str, datasets.Dataset], loaded)
     except Exception as error:  # offline, no such id, no permission: the errors have no common type
         what = f"the data set {name}"
         raise DataError(unavailable(what, name, error, "data_dir=FOLDER with its files", data_set=True)) from error
 
 
-def _label_names(ids: Any, names: list[str]) -> Any:
+def _label_names(ids: int | list[int], names: list[str]) -> object:
     if isinstance(ids, list):
         return [_label_names(number, names) for number in ids]
     return names[ids] if ids >= 0 else None  # -1: the hub's id for an example without a label
@@ -255,12 +264,12 @@ def column_names(column: str) -> list[str]:
     return re.findall(r"\{(\w+)\}", column) or [column]
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: object) -> bool:
     """Whether a cell is null, NaN, or only spaces; formats differ in how they store an empty cell."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def cell_text(value: Any, column: str) -> str:
+def cell_text(value: object, column: str) -> str:
     """A cell as text; an empty cell is the empty text. Raises DataError for a list, an object or bytes."""
     if is_empty(value):
         return ""

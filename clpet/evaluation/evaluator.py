@@ -42,7 +42,7 @@ class Evaluator:
         objective.meter.kind = "evaluated" if is_main_split else "validated"
         method.before_evaluation(self.pool, rows)
 
-        def evaluate_batch(batch_rows: np.ndarray) -> dict[str, Any]:
+        def evaluate_batch(batch_rows: np.ndarray) -> dict[str, np.ndarray | torch.Tensor]:
             batch = self.pool.batch(batch_rows, objective.device)
             choices = method.choices(batch, labels)
             predictions = method.predict(batch, choices)

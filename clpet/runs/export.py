@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from clpet import __version__
 from clpet.errors import ConfigError
@@ -61,7 +60,7 @@ def write(run: LoadedRun, folder: Path, merge: bool) -> str:
     return f"{contents}: {method.name} on {run.benchmark.name} after {run.row} tasks, in {folder}"
 
 
-def describe(run: LoadedRun, contents: str, peft_adapters: bool) -> dict[str, Any]:
+def describe(run: LoadedRun, contents: str, peft_adapters: bool) -> dict[str, object]:
     """clpet.json: the contents of the exported folder and the call that loads it."""
     objective, backbone = run.method.objective, run.record.parts["model"]
     auto_class = backbone._class(objective.generates).__name__

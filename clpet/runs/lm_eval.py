@@ -7,9 +7,9 @@ adds one number per multiple-choice task, the accuracy normalised by chance.
 import importlib.util
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -20,9 +20,19 @@ from clpet.reporting.tables import table
 from clpet.runs.load_run import LoadedRun, RunRecord
 from clpet.runtime.atomic_io import write_text
 
+Harness = dict[str, Any]  # tasks or results as the harness builds them; it has no types
 LENGTH_FACTOR = 8  # the harness' texts are about so many times longer than those hardware.eval_batch_size is set for
 NORMALISED = "clpet_normalised"  # key in the written file
 NOTE = "normalised (clpet's own): 100 (raw - low) / (high - low), low = chance (mean of 1 / choices), high = 1"
+
+
+class HarnessTask(Protocol):
+    """What is read of a task of the harness."""
+
+    OUTPUT_TYPE: str
+    eval_docs: Iterable[object]
+
+    def doc_to_choice(self, doc: object) -> Sequence[str]: ...
 
 
 def check(record: RunRecord) -> None:
@@ -41,7 +51,7 @@ def check(record: RunRecord) -> None:
         raise ConfigError("--downstream needs lm-evaluation-harness: pip install 'clpet[downstream]'")
 
 
-def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
+def load_tasks(names: Sequence[str], folder: Path | None) -> Harness:
     """The harness' tasks by name, including those defined by YAMLs in `folder`. Raises ConfigError and DataError.
 
     Such a YAML may call Python functions (!function): like --config-dir, it must come from a trusted source.
@@ -58,12 +68,12 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
         if name not in manager.all_tasks:
             raise ConfigError(f"unknown lm-evaluation-harness task {name}{suggest(name, manager.all_tasks)[:200]}")
     try:
-        return manager.load(list(names))
+        return cast(Harness, manager.load(list(names)))
     except Exception as error:  # data sets, the hub and YAMLs raise errors of any type
         raise DataError(f"the data of {', '.join(names)} cannot be loaded: {first_line(error)}") from error
 
 
-def measure(run: LoadedRun, tasks: dict[str, Any], limit: int | None) -> dict[str, Any]:
+def measure(run: LoadedRun, tasks: Harness, limit: int | None) -> Harness:
     """The harness' results, plus the normalised accuracy of multiple-choice tasks under the key NORMALISED.
 
     `limit` is the number of examples per task (None: all). All tasks without a setting of their own are zero-shot.
@@ -89,7 +99,9 @@ def measure(run: LoadedRun, tasks: dict[str, Any], limit: int | None) -> dict[st
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=1234)  # the default of the harness' own command line
-        results = evaluate(lm=language_model, task_dict=tasks, limit=limit, bootstrap_iters=1000, log_samples=False)
+        results: Harness = evaluate(
+            lm=language_model, task_dict=tasks, limit=limit, bootstrap_iters=1000, log_samples=False
+        )
     for name, task in tasks["tasks"].items():
         raw, low = results["results"][name].get("acc,none"), chance(task, limit)
         if raw is not None and low is not None:
@@ -98,7 +110,7 @@ def measure(run: LoadedRun, tasks: dict[str, Any], limit: int | None) -> dict[st
     return results
 
 
-def chance(task: Any, limit: int | None) -> float | None:
+def chance(task: HarnessTask, limit: int | None) -> float | None:
     """Accuracy of guessing: mean of 1 / choices over a task's questions; None if a question has fewer than two."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return None
@@ -106,7 +118,7 @@ def chance(task: Any, limit: int | None) -> float | None:
     return float(np.mean([1 / count for count in counts])) if counts and min(counts) > 1 else None
 
 
-def report(run: LoadedRun, names: Sequence[str], limit: int | None, results: dict[str, Any]) -> str:
+def report(run: LoadedRun, names: Sequence[str], limit: int | None, results: Harness) -> str:
     """Writes downstream-after-NNN.json into the run directory; returns the tables to print."""
     from lm_eval.utils import make_table
 

@@ -22,21 +22,25 @@ from clpet.config.build import build
 from clpet.config.compose import plugin_dirs
 from clpet.config.identity import digest
 from clpet.config.schema import OBJECT_GROUPS, Config
+from clpet.data.benchmark import Benchmark
+from clpet.data.sources.base import Source
 from clpet.errors import ClpetError, ConfigError
+from clpet.methods.base import Method
+from clpet.models.backbone import Backbone
 from clpet.records import Results
 from clpet.runtime.fingerprint import cached_value, file_stat, hub_commit
 
 log = logging.getLogger(__name__)
 
 
-def inputs(config: Config, backbone: Any, method: Any) -> dict[str, str]:
+def inputs(config: Config, backbone: Backbone, method: Method) -> dict[str, str]:
     """{name: fingerprint} of a run's weights and code; inputs that cannot change without a new version have none."""
     targets = [str(getattr(config, group)["_target_"]) for group in OBJECT_GROUPS]
     fingerprints = {"weights": backbone.fingerprint(config.cache_dir), "code": code(targets), **method.inputs()}
     return {name: value for name, value in fingerprints.items() if value}
 
 
-def load_benchmark(config: Config, source: Any) -> Any:
+def load_benchmark(config: Config, source: Source) -> Benchmark:
     """Loads the benchmark and caches its fingerprint: `check_finished` then need not read the data again."""
     key = data_key(config, source)
     benchmark = source.load(config.data_dir)
@@ -73,7 +77,7 @@ def _data_now(config: Config, recorded: str) -> str:
     return cached_value(config.cache_dir, data_key(config, source), lambda: source.load(config.data_dir).fingerprint())
 
 
-def data_key(config: Config, source: Any) -> str | None:
+def data_key(config: Config, source: Source) -> str | None:
     """Cache key of a benchmark's fingerprint: its settings, and size and times of all its files.
 
     None if a file has changed within the last seconds: its time stamps cannot be trusted yet.

@@ -203,8 +203,8 @@ class Tracker:
     def _mode(self) -> str:
         """The mode to try first. auto means online only with an API key: without one, wandb would wait for a login."""
         if self.settings.mode is not Mode.auto:
-            return self.settings.mode.value
-        mode = os.environ.get("WANDB_MODE")
+            return str(self.settings.mode.value)
+        mode = os.environ.get("WANDB_MODE", "")
         if mode in ("online", "offline", "disabled"):
             return mode
         return "online" if _has_key() else "offline"

@@ -248,7 +248,7 @@ def test_the_cached_fingerprint_of_a_benchmark_is_used_only_for_unchanged_files(
     """Showing a finished run reads sizes and times of its data, not gigabytes of contents."""
     loads = []
     source = SimpleNamespace(
-        place=lambda folder: folder, load=lambda _: loads.append(1) or SimpleNamespace(fingerprint=lambda: "f")
+        data_root=lambda folder: folder, load=lambda _: loads.append(1) or SimpleNamespace(fingerprint=lambda: "f")
     )
     config = SimpleNamespace(data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "c"), benchmark={"name": "files"})
     (tmp_path / "d" / "inner").mkdir(parents=True)

@@ -1,10 +1,10 @@
 """Benchmarks about entities in a sentence: markers around mentions, ConPET's label partitions and splits."""
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from clpet.config.schema import require
 from clpet.data.benchmark import SPLITS, Example, Truncate
@@ -191,9 +191,9 @@ def shuffle_and_split(pools: Iterable[list[Row]], rng: random.Random) -> dict[st
     return splits
 
 
-def mentions(positions: Any) -> list[tuple[int, int]]:
+def mentions(positions: Sequence[int | Sequence[int]]) -> list[tuple[int, int]]:
     """(first, last) token position of each mention, from a flat list of positions or a list of lists."""
-    groups = [list(group) if hasattr(group, "__len__") else [group] for group in positions]
+    groups = [cast(Sequence[int], group) if hasattr(group, "__len__") else [group] for group in positions]
     spans: list[tuple[int, int]] = []
     for group in groups:
         for position in map(int, group):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clpet.config.schema import require
+from clpet.config.schema import Scalar, require
 from clpet.data.benchmark import SPLITS
 from clpet.data.data_files import note_unread, subfolders, tables
 from clpet.data.sources.base import Source
@@ -36,7 +36,7 @@ class Folders(Source):
     label_space: str = "task"
     label_sets: dict[str, str] | None = None
     splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
-    hub_tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hub_tasks: dict[str, dict[str, Scalar]] = field(default_factory=dict)
     instructions: dict[str, str] = field(default_factory=dict)
     words: dict[str, dict[str, str]] = field(default_factory=dict)
     test_share: float | None = None
@@ -101,7 +101,7 @@ class Folders(Source):
         root = self.data_root(data_dir)
         return subfolders(root).get(name, root / name)
 
-    def _labeller(self, task: str) -> Callable[[Any], str]:
+    def _labeller(self, task: str) -> Callable[[object], str]:
         """The function from a label in the rows of a task to its label in the benchmark."""
         prefix = "" if self.answers or self.label_space == "union" else f"{(self.label_sets or {}).get(task, task)}: "
         words = self.words.get(task, {})
