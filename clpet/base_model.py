@@ -43,8 +43,8 @@ def prepare(
             "model %s starts from random weights: the benchmark has no base corpus to train it on", backbone.name
         )
         return
-    tokens = TokenCache(backbone.tokenizer(), begin=benchmark.begin)
-    inputs = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.isolate,
+    tokens = TokenCache(backbone.tokenizer(), add_bos=benchmark.add_bos)
+    inputs = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.document_mask,
                str(hardware.torch_dtype)]  # fmt: skip
     name = digest([*inputs, vars(backbone.base)], 16)
     folder = (cache or out).expanduser() / "base" / name
@@ -69,8 +69,10 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
     model, tokenizer = network.load(torch.float32, hardware.torch_device, 0, generates=True)
     adapters = Adapters(model, backbone, FullFineTuning(), generates=True)
     adapters.add("default", 0)
-    base_benchmark = Benchmark("base", [benchmark.base], max_length=benchmark.max_length, isolate=benchmark.isolate)
-    base_benchmark.length_set, base_benchmark.begin = benchmark.length_set, benchmark.begin
+    base_benchmark = Benchmark(
+        "base", [benchmark.base], max_length=benchmark.max_length, document_mask=benchmark.document_mask
+    )
+    base_benchmark.length_set, base_benchmark.add_bos = benchmark.length_set, benchmark.add_bos
     objective = LanguageModeling(base_benchmark, backbone, adapters, tokenizer, 0, hardware, EvaluationOptions())
     objective.cache_dir = str(folder.parent.parent)
     recipe, replay = backbone.base, NoReplay()

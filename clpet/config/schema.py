@@ -92,7 +92,7 @@ class Training:
     lr_constant: float | None = None
     anneal_share: float = 0.1
     warmup_steps: int = 0
-    warmup_share: float | None = None
+    max_warmup_share: float | None = None
     optimizer_state: OptimizerState = OptimizerState.reset
     clip: float = 0.0
     on_nan: OnNan = OnNan.stop
@@ -110,8 +110,8 @@ class Training:
         constant = self.lr_constant
         require(constant is None or constant >= 0, "train.lr_constant", constant, "0 or more, or null")
         require(0 <= self.anneal_share <= 1, "train.anneal_share", self.anneal_share, "in [0, 1]")
-        share = self.warmup_share
-        require(share is None or 0 <= share <= 1, "train.warmup_share", share, "in [0, 1], or null")
+        share = self.max_warmup_share
+        require(share is None or 0 <= share <= 1, "train.max_warmup_share", share, "in [0, 1], or null")
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
         require(self.clip >= 0, "train.clip", self.clip, "0 (off) or more")
         require(self.save_minutes > 0, "train.save_minutes", self.save_minutes, "more than 0")

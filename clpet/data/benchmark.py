@@ -86,8 +86,8 @@ class Benchmark:
     length_set: bool = False  # max_length was set by the user: a model with a smaller maximum raises an error
     per_task_softmax: bool = False  # the softmax of the loss is over the labels of the example's task only
     reserved_positions: int = 0  # maximum number of the model's positions that a method's prompts occupy
-    begin: bool = False  # every document begins with the tokenizer's BOS token
-    isolate: bool = False  # documents in one window do not attend to each other
+    add_bos: bool = False  # every document begins with the tokenizer's BOS token
+    document_mask: bool = False  # documents in one window do not attend to each other
     base: Task | None = None  # corpus that a model with random weights is pretrained on before the first task
     data_record: DataRecord = field(default_factory=lambda: cast(DataRecord, {}))  # set by the run
     groups: dict[str, list[str]] = field(default_factory=dict)  # {group: domains} that reports also score together

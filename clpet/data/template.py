@@ -128,10 +128,10 @@ class Template:
         return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
 
 
-def first_tokens(tokenizer: Tokenizer, begin: bool) -> list[int]:
-    """The special tokens before a document; with `begin` the BOS token if the tokenizer itself adds none."""
+def first_tokens(tokenizer: Tokenizer, add_bos: bool) -> list[int]:
+    """The special tokens before a document; with `add_bos` the BOS token if the tokenizer itself adds none."""
     head, bos = special_tokens(tokenizer)[0], tokenizer.bos_token_id
-    return [bos] if begin and not head and bos is not None else head
+    return [bos] if add_bos and not head and bos is not None else head
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

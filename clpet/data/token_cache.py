@@ -41,10 +41,10 @@ class TokenCache:
     Without a folder, or if it cannot be written, they are held in memory.
     """
 
-    def __init__(self, tokenizer: Tokenizer, folder: str | None = None, begin: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, folder: str | None = None, add_bos: bool = False) -> None:
         self.tokenizer = tokenizer
         self.folder = Path(folder).expanduser() / "tokens" if folder else None
-        self.head, tail = first_tokens(tokenizer, begin), special_tokens(tokenizer)[1]
+        self.head, tail = first_tokens(tokenizer, add_bos), special_tokens(tokenizer)[1]
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         self.tail = tail or ([] if end is None else [end])
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)

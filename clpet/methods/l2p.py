@@ -1,7 +1,7 @@
 """L2P: a pool of prompts, of which those with the nearest keys are prepended (Wang et al., 2022, arXiv 2112.08654).
 
 With the query q(x) = mean token embedding, the prompts of the top_k keys with the highest cosine are prepended, which
-are top_k length vectors; L = CE - pull mean_batch sum_chosen cos(q(x), key).
+are top_k length vectors; L = CE - key_loss_weight mean_batch sum_chosen cos(q(x), key).
 """
 
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ class L2P(Prompts):
     pool: int = 10
     length: int = 5
     top_k: int = 3
-    pull: float = 0.5
+    key_loss_weight: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(1 <= self.top_k <= self.pool, "method.top_k", self.top_k, f"from 1 to method.pool={self.pool}")
-        require(self.pull >= 0, "method.pull", self.pull, "0 (off) or more")
+        require(self.key_loss_weight >= 0, "method.key_loss_weight", self.key_loss_weight, "0 (off) or more")
 
     def longest(self, benchmark: Benchmark) -> int:
         return self.top_k * self.length
@@ -50,7 +50,7 @@ class L2P(Prompts):
         return self.prompts[self.nearest(batch)[1]].flatten(1, 2)
 
     def loss(self, context: StepContext) -> Tensor:
-        return super().loss(context) - self.pull * self.nearest(context.batch)[0].sum(1).mean()
+        return super().loss(context) - self.key_loss_weight * self.nearest(context.batch)[0].sum(1).mean()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {"prompts": self.prompts, "keys": self.keys, **self.objective.parameters()}

@@ -122,7 +122,7 @@ def prompt_windows(benchmark: Benchmark, tokenizer: Any, per_domain: int, pad_id
     tasks = {task.name: task for task in benchmark.tasks}
     terms = key_terms({name: _texts(task.train) for name, task in tasks.items()})
     selected = prompts({name: _texts(task.split(split)) for name, task in tasks.items()}, terms, per_domain)
-    pool, head = Windows(pad_id), first_tokens(tokenizer, benchmark.begin)
+    pool, head = Windows(pad_id), first_tokens(tokenizer, benchmark.add_bos)
     for index, name in enumerate(benchmark.names):
         rows = [_ids(tokenizer, prompt) for prompt in selected if prompt.domain == name]
         rows = [[*head, *ids[-(benchmark.max_length - len(head)) :]] for ids in rows]

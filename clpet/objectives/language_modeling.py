@@ -55,19 +55,23 @@ class LanguageModeling(Objective):
                 f"evaluation.stride={stride} would skip text: it must be at most benchmark.max_length={length}"
             )
         self._check_begin_tokens()
-        if benchmark.isolate and getattr(self.adapters.config, "num_virtual_tokens", None):
-            raise ConfigError("benchmark.isolate does not support virtual tokens: set peft=lora or peft=none")
+        if benchmark.document_mask and getattr(self.adapters.config, "num_virtual_tokens", None):
+            raise ConfigError("benchmark.document_mask does not support virtual tokens: set peft=lora or peft=none")
 
     def _check_begin_tokens(self) -> None:
         benchmark, name = self.benchmark, self.backbone.name
         if self.evaluation.bos and (not self.causal or self.bos_id is None):
             raise ConfigError(f"evaluation.bos needs a decoder whose tokenizer has such a token: model {name} has none")
-        if benchmark.begin and (not self.causal or self.tokenizer.bos_token_id is None):
-            raise ConfigError(f"benchmark.begin needs a decoder with a begin token: model {name} has none")
-        if benchmark.begin and self.evaluation.bos:
-            raise ConfigError("evaluation.bos and benchmark.begin would both put a begin token in front: set only one")
-        if self.evaluation.bos and benchmark.isolate:
-            raise ConfigError("evaluation.bos does not support benchmark.isolate, where several texts share a window")
+        if benchmark.add_bos and (not self.causal or self.tokenizer.bos_token_id is None):
+            raise ConfigError(f"benchmark.add_bos needs a decoder with a BOS token: model {name} has none")
+        if benchmark.add_bos and self.evaluation.bos:
+            raise ConfigError(
+                "evaluation.bos and benchmark.add_bos would both add a BOS token in front: set only one"
+            )
+        if self.evaluation.bos and benchmark.document_mask:
+            raise ConfigError(
+                "evaluation.bos does not support benchmark.document_mask: several texts share a window"
+            )
 
     @classmethod
     def check(cls, backbone: Backbone, peft: str, evaluation: EvaluationOptions) -> None:
@@ -85,7 +89,7 @@ class LanguageModeling(Objective):
 
     def encode(self) -> Encoded:
         """Windows of all domains, in one pool per split."""
-        benchmark, tokens = self.benchmark, TokenCache(self.tokenizer, self.cache_dir, self.benchmark.begin)
+        benchmark, tokens = self.benchmark, TokenCache(self.tokenizer, self.cache_dir, self.benchmark.add_bos)
         pools = {split: self._pool(split) for split in SPLITS}
         for index, task in enumerate(benchmark.tasks):
             for split in SPLITS:
@@ -104,7 +108,7 @@ class LanguageModeling(Objective):
             special, size = np.array(self.tokenizer.all_special_ids), len(self.tokenizer)
             masking = Masking(self.tokenizer.mask_token_id, special, size, seed=0, training=split == "train")
         bos_id = self.bos_id if self.evaluation.bos and split != "train" else None
-        return Windows(pad_id(self.tokenizer), self.benchmark.isolate, masking, bos_id)
+        return Windows(pad_id(self.tokenizer), self.benchmark.document_mask, masking, bos_id)
 
     @property
     def bos_id(self) -> int | None:
@@ -115,7 +119,7 @@ class LanguageModeling(Objective):
     def _add(self, pool: Windows, index: int, name: str, split: str, tokens: TokenCache, documents: Any) -> None:
         lazy = self.benchmark.stream and split == "train"
         stream = tokens.lazy_stream(documents) if lazy else tokens.stream(documents, sized=split != "train")
-        needs = [key for key in ("isolate", "begin") if getattr(self.benchmark, key)]
+        needs = [key for key in ("document_mask", "add_bos") if getattr(self.benchmark, key)]
         if needs and len(stream.tokens) and not len(stream.starts):
             raise DataError(f"benchmark.{needs[0]} needs document boundaries, which the files of {name} do not have")
         cap = self.evaluation
@@ -139,7 +143,7 @@ class LanguageModeling(Objective):
         return hidden.flatten(0, 1)[batch.target_positions - int(self.causal)]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """With benchmark.isolate also a mask that separates documents, and positions that restart in each of them."""
+        """With benchmark.document_mask also a mask that separates documents, and positions that restart in each."""
         inputs: dict[str, Any] = super().inputs(batch)
         if batch.document_ids is None:
             return inputs

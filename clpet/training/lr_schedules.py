@@ -38,7 +38,7 @@ def warmup(settings: Training, position: SchedulePosition) -> int:
     """Number of warm-up steps of a fit; an infinite schedule warms up only once."""
     if settings.schedule is Schedule.infinite and position.done:
         return 0
-    share = settings.warmup_share
+    share = settings.max_warmup_share
     return settings.warmup_steps if share is None else min(settings.warmup_steps, int(share * position.steps))
 
 
@@ -47,7 +47,7 @@ def warn_of_warmup(settings: Training, position: SchedulePosition, stage: str) -
     if (warm := warmup(settings, position)) >= position.steps > 0:
         log.warning(
             "a fit%s has %d steps and train.warmup_steps=%d: its learning rate stays below %.0f %% of train.lr; lower "
-            "train.warmup_steps, or set train.warmup_share",
+            "train.warmup_steps, or set train.max_warmup_share",
             stage and f" of the {stage}", position.steps, warm, 100 * position.steps / warm,
         )  # fmt: skip
 

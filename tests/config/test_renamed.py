@@ -8,10 +8,12 @@ from clpet.config.renamed import RENAMED_KEYS, translate_keys
 from tests.conftest import tiny_args
 
 
-@pytest.mark.parametrize("word", ["train.keep=1", "+train.keep=1"])
-def test_an_old_name_on_the_command_line(word: str, clpet, words: Path) -> None:
-    answer = clpet("train", *tiny_args(words), word)
-    assert (answer.code, answer.err) == (2, "clpet: train.keep was renamed to train.snapshot_every\n")
+@pytest.mark.parametrize("old", RENAMED_KEYS)
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_an_old_name_on_the_command_line(old: str, plus: str, clpet, words: Path) -> None:
+    method = ["method=l2p"] if old.startswith("method.") else []
+    answer = clpet("train", *tiny_args(words), *method, f"{plus}{old}=1")
+    assert (answer.code, answer.err) == (2, f"clpet: {old} was renamed to {RENAMED_KEYS[old]}\n")
 
 
 def test_an_old_name_in_a_yaml_of_the_user(clpet, words: Path, tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def test_begin_adds_one_bos_token_before_every_document(tmp_path: Path) -> None:
     assert found["asked"].sizes.tolist() == [0, 1, 1, 0, 0, 1, 0]
     kept = found["asked"].tokens != bare.bos_token_id
     assert found["bare"].tokens.tolist() == found["asked"].tokens[kept].tolist()
-    assert TokenCache(own, begin=True).stream(documents, sized=False).tokens.tolist() == found["own"].tokens.tolist()
+    assert TokenCache(own, add_bos=True).stream(documents, sized=False).tokens.tolist() == found["own"].tokens.tolist()
     assert (
-        TokenCache(bare, begin=True).lazy_stream(documents).tokens[3:6].tolist() == found["asked"].tokens[3:6].tolist()
+        TokenCache(bare, add_bos=True).lazy_stream(documents).tokens[3:6].tolist()
+        == found["asked"].tokens[3:6].tolist()
     )

@@ -81,18 +81,18 @@ def test_keep_protects_its_matches(tmp_path: Path, caplog: pytest.LogCaptureFixt
     rows = [{"text": f"passage {i}" + "\nquestion: who?" * (i % 4 > 0), "label": "ab"[i % 2]} for i in range(16)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level(logging.WARNING):
-        task = Table(name="made", keep={"task01": "(?s)\nquestion:.*"}).load(str(tmp_path)).tasks[0]
+        task = Table(name="made", cut_last={"task01": "(?s)\nquestion:.*"}).load(str(tmp_path)).tasks[0]
     for example in [*task.train, *task.validation, *task.test]:
         assert [example.text[a:b] for a, b in example.protected_spans] == ["\nquestion: who?"] * (
             "question" in example.text
         )
     assert "matches nothing in 4 of 16 texts of task task01" in caplog.text
-    with pytest.raises(ConfigError, match=r"benchmark.keep must be a regular expression"):
-        Table(keep="(")
+    with pytest.raises(ConfigError, match=r"benchmark.cut_last must be a regular expression"):
+        Table(cut_last="(")
 
 
 def test_prompts_of_long_sequence_keep_their_question() -> None:
-    """With the default length, although the passage before it is far too long; without `keep` all lose it."""
+    """With the default length, although the passage before it is far too long; without `cut_last` all lose it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared("weights", "base-5.9M"))

@@ -252,7 +252,7 @@ def test_killed_after_a_domain_ends_bit_for_bit_like_uninterrupted(
         (["method=sequential", "replay=fixed", "method=replay"], "chooses its memory by class logits"),
         (["method=sequential", "benchmark.max_length=9000", "benchmark.max_test=1"], "this model reads at most 1024 tokens"),
         (["method=sequential", "benchmark.max_length=1000", "max_train=2"], "fewer than one window of 1000"),
-        (["method=sequential", "evaluation.bos=true", "benchmark.isolate=true"], "does not support benchmark.isolate"),
+        (["method=sequential", "evaluation.bos=true", "benchmark.document_mask=true"], "does not support benchmark.document_mask"),
         (["method=sequential", "model=tiny_t5"], "language_modeling needs a decoder or encoder"),
         (["method=sequential", "benchmark.base=cloud"], "benchmark.base=cloud is not a domain"),
         (["method=sequential", "order=similar", "benchmark.reference=nowhere"], "benchmark.reference=nowhere is neither"),

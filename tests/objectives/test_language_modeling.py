@@ -37,13 +37,13 @@ TEXTS = {"birds": ["the wren sings at dawn in a hedge", "owls hunt by night", "a
          "metals": ["iron rusts in wet air", "gold does not, however old it is", "tin is soft"]}  # fmt: skip
 
 
-def domains(length: int = 12, isolate: bool = False, base: bool = False) -> Benchmark:
+def domains(length: int = 12, document_mask: bool = False, base: bool = False) -> Benchmark:
     tasks = []
     for name, texts in TEXTS.items():
         parts = [[Example(text) for text in texts] * copies for copies in (4, 1, 1)]
         tasks.append(Task(name, *parts, metric="perplexity"))
     found = Benchmark("made_up", tasks, max_length=length)
-    found.isolate = isolate
+    found.document_mask = document_mask
     found.base = tasks[0] if base else None
     return found
 
@@ -199,7 +199,7 @@ def test_a_cap_counts_tokens_or_bytes() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
 def test_isolated_documents_are_scored_as_if_alone(kind: str) -> None:
-    found = objective(kind, domains(length=100, isolate=True))
+    found = objective(kind, domains(length=100, document_mask=True))
     data = found.encode()
     batch = data.test.batch([0])
     if kind in ("llama", "gpt2"):

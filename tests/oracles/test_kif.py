@@ -237,7 +237,7 @@ def test_mocl_composition() -> None:
 def test_l2p_choice() -> None:
     """prompt.py of l2p-pytorch: chosen keys, and the sum of their cosines over the batch."""
     embeddings = double([[[1, 0, 1], [1, 2, 1]], [[0, 3, 0], [0, 1, -1]]])
-    method = L2P(pool=4, top_k=2, pull=1.0)
+    method = L2P(pool=4, top_k=2, key_loss_weight=1.0)
     method.keys = nn.Parameter(double([[1, 0, 0], [1, 1, 0], [0, 1, 1], [-1, 2, 0]]).float())
     model = SimpleNamespace(get_input_embeddings=lambda: lambda ids: embeddings)
     method.objective = SimpleNamespace(

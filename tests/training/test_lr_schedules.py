@@ -32,7 +32,7 @@ def test_first_and_last_step() -> None:
 
 
 def test_a_share_limits_the_warm_up() -> None:
-    settings = Training(warmup_steps=50, warmup_share=0.02)
+    settings = Training(warmup_steps=50, max_warmup_share=0.02)
     assert [warmup(settings, SchedulePosition(steps)) for steps in (150, 2500, 9000)] == [3, 50, 50]
     assert warmup(Training(warmup_steps=50), SchedulePosition(150)) == 50
 
@@ -78,7 +78,7 @@ def test_the_optimizer_gets_the_scheduled_rates(make, monkeypatch: pytest.Monkey
     assert run.trainer.state()[""] == {"steps": 24, "warmup": 0}
 
 
-@pytest.mark.parametrize(("option", "value"), [("lr_min", 2.0), ("warmup_share", 1.5), ("anneal_share", -0.1), ("lr_constant", -1.0)])  # fmt: skip
+@pytest.mark.parametrize(("option", "value"), [("lr_min", 2.0), ("max_warmup_share", 1.5), ("anneal_share", -0.1), ("lr_constant", -1.0)])  # fmt: skip
 def test_values_out_of_range_are_rejected(option: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"train.{option}"):
         Training(lr=1.0, **{option: value})

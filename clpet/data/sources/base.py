@@ -64,7 +64,7 @@ class Source:
     template: str = "{text}"
     max_length: int = 128
     truncate: Truncate = Truncate.end
-    keep: Patterns = None  # a regular expression, or {task: regular expression}
+    cut_last: Patterns = None  # a regular expression, or {task: regular expression}
     objective: Kind = Kind.classification
     softmax: Softmax = Softmax.auto
     prompt: str = "{text}"
@@ -83,9 +83,9 @@ class Source:
             value = getattr(self, key)
             require(value is None or value >= 1, f"benchmark.{key}", value, "at least 1, or null for all")
         require(self.max_length >= 8, "benchmark.max_length", self.max_length, "at least 8 tokens")
-        for name, pattern in (self.keep if isinstance(self.keep, dict) else {"": self.keep}).items():
+        for name, pattern in (self.cut_last if isinstance(self.cut_last, dict) else {"": self.cut_last}).items():
             valid = pattern is None or (isinstance(pattern, str) and is_pattern(pattern))
-            require(valid, f"benchmark.keep{name and '.' + name}", repr(pattern), "a regular expression, or null")
+            require(valid, f"benchmark.cut_last{name and '.' + name}", repr(pattern), "a regular expression, or null")
         require(self.max_target >= 1, "benchmark.max_target", self.max_target, "at least 1 token")
         per_task_answers = self.softmax is Softmax.task and self.answers
         require(not per_task_answers, "benchmark.softmax", "task", "seen with objective=text_to_text")
@@ -108,7 +108,7 @@ class Source:
     def _check_unused(self) -> None:
         """Raises ConfigError for an option that is set but has no effect on plain text."""
         defaults = Source()
-        for key in ("template", "softmax", "prompt", "max_target", "metric", "metrics", "truncate", "keep"):
+        for key in ("template", "softmax", "prompt", "max_target", "metric", "metrics", "truncate", "cut_last"):
             value = getattr(self, key)
             if value != getattr(defaults, key):
                 shown = value.value if isinstance(value, Enum) else value
@@ -213,8 +213,8 @@ class Source:
         return Task(name, train, validation, test, tuple(in_order(labels)), metric)
 
     def _protect(self, task: str, *splits: list[Example]) -> list[list[Example]]:
-        """The examples with the matches of `keep` in their texts as protected spans."""
-        pattern = self.keep.get(task) if isinstance(self.keep, dict) else self.keep
+        """The examples with the matches of `cut_last` in their texts as protected spans."""
+        pattern = self.cut_last.get(task) if isinstance(self.cut_last, dict) else self.cut_last
         if pattern is None:
             return list(splits)
         result = [
@@ -227,5 +227,5 @@ class Source:
         unmatched = sum(not example.protected_spans for examples in result for example in examples)
         if unmatched:
             total = sum(map(len, splits))
-            log.warning("benchmark.keep matches nothing in %d of %d texts of task %s", unmatched, total, task)
+            log.warning("benchmark.cut_last matches nothing in %d of %d texts of task %s", unmatched, total, task)
         return result

@@ -40,8 +40,10 @@ class Entities(Table):
         super().__post_init__()
         words = self.template_words
         require(words is None or words >= 1, "benchmark.template_words", words, "at least 1, or null")
-        unset = self.truncate is Truncate.end and self.keep is None
-        require(unset, "benchmark.truncate and benchmark.keep", "set", "unset: a sentence is cut around its entities")
+        unset = self.truncate is Truncate.end and self.cut_last is None
+        require(
+            unset, "benchmark.truncate and benchmark.cut_last", "set", "unset: a sentence is cut around its entities"
+        )
         valid = self.layout is None or self.layout in LAYOUTS
         require(valid, "benchmark.layout", self.layout, f"{', '.join(LAYOUTS)} or null")
         require(self.resplit in (None, "label", "all"), "benchmark.resplit", self.resplit, "label, all or null")

@@ -49,8 +49,8 @@ class Domains(Source):
     order_encoder: str = "auto"
     order_samples: int = 500
     decontaminate: bool = True
-    begin: bool = False
-    isolate: bool = False
+    add_bos: bool = False
+    document_mask: bool = False
     stream: bool = False
 
     plain_text: ClassVar[bool] = True
@@ -106,7 +106,7 @@ class Domains(Source):
         benchmark = Benchmark(self.name, [tasks[name] for name in order["names"]], max_length=self.max_length)
         benchmark.groups = self._groups(available, list(order["names"]))
         benchmark.base, benchmark.order, benchmark.report = base, order, self.report
-        benchmark.begin, benchmark.isolate, benchmark.stream = self.begin, self.isolate, self.stream
+        benchmark.add_bos, benchmark.document_mask, benchmark.stream = self.add_bos, self.document_mask, self.stream
         benchmark.check()
         return benchmark
 
