@@ -4,12 +4,12 @@ from clpet.records import Json
 
 # Old key -> new key. A row stays for one release after the rename; recorded configurations are translated forever.
 RENAMED_KEYS = {
-    "benchmark.add_bos": "benchmark.add_bos",
-    "benchmark.document_mask": "benchmark.document_mask",
-    "benchmark.cut_last": "benchmark.cut_last",
-    "method.key_loss_weight": "method.key_loss_weight",
+    "benchmark.begin": "benchmark.add_bos",
+    "benchmark.isolate": "benchmark.document_mask",
+    "benchmark.keep": "benchmark.cut_last",
+    "method.pull": "method.key_loss_weight",
     "train.keep": "train.snapshot_every",
-    "train.max_warmup_share": "train.max_warmup_share",
+    "train.warmup_share": "train.max_warmup_share",
 }
 
 

@@ -65,13 +65,9 @@ class LanguageModeling(Objective):
         if benchmark.add_bos and (not self.causal or self.tokenizer.bos_token_id is None):
             raise ConfigError(f"benchmark.add_bos needs a decoder with a BOS token: model {name} has none")
         if benchmark.add_bos and self.evaluation.bos:
-            raise ConfigError(
-                "evaluation.bos and benchmark.add_bos would both add a BOS token in front: set only one"
-            )
+            raise ConfigError("evaluation.bos and benchmark.add_bos would both add a BOS token in front: set only one")
         if self.evaluation.bos and benchmark.document_mask:
-            raise ConfigError(
-                "evaluation.bos does not support benchmark.document_mask: several texts share a window"
-            )
+            raise ConfigError("evaluation.bos does not support benchmark.document_mask: several texts share a window")
 
     @classmethod
     def check(cls, backbone: Backbone, peft: str, evaluation: EvaluationOptions) -> None:
