@@ -40,7 +40,8 @@ def prepare(
         return
     if base is None:
         log.warning(
-            "model %s starts from random weights: the benchmark has no base corpus to train it on", backbone.name
+            "model %s has random weights and is not pretrained: the benchmark has no base corpus. Scores mean nothing",
+            backbone.name,
         )
         return
     tokens = TokenCache(backbone.tokenizer(), add_bos=benchmark.add_bos)

@@ -36,7 +36,7 @@ def main_with_errors(argv: list[str]) -> int:
     try:
         return dispatch(argv)
     except KeyboardInterrupt:  # the second Ctrl-C, or one outside a run
-        return print_error("stopped; re-run the same command to resume from the latest checkpoint", 130)
+        return print_error("stopped", 130)
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe; Python must not flush into it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -82,7 +82,7 @@ def usage() -> str:
             "clpet COMMAND ...          clpet COMMAND --help describes a command",
             *lines,
             "",
-            "Start with:  clpet train                 the default run: a few minutes on a laptop, no downloads",
+            "Start with:  clpet train                 the default run: about a minute on a laptop, no downloads",
             "             clpet train --help          groups, flags and examples",
             "             clpet list                  the methods, models and benchmarks to choose from",
             'Completion:  eval "$(clpet -sc install=bash)"',

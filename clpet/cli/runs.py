@@ -46,7 +46,7 @@ def _runs_parser() -> argparse.ArgumentParser:
         default="all",
         help="labels to choose from at test time: all seen so far, or only the task's own (task-incremental)",
     )
-    parser.add_argument("--by", choices=("validation",), help="of each row's settings keep the best one on validation")
+    parser.add_argument("--by", choices=("validation",), help="keep each row's best setting by its validation score")
     parser.add_argument("--against", metavar="NAME", help="row that the others are tested against (default: the best)")
     parser.add_argument("--picture", metavar="FILE", help="also plot the rows next to each other (perplexities)")
     parser.add_argument("--benchmark", help="only runs of this benchmark")

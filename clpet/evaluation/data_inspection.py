@@ -164,8 +164,8 @@ def cut_line(record: DataRecord) -> str:
 def _much_cut(tasks: Mapping[str, TaskRecord], benchmark: Benchmark) -> list[str]:
     """Warnings if more than OFTEN of all texts, or of all answers, are truncated."""
     limits = {
-        "texts": f"benchmark.max_length={benchmark.max_length} tokens, prompt included: raise it, or choose what is "
-        f"cut with benchmark.truncate={benchmark.truncate.value} and benchmark.cut_last",
+        "texts": f"benchmark.max_length={benchmark.max_length} tokens, prompt included: raise benchmark.max_length, "
+        f"or set what is cut by benchmark.truncate={benchmark.truncate.value} and benchmark.cut_last",
         "answers": f"benchmark.max_target={benchmark.max_target} tokens, end token included: raise it",
     }
     return [

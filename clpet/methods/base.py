@@ -148,7 +148,7 @@ class Method:
         """Called at the end of every step, also of a skipped one; gradients are already cleared."""
 
     def after_task(self, task: Task, index: int) -> None:
-        """Work after a task was learned: memory selection, Fisher information, fusion, freezing."""
+        """Work after a task was learned: memory selection, Fisher information."""
         self.replay.update_memory(index, self.vectors)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

@@ -93,8 +93,9 @@ def summary_line(matrix: TransferMatrix, row: int) -> str:
     """Average over the tasks seen so far (each counts the same), and over all their test examples (`whole`)."""
     average, micro = matrix.average(row, row), matrix.micro_average(row, row)
     if matrix.direction == "lower":
-        return f"perplexity: average {perplexity(average)} · whole {perplexity(micro)} on {row} seen domains"
-    return f"average {round2(average)} · whole {round2(micro)} on {row} seen tasks"
+        domains = f"{row} seen domain{'s' * (row > 1)}"
+        return f"perplexity: average {perplexity(average)} · whole {perplexity(micro)} on {domains}"
+    return f"average {round2(average)} · whole {round2(micro)} on {row} seen task{'s' * (row > 1)}"
 
 
 def is_summary(line: str) -> bool:

@@ -23,7 +23,7 @@ words = sys.argv[1:]
 noted = {"words": words, "threads": os.environ.get("OMP_NUM_THREADS")}
 pathlib.Path(f"noted-{seed}").write_text(json.dumps(noted))
 print("after  on  a table")
-print("average 50.00 · whole 50.00 on 1 seen tasks", flush=True)
+print("average 50.00 · whole 50.00 on 1 seen task", flush=True)
 if seed == "1":
     print("WARNING: odd data", file=sys.stderr)
     print("clpet: no such file", file=sys.stderr)
@@ -66,7 +66,7 @@ def test_runs_get_their_words_and_cores_and_a_failing_one_does_not_stop_the_othe
     assert "hydra.verbose=false" in noted["0"]["words"]
     assert not any(word == "-m" or word.startswith("hydra.sweep") for word in noted["0"]["words"])
     lines = result.out.splitlines()
-    assert "[1] seed=1: average 50.00 · whole 50.00 on 1 seen tasks" in lines
+    assert "[1] seed=1: average 50.00 · whole 50.00 on 1 seen task" in lines
     assert "[1] seed=1: WARNING: odd data" in lines
     assert all(line.startswith("[") for line in lines), lines
     assert len([line for line in lines if line.startswith("[3] seed=0: ")]) == 3  # started, a task, finished
@@ -126,4 +126,4 @@ def test_a_parallel_sweep_gives_the_scores_of_a_serial_one(clpet, words: Path, t
     }
     assert scores["parallel"] == scores["serial"]
     assert scores["serial"].keys() == {"dynamic_conpet", "replay"}
-    assert len([line for line in result.out.splitlines() if " seen tasks" in line]) == 6
+    assert len([line for line in result.out.splitlines() if " seen task" in line]) == 6

@@ -134,7 +134,7 @@ def test_random_weights_without_a_base_are_told(caplog: pytest.LogCaptureFixture
         caplog.clear()
         model = build(parse_config(compose_config([f"model={name}"])).model, "model")
         base_model.prepare(model, Benchmark("b", []), Hardware(), None, tmp_path, Display(Console(quiet=True), 0))
-        assert ("starts from random weights" in caplog.text) is warned
+        assert ("has random weights and is not pretrained" in caplog.text) is warned
 
 
 def test_a_base_model_is_made_once(prose: Path, clpet) -> None:
