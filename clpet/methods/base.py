@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch, Encoded, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
+from clpet.methods import saved_state
 from clpet.methods.hook_check import check_hooks
 from clpet.objectives.base import AnswerSpace, Predictions
 from clpet.objectives.classification import Head
@@ -37,6 +39,11 @@ class Method:
     task_id_at_test = False  # True: results are task-incremental; a subclass may make it an option
     mergeable: ClassVar[bool] = True  # one set of weights for all inputs, so that adapters can be merged
     uses_validation: ClassVar[bool] = True  # validates after every epoch with train.select=best
+    # Attributes that are saved, restored and counted as described in clpet/methods/saved_state.py; a subclass lists its
+    # own ones in addition to those of its base classes.
+    saved: ClassVar[tuple[str, ...]] = ()  # what later tasks need
+    saved_uncounted: ClassVar[tuple[str, ...]] = ()  # records, which are not counted as stored parameters
+    saved_in_task: ClassVar[tuple[str, ...]] = ()  # what the hooks of a fit gather, to resume inside a task
     cache_dir: ClassVar[str | None] = None  # set by the run: folder of the cache shared by runs
 
     def __init_subclass__(cls) -> None:
@@ -246,7 +253,9 @@ class Method:
         """Number of scalars this method must store in addition to the frozen backbone."""
         adapters = self.objective.adapters
         stored = sum(adapters.count(name) for name in adapters.names)
-        return stored + sum(parameter.numel() for parameter in self.objective.parameters().values())
+        stored += sum(parameter.numel() for parameter in self.objective.parameters().values())
+        names = (attribute for attribute, _ in saved_state.entries(self, "saved"))
+        return stored + sum(saved_state.count(attrgetter(name)(self)) for name in names)
 
     def stored_examples(self) -> int:
         """Number of stored old examples."""
@@ -270,19 +279,23 @@ class Method:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later tasks need, as nested dicts of tensors, numbers, strings and lists."""
-        return {"objective": self.objective.state(), "replay": self.replay.state()}
+        listed = saved_state.save(self, "saved", "saved_uncounted")
+        return {"objective": self.objective.state(), "replay": self.replay.state(), **listed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, on a method fresh from `setup`."""
         self.objective.load(state["objective"])
         self.replay.load(state["replay"])
+        saved_state.load(self, state, self.objective.device, "saved")
+        saved_state.load(self, state, None, "saved_uncounted")
 
     def task_state(self) -> dict[str, Any]:
         """State that the hooks of a fit gather, in addition to the trained tensors; same types as in `state_dict`."""
-        return {}
+        return saved_state.save(self, "saved_in_task")
 
     def load_task_state(self, state: dict[str, Any]) -> None:
         """Restores what `task_state` returned; called inside `learn`, where the fit would start."""
+        saved_state.load(self, state, self.objective.device, "saved_in_task")
 
     def heads(self) -> dict[str, Head]:
         """Heads by name; saved as safetensors at the end of the run."""

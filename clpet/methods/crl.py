@@ -9,7 +9,7 @@ two stages; formulas of both losses are in components/contrastive.py:
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,9 @@ class CRL(Method):
     objectives: ClassVar[tuple[str, ...]] = ("classification",)
     uses_replay: ClassVar[bool] = True
     uses_validation: ClassVar[bool] = False
+    saved: ClassVar[tuple[str, ...]] = ("projection=crl.projection",)
+    saved_uncounted: ClassVar[tuple[str, ...]] = ("prototypes=crl.prototypes", "labels=crl.known")
+    saved_in_task: ClassVar[tuple[str, ...]] = ("bank.z=z", "bank.sums=sums", "rng")
 
     def __post_init__(self) -> None:
         require(self.tau > 0, "method.tau", self.tau, "more than 0")
@@ -206,25 +209,4 @@ class CRL(Method):
         return Predictions(scores)
 
     def stored_parameters(self) -> int:
-        extra = sum(p.numel() for p in self.projection.parameters())
-        return super().stored_parameters() + extra + len(self.labels) * self.objective.dim
-
-    def state_dict(self) -> dict[str, Any]:
-        projection = dict(self.projection.state_dict())
-        crl = {"prototypes": self.prototypes, "known": self.labels, "projection": projection}
-        return {**super().state_dict(), "crl": crl}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        crl = state["crl"]
-        self.prototypes.copy_(crl["prototypes"])
-        self.labels = list(crl["known"])
-        self.projection.load_state_dict(crl["projection"])
-
-    def task_state(self) -> dict[str, Any]:
-        return {"z": self.bank.z, "sums": self.bank.sums, "rng": self.rng.bit_generator.state}
-
-    def load_task_state(self, state: dict[str, Any]) -> None:
-        self.bank.z.copy_(state["z"])
-        self.bank.sums.copy_(state["sums"])
-        self.rng.bit_generator.state = state["rng"]
+        return super().stored_parameters() + len(self.labels) * self.objective.dim  # prototypes that exist

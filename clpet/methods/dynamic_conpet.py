@@ -62,6 +62,7 @@ class DynamicConPET(Modular):
     selector_ratio: float | None = -3.0
 
     uses_replay: ClassVar[bool] = True
+    saved: ClassVar[tuple[str, ...]] = ("router=selector",)
 
     def __post_init__(self) -> None:
         require(self.top_k >= 1, "method.top_k", self.top_k, "at least 1")
@@ -259,17 +260,10 @@ class DynamicConPET(Modular):
         selector = self.router.named_parameters().values() if self.router.learned else ()
         return count + sum(p.numel() for p in selector)
 
-    def stored_parameters(self) -> int:
-        return super().stored_parameters() + self.router.stored()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "selector": self.router.state()}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         for index in range(len(self.modules)):
             self.cache.freeze(module_name(index), *self.readout(index))
-        self.router.load(state["selector"])
 
     def heads(self) -> dict[str, Head]:
         return {**super().heads(), **({"selector": self.router.head} if isinstance(self.router, Selector) else {})}

@@ -5,7 +5,7 @@ it maps the new model's features u to the embeddings e from before the task: min
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,12 @@ class EAEMR(Replay):
     align_epochs: int = 20
 
     objectives: ClassVar[tuple[str, ...]] = ("classification",)
+    saved: ClassVar[tuple[str, ...]] = (
+        "align.weight=alignment.weight",
+        "align.bias=alignment.bias",
+        "rows=alignment.rows",
+        "embeddings=alignment.held",
+    )
 
     def __post_init__(self) -> None:
         require(self.align_lr > 0, "method.align_lr", self.align_lr, "more than 0")
@@ -97,18 +103,3 @@ class EAEMR(Replay):
                 (self.align(u[rows]) - e[rows]).square().sum(1).mean().backward()
                 optimizer.step()
         self.align.requires_grad_(False)
-
-    def stored_parameters(self) -> int:
-        return super().stored_parameters() + self.embeddings.numel() + sum(p.numel() for p in self.align.parameters())
-
-    def state_dict(self) -> dict[str, Any]:
-        align, rows = self.align, self.rows.tolist()
-        alignment = {"weight": align.weight, "bias": align.bias, "rows": rows, "held": self.embeddings}
-        return {**super().state_dict(), "alignment": alignment}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        alignment = state["alignment"]
-        self.align.load_state_dict({name: alignment[name] for name in ("weight", "bias")})
-        self.rows = np.array(alignment["rows"], dtype=np.int64)
-        self.embeddings = alignment["held"].to(self.objective.device)

@@ -10,10 +10,10 @@ Penalty while task k is learned, over adapter and head rows (method.merge):
     average, sum, decay  lambda / 2 sum F (theta - theta_{k-1})^2, with one F merged from those of all earlier tasks
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class EWC(Static):
     fisher: Fisher = Fisher.batch
     merge: Merge = Merge.tasks
     decay: float = 0.9
+
+    saved: ClassVar[tuple[str, ...]] = ("quadratic",)
 
     def __post_init__(self) -> None:
         require(self.strength >= 0, "method.strength", self.strength, "0 or more")
@@ -138,19 +140,8 @@ class EWC(Static):
         for chunk in [rows] if self.fisher is Fisher.batch else np.split(rows, len(rows)):
             yield len(chunk) / len(rows), self.loss(StepContext.of(pool.batch(chunk, device)))
 
-    def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(t.numel() for triple in self.quadratic.values() for t in triple)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "quadratic": {name: list(value) for name, value in self.quadratic.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        device = self.objective.device
-        self.quadratic = {name: tuple(t.to(device) for t in value) for name, value in state["quadratic"].items()}
-
-
-Triple = tuple[Tensor, Tensor, Tensor]
+Triple = Sequence[Tensor]
 
 
 def merged(old: Tensor, new: Tensor, count: int, how: Merge, decay: float) -> Tensor:
@@ -161,8 +152,7 @@ def merged(old: Tensor, new: Tensor, count: int, how: Merge, decay: float) -> Te
 
 
 def _sum(old: Triple, new: Triple) -> Triple:
-    s, m, q = (_grown(a, b) + b for a, b in zip(old, new, strict=True))
-    return s, m, q
+    return [_grown(a, b) + b for a, b in zip(old, new, strict=True)]
 
 
 def _grown(old: Tensor, new: Tensor) -> Tensor:

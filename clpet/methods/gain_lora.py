@@ -6,7 +6,7 @@ where x' is the mean token embedding. Every update of a gate is projected out of
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from clpet.data.benchmark import Task
 from clpet.methods.components.features import mean_pool, token_embeddings, vocabulary
 from clpet.methods.components.subspace import Covariance, project_out, top_singular_vectors
 from clpet.methods.inf_lora import InfLoRA
+from clpet.methods.saved_state import Growing
 from clpet.training.step import StepContext
 
 INPUT_OF = {"down": "x", "up": "hidden", "key": "gate"}  # tensor of a gate -> the input whose basis it must not touch
@@ -59,6 +60,7 @@ class GainLoRA(InfLoRA):
     rescale: bool = True
 
     mergeable: ClassVar[bool] = False
+    saved: ClassVar[tuple[str, ...]] = ("gates",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +68,7 @@ class GainLoRA(InfLoRA):
 
     def init_adapters(self) -> None:
         super().init_adapters()
-        self.gates: list[Gate] = []
+        self.gates = Growing(lambda: self.new_gate("loaded"))
         self.old_gate: dict[str, Tensor] = {}  # tensors of the newest gate before a step, from task 2 on
 
     def new_gate(self, index: int | str) -> Gate:
@@ -129,18 +131,6 @@ class GainLoRA(InfLoRA):
     def named_parameters(self) -> dict[str, nn.Parameter]:
         gate = {f"gate{len(self.gates)}.{name}": p for gate in self.gates[-1:] for name, p in gate.named_parameters()}
         return {**super().named_parameters(), **gate}
-
-    def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(p.numel() for gate in self.gates for p in gate.parameters())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "gates": [gate.state_dict() for gate in self.gates]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.gates = [self.new_gate("loaded") for _ in state["gates"]]
-        for gate, saved in zip(self.gates, state["gates"], strict=True):
-            gate.load_state_dict(saved)
 
 
 def opening(cosine: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class IncLoRA(Method):
 
     supported_pefts: ClassVar[tuple[str, ...]] = ("lora",)
     supports_recompute: ClassVar[bool] = False
+    saved: ClassVar[tuple[str, ...]] = ("stack=increments",)
 
     def init_adapters(self) -> None:
         """Attaches no branch yet: row 0 of the matrix is the bare backbone."""
@@ -62,9 +63,6 @@ class IncLoRA(Method):
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {**self.stack.current(), **self.objective.parameters()}
 
-    def stored_parameters(self) -> int:
-        return super().stored_parameters() + self.stack.count()
-
     def save(self, folder: Path) -> None:
         """Writes each branch as a separate LoRA; using branches that are not simply added takes the router as well."""
         self.stack.save(folder, [module_name(index) for index in range(self.stack.branches)])
@@ -73,10 +71,3 @@ class IncLoRA(Method):
         model = super().merged()
         self.stack.merge()
         return model
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "increments": self.stack.state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.stack.load(state["increments"])

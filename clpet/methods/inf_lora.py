@@ -8,7 +8,7 @@ every x in span(M): training B_t does not change what earlier inputs give. After
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,9 @@ class InfLoRA(IncLoRA):
     design: Design = Design.svd
     epsilon: float = 0.995
     faithful_padding: bool = False
+
+    saved: ClassVar[tuple[str, ...]] = ("bases",)
+    saved_uncounted: ClassVar[tuple[str, ...]] = ("source=same",)
 
     def __post_init__(self) -> None:
         require(0 < self.epsilon < 1, "method.epsilon", self.epsilon, "between 0 and 1")
@@ -110,16 +113,8 @@ class InfLoRA(IncLoRA):
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {name: tensor for name, tensor in super().named_parameters().items() if tensor.requires_grad}
 
-    def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(basis.numel() for basis in self.bases.values())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "bases": self.bases, "same": self.source}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.source = state["same"]
-        self.bases = {name: basis.to(self.objective.device) for name, basis in state["bases"].items()}
         for layer in self.stack.layers.values():
             layer.A.requires_grad_(False)
 

@@ -76,6 +76,9 @@ class KIF(Method):
     replay_phase: str = "union"
 
     uses_replay: ClassVar[bool] = True
+    saved: ClassVar[tuple[str, ...]] = ("accumulated=kif.accumulated",)
+    saved_uncounted: ClassVar[tuple[str, ...]] = ("history=kif.history",)
+    saved_in_task: ClassVar[tuple[str, ...]] = ("importance",)
 
     def __post_init__(self) -> None:
         for option, values in OPTIONS.items():
@@ -233,25 +236,6 @@ class KIF(Method):
         if fusions:
             figures["fusion"] = {"percentages": fusions, "tasks": tasks[1:]}
         return figures
-
-    def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(value.numel() for value in self.accumulated.values())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "kif": {"accumulated": self.accumulated, "history": self.history}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        kif, device = state["kif"], self.objective.device
-        self.accumulated = {name: value.to(device) for name, value in kif["accumulated"].items()}
-        self.history = kif["history"]
-
-    def task_state(self) -> dict[str, Any]:
-        return {"importance": self.importance.state()} if self.importance else {}
-
-    def load_task_state(self, state: dict[str, Any]) -> None:
-        if self.importance:
-            self.importance.load(state["importance"])
 
 
 def unit_percentages(old: Tensor, new: Tensor) -> dict[str, float]:

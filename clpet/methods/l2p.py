@@ -5,9 +5,8 @@ are top_k length vectors; L = CE - key_loss_weight mean_batch sum_chosen cos(q(x
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +26,8 @@ class L2P(Prompts):
     length: int = 5
     top_k: int = 3
     key_loss_weight: float = 0.5
+
+    saved: ClassVar[tuple[str, ...]] = ("prompts=pool.prompts", "keys=pool.keys")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,15 +58,6 @@ class L2P(Prompts):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"prompts": self.prompts, "keys": self.keys}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "pool": self.tensors()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                tensor.copy_(state["pool"][name])
 
 
 def nearest(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:

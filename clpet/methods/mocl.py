@@ -6,7 +6,7 @@ L = CE + matching mean(1 - c_t), which trains the task vector v_t towards the qu
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ class MoCL(IncLoRA):
     task_id_at_test: bool = False
 
     mergeable: ClassVar[bool] = False
+    saved: ClassVar[tuple[str, ...]] = ("keys",)
 
     def __post_init__(self) -> None:
         require(self.scale > 0, "method.scale", self.scale, "more than 0")
@@ -49,7 +50,7 @@ class MoCL(IncLoRA):
 
     def init_adapters(self) -> None:
         super().init_adapters()
-        self.keys: list[nn.Parameter] = []  # v_1 .. v_t; only the last one is trained
+        self.keys = nn.ParameterList()  # v_1 .. v_t; only the last one is trained
         self.query_row = torch.full((len(self.data.train),), -1)  # train row -> row of `queries`
 
     def add_branch(self, index: int) -> None:
@@ -96,13 +97,3 @@ class MoCL(IncLoRA):
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {**super().named_parameters(), **{f"key{len(self.keys)}": key for key in self.keys[-1:]}}
-
-    def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(key.numel() for key in self.keys)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "keys": self.keys}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.keys = [nn.Parameter(key.to(self.objective.device)) for key in state["keys"]]

@@ -1,7 +1,7 @@
 """Modular: base of methods with a module (adapter and head) per task, which route each input to one or more modules."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.base import Method, Predictions
+from clpet.methods.saved_state import Growing
 from clpet.objectives.classification import MISSING, Head
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
@@ -28,10 +29,11 @@ class Modular(Method):
     objectives: ClassVar[tuple[str, ...]] = ("classification",)
     needs_adapter: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
+    saved: ClassVar[tuple[str, ...]] = ("modules",)
 
     def init_adapters(self) -> None:
         """Attaches nothing before the first task: row 0 of the matrix is the bare backbone."""
-        self.modules: list[Head] = []
+        self.modules: list[Head] = Growing(lambda: self.objective.new_head(self.seed))
         self.start = self.objective.new_head(self.seed).start  # [labels, dim + 1]: initial row of every label
 
     def add_module(self, index: int) -> None:
@@ -113,19 +115,6 @@ class Modular(Method):
             subset = batch if len(missed) == len(batch) else batch.select(missed)
             scores[missed] = self.route(subset, batch.tasks[missed][:, None])
         return Predictions(scores)
-
-    def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(p.numel() for head in self.modules for p in head.parameters())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "modules": [head.state() for head in self.modules]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for saved in state["modules"]:
-            head = self.objective.new_head(self.seed)
-            head.load(saved)
-            self.modules.append(head)
 
     def heads(self) -> dict[str, Head]:
         return {module_name(index): head for index, head in enumerate(self.modules)}

@@ -5,7 +5,7 @@ trained, L = CE. Optionally P_t is reparametrised as P_t + MLP(P_t) during train
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class ProgressivePrompts(Prompts):
     length: int = 10
     mlp: int = 0
     task_id_at_test: bool = False
+
+    saved: ClassVar[tuple[str, ...]] = ("frozen=prompts.frozen", "new=prompts.new")
+    saved_uncounted: ClassVar[tuple[str, ...]] = ("mlp_state=prompts.mlp",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +60,17 @@ class ProgressivePrompts(Prompts):
         dim = self.new.shape[1]
         return nn.Sequential(nn.Linear(dim, self.mlp), nn.Tanh(), nn.Linear(self.mlp, dim)).to(self.objective.device)
 
+    @property
+    def mlp_state(self) -> dict[str, Tensor]:
+        """Tensors of the newest prompt's MLP; empty without one. Assigning them builds it."""
+        return {} if self.reparametrisation is None else dict(self.reparametrisation.state_dict())
+
+    @mlp_state.setter
+    def mlp_state(self, tensors: dict[str, Tensor]) -> None:
+        if tensors:
+            self.reparametrisation = self.network(len(self.frozen))
+            self.reparametrisation.load_state_dict(tensors)
+
     def newest(self) -> Tensor:
         """P_t, or P_t + MLP(P_t)."""
         return self.new if self.reparametrisation is None else self.new + self.reparametrisation(self.new)
@@ -84,16 +98,3 @@ class ProgressivePrompts(Prompts):
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"task{index:03d}": prompt for index, prompt in enumerate([*self.frozen, self.newest()])}
-
-    def state_dict(self) -> dict[str, Any]:
-        mlp = {} if self.reparametrisation is None else self.reparametrisation.state_dict()
-        return {**super().state_dict(), "prompts": {"frozen": self.frozen, "new": self.new, "mlp": mlp}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        prompts, device = state["prompts"], self.objective.device
-        self.frozen = [prompt.to(device) for prompt in prompts["frozen"]]
-        self.new = nn.Parameter(prompts["new"].to(device))
-        if prompts["mlp"]:
-            self.reparametrisation = self.network(len(self.frozen))
-            self.reparametrisation.load_state_dict(prompts["mlp"])

@@ -52,9 +52,6 @@ class Prompts(Method):
         generator = torch.Generator().manual_seed(derive(self.seed, "prompt", *names))
         return weight[torch.randint(len(weight), (count,), generator=generator).to(weight.device)].float()
 
-    def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(tensor.numel() for tensor in self.tensors().values())
-
     def save(self, folder: Path) -> None:
         """Writes the prompts as safetensors."""
         folder.mkdir(parents=True, exist_ok=True)

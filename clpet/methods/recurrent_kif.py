@@ -13,7 +13,7 @@ steps of an incomplete round at the end of a task are not fused.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ class RecurrentKIF(Method):
     clear_outer: bool = False
 
     uses_replay: ClassVar[bool] = True
+    saved_in_task: ClassVar[tuple[str, ...]] = (
+        "inner", "outer", "steps", "fusions", "skipped=left_out", "start", "middle"
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         require(self.inner_steps >= 1, "method.inner_steps", self.inner_steps, "at least 1")
@@ -123,17 +126,6 @@ class RecurrentKIF(Method):
         if self.clear_outer:
             self.outer.clear()
         self.fusions += 1
-
-    def task_state(self) -> dict[str, Any]:
-        scores = {"inner": self.inner.state(), "outer": self.outer.state()}
-        counts = {"steps": self.steps, "fusions": self.fusions, "left_out": self.skipped}
-        return {**scores, **counts, "start": self.start, "middle": self.middle}
-
-    def load_task_state(self, state: dict[str, Any]) -> None:
-        self.inner.load(state["inner"])
-        self.outer.load(state["outer"])
-        self.start, self.middle = (state[name].to(self.start.device, copy=True) for name in ("start", "middle"))
-        self.steps, self.fusions, self.skipped = state["steps"], state["fusions"], list(state["left_out"])
 
     def diagnostics(self) -> dict[str, float]:
         return self.statistics

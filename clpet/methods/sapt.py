@@ -7,7 +7,7 @@ weights for old inputs are distilled.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -52,6 +52,12 @@ class SAPT(IncLoRA):
     faithful_padding: bool = False
 
     mergeable: ClassVar[bool] = False
+    saved: ClassVar[tuple[str, ...]] = (
+        "query=router.query",
+        "all_keys=router.keys",
+        "memory=router.memory",
+        "means=router.means",
+    )
 
     def __post_init__(self) -> None:
         require(self.kl_ratio >= 0, "method.kl_ratio", self.kl_ratio, "0 (off) or more")
@@ -63,7 +69,7 @@ class SAPT(IncLoRA):
         device, self.dim = self.objective.device, vocabulary(self.objective.adapters.model).shape[1]
         self.query = Query(self.dim, self.hidden, derive(self.seed, "query")).to(device)
         self.keys = [torch.empty(0, self.dim, device=device)]  # [old tasks, d], then k_t once training starts
-        self.memory: dict[int, np.ndarray] = {}  # task -> train rows of its stored inputs
+        self.memory: dict[int, list[int]] = {}  # task -> train rows of its stored inputs
         self.means: list[Tensor] = []  # per task i: mean weights [i + 1] right after learning it
         self.pooled_memory: list[Tensor] = []  # per old task: pooled vectors [n, d] of its stored inputs
 
@@ -75,8 +81,18 @@ class SAPT(IncLoRA):
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         distils = self.kl_ratio and self.share
-        self.pooled_memory = [self.pooled(self.data.train, rows) for rows in self.memory.values()] if distils else []
+        stored = self.memory.values() if distils else ()
+        self.pooled_memory = [self.pooled(self.data.train, np.array(rows)) for rows in stored]
         super().learn(task, index, trainer)
+
+    @property
+    def all_keys(self) -> Tensor:
+        """[tasks, d]: all keys. Assigned keys are frozen but for the last one."""
+        return torch.cat(self.keys).detach()
+
+    @all_keys.setter
+    def all_keys(self, keys: Tensor) -> None:
+        self.keys = [keys[:-1], nn.Parameter(keys[-1:])]
 
     def pool(self, batch: Batch) -> Tensor:
         """[batch, dim]: the elementwise maximum of the token embeddings."""
@@ -110,7 +126,7 @@ class SAPT(IncLoRA):
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)
         rows, rng = self.data.train.rows_of(index), self.replay.rng(index, "inputs")
-        self.memory[index] = stratified_sample(self.data.train.labels, rows, self.share, rng)
+        self.memory[index] = stratified_sample(self.data.train.labels, rows, self.share, rng).tolist()
         pool = self.data.validation if len(self.data.validation.rows_of(index)) else self.data.train
         with torch.no_grad():
             self.means.append(self.scores(self.pooled(pool, pool.rows_of(index))).softmax(1).mean(0))
@@ -118,27 +134,6 @@ class SAPT(IncLoRA):
     def stored_examples(self) -> int:
         """Number of stored inputs, whose labels are not used."""
         return super().stored_examples() + sum(len(rows) for rows in self.memory.values())
-
-    def stored_parameters(self) -> int:
-        router = [*self.query.parameters(), *self.keys, *self.means]
-        return super().stored_parameters() + sum(tensor.numel() for tensor in router)
-
-    def state_dict(self) -> dict[str, Any]:
-        router = {
-            "query": self.query.state_dict(),
-            "keys": torch.cat(self.keys).detach(),
-            "memory": {str(task): rows.tolist() for task, rows in self.memory.items()},
-            "means": self.means,
-        }
-        return {**super().state_dict(), "router": router}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        router, device = state["router"], self.objective.device
-        self.query.load_state_dict(router["query"])
-        self.keys = [router["keys"][:-1].to(device), nn.Parameter(router["keys"][-1:].to(device))]
-        self.memory = {int(task): np.array(rows, dtype=np.int64) for task, rows in router["memory"].items()}
-        self.means = [mean.to(device) for mean in router["means"]]
 
 
 def scores(x: Tensor, keys: Tensor) -> Tensor:

@@ -91,6 +91,12 @@ class SLM(Method):
     supported_pefts: ClassVar[tuple[str, ...]] = ("frozen",)
     mergeable: ClassVar[bool] = False
     supports_recompute: ClassVar[bool] = False
+    saved: ClassVar[tuple[str, ...]] = (
+        "key_pool=slm.keys",
+        "stack=slm.values",
+        "task_heads=slm.rows",
+        "stats=slm.tally",
+    )
 
     def __post_init__(self) -> None:
         for option, values in OPTIONS.items():
@@ -144,7 +150,7 @@ class SLM(Method):
         self.embeddings = Embeddings(encoder, self.benchmark, self.data)
         targets = self.targets or require_attention_outputs(objective.adapters.model)
         lora = Lora(r=self.rank, alpha=self.rank, targets=targets)
-        self.stack = StackedLora(objective.adapters, lora.peft_config(objective.backbone))
+        self.stack = StackedLora(objective.adapters, lora.peft_config(objective.backbone), self.per_task)
         self.key_pool: list[Tensor] = []  # per task [G, P, h]
         self.task_heads = None if objective.generates else TaskHeads(objective, self.task_id_at_test)
         self.stats = RetrievalStats(len(self.benchmark), objective.device)
@@ -280,32 +286,10 @@ class SLM(Method):
     def trainable_parameters(self) -> int:
         return super().trainable_parameters() + sum(keys.numel() for keys in self.key_pool[-1:])
 
-    def stored_parameters(self) -> int:
-        heads = self.task_heads.count() if self.task_heads else 0
-        return super().stored_parameters() + self.stack.count() + heads + sum(k.numel() for k in self.key_pool)
-
     def save(self, folder: Path) -> None:
         """Writes each value as a separate LoRA; using them takes the keys as well."""
         names = [f"{module_name(task)}.{value}" for task in range(len(self.key_pool)) for value in range(self.per_task)]
         self.stack.save(folder, names)
-
-    def state_dict(self) -> dict[str, Any]:
-        slm = {
-            "keys": self.key_pool,
-            "values": self.stack.state(),
-            "rows": self.task_heads.state() if self.task_heads else [],
-            "tally": self.stats.state(),
-        }
-        return {**super().state_dict(), "slm": slm}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        slm, device = state["slm"], self.objective.device
-        self.key_pool = [keys.to(device) for keys in slm["keys"]]
-        self.stack.load(slm["values"], self.per_task)
-        self.stats.load(slm["tally"])
-        if self.task_heads:
-            self.task_heads.load(slm["rows"])
 
     def heads(self) -> dict[str, Head]:
         heads = self.task_heads.heads if self.task_heads else []

@@ -53,7 +53,7 @@ class StackedLora:
     Raises ModelError if no layer matches, or if a target of `config` matches none.
     """
 
-    def __init__(self, adapters: Adapters, config: peft.PeftConfig | None = None) -> None:
+    def __init__(self, adapters: Adapters, config: peft.PeftConfig | None = None, newest: int = 1) -> None:
         for target in getattr(config, "target_modules", None) or []:
             if not any(matches(name, target) for name, _ in adapters.model.named_modules()):
                 layers = suggest("", linear_layers(adapters.model))
@@ -61,6 +61,7 @@ class StackedLora:
         config = config or adapters.config
         assert isinstance(config, peft.LoraConfig)
         self.adapters, self.config = adapters, config
+        self.newest = newest  # number of branches that are trained together
         self.rank, self.scale = self.config.r, self.config.lora_alpha / self.config.r
         self.dropout = self.config.lora_dropout
         self.weights: Tensor | None = None  # [n r] or [batch, n r]
@@ -81,6 +82,7 @@ class StackedLora:
 
     def add(self, seed: int, count: int = 1, init: Init = kaiming) -> None:
         """Freezes the newest branches and adds `count` new ones in fp32: A from `init`, B = 0."""
+        self.newest = count
         generator = torch.Generator().manual_seed(seed)
         for layer in self.layers.values():
             A = torch.empty(count * self.rank, layer.d_in)
@@ -134,11 +136,11 @@ class StackedLora:
         """A and B of all branches by layer."""
         return {name: dict(zip("AB", layer.all(), strict=True)) for name, layer in self.layers.items()}
 
-    def load(self, state: dict[str, dict[str, Tensor]], newest: int = 1) -> None:
+    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Restores what `state` returned; the last `newest` branches become the trainable ones."""
         for name, layer in self.layers.items():
             A, B = state[name]["A"], state[name]["B"]
-            if frozen := len(A) - newest * self.rank if len(A) else 0:
+            if frozen := len(A) - self.newest * self.rank if len(A) else 0:
                 layer.set(A[:frozen], B[:, :frozen], A[frozen:], B[:, frozen:])
             else:
                 layer.set(A[:0], B[:, :0], A, B)

@@ -30,7 +30,7 @@ class Selector:
         self.head = objective.new_head(seed, [f"task {name}" for name in tasks])
         self.head.grow([0])
 
-    def stored(self) -> int:
+    def count(self) -> int:
         """Number of scalars in the head."""
         return sum(p.numel() for p in self.head.parameters())
 
@@ -115,7 +115,7 @@ class Prototypes:
         """Empty: nothing is trained."""
         return {}
 
-    def stored(self) -> int:
+    def count(self) -> int:
         """Number of stored scalars."""
         return sum(means.numel() for means in self.means)
 
