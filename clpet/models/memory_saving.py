@@ -56,7 +56,7 @@ def nf4_arguments(device: torch.device, dtype: torch.dtype) -> dict[str, object]
     """Arguments of from_pretrained for NF4 weights with doubly quantised scales that compute in `dtype`."""
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     return {"quantization_config": config, "device_map": {"": device}}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NotRequired, Protocol, TypedDict, cast, overload
 
+import numpy as np
 from torch import Tensor, nn
 
 
@@ -61,7 +62,7 @@ class Tokenizer(Protocol):
     @overload
     def __call__(self, text: list[str], **options: object) -> TextsEncoding: ...
 
-    def decode(self, ids: Sequence[int] | Tensor, **options: object) -> str: ...
+    def decode(self, ids: Sequence[int] | Tensor | np.ndarray, **options: object) -> str: ...
 
     def batch_decode(self, rows: Sequence[Sequence[int]] | Tensor, **options: object) -> list[str]: ...
 
@@ -85,6 +86,7 @@ class NetworkConfig(Protocol):
     num_hidden_layers: int
     pad_token_id: int
     tie_word_embeddings: bool
+    decoder_start_token_id: int  # of encoder-decoders
     _attn_implementation: str
 
     def to_dict(self) -> dict[str, object]: ...
@@ -112,6 +114,41 @@ class SavedNetwork(Protocol):
     def save_pretrained(self, folder: str | Path) -> object: ...
 
 
+class KeyValueCache(Protocol):
+    """The keys and values of the tokens read so far."""
+
+    def batch_repeat_interleave(self, repeats: int) -> object: ...
+
+
+class NetworkOutput(Protocol):
+    """The output of a forward pass; which attributes it has depends on the auto class."""
+
+    logits: Tensor
+    last_hidden_state: Tensor
+    past_key_values: KeyValueCache
+
+
+class Network(Protocol):
+    """A network of transformers, as clpet calls it."""
+
+    config: NetworkConfig
+
+    def __call__(self, **inputs: object) -> NetworkOutput: ...
+
+    def generate(self, **inputs: object) -> Tensor: ...
+
+    def get_encoder(self) -> "Network": ...
+
+    def get_input_embeddings(self) -> nn.Module: ...
+
+    def get_output_embeddings(self) -> nn.Module: ...
+
+
+def network_of(model: nn.Module) -> Network:
+    """The model as a network of transformers; nn.Module declares its attributes as tensors and modules only."""
+    return cast(Network, model)
+
+
 def config_of(model: nn.Module) -> NetworkConfig:
-    """The config of a network; nn.Module declares its attributes as tensors and modules only."""
-    return cast(NetworkConfig, model.config)
+    """The config of a network."""
+    return network_of(model).config

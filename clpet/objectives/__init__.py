@@ -1,7 +1,10 @@
 """Training objectives. `load` returns the class of an objective by its name."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clpet.objectives.base import Objective
 
 CLASS_PATHS = {
     "classification": "clpet.objectives.classification.Classification",
@@ -10,7 +13,8 @@ CLASS_PATHS = {
 }
 
 
-def load(name: str) -> Any:
+def load(name: str) -> "type[Objective]":
     """The class of an objective, imported only when it is needed."""
     module, _, class_name = CLASS_PATHS[name].rpartition(".")
-    return getattr(importlib.import_module(module), class_name)
+    found: type[Objective] = getattr(importlib.import_module(module), class_name)
+    return found

@@ -2,9 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -18,11 +18,32 @@ from clpet.errors import ModelError
 from clpet.models.adapters import Adapters
 from clpet.models.architectures import first_position
 from clpet.models.backbone import Backbone
+from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives.cost_meter import Meter
+from clpet.runtime.hardware import Hardware
+
+if TYPE_CHECKING:
+    from clpet.objectives.classification import Head
 
 log = logging.getLogger(__name__)
 
+Columns = dict[str, Tensor | np.ndarray]  # one value per example
 Encode = Callable[[list[Example], list[int], list[int]], EncodedDataset]
+
+
+class HeadState(TypedDict):
+    """The rows of a classification head and their labels."""
+
+    labels: list[int]
+    weight: Tensor  # [rows, dim]
+    bias: Tensor  # [rows]
+
+
+class ObjectiveState(TypedDict):
+    """The state of an objective."""
+
+    adapters: dict[str, dict[str, Tensor]]
+    head: NotRequired[HeadState]
 
 
 @dataclass
@@ -83,16 +104,16 @@ class Objective:
         benchmark: Benchmark,
         backbone: Backbone,
         adapters: Adapters,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         seed: int,
-        hardware: Any,
+        hardware: Hardware,
         evaluation: EvaluationOptions,
     ) -> None:
         self.benchmark, self.backbone, self.adapters = benchmark, backbone, adapters
         self.tokenizer, self.seed, self.evaluation = tokenizer, seed, evaluation
         self.eval_batch_size = hardware.eval_batch_size
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
-        self.dim = int(adapters.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.dim = int(config_of(adapters.model).hidden_size)
         self.meter = Meter()
         self.prompt: Callable[[Batch], Tensor] | None = None  # [batch, p, dim] in front of the text's embeddings
         self._check_lengths()
@@ -102,7 +123,7 @@ class Objective:
 
     def _check_lengths(self) -> None:
         """Lowers benchmark.max_length to what the model can read; raises ModelError if the user has set it."""
-        config: Any = self.adapters.model.config
+        config = config_of(self.adapters.model)
         if len(self.tokenizer) > config.vocab_size:
             raise ModelError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model's embedding only {config.vocab_size}"
@@ -137,7 +158,7 @@ class Objective:
         """Raises ConfigError for tasks that cannot be evaluated as configured, before the backbone is loaded."""
 
     @classmethod
-    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
+    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         """A function that turns examples into an EncodedDataset; needs no weights."""
         raise NotImplementedError
 
@@ -149,12 +170,12 @@ class Objective:
         """[batch, length] for each text that `logits` passes through the network: 1 for tokens, 0 for padding."""
         return [batch.attention_mask]
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
+    def inputs(self, batch: Batch) -> Mapping[str, Tensor | None]:
         """Inputs of the backbone: token ids, or a prompt followed by the embeddings of the tokens."""
         mask = batch.attention_mask if batch.padded else None
         if self.prompt is None:
             return {"input_ids": batch.input_ids, "attention_mask": mask}
-        text = self.adapters.model.get_input_embeddings()(batch.input_ids)  # type: ignore[operator]
+        text = network_of(self.adapters.model).get_input_embeddings()(batch.input_ids)
         prompt = self.prompt(batch).to(text.dtype)
         if mask is not None:
             mask = torch.cat([mask.new_ones(prompt.shape[:2]), mask], dim=1)
@@ -190,7 +211,7 @@ class Objective:
 
     def prediction_columns(
         self, batch: Batch, predictions: Predictions, task_aware: Predictions, choices: AnswerSpace
-    ) -> dict[str, Any]:
+    ) -> Columns:
         """Columns of an evaluation, one value per example: `score`, `own_score` and the answer.
 
         `task_aware` are the predictions with the task id given, for the task-incremental view (`own_score`).
@@ -221,15 +242,15 @@ class Objective:
         """Trained parameters other than the adapter's, by name."""
         return {}
 
-    def heads(self) -> dict[str, Any]:
+    def heads(self) -> "dict[str, Head]":
         """Heads by name."""
         return {}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> ObjectiveState:
         """State dict: the adapters, and what a subclass adds."""
         return {"adapters": self.adapters.state()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: ObjectiveState) -> None:
         """Restores what `state` returned."""
         for name, tensors in state["adapters"].items():
             self.adapters.load(name, tensors)
@@ -237,8 +258,9 @@ class Objective:
 
 def longest_input(adapters: Adapters) -> int | None:
     """Number of positions of the backbone, minus the virtual tokens of prompt tuning; None without a limit."""
-    config: Any = adapters.model.config
-    positions = getattr(config, "max_position_embeddings", None)
+    config = config_of(adapters.model)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return None
-    return positions - first_position(config) - (getattr(adapters.config, "num_virtual_tokens", 0) or 0)
+    virtual: int = getattr(adapters.config, "num_virtual_tokens", 0) or 0
+    return positions - first_position(config) - virtual

@@ -1,6 +1,6 @@
 """Cross-entropy over a large vocabulary in chunks, so that the logits of all tokens never exist at the same time."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ def mean_nll(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     if len(targets) == 0:
         return states.sum() * 0.0
     if type(head) is nn.Linear:
-        return _SumNll.apply(states, head.weight, head.bias, targets) / len(targets)
+        total: Tensor = _SumNll.apply(states, head.weight, head.bias, targets)
+        return total / len(targets)
     return _checkpointed(states, targets, head).mean()
 
 
@@ -25,9 +26,9 @@ def token_nll(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     return torch.cat(chunks) if chunks else targets.new_zeros(0, dtype=torch.float32)
 
 
-def _chunk_size(head: Any) -> int:
+def _chunk_size(head: nn.Module) -> int:
     """Number of states per chunk."""
-    return max(1, CHUNK // head.weight.shape[0])
+    return max(1, CHUNK // len(cast(Tensor, head.weight)))
 
 
 def _chunks(states: Tensor, targets: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:

@@ -1,19 +1,22 @@
 """Classification: a linear head on a representation of the text, with a row for each label seen so far."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clpet.config.schema import EvaluationOptions
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset, pad_id
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template
 from clpet.errors import ModelError
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Backbone, Representation, representation
-from clpet.objectives.base import AnswerSpace, Encode, Objective, Predictions
+from clpet.models.protocols import Tokenizer, network_of
+from clpet.objectives.base import AnswerSpace, Columns, Encode, HeadState, Objective, ObjectiveState, Predictions
+from clpet.runtime.hardware import Hardware
 
 MISSING = -100.0  # logit of a label that no selected module scores (ConPET, section 3.7)
 
@@ -61,11 +64,11 @@ class Head(nn.Module):
             logits[:, self.labels] = self(h).to(logits.dtype)
         return logits
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> HeadState:
         """Rows and their labels."""
         return {"labels": list(self.labels), "weight": self.weight.detach(), "bias": self.bias.detach()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: HeadState) -> None:
         """Restores what `state` returned."""
         self.labels = list(state["labels"])
         self.weight = nn.Parameter(state["weight"].to(self.start.device))
@@ -82,9 +85,18 @@ class Classification(Objective):
 
     name = "classification"
 
-    def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        backbone: Backbone,
+        adapters: Adapters,
+        tokenizer: Tokenizer,
+        seed: int,
+        hardware: Hardware,
+        evaluation: EvaluationOptions,
+    ) -> None:
         self.representation = representation(backbone, benchmark.template)
-        super().__init__(benchmark, backbone, *rest)
+        super().__init__(benchmark, backbone, adapters, tokenizer, seed, hardware, evaluation)
         self.pooler = self.load_pooler() if self.representation is Representation.pooled else None
         self.head = self.new_head(self.seed)
         mask = torch.full((len(benchmark), len(benchmark.labels)), float("-inf"))
@@ -93,7 +105,7 @@ class Classification(Objective):
         self.task_label_mask = mask.to(self.device)  # [tasks, labels]: minus infinity for labels of other tasks
 
     @classmethod
-    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
+    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         needs_mask = representation(backbone, benchmark.template) is Representation.mask
         template = Template(
             tokenizer, benchmark.template, benchmark.max_length, needs_mask, truncate=benchmark.truncate
@@ -127,14 +139,15 @@ class Classification(Objective):
         """
         self.meter.count(batch, torch.is_grad_enabled())
         with self.autocast:
-            hidden = self.adapters.model(**self.inputs(batch)).last_hidden_state
+            hidden = network_of(self.adapters.model)(**self.inputs(batch)).last_hidden_state
         hidden = hidden[:, -batch.input_ids.shape[1] :]  # without the prompt in front
         h = self.pooler(hidden).float() if self.pooler else pool(hidden, batch, self.representation)
         return F.dropout(h, self.backbone.head_dropout, self.adapters.training)
 
     def logits(self, batch: Batch) -> Tensor:
         """[batch, head rows]."""
-        return self.head(self.features(batch))
+        logits: Tensor = self.head(self.features(batch))
+        return logits
 
     def targets(self, batch: Batch) -> Tensor:
         """[batch]: the label's column of the head."""
@@ -159,7 +172,7 @@ class Classification(Objective):
 
     def prediction_columns(
         self, batch: Batch, predictions: Predictions, task_aware: Predictions, choices: AnswerSpace
-    ) -> dict[str, Any]:
+    ) -> Columns:
         """Two views: all seen labels compete, so a task not learned yet scores 0; or only the task's own labels."""
         assert predictions.scores is not None
         assert task_aware.scores is not None
@@ -185,10 +198,10 @@ class Classification(Objective):
     def heads(self) -> dict[str, Head]:
         return {"default": self.head}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> ObjectiveState:
         return {**super().state(), "head": self.head.state()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: ObjectiveState) -> None:
         super().load(state)
         self.head.load(state["head"])
 

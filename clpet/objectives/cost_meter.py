@@ -2,8 +2,9 @@
 
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -32,6 +33,13 @@ class Cost:
 
 
 MAX_OVER_RANKS = ("seconds", "skipped_steps", "peak_memory_mb")  # all other counters are summed over ranks
+
+
+class EvaluationCost(TypedDict):
+    """The cost of one evaluation."""
+
+    evaluation_seconds: float
+    evaluated_examples: int
 
 
 class Meter:
@@ -65,27 +73,28 @@ class Meter:
         if self.kind == "learned":
             self.cost.cached_examples += examples
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, float]:
         """The counters of training so far, over all ranks."""
         peak = max(self.cost.peak_memory_mb, peak_memory_mb())
         local = {**asdict(self.cost), "seconds": time.perf_counter() - self._since, "peak_memory_mb": peak}
         ranks = get_world().gather(local)
         return {name: (max if name in MAX_OVER_RANKS else sum)(rank[name] for rank in ranks) for name in local}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, float]) -> None:
         """Continues from a state: passes repeated after a resume are not counted twice."""
-        self.cost = Cost(**(state if get_world().is_main else {name: state[name] for name in MAX_OVER_RANKS}))
+        counters = state if get_world().is_main else {name: state[name] for name in MAX_OVER_RANKS}
+        self.cost = Cost(**counters)  # type: ignore[arg-type]  # the numbers of `state`, in which counts are integers
         self._since = time.perf_counter() - self.cost.seconds
 
-    def take_learning(self) -> dict[str, Any]:
+    def take_learning(self) -> dict[str, float]:
         """Returns the counters of training since the last call and resets them."""
         taken = self.state()
         self.restart()
         return taken
 
-    def take_evaluation(self) -> dict[str, Any]:
+    def take_evaluation(self) -> EvaluationCost:
         """Returns seconds and examples of the evaluation since the last call and resets the counters."""
-        taken = {
+        taken: EvaluationCost = {
             "evaluation_seconds": time.perf_counter() - self._since,
             "evaluated_examples": sum(get_world().gather(self.cost.evaluated_examples)),
         }

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +20,7 @@ from clpet.data.benchmark import Benchmark, Example
 from clpet.data.packing import Windows
 from clpet.data.template import first_tokens
 from clpet.data.token_cache import Stream
+from clpet.models.protocols import Tokenizer
 
 MAX_DOCUMENTS = 5000  # of a split, for key terms and prompts
 _WORD = re.compile(r"[^\W\d_]{3,}")  # three or more letters
@@ -117,7 +117,9 @@ def _prompts(domain: str, text: str, terms: set[str], characters: int, min_chara
         yield Prompt(domain, term, context, text[start - 1 : free])
 
 
-def prompt_windows(benchmark: Benchmark, tokenizer: Any, per_domain: int, pad_id: int, split: str = "test") -> Windows:
+def prompt_windows(
+    benchmark: Benchmark, tokenizer: Tokenizer, per_domain: int, pad_id: int, split: str = "test"
+) -> Windows:
     """A window per prompt: the end of its context and the first token of its term, the only token to predict."""
     tasks = {task.name: task for task in benchmark.tasks}
     terms = key_terms({name: _texts(task.train) for name, task in tasks.items()})
@@ -137,7 +139,7 @@ def _texts(documents: Iterable[Example]) -> Iterator[str]:
     return (example.text for example in islice(documents, MAX_DOCUMENTS))
 
 
-def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+def _ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Tokens of a context and of its term, up to the first token that is not only a space."""
     before = tokenizer(prompt.context, add_special_tokens=False)["input_ids"]
     full = tokenizer(prompt.context + prompt.target, add_special_tokens=False)["input_ids"]

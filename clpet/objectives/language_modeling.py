@@ -7,8 +7,7 @@ For a masked backbone it is the pseudo-perplexity of the masked positions, which
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,16 +15,18 @@ from torch import Tensor, nn
 
 from clpet.config.schema import CapUnit, EvaluationOptions
 from clpet.data.batches import Batch, Encoded, EncodedDataset, pad_id
-from clpet.data.benchmark import SPLITS, Benchmark
+from clpet.data.benchmark import SPLITS, Benchmark, Example
 from clpet.data.packing import Masking, Windows, pack
 from clpet.data.token_cache import Stream, TokenCache
 from clpet.errors import ConfigError, DataError, ModelError
+from clpet.models.adapters import Adapters
 from clpet.models.architectures import first_position, logit_cap
 from clpet.models.backbone import Architecture, Backbone
-from clpet.models.protocols import config_of
+from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives import chunked_cross_entropy
-from clpet.objectives.base import AnswerSpace, Objective, Predictions, TaskScore
+from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions, TaskScore
 from clpet.objectives.key_term_rank import prompt_windows, rank_statistics, ranks
+from clpet.runtime.hardware import Hardware
 
 EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of this many tokens
 
@@ -36,16 +37,26 @@ class LanguageModeling(Objective):
     name = "language_modeling"
     generates = True
 
-    def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        backbone: Backbone,
+        adapters: Adapters,
+        tokenizer: Tokenizer,
+        seed: int,
+        hardware: Hardware,
+        evaluation: EvaluationOptions,
+    ) -> None:
         self.causal = backbone.architecture is Architecture.decoder
-        super().__init__(benchmark, backbone, *rest)
+        super().__init__(benchmark, backbone, adapters, tokenizer, seed, hardware, evaluation)
         for task in benchmark.tasks if not self.causal else ():
             task.metric = "pseudo_perplexity"
         self.rank_windows: Windows | None = None  # contexts of key terms (evaluation.rank_prompts)
         if self.tokenizer.mask_token_id is None and not self.causal:
             raise ModelError(f"model {backbone.name} has no mask token, so it cannot be trained as a masked one")
-        config: Any = self.adapters.model.config
-        if cap := logit_cap(config):  # the chunked loss applies the output layer itself and would leave the cap out
+        if cap := logit_cap(
+            config_of(self.adapters.model)
+        ):  # the chunked loss applies the output layer itself and would leave the cap out
             raise ModelError(f"model {backbone.name} caps its logits ({cap}), which language_modeling does not support")
         if self.evaluation.rank_prompts and not self.causal:
             raise ConfigError(f"evaluation.rank_prompts needs a decoder, which model {backbone.name} is not")
@@ -77,9 +88,13 @@ class LanguageModeling(Objective):
             )
 
     @classmethod
-    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Any:
+    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         """Not used: `encode` makes windows from entire domains."""
-        return None
+
+        def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:
+            raise NotImplementedError("plain text is encoded as windows")
+
+        return encode
 
     # Windows
 
@@ -102,6 +117,7 @@ class LanguageModeling(Objective):
         masking = None
         if not self.causal:
             special, size = np.array(self.tokenizer.all_special_ids), len(self.tokenizer)
+            assert self.tokenizer.mask_token_id is not None  # checked in __init__
             masking = Masking(self.tokenizer.mask_token_id, special, size, seed=0, training=split == "train")
         bos_id = self.bos_id if self.evaluation.bos and split != "train" else None
         return Windows(pad_id(self.tokenizer), self.benchmark.document_mask, masking, bos_id)
@@ -112,7 +128,9 @@ class LanguageModeling(Objective):
         bos, cls = self.tokenizer.bos_token_id, self.tokenizer.cls_token_id
         return cls if bos is None else bos
 
-    def _add(self, pool: Windows, index: int, name: str, split: str, tokens: TokenCache, documents: Any) -> None:
+    def _add(
+        self, pool: Windows, index: int, name: str, split: str, tokens: TokenCache, documents: Sequence[Example]
+    ) -> None:
         lazy = self.benchmark.stream and split == "train"
         stream = tokens.lazy_stream(documents) if lazy else tokens.stream(documents, sized=split != "train")
         needs = [key for key in ("document_mask", "add_bos") if getattr(self.benchmark, key)]
@@ -134,13 +152,14 @@ class LanguageModeling(Objective):
         self.meter.count(batch, torch.is_grad_enabled())
         assert batch.target_positions is not None
         with self.autocast, without_head(self.adapters.model) as model:
-            hidden = model(**self.inputs(batch), **({"use_cache": False} if self.causal else {})).logits
+            options = {"use_cache": False} if self.causal else {}
+            hidden = network_of(model)(**self.inputs(batch), **options).logits
         hidden = hidden[:, -batch.input_ids.shape[1] :]  # without the prompt in front
         return hidden.flatten(0, 1)[batch.target_positions - int(self.causal)]
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
+    def inputs(self, batch: Batch) -> Mapping[str, Tensor | None]:
         """With benchmark.document_mask also a mask that separates documents, and positions that restart in each."""
-        inputs: dict[str, Any] = super().inputs(batch)
+        inputs = dict(super().inputs(batch))
         if batch.document_ids is None:
             return inputs
         ids, length = batch.document_ids, batch.input_ids.shape[1]  # [batch, length]
@@ -156,12 +175,13 @@ class LanguageModeling(Objective):
     @property
     def head(self) -> nn.Module:
         """The backbone's output layer."""
-        return self.adapters.model.get_output_embeddings()  # type: ignore[operator]
+        return network_of(self.adapters.model).get_output_embeddings()
 
     def logits(self, batch: Batch) -> Tensor:
         """[terms, vocabulary] fp32."""
         with self.autocast:
-            return self.head(self.states(batch)).float()
+            logits: Tensor = self.head(self.states(batch))
+            return logits.float()
 
     def targets(self, batch: Batch) -> Tensor:
         """[terms]: the tokens to predict."""
@@ -191,7 +211,7 @@ class LanguageModeling(Objective):
 
     def prediction_columns(
         self, batch: Batch, predictions: Predictions, task_aware: Predictions, choices: AnswerSpace
-    ) -> dict[str, Any]:
+    ) -> Columns:
         assert isinstance(batch.pool, Windows)
         return {"bytes": np.array([batch.pool.bytes(row) for row in batch.rows]), "own_nll": task_aware.extras["nll"]}
 
@@ -239,9 +259,9 @@ def perplexity(nll: float, tokens: float) -> float:
 
 
 @contextlib.contextmanager
-def without_head(model: Any) -> Iterator[Any]:
+def without_head(model: nn.Module) -> Iterator[nn.Module]:
     """Replaces the output layer by the identity: the model's `logits` are then the inputs of that layer."""
-    head = model.get_output_embeddings()
+    head = network_of(model).get_output_embeddings()
     parent, name = next((p, n) for p in model.modules() for n, child in p.named_children() if child is head)
     setattr(parent, name, nn.Identity())
     try:

@@ -1,11 +1,10 @@
 """One classification head per task, with the rows that the task added; the heads of earlier tasks are frozen."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clpet.objectives.base import HeadState
 from clpet.objectives.classification import Classification, Head
 
 
@@ -64,11 +63,11 @@ class TaskHeads:
         """Number of scalars in all heads."""
         return sum(value.numel() for head in self.heads for value in head.parameters())
 
-    def state(self) -> list[dict[str, Any]]:
+    def state(self) -> list[HeadState]:
         """State of every head."""
         return [head.state() for head in self.heads]
 
-    def load(self, state: list[dict[str, Any]]) -> None:
+    def load(self, state: list[HeadState]) -> None:
         """Restores what `state` returned."""
         self.heads = [self.objective.new_head(self.objective.seed) for _ in state]
         for head, saved in zip(self.heads, state, strict=True):

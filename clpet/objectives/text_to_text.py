@@ -5,7 +5,7 @@ use the same positions. An encoder-decoder encodes the prompt, padded on the rig
 """
 
 import sys
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,8 +17,11 @@ from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template, Tokenised
 from clpet.errors import ConfigError, DataError
 from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Architecture, Backbone
-from clpet.objectives.base import AnswerSpace, Encode, Objective, Predictions
+from clpet.models.protocols import Tokenizer, config_of, network_of
+from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
+from clpet.runtime.hardware import Hardware
 
 
 class TextToText(Objective):
@@ -27,12 +30,20 @@ class TextToText(Objective):
     name = "text_to_text"
     generates = True
 
-    def __init__(self, benchmark: Benchmark, backbone: Backbone, *rest: Any) -> None:
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        backbone: Backbone,
+        adapters: Adapters,
+        tokenizer: Tokenizer,
+        seed: int,
+        hardware: Hardware,
+        evaluation: EvaluationOptions,
+    ) -> None:
         self.causal = backbone.architecture is Architecture.decoder
-        super().__init__(benchmark, backbone, *rest)
+        super().__init__(benchmark, backbone, adapters, tokenizer, seed, hardware, evaluation)
         self.end = end_token(self.tokenizer)
-        config: Any = self.adapters.model.config
-        self.start = None if self.causal else config.decoder_start_token_id
+        self.start = None if self.causal else config_of(self.adapters.model).decoder_start_token_id
         answers = encode_answers(self.tokenizer, benchmark.labels, benchmark.max_target)
         self.label_tokens = Ragged(answers.rows)
 
@@ -79,7 +90,7 @@ class TextToText(Objective):
         return self.benchmark.max_length + (answer if self.causal else 0)
 
     @classmethod
-    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Any) -> Encode:
+    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         causal = backbone.architecture is Architecture.decoder
         check_cut_labels(tokenizer, benchmark)
         template = Template(
@@ -105,7 +116,8 @@ class TextToText(Objective):
         self.meter.count(batch, torch.is_grad_enabled())
         assert batch.targets is not None
         with self.autocast:
-            return self.answer_logits(batch, batch.targets)[batch.targets != IGNORED].float()
+            logits = self.answer_logits(batch, batch.targets)
+            return logits[batch.targets != IGNORED].float()
 
     def targets(self, batch: Batch) -> Tensor:
         """[answer tokens of the batch]: their ids."""
@@ -114,7 +126,7 @@ class TextToText(Objective):
 
     def answer_logits(self, batch: Batch, targets: Tensor) -> Tensor:
         """[batch, answer length, vocabulary]: scores for `targets`, each given the prompt and the answer before it."""
-        model: Any = self.adapters.model
+        model = network_of(self.adapters.model)
         answer, inputs = targets.clamp(min=0), self.inputs(batch)
         if not self.causal:
             shifted = torch.cat([answer.new_full((len(answer), 1), self.start or 0), answer[:, :-1]], 1)
@@ -123,14 +135,14 @@ class TextToText(Objective):
         inputs = self.append_answer(inputs, answer[:, :-1], targets[:, :-1] != IGNORED)
         return model(logits_to_keep=targets.shape[1], use_cache=False, **inputs).logits
 
-    def append_answer(self, inputs: dict[str, Any], answer: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def append_answer(self, inputs: Mapping[str, Tensor], answer: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """The inputs of a decoder, followed by the tokens of an answer and their mask."""
         mask = torch.cat([inputs["attention_mask"], mask.long()], 1)
         positions = {"attention_mask": mask, "position_ids": position_ids(mask)}
         if "input_ids" in inputs:
             return {"input_ids": torch.cat([inputs["input_ids"], answer], 1), **positions}
         prompt = inputs["inputs_embeds"]
-        text = self.adapters.model.get_input_embeddings()(answer)  # type: ignore[operator]
+        text = network_of(self.adapters.model).get_input_embeddings()(answer)
         return {"inputs_embeds": torch.cat([prompt, text.to(prompt.dtype)], 1), **positions}
 
     def masks(self, batch: Batch) -> list[Tensor]:
@@ -141,10 +153,10 @@ class TextToText(Objective):
             return [torch.cat([batch.attention_mask, answer_mask[:, 1:]], 1)]  # the end token is not an input
         return [batch.attention_mask, answer_mask]
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Always with a mask, since it also determines the positions of the answer."""
-        inputs: dict[str, Any] = super().inputs(batch)
-        if inputs["attention_mask"] is None:
+        inputs = {name: values for name, values in super().inputs(batch).items() if values is not None}
+        if "attention_mask" not in inputs:
             width = inputs.get("inputs_embeds", batch.input_ids).shape[1]
             inputs["attention_mask"] = batch.attention_mask.new_ones(len(batch), width)
         return inputs
@@ -184,7 +196,7 @@ class TextToText(Objective):
             pad_token_id=pad_id(self.tokenizer), decoder_start_token_id=self.start,
             repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,  # override the model's settings
         )  # fmt: skip
-        model: Any = self.adapters.model
+        model = network_of(self.adapters.model)
         with self.autocast:
             inputs = self.inputs(batch)
             output = model.generate(generation_config=settings, **inputs)
@@ -207,7 +219,7 @@ class TextToText(Objective):
 
     def _rank_causal(self, batch: Batch, answers: Tensor, answer_mask: Tensor, count: int) -> Tensor:
         """[batch * labels, length, vocabulary]: logits of a decoder, with the prompts' key-value cache repeated."""
-        model: Any = self.adapters.model
+        model = network_of(self.adapters.model)
         inputs = self.inputs(batch)
         mask = inputs["attention_mask"]
         prompt = model(position_ids=position_ids(mask), use_cache=True, logits_to_keep=1, **inputs)
@@ -229,7 +241,7 @@ class TextToText(Objective):
         """[batch * labels, length, vocabulary]: logits of an encoder-decoder, with the encoded prompts repeated."""
         from transformers.modeling_outputs import BaseModelOutput
 
-        model: Any = self.adapters.model
+        model = network_of(self.adapters.model)
         inputs = self.inputs(batch)
         encoded = model.get_encoder()(**inputs).last_hidden_state
         states = BaseModelOutput(last_hidden_state=encoded.repeat_interleave(count, 0))
@@ -251,7 +263,7 @@ class TextToText(Objective):
 
     def prediction_columns(
         self, batch: Batch, predictions: Predictions, task_aware: Predictions, choices: AnswerSpace
-    ) -> dict[str, Any]:
+    ) -> Columns:
         """Both views are equal unless the method uses task ids: labels of different tasks do not compete."""
         scores = self.score(batch, predictions, choices)
         return {
@@ -266,7 +278,7 @@ class TextToText(Objective):
         return f"answer   {self.tokenizer.decode(pool.answer[row])}"
 
 
-def end_token(tokenizer: Any) -> int:
+def end_token(tokenizer: Tokenizer) -> int:
     """Id of the token that ends an answer. Raises DataError for a tokenizer without one."""
     end = next((id for id in (tokenizer.eos_token_id, tokenizer.sep_token_id) if id is not None), None)
     if end is None:
@@ -274,7 +286,7 @@ def end_token(tokenizer: Any) -> int:
     return end
 
 
-def encode_answers(tokenizer: Any, texts: list[str], max_tokens: int) -> Tokenised:
+def encode_answers(tokenizer: Tokenizer, texts: list[str], max_tokens: int) -> Tokenised:
     """Token ids of answers, each with the end token and at most `max_tokens` long.
 
     In a byte-level vocabulary the space between prompt and answer is part of the answer's first token.
@@ -288,7 +300,7 @@ def encode_answers(tokenizer: Any, texts: list[str], max_tokens: int) -> Tokenis
     return Tokenised([[*ids[: max_tokens - 1], end] for ids in rows], [len(ids) + 1 for ids in rows])
 
 
-def check_cut_labels(tokenizer: Any, benchmark: Benchmark) -> None:
+def check_cut_labels(tokenizer: Tokenizer, benchmark: Benchmark) -> None:
     """Raises DataError if two labels of a task become the same tokens."""
     for task in benchmark.tasks:
         full = encode_answers(tokenizer, list(task.labels), sys.maxsize).rows

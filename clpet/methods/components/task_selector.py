@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset
 from clpet.methods.components.logit_cache import BARE, LogitCache
+from clpet.objectives.base import HeadState
 from clpet.objectives.classification import Classification
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.step import StepContext, StepHooks
@@ -58,11 +59,11 @@ class Selector:
         """Drops cached scores; later ones are computed from the present weights."""
         self.cache.freeze(NAME, self.head.weight, self.head.bias)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> HeadState:
         """State of the head; the adapter is part of the objective's state."""
         return self.head.state()
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: HeadState) -> None:
         """Restores what `state` returned."""
         self.head.load(state)
         self.freeze()
