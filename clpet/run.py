@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -21,19 +21,19 @@ from clpet.methods.base import Method
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
 from clpet.models.memory_saving import shard
 from clpet.objectives import load as load_objective_class
-from clpet.records import Results
+from clpet.records import Json, Results, State
 from clpet.reporting import run_summary
 from clpet.reporting.plots import method_figures, run_figures
 from clpet.reporting.progress import Display
 from clpet.runs import provenance, run_dir
 from clpet.runs.dry_run import count_parameters, dry_run
-from clpet.runs.tracking import Tracker, write_predictions
+from clpet.runs.tracking import Tracker, Tracking, write_predictions
 from clpet.runtime.atomic_io import RunLock
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
 from clpet.runtime.signals import GracefulShutdown
 from clpet.runtime.untrusted_json import as_data_error
-from clpet.session import assemble, check_validation, load_objective, set_up_method
+from clpet.session import Parts, assemble, check_validation, load_objective, set_up_method
 from clpet.training.fit_checkpoint import FitCheckpointer
 from clpet.training.trainer import Trainer, quiet_libraries
 
@@ -87,7 +87,7 @@ def show_existing(console: Console, config: Config, out: Path, results: Results)
     return TransferMatrix.from_json(results)
 
 
-def load_benchmark(config: Config, method: Method, parts: dict[str, Any], overrides: list[str]) -> Benchmark:
+def load_benchmark(config: Config, method: Method, parts: Parts, overrides: list[str]) -> Benchmark:
     """The benchmark, checked against the method and the objective. Raises ConfigError and DataError."""
     with get_world().main_first():
         benchmark: Benchmark = provenance.load_benchmark(config, parts["benchmark"])
@@ -117,7 +117,7 @@ class Experiment:
     cfg: DictConfig
     overrides: list[str]
     config: Config
-    parts: dict[str, Any]
+    parts: Parts
     out: Path
     method: Method
     benchmark: Benchmark
@@ -131,8 +131,8 @@ class Experiment:
         """Learns all tasks, or those that an interrupted run has left, and writes and prints the results."""
         self.identity = self.identify()
         checkpoint = self.start()
-        config: dict = OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[assignment]
-        self.tracker = Tracker(self.parts["tracking"], self.out, self.display, config, self.identity)
+        config = cast(dict[str, Json], OmegaConf.to_container(self.cfg, resolve=True))
+        self.tracker = Tracker(cast(Tracking, self.parts["tracking"]), self.out, self.display, config, self.identity)
         with self.tracker:
             with enough_memory(self.trainer.objective.memory_advice):
                 state = self.learn(checkpoint)
@@ -149,7 +149,7 @@ class Experiment:
             identity |= provenance.inputs(self.config, self.parts["model"], self.method)
         return identity | {"data": self.benchmark.data_record["fingerprint"]}
 
-    def start(self) -> tuple[RunState, dict[str, Any]] | None:
+    def start(self) -> tuple[RunState, State] | None:
         """Reads the newest checkpoint, None for a new run, and writes run.json."""
         checkpoint = None if self.config.fresh else RunState.resume(self.out / "state", self.identity)
         get_world().barrier()  # all ranks have read the checkpoint before the main rank may delete it
@@ -161,7 +161,7 @@ class Experiment:
         get_world().barrier()
         return checkpoint
 
-    def learn(self, checkpoint: tuple[RunState, dict[str, Any]] | None) -> RunState:
+    def learn(self, checkpoint: tuple[RunState, State] | None) -> RunState:
         """Learns the tasks one after the other, and evaluates and saves after each of them.
 
         The trainer also saves inside long tasks; a killed run resumes from its newest checkpoint.
@@ -187,7 +187,7 @@ class Experiment:
             display.task_done()
         return state
 
-    def resume(self, checkpoint: tuple[RunState, dict[str, Any]] | None) -> RunState:
+    def resume(self, checkpoint: tuple[RunState, State] | None) -> RunState:
         """The state of a checkpoint, loaded into method and trainer; without one a new state with row 0 measured."""
         if checkpoint is None:
             names, direction = self.benchmark.names, self.benchmark.direction
@@ -228,7 +228,7 @@ class Experiment:
             write_predictions(self.out / "predictions", row, evaluation, self.benchmark.names, self.benchmark.labels)
         self.tracker.log_row(state, row, evaluation)
 
-    def validate(self, tasks: range) -> dict[str, Any] | None:
+    def validate(self, tasks: range) -> dict[str, float] | None:
         """Validation averages after the last task, by which settings are chosen; None unless all tasks have them."""
         enabled = self.config.evaluation.validation and self.split == "test"
         if not enabled or len(tasks) < len(self.benchmark) or not all(task.validation for task in self.benchmark.tasks):

@@ -1,7 +1,7 @@
 """Builds benchmark, model, objective and method from the configuration, and checks that they are compatible."""
 
 import logging
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -10,14 +10,17 @@ from clpet.config.schema import Config, EvaluationOptions, Select, Split
 from clpet.config.seeding import derive
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
+from clpet.data.sources.base import Source
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
-from clpet.models.adapters import Adapters
+from clpet.models.adapters import Adapters, FullFineTuning
+from clpet.models.backbone import Backbone
 from clpet.models.memory_saving import enable_recomputation
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
+from clpet.replay.base import NoReplay
 from clpet.runtime.distributed import get_world
-from clpet.runtime.hardware import Quantization
+from clpet.runtime.hardware import Hardware, Quantization
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +29,28 @@ OPTION_OBJECTIVES = {"decode": "text_to_text", "max_new_tokens": "text_to_text",
                "bos": "language_modeling", "rank_prompts": "language_modeling"}  # fmt: skip
 
 
-def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
+class Parts(TypedDict):
+    """The objects of a configuration, apart from the method, by config group."""
+
+    replay: NoReplay
+    model: Backbone
+    peft: FullFineTuning
+    hardware: Hardware
+    tracking: object  # `Tracking`, which is in a package above this one
+    benchmark: Source
+
+
+def assemble(config: Config) -> tuple[Method, Parts]:
     """The method, and {group: object} of the other groups, all checked against each other before anything is loaded."""
-    parts = {name: build(getattr(config, name), name) for name in ("replay", "model", "peft", "hardware", "tracking")}
-    parts["benchmark"] = build(config.benchmark, "benchmark", cache_dir=config.cache_dir)
-    method = build(config.method, "method", cache_dir=config.cache_dir)
+    parts: Parts = {
+        "replay": build(config.replay, "replay"),
+        "model": build(config.model, "model"),
+        "peft": build(config.peft, "peft"),
+        "hardware": build(config.hardware, "hardware"),
+        "tracking": build(config.tracking, "tracking"),
+        "benchmark": build(config.benchmark, "benchmark", cache_dir=config.cache_dir),
+    }
+    method: Method = build(config.method, "method", cache_dir=config.cache_dir)
     objective = parts["benchmark"].objective.value
     parts["benchmark"].resolve_softmax(method.mixes_tasks(parts["replay"].name))
     method.check(objective, parts["replay"].name, parts["peft"].name)
@@ -41,7 +61,7 @@ def assemble(config: Config) -> tuple[Method, dict[str, Any]]:
     return method, parts
 
 
-def check_unused_options(config: Config, parts: dict[str, Any], objective: str) -> None:
+def check_unused_options(config: Config, parts: Parts, objective: str) -> None:
     """Raises ConfigError for an option set to a non-default value that has no effect with this objective."""
     defaults = EvaluationOptions()
     for option, user in OPTION_OBJECTIVES.items():
@@ -66,7 +86,7 @@ def check_validation(config: Config, method: Method, benchmark: Benchmark) -> No
         )
 
 
-def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) -> tuple[Objective, Encoded]:
+def load_objective(config: Config, parts: Parts, benchmark: Benchmark) -> tuple[Objective, Encoded]:
     """The objective with its backbone, tokenizer and adapters, and the tokenised splits of the benchmark."""
     backbone, hardware, peft = parts["model"], parts["hardware"], parts["peft"]
     kind = load_objective_class(parts["benchmark"].objective.value)
@@ -89,7 +109,7 @@ def load_objective(config: Config, parts: dict[str, Any], benchmark: Benchmark) 
 def set_up_method(
     config: Config,
     method: Method,
-    parts: dict[str, Any],
+    parts: Parts,
     objective: Objective,
     benchmark: Benchmark,
     data: Encoded,

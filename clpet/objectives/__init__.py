@@ -16,5 +16,5 @@ CLASS_PATHS = {
 def load(name: str) -> "type[Objective]":
     """The class of an objective, imported only when it is needed."""
     module, _, class_name = CLASS_PATHS[name].rpartition(".")
-    found: type[Objective] = getattr(importlib.import_module(module), class_name)
-    return found
+    cls: type[Objective] = getattr(importlib.import_module(module), class_name)
+    return cls

@@ -77,7 +77,8 @@ class Head(nn.Module):
 
 def _initial_row(dim: int, seed: int, name: str) -> Tensor:
     generator = torch.Generator().manual_seed(derive(seed, "head row", name))
-    return (torch.rand(dim + 1, generator=generator) * 2 - 1) / dim**0.5
+    row: Tensor = (torch.rand(dim + 1, generator=generator) * 2 - 1) / dim**0.5
+    return row
 
 
 class Classification(Objective):
@@ -141,7 +142,7 @@ class Classification(Objective):
         with self.autocast:
             hidden = network_of(self.adapters.model)(**self.inputs(batch)).last_hidden_state
         hidden = hidden[:, -batch.input_ids.shape[1] :]  # without the prompt in front
-        h = self.pooler(hidden).float() if self.pooler else pool(hidden, batch, self.representation)
+        h: Tensor = self.pooler(hidden).float() if self.pooler else pool(hidden, batch, self.representation)
         return F.dropout(h, self.backbone.head_dropout, self.adapters.training)
 
     def logits(self, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ how many numbers another one has drawn.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -20,6 +20,14 @@ from clpet.replay.batch_plan import BatchPlan, Rows
 log = logging.getLogger(__name__)
 
 ValidationRows = list[tuple[EncodedDataset, Rows]]  # validation examples as (pool, rows) pairs
+
+
+# The state of a memory: row numbers of the pool by task, those for validation, and how many examples a reservoir has
+# seen. The names of the keys are those of checkpoints of version 0.1.0.
+class ReplayState(TypedDict):
+    memory: dict[str, list[int]]
+    spare: NotRequired[dict[str, list[int]]]
+    passed: NotRequired[int]
 
 
 @dataclass
@@ -75,11 +83,11 @@ class NoReplay:
     def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
         """Adds examples of task `index` to the memory; `features` returns [n, dim] vectors of n rows of the pool."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> ReplayState:
         """Returns what later tasks need, as lists."""
         return {"memory": {str(task): rows.tolist() for task, rows in self.memory.items()}}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: ReplayState) -> None:
         """Restores what `state` returned."""
         self.memory = {int(task): np.array(rows, dtype=np.int64) for task, rows in state["memory"].items()}
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from clpet.config.schema import require
 from clpet.data.batches import Encoded
-from clpet.replay.base import NoReplay, ValidationRows
+from clpet.replay.base import NoReplay, ReplayState, ValidationRows
 from clpet.replay.batch_plan import BatchPlan, Rows, copies_for_equal_compute
 from clpet.replay.exemplar_selection import select_per_class, split_train_val, stratified_sample
 
@@ -88,10 +87,10 @@ class FixedReplay(NoReplay):
     def stored(self) -> int:
         return super().stored() + sum(len(rows) for rows in self.val_memory.values())
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> ReplayState:
         return {**super().state(), "spare": {str(task): rows.tolist() for task, rows in self.val_memory.items()}}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: ReplayState) -> None:
         super().load(state)
         self.val_memory = {int(task): np.array(rows, dtype=np.int64) for task, rows in state["spare"].items()}
 

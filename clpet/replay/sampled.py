@@ -4,14 +4,13 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from clpet.config.schema import require
 from clpet.data.batches import Encoded
 from clpet.errors import ConfigError
-from clpet.replay.base import NoReplay, ValidationRows
+from clpet.replay.base import NoReplay, ReplayState, ValidationRows
 from clpet.replay.batch_plan import BatchPlan, Rows, split_batch, steps_and_val_batches
 from clpet.replay.exemplar_selection import select_per_class
 
@@ -158,9 +157,9 @@ class ReservoirReplay(SampledReplay):
                 reservoir[slot] = row
         self.memory = {0: np.array(reservoir, dtype=np.int64)}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> ReplayState:
         return {**super().state(), "passed": self.num_seen}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: ReplayState) -> None:
         super().load(state)
         self.num_seen = int(state["passed"])

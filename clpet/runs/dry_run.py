@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,6 +15,7 @@ from clpet.objectives import load
 from clpet.objectives.cost_meter import peak_memory_mb
 from clpet.replay.exemplar_selection import random_features
 from clpet.reporting.tables import say
+from clpet.session import Parts
 from clpet.training.trainer import Trainer
 
 
@@ -56,7 +56,7 @@ def _print_example(console: Console, method: Method) -> None:
     say(console, objective.describe(pool, row))
 
 
-def count_parameters(console: Console, parts: dict[str, Any], benchmark: Benchmark, reason: str) -> None:
+def count_parameters(console: Console, parts: Parts, benchmark: Benchmark, reason: str) -> None:
     """Prints `reason`, why the weights cannot be loaded, and parameter counts from the model's config alone."""
     generates = load(parts["benchmark"].objective.value).generates
     with torch.device("meta"):  # shapes without memory: a model of any size fits

@@ -7,7 +7,7 @@ and weights are loaded from safetensors, never from pickle.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,7 @@ from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.methods.base import Method
 from clpet.models.adapters import FullFineTuning
 from clpet.models.backbone import Backbone
-from clpet.records import Checkpoint
+from clpet.records import Checkpoint, Json, State
 from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
 from clpet.runs.provenance import inputs
@@ -35,7 +35,7 @@ from clpet.runs.tracking import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
 from clpet.runtime.untrusted_json import Schema, as_data_error, check_schema, read_json, read_results
-from clpet.session import assemble, load_objective, set_up_method
+from clpet.session import Parts, assemble, load_objective, set_up_method
 
 log = logging.getLogger(__name__)
 # The class that each group's `_target_` must be, or inherit from.
@@ -54,7 +54,7 @@ class RunRecord:
     out: Path
     config: Config
     run_json: dict[str, Any]
-    parts: dict[str, Any]  # group -> object, as `assemble` returns them
+    parts: Parts  # group -> object, as `assemble` returns them
     method: Method
 
     @property
@@ -121,7 +121,7 @@ def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False)
     return RunRecord(out, config, run_json, parts, method)
 
 
-def check_config(node: Any, plugins: bool, where: str) -> None:
+def check_config(node: Json, plugins: bool, where: str) -> None:
     """Raises ConfigError for unsafe values in a recorded config; without `plugins` also switches remote code off."""
     if isinstance(node, dict):
         if not plugins and "trust_remote_code" in node:
@@ -138,7 +138,7 @@ def check_config(node: Any, plugins: bool, where: str) -> None:
         raise ConfigError(f"{where} contains ${{...}}: a recorded configuration must be resolved")
 
 
-def _check_names(node: dict[str, Any], plugins: bool, where: str) -> None:
+def _check_names(node: Mapping[str, Json], plugins: bool, where: str) -> None:
     """Raises ConfigError where a node names a hub repository, an encoder or a class that must not be loaded."""
     for key in ("encoder", "order_encoder"):  # a name, a hub id or a folder
         if ".." in str(node.get(key)).split("/"):
@@ -228,10 +228,10 @@ def find_weights(record: RunRecord, after: int | None) -> tuple[int, Path | None
     return after, folders[after]
 
 
-def read_weights(folder: Path) -> dict[str, Any]:
+def read_weights(folder: Path) -> State:
     """The method's state dict in a checkpoint. Raises DataError."""
     try:
-        return cast(dict[str, Any], read_tree(folder)["method"])
+        return cast(State, read_tree(folder)["method"])
     except ValueError as error:
         raise DataError(str(error)) from error
 

@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -16,14 +16,14 @@ class Adapters(Protocol):
     """The part of an option of the group `peft` that hardware depends on."""
 
     name: str
-    full: bool
+    full: ClassVar[bool]
 
 
 class Method(Protocol):
     """The part of a method that hardware depends on."""
 
     name: str
-    supports_recompute: bool
+    supports_recompute: ClassVar[bool]
 
 
 class Device(Enum):
