@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 ValidationRows = list[tuple[EncodedDataset, Rows]]  # validation examples as (pool, rows) pairs
 
 
-# The state of a memory: row numbers of the pool by task, those for validation, and how many examples a reservoir has
-# seen. The names of the keys are those of checkpoints of version 0.1.0.
 class ReplayState(TypedDict):
+    """The state of a memory: row numbers of the pool by task. The keys are those of checkpoints of version 0.1.0."""
+
     memory: dict[str, list[int]]
-    spare: NotRequired[dict[str, list[int]]]
-    passed: NotRequired[int]
+    spare: NotRequired[dict[str, list[int]]]  # examples for validation
+    passed: NotRequired[int]  # how many examples a reservoir has seen
 
 
 @dataclass

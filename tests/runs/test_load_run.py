@@ -236,5 +236,5 @@ def test_a_damaged_checkpoint_is_reported(clpet, run: Path) -> None:
 
 
 def test_an_adapter_name_must_not_be_a_path(make) -> None:
-    with pytest.raises(ClpetError, match="no name of an adapter"):
+    with pytest.raises(ClpetError, match="invalid adapter name"):
         make("method=sequential").method.objective.adapters.add("../x", 0)
