@@ -1,4 +1,4 @@
-"""Whole runs on plain text: every method that can, the identities that perplexities have to obey, and resuming."""
+"""Runs on plain text: every method that supports it, identities of perplexities, and resuming."""
 
 import json
 import math
@@ -23,89 +23,90 @@ from clpet.reporting.progress import Display
 from clpet.runtime.hardware import Hardware
 from tests.conftest import domain_args, methods_of
 from tests.methods.test_all_methods import KILL
-from tests.objectives.test_language_modeling import domains, objective
+from tests.objectives.test_language_modeling import domains, make_objective
 
 METHODS = methods_of("language_modeling")
-QUICK = {"sequential", "dapt", "kif"}  # the others in the slow tests
+QUICK = {"sequential", "dapt", "kif"}  # the others are marked slow
 NEEDS = {"replay": ["replay=rate"], "emr": ["replay=rate"]}
-FULL = {"sequential", "joint", "dapt", "replay", "emr"}  # train the whole model; the others adapters
+FULL = {"sequential", "joint", "dapt", "replay", "emr"}  # methods that train all weights; the others train adapters
 
 
-def found(folder: Path) -> dict[str, Any]:
+def load_results(folder: Path) -> dict[str, Any]:
     (path,) = folder.glob("*/*/s*/results.json")
     return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in METHODS])
-def test_a_method_makes_the_text_it_reads_likelier(method: str, prose: Path, clpet) -> None:
+def test_every_method_lowers_the_perplexity_of_its_training_domain(method: str, prose: Path, clpet) -> None:
     peft = [] if method in FULL else ["peft=lora"]
     peft = {"osf": ["peft=osf"], "l2p": ["peft=frozen"], "progressive_prompts": ["peft=frozen"]}.get(method, peft)
     fisher = ["method.fisher=batch"] if method == "ewc" else []
-    done = clpet("train", f"method={method}", *domain_args(prose, *peft, *fisher, *NEEDS.get(method, [])))
-    assert done.code == 0, done.err
-    scores, last = found(Path("outputs"))["scores"], -1 if method == "joint" else 1
+    result = clpet("train", f"method={method}", *domain_args(prose, *peft, *fisher, *NEEDS.get(method, [])))
+    assert result.code == 0, result.err
+    scores, last = load_results(Path("outputs"))["scores"], -1 if method == "joint" else 1
     assert scores[last][0] < 0.99 * scores[0][0]
 
 
 def test_identities(prose: Path, clpet) -> None:
-    """CPT of the first domain is its DAPT, bit for bit; row 0 is that of every order; lr=0 changes nothing."""
+    """CPT of the first domain is its DAPT bit for bit; row 0 does not depend on the order; lr=0 changes nothing."""
     runs = {"listed": [], "reversed": ["order=reversed"], "dapt": ["method=dapt"], "still": ["train.lr=0"],
             "two": ["tasks=[birds,tides]"]}  # fmt: skip
     for name, more in runs.items():
         args = domain_args(prose, "method=sequential", f"output_dir={name}", "peft=none", *more)
         assert clpet("train", *args).code == 0
-    listed, back, dapt, still, two = (found(Path(name)) for name in runs)
+    listed, reversed_order, dapt, untrained, two = (load_results(Path(name)) for name in runs)
     assert listed["tasks"] == ["birds", "metals", "tides"]
     assert listed["direction"] == "lower"
     assert listed["scores"][1][0] == dapt["scores"][1][0]
-    assert listed["scores"][0] == back["scores"][0][::-1] == dapt["scores"][0]
+    assert listed["scores"][0] == reversed_order["scores"][0][::-1] == dapt["scores"][0]
     assert dapt["scores"][2] == [None, dapt["scores"][2][1], None]
-    assert all(row == still["scores"][0] for row in still["scores"])
-    assert two["scores"][1] == [listed["scores"][1][0], listed["scores"][1][2]]  # another domain changes no draw
-    assert back["scores"][1][0] == dapt["scores"][3][2]
+    assert all(row == untrained["scores"][0] for row in untrained["scores"])
+    # Leaving out a domain does not change the random draws of the others.
+    assert two["scores"][1] == [listed["scores"][1][0], listed["scores"][1][2]]
+    assert reversed_order["scores"][1][0] == dapt["scores"][3][2]
     assert listed["whole"] == pytest.approx(math.exp(sum(listed["correct"][-1]) / sum(listed["total"][-1])), rel=1e-12)
 
 
-def test_key_terms_become_likelier(prose: Path, clpet) -> None:
+def test_training_lowers_the_ranks_of_key_terms(prose: Path, clpet) -> None:
     args = domain_args(prose, "method=sequential", "evaluation.rank_prompts=4", "train.epochs=4")
     assert clpet("train", *args).code == 0
-    rows = found(Path("outputs"))["diagnostics"]
+    rows = load_results(Path("outputs"))["diagnostics"]
     assert {"median_rank", "mean_log_rank", "median_rank/birds", "mean_log_rank/tides"} <= rows[0].keys()
     assert rows[1]["mean_log_rank/birds"] < rows[0]["mean_log_rank/birds"]
     assert all(1 <= row["median_rank"] <= 266 for row in rows)
 
 
-def test_every_third_row_keeps_the_diagonal_and_both_ends(prose: Path, clpet) -> None:
+def test_evaluation_every_keeps_the_diagonal_and_both_ends(prose: Path, clpet) -> None:
     assert clpet("train", *domain_args(prose, "method=sequential", "evaluation.every=3")).code == 0
-    scores = found(Path("outputs"))["scores"]
+    scores = load_results(Path("outputs"))["scores"]
     assert [[value is not None for value in row] for row in scores] == [
         [True] * 3, [True, False, False], [False, True, False], [True] * 3]  # fmt: skip
 
 
-def test_replay_at_rate_zero_is_no_replay(prose: Path, clpet) -> None:
+def test_replay_rate_zero_equals_no_replay(prose: Path, clpet) -> None:
     for name, more in {"none": ["method=sequential"], "zero": ["method=replay", "replay=rate", "replay.rate=0"],
                        "half": ["method=replay", "replay=rate", "replay.rate=0.5"]}.items():  # fmt: skip
         assert clpet("train", *domain_args(prose, f"output_dir={name}", *more)).code == 0
-    none, zero, half = (found(Path(name)) for name in ("none", "zero", "half"))
-    assert none["scores"] == zero["scores"]
-    assert half["scores"][1] == none["scores"][1]
-    assert half["scores"][2] != none["scores"][2]
-    new, all_read = none["cost"][1]["forward_examples"], half["cost"][1]["forward_examples"]
-    assert all_read == 2 * new
+    no_replay, zero, half = (load_results(Path(name)) for name in ("none", "zero", "half"))
+    assert no_replay["scores"] == zero["scores"]
+    assert half["scores"][1] == no_replay["scores"][1]
+    assert half["scores"][2] != no_replay["scores"][2]
+    without_replay, with_replay = no_replay["cost"][1]["forward_examples"], half["cost"][1]["forward_examples"]
+    assert with_replay == 2 * without_replay
 
 
-def test_a_base_model_that_is_damaged_or_of_another_precision_is_made_again(
+def test_a_base_model_is_trained_again_if_damaged_or_of_another_precision(
     prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
+    dtypes = []
 
-    class Part:
-        def save_pretrained(self, place: Path) -> None:
-            (place / f"{len(made)}.safetensors").write_bytes(b"weights")
+    class Saved:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / f"{len(dtypes)}.safetensors").write_bytes(b"weights")
 
     def train(backbone, benchmark, hardware, folder: Path, display) -> None:
-        made.append(str(hardware.torch_dtype))
-        base_model._save(Part(), Part(), folder)
+        dtypes.append(str(hardware.torch_dtype))
+        base_model._save(Saved(), Saved(), folder)
 
     monkeypatch.setattr(base_model, "_train", train)
 
@@ -121,15 +122,15 @@ def test_a_base_model_that_is_damaged_or_of_another_precision_is_made_again(
     first = prepared("fp32")
     assert prepared("fp32") == first
     assert prepared("bf16") != first
-    assert made == ["torch.float32", "torch.bfloat16"]
+    assert dtypes == ["torch.float32", "torch.bfloat16"]
     file = first / "1.safetensors"
     file.write_bytes(b"weightt")
     assert prepared("fp32") == first
-    assert len(made) == 3
+    assert len(dtypes) == 3
     assert [path.read_bytes() for path in first.glob("*.safetensors")] == [b"weights"]
 
 
-def test_random_weights_without_a_base_are_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_random_weights_without_a_base_give_a_warning(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     for name, warned in (("tiny_llama_s", True), ("minilm", False)):
         caplog.clear()
         model = build(parse_config(compose_config([f"model={name}"])).model, "model")
@@ -137,25 +138,25 @@ def test_random_weights_without_a_base_are_told(caplog: pytest.LogCaptureFixture
         assert ("has random weights and is not pretrained" in caplog.text) is warned
 
 
-def test_a_base_model_is_made_once(prose: Path, clpet) -> None:
+def test_a_base_model_is_trained_once(prose: Path, clpet) -> None:
     args = domain_args(prose, "method=sequential", "benchmark.base=tides", "model.base.epochs=2")
     first, second = (clpet("train", *args, f"seed={seed}") for seed in (0, 1))
     assert first.code == second.code == 0
     assert "base model on tides" in first.out
     assert "base model on tides" not in second.out
-    without = clpet("train", *args, "cache_dir=/proc/clpet", "output_dir=without")
-    assert (without.code, "base model on tides" in without.out) == (0, True)
-    found = [*sorted(Path("outputs").glob("*/*/s*/results.json")), *Path("without").glob("*/*/s*/results.json")]
-    one, two, three = (json.loads(path.read_text()) for path in found)
+    uncached = clpet("train", *args, "cache_dir=/proc/clpet", "output_dir=without")
+    assert (uncached.code, "base model on tides" in uncached.out) == (0, True)
+    paths = [*sorted(Path("outputs").glob("*/*/s*/results.json")), *Path("without").glob("*/*/s*/results.json")]
+    one, two, three = (json.loads(path.read_text()) for path in paths)
     assert one["scores"] == three["scores"]
     assert one["tasks"] == ["birds", "metals"]
     assert one["scores"][0] == two["scores"][0]
-    assert max(one["scores"][0]) < 230  # 266 byte tokens, and it has read some English
+    assert max(one["scores"][0]) < 230  # below 266, the number of byte tokens: it was trained on English
 
 
-def test_a_share_of_what_is_read_is_old() -> None:
-    """|replayed / total - rate| is at most one window; the base corpus can be what comes back."""
-    data = objective(benchmark=domains(length=8, base=True)).encode()
+def test_fixed_fraction_replay_has_its_rate() -> None:
+    """|replayed - rate * total| is at most one window; the base corpus can be a source."""
+    data = make_objective(benchmark=domains(length=8, base=True)).encode()
     for rate, source in [(0.01, "past"), (0.05, "past"), (0.25, "base"), (0.5, "both")]:
         replay = FixedFractionReplay(rate=rate, source=source)
         replay.setup(data, 0, 4)
@@ -168,9 +169,9 @@ def test_a_share_of_what_is_read_is_old() -> None:
         assert replay.plan(1).steps == len(replay.plan(1).epoch(0))
 
 
-def test_all_that_is_old_comes_before_any_of_it_comes_again() -> None:
-    """Through several epochs and turns."""
-    data = objective(benchmark=domains(length=8, base=True)).encode()
+def test_replay_visits_every_old_window_before_repeating_one() -> None:
+    """Over several epochs and passes through the old windows."""
+    data = make_objective(benchmark=domains(length=8, base=True)).encode()
     replay = FixedFractionReplay(rate=0.3)
     replay.setup(data, 0, 4)
     replay.update_memory(0, lambda rows: np.empty(0))
@@ -181,7 +182,7 @@ def test_all_that_is_old_comes_before_any_of_it_comes_again() -> None:
     assert counts[data.train.rows_of(0)].min() >= 1
 
 
-HALFWAY = """
+KILL_INSIDE_TASK = """
 import os, signal, sys
 from clpet.training import fit_checkpoint
 from clpet.cli.main import main
@@ -199,20 +200,20 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["benchmark.stream=true"], ["method=kif", "peft=lora", "replay=rate"]])
-def test_killed_inside_a_domain_ends_bit_for_bit_like_uninterrupted(
-    more: list[str], prose: Path, clpet, tmp_path: Path
-) -> None:
+def test_run_killed_inside_a_domain_resumes_bit_for_bit(more: list[str], prose: Path, clpet, tmp_path: Path) -> None:
     method = [] if "method=kif" in more else ["method=sequential"]
     args = ["train", *domain_args(prose, "train.global_batch_size=4", *method, *more)]
-    assert clpet(*args, "output_dir=whole").code == 0
-    command = [sys.executable, "-c", HALFWAY, *args, "output_dir=cut", "train.save_minutes=1e-9"]
+    assert clpet(*args, "output_dir=uninterrupted").code == 0
+    command = [sys.executable, "-c", KILL_INSIDE_TASK, *args, "output_dir=killed", "train.save_minutes=1e-9"]
     killed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    again = clpet(*args, "output_dir=cut")
-    assert again.code == 0
-    assert "inside task" in again.out
-    assert found(Path("whole"))["scores"] == found(Path("cut"))["scores"]
-    (one,), (two,) = (sorted(Path(name).glob("*/*/s*/adapters/*/*.safetensors")) for name in ("whole", "cut"))
+    resumed = clpet(*args, "output_dir=killed")
+    assert resumed.code == 0
+    assert "inside task" in resumed.out
+    assert load_results(Path("uninterrupted"))["scores"] == load_results(Path("killed"))["scores"]
+    (one,), (two,) = (
+        sorted(Path(name).glob("*/*/s*/adapters/*/*.safetensors")) for name in ("uninterrupted", "killed")
+    )
     a, b = load_file(one), load_file(two)
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -228,19 +229,19 @@ def test_killed_inside_a_domain_ends_bit_for_bit_like_uninterrupted(
         ["dapt"],
     ],
 )
-def test_killed_after_a_domain_ends_bit_for_bit_like_uninterrupted(
-    variant: list[str], prose: Path, clpet, tmp_path: Path
-) -> None:
+def test_run_killed_after_a_domain_resumes_bit_for_bit(variant: list[str], prose: Path, clpet, tmp_path: Path) -> None:
     args = ["train", *domain_args(prose, *[f"method={variant[0]}", *variant[1:]])]
-    assert clpet(*args, "output_dir=whole").code == 0
-    command = [sys.executable, "-c", KILL.format(after=2), *args, "output_dir=cut"]
+    assert clpet(*args, "output_dir=uninterrupted").code == 0
+    command = [sys.executable, "-c", KILL.format(after=2), *args, "output_dir=killed"]
     killed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    again = clpet(*args, "output_dir=cut")
-    assert again.code == 0
-    assert "resuming after 2 of 3" in again.out
-    assert found(Path("whole"))["scores"] == found(Path("cut"))["scores"]
-    (one,), (two,) = (sorted(Path(name).glob("*/*/s*/adapters/*/*.safetensors")) for name in ("whole", "cut"))
+    resumed = clpet(*args, "output_dir=killed")
+    assert resumed.code == 0
+    assert "resuming after 2 of 3" in resumed.out
+    assert load_results(Path("uninterrupted"))["scores"] == load_results(Path("killed"))["scores"]
+    (one,), (two,) = (
+        sorted(Path(name).glob("*/*/s*/adapters/*/*.safetensors")) for name in ("uninterrupted", "killed")
+    )
     a, b = load_file(one), load_file(two)
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -261,8 +262,8 @@ def test_killed_after_a_domain_ends_bit_for_bit_like_uninterrupted(
     ],
 )  # fmt: skip
 def test_refusals(words: list[str], message: str, prose: Path, clpet) -> None:
-    done = clpet("train", *domain_args(prose, *words))
-    assert done.code == 2
-    assert message in done.err
-    assert done.err.count("\n") == 1
+    result = clpet("train", *domain_args(prose, *words))
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
     assert not list(Path("outputs").glob("*/*/s*/run.json"))

@@ -1,4 +1,4 @@
-"""Answers and labels: what is read as a label, which labels are told apart, and what is said of those that are not."""
+"""Labels of answers: normalisation, labels that a metric or truncation makes equal, and warnings."""
 
 import json
 from pathlib import Path
@@ -20,17 +20,17 @@ from clpet.objectives.text_to_text import TextToText, check_cut_labels
 def labelled(*labels: str, metric: str = "exact_match", max_target: int = 50) -> Benchmark:
     """One task with these labels, answered in words."""
     rows = [Example("x", label) for label in labels]
-    return Benchmark("made", [Task("signs", rows, rows, rows, labels, metric)], max_target=max_target)
+    return Benchmark("made_up", [Task("signs", rows, rows, rows, labels, metric)], max_target=max_target)
 
 
 def table(folder: Path, rows: list[dict], **settings: object) -> Benchmark:
     """The benchmark of a jsonl file."""
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Table(name="made", **settings).load(str(folder))
+    return Table(name="made_up", **settings).load(str(folder))
 
 
 @pytest.mark.parametrize(
-    ("labels", "metric", "said", "remedy"),
+    ("labels", "metric", "problem", "remedy"),
     [
         ((">50K", "<=50K"), "exact_match", "'>50K' and '<=50K' are equal", "benchmark.metric=accuracy or evaluation"),
         (("C", "C#", "C++"), "exact_match", "'C' and 'C#' are equal", "benchmark.metric=accuracy or evaluation"),
@@ -46,72 +46,72 @@ def table(folder: Path, rows: list[dict], **settings: object) -> Benchmark:
         (("a+", "A+", "A"), "exact_match", "'a+' and 'A+' are equal", ": set evaluation.decode=rank"),
     ],
 )
-def test_labels_that_a_metric_takes_for_equal_are_refused(
-    labels: tuple[str, ...], metric: str, said: str, remedy: str
+def test_labels_that_are_equal_under_the_metric_are_rejected(
+    labels: tuple[str, ...], metric: str, problem: str, remedy: str
 ) -> None:
-    """With the remedy, which works; a label that is chosen is compared as a label, whatever the metric."""
+    """The message names a remedy that works; decode=rank compares labels exactly, so it accepts every metric."""
     with pytest.raises(ConfigError) as error:
         TextToText.check_benchmark(labelled(*labels, metric=metric), EvaluationOptions())
-    assert said in str(error.value)
+    assert problem in str(error.value)
     assert remedy in str(error.value)
     TextToText.check_benchmark(labelled(*labels, metric=metric), EvaluationOptions(decode="rank"))
-    for better in text_scores.that_tell_apart(labels):
-        TextToText.check_benchmark(labelled(*labels, metric=better), EvaluationOptions())
+    for better_metric in text_scores.that_tell_apart(labels):
+        TextToText.check_benchmark(labelled(*labels, metric=better_metric), EvaluationOptions())
 
 
-def test_labels_that_are_equal_after_cutting_are_refused() -> None:
-    """A byte tokenizer writes the space before an answer, its letters and the end."""
+def test_labels_that_are_equal_after_truncation_are_rejected() -> None:
+    """With a byte tokenizer an answer is a space, its letters and the end token."""
     tokenizer = byte_tokenizer()
     long = labelled("question one", "question two", "short", max_target=10)
     with pytest.raises(DataError, match=r"'question one' and 'question two' .* needs benchmark.max_target=13"):
         check_cut_labels(tokenizer, long)
     long.max_target = 13
     check_cut_labels(tokenizer, long)
-    check_cut_labels(tokenizer, labelled("question one", "answer two", max_target=4))  # cut, but not to the same
+    check_cut_labels(tokenizer, labelled("question one", "answer two", max_target=4))  # truncated, but still different
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(DataError, match="'Yes' and 'yes' are the same tokens"):
         check_cut_labels(tokenizer, labelled("Yes", "yes", metric="first_word"))
 
 
 def test_labels_are_stripped_and_composed(tmp_path: Path) -> None:
-    """Spellings of one name are one label, and that is said."""
+    """Spellings that are equal after normalisation are one label, and a note reports them."""
     spellings = ["café", " cafe\u0301", "café\t", "tea"]
     rows = [{"text": f"text {i}", "label": spellings[i % 4]} for i in range(24)]
-    found = table(tmp_path, rows)
-    assert found.labels == ["café", "tea"]
-    (note,) = found.report.notes()
+    benchmark = table(tmp_path, rows)
+    assert benchmark.labels == ["café", "tea"]
+    (note,) = benchmark.report.notes()
     assert "2 labels" in note
     assert "in row 2" in note
 
 
-def test_near_equal_labels_are_found() -> None:
-    """Case, spaces and Unicode form; other differences are differences."""
+def test_near_equal_labels_are_grouped() -> None:
+    """Labels that differ in case, spaces or Unicode form only; any other difference counts."""
     labels = ["New York", "new york", "NewYork", "ﬁsh", "fish", "Straße", "STRASSE", "x1", "x2", "C", "C+"]
     assert near_equal(labels) == [["New York", "new york", "NewYork"], ["ﬁsh", "fish"], ["Straße", "STRASSE"]]
 
 
-def test_near_equal_labels_are_warned_of(clpet, tmp_path: Path) -> None:
+def test_near_equal_labels_give_a_warning(clpet, tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": ["Yes", "yes", "no"][i % 3]} for i in range(24)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = clpet("data", "files", f"data_dir={tmp_path}", "model=tiny")
-    assert "warning: the labels 'Yes', 'yes' differ only in case" in found.out
+    result = clpet("data", "files", f"data_dir={tmp_path}", "model=tiny")
+    assert "warning: the labels 'Yes', 'yes' differ only in case" in result.out
 
 
-def test_only_a_named_column_holds_references(tmp_path: Path) -> None:
+def test_references_are_read_from_the_named_column_only(tmp_path: Path) -> None:
     rows = [{"text": f"{i}", "label": "ab"[i % 2], "references": ["a ", "b"], "others": "b"} for i in range(12)]
     settings = {"objective": Kind.text_to_text}
     assert {example.references for example in table(tmp_path, rows, **settings).tasks[0].test} == {()}
-    for column, wanted in (("references", ("a", "b")), ("others", ("b",))):
+    for column, expected in (("references", ("a", "b")), ("others", ("b",))):
         named = table(tmp_path, rows, references=column, **settings).tasks[0]
-        assert {example.references for example in named.test} == {wanted}
+        assert {example.references for example in named.test} == {expected}
     with pytest.raises(DataError, match="has no column absent"):
         table(tmp_path, rows, references="absent", **settings)
 
 
-def test_numbers_are_grouped_by_size(tmp_path: Path) -> None:
+def test_numeric_labels_are_sorted_by_value(tmp_path: Path) -> None:
     """Tasks of 4 labels out of 0 to 11 are 0-3, 4-7, 8-11, and not 0, 1, 10, 11."""
     rows = [{"text": f"text {i}", "label": i % 12} for i in range(120)]
-    found = table(tmp_path, rows, classes_per_task=4)
-    assert [task.labels for task in found.tasks] == [tuple(map(str, range(i, i + 4))) for i in (0, 4, 8)]
+    benchmark = table(tmp_path, rows, classes_per_task=4)
+    assert [task.labels for task in benchmark.tasks] == [tuple(map(str, range(i, i + 4))) for i in (0, 4, 8)]
     assert in_order({"b10", "b9", "-1"}) == ["-1", "b10", "b9"]
     assert in_order({"-2", "10", "+9"}) == ["-2", "+9", "10"]

@@ -1,4 +1,4 @@
-"""How right answers are, beside what tests/objectives/test_text_to_text.py says."""
+"""Metrics of answers: first word, ROUGE-L, exact match, edit similarity, SARI and BERTScore."""
 
 import sys
 from types import SimpleNamespace
@@ -10,17 +10,17 @@ from clpet.errors import ConfigError
 from clpet.metrics import text_scores
 from clpet.metrics.sari import sari, words
 
-S1 = [("A", "A.", 1), ("A", "(A) foo", 1), ("positive", "Positive", 0), ("A", "", 0), ("A", "Answer: A", 0),
+FIRST_WORD_CASES = [("A", "A.", 1), ("A", "(A) foo", 1), ("positive", "Positive", 0), ("A", "", 0), ("A", "Answer: A", 0),
       ("A", "A_B", 0), ("A", "A–B", 1), ("A", "“A”", 1), ("B", "B…", 1)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("label", "answer", "score"), S1)
-def test_the_first_word_as_the_reference_scores_it(label: str, answer: str, score: int) -> None:
-    """score.py of SLM's authors, and with signs around the label."""
+@pytest.mark.parametrize(("label", "answer", "score"), FIRST_WORD_CASES)
+def test_first_word_agrees_with_the_reference_code(label: str, answer: str, score: int) -> None:
+    """Scores of SLM's score.py, also with punctuation around the label."""
     assert text_scores.first_word(answer, [label]) == text_scores.first_word(answer, [f"«{label}».", "other"]) == score
 
 
-NINE = [
+ROUGE_CASES = [
     ("The cats were sitting on mats", "A cat sat on the mat.", 0.5, 0),
     ("Charlie asks for help", "Charlie asks guys present at the party for help in cleaning", 8 / 15, 0),
     ("", "x", 0, 0),
@@ -31,17 +31,17 @@ NINE = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "reference", "rouge", "match"), NINE)
-def test_rouge_l_and_exact_match_as_the_references_compute_them(
+@pytest.mark.parametrize(("answer", "reference", "rouge", "match"), ROUGE_CASES)
+def test_rouge_l_and_exact_match_agree_with_the_reference_code(
     answer: str, reference: str, rouge: float, match: int
 ) -> None:
-    """compute_metrics.py of SAPT and O-LoRA."""
+    """Scores of compute_metrics.py in SAPT and O-LoRA."""
     assert text_scores.rouge_l(answer, [reference]) == pytest.approx(rouge)
     assert text_scores.exact_match(answer, [reference]) == match
 
 
-def test_the_first_character_is_the_answer_to_a_question_with_options() -> None:
-    """eval_ScienceQA.py of TRACE's authors: the reasons are not compared."""
+def test_first_char_ignores_the_explanation() -> None:
+    """As in TRACE's eval_ScienceQA.py."""
     gold = ["B\nPhotosynthesis is what plants use."]
     assert text_scores.first_char("B\nBecause plants make food from light.", gold) == 1
     assert text_scores.first_char("A\nPhotosynthesis is what plants use.", gold) == 0
@@ -49,7 +49,7 @@ def test_the_first_character_is_the_answer_to_a_question_with_options() -> None:
 
 
 def test_edit_similarity_counts_insertions_and_deletions() -> None:
-    """fuzz.ratio: 2 * 3 common signs / (4 + 5); literals are filled in as eval_Py150.py of TRACE's authors does."""
+    """fuzz.ratio: 2 * 3 common characters / (4 + 5); placeholders are replaced as in TRACE's eval_Py150.py."""
     assert text_scores.edit_similarity("abcd", ["xbcdx"]) == pytest.approx(6 / 9)
     assert text_scores.edit_similarity("f(<NUM_LIT>, <STR_LIT:a>)", ["f(0, a)", "g"]) == 1
     assert text_scores.edit_similarity("<STR_LIT>x<NUM_LIT:7><CHAR_LIT>", ["x7"]) == 1
@@ -59,22 +59,22 @@ def test_edit_similarity_counts_insertions_and_deletions() -> None:
 def test_sari_by_hand() -> None:
     """Source a b, answer a c, reference a d.
 
-    Unigrams: added c, wanted d: 0; kept a, rightly: 1; deleted b, rightly: 1. Bigrams: none of a c is wanted: 0;
-    nothing is kept and nothing was to be: 1; a b is deleted, rightly: 1. Longer ones: 0/0 = 1 throughout.
+    Unigrams: c is added instead of d: 0; a is kept correctly: 1; b is deleted correctly: 1. Bigrams: a c is added
+    instead of a d: 0; none is kept, as in the reference: 1; a b is deleted correctly: 1. Longer n-grams: 0/0 = 1.
     """
     assert sari("a c", ["a d"], "a b") == pytest.approx(((0 + 1 + 1) + (0 + 1 + 1) + 3 + 3) / 12)
     assert sari("A cat, sat.", ["a cat , sat ."], "The dog") == 1
 
 
-def test_sari_as_the_hub_s_metric_documents_it() -> None:
+def test_sari_equals_the_hub_metrics_documented_example() -> None:
     """The example in the documentation of `sari` on the hub: 26.953601953601954."""
     references = ["About 95 species are currently known .", "About 95 species are now accepted .",
                   "95 species are now accepted ."]  # fmt: skip
-    found = sari("About 95 you now get in .", references, "About 95 species are currently accepted .")
-    assert 100 * found == pytest.approx(26.953601953601954, rel=1e-12)
+    score = sari("About 95 you now get in .", references, "About 95 species are currently accepted .")
+    assert 100 * score == pytest.approx(26.953601953601954, rel=1e-12)
 
 
-def test_words_of_sari_are_mteval_s() -> None:
+def test_sari_tokenizes_like_mteval() -> None:
     assert words('He "said" 1,000.5-ish,&amp; x-y.') == [
         "he",
         '"',
@@ -90,8 +90,8 @@ def test_words_of_sari_are_mteval_s() -> None:
     ]
 
 
-def test_the_first_word_decides_in_its_own_case() -> None:
-    """SLM's generative accuracy."""
+def test_first_word_is_case_sensitive() -> None:
+    """The generative accuracy of SLM."""
     assert text_scores.first_word("A.", ["A"]) == 1
     assert text_scores.first_word("  B) because", ["A", "B"]) == 1
     assert text_scores.first_word("Positive", ["positive"]) == 0
@@ -100,13 +100,13 @@ def test_the_first_word_decides_in_its_own_case() -> None:
     assert text_scores.first_word("...", ["A"]) == 0
 
 
-def test_bert_score_is_its_library_s_f(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One scorer for all answers; an empty one is 0 and asks nothing."""
-    made = []
+def test_bert_score_is_the_f_score_of_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scorer serves all answers; an empty answer scores 0 without calling it."""
+    scorer_settings = []
 
     class BERTScorer:
         def __init__(self, **settings: object) -> None:
-            made.append(settings)
+            scorer_settings.append(settings)
 
         def score(self, answers: list[str], references: list[list[str]]) -> tuple[torch.Tensor, ...]:
             assert references == [["see a doctor", "rest"]]
@@ -118,11 +118,13 @@ def test_bert_score_is_its_library_s_f(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [text_scores.bert_score(answer, references) for answer in ("go home", " ", "rest")] == pytest.approx(
         [0.85, 0, 0.85]
     )
-    assert made == [{"model_type": "roberta-large", "num_layers": 17, "idf": False, "rescale_with_baseline": False}]
+    assert scorer_settings == [
+        {"model_type": "roberta-large", "num_layers": 17, "idf": False, "rescale_with_baseline": False}
+    ]
     text_scores._bert_scorer.cache_clear()
 
 
-def test_a_metric_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_without_its_library_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     text_scores.need("rouge_l")
     with pytest.raises(ConfigError, match="pip install bert-score"):

@@ -1,4 +1,4 @@
-"""Real architectures and tokenizers, small and made here: what is read, where, and what adapters attach to."""
+"""Small networks and tokenizers of four architectures: representations, templates, and layers with adapters."""
 
 import json
 import re
@@ -23,7 +23,7 @@ WORDS = ["In", "this", "sentence", "is", "the", "of", "apple", "pear", "iron", "
 
 
 def wordpiece() -> Tokenizer:
-    """BERT's kind: lower case, word pieces, [unusedN] in the vocabulary."""
+    """Like BERT: lower case, word pieces, [unusedN] in the vocabulary."""
     special = ["[PAD]", *(f"[unused{i}]" for i in range(5)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
     words = [word.lower() for word in WORDS]
@@ -37,7 +37,7 @@ def wordpiece() -> Tokenizer:
 
 
 def byte_pairs() -> Tokenizer:
-    """RoBERTa's kind: byte-level pairs that keep the space before a word, <mask> eats it."""
+    """Like RoBERTa: byte-level pairs that include the space before a word; <mask> absorbs that space."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     made_up = ["madeupword0000", "madeupword0001", "madeupword0002", "<mask>"]
@@ -53,7 +53,7 @@ def byte_pairs() -> Tokenizer:
 
 
 def sentence_piece() -> Tokenizer:
-    """LLaMA's kind: a space becomes a low line, one stands before the text, unknown signs fall back to bytes."""
+    """Like LLaMA: spaces become U+2581, one is put before the text, and unknown characters become bytes."""
     special = ["<unk>", "<s>", "</s>"]
     letters = ["▁", *(chr(c) for c in range(33, 127))]
     pairs = [("▁", "i"), ("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "I"), ("▁I", "n")]
@@ -85,13 +85,13 @@ SHAPES = {
 
 
 def hub_folder(name: str, folder: Path) -> Path:
-    """config.json, model.safetensors and tokenizer files of one shape, as the hub lays them out."""
+    """Writes config.json, model.safetensors and tokenizer files of one shape, in the hub's layout."""
     core, special, config, values = SHAPES[name]
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core(), **special)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config(vocab_size=len(tokenizer), **values))
-    for parameter in model.parameters():  # rows that differ at every place, unlike a fresh network's
+    for parameter in model.parameters():  # outputs then differ at every position, unlike those of an untrained network
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     return folder
@@ -111,43 +111,46 @@ def local(shape: tuple[str, Path], *more: str) -> list[str]:
             "benchmark.max_length=100", "hardware.dtype=fp32", *more]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["mask", "mean", "cls", "last"])
-def test_a_representation_is_read_where_it_should_be(how: str, shape: tuple[str, Path], make) -> None:
-    """Against a plain forward of one example at a time without padding, position found by eye in the token ids."""
+@pytest.mark.parametrize("representation", ["mask", "mean", "cls", "last"])
+def test_representations_are_read_at_the_right_position(representation: str, shape: tuple[str, Path], make) -> None:
+    """Equals a forward pass of single examples without padding, read at positions taken from the token ids."""
     run = make(
-        "method=sequential", *local(shape, f"model.representation={how}", "benchmark.template='{text} is {mask}.'")
+        "method=sequential",
+        *local(shape, f"model.representation={representation}", "benchmark.template='{text} is {mask}.'"),
     )
     objective, pool = run.method.objective, run.data.train
     rows = [0, 1, 2, 30, 31, 70]
     assert len({int(pool.lengths[row]) for row in rows}) > 2
-    plain = transformers.AutoModel.from_pretrained(shape[1]).eval()
-    mark = {"bert": "[MASK]", "minilm": "[MASK]", "roberta": "<mask>", "llama": "<0x05>"}[shape[0]]
-    mark_id = transformers.AutoTokenizer.from_pretrained(shape[1]).convert_tokens_to_ids(mark)
+    reference = transformers.AutoModel.from_pretrained(shape[1]).eval()
+    mask = {"bert": "[MASK]", "minilm": "[MASK]", "roberta": "<mask>", "llama": "<0x05>"}[shape[0]]
+    mask_id = transformers.AutoTokenizer.from_pretrained(shape[1]).convert_tokens_to_ids(mask)
     with torch.inference_mode():
-        found = objective.features(pool.batch(rows))
-        for row, vector in zip(rows, found, strict=True):
+        features = objective.features(pool.batch(rows))
+        for row, vector in zip(rows, features, strict=True):
             ids = pool.tokens(row).tolist()
-            assert ids.count(mark_id) == 1
-            hidden = plain(input_ids=torch.tensor([ids])).last_hidden_state[0]
-            places = {"mask": [ids.index(mark_id)], "mean": range(len(ids)), "cls": [0], "last": [len(ids) - 1]}[how]
-            torch.testing.assert_close(vector, hidden[list(places)].mean(0), atol=1e-4, rtol=1e-4)
+            assert ids.count(mask_id) == 1
+            hidden = reference(input_ids=torch.tensor([ids])).last_hidden_state[0]
+            positions = {"mask": [ids.index(mask_id)], "mean": range(len(ids)), "cls": [0], "last": [len(ids) - 1]}[
+                representation
+            ]
+            torch.testing.assert_close(vector, hidden[list(positions)].mean(0), atol=1e-4, rtol=1e-4)
 
 
-def test_padding_changes_nothing(shape: tuple[str, Path], make) -> None:
-    """The shortest text alone, beside the longest, and padded further than any."""
+def test_padding_does_not_change_a_representation(shape: tuple[str, Path], make) -> None:
+    """The shortest text alone, in a batch with the longest, and padded beyond the longest."""
     run = make("method=sequential", *local(shape, "benchmark.template='{text} is {mask}.'"))
     objective, pool = run.method.objective, run.data.train
     short, long = int(pool.lengths.argmin()), int(pool.lengths.argmax())
     with torch.inference_mode():
-        alone = objective.features(pool.batch([short]))[0]
-        beside = objective.features(pool.batch([long, short]))[1]
-        further = objective.features(pool.batch([short], width=90))[0]
-    torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(alone, further, atol=1e-5, rtol=1e-4)
+        single = objective.features(pool.batch([short]))[0]
+        batched = objective.features(pool.batch([long, short]))[1]
+        padded = objective.features(pool.batch([short], width=90))[0]
+    torch.testing.assert_close(single, batched, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(single, padded, atol=1e-5, rtol=1e-4)
 
 
-def test_what_auto_reads(shape: tuple[str, Path], make) -> None:
-    """The mask where the template has one; else the mean of an encoder and the last token of a decoder."""
+def test_representation_auto(shape: tuple[str, Path], make) -> None:
+    """auto reads the mask of a template that has one; otherwise an encoder's mean or a decoder's last token."""
     masked = make("method=sequential", *local(shape, "benchmark.template='{text} is {mask}.'"))
     assert masked.method.objective.representation.value == "mask"
     plain = make("method=sequential", *local(shape, "benchmark.template='{text}'"))
@@ -157,12 +160,14 @@ def test_what_auto_reads(shape: tuple[str, Path], make) -> None:
 def test_adapters_attach_to_the_named_layers_of_every_block(shape: tuple[str, Path], make) -> None:
     run = make("method=sequential", *local(shape))
     layers = [
-        name.split(".") for name, part in run.method.objective.adapters.model.named_modules() if hasattr(part, "lora_A")
+        name.split(".")
+        for name, module in run.method.objective.adapters.model.named_modules()
+        if hasattr(module, "lora_A")
     ]
     depth = SHAPES[shape[0]][3]["num_hidden_layers"]
     targets = ("q_proj", "k_proj") if shape[0] == "llama" else ("query", "value")
     assert sorted(path[-1] for path in layers) == sorted(targets * depth)
-    assert len({next(part for part in path if part.isdigit()) for path in layers}) == depth
+    assert len({next(module for module in path if module.isdigit()) for path in layers}) == depth
 
 
 def template(shape: tuple[str, Path], text: str = TEMPLATE, length: int = 100) -> Template:
@@ -171,41 +176,41 @@ def template(shape: tuple[str, Path], text: str = TEMPLATE, length: int = 100) -
 
 
 @pytest.mark.parametrize("text", [TEMPLATE, "Of {head} and {tail}: {text} That is the {mask}!"])
-def test_a_template_reads_like_one_sentence(text: str, shape: tuple[str, Path]) -> None:
-    """Tokens of an uncut example are those of its whole text: nothing is added where the parts meet."""
-    found = template(shape, text)
+def test_templates_are_tokenized_like_one_text(text: str, shape: tuple[str, Path]) -> None:
+    """An example that is not truncated has the tokens of its full text: none are added between the parts."""
+    built = template(shape, text)
     example = Example("[m0] Rhine [m1] meets the [m2] Nile [m3].", "x", {"head": "Rhine", "tail": "Nile"})
-    whole = text.format(text=example.text, mask=found.mask, **example.fields)
-    for marker, token in found.markers.items():
-        whole = whole.replace(marker, token)
-    assert found.encode([example]).rows[0] == found.tokenizer(whole)["input_ids"]
+    expected = text.format(text=example.text, mask=built.mask, **example.fields)
+    for marker, token in built.markers.items():
+        expected = expected.replace(marker, token)
+    assert built.encode([example]).rows[0] == built.tokenizer(expected)["input_ids"]
 
 
 def test_markers_are_one_reserved_token_each(shape: tuple[str, Path]) -> None:
-    found = template(shape)
+    built = template(shape)
     reserved = {"roberta": ["madeupword0000", "madeupword0001", "madeupword0002", "<unk>"],
                 "llama": [f"<0x0{i}>" for i in range(4)]}.get(shape[0], [f"[unused{i}]" for i in range(4)])  # fmt: skip
-    row = found.encode([Example("[m0] a [m1] b [m2] c [m3]", "x", {"head": "a", "tail": "b"})]).rows[0]
-    ids = [found.tokenizer.convert_tokens_to_ids(token) for token in reserved]
+    row = built.encode([Example("[m0] a [m1] b [m2] c [m3]", "x", {"head": "a", "tail": "b"})]).rows[0]
+    ids = [built.tokenizer.convert_tokens_to_ids(token) for token in reserved]
     assert [row.count(marker) for marker in ids] == [1] * 4
     assert [token for token in row if token in ids] == ids
 
 
-def test_a_cut_text_keeps_markers_template_and_frame(shape: tuple[str, Path]) -> None:
-    """80 tokens of a long sentence with the entities in its middle."""
-    found = template(shape, length=80)
+def test_truncated_text_keeps_markers_template_and_special_tokens(shape: tuple[str, Path]) -> None:
+    """A long sentence with the entities in the middle, truncated to 80 tokens."""
+    built = template(shape, length=80)
     middle = "[m0] apple [m1] of [m2] pear [m3]"
     text = f"{'gold ' * 60}{middle}{' iron' * 60}"
-    place = text.index("[m0]")
-    row = found.encode([Example(text, "x", {"head": "apple", "tail": "pear"}, ((place, place + len(middle)),))]).rows[0]
+    start = text.index("[m0]")
+    row = built.encode([Example(text, "x", {"head": "apple", "tail": "pear"}, ((start, start + len(middle)),))]).rows[0]
     assert len(row) == 80
-    assert row.count(found.mask_id) == 1
-    assert row[: len(found.head)] + row[len(row) - len(found.tail) :] == found.tokenizer("")["input_ids"]
-    read = re.sub("▁|Ġ|##", "", "".join(found.tokenizer.convert_ids_to_tokens(row))).lower()
-    assert f"inthissentence,pearisthe{found.mask.lower()}ofapple." in read
-    whole = [found.markers[f"[m{i}]"].lower() for i in range(4)]
-    assert "{}apple{}of{}pear{}".format(*whole) in read
-    assert all(row.count(found.tokenizer.convert_tokens_to_ids(token)) == 1 for token in found.markers.values())
+    assert row.count(built.mask_id) == 1
+    assert row[: len(built.head)] + row[len(row) - len(built.tail) :] == built.tokenizer("")["input_ids"]
+    decoded = re.sub("▁|Ġ|##", "", "".join(built.tokenizer.convert_ids_to_tokens(row))).lower()
+    assert f"inthissentence,pearisthe{built.mask.lower()}ofapple." in decoded
+    markers = [built.markers[f"[m{i}]"].lower() for i in range(4)]
+    assert "{}apple{}of{}pear{}".format(*markers) in decoded
+    assert all(row.count(built.tokenizer.convert_tokens_to_ids(token)) == 1 for token in built.markers.values())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,7 @@ def test_a_cut_text_keeps_markers_template_and_frame(shape: tuple[str, Path]) ->
     [("bert_large", 393_216, 335_141_888, 852.31), ("llama_7b", 2_097_152, 6_738_415_616, 3213.127)],
 )
 def test_parameter_counts_of_shipped_models(model: str, lora: int, total: int, times: float) -> None:
-    """ConPET oracle 1: r = 4 on the targets of the model's YAML, counted without weights."""
+    """ConPET oracle 1: r = 4 on the targets in the model's YAML, counted without weights."""
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         backbone = build(parse_config(compose("train", [f"model={model}"])).model, "model")
@@ -235,7 +240,7 @@ def test_parameter_counts_of_shipped_models(model: str, lora: int, total: int, t
         ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder_decoder"),
     ],
 )
-def test_a_local_model_says_which_way_it_reads(config: dict, expected: str, tmp_path: Path) -> None:
+def test_architecture_of_a_local_model_is_read_from_its_config(config: dict, expected: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     backbone = Backbone(name="local", path=str(tmp_path), architecture=Architecture.auto)
     assert backbone.architecture.value == expected

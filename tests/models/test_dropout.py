@@ -1,4 +1,4 @@
-"""Dropout of the backbone's own layers and of the head's input: who drops, at which rates, and when nothing does."""
+"""Dropout of the backbone and of the head's input: which networks use it, at which rates, and when it is off."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,68 +27,68 @@ NETWORKS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def network(shape: str, adapter: FullFineTuning, dropout: object, again: bool = False) -> Adapters:
-    """A small network with an adapter; with `again` its activations are computed a second time for the gradients."""
+def network(shape: str, adapter: FullFineTuning, dropout: object, recompute: bool = False) -> Adapters:
+    """A small network with an adapter; with `recompute` the backward pass recomputes activations."""
     backbone = Backbone(name=shape, random_weights=True, dropout=dropout, **NETWORKS[shape])
     model, _ = backbone.load(torch.float32, torch.device("cpu"), 0)
-    found = Adapters(model, backbone, adapter)
-    if again:
-        enable_recomputation(model, found.drops)
+    adapters = Adapters(model, backbone, adapter)
+    if recompute:
+        enable_recomputation(model, adapters.drops)
     if not isinstance(adapter, Frozen):
-        found.add("default", 0)
-    return found
+        adapters.add("default", 0)
+    return adapters
 
 
 def read(adapters: Adapters) -> torch.Tensor:
     """The last hidden states of a text."""
-    found = adapters.model(input_ids=IDS, **({} if adapters.model.config.is_encoder_decoder else {"use_cache": False}))
-    return found.last_hidden_state
+    output = adapters.model(input_ids=IDS, **({} if adapters.model.config.is_encoder_decoder else {"use_cache": False}))
+    return output.last_hidden_state
 
 
-def twice(adapters: Adapters) -> bool:
+def passes_agree(adapters: Adapters) -> bool:
     """Whether two passes agree."""
     with torch.no_grad():
         return torch.equal(read(adapters), read(adapters))
 
 
 @pytest.mark.parametrize("shape", NETWORKS)
-def test_who_drops_and_when(shape: str) -> None:
-    """auto: a network that is itself trained; a frozen one with own or a rate, in training only and not inside `using`."""
+def test_when_the_backbone_uses_dropout(shape: str) -> None:
+    """auto: only if its weights are trained; own or a rate: always. In training only, and not inside `using`."""
     expected = {(FullFineTuning, "auto"): True, (FullFineTuning, "off"): False, (FullFineTuning, 0.2): True, (Lora, "auto"): False,
                 (Lora, "off"): False, (Lora, "own"): True, (Lora, 0.2): True, (Lora, 0): False, (Frozen, "own"): True}  # fmt: skip
     for (kind, dropout), drops in expected.items():
         adapters = network(shape, kind(), dropout)
         rate = 0.2 if dropout == 0.2 else 0.3 if shape == "opt" else 0.1
         assert set(adapters.dropout().values()) == ({rate} if drops else set())
-        assert twice(adapters)
+        assert passes_agree(adapters)
         adapters.train_mode(True)
-        assert twice(adapters) is not drops, (kind, dropout)
+        assert passes_agree(adapters) is not drops, (kind, dropout)
         if adapters.names:
             with adapters.using("default"):
-                assert twice(adapters)
-            assert twice(adapters) is not drops
+                assert passes_agree(adapters)
+            assert passes_agree(adapters) is not drops
         adapters.train_mode(False)
-        assert twice(adapters)
+        assert passes_agree(adapters)
 
 
 @pytest.mark.parametrize("shape", NETWORKS)
-def test_recomputed_activations_drop_what_the_first_pass_dropped(shape: str) -> None:
-    """With a frozen backbone that drops, and with one that does not."""
+def test_recomputation_draws_the_same_dropout_masks(shape: str) -> None:
+    """For a frozen backbone with and without dropout."""
     for dropout in ("own", "off"):
         gradients = []
-        for again in (False, True):
-            adapters = network(shape, Lora(r=2), dropout, again)
+        for recompute in (False, True):
+            adapters = network(shape, Lora(r=2), dropout, recompute)
             adapters.train_mode(True)
             torch.manual_seed(1)
             read(adapters).square().sum().backward()
             gradients.append([tensor.grad for tensor in adapters.tensors("default").values()])
         assert sum(float(grad.abs().sum()) for grad in gradients[0]) > 0
-        for one, other in zip(*gradients, strict=True):
-            assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+        for first, second in zip(*gradients, strict=True):
+            assert torch.allclose(first, second, rtol=1e-4, atol=1e-6)
 
 
 def test_values_of_dropout() -> None:
-    """null is what auto was called; a bare off in YAML is false."""
+    """null is the old name of auto; a bare off in YAML is false."""
     assert [Backbone(name="x", path=".", dropout=value).dropout for value in (None, False, 0.1)] == ["auto", "off", 0.1]
     for wrong in (1, -0.1, "on", True, [0.1]):
         with pytest.raises(ConfigError, match=r"model.dropout must be auto, own, off or a rate in \[0, 1\)"):
@@ -96,7 +96,7 @@ def test_values_of_dropout() -> None:
     llama = {"model_type": "llama", **SMALL}
     plain = Backbone(name="llama", random_weights=True, architecture=Architecture.decoder, config=llama, dropout="own")
     model, _ = plain.load(torch.float32, torch.device("cpu"), 0)
-    assert Adapters(model, plain, Frozen()).dropout() == {}  # its config has a rate, and that is 0
+    assert Adapters(model, plain, Frozen()).dropout() == {}  # its config has a rate of 0
 
 
 METHODS: dict[str, list[str]] = {
@@ -112,36 +112,36 @@ METHODS: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_looked_up_never_drops(method: str, make) -> None:
-    """The backbone is in training mode inside of training steps alone, and never where no gradient is asked for."""
+def test_lookups_are_free_of_dropout(method: str, make) -> None:
+    """The backbone is in training mode only inside training steps, and only where gradients are computed."""
     run = make(f"method={method}", "model.dropout=0.2", "train.epochs=1", *METHODS[method])
-    inside, modes = [False], []
+    stepping, modes = [False], []
     backward = run.trainer._backward
 
     def step(*args):
-        inside[0] = True
-        found = backward(*args)
-        inside[0] = False
-        return found
+        stepping[0] = True
+        loss = backward(*args)
+        stepping[0] = False
+        return loss
 
-    def watch(module: torch.nn.Module, inputs: tuple, output: object) -> None:
-        modes.append((module.training, inside[0] and torch.is_grad_enabled()))
+    def record(module: torch.nn.Module, inputs: tuple, output: object) -> None:
+        modes.append((module.training, stepping[0] and torch.is_grad_enabled()))
 
     run.trainer._backward = step
     layer = next(m for name, m in run.method.objective.adapters.model.named_modules() if name.endswith("layer.1"))
-    layer.register_forward_hook(watch)
+    layer.register_forward_hook(record)
     for task in range(2):
         run.learn(task)
         run.method.predict(run.data.test.batch([0, 1]), SimpleNamespace(labels=range(4), tasks=None))
     assert (True, True) in modes
-    assert {training is asked for training, asked in modes} == {True}
+    assert {training is in_step for training, in_step in modes} == {True}
 
 
 # The head's input
 
 
-def test_the_head_s_input_drops_in_training_only(make) -> None:
-    """A share of it is 0, the rest is scaled; nothing is dropped at test."""
+def test_dropout_of_the_heads_input_is_on_in_training_only(make) -> None:
+    """In training a share of the input is 0 and the rest is scaled up."""
     run = make("method=sequential", "model.head_dropout=0.5")
     objective, batch = run.method.objective, run.data.test.batch([0, 1, 2])
     with torch.no_grad():
@@ -150,31 +150,31 @@ def test_the_head_s_input_drops_in_training_only(make) -> None:
         dropped = objective.features(batch)
         objective.adapters.train_mode(False)
         assert torch.equal(objective.features(batch), plain)
-    kept = dropped != 0
-    assert 0.25 < kept.float().mean() < 0.75
-    assert torch.allclose(dropped[kept], 2 * plain[kept])
+    nonzero = dropped != 0
+    assert 0.25 < nonzero.float().mean() < 0.75
+    assert torch.allclose(dropped[nonzero], 2 * plain[nonzero])
 
 
-def test_a_pooled_representation_is_that_of_the_network(make) -> None:
-    """BERT's: tanh(W h + b) of the first token; a prompt before the text does not take its place."""
+def test_pooled_representation_is_the_networks_pooler_output(make) -> None:
+    """BERT: tanh(W h + b) of the first token, also if virtual tokens precede it."""
     run = make("method=sequential", "model.representation=pooled")
     objective, batch = run.method.objective, run.data.test.batch([0, 1, 2])
     model = objective.adapters.model
     with torch.no_grad():
-        found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        first = found.last_hidden_state[:, 0]
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        first = output.last_hidden_state[:, 0]
         expected = torch.tanh(first @ model.pooler.dense.weight.T + model.pooler.dense.bias)
         assert torch.allclose(
             objective.features(batch), expected.float(), atol=1e-2 if first.dtype != torch.float32 else 1e-6
         )
     prompted = make("method=l2p", "model.representation=pooled").method.objective
     with torch.no_grad():
-        whole = prompted.adapters.model(**prompted.inputs(batch))
-        assert not torch.equal(prompted.features(batch), whole.pooler_output.float())
+        output = prompted.adapters.model(**prompted.inputs(batch))
+        assert not torch.equal(prompted.features(batch), output.pooler_output.float())
 
 
-def test_a_network_without_a_pooler_is_refused(make, tmp_path: Path) -> None:
-    """Of its kind, or because the weights lack it: those of a masked language model do."""
+def test_pooled_representation_needs_a_pooler(make, tmp_path: Path) -> None:
+    """An architecture may have none; the weights of a masked language model lack it."""
     with pytest.raises(ModelError, match="model tiny_t5 has no pooler: use cls, mean or last"):
         make("method=sequential", "model=tiny_t5", "model.representation=pooled")
     transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)
@@ -184,7 +184,7 @@ def test_a_network_without_a_pooler_is_refused(make, tmp_path: Path) -> None:
 
 
 def test_head_dropout_needs_a_head(words: Path, clpet) -> None:
-    found = clpet(
+    result = clpet(
         "train",
         *tiny_args(words),
         "model=tiny_t5",
@@ -192,5 +192,5 @@ def test_head_dropout_needs_a_head(words: Path, clpet) -> None:
         "objective=text_to_text",
         "model.head_dropout=0.1",
     )
-    assert found.code == 2
-    assert "model.head_dropout is for classification; this benchmark's objective is text_to_text" in found.err
+    assert result.code == 2
+    assert "model.head_dropout is for classification; this benchmark's objective is text_to_text" in result.err

@@ -1,4 +1,4 @@
-"""Sentence embeddings: what they are, and that a text is encoded once, whatever happens to the files."""
+"""Sentence embeddings: their values, and a cache that survives damaged files and several processes."""
 
 import json
 import multiprocessing
@@ -39,11 +39,11 @@ def test_embeddings_are_masked_means_in_eval_mode(folder: Path) -> None:
     from transformers import BertModel
 
     encoder = Encoder(folder, 40)
-    found = encoder.encode(TEXTS)
-    assert found.shape == (6, 24)
-    assert found.dtype is torch.float32
+    vectors = encoder.encode(TEXTS)
+    assert vectors.shape == (6, 24)
+    assert vectors.dtype is torch.float32
     model, tokenizer = BertModel.from_pretrained(folder).eval(), byte_tokenizer()
-    for text, vector in zip(TEXTS, found, strict=True):
+    for text, vector in zip(TEXTS, vectors, strict=True):
         ids = tokenizer(text, truncation=True, max_length=40, return_tensors="pt")
         with torch.no_grad():
             expected = model(**ids).last_hidden_state[0].mean(0)
@@ -53,56 +53,56 @@ def test_embeddings_are_masked_means_in_eval_mode(folder: Path) -> None:
 
 
 def test_a_text_is_encoded_once(folder: Path, tmp_path: Path) -> None:
-    """Oracle 21: repeats cost nothing, and a second run does not even load the model; other settings miss."""
+    """Oracle 21: repeated texts are looked up, a second run does not load the model; other settings miss the cache."""
     first = Encoder(folder, 40, cache_dir=str(tmp_path))
-    found = first.encode(TEXTS)
+    vectors = first.encode(TEXTS)
     assert first.encoded == 5
     second = Encoder(folder, 40, cache_dir=str(tmp_path))
-    assert torch.equal(second.encode(TEXTS[::-1]), found.flip(0))
+    assert torch.equal(second.encode(TEXTS[::-1]), vectors.flip(0))
     assert (second.encoded, second.model) == (0, None)
     assert second.encode([*TEXTS, "new"]).shape == (7, 24)
     assert second.encoded == 1
     shorter = Encoder(folder, 16, cache_dir=str(tmp_path))
-    assert not torch.equal(shorter.encode(TEXTS), found)
+    assert not torch.equal(shorter.encode(TEXTS), vectors)
     assert shorter.encoded == 5
     other = Encoder(make_encoder(tmp_path / "other", seed=1), 40, cache_dir=str(tmp_path))
-    assert not torch.equal(other.encode(TEXTS), found)
+    assert not torch.equal(other.encode(TEXTS), vectors)
     assert other.encoded == 5
 
 
-def test_a_vector_does_not_depend_on_its_company(folder: Path) -> None:
-    """Bit for bit, alone or among forty others, so that a warm cache cannot change a result."""
+def test_an_embedding_does_not_depend_on_the_batch(folder: Path) -> None:
+    """The same bits alone or among 40 texts, because a cached embedding must not change a result."""
     texts = [f"{'word ' * (i % 9)}{i}" for i in range(40)]
-    together = Encoder(folder, 40).encode(texts)
+    vectors = Encoder(folder, 40).encode(texts)
     for row in (0, 7, 8, 39):
-        assert torch.equal(Encoder(folder, 40).encode([texts[row]])[0], together[row])
-    assert torch.equal(Encoder(folder, 40).encode(texts[::-1]), together.flip(0))
+        assert torch.equal(Encoder(folder, 40).encode([texts[row]])[0], vectors[row])
+    assert torch.equal(Encoder(folder, 40).encode(texts[::-1]), vectors.flip(0))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "other"])
-def test_a_damaged_file_is_ignored_and_made_again(damage: str, folder: Path, tmp_path: Path) -> None:
-    found = Encoder(folder, 40, cache_dir=str(tmp_path)).encode(TEXTS)
+def test_damaged_files_are_ignored_and_rewritten(damage: str, folder: Path, tmp_path: Path) -> None:
+    vectors = Encoder(folder, 40, cache_dir=str(tmp_path)).encode(TEXTS)
     (path,) = tmp_path.glob("embeddings/*/*.safetensors")
     data = bytearray(path.read_bytes())
     data[-40] ^= 1
     path.write_bytes(
         {"truncated": path.read_bytes()[:-9], "flipped": bytes(data), "emptied": b"", "other": b"{}" * 50}[damage]
     )
-    again = Encoder(folder, 40, cache_dir=str(tmp_path))
-    assert torch.equal(again.encode(TEXTS), found)
-    assert again.encoded == 5
-    last = Encoder(folder, 40, cache_dir=str(tmp_path))
-    assert torch.equal(last.encode(TEXTS), found)
-    assert last.encoded == 0
+    second = Encoder(folder, 40, cache_dir=str(tmp_path))
+    assert torch.equal(second.encode(TEXTS), vectors)
+    assert second.encoded == 5
+    third = Encoder(folder, 40, cache_dir=str(tmp_path))
+    assert torch.equal(third.encode(TEXTS), vectors)
+    assert third.encoded == 0
 
 
 def write(folder: Path, cache: str, start: int) -> None:
-    """One of two processes: half of its texts are the other's too."""
+    """Encodes 20 texts in one of two processes; the other encodes half of them too."""
     torch.set_num_threads(1)
     Encoder(folder, 40, cache_dir=cache).encode([f"text {i}" for i in range(start, start + 20)])
 
 
-def test_processes_side_by_side(folder: Path, tmp_path: Path) -> None:
+def test_processes_may_share_the_cache(folder: Path, tmp_path: Path) -> None:
     workers = [
         multiprocessing.get_context("fork").Process(target=write, args=(folder, str(tmp_path), start))
         for start in (0, 10)
@@ -118,48 +118,46 @@ def test_processes_side_by_side(folder: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("embeddings/*/.*"))
 
 
-def test_a_cache_that_cannot_be_written_is_given_up(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_read_only_cache_is_a_warning(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "embeddings").write_text("a file where the folder should be")
-    found = Encoder(folder, 40, cache_dir=str(tmp_path)).encode(TEXTS)
-    assert torch.isfinite(found).all()
+    vectors = Encoder(folder, 40, cache_dir=str(tmp_path)).encode(TEXTS)
+    assert torch.isfinite(vectors).all()
     assert "cannot be written" in caplog.text
 
 
-def test_rows_are_those_of_the_benchmark_s_texts(folder: Path, make) -> None:
-    """A pool's row and the text it was made of; only tasks that were asked for are encoded."""
+def test_rows_map_to_the_texts_of_the_benchmark(folder: Path, make) -> None:
+    """Each row gets the embedding of its text; only requested tasks are encoded."""
     run = make("method=sequential")
     encoder = Encoder(folder, 40)
     embeddings = Embeddings(encoder, run.benchmark, run.data)
     pool = run.data.test
     rows = pool.rows_of(1)[::-1].copy()
-    found = embeddings(pool, rows)
-    assert torch.equal(found, encoder.encode([example.text for example in run.benchmark.tasks[1].test][::-1]))
+    vectors = embeddings(pool, rows)
+    assert torch.equal(vectors, encoder.encode([example.text for example in run.benchmark.tasks[1].test][::-1]))
     count = encoder.encoded
-    assert torch.equal(embeddings(pool, rows[:3]), found[:3])
+    assert torch.equal(embeddings(pool, rows[:3]), vectors[:3])
     assert encoder.encoded == count
-    assert (embeddings(pool, np.arange(len(pool)))[pool.rows_of(1)] == found.flip(0)).all()
+    assert (embeddings(pool, np.arange(len(pool)))[pool.rows_of(1)] == vectors.flip(0)).all()
     assert torch.equal(
         embeddings(run.data.train, np.array([5]))[0], encoder.encode([run.benchmark.tasks[0].train[5].text])[0]
     )
 
 
-def test_minilm_is_the_default_and_checked() -> None:
+def test_minilm_embeds_into_384_dimensions() -> None:
     folder = locate("minilm")
     assert Encoder(folder, 256).dim == 384
 
 
 @pytest.mark.parametrize("name", ["nli_mpnet_base", "nli_roberta_base", "someone/sentence-encoder"])
-def test_an_encoder_that_is_not_here_is_refused_in_one_line(name: str) -> None:
-    with pytest.raises(ModelError, match="is not on this machine") as found:
+def test_a_missing_encoder_gives_a_one_line_error(name: str) -> None:
+    with pytest.raises(ModelError, match="is not on this machine") as error:
         locate(name)
-    assert "\n" not in str(found.value)
-    assert "hf download" in str(found.value)
-    assert "method.encoder=FOLDER" in str(found.value)
+    assert "\n" not in str(error.value)
+    assert "hf download" in str(error.value)
+    assert "method.encoder=FOLDER" in str(error.value)
 
 
-def test_models_that_cannot_embed_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_embed_are_rejected(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="a model without weights"):
         locate("tiny")
     with pytest.raises(ConfigError, match="encoder_length=257, but this encoder reads at most 256 tokens"):

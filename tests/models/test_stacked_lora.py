@@ -1,4 +1,4 @@
-"""Stacked low-rank increments: what a layer computes, what gets a gradient, what is saved."""
+"""Stacked LoRA branches: a layer's output, its gradients, and saved state."""
 
 import peft
 import pytest
@@ -26,9 +26,9 @@ def network(kind: str, seed: int = 0) -> nn.Module:
     return AutoModel.from_config(config, attn_implementation="eager").eval()
 
 
-def attached(kind: str, model: nn.Module | None = None, **knobs) -> StackedLora:
+def make_stack(kind: str, model: nn.Module | None = None, **options) -> StackedLora:
     backbone = Backbone(name=kind, path=".", targets=SHAPES[kind][1])
-    return StackedLora(Adapters(model or network(kind), backbone, Lora(r=3, alpha=6, **knobs)))
+    return StackedLora(Adapters(model or network(kind), backbone, Lora(r=3, alpha=6, **options)))
 
 
 def read(stack: StackedLora, ids: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def randomised(stack: StackedLora, branches: int) -> StackedLora:
 
 
 def as_peft(stack: StackedLora, model: nn.Module) -> nn.Module:
-    """peft's own LoRA on `model` with the values of the newest branch."""
+    """LoRA of peft on `model` with the values of the newest branch."""
     twin = peft.get_peft_model(model, stack.config).eval()
     with torch.no_grad():
         for name, layer in stack.layers.items():
@@ -61,63 +61,63 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [5, 20, 30, 40]])
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_one_branch_is_peft_lora_bit_for_bit(kind: str) -> None:
-    """BERT, LLaMA, T5 with its decoder and GPT-2's transposed layers; the first branch starts as no change."""
-    stack = attached(kind)
-    bare = read(stack, IDS)
+    """BERT, LLaMA, T5 with its decoder and GPT-2's transposed layers; a new branch does not change the output."""
+    stack = make_stack(kind)
+    base = read(stack, IDS)
     stack.add(7)
-    assert torch.equal(read(stack, IDS), bare)
+    assert torch.equal(read(stack, IDS), base)
     for tensor in stack.current().values():
         nn.init.normal_(tensor, std=0.3)
     twin = as_peft(stack, network(kind))
     more = {"decoder_input_ids": IDS} if kind == "t5" else {}
     assert torch.equal(read(stack, IDS), twin(input_ids=IDS, **more).last_hidden_state)
-    assert not torch.equal(read(stack, IDS), bare)
+    assert not torch.equal(read(stack, IDS), base)
     with stack.off():
-        assert torch.equal(read(stack, IDS), bare)
+        assert torch.equal(read(stack, IDS), base)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_bf16_backbone_keeps_fp32_branches(kind: str) -> None:
     """As peft does: the increment is computed in fp32, the layer's output keeps the backbone's type."""
-    stack = randomised(attached(kind, network(kind).bfloat16()), 1)
+    stack = randomised(make_stack(kind, network(kind).bfloat16()), 1)
     twin = as_peft(stack, network(kind).bfloat16())
-    found = read(stack, IDS)
-    assert found.dtype is torch.bfloat16
-    assert torch.equal(found, twin(input_ids=IDS).last_hidden_state)
-    found.float().square().sum().backward()
+    output = read(stack, IDS)
+    assert output.dtype is torch.bfloat16
+    assert torch.equal(output, twin(input_ids=IDS).last_hidden_state)
+    output.float().square().sum().backward()
     assert all(tensor.dtype is torch.float32 and tensor.grad is not None for tensor in stack.current().values())
 
 
 def test_branches_add_up_to_merged_weights() -> None:
-    """W + s sum_i B_i A_i in place of the layers gives the same output."""
-    stack = randomised(attached("bert"), 3)
-    found = read(stack, IDS)
+    """Layers with the weights W + s sum_i B_i A_i give the same output."""
+    stack = randomised(make_stack("bert"), 3)
+    output = read(stack, IDS)
     with torch.no_grad(), stack.off():
         for layer in stack.layers.values():
             a, b = layer.all()
             layer.module.weight += stack.scale * b @ a
-        assert torch.allclose(read(stack, IDS), found, atol=1e-5)
+        assert torch.allclose(read(stack, IDS), output, atol=1e-5)
 
 
-def test_weights_of_one_example_do_not_touch_another() -> None:
-    """Each row with its own weights alone gives what it gives in the batch, and what scaled branches give."""
-    stack = randomised(attached("bert"), 3)
+def test_branch_weights_apply_to_their_own_example() -> None:
+    """A row gives the same output alone, in the batch, and with its weights applied to all rows."""
+    stack = randomised(make_stack("bert"), 3)
     weights = torch.tensor([[1.0, 0.0, 0.5], [0.2, -1.0, 0.3], [0.0, 0.0, 0.0]])
     with stack.branch_weights(weights), torch.no_grad():
-        together = read(stack, IDS)
+        batched = read(stack, IDS)
     for row in range(3):
         with stack.branch_weights(weights[row : row + 1]), torch.no_grad():
-            assert torch.allclose(read(stack, IDS[row : row + 1])[0], together[row], atol=1e-6)
+            assert torch.allclose(read(stack, IDS[row : row + 1])[0], batched[row], atol=1e-6)
         with stack.branch_weights(weights[row]), torch.no_grad():
-            assert torch.allclose(read(stack, IDS)[row], together[row], atol=1e-6)
+            assert torch.allclose(read(stack, IDS)[row], batched[row], atol=1e-6)
     with stack.off(), torch.no_grad():
-        assert torch.equal(read(stack, IDS)[2], together[2])
+        assert torch.equal(read(stack, IDS)[2], batched[2])
     assert stack.weights is None
 
 
-def test_frozen_branches_get_no_gradient_and_keep_their_bits() -> None:
-    """Only the newest A and B, and the weights, are reached by backward; a step moves nothing else."""
-    stack = randomised(attached("t5"), 2)
+def test_frozen_branches_get_no_gradient_and_stay_bit_identical() -> None:
+    """Gradients reach only the newest A and B and the branch weights; a step changes nothing else."""
+    stack = randomised(make_stack("t5"), 2)
     stack.add(9)
     before = {name: (layer.frozen_A.clone(), layer.frozen_B.clone()) for name, layer in stack.layers.items()}
     weights = torch.full((3, 3), 0.5, requires_grad=True)
@@ -135,36 +135,36 @@ def test_frozen_branches_get_no_gradient_and_keep_their_bits() -> None:
     assert all(parameter.grad is None for parameter in stack.adapters.model.parameters())
 
 
-def test_a_new_branch_keeps_the_old_ones() -> None:
-    """After `add` the function is the same, the first rows hold the earlier branches bit for bit."""
-    stack = randomised(attached("llama"), 2)
-    before, found = stack.state(), read(stack, IDS)
+def test_adding_a_branch_keeps_the_earlier_ones() -> None:
+    """After `add` the output is the same, and frozen_A and frozen_B hold the earlier branches bit for bit."""
+    stack = randomised(make_stack("llama"), 2)
+    before, output = stack.state(), read(stack, IDS)
     stack.add(5)
-    assert torch.allclose(read(stack, IDS), found, atol=1e-6)
+    assert torch.allclose(read(stack, IDS), output, atol=1e-6)
     for name, layer in stack.layers.items():
         assert torch.equal(layer.frozen_A, before[name]["A"])
         assert torch.equal(layer.frozen_B, before[name]["B"])
 
 
 def test_dropout_has_one_mask_for_all_branches() -> None:
-    """Two branches with the same factors, weighed 1 and -1, cancel only under the same mask."""
-    stack = randomised(attached("bert", dropout=0.5), 1)
-    held = [tensor.detach().clone() for tensor in stack.current().values()]
+    """Two branches with equal factors and the weights 1 and -1 cancel only under the same mask."""
+    stack = randomised(make_stack("bert", dropout=0.5), 1)
+    factors = [tensor.detach().clone() for tensor in stack.current().values()]
     stack.add(1)
     with torch.no_grad():
-        for tensor, before in zip(stack.current().values(), held, strict=True):
-            tensor.copy_(before)
+        for tensor, factor in zip(stack.current().values(), factors, strict=True):
+            tensor.copy_(factor)
     stack.adapters.train_mode(True)
     with stack.branch_weights(torch.tensor([1.0, -1.0])):
-        found = read(stack, IDS)
+        output = read(stack, IDS)
     stack.adapters.train_mode(False)
     with stack.off():
-        assert torch.allclose(found, read(stack, IDS), atol=1e-6)
+        assert torch.allclose(output, read(stack, IDS), atol=1e-6)
 
 
 def test_saved_branches_load_into_peft(tmp_path) -> None:
-    """Each folder is a LoRA of its own; all of them together are the sum of the branches."""
-    stack = randomised(attached("bert"), 2)
+    """Each folder is a separate LoRA adapter; all of them together are the sum of the branches."""
+    stack = randomised(make_stack("bert"), 2)
     stack.save(tmp_path, ["one", "two"])
     model = peft.PeftModel.from_pretrained(network("bert"), tmp_path / "one", adapter_name="one")
     model.load_adapter(tmp_path / "two", "two")
@@ -175,12 +175,12 @@ def test_saved_branches_load_into_peft(tmp_path) -> None:
 
 
 def test_state_comes_back_bit_for_bit() -> None:
-    stack = randomised(attached("bert"), 3)
-    twin = attached("bert")
+    stack = randomised(make_stack("bert"), 3)
+    twin = make_stack("bert")
     twin.load(stack.state())
     assert twin.branches == 3
     assert torch.equal(read(twin, IDS), read(stack, IDS))
-    twin.load(attached("bert").state())
+    twin.load(make_stack("bert").state())
     assert twin.branches == 0
 
 
@@ -198,7 +198,7 @@ def test_trained_parameters_of_t5_large(r: int, count: int) -> None:
     assert sum(tensor.numel() for name, tensor in current.items() if name.endswith(".B")) == count // 2
 
 
-def test_targets_that_are_not_there_are_named() -> None:
+def test_missing_targets_are_named() -> None:
     backbone = Backbone(name="bert", path=".", targets=["q_proj"])
     with pytest.raises(ModelError, match=r"peft\.targets names the layer q_proj"):
         StackedLora(Adapters(network("bert"), backbone, Lora()))

@@ -1,4 +1,4 @@
-"""Heads, adapters and representations."""
+"""Classification: the growing head, adapters, representations and the softmax of the loss."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from clpet.objectives.classification import Head
 
 
 def test_growing_a_head_keeps_old_rows_and_logits() -> None:
-    """ConPET oracle 34: old rows are copied bit for bit, and logits do not depend on labels to come."""
+    """ConPET oracle 34: old rows are copied bit for bit, and logits do not depend on labels that are added later."""
     h = torch.randn(5, 8)
     head = Head(8, ["a", "b", "c", "d"], seed=0)
     head.grow([0, 1])
@@ -20,15 +20,15 @@ def test_growing_a_head_keeps_old_rows_and_logits() -> None:
     assert torch.allclose(head(h)[:, :2], before, atol=1e-6)
 
 
-def test_a_row_starts_the_same_whatever_the_other_labels() -> None:
-    one, two = Head(8, ["a", "b"], seed=0), Head(8, ["x", "b", "y"], seed=0)
-    one.grow([1])
-    two.grow([0, 1])
-    assert torch.equal(one.weight[0], two.weight[1])
-    assert not torch.equal(two.weight[0], two.weight[1])
+def test_initial_row_of_a_label_does_not_depend_on_other_labels() -> None:
+    first, second = Head(8, ["a", "b"], seed=0), Head(8, ["x", "b", "y"], seed=0)
+    first.grow([1])
+    second.grow([0, 1])
+    assert torch.equal(first.weight[0], second.weight[1])
+    assert not torch.equal(second.weight[0], second.weight[1])
 
 
-def test_scatter_scores_labels_without_a_row_by_their_start() -> None:
+def test_scatter_uses_initial_rows_for_labels_not_added_yet() -> None:
     h = torch.randn(3, 8)
     head = Head(8, ["a", "b"], seed=0)
     before = head.scatter(h)
@@ -41,8 +41,8 @@ def test_scatter_scores_labels_without_a_row_by_their_start() -> None:
     assert torch.equal(head.scatter(h)[:, 0], before[:, 0])
 
 
-def test_a_fresh_adapter_changes_nothing(make) -> None:
-    """ConPET oracle 2: B = 0 at the start, the output equals the base model's bit for bit."""
+def test_a_new_lora_adapter_does_not_change_the_output(make) -> None:
+    """ConPET oracle 2: B = 0 at first, so the output equals the base model's bit for bit."""
     run = make("method=sequential", "peft.r=4", "peft.alpha=1")
     objective = run.method.objective
     batch = run.data.train.batch([0, 1, 2])
@@ -58,8 +58,8 @@ def test_a_fresh_adapter_changes_nothing(make) -> None:
 @pytest.mark.parametrize(
     ("labels", "ratio"), [(66, 2846.2), (86, 2750.9), (46, 2948.2), (80, 2778.8), (41, 2974.8), (18, 3104.0)]
 )
-def test_ratios_with_a_full_head(labels: int, ratio: float) -> None:
-    """ConPET oracle 1: LLaMA-7B over LoRA r = 4 on q and k with the head of each data set."""
+def test_parameter_ratio_with_all_labels(labels: int, ratio: float) -> None:
+    """ConPET oracle 1: LLaMA-7B divided by LoRA with r = 4 on q and k plus the head of each dataset."""
     trained = 2_097_152 + labels * 4097
     assert parameter_ratio(trained, 6_738_415_616)["times_fewer"] == pytest.approx(ratio, abs=0.05)
 
@@ -89,24 +89,24 @@ def test_lora_parameter_counts(name: str, r: int, expected: int) -> None:
 
 
 def test_dropout_is_on_in_training_only(make) -> None:
-    """Two evaluations agree, before and after training; inside a fit the adapter drops units."""
+    """Two passes agree outside of training and differ inside a fit."""
     run = make("method=sequential", "peft.dropout=0.5", "train.lr=1e-2")
     objective, batch = run.method.objective, run.data.test.batch([0, 1, 2])
-    inside = []
+    passes = []
 
-    def twice() -> torch.Tensor:
+    def two_passes() -> torch.Tensor:
         with torch.no_grad():
             return torch.stack([objective.features(batch), objective.features(batch)])
 
-    run.method.after_step = lambda context: inside.append(twice())
+    run.method.after_step = lambda context: passes.append(two_passes())
     run.learn(0)
-    assert any(not torch.equal(a, b) for a, b in inside)
-    assert torch.equal(*twice())
+    assert any(not torch.equal(a, b) for a, b in passes)
+    assert torch.equal(*two_passes())
 
 
-@pytest.mark.parametrize("how", ["mean", "cls", "last"])
-def test_padding_does_not_change_a_representation(make, how: str) -> None:
-    run = make("method=sequential", f"model.representation={how}")
+@pytest.mark.parametrize("representation", ["mean", "cls", "last"])
+def test_padding_does_not_change_a_representation(make, representation: str) -> None:
+    run = make("method=sequential", f"model.representation={representation}")
     pool, objective = run.data.train, run.method.objective
     shortest, longest = int(pool.lengths.argmin()), int(pool.lengths.argmax())
     with torch.inference_mode():
@@ -116,7 +116,7 @@ def test_padding_does_not_change_a_representation(make, how: str) -> None:
 
 
 @pytest.mark.parametrize("peft", ["lora", "ia3", "prompt", "prefix", "none"])
-def test_every_kind_of_adapter_learns(make, peft: str) -> None:
+def test_every_adapter_type_is_trained(make, peft: str) -> None:
     run = make("method=sequential", f"peft={peft}", "train.lr=1e-2", "train.epochs=1")
     before = [p.detach().clone() for p in run.method.objective.adapters.tensors("default").values()]
     run.learn(0)
@@ -124,25 +124,25 @@ def test_every_kind_of_adapter_learns(make, peft: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_softmax_over_the_own_task_ignores_other_labels(make) -> None:
-    """Cross-entropy inside an example's own task: the logits of other tasks' labels change nothing."""
+def test_task_softmax_ignores_labels_of_other_tasks(make) -> None:
+    """benchmark.softmax=task: the logits of other tasks' labels do not affect the loss."""
     run = make("method=sequential", "benchmark.softmax=task")
     objective = run.method.objective
     objective.add_labels(run.benchmark.seen_labels(2))
     batch = run.data.train.batch(run.data.train.rows_of(0)[:4])
     first = run.benchmark.task_labels(0)
     logits = objective.logits(batch)[:, : len(first)]
-    wanted = torch.nn.functional.cross_entropy(logits, batch.labels)
-    assert objective.loss(batch).item() == pytest.approx(wanted.item(), rel=1e-6)
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels)
+    assert objective.loss(batch).item() == pytest.approx(expected.item(), rel=1e-6)
     with torch.no_grad():
         objective.head.bias[len(first) :] += 100
-    assert objective.loss(batch).item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert objective.loss(batch).item() == pytest.approx(expected.item(), rel=1e-6)
     objective.benchmark.per_task_softmax = False
     assert objective.loss(batch).item() > 10
 
 
 @pytest.mark.parametrize(
-    ("overrides", "own"),
+    ("overrides", "per_task"),
     [
         (["method=sequential"], True),
         (["method=kif"], True),
@@ -154,6 +154,6 @@ def test_softmax_over_the_own_task_ignores_other_labels(make) -> None:
         (["method=replay", "benchmark.softmax=task"], True),
     ],
 )
-def test_softmax_auto_depends_on_whether_the_loss_sees_old_examples(overrides: list[str], own: bool, make) -> None:
-    """auto: a task's own labels compete where nothing old is replayed, else all seen ones; what is set stays."""
-    assert make(*overrides).benchmark.per_task_softmax is own
+def test_softmax_auto_depends_on_whether_the_loss_sees_old_examples(overrides: list[str], per_task: bool, make) -> None:
+    """auto: labels of one task compete if the loss sees no old examples, else all seen labels; a set value stays."""
+    assert make(*overrides).benchmark.per_task_softmax is per_task

@@ -1,4 +1,4 @@
-"""Perplexity, packed windows, chunked cross-entropy: numbers by hand and against a plain loop over one text at a time."""
+"""Perplexity, packed windows and chunked cross-entropy against numbers by hand and against a loop over single texts."""
 
 import math
 import sys
@@ -40,15 +40,15 @@ TEXTS = {"birds": ["the wren sings at dawn in a hedge", "owls hunt by night", "a
 def domains(length: int = 12, document_mask: bool = False, base: bool = False) -> Benchmark:
     tasks = []
     for name, texts in TEXTS.items():
-        parts = [[Example(text) for text in texts] * copies for copies in (4, 1, 1)]
-        tasks.append(Task(name, *parts, metric="perplexity"))
-    found = Benchmark("made_up", tasks, max_length=length)
-    found.document_mask = document_mask
-    found.base = tasks[0] if base else None
-    return found
+        splits = [[Example(text) for text in texts] * copies for copies in (4, 1, 1)]
+        tasks.append(Task(name, *splits, metric="perplexity"))
+    benchmark = Benchmark("made_up", tasks, max_length=length)
+    benchmark.document_mask = document_mask
+    benchmark.base = tasks[0] if base else None
+    return benchmark
 
 
-def objective(
+def make_objective(
     kind: str = "llama", benchmark: Benchmark | None = None, adapter: FullFineTuning | None = None, **evaluation: Any
 ) -> LanguageModeling:
     """A tiny model in fp32 with random weights, full fine-tuning unless an adapter is given."""
@@ -62,20 +62,20 @@ def objective(
     return LanguageModeling(benchmark or domains(), backbone, adapters, tokenizer, 0, hardware, settings)
 
 
-def sums(found: LanguageModeling, data: Encoded, task: int, size: int = 128) -> tuple[float, float]:
+def sums(objective: LanguageModeling, data: Encoded, task: int, batch_size: int = 128) -> tuple[float, float]:
     """(nll, tokens) of a domain's test text."""
-    found.eval_batch_size = size
+    objective.eval_batch_size = batch_size
     nll = tokens = 0.0
     with torch.inference_mode():
-        for rows in found.batches(data.test, data.test.rows_of(task)):
+        for rows in objective.batches(data.test, data.test.rows_of(task)):
             batch = data.test.batch(rows)
-            trace = found.predict(batch, AnswerSpace([])).extras
-            nll, tokens = nll + float(trace["nll"].sum()), tokens + float(trace["tokens"].sum())
+            extras = objective.predict(batch, AnswerSpace([])).extras
+            nll, tokens = nll + float(extras["nll"].sum()), tokens + float(extras["tokens"].sum())
     return nll, tokens
 
 
 def plain_nll(model: Any, ids: list[int]) -> list[float]:
-    """-log p of every token but the first, one text at a time, whole logits."""
+    """-log p of every token but the first, for one text, from unchunked logits."""
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
     return F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").tolist()
@@ -88,11 +88,11 @@ def test_perplexity_is_weighted_by_tokens() -> None:
     documents = [[0.1, 0.2, 0.3], [1], [2, 2]]
     nll, tokens = sum(map(sum, documents)), sum(map(len, documents))
     assert perplexity(nll, tokens) == pytest.approx(2.542972, abs=1e-6)
-    found = objective().aggregate({"nll": np.array([0.6, 1, 4]), "tokens": np.array([3, 1, 2])})
-    assert found.value == pytest.approx(2.542972, abs=1e-6)  # not 3.776247 nor 2.905678
-    assert (found.correct, found.total) == (pytest.approx(5.6), 6)
-    exact = objective().aggregate({"nll": np.array([6, 1.5, 6]), "tokens": np.array([3, 3, 2])})
-    assert exact.value == pytest.approx(5.405949, abs=1e-6)  # not 5.625291
+    score = make_objective().aggregate({"nll": np.array([0.6, 1, 4]), "tokens": np.array([3, 1, 2])})
+    assert score.value == pytest.approx(2.542972, abs=1e-6)  # not 3.776247 nor 2.905678
+    assert (score.correct, score.total) == (pytest.approx(5.6), 6)
+    uneven = make_objective().aggregate({"nll": np.array([6, 1.5, 6]), "tokens": np.array([3, 3, 2])})
+    assert uneven.value == pytest.approx(5.405949, abs=1e-6)  # not 5.625291
 
 
 def test_uniform_logits_have_the_perplexity_of_the_vocabulary_and_eight_bits_per_byte() -> None:
@@ -101,57 +101,57 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary_and_eight_bits_per
     nll = chunked_cross_entropy.token_nll(torch.randn(7, 4), torch.arange(7), head)
     assert nll.mean().item() == pytest.approx(10.824905, abs=1e-5)
     rows = {"nll": np.full(3, 10 * math.log(256)), "tokens": np.full(3, 10.0), "bytes": np.full(3, 10.0)}
-    assert objective().diagnostics(rows)["bits_per_byte"] == pytest.approx(8)
-    assert objective().aggregate(rows).value == pytest.approx(256)
+    assert make_objective().diagnostics(rows)["bits_per_byte"] == pytest.approx(8)
+    assert make_objective().aggregate(rows).value == pytest.approx(256)
 
 
-def test_a_perplexity_beyond_all_numbers_is_the_largest_one() -> None:
+def test_perplexity_that_overflows_is_the_largest_float() -> None:
     assert perplexity(1e6, 1) == sys.float_info.max
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_windows_give_what_a_loop_over_single_windows_gives(kind: str) -> None:
-    found = objective(kind)
-    data = found.encode()
+def test_batched_windows_equal_a_loop_over_single_windows(kind: str) -> None:
+    objective = make_objective(kind)
+    data = objective.encode()
     for task, texts in enumerate(TEXTS.values()):
         ids: list[int] = []
         for text in texts:
-            ids += found.tokenizer(text)["input_ids"]
+            ids += objective.tokenizer(text)["input_ids"]
         expected = [
-            v for start in range(0, len(ids), 12) for v in plain_nll(found.adapters.model, ids[start : start + 12])
+            v for start in range(0, len(ids), 12) for v in plain_nll(objective.adapters.model, ids[start : start + 12])
         ]
-        windows_there = math.ceil(len(ids) / 12)
-        nll, tokens = sums(found, data, task)
-        assert tokens == len(ids) - windows_there == len(expected)
+        num_windows = math.ceil(len(ids) / 12)
+        nll, tokens = sums(objective, data, task)
+        assert tokens == len(ids) - num_windows == len(expected)
         assert nll == pytest.approx(sum(expected), rel=1e-5)
-        for size in (1, 2, 5):
-            assert sums(found, data, task, size) == (pytest.approx(nll, rel=1e-6), tokens)
+        for batch_size in (1, 2, 5):
+            assert sums(objective, data, task, batch_size) == (pytest.approx(nll, rel=1e-6), tokens)
 
 
-def test_a_stride_predicts_every_token_but_the_first_with_the_longest_context() -> None:
-    found = objective(stride=4)
-    data = found.encode()
-    ids = [t for text in TEXTS["birds"] for t in found.tokenizer(text)["input_ids"]]
-    expected = plain_nll(found.adapters.model, ids[:12])
+def test_stride_predicts_every_token_but_the_first_with_the_longest_context() -> None:
+    objective = make_objective(stride=4)
+    data = objective.encode()
+    ids = [t for text in TEXTS["birds"] for t in objective.tokenizer(text)["input_ids"]]
+    expected = plain_nll(objective.adapters.model, ids[:12])
     for end in range(16, len(ids) + 4, 4):
         stop = min(end, len(ids))
-        expected += plain_nll(found.adapters.model, ids[end - 12 : stop])[-(stop - end + 4) :]
-    nll, tokens = sums(found, data, 0)
+        expected += plain_nll(objective.adapters.model, ids[end - 12 : stop])[-(stop - end + 4) :]
+    nll, tokens = sums(objective, data, 0)
     assert tokens == len(ids) - 1 == len(expected)
     assert nll == pytest.approx(sum(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("stride", [None, 4])
-def test_behind_a_first_token_all_text_is_predicted(stride: int | None) -> None:
-    """[CLS] stands before every window, so that as many tokens are predicted as there are, and all bytes count."""
-    found = objective(stride=stride, bos=True)
-    data = found.encode()
-    ids = [t for text in TEXTS["birds"] for t in found.tokenizer(text)["input_ids"]]
-    step, expected = stride or 11, plain_nll(found.adapters.model, [2, *ids[:11]])
+def test_with_a_bos_token_all_text_is_predicted(stride: int | None) -> None:
+    """Every window begins with [CLS], so every token of the text is predicted and all bytes count."""
+    objective = make_objective(stride=stride, bos=True)
+    data = objective.encode()
+    ids = [t for text in TEXTS["birds"] for t in objective.tokenizer(text)["input_ids"]]
+    step, expected = stride or 11, plain_nll(objective.adapters.model, [2, *ids[:11]])
     for end in range(11 + step, len(ids) + step, step):
         stop = min(end, len(ids))
-        expected += plain_nll(found.adapters.model, [2, *ids[end - 11 : stop]])[-(stop - end + step) :]
-    nll, tokens = sums(found, data, 0)
+        expected += plain_nll(objective.adapters.model, [2, *ids[end - 11 : stop]])[-(stop - end + step) :]
+    nll, tokens = sums(objective, data, 0)
     assert tokens == len(ids) == len(expected)
     assert nll == pytest.approx(sum(expected), rel=1e-5)
     rows = data.test.rows_of(0)
@@ -160,7 +160,7 @@ def test_behind_a_first_token_all_text_is_predicted(stride: int | None) -> None:
     assert data.train.batch([0]).input_ids[0].tolist() == ids[:12]
 
 
-def test_a_tail_of_one_token_adds_nothing() -> None:
+def test_last_window_of_one_token_is_left_out() -> None:
     starts, lengths, skips = eval_windows(65, 16)
     assert starts.tolist() == [0, 16, 32, 48]
     assert (lengths - skips).sum() == 60
@@ -179,8 +179,8 @@ def test_real_model_agrees_with_a_plain_loop() -> None:
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
     benchmark = domains(length=16)
-    found = LanguageModeling(benchmark, backbone, adapters, tokenizer, 0, hardware, EvaluationOptions())
-    nll, tokens = sums(found, found.encode(), 1)
+    objective = LanguageModeling(benchmark, backbone, adapters, tokenizer, 0, hardware, EvaluationOptions())
+    nll, tokens = sums(objective, objective.encode(), 1)
     plain, reader = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     ids = [t for text in TEXTS["metals"] for t in [*reader(text)["input_ids"], reader.eos_token_id]]
     expected = [v for start in range(0, len(ids), 16) for v in plain_nll(plain, ids[start : start + 16])]
@@ -190,7 +190,7 @@ def test_real_model_agrees_with_a_plain_loop() -> None:
 # Packing
 
 
-def test_a_cap_counts_tokens_or_bytes() -> None:
+def test_cap_counts_tokens_or_bytes() -> None:
     stream = Stream(np.arange(6), np.empty(0, np.int64), np.array([0, 2, 2, 3, 1, 1], np.float32))
     assert capped(stream, None, CapUnit.tokens) is None
     assert capped(stream, 4, CapUnit.tokens) == 4
@@ -198,55 +198,58 @@ def test_a_cap_counts_tokens_or_bytes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
-def test_isolated_documents_are_scored_as_if_alone(kind: str) -> None:
-    found = objective(kind, domains(length=100, document_mask=True))
-    data = found.encode()
+def test_isolated_documents_are_scored_like_separate_documents(kind: str) -> None:
+    objective = make_objective(kind, domains(length=100, document_mask=True))
+    data = objective.encode()
     batch = data.test.batch([0])
     if kind in ("llama", "gpt2"):
         expected = [
-            v for text in TEXTS["birds"] for v in plain_nll(found.adapters.model, found.tokenizer(text)["input_ids"])
+            v
+            for text in TEXTS["birds"]
+            for v in plain_nll(objective.adapters.model, objective.tokenizer(text)["input_ids"])
         ]
-        nll, tokens = sums(found, data, 0)
+        nll, tokens = sums(objective, data, 0)
         assert tokens == len(expected)
         assert nll == pytest.approx(sum(expected), rel=1e-5)
         assert data.test.weights[0] == len(expected)
         return
-    # a masked model: the state of the first document does not change when the second does
+    # A masked model: changing a token of the second document does not change the states of the first.
     states = {}
     with torch.inference_mode(), torch.no_grad():
-        for place in (None, 60):
+        for changed in (None, 60):
             ids = batch.input_ids.clone()
-            if place:
-                ids[0, place] = 20
-            read = found.inputs(batch)
-            states[place] = found.adapters.model(**{**read, "input_ids": ids}).logits[0, :35]
-            alone = found.adapters.model(input_ids=ids[:, :35]).logits[0]
-            assert torch.allclose(states[place], alone, atol=1e-5)
+            if changed:
+                ids[0, changed] = 20
+            inputs = objective.inputs(batch)
+            states[changed] = objective.adapters.model(**{**inputs, "input_ids": ids}).logits[0, :35]
+            separate = objective.adapters.model(input_ids=ids[:, :35]).logits[0]
+            assert torch.allclose(states[changed], separate, atol=1e-5)
 
 
-def test_a_masked_model_fills_the_same_places_at_every_checkpoint_and_batch_size() -> None:
-    found = objective("bert")
-    data = found.encode()
+def test_masked_evaluation_positions_are_the_same_for_every_call_and_batch_size() -> None:
+    objective = make_objective("bert")
+    data = objective.encode()
     rows = data.test.rows_of(0)
-    whole = data.test.batch(rows)
-    again = data.test.batch(rows)
-    assert torch.equal(whole.target_positions, again.target_positions)
-    assert (whole.input_ids.view(-1)[whole.target_positions] == found.tokenizer.mask_token_id).all()
-    length = whole.input_ids.shape[1]
-    parts = [data.test.batch([row]) for row in rows]
-    assert torch.cat([part.target_ids for part in parts]).tolist() == whole.target_ids.tolist()
+    batch = data.test.batch(rows)
+    repeated = data.test.batch(rows)
+    assert torch.equal(batch.target_positions, repeated.target_positions)
+    assert (batch.input_ids.view(-1)[batch.target_positions] == objective.tokenizer.mask_token_id).all()
+    length = batch.input_ids.shape[1]
+    singles = [data.test.batch([row]) for row in rows]
+    assert torch.cat([single.target_ids for single in singles]).tolist() == batch.target_ids.tolist()
     assert [
-        (p % length).tolist() for p in whole.target_positions.split([len(part.target_positions) for part in parts])
-    ] == [part.target_positions.tolist() for part in parts]
-    assert data.test.weights[rows].sum() == len(whole.target_positions)
-    nll, tokens = sums(found, data, 0)
-    assert sums(found, data, 0, 1) == (pytest.approx(nll, rel=1e-5), tokens)
-    assert {task.metric for task in found.benchmark.tasks} == {"pseudo_perplexity"}
-    assert found.benchmark.direction == "lower"
-    assert found.diagnostics({"bytes": np.ones(1), "nll": np.ones(1)}) == {}  # bits per byte are for causal models
+        (positions % length).tolist()
+        for positions in batch.target_positions.split([len(single.target_positions) for single in singles])
+    ] == [single.target_positions.tolist() for single in singles]
+    assert data.test.weights[rows].sum() == len(batch.target_positions)
+    nll, tokens = sums(objective, data, 0)
+    assert sums(objective, data, 0, 1) == (pytest.approx(nll, rel=1e-5), tokens)
+    assert {task.metric for task in objective.benchmark.tasks} == {"pseudo_perplexity"}
+    assert objective.benchmark.direction == "lower"
+    assert objective.diagnostics({"bytes": np.ones(1), "nll": np.ones(1)}) == {}  # bits per byte are for causal models
 
 
-def test_training_masks_anew_every_time() -> None:
+def test_training_draws_new_masks_for_every_batch() -> None:
     masking = Masking(4, np.array([2, 3]), 266, seed=0, training=True)
     ids = np.arange(10, 60)
     torch.manual_seed(0)
@@ -260,7 +263,7 @@ def test_training_masks_anew_every_time() -> None:
 # Chunks
 
 
-def test_chunked_loss_and_gradients_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_and_gradients_equal_the_unchunked(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     states, targets = torch.randn(23, 8, requires_grad=True), torch.randint(50, (23,))
     for head in (
@@ -268,21 +271,21 @@ def test_chunked_loss_and_gradients_are_those_of_the_whole(monkeypatch: pytest.M
         torch.nn.Linear(8, 50, bias=False),
         torch.nn.Sequential(torch.nn.Linear(8, 50)),
     ):
-        inner = head[0] if isinstance(head, torch.nn.Sequential) else head
+        linear = head[0] if isinstance(head, torch.nn.Sequential) else head
         monkeypatch.setattr(chunked_cross_entropy, "_chunk_size", lambda _: 5)
         monkeypatch.setattr(chunked_cross_entropy, "CHUNK", 5 * 50)
-        leaves = [states, *inner.parameters()]
-        whole = F.cross_entropy(head(states), targets)
-        expected = torch.autograd.grad(whole, leaves)
+        leaves = [states, *linear.parameters()]
+        reference = F.cross_entropy(head(states), targets)
+        expected = torch.autograd.grad(reference, leaves)
         loss = chunked_cross_entropy.mean_nll(states, targets, head)
-        assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
-        for found, wanted in zip(torch.autograd.grad(3 * loss, leaves), expected, strict=True):
-            assert torch.allclose(found, 3 * wanted, atol=1e-6)
-        parts = chunked_cross_entropy.token_nll(states, targets, head)
-        assert torch.allclose(parts, F.cross_entropy(head(states), targets, reduction="none"), atol=1e-6)
+        assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
+        for actual, gradient in zip(torch.autograd.grad(3 * loss, leaves), expected, strict=True):
+            assert torch.allclose(actual, 3 * gradient, atol=1e-6)
+        per_token = chunked_cross_entropy.token_nll(states, targets, head)
+        assert torch.allclose(per_token, F.cross_entropy(head(states), targets, reduction="none"), atol=1e-6)
 
 
-def test_no_terms_give_no_loss_and_a_frozen_head_no_gradient() -> None:
+def test_loss_without_targets_is_zero_and_a_frozen_head_gets_no_gradient() -> None:
     head = torch.nn.Linear(4, 9)
     states = torch.randn(3, 4, requires_grad=True)
     assert chunked_cross_entropy.mean_nll(states[:0], torch.empty(0, dtype=torch.long), head).item() == 0
@@ -293,22 +296,24 @@ def test_no_terms_give_no_loss_and_a_frozen_head_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("kind", list(SHAPES))
-def test_the_loss_is_the_cross_entropy_of_the_models_own_logits(kind: str) -> None:
-    found = objective(kind)
-    batch = found.encode().train.batch([0, 2])
-    logits = found.adapters.model(**found.inputs(batch)).logits.flatten(0, 1)
-    wanted = F.cross_entropy(logits[batch.target_positions - int(found.causal)], batch.target_ids)
-    assert found.loss(batch).item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert F.cross_entropy(found.logits(batch), found.targets(batch)).item() == pytest.approx(wanted.item(), rel=1e-5)
+def test_loss_is_the_cross_entropy_of_the_models_logits(kind: str) -> None:
+    objective = make_objective(kind)
+    batch = objective.encode().train.batch([0, 2])
+    logits = objective.adapters.model(**objective.inputs(batch)).logits.flatten(0, 1)
+    expected = F.cross_entropy(logits[batch.target_positions - int(objective.causal)], batch.target_ids)
+    assert objective.loss(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert F.cross_entropy(objective.logits(batch), objective.targets(batch)).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
-def test_a_lora_adapter_without_training_leaves_perplexity_as_it_is() -> None:
-    plain, lora = objective(), objective(adapter=Lora(name="lora", r=2, targets=["q_proj"]))
+def test_a_new_lora_adapter_does_not_change_perplexity() -> None:
+    plain, lora = make_objective(), make_objective(adapter=Lora(name="lora", r=2, targets=["q_proj"]))
     assert sums(lora, lora.encode(), 0) == pytest.approx(sums(plain, plain.encode(), 0), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_chunks_need_less_than_half_of_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunking_halves_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
     from bench_text import step_memory
 
