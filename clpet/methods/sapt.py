@@ -34,7 +34,8 @@ class Query(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(nn.functional.silu(self.up(self.down(x))))
+        query: Tensor = self.norm(nn.functional.silu(self.up(self.down(x))))
+        return query
 
 
 @dataclass
@@ -138,7 +139,8 @@ class SAPT(IncLoRA):
 
 def scores(x: Tensor, keys: Tensor) -> Tensor:
     """[batch, n]: k_i . x / sqrt(d)."""
-    return x @ keys.T / keys.shape[1] ** 0.5
+    similarity: Tensor = x @ keys.T / keys.shape[1] ** 0.5
+    return similarity
 
 
 def divergence(mean: Tensor, scores: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class NetworkConfig(Protocol):
     pad_token_id: int
     tie_word_embeddings: bool
     decoder_start_token_id: int  # of encoder-decoders
+    is_encoder_decoder: bool
     _attn_implementation: str
 
     def to_dict(self) -> dict[str, object]: ...
@@ -132,6 +133,9 @@ class Network(Protocol):
     """A network of transformers, as clpet calls it."""
 
     config: NetworkConfig
+
+    @property
+    def base_model(self) -> "Network": ...
 
     def __call__(self, **inputs: object) -> NetworkOutput: ...
 

@@ -9,17 +9,19 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clpet.records import State
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import cpu_copy
 from clpet.runtime.signals import GracefulShutdown
 
-Write = Callable[[int, dict[str, Any]], None]
+FitRecord = dict[str, Any]  # the state of one fit; its optimizer and its method define what is in it
+Write = Callable[[int, State], None]
 
 
 class BestWeights:
@@ -75,13 +77,13 @@ class FitState:
         self.total += loss
         self.finite += torch.isfinite(self.total)  # once a loss is NaN or infinite, the total stays so
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> FitRecord:
         """Returns the progress without the trained tensors."""
         best = self.best and {"score": self.best.score, "copy": self.best.copy}
         counts = {name: getattr(self, name) for name in ("epoch", "step", "seen", "total", "finite")}
         return {**counts, "best": best, "optimizer": moments(self.optimizer)}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: FitRecord) -> None:
         """Restores what `state` returned."""
         self.epoch, self.step, self.seen = state["epoch"], state["step"], state["seen"]
         self.total.copy_(state["total"])
@@ -105,11 +107,11 @@ class FitCheckpointer:
         self.start_task(None, None)
         self.mark_saved()
 
-    def start_task(self, record: dict[str, Any] | None, write: Write | None) -> None:
+    def start_task(self, record: State | None, write: Write | None) -> None:
         """Starts a task; `record` is what was written of it before the run was stopped."""
         self.write = write
-        self.loaded_fits = list(record["fits"]) if record else []
-        self.finished_fits: list[dict[str, Any]] = []
+        self.loaded_fits = list(cast(list[FitRecord], record["fits"])) if record else []
+        self.finished_fits: list[FitRecord] = []
         self.finished_steps = 0
         self.unsaved = False  # whether a fit has finished since the last write
 
@@ -134,7 +136,7 @@ class FitCheckpointer:
             self.shutdown.pending_signal = int(signum)
         return bool(signum or late)
 
-    def resume(self, parameters: list[nn.Parameter]) -> dict[str, Any] | None:
+    def resume(self, parameters: list[nn.Parameter]) -> FitRecord | None:
         """Restores tensors, method, random state and costs of the next fit and returns its state; None if it is new."""
         if not self.loaded_fits:
             return None
@@ -151,7 +153,7 @@ class FitCheckpointer:
         """Writes the task in the middle of a fit, after `done` of its steps."""
         self._write(self.finished_steps + done, [*self.finished_fits, {**self._common(fit.parameters), **fit.state()}])
 
-    def finish(self, parameters: list[nn.Parameter], steps: int, state: dict[str, Any]) -> None:
+    def finish(self, parameters: list[nn.Parameter], steps: int, state: FitRecord) -> None:
         """Records the end of a fit of `steps` steps; `state` is what the trainer needs of it later."""
         if self.write is None:
             return
@@ -160,7 +162,7 @@ class FitCheckpointer:
         if self.should_save():
             self.save_pending()
 
-    def record_finished(self, state: dict[str, Any], steps: int) -> None:
+    def record_finished(self, state: FitRecord, steps: int) -> None:
         """Appends the state of a finished fit."""
         self.finished_fits.append(state)
         # One more than its steps: a finished fit is a later state than the same fit after its last step.
@@ -171,13 +173,13 @@ class FitCheckpointer:
         if self.write is not None and self.unsaved:
             self._write(self.finished_steps, self.finished_fits)
 
-    def _write(self, number: int, fits: list[dict[str, Any]]) -> None:
+    def _write(self, number: int, fits: list[FitRecord]) -> None:
         assert self.write
         self.write(number, {"fits": fits})
         self.unsaved = False
         self.mark_saved()
 
-    def _common(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
+    def _common(self, parameters: list[nn.Parameter]) -> FitRecord:
         """The state that finished and unfinished fits share. All ranks must call this: it gathers."""
         objective = self.method.objective
         main_state, *other_states = get_world().gather(random_state(objective.device))
@@ -212,7 +214,7 @@ def load_moments(optimizer: torch.optim.Optimizer, states: list[dict[str, Tensor
     optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device) -> FitRecord:
     """Returns the state of every global random generator: torch, Python, NumPy, and CUDA on a GPU."""
     legacy: Any = np.random.get_state()
     numpy = [legacy[0], legacy[1].tolist(), *legacy[2:]]
@@ -220,7 +222,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+def set_random_state(state: FitRecord, device: torch.device) -> None:
     """Restores what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     version, key, gauss = state["python"]

@@ -1,6 +1,6 @@
 """Text features of the frozen backbone or a sentence encoder, which training never changes: the inputs of routers."""
 
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -8,26 +8,28 @@ from torch import Tensor, nn
 
 from clpet.data.batches import Batch, Encoded, EncodedDataset, position_ids
 from clpet.data.benchmark import SPLITS, Benchmark
+from clpet.models.protocols import network_of
 from clpet.models.sentence_encoder import Encoder
 
 
 def vocabulary(model: nn.Module) -> Tensor:
     """[vocabulary size, dim]: the matrix of input embeddings."""
-    network: Any = model
-    return network.get_input_embeddings().weight
+    network = network_of(model)
+    return cast(Tensor, network.get_input_embeddings().weight)
 
 
 @torch.no_grad()
 def token_embeddings(model: nn.Module, batch: Batch) -> Tensor:
     """[batch, length, dim] fp32: the input embeddings of a text, before any layer."""
-    network: Any = model
-    return network.get_input_embeddings()(batch.input_ids).float()
+    network = network_of(model)
+    vectors: Tensor = network.get_input_embeddings()(batch.input_ids)
+    return vectors.float()
 
 
 @torch.no_grad()
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """[batch, length, dim] fp32: the last hidden states; those of the encoder if the model has one."""
-    network: Any = model
+    network = network_of(model)
     trunk = network.get_encoder() if network.config.is_encoder_decoder else network.base_model
     # With left padding the first token is not at position 0 unless the positions are passed explicitly.
     extra = {"position_ids": position_ids(batch.attention_mask)} if batch.left else {}

@@ -126,7 +126,8 @@ class Mixture:
 
     def branches(self, per_task: int) -> Tensor:
         """[batch, T G' P]: the weights of the values, ordered by task and within a task by group."""
-        return self.weights.unflatten(2, (-1, per_task)).transpose(1, 2).flatten(1)
+        weights: Tensor = self.weights.unflatten(2, (-1, per_task))
+        return weights.transpose(1, 2).flatten(1)
 
     def owners(self, per_task: int) -> Tensor:
         """[batch, G' K]: the task of each picked key, -1 if no key was picked (-1 // P stays -1)."""

@@ -55,7 +55,8 @@ class LogitCache:
                 for block in split_into_blocks(pool.lengths, missing):
                     table.add(block, self._compute(name, pool, block))
             table.save()
-        return table.values[table.slot[rows]]
+        values: np.ndarray = table.values[table.slot[rows]]
+        return values
 
     def prefetch(self, name: str, pool: EncodedDataset, rows: np.ndarray) -> None:
         """Computes the missing rows ahead of `get`, divided among the ranks; every rank gets all results."""

@@ -105,7 +105,8 @@ def extend_basis(basis: Tensor, covariance: Tensor, epsilon: float) -> Tensor:
     total = covariance.square().sum()
     shares = s.square().cumsum(0) / total
     if basis.shape[1] == 0:
-        return u[:, : max(1, int((shares < epsilon).sum()))]
+        new_basis: Tensor = u[:, : max(1, int((shares < epsilon).sum()))]
+        return new_basis
     explained = 1 - s.square().sum() / total  # by M alone
     before = torch.cat([explained[None], explained + shares[:-1]])  # share explained before each vector is added
     return torch.cat([basis, u[:, : min(room, int((before < epsilon).sum()))]], dim=1)
