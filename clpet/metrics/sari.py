@@ -16,7 +16,7 @@ _SEPARATED = (
 
 
 def sari(answer: str, references: Sequence[str], source: str) -> float:
-    """(F1 of additions + F1 of what is kept + precision of deletions) / 3, each the mean over n-grams of 1 to 4 words.
+    """(F1 of additions + F1 of kept n-grams + precision of deletions) / 3, each the mean over n-grams of 1 to 4 words.
 
     Equal to the hub's metric `sari`, with which TRACE scores 20Minuten: lower case, 13a tokens, 0/0 = 1.
     """
@@ -45,7 +45,7 @@ def _ngrams(tokens: list[str], size: int) -> Counter[tuple[str, ...]]:
 def _operations(
     old: Counter[tuple[str, ...]], new: Counter[tuple[str, ...]], references: list[Counter[tuple[str, ...]]]
 ) -> list[float]:
-    """[F1 of additions, F1 of what is kept, precision of deletions] of n-grams.
+    """[F1 of added, F1 of kept, precision of deleted n-grams].
 
     Kept and deleted n-grams are counted once per reference; additions count by kind.
     """

@@ -98,9 +98,8 @@ def _scorer() -> _RougeScorer:
     from absl import logging
     from rouge_score.rouge_scorer import RougeScorer
 
-    logging.get_absl_handler().python_handler.stream = (
-        sys.__stderr__
-    )  # absl closes any other stream that its handler was created with
+    # absl closes the stream that its handler was created with, unless it is the process's own stderr.
+    logging.get_absl_handler().python_handler.stream = sys.__stderr__
     scorer: _RougeScorer = RougeScorer(["rougeL"], use_stemmer=True)
     return scorer
 
@@ -123,7 +122,7 @@ def _bert_scorer() -> _BertScorer:
 def need(metric: str) -> None:
     """Raises ConfigError for a metric whose library is not installed."""
     if metric == "bert_score" and importlib.util.find_spec("bert_score") is None:
-        raise ConfigError("benchmark.metric=bert_score needs its library: `pip install bert-score`, or take rouge_l")
+        raise ConfigError("benchmark.metric=bert_score needs its library: run `pip install bert-score`, or set rouge_l")
 
 
 METRICS: dict[str, Callable[[str, Sequence[str], str], float]] = {

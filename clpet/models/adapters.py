@@ -160,7 +160,7 @@ class Adapters:
         self.active: tuple[str, bool] | None = None
         self.training = False
         self.drops = backbone.drops(trained=self.config is None)
-        self.base_parameters = pretrained_parameters(model, backbone)
+        self.base_parameters = pretrained_parameters(model, backbone)  # before block expansion adds to them
         model.requires_grad_(False)
         self.trained_ids = {id(value) for value in option.trained_module(model).parameters()}  # without a peft config
 
@@ -238,11 +238,12 @@ class Adapters:
         self.model.train(on and self.drops)
         if self.drops or not on:
             return
+        # The network stays in eval mode; only peft's dropout layers and recomputing blocks switch.
         for name, module in self.model.named_modules():
             if "lora_dropout" in name:
                 module.train()
             elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                module.training = True  # of the block alone, so that it recomputes; dropout inside stays off
+                module.training = True  # the block's flag alone: it recomputes, but dropout inside stays off
 
     def dropout(self) -> dict[str, float]:
         """Dropout rates above 0 of the backbone's layers in training, by their name in its config."""
@@ -295,6 +296,7 @@ class Adapters:
                 warnings.simplefilter("ignore")
                 self.model.save_pretrained(folder, selected_adapters=[name])  # type: ignore[operator]
             if name == "default":
+                # peft writes the adapter "default" to the folder itself; all adapters get a subfolder here.
                 (folder / name).mkdir(exist_ok=True)
                 for file in ("adapter_config.json", "adapter_model.safetensors"):
                     (folder / file).replace(folder / name / file)

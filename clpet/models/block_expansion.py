@@ -9,7 +9,7 @@ from torch import nn
 
 from clpet.errors import ModelError
 from clpet.models.architectures import block_outputs
-from clpet.models.protocols import config_of
+from clpet.models.protocols import NetworkConfig, config_of
 
 
 def expand(model: nn.Module, every: int) -> list[nn.Module]:
@@ -33,17 +33,25 @@ def expand(model: nn.Module, every: int) -> list[nn.Module]:
         if number % every == 0:
             copies.append(_identity_copy(block, outputs))
             new.append(copies[-1])
-    for number, block in enumerate(new):
+    for index, block in enumerate(new):
         for module in block.modules():
-            if hasattr(module, "layer_idx"):  # the block's slot in the cache of keys and values
-                module.layer_idx = number  # type: ignore[assignment]
+            if hasattr(module, "layer_idx"):  # the block's slot in the key-value cache; two blocks must not share one
+                module.layer_idx = index  # type: ignore[assignment]
     parent, name = next((p, n) for p in model.modules() for n, child in p.named_children() if child is old)
     setattr(parent, name, new)
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == len(old) and key != "architectures":  # one entry per block
-            setattr(config, key, [v for number, v in enumerate(value, 1) for v in [v] * (1 + (number % every == 0))])
+    _extend_block_lists(config, len(old), every)
     config.num_hidden_layers = len(new)
     return copies
+
+
+def _extend_block_lists(config: NetworkConfig, blocks: int, every: int) -> None:
+    """Repeats the entries of the copied blocks in lists with an entry per block, such as SmolLM3's no_rope_layers.
+
+    The saved config otherwise does not describe the saved weights.
+    """
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == blocks and key != "architectures":
+            setattr(config, key, [v for number, v in enumerate(value, 1) for v in [v] * (1 + (number % every == 0))])
 
 
 def _identity_copy(block: nn.Module, outputs: tuple[str, str]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Sentence embeddings of a frozen encoder: computed once per text, kept on disk by encoder and text.
+"""Sentence embeddings of a frozen encoder: computed once per text and cached on disk by encoder and text.
 
 A looked-up embedding has the same bits as a computed one: texts always pass through the encoder in blocks of one
 fixed shape, as in logit_cache.py. A cache file holds the hashes and vectors of some texts and is never changed
@@ -32,7 +32,7 @@ from clpet.runtime.hub import unavailable
 if TYPE_CHECKING:  # takes seconds to import
     from sentence_transformers import SentenceTransformer
 
-TEXTS_PER_FILE = 16384  # at most; what is lost if a run stops before the file is written
+TEXTS_PER_FILE = 16384  # at most; a run that stops loses the texts of one file
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -98,9 +98,9 @@ class Encoder:
     def _check_length(self) -> None:
         config = self.config
         offset = first_position(cast(NetworkConfig, SimpleNamespace(**config)))
-        most = config.get("max_position_embeddings", self.max_length + offset) - offset
-        if self.max_length > most:
-            raise ConfigError(f"method.encoder_length={self.max_length}, but this encoder reads at most {most} tokens")
+        limit = config.get("max_position_embeddings", self.max_length + offset) - offset
+        if self.max_length > limit:
+            raise ConfigError(f"method.encoder_length={self.max_length}, but this encoder reads at most {limit} tokens")
 
     def key(self) -> str:
         """Hash of everything but the text that an embedding depends on: encoder files, length, device, libraries."""
@@ -119,6 +119,7 @@ class Encoder:
             cached[[target for target, _ in pairs]] = True
         text_of = dict(zip(keys, texts, strict=True))
         missing = [key for key, row in row_of.items() if not cached[row]]
+        # Saved file by file, so that an interrupted run resumes with the files it has written.
         for start in range(0, len(missing), TEXTS_PER_FILE):
             chunk = missing[start : start + TEXTS_PER_FILE]
             vectors = self._compute([text_of[key] for key in chunk])
@@ -154,6 +155,7 @@ class Encoder:
         lengths = np.array([len(row) for row in ids])
         values = np.empty((len(texts), self.dim), dtype=np.float32)
         for rows in split_into_blocks(lengths, np.arange(len(texts))):
+            # A small block repeats its rows up to BLOCK_ROWS: the bits of an embedding depend on the shape alone.
             block = {"input_ids": [ids[row] for row in np.resize(rows, BLOCK_ROWS)]}
             batch = tokenizer.pad(block, pad_to_multiple_of=WIDTH_MULTIPLE, return_tensors="pt").to(self.device)
             values[rows] = model(dict(batch))["sentence_embedding"][: len(rows)].float().cpu().numpy()

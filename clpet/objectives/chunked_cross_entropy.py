@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 2**24  # logits that exist at a time
+CHUNK = 2**24  # logits that exist at a time: 64 MiB in fp32
 
 
 def mean_nll(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
@@ -68,13 +68,14 @@ class _SumNll(torch.autograd.Function):
         size = max(1, CHUNK // len(weight))
         for start in range(0, len(targets), size):
             chunk = slice(start, start + size)
+            # Operands have the dtype of `states`; an enclosing autocast must not change it.
             with torch.autocast(states.device.type, enabled=False):
                 logits = F.linear(states[chunk], w, None if bias is None else bias.to(states.dtype)).float()
                 norm = logits.logsumexp(1, keepdim=True)
                 total += (norm - logits.gather(1, targets[chunk, None])).sum()
                 if by_states is None and by_weight is None and by_bias is None:
                     continue
-                slope = logits.sub_(norm).exp_()
+                slope = logits.sub_(norm).exp_()  # softmax, in place: the logits are the largest tensor of a step
                 slope.scatter_add_(1, targets[chunk, None], slope.new_full((len(slope), 1), -1.0))
                 if by_bias is not None:
                     by_bias += slope.sum(0)
@@ -88,4 +89,5 @@ class _SumNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The stored gradients times that of the sum; None for `targets`."""
         return (*(None if value is None else value * grad.to(value.dtype) for value in ctx.saved_tensors), None)

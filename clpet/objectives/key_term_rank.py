@@ -91,6 +91,7 @@ def prompts(
     for name in sorted(texts):
         limits = (characters, min_characters)
         candidates = [prompt for text in texts[name] for prompt in _prompts(name, text, set(terms[name]), *limits)]
+        # A random order; the stable sort by turn then takes the first prompt of every term before the second of any.
         order = np.random.default_rng(derive(seed, "prompts", name)).permutation(len(candidates))
         turns: Counter[str] = Counter()
         drawn: list[tuple[int, int, Prompt]] = []
@@ -105,8 +106,8 @@ def _prompts(domain: str, text: str, terms: set[str], characters: int, min_chara
     """All possible prompts of a text, without overlaps."""
     longest = max((len(term.split()) for term in terms), default=1)
     spans = [(start, -end, term) for term, start, end in ngrams(text, longest) if term in terms]
-    free = 0
-    for start, negative_end, term in sorted(spans):
+    free = 0  # end of the last prompt: later ones must not overlap it
+    for start, negative_end, term in sorted(spans):  # at one start the longest term comes first
         if start < max(free, min_characters) or text[start - 1] != " ":
             continue
         free = -negative_end

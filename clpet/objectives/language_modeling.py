@@ -163,11 +163,13 @@ class LanguageModeling(Objective):
         if batch.document_ids is None:
             return inputs
         ids, length = batch.document_ids, batch.input_ids.shape[1]  # [batch, length]
+        # Attention within documents only: [batch, 1, query, key], added to the attention scores.
         same = ids[:, None, :, None] == ids[:, None, None, :]
         if self.causal:
             same = same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
         low = torch.finfo(self.dtype).min
         inputs["attention_mask"] = torch.zeros(same.shape, dtype=self.dtype, device=same.device).masked_fill(~same, low)
+        # The first index of each document is position 0, so that a document is read as if it were alone.
         index = torch.arange(length, device=same.device).expand_as(ids)
         start = torch.zeros_like(ids).scatter_reduce(1, ids, index, "amin", include_self=False)  # by document id
         return {**inputs, "position_ids": index - start.gather(1, ids) + first_position(config_of(self.adapters.model))}
@@ -200,6 +202,7 @@ class LanguageModeling(Objective):
             return Predictions(extras={"rank": ranks(self.logits(batch), self.targets(batch))})
         with self.autocast:
             nll = chunked_cross_entropy.token_nll(self.states(batch), self.targets(batch), self.head).double()
+        # Sums are in double precision: a domain can have millions of tokens.
         row = batch.target_positions // batch.input_ids.shape[1]
         sums = nll.new_zeros(len(batch)).index_add_(0, row, nll)
         counts = nll.new_zeros(len(batch)).index_add_(0, row, torch.ones_like(nll))
