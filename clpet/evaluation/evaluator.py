@@ -36,18 +36,26 @@ class Evaluator:
     @without_gradients()
     def __call__(self, method: Method, learned: int, tasks: list[int]) -> Evaluation:
         """Scores of `tasks` after the first `learned` tasks."""
-        objective, labels = method.objective, self.benchmark.seen_labels(learned)
-        rows = self.pool.rows_of(*tasks)
-        is_main_split = self.split == objective.evaluation.split.value  # otherwise only for choosing settings
-        objective.meter.kind = "evaluated" if is_main_split else "validated"
+        is_main_split = self.split == method.objective.evaluation.split.value  # otherwise only for choosing settings
+        with method.objective.meter.counting("evaluated" if is_main_split else "validated"):
+            table, extra = self._predict(method, self.benchmark.seen_labels(learned), tasks, is_main_split)
+        evaluation = self._aggregate(method, table, tasks, learned)
+        evaluation.diagnostics |= extra
+        return evaluation
+
+    def _predict(
+        self, method: Method, labels: list[int], tasks: list[int], with_extra: bool
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """The columns of all examples of `tasks`, and with `with_extra` the objective's further metrics."""
+        objective, rows = method.objective, self.pool.rows_of(*tasks)
         method.before_evaluation(self.pool, rows)
 
-        def evaluate_batch(batch_rows: np.ndarray) -> dict[str, np.ndarray | torch.Tensor]:
+        def evaluate_batch(batch_rows: np.ndarray) -> dict[str, Any]:
             batch = self.pool.batch(batch_rows, objective.device)
             choices = method.choices(batch, labels)
             predictions = method.predict(batch, choices)
-            task_aware = method.predict_known_task(batch, predictions)
-            columns = objective.prediction_columns(batch, predictions, task_aware, choices)
+            columns = objective.score(batch, predictions, choices, method.predict_known_task(batch, predictions))
+            columns = {name: values for name, values in columns.items() if name not in objective.unrecorded}
             columns = {"row": batch_rows, "task": batch.tasks, **columns, **predictions.extras}
             return {name: values.cpu() if torch.is_tensor(values) else values for name, values in columns.items()}
 
@@ -56,14 +64,10 @@ class Evaluator:
             for name, values in columns.items():
                 pieces.setdefault(name, []).append(values)
         extra: dict[str, float] = {}
-        if is_main_split:
+        if with_extra:
             extra = objective.extra_evaluation(lambda batch: method.predict(batch, method.choices(batch, labels)))
         method.after_evaluation()
-        objective.meter.kind = "learned"
-        table = {name: np.concatenate([np.asarray(values) for values in lists]) for name, lists in pieces.items()}
-        evaluation = self._aggregate(method, table, tasks, learned)
-        evaluation.diagnostics |= extra
-        return evaluation
+        return {name: np.concatenate([np.asarray(values) for values in lists]) for name, lists in pieces.items()}, extra
 
     def _aggregate(self, method: Method, table: dict[str, np.ndarray], tasks: list[int], learned: int) -> Evaluation:
         """Scores and diagnostics of every task from the columns, which are sorted by row first."""

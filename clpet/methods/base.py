@@ -197,7 +197,7 @@ class Method:
 
         def score(batch: Batch) -> Tensor:
             choices = self.choices(batch, labels)
-            return self.objective.score(batch, self.predict(batch, choices), choices)
+            return self.objective.score(batch, self.predict(batch, choices), choices)["score"]
 
         return self.average_score(self.validation(index), score)
 
@@ -209,8 +209,6 @@ class Method:
     def average_score(self, validation: ValidationRows, score: Callable[[Batch], Tensor]) -> float:
         """Mean over tasks of the mean of `score`, which returns [batch] values. Batches are divided among the ranks."""
         by_task: dict[int, list[Tensor]] = {}
-        meter = self.objective.meter
-        meter.kind = "validated"  # the cost of these forwards is counted as validation
 
         def score_by_task(pool_rows: tuple[EncodedDataset, np.ndarray]) -> dict[int, Tensor]:
             pool, rows = pool_rows
@@ -219,10 +217,11 @@ class Method:
             return {task: values[batch.tasks == task] for task in np.unique(pool.tasks[rows]).tolist()}
 
         batches = [(pool, batch_rows) for pool, rows in validation for batch_rows in self.batches(pool, rows)]
-        for scores in get_world().map(score_by_task, batches):
+        with self.objective.meter.counting("validated"):
+            computed = get_world().map(score_by_task, batches)
+        for scores in computed:
             for task, values in scores.items():
                 by_task.setdefault(task, []).append(values)
-        meter.kind = "learned"
         return float(np.mean([torch.cat(values).mean().item() for values in by_task.values()]))
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:

@@ -250,7 +250,7 @@ class DynamicConPET(Modular):
 
         def score(batch: Batch) -> Tensor:
             predictions = Predictions(self.route(batch, batch.tasks[:, None]))
-            return self.objective.score(batch, predictions, choices)
+            return self.objective.score(batch, predictions, choices)["score"]
 
         return self.average_score(validation, score)
 

@@ -96,6 +96,7 @@ class Objective:
     """The network with adapters, tokenizer and cost meter; subclasses define the loss and the predictions."""
 
     name: ClassVar[str] = ""
+    unrecorded: ClassVar[tuple[str, ...]] = ()  # columns of `score` that are for validation and not for predictions
     generates: ClassVar[bool] = False  # uses the backbone's output layer
     cache_dir: str | None = None  # set by the run: folder shared with other runs
 
@@ -205,16 +206,13 @@ class Objective:
         """Scores over all labels (`score` masks those outside `choices`), or texts."""
         raise NotImplementedError
 
-    def score(self, batch: Batch, predictions: Predictions, choices: AnswerSpace) -> Tensor:
-        """[batch]: how correct each prediction is, from 0 to 1."""
-        raise NotImplementedError
-
-    def prediction_columns(
-        self, batch: Batch, predictions: Predictions, task_aware: Predictions, choices: AnswerSpace
+    def score(
+        self, batch: Batch, predictions: Predictions, choices: AnswerSpace, task_aware: Predictions | None = None
     ) -> Columns:
-        """Columns of an evaluation, one value per example: `score`, `own_score` and the answer.
+        """Columns of an evaluation, one value per example: the answer, its `score` (higher is better) and `own_score`.
 
-        `task_aware` are the predictions with the task id given, for the task-incremental view (`own_score`).
+        `own_score` is that of the task-incremental view, from the predictions `task_aware` with the task id given; by
+        default they are `predictions`. Validation uses `score` alone.
         """
         raise NotImplementedError
 

@@ -166,15 +166,11 @@ class Classification(Objective):
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         return Predictions(self.head.scatter(self.features(batch)))
 
-    def score(self, batch: Batch, predictions: Predictions, choices: AnswerSpace) -> Tensor:
-        """[batch]: 1 if the best allowed label is correct; among equal scores the lowest label id is taken."""
-        assert predictions.scores is not None
-        return (choices.mask(predictions.scores).argmax(1) == batch.labels).float()
-
-    def prediction_columns(
-        self, batch: Batch, predictions: Predictions, task_aware: Predictions, choices: AnswerSpace
+    def score(
+        self, batch: Batch, predictions: Predictions, choices: AnswerSpace, task_aware: Predictions | None = None
     ) -> Columns:
         """Two views: all seen labels compete, so a task not learned yet scores 0; or only the task's own labels."""
+        task_aware = task_aware or predictions
         assert predictions.scores is not None
         assert task_aware.scores is not None
         best = _best(choices.mask(predictions.scores))

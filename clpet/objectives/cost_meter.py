@@ -1,10 +1,11 @@
 """Cost of learning each task: examples and tokens passed through the network, time and memory."""
 
+import contextlib
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 
@@ -42,19 +43,29 @@ class EvaluationCost(TypedDict):
     evaluated_examples: int
 
 
+Purpose = Literal["learned", "validated", "evaluated"]  # of passes through the network
+
+
 class Meter:
     """Counts the passes through the network since the last `take_learning` or `take_evaluation`."""
 
     def __init__(self) -> None:
-        self.kind = "learned"  # purpose of the passes: learned | validated | evaluated
         self.restart()
 
     def restart(self) -> None:
-        """Sets all counters to 0."""
+        """Sets all counters to 0; passes count as learning."""
+        self.kind: Purpose = "learned"
         self.cost = Cost()
         self._since = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+
+    @contextlib.contextmanager
+    def counting(self, kind: Purpose) -> Iterator[None]:
+        """Passes in this block count as `kind`. After an error they still do: its message depends on the purpose."""
+        before, self.kind = self.kind, kind
+        yield
+        self.kind = before
 
     def count(self, batch: Batch, gradient: bool) -> None:
         """Adds one pass of a batch; padding counts as tokens, since it is computed too."""

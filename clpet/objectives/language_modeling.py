@@ -8,6 +8,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class LanguageModeling(Objective):
     """The loss is the mean over all predicted tokens of a batch of windows."""
 
     name = "language_modeling"
+    unrecorded: ClassVar[tuple[str, ...]] = ("score",)
     generates = True
 
     def __init__(
@@ -208,15 +210,16 @@ class LanguageModeling(Objective):
         counts = nll.new_zeros(len(batch)).index_add_(0, row, torch.ones_like(nll))
         return Predictions(extras={"nll": sums, "tokens": counts})
 
-    def score(self, batch: Batch, predictions: Predictions, choices: AnswerSpace) -> Tensor:
-        """[batch]: minus the mean negative log-likelihood, so that higher is better."""
-        return -predictions.extras["nll"] / predictions.extras["tokens"].clamp(min=1)
-
-    def prediction_columns(
-        self, batch: Batch, predictions: Predictions, task_aware: Predictions, choices: AnswerSpace
+    def score(
+        self, batch: Batch, predictions: Predictions, choices: AnswerSpace, task_aware: Predictions | None = None
     ) -> Columns:
+        """The score is minus the mean negative log-likelihood, so that higher is better."""
         assert isinstance(batch.pool, Windows)
-        return {"bytes": np.array([batch.pool.bytes(row) for row in batch.rows]), "own_nll": task_aware.extras["nll"]}
+        return {
+            "bytes": np.array([batch.pool.bytes(row) for row in batch.rows]),
+            "own_nll": (task_aware or predictions).extras["nll"],
+            "score": -predictions.extras["nll"] / predictions.extras["tokens"].clamp(min=1),
+        }
 
     def aggregate(self, rows: dict[str, np.ndarray], task_incremental: bool = False) -> TaskScore:
         """Perplexity, with the sums that it is computed from: nll and predicted tokens."""

@@ -251,7 +251,20 @@ class TextToText(Objective):
 
     # Scores
 
-    def score(self, batch: Batch, predictions: Predictions, choices: AnswerSpace) -> Tensor:
+    def score(
+        self, batch: Batch, predictions: Predictions, choices: AnswerSpace, task_aware: Predictions | None = None
+    ) -> Columns:
+        """Both views are equal unless the method uses task ids: labels of different tasks do not compete."""
+        scores = self.text_scores(batch, predictions)
+        task_aware = task_aware or predictions
+        return {
+            "label": np.array([references[0] for references in batch.references], dtype=object),
+            "prediction": np.array(predictions.texts, dtype=object),
+            "score": scores,
+            "own_score": scores if task_aware is predictions else self.text_scores(batch, task_aware),
+        }
+
+    def text_scores(self, batch: Batch, predictions: Predictions) -> Tensor:
         """[batch]: the task's metric; with evaluation.decode=rank 1 if the chosen label is a reference, else 0."""
         assert predictions.texts is not None
         metrics = [METRICS[self.benchmark.tasks[task].metric] for task in batch.tasks.tolist()]
@@ -260,18 +273,6 @@ class TextToText(Objective):
         rows = zip(metrics, predictions.texts, batch.references, batch.sources, strict=True)
         scores = [metric(text, references, source) for metric, text, references, source in rows]
         return torch.tensor(scores, dtype=torch.float64, device=batch.labels.device)
-
-    def prediction_columns(
-        self, batch: Batch, predictions: Predictions, task_aware: Predictions, choices: AnswerSpace
-    ) -> Columns:
-        """Both views are equal unless the method uses task ids: labels of different tasks do not compete."""
-        scores = self.score(batch, predictions, choices)
-        return {
-            "label": np.array([references[0] for references in batch.references], dtype=object),
-            "prediction": np.array(predictions.texts, dtype=object),
-            "score": scores,
-            "own_score": scores if task_aware is predictions else self.score(batch, task_aware, choices),
-        }
 
     def describe(self, pool: EncodedDataset, row: int) -> str:
         assert pool.answer is not None

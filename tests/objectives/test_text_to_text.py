@@ -226,9 +226,9 @@ def test_ranked_label_must_equal_a_reference() -> None:
     examples = [Example("x", target[0], {"instruction": "Judge"}, references=target) for _, target in rows]
     pool = objective.encode_split(examples, [0] * 3, [0] * 3)
     answers = Predictions(texts=[text for text, _ in rows])
-    assert objective.score(pool.batch(range(3)), answers, AnswerSpace([])).tolist() == [0, 1, 1]
+    assert objective.score(pool.batch(range(3)), answers, AnswerSpace([]))["score"].tolist() == [0, 1, 1]
     objective.evaluation.decode = Decode.generate
-    assert objective.score(pool.batch(range(3)), answers, AnswerSpace([])).tolist() == [1, 1, 1]
+    assert objective.score(pool.batch(range(3)), answers, AnswerSpace([]))["score"].tolist() == [1, 1, 1]
 
 
 def test_ranking_needs_tasks_with_labels() -> None:
