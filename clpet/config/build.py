@@ -89,6 +89,11 @@ def find_class(target: str, where: str) -> type:
     return cls
 
 
+def option_names(target: str, where: str) -> list[str]:
+    """The options of the class in a `_target_`. Raises ConfigError as `find_class` does."""
+    return [item.name for item in dataclasses.fields(find_class(target, where))]
+
+
 def _is_allowed(package: str) -> bool:
     """Whether a top-level package or module is clpet, or its file is in a --config-dir folder; imports nothing."""
     if package == "clpet":

@@ -1,5 +1,7 @@
 """Options that were renamed: the old name is an error that gives the new one, except in recorded configurations."""
 
+from collections.abc import Callable, Collection
+
 from clpet.records import Json
 
 # Old key -> new key. A row stays for one release after the rename; recorded configurations are translated forever.
@@ -14,16 +16,24 @@ RENAMED_KEYS = {
 
 
 def renamed_message(key: str) -> str | None:
-    """The error for an option's old name; None for any other key."""
-    return f"{key} was renamed to {RENAMED_KEYS[key]}" if key in RENAMED_KEYS else None
-
-
-def translate_keys(config: Json) -> None:
-    """Renames the old keys of a recorded configuration in place, so that run directories of earlier versions open."""
+    """The error for an option's old name, or for an entry of its mapping; None for any other key."""
     for old, new in RENAMED_KEYS.items():
-        node: Json = config
-        *groups, name = old.split(".")
-        for group in groups:
-            node = node.get(group) if isinstance(node, dict) else None
-        if isinstance(node, dict) and name in node:
+        if key == old or key.startswith(f"{old}."):
+            return f"{key} was renamed to {new}{key.removeprefix(old)}"
+    return None
+
+
+def translate_keys(config: Json, option_names: Callable[[str, str], Collection[str]] | None = None) -> None:
+    """Renames the old keys of a recorded configuration in place, so that run directories of earlier versions open.
+
+    A class outside clpet may itself have an option with an old name. `option_names(target, group)` returns the options
+    of such a class, and its node is translated where they lack the old name; without it the node stays as recorded.
+    """
+    for old, new in RENAMED_KEYS.items():
+        group, name = old.split(".")
+        node: Json = config.get(group) if isinstance(config, dict) else None
+        if not (isinstance(node, dict) and name in node):
+            continue
+        target = str(node.get("_target_", "clpet."))  # the train group has no class
+        if target.startswith("clpet.") or (option_names and name not in option_names(target, group)):
             node[new.rpartition(".")[2]] = node.pop(name)

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from clpet.base_model import prepare
-from clpet.config.build import find_class, parse_config
+from clpet.config.build import find_class, option_names, parse_config
 from clpet.config.renamed import translate_keys
 from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.data.batches import Encoded
@@ -97,7 +97,8 @@ def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False)
     shape: dict[str | type[str], Schema] = {"config": dict, "tasks": [str], "data": {"fingerprint": str}}
     check_schema(run_json, {**shape, **({"inputs": {str: str}} if "inputs" in run_json else {})}, f"{file}")
     check_config(run_json["config"], plugins, "")
-    translate_keys(run_json["config"])
+    # After check_config: a class is only imported if plugins are allowed.
+    translate_keys(run_json["config"], option_names)
     for name in run_json["tasks"]:
         if not TASK_NAME.fullmatch(name):
             raise ConfigError(f"{file}: invalid task name {name!r}")

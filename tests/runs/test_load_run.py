@@ -208,6 +208,25 @@ def test_own_classes_need_allow_plugins(clpet, run: Path, tmp_path: Path) -> Non
     assert (tmp_path / "ran").exists()
 
 
+def test_an_option_of_an_own_class_keeps_a_name_that_clpet_renamed(clpet, run: Path, tmp_path: Path) -> None:
+    """Only where the class lacks it is the recorded name an old one: here method.pull is its own, train.keep is not."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "clpet_pulling.py").write_text(
+        "from dataclasses import dataclass\nfrom clpet.methods.sequential import Sequential\n\n"
+        "@dataclass\nclass Pulling(Sequential):\n    pull: float = 0.5\n"
+    )
+
+    def use_own_class(value: dict) -> None:
+        value["config"]["method"] |= {"_target_": "clpet_pulling.Pulling", "pull": 0.25}
+        value["config"]["train"]["keep"] = value["config"]["train"].pop("snapshot_every")
+        value["config"]["benchmark"]["keep"] = value["config"]["benchmark"].pop("cut_last")
+
+    edit(run, use_own_class)
+    answer = clpet("eval", run, "--allow-plugins", "--config-dir", tmp_path / "mine")
+    assert answer.code == 0, answer.err
+    assert answer.out.count("equal") == 3
+
+
 def damage(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Writes a checkpoint with a correct checksum and changed contents."""
     tree = read_tree(run / "state" / "003")
