@@ -16,13 +16,14 @@ VAGUE = "found place places own part known held kept wanted asked told said ther
 # Names of version 0.1.0 that were replaced by the terms of the field. Left out of this list because they are the right
 # words for something else: begin, between, written, due, keep, leave, main, memory, old, first, fill, selection, rates, terms,
 # summary, table, trial, measured, dropped, pieces, key, reserved, recall, A, B, a, b, Table (a benchmark source),
-# Evaluation (the result of one), pull and isolate (options of a YAML), leading, past, without, probe, most, important.
+# Evaluation (the result of one), leading, past, without, probe, most, important.
 OLD = """
     Keeper Fit Best passed over Interrupt CODE Ranks Joined joined apart heard on_host PATIENCE
     guarded parted normalised listing Recorded Reopened MADE Plan split_limit equal_compute Held spare remember
     RateReplay stand_in LogitStore Place _usable _where Increments increments weighted mixed
     extended Units spread deviation mix Tally even together judge trace Choices first_adapter one_model
     repeatable validates pefts borders front own_softmax picture composed typed knob knobs
+    isolate pull warmup_share
 """
 OLD_MODULES = """
     halfway interrupt mistakes dry reading reopen store mixing rates logits terms increments overlaps retrieval contrast

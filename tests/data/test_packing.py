@@ -93,7 +93,7 @@ def test_bytes_count_every_character_once() -> None:
     assert found.sizes[[0, -1]].tolist() == [0, 0]  # [CLS] and [SEP]
 
 
-def test_begin_adds_one_bos_token_before_every_document(tmp_path: Path) -> None:
+def test_add_bos_puts_one_bos_token_before_every_document(tmp_path: Path) -> None:
     """Also if the tokenizer adds one itself. The token counts 0 bytes, and the cache tells both streams apart."""
     own, bare = byte_tokenizer(), byte_tokenizer()
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])

@@ -77,7 +77,7 @@ def test_full_lengths_of_answers_are_recorded() -> None:
     assert pool.num_truncated(pool.rows_of(0)) == (1, 2)
 
 
-def test_keep_protects_its_matches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_matches_of_cut_last_are_protected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"text": f"passage {i}" + "\nquestion: who?" * (i % 4 > 0), "label": "ab"[i % 2]} for i in range(16)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level(logging.WARNING):
