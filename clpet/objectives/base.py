@@ -17,7 +17,7 @@ from clpet.data.benchmark import Benchmark, Example
 from clpet.errors import ModelError
 from clpet.models.adapters import Adapters
 from clpet.models.architectures import first_position
-from clpet.models.backbone import Backbone
+from clpet.models.backbone import Architecture, Backbone
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives.cost_meter import Meter
 from clpet.runtime.hardware import Hardware
@@ -121,6 +121,15 @@ class Objective:
         self.encode_split = self.encoder(benchmark, backbone, tokenizer)
         full = adapters.full and self.dtype is not torch.float32
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Sets what a subclass has in addition; called once, at the end of construction."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether the backbone is a decoder, which reads from left to right."""
+        return self.backbone.architecture is Architecture.decoder
 
     def _check_lengths(self) -> None:
         """Lowers benchmark.max_length to what the model can read; raises ModelError if the user has set it."""

@@ -6,17 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.config.schema import EvaluationOptions
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset, pad_id
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template
 from clpet.errors import ModelError
-from clpet.models.adapters import Adapters
 from clpet.models.backbone import Backbone, Representation, representation
 from clpet.models.protocols import Tokenizer, network_of
 from clpet.objectives.base import AnswerSpace, Columns, Encode, HeadState, Objective, ObjectiveState, Predictions
-from clpet.runtime.hardware import Hardware
 
 MISSING = -100.0  # logit of a label that no selected module scores (ConPET, section 3.7)
 
@@ -86,18 +83,9 @@ class Classification(Objective):
 
     name = "classification"
 
-    def __init__(
-        self,
-        benchmark: Benchmark,
-        backbone: Backbone,
-        adapters: Adapters,
-        tokenizer: Tokenizer,
-        seed: int,
-        hardware: Hardware,
-        evaluation: EvaluationOptions,
-    ) -> None:
-        self.representation = representation(backbone, benchmark.template)
-        super().__init__(benchmark, backbone, adapters, tokenizer, seed, hardware, evaluation)
+    def set_up(self) -> None:
+        benchmark = self.benchmark
+        self.representation = representation(self.backbone, benchmark.template)
         self.pooler = self.load_pooler() if self.representation is Representation.pooled else None
         self.head = self.new_head(self.seed)
         mask = torch.full((len(benchmark), len(benchmark.labels)), float("-inf"))

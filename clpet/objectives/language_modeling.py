@@ -20,14 +20,12 @@ from clpet.data.benchmark import SPLITS, Benchmark, Example
 from clpet.data.packing import Masking, Windows, pack
 from clpet.data.token_cache import Stream, TokenCache
 from clpet.errors import ConfigError, DataError, ModelError
-from clpet.models.adapters import Adapters
 from clpet.models.architectures import first_position, logit_cap
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions, TaskScore
 from clpet.objectives.key_term_rank import prompt_windows, rank_statistics, ranks
-from clpet.runtime.hardware import Hardware
 
 EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of this many tokens
 
@@ -39,26 +37,14 @@ class LanguageModeling(Objective):
     unrecorded: ClassVar[tuple[str, ...]] = ("score",)
     generates = True
 
-    def __init__(
-        self,
-        benchmark: Benchmark,
-        backbone: Backbone,
-        adapters: Adapters,
-        tokenizer: Tokenizer,
-        seed: int,
-        hardware: Hardware,
-        evaluation: EvaluationOptions,
-    ) -> None:
-        self.causal = backbone.architecture is Architecture.decoder
-        super().__init__(benchmark, backbone, adapters, tokenizer, seed, hardware, evaluation)
+    def set_up(self) -> None:
+        benchmark, backbone = self.benchmark, self.backbone
         for task in benchmark.tasks if not self.causal else ():
             task.metric = "pseudo_perplexity"
         self.rank_windows: Windows | None = None  # contexts of key terms (evaluation.rank_prompts)
         if self.tokenizer.mask_token_id is None and not self.causal:
             raise ModelError(f"model {backbone.name} has no mask token, so it cannot be trained as a masked one")
-        if cap := logit_cap(
-            config_of(self.adapters.model)
-        ):  # the chunked loss applies the output layer itself and would leave the cap out
+        if cap := logit_cap(config_of(self.adapters.model)):  # the chunked loss would leave the cap out
             raise ModelError(f"model {backbone.name} caps its logits ({cap}), which language_modeling does not support")
         if self.evaluation.rank_prompts and not self.causal:
             raise ConfigError(f"evaluation.rank_prompts needs a decoder, which model {backbone.name} is not")

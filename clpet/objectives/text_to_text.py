@@ -17,11 +17,9 @@ from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template, Tokenised
 from clpet.errors import ConfigError, DataError
 from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
-from clpet.models.adapters import Adapters
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
-from clpet.runtime.hardware import Hardware
 
 
 class TextToText(Objective):
@@ -30,21 +28,10 @@ class TextToText(Objective):
     name = "text_to_text"
     generates = True
 
-    def __init__(
-        self,
-        benchmark: Benchmark,
-        backbone: Backbone,
-        adapters: Adapters,
-        tokenizer: Tokenizer,
-        seed: int,
-        hardware: Hardware,
-        evaluation: EvaluationOptions,
-    ) -> None:
-        self.causal = backbone.architecture is Architecture.decoder
-        super().__init__(benchmark, backbone, adapters, tokenizer, seed, hardware, evaluation)
+    def set_up(self) -> None:
         self.end = end_token(self.tokenizer)
         self.start = None if self.causal else config_of(self.adapters.model).decoder_start_token_id
-        answers = encode_answers(self.tokenizer, benchmark.labels, benchmark.max_target)
+        answers = encode_answers(self.tokenizer, self.benchmark.labels, self.benchmark.max_target)
         self.label_tokens = Ragged(answers.rows)
 
     @classmethod
