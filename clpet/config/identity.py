@@ -1,8 +1,8 @@
 """Identity of a run: the name of its directory, and the settings under which runs are compared.
 
-Signatures changed once, with version 0.2.0: since then a class of clpet counts by its name alone, not by its module, so
-that moving a class to another module does not change the names of run directories. The same command therefore starts a
-new directory instead of resuming one of version 0.1.0.
+Signatures changed once, with version 0.2.0, which renamed options. Since then a class of clpet counts by its name
+alone, not by its module, so that moving a class to another module does not change the names of run directories. The
+same command therefore starts a new directory instead of resuming one of version 0.1.0.
 """
 
 import hashlib
