@@ -5,6 +5,7 @@ import json
 import logging
 import netrc
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import wandb
 
 log = logging.getLogger(__name__)
+STOP_SECONDS = 5.0  # for wandb's background process to end by itself
 
 
 class Mode(Enum):
@@ -166,6 +168,8 @@ class Tracker:
 
     def _start_wandb(self) -> "wandb.Run | None":
         """The wandb run: in the configured mode, else offline, else None with a warning."""
+        # wandb's reports about its own errors would delay the exit while its server does not answer.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         mode, method = self._mode(), self._option("method", "name")
@@ -210,9 +214,9 @@ class Tracker:
         return "online" if _has_key() else "offline"
 
     def _safely(self, what: str, action: Callable[[], object]) -> None:
-        """Performs an action of wandb; an error ends tracking with a warning, but never the run."""
+        """Performs an action of wandb; an error or a long wait ends tracking with a warning, but never the run."""
         try:
-            action()
+            _within(self.settings.finish_timeout, action)
         except Exception as error:
             sync = f"upload the missing data later with `wandb sync {Path(self.run.dir).parent}`"
             log.warning("wandb cannot %s (%s); continuing without it; %s", what, str(error).split("\n")[0], sync)
@@ -220,12 +224,47 @@ class Tracker:
             _stop_service()
 
 
+def _within(seconds: float, action: Callable[[], object]) -> None:
+    """Performs an action in a thread of its own and waits for its end.
+
+    wandb has calls without a time limit of their own, so the limit is set from outside.
+
+    Raises:
+        TimeoutError: the action did not end within `seconds`; its thread is left behind.
+        Exception: whatever the action raised.
+    """
+    errors: list[Exception] = []
+
+    def perform() -> None:
+        try:
+            action()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=perform, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {seconds:g} seconds")
+    if errors:
+        raise errors[0]
+
+
 def _stop_service() -> None:
-    """Stops wandb's background process, which would otherwise keep the run's id and print errors at exit."""
+    """Stops wandb's background process, which would otherwise keep the run's id and print errors at exit.
+
+    Asked to stop, the process first tries to upload what is left, for any length of time; it is killed after
+    a few seconds. What it was given is in the run's folder by then.
+    """
+    import psutil
     import wandb
 
     with contextlib.suppress(Exception):
-        wandb.teardown()
+        _within(STOP_SECONDS, wandb.teardown)
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "wandb" in process.name():
+                process.kill()
 
 
 def _entries_done(line: str) -> float:
