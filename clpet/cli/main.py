@@ -10,6 +10,7 @@ from clpet.cli.completion import complete
 from clpet.cli.data import data
 from clpet.cli.error_messages import format_error, print_error
 from clpet.cli.options import COMMANDS, list_options
+from clpet.cli.report import report
 from clpet.cli.train import train
 from clpet.errors import ConfigError, suggest
 from clpet.runtime.signals import Interrupted
@@ -57,7 +58,7 @@ def dispatch(argv: list[str]) -> int:
     if argv[0] == "-sc":
         return train(argv)
     handlers: dict[str, Callable[[list[str]], int]] = {
-        "train": train, "runs": runs.runs, "show": runs.show, "eval": runs.evaluate,
+        "train": train, "runs": runs.runs, "report": report, "show": runs.show, "eval": runs.evaluate,
         "export": runs.export, "list": list_options, "data": data, "sweep": sweep,
     }  # fmt: skip
     if argv[0] not in handlers:

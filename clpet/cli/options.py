@@ -15,6 +15,7 @@ from clpet.escape import inline, printable
 COMMANDS = {
     "train": "learn a benchmark task by task and write its transfer matrix (also resumes runs, and sweeps with -m)",
     "runs": "list the runs in the output folder, or compare groups of runs",
+    "report": "write one HTML file about the runs of a folder: tables, charts, matrices, mistakes",
     "show": "print one run: scores, matrices, costs",
     "eval": "evaluate the weights of a run again, or on tasks of lm-evaluation-harness",
     "export": "write the trained weights of a run for use without clpet: adapters, or merged weights",

@@ -31,6 +31,16 @@ LOWER_IS_BETTER = ("forgetting", "intransigence")  # among the metrics of accura
 CSV_COLUMNS = ("benchmark", "objective", "metric", "data", "split", "view")  # columns of CSV before the options
 
 
+@dataclass(frozen=True)
+class Tests:
+    """Paired tests of the row `base` against the others, by their names: results, p after Holm, or why not tested."""
+
+    base: Row
+    differences: dict[str, Difference]
+    corrected: dict[str, float]
+    refused: dict[str, str]
+
+
 @dataclass
 class Comparison:
     """A comparison of runs by the options `keys`, with the metrics as columns (none given: the default columns)."""
@@ -183,30 +193,34 @@ class Comparison:
             raise ConfigError(f"--against {self.against} matches {len(rows)} rows; use one of {names}")
         return rows[0] if rows else None
 
+    def outcomes(self, section: Section) -> Tests | None:
+        """The paired tests of one row (--against, else the best) against each of the others; None without a pair."""
+        rows = [row for row in section.rows if row.runs]
+        base = self.reference_row(section) if self.against else self.best(section, list(filter(self.competes, rows)))
+        if base is None or not base.runs or len(rows) < 2:
+            return None
+        results = {row.name: self.test(base, row) for row in rows if row is not base}
+        differences = {name: result for name, result in results.items() if isinstance(result, Difference)}
+        corrected = holm([result.p for result in differences.values()])
+        refused = {name: reason for name, reason in results.items() if not isinstance(reason, Difference)}
+        return Tests(base, differences, dict(zip(differences, corrected, strict=True)), refused)
+
     def tests(self, section: Section) -> list[str]:
         """Title, table and remarks of the paired tests of one row against each of the others."""
-        rows = [row for row in section.rows if row.runs]
-        candidates = [row for row in rows if self.competes(row)]
-        base = self.reference_row(section) if self.against else self.best(section, candidates)
-        if base is None or not base.runs or len(rows) < 2:
+        tests = self.outcomes(section)
+        if tests is None:
             return []
-        outcomes = {row.name: self.test(base, row) for row in rows if row is not base}
-        tested = {name: result for name, result in outcomes.items() if isinstance(result, Difference)}
-        refused = [
-            f"not tested: {base.name} against {name}: {reason}"
-            for name, reason in outcomes.items()
-            if not isinstance(reason, Difference)
-        ]
-        corrected = holm([result.p for result in tested.values()])
+        name = tests.base.name
+        refused = [f"not tested: {name} against {other}: {reason}" for other, reason in tests.refused.items()]
         cells = [
-            [name, f"{result.value:+.2f}", f"[{result.low:+.2f}, {result.high:+.2f}]",
-             f"{result.p:.4f}", f"{p:.4f}", str(result.seeds)]
-            for (name, result), p in zip(tested.items(), corrected, strict=True)
+            [other, f"{result.value:+.2f}", f"[{result.low:+.2f}, {result.high:+.2f}]",
+             f"{result.p:.4f}", f"{tests.corrected[other]:.4f}", str(result.seeds)]
+            for other, result in tests.differences.items()
         ]  # fmt: skip
         samples = (
             f"over {section.split} examples, and over seeds where at least {MIN_SEEDS} are paired ({NUM_DRAWS} draws)"
         )
-        title = f"{base.name} minus each other row, final average score: paired bootstrap {samples}"
+        title = f"{name} minus each other row, final average score: paired bootstrap {samples}"
         title += f"; p (Holm) is corrected for {len(cells)} comparisons" if len(cells) > 1 else ""
         header = ["other", "difference", "95 % interval", "p", "p (Holm)", "paired seeds"]
         if self.form == "md":

@@ -23,6 +23,15 @@ class MeanStd(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
 
+    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """Student's t interval of the mean over seeds: mean ± t(n - 1) * std / sqrt(n); None for one seed."""
+        if self.std is None:
+            return None
+        from scipy.special import stdtrit  # quantiles of Student's t; not needed to list or show runs
+
+        half = float(stdtrit(self.n - 1, (1 + level) / 2)) * self.std / self.n**0.5
+        return self.mean - half, self.mean + half
+
 
 def mean_and_std(values: Sequence[float | None]) -> MeanStd | None:
     """Mean and standard deviation over seeds; None if a seed lacks the value, so that no mean hides missing runs."""

@@ -1,0 +1,58 @@
+"""`clpet report FOLDER`: one HTML file about the runs of a folder. Imports no torch."""
+
+import argparse
+from pathlib import Path
+
+from clpet.errors import ConfigError, DataError
+from clpet.escape import printable
+
+
+def report(argv: list[str]) -> int:
+    """`clpet report`: writes tables, charts, matrices and answers of the runs of a folder into one HTML file."""
+    parser = argparse.ArgumentParser(
+        "clpet report",
+        description="Writes one HTML file about the finished runs of a folder, to look at and to send: it needs "
+        "neither a network nor a server.",
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path("outputs"), help="output folder (default: outputs)"
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE",
+                        help="the file to write (default: report.html)")  # fmt: skip
+    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]",
+                        help="only runs with one of these values, such as method=kif,ewc; may be repeated")  # fmt: skip
+    parser.add_argument("--compare", default="method", metavar="KEY[,KEY]",
+                        help="options that make the rows of the tables (default: method)")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    from clpet.reporting.report.page import build_report, select, write_report
+    from clpet.runtime.untrusted_json import find_runs
+
+    folder: Path = arguments.folder
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; runs are written to outputs/ unless output_dir is set")
+    check_file(arguments.output)
+    runs = find_runs(folder)
+    if not runs:
+        raise DataError(f"{folder} has no finished runs to report; start one with `clpet train`")
+    keys = [key.strip() for key in arguments.compare.split(",") if key.strip()]
+    if not keys:
+        raise ConfigError("--compare needs an option, such as --compare method")
+    started = [path.parent for path in sorted(folder.glob("*/*/s*-*/run.json"))]
+    unfinished = [str(path) for path in started if not (path / "results.json").exists()]
+    chosen = select(runs, arguments.where)
+    write_report(build_report(str(folder), chosen, keys, unfinished), arguments.output)
+    print(printable(f"{arguments.output}: {len(chosen)} run{'s' * (len(chosen) > 1)}, {size(arguments.output)}"))
+    return 0
+
+
+def check_file(file: Path) -> None:
+    """Raises ConfigError unless a page can be written to `file`."""
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder: give the name of a file, such as {file / 'report.html'}")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file.parent} is not a folder: create it, or give another file")
+
+
+def size(file: Path) -> str:
+    """The size of a file in MB."""
+    return f"{file.stat().st_size / 1e6:.1f} MB"

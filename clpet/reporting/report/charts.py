@@ -1,0 +1,198 @@
+"""The report's charts as Vega-Lite specifications: data and encodings; the page draws them.
+
+Names from data are only values of the data, never part of an expression or of a field's name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from clpet.records import Json
+from clpet.reporting.plots.perplexity import by_distance
+from clpet.reporting.report.step_log import mean_losses
+from clpet.reporting.run_groups import Row, Section
+from clpet.reporting.run_metrics import MeanStd, matrix_of, mean_and_std, pretraining_metrics
+
+Spec = dict[str, Json]
+Point = dict[str, Json]
+ROW: Json = {"field": "row", "type": "nominal", "title": None, "sort": None}  # the order of the table
+FADED = 0.12  # opacity of what is not selected in the legend
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its title and a sentence about how to read it."""
+
+    title: str
+    caption: str
+    spec: Spec
+
+
+def charts(section: Section) -> list[Chart]:
+    """The charts of a section; those without any value are left out."""
+    unit = section.metric if section.lower else "average in %"
+    result = [
+        Chart(
+            f"{'Perplexity' if section.lower else 'Average'} after each task",
+            "Mean over the tasks seen so far; the band is the standard deviation over seeds.",
+            lines(seen_averages(section), "tasks learned", unit),
+        )
+    ]
+    if section.lower:
+        title = "Transfer by distance"
+        caption = "Perplexity over zero-shot; left: domains still to come, right: domains learned since."
+        axis = "domains learned since the tested one"
+        result.append(Chart(title, caption, lines(transfer_points(section), axis, "perplexity / zero-shot")))
+    else:
+        points = metric_points(section, "learning_accuracy", "forgetting")
+        caption = "Best is the lower right corner: tasks are learned well and stay known."
+        result.append(Chart("Learning and forgetting", caption, dots(points, "learning accuracy", "forgetting")))
+    caption = "Seconds of training over all tasks; bars are standard deviations over seeds."
+    result.append(Chart("Cost and score", caption, dots(cost_points(section), "training seconds", unit)))
+    losses = loss_points(section)
+    result.append(Chart("Training loss", "One line per seed, averaged over neighbouring steps.", loss_lines(losses)))
+    return [chart for chart in result if chart.spec["data"] != {"values": []}]
+
+
+def _mean_point(row: Row, x: float, value: MeanStd, **others: Json) -> Point:
+    std = value.std or 0.0
+    numbers = {"x": x, "y": value.mean, "low": value.mean - std, "high": value.mean + std}
+    return {"row": row.name, "seeds": value.n, **{key: _short(number) for key, number in numbers.items()}, **others}
+
+
+def _short(value: float) -> float:
+    """A number with six significant digits, which no chart shows more of."""
+    return float(f"{value:.6g}")
+
+
+def seen_averages(section: Section) -> list[Point]:
+    """Per row and number of learned tasks: the mean score of these tasks, mean and deviation over seeds."""
+    points = []
+    for row in section.rows:
+        matrices = [matrix_of(run) for _, run in row.runs]
+        for learned in range(1, min(map(len, matrices), default=0) + 1):
+            value = mean_and_std([matrix.average(learned, learned) for matrix in matrices])
+            names = {matrix.tasks[learned - 1] for matrix in matrices}
+            if value:
+                points.append(_mean_point(row, learned, value, after=names.pop() if len(names) == 1 else "-"))
+    return points
+
+
+def transfer_points(section: Section) -> list[Point]:
+    """Per row and distance: perplexity over zero-shot, mean over domains, then mean and deviation over seeds."""
+    points = []
+    for row in section.rows:
+        curves = [
+            dict(zip(*by_distance(pretraining_metrics(run, section.runs), "mean"), strict=True)) for _, run in row.runs
+        ]
+        for distance in sorted(set().union(*curves)):
+            value = mean_and_std([float(c[distance]) if c.get(distance) == c.get(distance) else None for c in curves])
+            if value and value.mean == value.mean:
+                points.append(_mean_point(row, distance, value, after="-"))
+    return points
+
+
+def metric_points(section: Section, x: str, y: str) -> list[Point]:
+    """Per row two metrics of the matrix with their deviations over seeds."""
+    points = []
+    for row in section.rows:
+        metrics = [matrix_of(run).metrics() for _, run in row.runs]
+        across, up = (mean_and_std([values[name] for values in metrics]) for name in (x, y))
+        if across and up:
+            points.append(_dot(row, across, up))
+    return points
+
+
+def cost_points(section: Section) -> list[Point]:
+    """Per row the seconds of training and the final average."""
+    points = []
+    for row in section.rows:
+        seconds = mean_and_std([sum(cost["seconds"] for cost in run["cost"]) for _, run in row.runs])
+        average = mean_and_std([matrix_of(run).average() for _, run in row.runs])
+        if seconds and average:
+            points.append(_dot(row, seconds, average))
+    return points
+
+
+def _dot(row: Row, x: MeanStd, y: MeanStd) -> Point:
+    std = x.std or 0.0
+    return _mean_point(row, x.mean, y, left=_short(x.mean - std), right=_short(x.mean + std))
+
+
+def loss_points(section: Section) -> list[Point]:
+    """The losses of the step logs, thinned; empty for runs without one."""
+    return [
+        {"row": row.name, "seed": run["seed"], "x": step, "y": _short(loss), "task": task}
+        for row in section.rows
+        for path, run in row.runs
+        for step, loss, task in mean_losses(path)
+    ]
+
+
+def lines(points: Sequence[Point], x: str, y: str) -> Spec:
+    """A line per row with a band from `low` to `high`. The legend selects rows."""
+    tooltip = [("row", "row"), ("x", x), ("after", "after"), ("y", y), ("low", "low"), ("high", "high")]
+    encoding = {"x": _axis("x", x, {"tickMinStep": 1, "format": "d"}), "color": {**_dict(ROW), "legend": {}}}
+    value = _axis("y", y)
+    band: Json = {
+        "mark": {"type": "area", "opacity": 0.15},
+        "encoding": {"y": {**value, "field": "low"}, "y2": {"field": "high"}, "opacity": _picked(0.15, 0.02)},
+    }
+    line: Json = {
+        "params": [LEGEND],
+        "mark": {"type": "line", "point": {"size": 36}, "strokeWidth": 2},
+        "encoding": {"y": value, "opacity": _picked(1, FADED), "tooltip": _tooltip(tooltip)},
+    }
+    return {"data": {"values": list(points)}, "encoding": encoding, "layer": [line, band], **SIZE}
+
+
+def dots(points: Sequence[Point], x: str, y: str) -> Spec:
+    """A dot per row with bars of one standard deviation to all four sides."""
+    across, up = _axis("x", x), _axis("y", y)
+    encoding: Json = {"color": {**_dict(ROW), "legend": {}}, "opacity": _picked(1, FADED)}
+    tooltip = _tooltip([("row", "row"), ("x", x), ("y", y), ("seeds", "seeds")])
+    dot: Json = {
+        "params": [LEGEND],
+        "mark": {"type": "point", "filled": True, "size": 90},
+        "encoding": {"x": across, "y": up, "shape": {**_dict(ROW), "legend": None}, "tooltip": tooltip},
+    }
+    bars: list[Json] = [
+        {"mark": "rule", "encoding": {"x": {**across, "field": "left"}, "x2": {"field": "right"}, "y": up}},
+        {"mark": "rule", "encoding": {"y": {**up, "field": "low"}, "y2": {"field": "high"}, "x": across}},
+    ]
+    return {"data": {"values": list(points)}, "encoding": encoding, "layer": [dot, *bars], **SIZE}
+
+
+def loss_lines(points: Sequence[Point]) -> Spec:
+    """A thin line per run, coloured by row."""
+    encoding: Json = {
+        "x": _axis("x", "step"),
+        "y": _axis("y", "loss"),
+        "color": {**_dict(ROW), "legend": {}},
+        "detail": {"field": "seed"},
+        "opacity": _picked(0.7, 0.05),
+        "tooltip": _tooltip([("row", "row"), ("seed", "seed"), ("task", "task"), ("x", "step"), ("y", "loss")]),
+    }
+    mark: Json = {"type": "line", "strokeWidth": 1.2}
+    return {"data": {"values": list(points)}, "params": [LEGEND], "mark": mark, "encoding": encoding, **SIZE}
+
+
+SIZE: Mapping[str, Json] = {"width": "container", "height": 260}
+LEGEND: Json = {"name": "rows", "select": {"type": "point", "fields": ["row"]}, "bind": "legend"}
+
+
+def _picked(value: float, otherwise: float) -> Json:
+    return {"condition": {"param": "rows", "value": value}, "value": otherwise}
+
+
+def _axis(field: str, title: str, axis: Mapping[str, Json] | None = None) -> dict[str, Json]:
+    scale: Json = {"zero": False, "nice": True}
+    return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": axis or {}}
+
+
+def _tooltip(fields: Sequence[tuple[str, str]]) -> Json:
+    return [{"field": field, "title": title} for field, title in fields]
+
+
+def _dict(value: Json) -> dict[str, Json]:
+    assert isinstance(value, dict)
+    return value

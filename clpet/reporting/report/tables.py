@@ -1,0 +1,194 @@
+"""The report's tables: results with their tests, cost, data, and what differs between the rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from clpet.records import Cost, Json, Results
+from clpet.reporting.comparison import Comparison
+from clpet.reporting.run_groups import Row, Section, value_of
+from clpet.reporting.run_metrics import MeanStd, mean_and_std, run_metrics
+from clpet.reporting.significance import Difference
+
+BYTES_PER_PARAMETER = 4  # adapters, heads and the states of methods are stored in fp32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell: its text, the number that it is sorted by (None: by its text), and a longer text for the mouse."""
+
+    text: str
+    number: float | None = None
+    bold: bool = False
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class HtmlTable:
+    """A table; the first `words` columns hold words, the others numbers. `titles` explain columns, by their header."""
+
+    header: list[str]
+    rows: list[list[Cell]]
+    words: int
+    titles: dict[str, str]
+
+
+def results_table(comparison: Comparison, section: Section) -> HtmlTable:
+    """A line per row: metrics over seeds, the interval of the average, and the test against the best row."""
+    tests = None if section.lower else comparison.outcomes(section)
+    means = [comparison.means(row, section) for row in section.rows]
+    metrics = [name for name in comparison.columns(section) if any(values.get(name) for values in means)]
+    best = {metric: _best_rows(comparison, section, means, metric) for metric in metrics}
+    rows = []
+    for index, (row, values) in enumerate(zip(section.rows, means, strict=True)):
+        seeds = [run_metrics(run, section.runs, comparison.task_incremental) for _, run in row.runs]
+        cells = [*map(Cell, row.cells), _number(len(row.runs), "{:.0f}")]
+        for metric in metrics:
+            by_seed = [(run["seed"], values.get(metric)) for (_, run), values in zip(row.runs, seeds, strict=True)]
+            cells.append(_mean_cell(values.get(metric), by_seed, index in best[metric]))
+        cells.append(_interval_cell(values.get("average")))
+        if tests:
+            cells += _test_cells(row, tests.base, tests.differences.get(row.name), tests.corrected, tests.refused)
+        rows.append(cells)
+    test_columns = [f"minus {tests.base.name}", "p (Holm)"] if tests else []
+    titles = {
+        "95 % interval": "Student's t interval of the average over seeds",
+        "p (Holm)": "paired bootstrap over test examples, and over seeds from three paired seeds on; corrected for "
+        "the number of tests (Holm, 1979)",
+        "seeds": "number of runs that differ only in their seed",
+    }
+    return HtmlTable([*section.columns, "seeds", *metrics, "95 % interval", *test_columns], rows,
+                     len(section.columns), titles)  # fmt: skip
+
+
+def _best_rows(
+    comparison: Comparison, section: Section, means: list[dict[str, MeanStd | None]], metric: str
+) -> list[int]:
+    """The rows whose value of a metric is bold; none if all rows have the same value."""
+    best = comparison.best_rows(section, [values.get(metric) for values in means], metric)
+    return best if len(best) < len(means) else []
+
+
+def _mean_cell(value: MeanStd | None, by_seed: Sequence[tuple[int, float | None]], bold: bool) -> Cell:
+    """Mean ± standard deviation; the mouse shows the value of every seed."""
+    seeds = ", ".join(f"seed {seed}: {'-' if number is None else f'{number:.2f}'}" for seed, number in by_seed)
+    return Cell("-", None, False, seeds) if value is None else Cell(str(value), value.mean, bold, seeds)
+
+
+def _interval_cell(average: MeanStd | None) -> Cell:
+    interval = average.interval() if average else None
+    return Cell(f"[{interval[0]:.2f}, {interval[1]:.2f}]", interval[0]) if interval else Cell("-")
+
+
+def _test_cells(
+    row: Row, base: Row, result: Difference | None, corrected: dict[str, float], refused: dict[str, str]
+) -> list[Cell]:
+    """The row minus the reference with its interval, and the corrected p; the reason if the pair was not tested."""
+    if row is base:
+        return [Cell("reference"), Cell("")]
+    if result is None:
+        return [Cell("not tested", title=refused.get(row.name, "it has no runs")), Cell("-")]
+    value, low, high = (0.0 - number for number in (result.value, result.high, result.low))  # not -0.0
+    p = corrected[row.name]
+    seeds = f"95 % interval over {result.seeds} paired seed{'s' * (result.seeds > 1)}"
+    return [Cell(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]", value, title=seeds), _number(p, "{:.4f}")]
+
+
+def training_flops(run: Results) -> float | None:
+    """Floating-point operations of training, estimated from tokens; None for runs without counted backward tokens.
+
+    2 N per token forwards; backwards 2 N for the activations and 2 n for the weights, with N parameters of the model
+    and n trained ones (Kaplan et al., 2020, arXiv 2001.08361, section 2.1, with a frozen backbone).
+    """
+    total, operations = run["parameters"]["total"], 0.0
+    for cost in run["cost"]:
+        if (backward := cost.get("backward_tokens")) is None:
+            return None
+        operations += 2 * total * cost["forward_tokens"] + 2 * (total + cost["trainable_parameters"]) * backward
+    return operations
+
+
+def _total(key: str) -> Callable[[Results], float | None]:
+    """Sums a counter over the tasks of a run; None if a task lacks it."""
+
+    def total(run: Results) -> float | None:
+        values = [cost.get(key) for cost in run["cost"]]
+        numbers = [float(value) for value in values if isinstance(value, int | float)]
+        return sum(numbers) if len(numbers) == len(values) else None
+
+    return total
+
+
+def _last(of: Callable[[Cost], float]) -> Callable[[Results], float | None]:
+    """The value after the last task."""
+    return lambda run: of(run["cost"][-1]) if run["cost"] else None
+
+
+# {column: (value of a run, format, explanation)}
+COSTS: dict[str, tuple[Callable[[Results], float | None], str, str]] = {
+    "training s": (_total("seconds"), "{:,.1f}", "seconds of training, over all tasks"),
+    "evaluation s": (_total("evaluation_seconds"), "{:,.1f}", "seconds of evaluation, over all tasks"),
+    "FLOPs": (training_flops, "{:.2e}", "of training: 2 N per token forwards and 2 (N + n) backwards, with N "
+              "parameters of the model and n trained ones"),
+    "forward": (_total("forward_examples"), "{:,.0f}", "examples passed forwards in training"),
+    "backward": (_total("backward_examples"), "{:,.0f}", "examples passed backwards in training"),
+    "tokens": (_total("forward_tokens"), "{:,.0f}", "tokens passed forwards in training, padding included"),
+    "trained": (_last(lambda cost: cost["trainable_parameters"]), "{:,.0f}", "parameters trained in the last task"),
+    "stored bytes": (_last(lambda cost: BYTES_PER_PARAMETER * cost["stored_parameters"]), "{:,.0f}",
+                     "what the method stores after the last task, in fp32"),
+    "stored examples": (_last(lambda cost: cost["replay_examples"]), "{:,.0f}", "old examples stored for replay"),
+    "peak MB": (lambda run: max((cost["peak_memory_mb"] for cost in run["cost"]), default=None), "{:,.0f}",
+                "peak memory of the device, on a CPU of the process"),
+}  # fmt: skip
+
+
+def cost_table(section: Section) -> HtmlTable:
+    """A line per row with the mean over seeds of every counter."""
+    rows = []
+    for row in section.rows:
+        cells = [Cell(row.name)]
+        for value, form, _ in COSTS.values():
+            mean = mean_and_std([value(run) for _, run in row.runs])
+            cells.append(_number(mean.mean, form) if mean else Cell("-"))
+        rows.append(cells)
+    titles = {name: explanation for name, (_, _, explanation) in COSTS.items()}
+    return HtmlTable(["row", *COSTS], rows, 1, titles)
+
+
+def options_table(section: Section) -> HtmlTable | None:
+    """What differs between the rows: a line per row, a column per option; None for a single row."""
+    keys = [*section.columns, *(key for key in section.other_differences if key not in section.columns)]
+    if len(section.rows) < 2:
+        return None
+    rows = [[_word(value_of(row.options, key) or "-") for key in keys] for row in section.rows]
+    return HtmlTable(keys, rows, len(keys), {})
+
+
+def data_table(run: Results) -> HtmlTable | None:
+    """The tasks of a run in order with the sizes of their splits; None for a run that did not record them."""
+    data = cast(Mapping[str, Json], run.get("data") or {})
+    tasks = cast(Mapping[str, Mapping[str, Json]], data.get("tasks") or {})
+    rows = []
+    for position, (name, task) in enumerate(tasks.items(), 1):
+        texts_cut = task.get("texts_cut")
+        cut = sum(cast(Mapping[str, int], texts_cut).values()) if texts_cut is not None else None
+        counts = [task.get(key) for key in ("train", "validation", "test", "labels")]
+        rows.append([Cell(name), *(_count(value) for value in (position, *counts, cut))])
+    titles = {"cut": "texts longer than benchmark.max_length, over all splits"}
+    header = ["task", "position", "train", "validation", "test", "labels", "cut"]
+    return HtmlTable(header, rows, 1, titles) if rows else None
+
+
+def _count(value: Json) -> Cell:
+    return _number(value, "{:,.0f}") if isinstance(value, int | float) else Cell("-")
+
+
+def _number(value: float, form: str) -> Cell:
+    return Cell(form.format(value), float(value))
+
+
+def _word(value: str) -> Cell:
+    try:
+        return Cell(value, float(value))
+    except ValueError:
+        return Cell(value)

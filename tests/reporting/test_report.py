@@ -1,0 +1,212 @@
+"""`clpet report` on runs written by hand: the figures of the page, what it escapes, and what it refuses."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from sklearn.metrics import f1_score
+
+from clpet.reporting.report.answers import Answer, label_counts, macro_f1, mistakes
+from clpet.reporting.report.charts import seen_averages
+from clpet.reporting.report.page import build_report, script_json
+from clpet.reporting.report.step_log import MAX_POINTS, mean_losses
+from clpet.reporting.report.tables import training_flops
+from clpet.reporting.run_groups import make_sections
+from clpet.reporting.run_metrics import MeanStd
+from clpet.runtime.untrusted_json import find_runs, read_results
+from tests.reporting.test_comparison import COST, write_run
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def write_answers(folder: Path, hits: dict[str, list[int]]) -> None:
+    """Writes predictions as a run does: four examples per task; a wrong answer is z."""
+    rows = [
+        (task, label, label if right else "z", bool(right), probability)
+        for task, scores in hits.items()
+        for label, right, probability in zip(("x", HOSTILE, "x", "y"), scores, (0.6, 0.7, 0.8, 0.9), strict=True)
+    ]
+    names = ("task", "label", "prediction", "score", "probability")
+    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    table = pyarrow.table({"example": list(range(len(rows))), **columns, "own_prediction": columns["prediction"]})
+    pyarrow.parquet.write_table(table, folder / "predictions" / f"after-{len(hits):03d}.parquet")
+
+
+def write_runs() -> list[Path]:
+    """Three seeds of two methods with predictions; the first run has a step log."""
+    folders = []
+    for method, gain in (("ewc", 0), ("kif", 1)):
+        for seed in (0, 1, 2):
+            hits = {"a": [1, 1, gain, int(seed > 0)], HOSTILE: [1, 0, 1, gain]}
+            folders.append(write_run(method, seed, hits, signature=method))
+            write_answers(folders[-1], hits)
+    (folders[0] / "steps.jsonl").write_text('{"step": 10, "task_name": "a", "loss": 2.0}\n{"step": 20, "loss": 1.0}\n')
+    return folders
+
+
+def data_of(page: str) -> list[object]:
+    """The JSON values inside the page."""
+    return [json.loads(text) for text in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.S)]
+
+
+def test_the_interval_over_seeds_by_hand() -> None:
+    """1, 2 and 3: mean 2, deviation 1, t of two degrees of freedom 4.3027, so 2 ± 4.3027 / sqrt(3)."""
+    low, high = MeanStd(2.0, 1.0, 3).interval() or (0, 0)
+    assert (low, high) == (pytest.approx(2 - 2.4841, abs=1e-4), pytest.approx(2 + 2.4841, abs=1e-4))
+    assert MeanStd(2.0, None, 1).interval() is None
+
+
+def test_macro_f1_by_hand_and_as_scikit_learn_computes_it() -> None:
+    """x: 2 of 3 examples right, 3 answers: F1 = 4 / 6; y: 1 of 2 right, 1 answer: 2 / 3. z is not a label of the task."""
+    labels, predictions = ["x", "x", "x", "y", "y"], ["x", "x", "z", "y", "x"]
+    answers = [Answer(i, a, b, a == b, None) for i, (a, b) in enumerate(zip(labels, predictions, strict=True))]
+    counts = label_counts(answers)
+    assert counts == {"x": (3, 3, 2), "y": (2, 1, 1)}
+    assert macro_f1(counts) == pytest.approx(100 * (4 / 6 + 2 / 3) / 2)
+    expected = f1_score(labels, predictions, labels=["x", "y"], average="macro")
+    assert macro_f1(counts) == pytest.approx(100 * expected)
+
+
+def test_mistakes_are_ordered_by_probability_or_else_one_per_kind() -> None:
+    sure = [Answer(i, "x", "y", right, p) for i, (right, p) in enumerate([(False, 0.5), (True, 0.9), (False, 0.7)])]
+    assert [answer.example for answer in mistakes(sure)] == [2, 0]
+    pairs = ["xy", "xz", "xz", "yx"]
+    unsure = [Answer(i, a, b, False, None) for i, (a, b) in enumerate(pairs)]
+    assert [answer.example for answer in mistakes(unsure)] == [1, 0, 3]
+
+
+def test_losses_are_averaged_over_neighbouring_steps(tmp_path: Path) -> None:
+    assert mean_losses(tmp_path) == []
+    lines = [json.dumps({"step": i, "task_name": "a", "loss": float(i % 2)}) for i in range(1, 2 * MAX_POINTS + 1)]
+    bad = ['{"step": 5, "validation": 1.0}', '{"step": 6, "loss": NaN}', "[1]", '{"step": 7, "lo']
+    (tmp_path / "steps.jsonl").write_text("\n".join(lines + bad))
+    losses = mean_losses(tmp_path)
+    assert len(losses) == MAX_POINTS
+    assert losses[0] == (2, 0.5, "a")
+    assert losses[-1][0] == 2 * MAX_POINTS
+
+
+def test_training_flops_by_hand(clpet) -> None:
+    """100 parameters, 10 trained: 2 * 100 * 7 forwards and 2 * 110 * 5 backwards, for each of two tasks."""
+    cost = [{**COST, "forward_tokens": 7, "backward_tokens": 5, "trainable_parameters": 10}] * 2
+    folder = write_run("ewc", cost=cost, parameters={"trainable": 10, "total": 100, "percent": 10})
+    assert training_flops(read_results(folder / "results.json")) == 2 * (1400 + 1100)
+    assert training_flops(read_results(write_run("kif") / "results.json")) is None
+
+
+def test_the_band_over_seeds_by_hand(clpet) -> None:
+    """ewc answers 2, 3 and 3 of 4 of the first task right and 2 of 4 of the second: averages 50, 62.5 and 62.5."""
+    write_runs()
+    (section,) = make_sections(find_runs(Path("outputs")), ["method"])
+    last = [point for point in seen_averages(section) if point["row"] == "ewc"][-1]
+    values = [50, 62.5, 62.5]
+    assert last["x"] == 2
+    assert last["y"] == pytest.approx(np.mean(values), rel=1e-5)
+    assert last["high"] == pytest.approx(np.mean(values) + np.std(values, ddof=1), rel=1e-5)
+
+
+def test_the_page_holds_every_part_and_escapes_what_comes_from_data(clpet) -> None:
+    write_runs()
+    result = clpet("report", "outputs", "-o", "page.html")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("page.html: 6 runs, ")
+    page = Path("page.html").read_text("utf-8")
+
+    assert "58.33 ± 7.22" in page  # ewc
+    assert "<strong>83.33 ± 7.22</strong>" in page  # kif, the best
+    assert "-25.00 [-50.00, +0.00]" in page  # the paired test of `clpet runs --compare`, with ewc minus kif
+    for title in ("Average after each task", "Cost and score", "Training loss", "Transfer matrices", "What was run"):
+        assert title in page
+    assert "clpet train -m method=ewc seed=0,1,2" in page
+
+    body = page[page.index("<body>") : page.index("</main>")]
+    assert HOSTILE not in body
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
+    answers = next(value for value in data_of(page) if isinstance(value, dict) and "words" in value)
+    assert HOSTILE in answers["words"]
+    task = answers["runs"][0]["tasks"][0]
+    assert (task["examples"], task["correct"]) == (4, 2)
+    x, y, z = map(answers["words"].index, "xyz")
+    assert task["mistakes"] == [[3, y, z, 0.9], [2, x, z, 0.8]]
+    assert task["f1"] == pytest.approx((200 / 3 + 100 + 0) / 3, abs=0.01)  # x, the hostile label, y
+
+
+def test_the_policy_of_the_page_allows_its_two_scripts_and_no_request(clpet) -> None:
+    write_runs()
+    clpet("report", "-o", "page.html")
+    page = Path("page.html").read_text("utf-8")
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    policy = html.unescape(policy)
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert re.findall(r"sha256-([^']*)", policy) == hashes
+    assert len(hashes) == 2
+    outside = re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    assert re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*", outside) == []
+
+
+def test_json_in_a_script_cannot_end_it() -> None:
+    text = script_json({"</script><!--": ["\u2028", "a\u202eb", HOSTILE]})
+    assert not set("<>&\u2028\u202e") & set(text)
+    assert json.loads(text) == {"</script><!--": ["\\u2028", "a\\u202eb", HOSTILE]}
+
+
+def test_where_selects_runs(clpet) -> None:
+    write_runs()
+    assert clpet("report", "--where", "method=kif", "--where", "seed=0,1").out.startswith("report.html: 2 runs")
+    assert "ewc" not in re.sub(r"<script>.*?</script>", "", Path("report.html").read_text("utf-8"), flags=re.S)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is not a folder"),
+        (["empty"], "empty has no finished runs"),
+        (["--where", "method=slm"], "--where method=slm: no run has this value; method is one of ewc, kif"),
+        (["--where", "methd=kif"], "--where methd=kif: give KEY=VALUE with an option of the runs"),
+        (["--compare", "methd"], "no run has the option methd in its configuration; did you mean method?"),
+        (["-o", "empty"], "empty is a folder: give the name of a file"),
+        (["-o", "no/report.html"], "no is not a folder: create it, or give another file"),
+    ],
+)
+def test_refusals_are_one_line(clpet, words: list[str], message: str) -> None:
+    write_runs()
+    Path("empty").mkdir()
+    result = clpet("report", *words)
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not Path("report.html").exists()
+
+
+def test_a_damaged_file_of_predictions_is_one_line(clpet) -> None:
+    folder = write_runs()[0]
+    (folder / "predictions" / "after-002.parquet").write_bytes(b"PAR1")
+    result = clpet("report")
+    assert result.code == 2
+    assert "after-002.parquet cannot be read" in result.err
+
+
+def test_runs_of_plain_text_get_their_curves(clpet) -> None:
+    """Perplexities over zero-shot by distance: 8 / 10 just after a domain, 9 / 10 one domain later, 1 before."""
+    scores = [[10.0, 10.0], [8.0, 10.0], [9.0, 8.0]]
+    write_run("sequential", objective="language_modeling", metric="perplexity", direction="lower", scores=scores,
+              pretraining={"groups": {}})  # fmt: skip
+    report = build_report("runs", find_runs(Path("outputs")), ["method"], [])
+    chart = next(chart for chart in report.sections[0].charts if chart.title == "Transfer by distance")
+    assert [(point["x"], point["y"]) for point in chart.spec["data"]["values"]] == [(-1, 1.0), (0, 0.8), (1, 0.9)]
+
+
+def test_reports_import_no_torch() -> None:
+    code = "import sys, clpet.cli.report, clpet.reporting.report.page; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
