@@ -116,6 +116,7 @@ class Cost(TypedDict):
     validated_examples: NotRequired[int]
     evaluated_examples: NotRequired[int]
     cached_examples: NotRequired[int]
+    steps: NotRequired[int]
     skipped_steps: NotRequired[int]
     evaluation_seconds: NotRequired[float]
 
@@ -287,6 +288,26 @@ class Checkpoint(IdentifiedMeasurements, total=False):
     method: State
     trainer: State
     task: State
+
+
+class StepLine(TypedDict):
+    """A line of steps.jsonl: of an optimiser step, or with `validation` of a validation after an epoch.
+
+    Numbers that were not finite are None. Rates are means since the line before.
+    """
+
+    step: int  # optimiser steps of the run so far
+    task: int  # position in the curriculum, from 1
+    task_name: str
+    stage: str  # name of the fit in a task; "" in a method with a single fit
+    epoch: int  # from 1
+    loss: NotRequired[float | None]  # of this step's batch
+    lr: NotRequired[float]
+    grad_norm: NotRequired[float | None]  # before clipping
+    examples_per_s: NotRequired[float]
+    tokens_per_s: NotRequired[float]  # without padding
+    memory_gb: NotRequired[float]  # peak of the task on a GPU, of the process on a CPU; in 2**30 bytes
+    validation: NotRequired[float]  # the score that train.select=best maximises
 
 
 class ProgressScore(TypedDict):

@@ -35,6 +35,7 @@ from clpet.runtime.signals import GracefulShutdown
 from clpet.runtime.untrusted_json import as_data_error
 from clpet.session import Parts, assemble, check_validation, load_objective, set_up_method
 from clpet.training.fit_checkpoint import FitCheckpointer
+from clpet.training.step_log import StepLog
 from clpet.training.trainer import Trainer, quiet_libraries
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,8 @@ class Experiment:
         config = cast(dict[str, Json], OmegaConf.to_container(self.cfg, resolve=True))
         self.tracker = Tracker(cast(Tracking, self.parts["tracking"]), self.out, self.display, config, self.identity)
         with self.tracker:
+            if get_world().is_main:
+                self.trainer.step_log = StepLog(self.config.train.log_every, self.tracker.log_steps)
             with enough_memory(self.trainer.objective.memory_advice):
                 state = self.learn(checkpoint)
             if not get_world().is_main:
@@ -173,6 +176,7 @@ class Experiment:
                 continue
             display.task(position + 1, task.name)
             trainer.begin_task(index, last=position + 1 == len(curriculum))
+            trainer.step_log.start_task(position + 1, task.name, sum(cost.get("steps", 0) for cost in state.costs))
             checkpointer.start_task(state.task, state.task_writer(folder, self.identity))
             method.learn(task, index, trainer)
             method.after_task(task, index)
@@ -192,14 +196,14 @@ class Experiment:
         if checkpoint is None:
             names, direction = self.benchmark.names, self.benchmark.direction
             state = RunState(TransferMatrix(names, direction), TransferMatrix(names, direction))
-            self.tracker.drop_lines_after(-1)
+            self.tracker.begin(None)
             self.evaluate(state, 0)
             return state
         state, method_state = checkpoint
         if method_state:
             self.method.load_state_dict(method_state)
         self.trainer.load(state.trainer)
-        self.tracker.drop_lines_after(state.done)
+        self.tracker.begin(state)
         inside = f", inside task {state.done + 1}" if state.task else ""
         self.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks{inside}")
         return state

@@ -29,7 +29,7 @@ def _identity(cfg: DictConfig, without: tuple[str, ...]) -> Json:
     identity = cast(dict[str, dict[str, Json]], OmegaConf.to_container(plain, resolve=True))
     top = cast(dict[str, Json], identity)  # the same dictionary: options that are not in a group
     if identity.get("train"):
-        for key in ("save_minutes", "snapshot_every"):  # how often the run saves does not change its result
+        for key in ("save_minutes", "snapshot_every", "log_every"):  # how often files are written
             identity["train"].pop(key, None)
     # The only hardware option that changes the model: quantized weights are rounded.
     if (cfg.get("hardware") or {}).get("quantization", "none") != "none":

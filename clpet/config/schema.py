@@ -99,6 +99,7 @@ class Training:
     select: Select = Select.last
     save_minutes: float = 10.0
     snapshot_every: int = 0
+    log_every: int = 10
 
     def __post_init__(self) -> None:
         self._check_per_task_lists()
@@ -117,6 +118,7 @@ class Training:
         require(self.save_minutes > 0, "train.save_minutes", self.save_minutes, "more than 0")
         every = self.snapshot_every
         require(every >= 0, "train.snapshot_every", every, "0 (only the latest) or a number of tasks")
+        require(self.log_every >= 0, "train.log_every", self.log_every, "0 (off) or a number of steps")
 
     def _check_per_task_lists(self) -> None:
         """Checks epochs, lr and lr_min; YAML types cannot express "a number or a list of numbers"."""

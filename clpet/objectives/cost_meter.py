@@ -18,7 +18,7 @@ class Cost:
     """Counters of one task. A pass with gradients counts as forward and backward; evaluation is counted separately.
 
     `cached_examples` are forward passes of training that an earlier run has done, with logits read from cache_dir.
-    `skipped_steps` had a NaN or infinite loss or gradient.
+    `steps` are optimiser steps; `skipped_steps` of them had a NaN or infinite loss or gradient.
     """
 
     seconds: float = 0.0
@@ -29,11 +29,12 @@ class Cost:
     validated_examples: int = 0
     evaluated_examples: int = 0
     cached_examples: int = 0
+    steps: int = 0
     skipped_steps: int = 0
     peak_memory_mb: float = 0.0
 
 
-MAX_OVER_RANKS = ("seconds", "skipped_steps", "peak_memory_mb")  # all other counters are summed over ranks
+MAX_OVER_RANKS = ("seconds", "steps", "skipped_steps", "peak_memory_mb")  # all other counters are summed over ranks
 
 
 class EvaluationCost(TypedDict):
@@ -93,7 +94,7 @@ class Meter:
 
     def load(self, state: Mapping[str, float]) -> None:
         """Continues from a state: passes repeated after a resume are not counted twice."""
-        counters = state if get_world().is_main else {name: state[name] for name in MAX_OVER_RANKS}
+        counters = state if get_world().is_main else {name: state.get(name, 0) for name in MAX_OVER_RANKS}
         self.cost = Cost(**counters)  # type: ignore[arg-type]  # the numbers of `state`, in which counts are integers
         self._since = time.perf_counter() - self.cost.seconds
 

@@ -17,7 +17,7 @@ Runs = list[tuple[Path, Results]]  # (run directory, results.json)
 NAME_KEYS = ("method", "model", "benchmark", "replay", "peft", "seed")  # the options of the groups, and the seed
 TASK_GIVEN = "task_id_at_test"  # True: the method gets the task of each test example, which is easier
 SPLIT = "evaluation.split"
-SAVING_KEYS = ("train.save_minutes", "train.snapshot_every")  # when files are written; no effect on results
+SAVING_KEYS = ("train.save_minutes", "train.snapshot_every", "train.log_every")  # no effect on results
 
 
 @dataclass

@@ -1,12 +1,11 @@
 """Reports the metrics of a running experiment: to the screen, to metrics.jsonl, and to wandb (online or offline)."""
 
 import contextlib
-import json
 import logging
 import netrc
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,18 +17,19 @@ from clpet.config.schema import require
 from clpet.escape import inline
 from clpet.evaluation.evaluator import Evaluation
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
-from clpet.records import Json, ProgressLine, Results
+from clpet.records import Json, Results, StepLine
 from clpet.reporting.progress import Display
 from clpet.reporting.tables import matrix_table, summary_line
-from clpet.runtime.atomic_io import atomic_file, write_text
+from clpet.runs import line_files
+from clpet.runtime.atomic_io import atomic_file
 from clpet.runtime.distributed import get_world
-from clpet.runtime.json_lines import parse_line
 from clpet.runtime.run_checkpoint import RunState
 
 if TYPE_CHECKING:
     import wandb
 
 log = logging.getLogger(__name__)
+STEP_SCALARS = ("loss", "lr", "grad_norm", "examples_per_s", "tokens_per_s", "memory_gb", "validation")
 STOP_SECONDS = 5.0  # for wandb's background process to end by itself
 
 
@@ -78,15 +78,16 @@ class Tracker:
         if self.run is not None:
             self._safely("finish", lambda: self.run.finish(exit_code=0 if kind is None else 1))
 
-    def drop_lines_after(self, done: int) -> None:
-        """Removes the lines of metrics.jsonl that were written after the first `done` entries of the curriculum.
+    def begin(self, state: RunState | None) -> None:
+        """Removes the lines of files that a run resumed at `state` will write again; all lines of a run that starts."""
+        if get_world().is_main:
+            line_files.drop_repeated(self.out, state)
 
-        A resumed run learns those entries again and would write their lines twice.
-        """
-        path = self.out / "metrics.jsonl"
-        if path.exists() and get_world().is_main:
-            lines = [line for line in path.read_text().splitlines() if _entries_done(line) <= done]
-            write_text(path, "".join(f"{line}\n" for line in lines))
+    def log_steps(self, lines: Sequence[StepLine]) -> None:
+        """Reports lines of the step log: to steps.jsonl, and as scalars over the axis `step` to wandb."""
+        line_files.append(self.out / line_files.STEPS, lines)
+        if self.run is not None:
+            self._safely("log", lambda: [self.run.log(step_scalars(line)) for line in lines])
 
     def log_row(self, state: RunState, row: int, evaluation: Evaluation) -> None:
         """Reports row `row` of the matrix: a line of metrics.jsonl, a table on the screen, scalars for wandb."""
@@ -104,8 +105,7 @@ class Tracker:
         line |= {"average": matrix.average(row, row), "whole": matrix.micro_average(row, row)} if row else {}
         cost: Mapping[str, Json] = cast(Mapping[str, Json], state.costs[-1]) if state.costs else {}
         line |= {"cost": cost} if cost else {}
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        line_files.append(self.out / line_files.METRICS, [line])
         self._show(state, row, evaluation)
         if self.run is not None:
             scalars: dict[str, Json] = {f"score/{name}": value["score"] for name, value in tasks.items()}
@@ -197,6 +197,8 @@ class Tracker:
                     ),
                 )
                 run.define_metric("*", step_metric="task")
+                for name in STEP_SCALARS:
+                    run.define_metric(f"train/{name}", step_metric="step")
                 return run
             except Exception as error:
                 fallback = "falling back to offline" if attempt == "online" else "continuing without wandb"
@@ -267,12 +269,11 @@ def _stop_service() -> None:
                 process.kill()
 
 
-def _entries_done(line: str) -> float:
-    """Number of learned entries when a line was written; infinity for a truncated line, so that it is dropped."""
-    try:
-        return float(cast(ProgressLine, parse_line(line))["done"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def step_scalars(line: StepLine) -> dict[str, Json]:
+    """The numbers of a line of the step log by their names in a tracker, without those that are None."""
+    values = cast(Mapping[str, Json], line)
+    scalars = {f"train/{name}": values[name] for name in STEP_SCALARS if values.get(name) is not None}
+    return {"step": line["step"], **scalars}
 
 
 def _has_key() -> bool:

@@ -50,6 +50,18 @@ class RunState:
             "validation": self.validation,
         }
 
+    def steps(self) -> tuple[int, bool]:
+        """Optimiser steps up to this state, and whether everything that belongs to the last of them is done.
+
+        It is not where the state is inside a fit: the validation of an epoch follows the checkpoint at its last step.
+        """
+        steps = sum(int(cost.get("steps", 0)) for cost in self.costs)
+        if not self.task:
+            return steps, True
+        fit = cast(list[dict[str, Tree]], self.task["fits"])[-1]
+        cost = cast(dict[str, int], fit["cost"])
+        return steps + cost.get("steps", 0), "over" in fit
+
     def _tree(self) -> State:
         return cast(State, self.measurements())
 

@@ -23,6 +23,7 @@ from clpet.runtime.hardware import Hardware
 from clpet.training.fit_checkpoint import BestWeights, FitCheckpointer, FitState, load_moments, moments
 from clpet.training.lr_schedules import SchedulePosition, schedule, warmup, warn_of_warmup
 from clpet.training.step import StepContext, StepHooks
+from clpet.training.step_log import StepLog
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Trainer:
         self.task, self.last = 0, False
         self.dry_run = False  # True: a fit is one backward pass without an update
         self.checkpointer = FitCheckpointer()
+        self.step_log = StepLog()
         # {stage: {"steps", "warmup": sums over earlier fits, "moments": of the last fit, where they are carried over}}
         self.stage_history: dict[str, dict[str, Any]] = {}
 
@@ -131,6 +133,8 @@ class Trainer:
         position = self._position(plan, fit.stage)
         warn_of_warmup(self.settings, position, fit.stage)
         rate = schedule(self.settings, self.settings.lr_of(self.task), position)
+        remaining = plan.steps * self.epochs - (fit.epoch * plan.steps + fit.step)
+        self.step_log.start_fit(fit.stage, self.objective.meter.cost.steps, remaining)
         for epoch in range(fit.epoch, self.epochs):
             self.objective.adapters.train_mode(True)
             for rows in plan.epoch(epoch)[fit.step :]:
@@ -138,12 +142,15 @@ class Trainer:
                 self.progress.step(epoch, fit.step, fit.seen, fit.total / fit.step)
                 if self.checkpointer.should_save():
                     self._raise_if_not_finite(fit)  # a checkpoint must never contain broken weights
+                    self.step_log.flush()  # a resumed run takes the steps before the checkpoint as recorded
                     self.checkpointer.save(fit, epoch * plan.steps + fit.step)
                     self.checkpointer.shutdown.exit_if_requested()
             self.objective.adapters.train_mode(False)
             self._raise_if_not_finite(fit)
             if fit.best:
-                self.progress.validated(epoch + 1, fit.best.update())
+                score = fit.best.update()
+                self.progress.validated(epoch + 1, score)
+                self.step_log.validated(epoch + 1, score)
             fit.next_epoch()
 
     def _step(self, plan: BatchPlan, hooks: StepHooks, clip: float, fit: FitState, rows: np.ndarray, lr: float) -> None:
@@ -153,6 +160,7 @@ class Trainer:
         mean = self._backward(plan, context, hooks, fit.parameters)
         if hooks.adjust_gradients:
             hooks.adjust_gradients(context)
+        self.step_log.step(context, lr, mean, fit.parameters)
         if self._clip_and_check(fit, mean, clip):
             for group in fit.optimizer.param_groups:
                 group["lr"] = lr
@@ -163,6 +171,7 @@ class Trainer:
         if hooks.end_step:
             hooks.end_step(context)
         fit.step, fit.seen = fit.step + 1, fit.seen + len(rows)
+        self.objective.meter.cost.steps += 1
 
     def _memory_hint(self) -> str:
         """The size of the pass that ran out of memory, and the option that lowers it."""
@@ -213,6 +222,7 @@ class Trainer:
 
     def _end(self, plan: BatchPlan, fit: FitState) -> None:
         """Restores the best weights, and stores what later tasks and a resumed run need of this fit."""
+        self.step_log.flush()
         if fit.best:
             fit.best.restore()
         position = self._position(plan, fit.stage)
@@ -247,6 +257,7 @@ class Trainer:
         """Raises HostError if a loss of the epoch, or with `weights` a trained tensor, is NaN or infinite."""
         advice = "lower train.lr, set train.clip, or use train.on_nan=skip; earlier checkpoints are kept"
         if not torch.isfinite(fit.total):
+            self.step_log.flush()
             step = self._describe_step(fit, int(fit.finite) + 1)
             raise HostError(f"the loss of {step} is {fit.total.item()}: {advice}")
         if weights and fit.parameters and not torch.stack([value.isfinite().all() for value in fit.parameters]).all():

@@ -25,7 +25,7 @@ def finished(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_directory_contains_all_files(finished: Path) -> None:
     for name in (".hydra/config.yaml", "train.log", "run.json", "metrics.jsonl", "results.json", "transfer.csv",
-                 "transfer.png", "accuracy.png", "adapters", "heads", "predictions", "state", "wandb"):  # fmt: skip
+                 "transfer.png", "accuracy.png", "loss.png", "steps.jsonl", "adapters", "heads", "predictions", "state", "wandb"):  # fmt: skip
         assert (finished / name).exists(), name
     assert (finished / "transfer.png").read_bytes().startswith(b"\x89PNG")
 
@@ -106,7 +106,12 @@ def test_an_offline_wandb_run_can_be_read(finished: Path) -> None:
         assert after == ("" if row == 0 else results["tasks"][row - 1])
     assert sum(line[0] == "transfer" for line in table["data"]) == 12
     assert run["summary"]["average"] == results["average"]
-    assert run["images"] == {"transfer_picture", "accuracy_picture"}
+    assert run["images"] == {"transfer_picture", "accuracy_picture", "loss_picture"}
+    lines = [json.loads(line) for line in (finished / "steps.jsonl").read_text().splitlines()]
+    steps = [row for row in run["history"] if "train/loss" in row]
+    assert [row["step"] for row in steps] == [line["step"] for line in lines]
+    for name in ("loss", "lr", "grad_norm", "examples_per_s", "tokens_per_s", "memory_gb"):
+        assert [row[f"train/{name}"] for row in steps] == [line[name] for line in lines]
 
 
 def test_an_unreachable_wandb_server_does_not_stop_a_run(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:

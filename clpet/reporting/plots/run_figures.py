@@ -5,6 +5,7 @@ from pathlib import Path
 from clpet.metrics.perplexity_transfer import figures
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import OrderRecord
+from clpet.reporting.plots.loss import loss_curve, read_steps
 from clpet.reporting.plots.perplexity import by_position, order_heatmap, perplexity_heatmap, transfer_curves
 from clpet.reporting.plots.transfer_matrix import accuracy_curves, transfer_heatmap
 
@@ -14,12 +15,15 @@ def draw(out: Path, matrix: TransferMatrix, title: str, order: OrderRecord | Non
 
     `order` is the record of the task order; order.png is drawn where it holds the similarities of the domains.
     """
+    steps = read_steps(out / "steps.jsonl")
+    paths = [loss_curve(steps, out / "loss.png", title)] if steps else []
     if matrix.direction == "higher":
         return [
             transfer_heatmap(matrix, out / "transfer.png", title),
             accuracy_curves(matrix, out / "accuracy.png", title),
+            *paths,
         ]
-    paths = [
+    paths += [
         perplexity_heatmap(matrix, out / "transfer.png", title),
         by_position(matrix, out / "domains.png", title),
         transfer_curves(figures(matrix.scores, matrix.tasks), out / "transfer_curves.png", title),
