@@ -47,7 +47,8 @@ def write_runs() -> list[Path]:
     for method, gain in (("ewc", 0), ("kif", 1)):
         for seed in (0, 1, 2):
             hits = {"a": [1, 1, gain, int(seed > 0)], HOSTILE: [1, 0, 1, gain]}
-            folders.append(write_run(method, seed, hits, signature=method))
+            data = {"fingerprint": "0123456789abcdef", "warnings": [f"a remark on {HOSTILE}"]}
+            folders.append(write_run(method, seed, hits, signature=method, data=data))
             write_answers(folders[-1], hits)
     (folders[0] / "steps.jsonl").write_text('{"step": 10, "task_name": "a", "loss": 2.0}\n{"step": 20, "loss": 1.0}\n')
     return folders
