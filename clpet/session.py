@@ -21,6 +21,7 @@ from clpet.objectives.base import Objective
 from clpet.replay.base import NoReplay
 from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware, Quantization
+from clpet.training.optimizers import check_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def assemble(config: Config) -> tuple[Method, Parts]:
     load_objective_class(objective).check(parts["model"], parts["peft"].name, config.evaluation)
     check_unused_options(config, parts, objective)
     parts["hardware"].check(parts["peft"], method)
+    check_optimizer(config.train, parts["hardware"].torch_device)
     parts["replay"].check(config.train.global_batch_size, objective)
     return method, parts
 

@@ -18,6 +18,10 @@ from clpet.records import Json
 # Excluded from the identity: options that do not change a run's result, or only say where it is written.
 NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fresh", "dry_run", "seed")
 
+# Options of `train` that did not exist when run directories got their names, and the defaults under which they count as
+# absent: the command of an older run resumes that run.
+ADDED_OPTIONS: dict[str, Json] = {"optimizer": "adamw", "momentum": None}
+
 
 def digest(value: object, length: int = 8) -> str:
     """The first hex digits of the SHA-256 of a value's canonical JSON."""
@@ -31,6 +35,9 @@ def _identity(cfg: DictConfig, without: tuple[str, ...]) -> Json:
     if identity.get("train"):
         for key in ("save_minutes", "snapshot_every", "log_every"):  # how often files are written
             identity["train"].pop(key, None)
+        for key, default in ADDED_OPTIONS.items():
+            if identity["train"].get(key, default) == default:
+                identity["train"].pop(key, None)
     # The only hardware option that changes the model: quantized weights are rounded.
     if (cfg.get("hardware") or {}).get("quantization", "none") != "none":
         top["quantization"] = str(cfg.hardware.quantization)

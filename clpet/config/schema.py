@@ -84,9 +84,11 @@ class Training:
     epochs: IntOrList = 3  # or a list
     lr: FloatOrList = 1e-3  # or a list
     global_batch_size: int = 16
+    optimizer: str = "adamw"  # a name of clpet/training/optimizers.py, which checks it
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
+    momentum: float | None = None
     schedule: Schedule = Schedule.constant
     lr_min: float = 0.0
     lr_constant: float | None = None
@@ -108,6 +110,8 @@ class Training:
         in_range = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(in_range, "train.betas", self.betas, "two numbers in [0, 1)")
         require(self.eps > 0, "train.eps", self.eps, "more than 0")
+        momentum = self.momentum
+        require(momentum is None or 0 <= momentum < 1, "train.momentum", momentum, "in [0, 1), or null")
         constant = self.lr_constant
         require(constant is None or constant >= 0, "train.lr_constant", constant, "0 or more, or null")
         require(0 <= self.anneal_share <= 1, "train.anneal_share", self.anneal_share, "in [0, 1]")

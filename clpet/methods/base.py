@@ -161,7 +161,7 @@ class Method:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that the optimiser updates, by name. A tensor that is new in a task needs a new name.
 
-        With train.optimizer_state=carry AdamW's moments are passed on from task to task by name.
+        With train.optimizer_state=carry the optimiser's moments are passed on from task to task by name.
         """
         return {**self.objective.adapters.tensors("default"), **self.objective.parameters()}
 

@@ -19,6 +19,7 @@ from clpet.records import State
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import cpu_copy
 from clpet.runtime.signals import GracefulShutdown
+from clpet.training.optimizers import Optimizer
 
 FitRecord = dict[str, Any]  # the state of one fit; its optimizer and its method define what is in it
 Write = Callable[[int, State], None]
@@ -56,7 +57,7 @@ class FitState:
         self,
         stage: str,
         named: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         best: BestWeights | None,
         device: torch.device,
     ) -> None:
@@ -81,7 +82,7 @@ class FitState:
         """Returns the progress without the trained tensors."""
         best = self.best and {"score": self.best.score, "copy": self.best.copy}
         counts = {name: getattr(self, name) for name in ("epoch", "step", "seen", "total", "finite")}
-        return {**counts, "best": best, "optimizer": moments(self.optimizer)}
+        return {**counts, "best": best, "optimizer": self.optimizer.moments()}
 
     def load(self, state: FitRecord) -> None:
         """Restores what `state` returned."""
@@ -91,7 +92,7 @@ class FitState:
         if self.best:
             self.best.score = state["best"]["score"]
             copy_values(state["best"]["copy"], self.best.copy)
-        load_moments(self.optimizer, state["optimizer"])
+        self.optimizer.load_moments(state["optimizer"])
 
 
 class FitCheckpointer:
@@ -197,21 +198,6 @@ def copy_values(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     """Copies `values` into `tensors`, in place."""
     for value, tensor in zip(values, tensors, strict=True):
         tensor.copy_(value)
-
-
-def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
-    """Returns an optimizer's state of each trained tensor; an empty dict for one that never had a gradient."""
-    states = optimizer.state_dict()["state"]
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    return [states.get(index, {}) for index in range(count)]
-
-
-def load_moments(optimizer: torch.optim.Optimizer, states: list[dict[str, Tensor]]) -> None:
-    """Restores what `moments` returned, into a new optimizer."""
-    copies = {
-        index: {name: value.clone() for name, value in state.items()} for index, state in enumerate(states) if state
-    }
-    optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def random_state(device: torch.device) -> FitRecord:

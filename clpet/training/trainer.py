@@ -20,8 +20,9 @@ from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware
-from clpet.training.fit_checkpoint import BestWeights, FitCheckpointer, FitState, load_moments, moments
+from clpet.training.fit_checkpoint import BestWeights, FitCheckpointer, FitState
 from clpet.training.lr_schedules import SchedulePosition, schedule, warmup, warn_of_warmup
+from clpet.training.optimizers import Optimizer, same_shape
 from clpet.training.step import StepContext, StepHooks
 from clpet.training.step_log import StepLog
 
@@ -45,7 +46,7 @@ class Progress(Protocol):
 
 
 class Trainer:
-    """Trains parameters on the batches of a plan. Every fit has a new optimizer, which may inherit moments."""
+    """Trains parameters on the batches of a plan. Every fit has a new optimiser, which may inherit moments."""
 
     def __init__(
         self,
@@ -105,10 +106,10 @@ class Trainer:
     ) -> None:
         """Minimises `hooks.loss` plus `hooks.step_loss` for train.epochs epochs.
 
-        `parameters` are trained. Where AdamW's moments are carried over (train.optimizer_state=carry), an equal name in
-        an earlier fit of the same stage means the same tensor. With train.select=best, `hooks.validate` is called
-        before the first and after every epoch, and the parameters end at their best values; without a strictly better
-        epoch they end as they were. `clip` replaces train.clip. Raises HostError if the loss is NaN or infinite.
+        `parameters` are trained. With train.optimizer_state=carry, an equal name in an earlier fit of the same stage
+        means the same tensor, which keeps its moments. With train.select=best, `hooks.validate` is called before the
+        first and after every epoch, and the parameters end at their best values; without a strictly better epoch they
+        end as they were. `clip` replaces train.clip. Raises HostError if the loss is NaN or infinite.
         """
         self.progress.fit(stage, self.epochs, plan.steps)
         if self.dry_run:
@@ -162,12 +163,10 @@ class Trainer:
             hooks.adjust_gradients(context)
         self.step_log.step(context, lr, mean, fit.parameters)
         if self._clip_and_check(fit, mean, clip):
-            for group in fit.optimizer.param_groups:
-                group["lr"] = lr
-            fit.optimizer.step()
+            fit.optimizer.step(lr)
             if hooks.after_step:
                 hooks.after_step(context)
-        fit.optimizer.zero_grad(set_to_none=True)
+        fit.optimizer.zero_grad()
         if hooks.end_step:
             hooks.end_step(context)
         fit.step, fit.seen = fit.step + 1, fit.seen + len(rows)
@@ -198,7 +197,7 @@ class Trainer:
             self.checkpointer.record_finished(saved, plan.steps * self.epochs)
             return None
         best = BestWeights(parameters, validate) if validate and self.settings.select is Select.best else None
-        fit = FitState(stage, named, self._optimizer(parameters), best, self.hardware.torch_device)
+        fit = FitState(stage, named, Optimizer(named, self.settings), best, self.hardware.torch_device)
         if saved:
             fit.load(saved)
             self.progress.resumed(fit.epoch * plan.steps + fit.step, fit.seen)
@@ -209,11 +208,11 @@ class Trainer:
         return fit
 
     def _carry_moments(self, fit: FitState) -> None:
-        """Copies AdamW's moments from the last fit of this stage, for tensors of the same name and shape."""
+        """Copies the optimiser's moments from the last fit of this stage, for tensors of the same name and shape."""
         carried = self.stage_history.get(fit.stage, {}).get("moments", {})
         states = [same_shape(parameter, carried.get(name, {})) for name, parameter in fit.named.items()]
         if any(states):
-            load_moments(fit.optimizer, states)
+            fit.optimizer.load_moments(states)
         elif carried:
             log.warning(
                 "task %d: train.optimizer_state=carry has no effect: all trained tensors are new or have another shape",
@@ -231,7 +230,7 @@ class Trainer:
             "warmup": position.warmed + warmup(self.settings, position),
         }
         if self.settings.optimizer_state is OptimizerState.carry:
-            history["moments"] = dict(zip(fit.named, moments(fit.optimizer), strict=True))
+            history["moments"] = dict(zip(fit.named, fit.optimizer.moments(), strict=True))
         self.stage_history[fit.stage] = history
         self.checkpointer.finish(fit.parameters, plan.steps * self.epochs, history)
 
@@ -310,17 +309,6 @@ class Trainer:
             value.backward()
             mean += value.detach()
 
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        settings = self.settings
-        return torch.optim.AdamW(
-            parameters,
-            lr=settings.lr_of(self.task),
-            betas=(settings.betas[0], settings.betas[1]),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=bool(parameters),
-        )
-
     def state(self) -> dict[str, Any]:
         """Returns what the fits of later tasks need."""
         return self.stage_history
@@ -328,11 +316,6 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Restores what `state` returned."""
         self.stage_history = dict(state)
-
-
-def same_shape(parameter: Tensor, carried: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns AdamW's carried moments of a parameter; empty if their shape differs, as after a head has grown."""
-    return carried if carried and carried["exp_avg"].shape == parameter.shape else {}
 
 
 @contextlib.contextmanager

@@ -31,3 +31,9 @@ def test_moving_a_class_of_clpet_changes_no_signature(path: str) -> None:
 def test_another_class_or_one_of_a_plugin_has_another_signature() -> None:
     targets = ("clpet.replay.base.NoReplay", "clpet.replay.base.AllReplay", "mine.NoReplay", "other.NoReplay")
     assert len({signature(with_targets(replay=target)) for target in targets}) == 4
+
+
+def test_an_option_that_was_added_later_counts_only_where_it_is_set() -> None:
+    old = OmegaConf.create({"train": {"lr": 0.1}})
+    assert signature(OmegaConf.create({"train": {"lr": 0.1, "optimizer": "adamw", "momentum": None}})) == signature(old)
+    assert signature(OmegaConf.create({"train": {"lr": 0.1, "optimizer": "muon"}})) != signature(old)

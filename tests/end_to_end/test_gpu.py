@@ -41,3 +41,17 @@ def test_a_gpu_gives_the_perplexities_of_a_cpu(more: list[str], clpet, prose: Pa
         assert ran.code == 0, ran.err
         averages[device] = results(out)["average"]
     assert averages["cuda"] == pytest.approx(averages["cpu"], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_eight_bit_moments_learn_what_others_do(clpet, words: Path, tmp_path: Path) -> None:
+    """Eight bits are for tensors of at least 4,096 values, such as the word embeddings of the tiny model."""
+    pytest.importorskip("bitsandbytes")
+    averages = {}
+    for optimizer in ("adamw", "adamw8bit"):
+        out = tmp_path / optimizer
+        args = [*tiny_args(words), "method=sequential", "peft=none", "train.epochs=6", f"output_dir={out}"]
+        ran = clpet("train", *args, "hardware.device=cuda", f"train.optimizer={optimizer}")
+        assert ran.code == 0, ran.err
+        averages[optimizer] = results(out)["average"]
+    assert averages["adamw8bit"] == pytest.approx(averages["adamw"], abs=10)

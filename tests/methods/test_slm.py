@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from clpet.config.schema import Training
 from clpet.objectives.base import AnswerSpace
 from clpet.replay.batch_plan import BatchPlan
+from clpet.training.optimizers import Optimizer
 from clpet.training.step import StepContext
 
 # Learning
@@ -25,11 +27,16 @@ def test_before_training_a_task_changes_nothing(slm) -> None:
         assert torch.equal(run.method.objective.features(batch), bare)
 
 
-def test_no_gradient_crosses_the_stages(slm) -> None:
+def test_no_gradient_crosses_the_stages(slm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 1 trains keys only, stage 2 none; the optimiser has parameters of the current task only."""
     run, optimised = slm(), []
-    original = run.trainer._optimizer
-    run.trainer._optimizer = lambda parameters: optimised.append(list(parameters)) or original(parameters)
+    start = Optimizer.__init__
+
+    def record(self: Optimizer, named: dict, settings: Training) -> None:
+        optimised.append(list(named.values()))
+        start(self, named, settings)
+
+    monkeypatch.setattr(Optimizer, "__init__", record)
     run.learn(0)
     run.learn(1)
     method = run.method

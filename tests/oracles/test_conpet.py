@@ -21,8 +21,8 @@ from clpet.methods.lwf import distillation
 from clpet.replay.batch_plan import split_batch, steps_and_val_batches
 from clpet.replay.exemplar_selection import kmeans_nearest, split_train_val
 from clpet.runtime.distributed import rows_of_rank
+from clpet.training.optimizers import Optimizer
 from clpet.training.step import StepContext
-from clpet.training.trainer import Trainer
 from tests.conftest import double
 
 BANK = double([[1, 0], [0.8, 0.6], [0, 1], [-0.6, 0.8], [-1, 0], [0.6, -0.8]])
@@ -255,12 +255,10 @@ def test_alignment_is_fitted_on_the_memory_that_is_trained_on(make) -> None:
 def test_adamw() -> None:
     """The authors' AdamW: lr .01, weight decay .01, eps 1e-4."""
     parameter = nn.Parameter(double([1, -2, 0.5]))
-    trainer = Trainer.__new__(Trainer)
-    trainer.settings, trainer.task = Training(lr=0.01, weight_decay=0.01, eps=1e-4), 0
-    optimizer = trainer._optimizer([parameter])
+    optimizer = Optimizer({"parameter": parameter}, Training(weight_decay=0.01, eps=1e-4))
     for gradient in ([1, 0.001, 0], [0.5, -0.001, 0], [-1, 0.002, 1e-5]):
         parameter.grad = double(gradient)
-        optimizer.step()
+        optimizer.step(0.01)
     assert parameter.tolist() == pytest.approx([0.979275642, -2.012664185, 0.499501162], abs=1e-9)
 
 

@@ -1,0 +1,148 @@
+"""The optimisers that train.optimizer names. A new one is an entry of `OPTIMIZERS`."""
+
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from clpet.config.schema import OptimizerState, Training
+from clpet.errors import ConfigError, HostError, suggest
+from clpet.records import Tree
+
+Named = Mapping[str, nn.Parameter]
+Moments = dict[str, Tree]  # what an optimiser keeps for one tensor; empty before its first step
+
+
+class Optimizer:
+    """Updates the trained tensors of a fit, with one optimiser of torch or with several that divide the tensors."""
+
+    def __init__(self, named: Named, settings: Training) -> None:
+        self.parameters = list(named.values())
+        self.parts = OPTIMIZERS[settings.optimizer].create(named, settings)
+
+    def step(self, lr: float) -> None:
+        """Updates all tensors that have a gradient."""
+        for optimizer in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Removes all gradients."""
+        for optimizer in self.parts:
+            optimizer.zero_grad(set_to_none=True)
+
+    def moments(self) -> list[Moments]:
+        """What the optimiser keeps for each tensor, in their order."""
+        states = {id(parameter): state for optimizer in self.parts for parameter, state in optimizer.state.items()}
+        return [dict(states.get(id(parameter), {})) for parameter in self.parameters]
+
+    def load_moments(self, moments: Sequence[Mapping[str, Tree]]) -> None:
+        """Restores what `moments` returned, in an optimiser that has made no step."""
+        saved = {id(parameter): state for parameter, state in zip(self.parameters, moments, strict=True) if state}
+        for optimizer in self.parts:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            copies = {i: _copy(saved[id(value)]) for i, value in enumerate(parameters) if id(value) in saved}
+            optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _copy(moments: Mapping[str, Tree]) -> Moments:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in moments.items()}
+
+
+def same_shape(parameter: Tensor, moments: Mapping[str, Tree]) -> Mapping[str, Tree]:
+    """Moments for a parameter; empty if none of them has its shape, as after a head has grown."""
+    shapes = [value.shape for value in moments.values() if isinstance(value, Tensor)]
+    return moments if parameter.shape in shapes else {}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One value of train.optimizer: how it is made, the optional settings it uses, and what it needs of the machine."""
+
+    create: Callable[[Named, Training], list[torch.optim.Optimizer]]
+    uses: tuple[str, ...]  # of OPTIONAL
+    require: Callable[[torch.device], None] = lambda device: None  # raises HostError
+
+
+def _adamw(named: Named, settings: Training) -> list[torch.optim.Optimizer]:
+    parameters, betas, decay = list(named.values()), _betas(settings), settings.weight_decay
+    return [torch.optim.AdamW(parameters, betas=betas, eps=settings.eps, weight_decay=decay, fused=True)]
+
+
+def _adamw8bit(named: Named, settings: Training) -> list[torch.optim.Optimizer]:
+    from bitsandbytes.optim import AdamW8bit
+
+    parameters, betas, decay = list(named.values()), _betas(settings), settings.weight_decay
+    return [AdamW8bit(parameters, betas=betas, eps=settings.eps, weight_decay=decay)]
+
+
+def _muon(named: Named, settings: Training) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of blocks and AdamW for the rest (Jordan et al., 2024).
+
+    Muon's step is scaled to the size of AdamW's (Liu et al., 2025, arXiv 2502.16982), so that both have one rate and
+    one weight decay.
+    """
+    matrices = {name: value for name, value in named.items() if is_block_matrix(name, value)}
+    rest = {name: value for name, value in named.items() if name not in matrices}
+    parts = _adamw(rest, settings) if rest else []
+    if matrices:
+        momentum = 0.95 if settings.momentum is None else settings.momentum
+        decay, scale = settings.weight_decay, "match_rms_adamw"
+        parts.append(
+            torch.optim.Muon(list(matrices.values()), weight_decay=decay, momentum=momentum, adjust_lr_fn=scale)
+        )
+    return parts
+
+
+def _sgd(named: Named, settings: Training) -> list[torch.optim.Optimizer]:
+    decay, momentum = settings.weight_decay, settings.momentum or 0.0
+    return [torch.optim.SGD(list(named.values()), momentum=momentum, weight_decay=decay)]
+
+
+def _betas(settings: Training) -> tuple[float, float]:
+    return settings.betas[0], settings.betas[1]
+
+
+def is_block_matrix(name: str, value: Tensor) -> bool:
+    """Whether a trained tensor is a matrix of a numbered module, such as encoder.layer.3, and not an embedding."""
+    is_matrix = value.dim() == 2 and min(value.shape) > 1
+    in_block = re.search(r"[a-z_]\.\d+\.", name) and not re.search("embed|relative_attention_bias", name)
+    return is_matrix and bool(in_block)
+
+
+def _require_muon(device: torch.device) -> None:
+    if not hasattr(torch.optim, "Muon"):
+        raise HostError(f"train.optimizer=muon needs torch 2.9 or newer, not {torch.__version__}: pip install -U torch")
+
+
+def _require_bitsandbytes(device: torch.device) -> None:
+    if device.type != "cuda" or not importlib.util.find_spec("bitsandbytes"):
+        raise HostError("train.optimizer=adamw8bit needs a CUDA device, and `pip install bitsandbytes`")
+
+
+OPTIMIZERS = {
+    "adamw": Kind(_adamw, ("betas", "eps")),
+    "adamw8bit": Kind(_adamw8bit, ("betas", "eps"), _require_bitsandbytes),
+    "muon": Kind(_muon, ("betas", "eps", "momentum"), _require_muon),
+    "sgd": Kind(_sgd, ("momentum",)),
+}
+OPTIONAL = ("betas", "eps", "momentum")  # settings of `train` that not every optimiser uses
+
+
+def check_optimizer(settings: Training, device: torch.device) -> None:
+    """Raises ConfigError for an unknown optimiser or a setting it does not use, HostError if it cannot run here."""
+    name = settings.optimizer
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"unknown train.optimizer={name}{suggest(name, OPTIMIZERS)}")
+    default = Training()
+    for option in OPTIONAL:
+        if option not in OPTIMIZERS[name].uses and getattr(settings, option) != getattr(default, option):
+            users = ", ".join(user for user, kind in OPTIMIZERS.items() if option in kind.uses)
+            raise ConfigError(f"train.optimizer={name} does not use train.{option}, which is for {users}: remove it")
+    if name == "sgd" and not settings.momentum and settings.optimizer_state is OptimizerState.carry:
+        raise ConfigError("train.optimizer_state=carry needs train.momentum with sgd, which keeps nothing without it")
+    OPTIMIZERS[name].require(device)
