@@ -1,6 +1,19 @@
-"""clpet: continual learning of language models, one command per experiment."""
+"""clpet: continual learning of language models, one command or one function call per experiment.
 
+The Python API, in docs/api.md: `train`, `Run`, `load`, `Model`, `compare` and `ClpetError`.
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clpet.api.comparison import compare as compare
+    from clpet.api.model import Model as Model
+    from clpet.api.model import load as load
+    from clpet.api.run import Run as Run
+    from clpet.api.run import train as train
+    from clpet.errors import ClpetError as ClpetError
 
 __version__ = "0.2.0"
 
@@ -11,3 +24,23 @@ __version__ = "0.2.0"
 SPIN = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 if not os.environ.keys() & {"OMP_WAIT_POLICY", *SPIN}:  # the user's own settings take precedence
     os.environ.update(SPIN)
+
+API = {
+    "train": "clpet.api.run",
+    "Run": "clpet.api.run",
+    "load": "clpet.api.model",
+    "Model": "clpet.api.model",
+    "compare": "clpet.api.comparison",
+    "ClpetError": "clpet.errors",
+}  # {name: the module that is imported when the name is used}
+
+
+def __getattr__(name: str) -> object:
+    """The names of the API: torch is imported by the first call that needs it, not by `import clpet`."""
+    if name not in API:
+        raise AttributeError(f"module 'clpet' has no attribute {name!r}")
+    return getattr(importlib.import_module(API[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *API})

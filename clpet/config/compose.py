@@ -35,13 +35,23 @@ def add_plugin_dir(folder: str) -> None:
     os.environ["CLPET_CONFIG_DIR"] = str(Path(folder).resolve())
 
 
-def compose_config(overrides: list[str]) -> "DictConfig":
-    """The configuration (a DictConfig) that overrides give, with the user's --config-dir on the search path."""
+def compose_config(overrides: list[str], with_hydra: bool = False) -> "DictConfig":
+    """The configuration (a DictConfig) that overrides give, with the user's --config-dir on the search path.
+
+    With `with_hydra` also Hydra's own options. Works inside a program that uses Hydra itself, too.
+    """
     from hydra import compose, initialize_config_dir  # Hydra and OmegaConf stay out of `clpet --help`
+    from hydra.core.global_hydra import GlobalHydra
 
     from clpet.config.identity import register_resolvers
 
     register_resolvers()
     paths = ",".join(quote(f"file://{folder}") for folder in plugin_dirs())
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", [*overrides, *([f"hydra.searchpath=[{paths}]"] if paths else [])])
+    words = [*overrides, *([f"hydra.searchpath=[{paths}]"] if paths else [])]
+    previous = GlobalHydra.instance().hydra  # of the program that uses Hydra itself
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("train", words, return_hydra_config=with_hydra)
+    finally:
+        GlobalHydra.instance().hydra = previous

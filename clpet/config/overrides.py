@@ -37,10 +37,11 @@ def path_value(value: str) -> str:
     if not value or "${" in value or HYDRA_FUNCTION.fullmatch(value):
         return value
     paths = [os.path.expanduser(path) for path in value.split(",")]
-    return ",".join(path if _needs_no_quotes(path) else quote(path) for path in paths)
+    return ",".join(path if needs_no_quotes(path) else quote(path) for path in paths)
 
 
-def _needs_no_quotes(path: str) -> bool:
+def needs_no_quotes(path: str) -> bool:
+    """Whether Hydra reads a text as it is written."""
     return bool(UNQUOTED.fullmatch(path)) and not LITERAL.fullmatch(path.lower())
 
 

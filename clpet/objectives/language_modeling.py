@@ -101,6 +101,20 @@ class LanguageModeling(Objective):
             self.rank_windows = prompt_windows(benchmark, self.tokenizer, self.evaluation.rank_prompts, pad, split)
         return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.seed_key)
 
+    def windows(self, texts: Sequence[str]) -> tuple[Windows, np.ndarray]:
+        """Windows of texts that are read one by one, in full, as documents of a test split; the text of each window.
+
+        Raises DataError for a text without a token to predict.
+        """
+        pool, tokens = self._pool("test"), TokenCache(self.tokenizer, None, self.benchmark.add_bos)
+        numbers: list[int] = []
+        for number, text in enumerate(texts):
+            stream = tokens.stream([Example(text)], sized=False)
+            name, length = f"text {number + 1}", self.benchmark.max_length
+            pack(0, name, pool, stream, length, stride=self.evaluation.stride, split="test")
+            numbers += [number] * (len(pool) - len(numbers))
+        return pool, np.array(numbers, np.int64)
+
     def _pool(self, split: str) -> Windows:
         masking = None
         if not self.causal:

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.escape import inline, markdown
@@ -41,6 +42,16 @@ class Tests:
     refused: dict[str, str]
 
 
+class Figure(NamedTuple):
+    """A metric of a row: benchmark, objective, score and data; the split; the options' values; mean and deviation."""
+
+    measure: list[str]
+    split: str
+    options: list[str]
+    metric: str
+    mean: MeanStd | None
+
+
 @dataclass
 class Comparison:
     """A comparison of runs by the options `keys`, with the metrics as columns (none given: the default columns)."""
@@ -54,10 +65,6 @@ class Comparison:
 
     def report(self, runs: Runs) -> str:
         """The text that `clpet runs --compare` prints. Raises ConfigError and DataError."""
-        formulas = {**CONVENTIONS, **perplexity_transfer.FORMULAS}
-        for metric in self.metrics:
-            if metric not in formulas:
-                raise ConfigError(f"unknown metric {metric}{suggest(metric, formulas)}")
         sections = self.sections(runs)
         if self.against is not None:
             if self.form not in ("text", "md"):
@@ -70,7 +77,11 @@ class Comparison:
         return "\n\n".join(block for section in sections for block in self.blocks(section, sections))
 
     def sections(self, runs: Runs) -> list[Section]:
-        """The tables with their rows in order."""
+        """The tables with their rows in order. Raises ConfigError and DataError."""
+        formulas = {**CONVENTIONS, **perplexity_transfer.FORMULAS}
+        for metric in self.metrics:
+            if metric not in formulas:
+                raise ConfigError(f"unknown metric {metric}{suggest(metric, formulas)}")
         sections = make_sections(runs, self.keys)
         if self.task_incremental:
             sections = [section for section in sections if not section.lower]
@@ -233,16 +244,28 @@ class Comparison:
             return f"{easier.name} is given the task at test (--view own gives it to all)"
         return difference(base.runs, row.runs, self.task_incremental)
 
-    # CSV
+    # Figures: one line per row and metric, for CSV and for programs
 
     def csv(self, sections: list[Section]) -> str:
-        """All sections as one tidy table: one line per row and metric, one value per cell."""
+        """All sections as one tidy table: one value per cell."""
+        names, figures = self.figures(sections)
+        cells = [[*words, split, self.view, *values, metric, *_numbers(mean)]
+                 for words, split, values, metric, mean in figures]  # fmt: skip
+        return format_table([*CSV_COLUMNS, *names, "figure", "mean", "std", "n"], cells, "csv")
+
+    @property
+    def view(self) -> str:
+        """The labels that compete: `own` (the task's only) or `all` (seen so far)."""
+        return "own" if self.task_incremental else "all"
+
+    def figures(self, sections: list[Section]) -> tuple[list[str], list[Figure]]:
+        """The names of the options that differ, and every figure with the options' values."""
         options = list(
             dict.fromkeys(
                 key for section in sections for key in (*section.columns, TASK_GIVEN, *section.other_differences)
             )
         )
-        lines, view = [], "own" if self.task_incremental else "all"
+        figures: list[Figure] = []
         for section in sections:
             for row in section.rows:
                 values = [row.columns.get(key) or value_of(row.options, key) or "" for key in options]
@@ -251,10 +274,10 @@ class Comparison:
                 cells = [(section.split, metric, means.get(metric)) for metric in self.columns(section)]
                 if self.by_validation:
                     cells.append(("validation", "average", self.on_validation(row.chosen_by)))
-                lines += [[*kind, split, view, *values, name, *_numbers(mean)] for split, name, mean in cells]
-        return format_table([*CSV_COLUMNS, *options, "figure", "mean", "std", "n"], lines, "csv")
+                figures += [Figure(kind, split, values, metric, mean) for split, metric, mean in cells]
+        return options, figures
 
-    # Figure
+    # Picture
 
     def plot_groups(self, runs: Runs, path: Path) -> Path:
         """Draws the rows of perplexities next to each other. Raises ConfigError unless they fit into one table."""

@@ -320,12 +320,20 @@ class Trainer:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silences the progress bars and advice of transformers and huggingface_hub."""
+    """Silences the progress bars and advice of transformers and huggingface_hub in a block."""
     import huggingface_hub
     import transformers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()
-    yield
+    hub, library = huggingface_hub.logging, transformers.logging
+    levels, bars = (hub.get_verbosity(), library.get_verbosity()), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    hub.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub.set_verbosity(levels[0])
+        library.set_verbosity(levels[1])
+        if bars:
+            library.enable_progress_bar()

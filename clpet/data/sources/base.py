@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -212,18 +212,28 @@ class Source:
         train, validation, test = self._protect(name, *limited.values())
         return Task(name, train, validation, test, tuple(in_order(labels)), metric)
 
-    def _protect(self, task: str, *splits: list[Example]) -> list[list[Example]]:
-        """The examples with the matches of `cut_last` in their texts as protected spans."""
-        pattern = self.cut_last.get(task) if isinstance(self.cut_last, dict) else self.cut_last
+    def protect(self, task: str | None, examples: Sequence[Example]) -> list[Example]:
+        """The examples with the matches of `cut_last` in their texts as protected spans.
+
+        Raises ConfigError if the pattern depends on the task and none is given.
+        """
+        pattern = self.cut_last
+        if isinstance(pattern, dict):
+            if task is None:
+                raise ConfigError("benchmark.cut_last differs between tasks: name the task of the texts")
+            pattern = pattern.get(task)
         if pattern is None:
-            return list(splits)
-        result = [
-            [
-                dataclasses.replace(e, protected_spans=tuple(match.span() for match in re.finditer(pattern, e.text)))
-                for e in examples
-            ]
-            for examples in splits
+            return list(examples)
+        return [
+            dataclasses.replace(e, protected_spans=tuple(match.span() for match in re.finditer(pattern, e.text)))
+            for e in examples
         ]
+
+    def _protect(self, task: str, *splits: list[Example]) -> list[list[Example]]:
+        """The protected examples of every split; texts without a match are counted in a warning."""
+        result = [self.protect(task, examples) for examples in splits]
+        if self.cut_last is None or (isinstance(self.cut_last, dict) and task not in self.cut_last):
+            return result
         unmatched = sum(not example.protected_spans for examples in result for example in examples)
         if unmatched:
             total = sum(map(len, splits))
