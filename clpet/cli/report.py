@@ -6,6 +6,8 @@ from pathlib import Path
 from clpet.errors import ConfigError, DataError
 from clpet.escape import printable
 
+REPORT = "report.html"  # the file, unless another name is given
+
 
 def report(argv: list[str]) -> int:
     """`clpet report`: writes tables, charts, matrices and answers of the runs of a folder into one HTML file."""
@@ -17,8 +19,8 @@ def report(argv: list[str]) -> int:
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("outputs"), help="output folder (default: outputs)"
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE",
-                        help="the file to write (default: report.html)")  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, default=Path(REPORT), metavar="FILE",
+                        help=f"the file to write (default: {REPORT})")  # fmt: skip
     parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]",
                         help="only runs with one of these values, such as method=kif,ewc; may be repeated")  # fmt: skip
     parser.add_argument("--compare", default="method", metavar="KEY[,KEY]",
@@ -41,18 +43,32 @@ def report(argv: list[str]) -> int:
     unfinished = [str(path) for path in started if not (path / "results.json").exists()]
     chosen = select(runs, arguments.where)
     write_report(build_report(str(folder), chosen, keys, unfinished), arguments.output)
-    print(printable(f"{arguments.output}: {len(chosen)} run{'s' * (len(chosen) > 1)}, {size(arguments.output)}"))
+    say_written(arguments.output, len(chosen))
     return 0
+
+
+def report_run(path: Path, file: Path) -> None:
+    """Writes the report of one run for `clpet show RUN --html`. Raises ConfigError and DataError."""
+    from clpet.reporting.report.page import build_report, write_report
+    from clpet.runtime.untrusted_json import read_results
+
+    if not (path / "results.json").is_file():
+        raise DataError(f"{path} is not the directory of a finished run: it has no results.json")
+    check_file(file)
+    run = read_results(path / "results.json")
+    title = f"{run['method']} on {run['benchmark']}, seed {run['seed']}"
+    write_report(build_report(title, [(path, run)], ["method"], []), file)
+    say_written(file, 1)
 
 
 def check_file(file: Path) -> None:
     """Raises ConfigError unless a page can be written to `file`."""
     if file.is_dir():
-        raise ConfigError(f"{file} is a folder: give the name of a file, such as {file / 'report.html'}")
+        raise ConfigError(f"{file} is a folder: give the name of a file, such as {file / REPORT}")
     if not file.parent.is_dir():
         raise ConfigError(f"{file.parent} is not a folder: create it, or give another file")
 
 
-def size(file: Path) -> str:
-    """The size of a file in MB."""
-    return f"{file.stat().st_size / 1e6:.1f} MB"
+def say_written(file: Path, num_runs: int) -> None:
+    """Prints the file with the number of runs in it and its size."""
+    print(printable(f"{file}: {num_runs} run{'s' * (num_runs > 1)}, {file.stat().st_size / 1e6:.1f} MB"))

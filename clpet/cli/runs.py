@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clpet.cli.report import REPORT, report_run
 from clpet.errors import ConfigError, DataError
 from clpet.escape import printable
 
@@ -84,7 +85,15 @@ def show(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("clpet show", description="Scores, matrices and costs of one run.")
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--metrics", action="store_true", help="every metric with its formula")
+    parser.add_argument("--html", nargs="?", const="", metavar="FILE",
+                        help="write the run's report instead, one HTML file (default: RUN/report.html)")  # fmt: skip
     arguments = parser.parse_args(argv)
+    if arguments.html is not None:
+        if arguments.metrics:
+            raise ConfigError("--metrics is for the printed figures: leave it or --html out")
+        run = Path(arguments.run)
+        report_run(run, Path(arguments.html or run / REPORT))
+        return 0
     from clpet.reporting.show import show as show_run
 
     print(printable(show_run(Path(arguments.run), arguments.metrics)))

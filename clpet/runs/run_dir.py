@@ -38,7 +38,7 @@ class _Pretraining(TypedDict, total=False):
 log = logging.getLogger(__name__)
 
 # What a run writes into its directory, next to Hydra's own files and train.log.
-OUTPUT_PATTERNS = ("results.json", "transfer.csv", "*.png", "*.jsonl", "run.json", "downstream-*.json")
+OUTPUT_PATTERNS = ("results.json", "transfer.csv", "*.png", "*.jsonl", "run.json", "downstream-*.json", "report.html")
 OUTPUT_FOLDERS = ("state", "predictions", "adapters", "heads", "checkpoints", "wandb")
 
 

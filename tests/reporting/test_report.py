@@ -92,7 +92,7 @@ def test_losses_are_averaged_over_neighbouring_steps(tmp_path: Path) -> None:
     (tmp_path / "steps.jsonl").write_text("\n".join(lines + bad))
     losses = mean_losses(tmp_path)
     assert len(losses) == MAX_POINTS
-    assert losses[0] == (2, 0.5, "a")
+    assert losses[0] == (2, 0.5, "a", "")
     assert losses[-1][0] == 2 * MAX_POINTS
 
 
@@ -160,6 +160,21 @@ def test_json_in_a_script_cannot_end_it() -> None:
     text = script_json({"</script><!--": ["\u2028", "a\u202eb", HOSTILE]})
     assert not set("<>&\u2028\u202e") & set(text)
     assert json.loads(text) == {"</script><!--": ["\\u2028", "a\\u202eb", HOSTILE]}
+
+
+def test_show_writes_the_report_of_one_run(clpet) -> None:
+    folder = write_runs()[0]
+    assert clpet("show", str(folder), "--html").out == f"{folder}/report.html: 1 run, 0.9 MB\n"
+    assert "<h1>ewc on files, seed 0</h1>" in (folder / "report.html").read_text("utf-8")
+    assert clpet("show", str(folder), "--html", "one.html").code == 0
+    assert Path("one.html").is_file()
+    for words, message in (
+        (["outputs", "--html"], "outputs is not the directory of a finished run"),
+        ([str(folder), "--html", "--metrics"], "--metrics is for the printed figures"),
+    ):
+        result = clpet("show", *words)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert message in result.err
 
 
 def test_where_selects_runs(clpet) -> None:

@@ -121,10 +121,10 @@ def _dot(row: Row, x: MeanStd, y: MeanStd) -> Point:
 def loss_points(section: Section) -> list[Point]:
     """The losses of the step logs, thinned; empty for runs without one."""
     return [
-        {"row": row.name, "seed": run["seed"], "x": step, "y": _short(loss), "task": task}
+        {"row": row.name, "seed": run["seed"], "x": step, "y": _short(loss), "task": task, "stage": stage}
         for row in section.rows
         for path, run in row.runs
-        for step, loss, task in mean_losses(path)
+        for step, loss, task, stage in mean_losses(path)
     ]
 
 
@@ -168,9 +168,11 @@ def loss_lines(points: Sequence[Point]) -> Spec:
         "x": _axis("x", "step"),
         "y": _axis("y", "loss"),
         "color": {**_dict(ROW), "legend": {}},
-        "detail": {"field": "seed"},
+        "detail": [{"field": "seed"}, {"field": "stage"}],
         "opacity": _picked(0.7, 0.05),
-        "tooltip": _tooltip([("row", "row"), ("seed", "seed"), ("task", "task"), ("x", "step"), ("y", "loss")]),
+        "tooltip": _tooltip(
+            [("row", "row"), ("seed", "seed"), ("task", "task"), ("stage", "stage"), ("x", "step"), ("y", "loss")]
+        ),
     }
     mark: Json = {"type": "line", "strokeWidth": 1.2}
     return {"data": {"values": list(points)}, "params": [LEGEND], "mark": mark, "encoding": encoding, **SIZE}
