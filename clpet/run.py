@@ -27,7 +27,9 @@ from clpet.reporting.plots import method_figures, run_figures
 from clpet.reporting.progress import Display
 from clpet.runs import provenance, run_dir
 from clpet.runs.dry_run import count_parameters, dry_run
-from clpet.runs.tracking import Tracker, Tracking, write_predictions
+from clpet.runs.prediction_files import write_predictions
+from clpet.runs.tracking import Tracker
+from clpet.runs.tracking_options import Tracking
 from clpet.runtime.atomic_io import RunLock
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
@@ -51,6 +53,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     if not (config.fresh or config.dry_run) and (results := run_dir.finished_results(out)):
         return show_existing(console, config, out, results)
     method, parts = assemble(config)
+    cast(Tracking, parts["tracking"]).check()
     with GracefulShutdown() as shutdown, RunLock(out), quiet_libraries():
         benchmark = load_benchmark(config, method, parts, overrides)
         display = Display(console, len(benchmark))
@@ -142,7 +145,7 @@ class Experiment:
             if not get_world().is_main:
                 return state.matrix
             results = self.finish(state)
-        run_summary.show_finished(console, self.out, results)
+        run_summary.show_finished(console, self.out, results, self.tracker.address)
         return state.matrix
 
     def identify(self) -> dict[str, str]:
@@ -250,6 +253,7 @@ class Experiment:
         figures += method_figures.draw(out, method.name, method.figures())
         self.tracker.log_results(results, figures)
         run_dir.finish(out, results)
+        self.tracker.upload()
         return results
 
     @property

@@ -29,12 +29,15 @@ def read_wandb(path: Path) -> dict[str, Any]:
     """The config, group, history rows, summary, tables and image names of a run."""
     from wandb.proto import wandb_internal_pb2
 
-    run: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "tables": {}, "images": set(), "group": ""}
+    run: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "tables": {}, "images": set(), "group": "",
+                           "artifacts": {}}  # fmt: skip
     for raw in records(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(raw)
         if record.HasField("run"):
             run["group"] = record.run.run_group
+            run |= {key: getattr(record.run, key) for key in ("project", "display_name", "notes")}
+            run["tags"] = list(record.run.tags)
             run["config"] |= _items(record.run.config.update)
         if record.HasField("config"):
             run["config"] |= _items(record.config.update)
@@ -46,6 +49,9 @@ def read_wandb(path: Path) -> dict[str, Any]:
                     run["tables"][key] = json.loads((path.parent / "files" / value["path"]).read_text())
                 elif isinstance(value, dict) and value.get("_type") == "image-file":
                     run["images"].add(key)
+        if record.HasField("artifact"):
+            artifact = record.artifact
+            run["artifacts"][artifact.type] = {entry.path for entry in artifact.manifest.contents}
         if record.HasField("summary"):
             run["summary"] |= _items(record.summary.update)
     return run

@@ -46,7 +46,7 @@ MOVED_CLASSES = {
     "clpet.sources.Folders": "clpet.data.sources.Folders",
     "clpet.sources.PythonStdlib": "clpet.data.sources.PythonStdlib",
     "clpet.sources.Table": "clpet.data.sources.Table",
-    "clpet.tracking.Tracking": "clpet.runs.tracking.Tracking",
+    "clpet.tracking.Tracking": "clpet.runs.tracking_options.Tracking",
 }
 
 

@@ -25,8 +25,8 @@ def heading(
     return f"{method} on {benchmark}: {num_tasks} tasks{labels}{SOFTMAX[softmax]}{choices}"
 
 
-def show_finished(console: Console, out: Path, results: Results) -> None:
-    """Prints the final table of a run, its directory, and commands to try next."""
+def show_finished(console: Console, out: Path, results: Results, address: str | None = None) -> None:
+    """Prints the final table of a run, its directory, its `address` on wandb, and commands to try next."""
     matrix = TransferMatrix.from_json(results)
     lower = matrix.direction == "lower"
     benchmark = on_split(results["benchmark"], split_of(results))
@@ -49,6 +49,8 @@ def show_finished(console: Console, out: Path, results: Results) -> None:
     say(console, f"trained per task   {trained}")
     say(console)
     say(console, f"run   {out}")
+    if address:
+        say(console, address)
     say(console, f"next  clpet show {out}")
     say(console, f"      {command(results, _next_method(results, lower))}")
 

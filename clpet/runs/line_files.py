@@ -7,7 +7,7 @@ from typing import cast
 
 from clpet.records import Json, ProgressLine, StepLine
 from clpet.runtime.atomic_io import write_text
-from clpet.runtime.json_lines import parse_line
+from clpet.runtime.json_lines import parse_line, parse_lines
 from clpet.runtime.run_checkpoint import RunState
 
 METRICS, STEPS = "metrics.jsonl", "steps.jsonl"
@@ -17,6 +17,14 @@ def append(path: Path, lines: Sequence[Mapping[str, Json] | StepLine]) -> None:
     """Appends one line of JSON per value."""
     with path.open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read(path: Path) -> list[Json]:
+    """The lines of a file in order; none if it does not exist. Invalid lines are left out."""
+    if not path.exists():
+        return []
+    values = [value for _, value in parse_lines(path.read_text("utf-8"))]
+    return [value for value in values if not isinstance(value, ValueError)]
 
 
 def drop_repeated(out: Path, state: RunState | None) -> None:

@@ -31,7 +31,7 @@ from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
 from clpet.runs.provenance import inputs
 from clpet.runs.run_dir import snapshot_folder
-from clpet.runs.tracking import Tracking
+from clpet.runs.tracking_options import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
 from clpet.runtime.untrusted_json import Schema, as_data_error, check_schema, read_json, read_results

@@ -38,8 +38,10 @@ class _Pretraining(TypedDict, total=False):
 log = logging.getLogger(__name__)
 
 # What a run writes into its directory, next to Hydra's own files and train.log.
-OUTPUT_PATTERNS = ("results.json", "transfer.csv", "*.png", "*.jsonl", "run.json", "downstream-*.json", "report.html")
-OUTPUT_FOLDERS = ("state", "predictions", "adapters", "heads", "checkpoints", "wandb")
+OUTPUT_PATTERNS = (
+    "*.png", "*.jsonl", "*.csv", "run.json", "results.json", "report.html", "downstream-*.json", "mlflow-run.json"
+)  # fmt: skip
+OUTPUT_FOLDERS = ("state", "predictions", "adapters", "heads", "checkpoints", "wandb", "tensorboard")
 
 
 def finished_results(out: Path) -> Results | None:

@@ -113,11 +113,11 @@ def test_damaged_results_are_reported_and_ignored(text: str, tmp_path: Path, cap
 def test_a_killed_run_keeps_its_rows_in_the_offline_wandb_file(tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\nfrom clpet.reporting.progress import Display\n"
-        "from clpet.runs.tracking import Mode, Tracker, Tracking\n"
-        "config = {'method': {'name': 'm'}, 'benchmark': {'name': 'b'}}\n"
+        "from clpet.runs.tracking import Tracker\nfrom clpet.runs.tracking_options import Mode, Tracking\n"
+        "config = {'method': {'name': 'm'}, 'benchmark': {'name': 'b'}, 'evaluation': {'split': 'test'}}\n"
         "tracker = Tracker(Tracking(mode=Mode.offline), Path(sys.argv[1]), Display(Console(quiet=True), 1), config, "
         "{'signature': 's', 'seed': '0'})\n"
-        "tracker.__enter__().run.log({'task': 1, 'score': 2.5})\ntime.sleep(4)\nprint('logged', flush=True)\ntime.sleep(60)\n"
+        "tracker.__enter__().wandb.run.log({'task': 1, 'score': 2.5})\ntime.sleep(4)\nprint('logged', flush=True)\ntime.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

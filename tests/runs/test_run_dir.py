@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,31 @@ def test_an_offline_wandb_run_can_be_read(finished: Path) -> None:
     assert [row["step"] for row in steps] == [line["step"] for line in lines]
     for name in ("loss", "lr", "grad_norm", "examples_per_s", "tokens_per_s", "memory_gb"):
         assert [row[f"train/{name}"] for row in steps] == [line[name] for line in lines]
+
+
+def test_options_and_variables_of_wandb_reach_its_file(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
+    """An option has priority over wandb's variable, a variable over the default; weights are uploaded on request."""
+    for name, value in {"PROJECT": "p", "NAME": "n", "RUN_GROUP": "g", "TAGS": "a,b"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    args = ["train", "method=sequential", *tiny_args(words), "tracking=offline", "tracking.notes='why, and how'"]
+    result = clpet(*args, "tracking.artifacts=true", "tracking.group=mine")
+    assert result.code == 0
+    (file,) = tmp_path.glob("outputs/*/*/s*/wandb/offline-run-*/run-*.wandb")
+    assert f"sync  wandb sync {file.parent}" in result.out.splitlines()
+    for _ in range(100):  # wandb's process may write the end of the file after the run
+        run = read_wandb(file)
+        if "model" in run["artifacts"] and any(row.get("scores_over_time_table") for row in run["history"]):
+            break
+        time.sleep(0.1)
+    assert [run[key] for key in ("project", "display_name", "group", "notes")] == ["p", "n", "mine", "why, and how"]
+    assert run["tags"] == ["a", "b"]
+    recorded = run["config"]["run"]
+    assert recorded["versions"]["python"]
+    assert len(recorded["inputs"]["data"]) > 8
+    assert {"git", "out"} <= recorded.keys()
+    paths = run["artifacts"]["model"]
+    assert {"results.json", "adapters/adapter_config.json"} <= {path.replace("default/", "") for path in paths}
+    assert any(row.get("scores_over_time_table") for row in run["history"])
 
 
 def test_an_unreachable_wandb_server_does_not_stop_a_run(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
