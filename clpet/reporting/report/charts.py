@@ -131,7 +131,11 @@ def loss_points(section: Section) -> list[Point]:
 def lines(points: Sequence[Point], x: str, y: str) -> Spec:
     """A line per row with a band from `low` to `high`. The legend selects rows."""
     tooltip = [("row", "row"), ("x", x), ("after", "after"), ("y", y), ("low", "low"), ("high", "high")]
-    encoding = {"x": _axis("x", x, {"tickMinStep": 1, "format": "d"}), "color": {**_dict(ROW), "legend": {}}}
+    steps: Json = {"zero": False, "nice": False, "padding": 12}  # whole numbers: the axis ends where the lines do
+    encoding = {
+        "x": {**_axis("x", x, {"tickMinStep": 1, "format": "d"}), "scale": steps},
+        "color": {**_dict(ROW), "legend": {}},
+    }
     value = _axis("y", y)
     band: Json = {
         "mark": {"type": "area", "opacity": 0.15},

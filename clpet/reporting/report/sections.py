@@ -23,6 +23,7 @@ class SectionPart:
     """What the page shows of one section. `matrices` and `answers` are the data of its interactive parts."""
 
     title: str
+    tab: str  # a shorter title
     warnings: list[str]
     results: HtmlTable
     charts: list[Chart]
@@ -38,11 +39,12 @@ def section_part(comparison: Comparison, section: Section, sections: list[Sectio
     """Collects everything about one section."""
     notes = [note for note in comparison.notes(section) if not note.startswith("also differs")]  # has a table
     first = next(run for row in section.rows for _, run in row.runs)
-    answers = AnswerData()
+    title, answers = comparison.title(section, sections), AnswerData()
     for row in section.rows:
         answers.add(row, texts)
     return SectionPart(
-        title=comparison.title(section, sections),
+        title=title,
+        tab=title.removesuffix(", mean ± standard deviation over seeds"),
         warnings=[
             *[note for note in notes if not note.startswith("also differs")],
             *warnings(section.rows),

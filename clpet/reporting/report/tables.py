@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from clpet.metrics import perplexity_transfer
+from clpet.metrics.transfer_matrix import CONVENTIONS
 from clpet.records import Cost, Json, Results
 from clpet.reporting.comparison import Comparison
 from clpet.reporting.run_groups import Row, Section, value_of
@@ -52,6 +54,8 @@ def results_table(comparison: Comparison, section: Section) -> HtmlTable:
         rows.append(cells)
     test_columns = [f"minus {tests.base.name}", "p (Holm)"] if tests else []
     titles = {
+        **CONVENTIONS,
+        **perplexity_transfer.FORMULAS,
         "95 % interval": "Student's t interval of the average over seeds",
         "p (Holm)": "paired bootstrap over test examples, and over seeds from three paired seeds on; corrected for "
         "the number of tests (Holm, 1979)",

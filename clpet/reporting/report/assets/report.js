@@ -81,19 +81,23 @@ function drawCharts(section) {
     if (place.dataset.drawn) continue;
     place.dataset.drawn = "yes";
     const spec = JSON.parse(figure.querySelector(".spec").textContent);
-    const columns = place.clientWidth < 420 ? 2 : place.clientWidth < 700 ? 3 : 6;
+    const rows = [...new Set(spec.data.values.map((point) => point.row))];
+    const widest = 40 + 7 * Math.min(24, Math.max(...rows.map((row) => row.length)));
+    const columns = Math.max(1, Math.floor((place.clientWidth - 60) / widest));
     const font = getComputedStyle(document.body).fontFamily;
     spec.autosize = { type: "fit-x", contains: "padding" };
     spec.config = {
       font, background: null, view: { stroke: null },
       axis: { labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500, gridColor: "#e8edf2", domainColor: "#9aa7b4", tickColor: "#9aa7b4" },
       legend: { orient: "bottom", columns, labelFontSize: 12, symbolSize: 90, labelLimit: 160 },
-      range: { category: { scheme: (new Set(spec.data.values.map((point) => point.row))).size > 10 ? "tableau20" : "tableau10" } },
+      range: { category: { scheme: rows.length > 10 ? "tableau20" : "tableau10" } },
     };
     const actions = { export: true, source: false, compiled: false, editor: false };
     vegaEmbed(place, spec, { renderer: "svg", actions }).catch((error) => place.append(String(error)));
   }
 }
+
+const DENSE = 12; // matrices of more tasks have small cells without numbers
 
 // Transfer matrices. Views: R, R among each task's labels, B and F, as clpet/metrics/transfer_matrix.py defines them.
 
@@ -143,7 +147,7 @@ const digits = (value, view, lower) => {
 };
 
 function heatMap(matrix, tasks, view, lower, limit) {
-  const dense = tasks.length > 10;
+  const dense = tasks.length > DENSE;
   const table = element("table", { class: dense ? "heat dense" : "heat" });
   const names = ["", ...tasks].map((name) => element("th", { title: name }, dense ? "" : shorten(name, 9)));
   table.append(element("thead", {}, element("tr", {}, ...names)));
@@ -195,6 +199,8 @@ function setUpMatrices(part) {
       return view.difference ? Math.abs(value) : data.lower ? Math.abs(Math.log2(value / (matrix[0][j] || 1))) : 0;
     })));
     const limit = Math.max(...sizes, data.lower ? 0.1 : 1);
+    const tasks = Math.max(...data.rows.flatMap((row) => row.runs.map((run) => run.tasks.length)));
+    grid.style.setProperty("--matrix", `${tasks > DENSE ? 100 + 17 * tasks : 80 + 54 * tasks}px`);
     grid.replaceChildren(...shown.map(({ row, matrix, tasks, runs }) => {
       const note = runs.length > 1 ? ` mean of ${runs.length} seeds` : runs.length ? ` seed ${runs[0].seed}` : "";
       const reason = runs.length ? "the orders of the tasks differ between the seeds" : "no run with this seed";
