@@ -29,21 +29,21 @@ log = logging.getLogger(__name__)
 
 def prepare(
     backbone: Backbone, benchmark: Benchmark, hardware: Hardware, cache: Path | None, out: Path, display: Display
-) -> None:
-    """Sets the path of a backbone with random weights to M_0, if the benchmark has a base corpus.
+) -> Backbone:
+    """The backbone with the weights of M_0 if its own are random and the benchmark has a base corpus.
 
     M_0 is trained if the cache does not have it; it does not depend on the seed of the run. Without a writable
     cache it is stored in the run directory `out`.
     """
     base = benchmark.base
     if not backbone.random_weights:
-        return
+        return backbone
     if base is None:
         log.warning(
             "model %s has random weights and is not pretrained: the benchmark has no base corpus. Scores mean nothing",
             backbone.name,
         )
-        return
+        return backbone
     tokens = TokenCache(backbone.tokenizer(), add_bos=benchmark.add_bos)
     inputs = [backbone.config, tokens.identity, text_hash(base.train), benchmark.max_length, benchmark.document_mask,
                str(hardware.torch_dtype)]  # fmt: skip
@@ -60,7 +60,7 @@ def prepare(
         display.task(0, f"base model on {base.name}")
         _train(backbone, benchmark, hardware, folder, display)
         display.close()
-    backbone.path, backbone.random_weights = str(folder), False
+    return replace(backbone, path=str(folder), random_weights=False)
 
 
 def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder: Path, display: Display) -> None:
@@ -70,12 +70,10 @@ def _train(backbone: Backbone, benchmark: Benchmark, hardware: Hardware, folder:
     model, tokenizer = network.load(torch.float32, hardware.torch_device, 0, generates=True)
     adapters = Adapters(model, backbone, FullFineTuning(), generates=True)
     adapters.add("default", 0)
-    base_benchmark = Benchmark(
-        "base", [benchmark.base], max_length=benchmark.max_length, document_mask=benchmark.document_mask
-    )
-    base_benchmark.length_set, base_benchmark.add_bos = benchmark.length_set, benchmark.add_bos
-    objective = LanguageModeling(base_benchmark, backbone, adapters, tokenizer, 0, hardware, EvaluationOptions())
-    objective.cache_dir = str(folder.parent.parent)
+    keys = ("max_length", "document_mask", "length_set", "add_bos")
+    base_benchmark = Benchmark("base", [benchmark.base], **{key: getattr(benchmark, key) for key in keys})
+    cache, evaluation = str(folder.parent.parent), EvaluationOptions()
+    objective = LanguageModeling(base_benchmark, backbone, adapters, tokenizer, 0, hardware, evaluation, cache)
     recipe, replay = backbone.base, NoReplay()
     replay.setup(objective.encode(), 0, recipe.batch_size)
     settings = Training(epochs=recipe.epochs, lr=recipe.lr, schedule=Schedule.cosine, warmup_steps=20, clip=1.0)

@@ -8,19 +8,15 @@ from typing import cast
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from clpet import base_model
 from clpet.config.build import parse_config
 from clpet.config.identity import setting, signature
 from clpet.config.schema import Config, Matrix
-from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
 from clpet.errors import ModelError, enough_memory
-from clpet.evaluation.data_inspection import cut_line, inspect_data
+from clpet.evaluation.data_inspection import cut_line
 from clpet.evaluation.evaluator import Evaluator
 from clpet.methods.base import Method
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
-from clpet.models.memory_saving import shard
-from clpet.objectives import load as load_objective_class
 from clpet.records import Json, Results, State
 from clpet.reporting import run_summary
 from clpet.reporting.plots import method_figures, run_figures
@@ -35,10 +31,8 @@ from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
 from clpet.runtime.signals import GracefulShutdown
 from clpet.runtime.untrusted_json import as_data_error
-from clpet.session import Parts, assemble, check_validation, load_objective, set_up_method
-from clpet.training.fit_checkpoint import FitCheckpointer
-from clpet.training.step_log import StepLog
-from clpet.training.trainer import Trainer, quiet_libraries
+from clpet.session import Components, Session
+from clpet.training.trainer import quiet_libraries
 
 log = logging.getLogger(__name__)
 
@@ -52,34 +46,26 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     console = Console(quiet=not get_world().is_main)
     if not (config.fresh or config.dry_run) and (results := run_dir.finished_results(out)):
         return show_existing(console, config, out, results)
-    method, parts = assemble(config)
-    cast(Tracking, parts["tracking"]).check()
+    components = Components.build(config)
+    cast(Tracking, components.tracking).check()
     with GracefulShutdown() as shutdown, RunLock(out), quiet_libraries():
-        benchmark = load_benchmark(config, method, parts, overrides)
+        benchmark = load_benchmark(components, overrides)
         display = Display(console, len(benchmark))
         if not config.dry_run:
             cache = Path(config.cache_dir) if config.cache_dir else None
-            base_model.prepare(parts["model"], benchmark, parts["hardware"], cache, out, display)
+            components = components.with_base_model(benchmark, cache, out, display)
         try:
-            with get_world().main_first():  # the other ranks then find the tokenised text in the cache
-                objective, data = load_objective(config, parts, benchmark)
+            session = Session.assemble(components, benchmark, display, shutdown)
         except ModelError as error:
-            if not (config.dry_run and parts["model"].config):
+            if not (config.dry_run and components.backbone.config):
                 raise
-            count_parameters(console, parts, benchmark, str(error))  # a dry run does not need the weights for this
+            count_parameters(console, components, benchmark, str(error))  # a dry run does not need the weights for this
             return None
-        if parts["hardware"].shard and get_world().size > 1:
-            shard(objective.adapters.model, objective.device)
-        benchmark.data_record = inspect_data(benchmark, data)
-        announce(display, method, benchmark, parts["benchmark"].objective.value, config.evaluation.split.value)
-        set_up_method(config, method, parts, objective, benchmark, data)
-        display.tasks = len(method.curriculum())
-        trainer = Trainer(config.train, parts["hardware"], objective, display, config.seed)
-        trainer.checkpointer = FitCheckpointer(method, config.train.save_minutes, shutdown)
+        announce(display, session)
         if config.dry_run:
-            dry_run(console, config, method, benchmark, trainer)
+            dry_run(console, session)
             return None
-        return Experiment(cfg, overrides, config, parts, out, method, benchmark, data, trainer, display).run(console)
+        return Experiment(cfg, overrides, session, out, display).run(console)
 
 
 def show_existing(console: Console, config: Config, out: Path, results: Results) -> TransferMatrix:
@@ -91,27 +77,26 @@ def show_existing(console: Console, config: Config, out: Path, results: Results)
     return TransferMatrix.from_json(results)
 
 
-def load_benchmark(config: Config, method: Method, parts: Parts, overrides: list[str]) -> Benchmark:
+def load_benchmark(components: Components, overrides: list[str]) -> Benchmark:
     """The benchmark, checked against the method and the objective. Raises ConfigError and DataError."""
     with get_world().main_first():
-        benchmark: Benchmark = provenance.load_benchmark(config, parts["benchmark"])
+        benchmark = provenance.load_benchmark(components.config, components.source)
     # A length from the command line must fit the model; the default of a benchmark is shortened to fit.
-    benchmark.length_set = any(word.lstrip("+").startswith("benchmark.max_length=") for word in overrides)
-    method.check_benchmark(benchmark)
-    load_objective_class(parts["benchmark"].objective.value).check_benchmark(benchmark, config.evaluation)
-    check_validation(config, method, benchmark)
-    return benchmark
+    length_set = any(word.lstrip("+").startswith("benchmark.max_length=") for word in overrides)
+    return components.settle(benchmark, length_set)
 
 
-def announce(display: Display, method: Method, benchmark: Benchmark, objective: str, split: str) -> None:
+def announce(display: Display, session: Session) -> None:
     """Prints the method, the benchmark, resolved automatic options, truncated texts and warnings about the data."""
-    name, softmax = on_split(benchmark.name, split), run_dir.softmax(benchmark, objective)
+    method, benchmark = session.method, session.benchmark
+    name, softmax = on_split(benchmark.name, session.split), run_dir.softmax(benchmark, method.objective.name)
     num_labels, resolved = len(benchmark.labels), method.resolved(benchmark)
     display.print(run_summary.heading(method.name, name, len(benchmark), num_labels, softmax, resolved))
-    if line := cut_line(benchmark.data_record):
+    if line := cut_line(session.data_record):
         display.print(line)
-    for warning in benchmark.data_record["warnings"]:
+    for warning in session.data_record["warnings"]:
         log.warning(warning)
+    display.tasks = len(method.curriculum())
 
 
 @dataclass
@@ -120,13 +105,8 @@ class Experiment:
 
     cfg: DictConfig
     overrides: list[str]
-    config: Config
-    parts: Parts
+    session: Session
     out: Path
-    method: Method
-    benchmark: Benchmark
-    data: Encoded
-    trainer: Trainer
     display: Display
     identity: dict[str, str] = field(init=False)
     tracker: Tracker = field(init=False)
@@ -136,11 +116,12 @@ class Experiment:
         self.identity = self.identify()
         checkpoint = self.start()
         config = cast(dict[str, Json], OmegaConf.to_container(self.cfg, resolve=True))
-        self.tracker = Tracker(cast(Tracking, self.parts["tracking"]), self.out, self.display, config, self.identity)
+        tracking = cast(Tracking, self.session.components.tracking)
+        self.tracker = Tracker(tracking, self.out, self.display, config, self.identity)
         with self.tracker:
             if get_world().is_main:
-                self.trainer.step_log = StepLog(self.config.train.log_every, self.tracker.log_steps)
-            with enough_memory(self.trainer.objective.memory_advice):
+                self.session.trainer.step_log.subscribe(self.tracker.log_steps)
+            with enough_memory(self.method.objective.memory_advice):
                 state = self.learn(checkpoint)
             if not get_world().is_main:
                 return state.matrix
@@ -152,8 +133,8 @@ class Experiment:
         """Hashes of the configuration and of all inputs: a checkpoint is resumed only if it was made from the same."""
         identity = {"signature": signature(self.cfg), "setting": setting(self.cfg), "seed": str(self.config.seed)}
         with get_world().main_first():
-            identity |= provenance.inputs(self.config, self.parts["model"], self.method)
-        return identity | {"data": self.benchmark.data_record["fingerprint"]}
+            identity |= provenance.inputs(self.config, self.session.components.backbone, self.method)
+        return identity | {"data": self.session.data_record["fingerprint"]}
 
     def start(self) -> tuple[RunState, State] | None:
         """Reads the newest checkpoint, None for a new run, and writes run.json."""
@@ -162,8 +143,9 @@ class Experiment:
         if get_world().is_main:
             if self.config.fresh:
                 run_dir.clear(self.out)
-            host, resumes = self.parts["hardware"].record(), checkpoint is not None
-            run_dir.start(self.out, self.cfg, self.overrides, self.identity, self.benchmark, host, resumes)
+            host, resumes = self.session.components.hardware.record(), checkpoint is not None
+            data = self.session.data_record
+            run_dir.start(self.out, self.cfg, self.overrides, self.identity, self.benchmark, data, host, resumes)
         get_world().barrier()
         return checkpoint
 
@@ -172,17 +154,15 @@ class Experiment:
 
         The trainer also saves inside long tasks; a killed run resumes from its newest checkpoint.
         """
-        method, display, trainer, curriculum = self.method, self.display, self.trainer, self.method.curriculum()
+        method, display, trainer, curriculum = self.method, self.display, self.session.trainer, self.method.curriculum()
         folder, checkpointer, state = self.out / "state", trainer.checkpointer, self.resume(checkpoint)
         for position, (index, task) in enumerate(curriculum):
             if position < state.done:
                 continue
             display.task(position + 1, task.name)
-            trainer.begin_task(index, last=position + 1 == len(curriculum))
             trainer.step_log.start_task(position + 1, task.name, sum(cost.get("steps", 0) for cost in state.costs))
             checkpointer.start_task(state.task, state.task_writer(folder, self.identity))
-            method.learn(task, index, trainer)
-            method.after_task(task, index)
+            self.session.learn(index, last=position + 1 == len(curriculum))
             state.costs.append(run_dir.task_cost(method))
             state.done, state.task, state.trainer = position + 1, None, trainer.state()
             self.evaluate(state, index + 1)
@@ -205,7 +185,7 @@ class Experiment:
         state, method_state = checkpoint
         if method_state:
             self.method.load_state_dict(method_state)
-        self.trainer.load(state.trainer)
+        self.session.trainer.load(state.trainer)
         self.tracker.begin(state)
         inside = f", inside task {state.done + 1}" if state.task else ""
         self.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks{inside}")
@@ -223,7 +203,7 @@ class Experiment:
         if row == total:
             # Before the last row: methods keep the statistics of their latest evaluation, which must be this row's.
             state.validation = self.validate(tasks)
-        evaluation = Evaluator(self.benchmark, self.data, self.split)(self.method, row, list(tasks))
+        evaluation = Evaluator(self.benchmark, self.session.data, self.session.split)(self.method, row, list(tasks))
         evaluation.diagnostics |= self.method.diagnostics()
         for matrix, scores in ((state.matrix, evaluation.seen), (state.task_matrix, evaluation.per_task)):
             for index in tasks:
@@ -237,19 +217,22 @@ class Experiment:
 
     def validate(self, tasks: range) -> dict[str, float] | None:
         """Validation averages after the last task, by which settings are chosen; None unless all tasks have them."""
-        enabled = self.config.evaluation.validation and self.split == "test"
+        enabled = self.config.evaluation.validation and self.session.split == "test"
         if not enabled or len(tasks) < len(self.benchmark) or not all(task.validation for task in self.benchmark.tasks):
             return None
-        evaluation = Evaluator(self.benchmark, self.data, "validation")(self.method, len(self.benchmark), list(tasks))
+        evaluation = Evaluator(self.benchmark, self.session.data, "validation")(
+            self.method, len(self.benchmark), list(tasks)
+        )
         views = {"average": evaluation.seen, "own_average": evaluation.per_task}
         return {name: sum(view[index].value for index in tasks) / len(tasks) for name, view in views.items()}
 
     def finish(self, state: RunState) -> Results:
         """Writes weights, figures and results.json, on the main rank only; returns the results."""
         out, method = self.out, self.method
-        results = run_dir.collect(out, self.cfg, self.overrides, self.identity, method, self.benchmark, state)
+        data = self.session.data_record
+        results = run_dir.collect(out, self.cfg, self.overrides, self.identity, method, self.benchmark, data, state)
         title = f"{method.name} on {on_split(self.benchmark.name, results['split'])}"
-        figures = run_figures.draw(out, state.matrix, title, self.benchmark.data_record.get("order"))
+        figures = run_figures.draw(out, state.matrix, title, data.get("order"))
         figures += method_figures.draw(out, method.name, method.figures())
         self.tracker.log_results(results, figures)
         run_dir.finish(out, results)
@@ -257,6 +240,16 @@ class Experiment:
         return results
 
     @property
-    def split(self) -> str:
-        """The split that the matrix is measured on."""
-        return self.config.evaluation.split.value
+    def config(self) -> Config:
+        """The checked configuration."""
+        return self.session.config
+
+    @property
+    def method(self) -> Method:
+        """The method."""
+        return self.session.method
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """The benchmark."""
+        return self.session.benchmark

@@ -1,10 +1,14 @@
-"""Builds benchmark, model, objective and method from the configuration, and checks that they are compatible."""
+"""Components: the objects of a configuration, checked against each other. Session: all that a run works with, wired."""
 
 import logging
-from typing import TypedDict
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import torch
+from rich.console import Console
 
+from clpet import base_model
 from clpet.config.build import build
 from clpet.config.schema import Config, EvaluationOptions, Select, Split
 from clpet.config.seeding import derive
@@ -12,16 +16,22 @@ from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
 from clpet.data.sources.base import Source
 from clpet.errors import ConfigError
+from clpet.evaluation.data_inspection import inspect_data
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, FullFineTuning
 from clpet.models.backbone import Backbone
-from clpet.models.memory_saving import enable_recomputation
+from clpet.models.memory_saving import enable_recomputation, shard
 from clpet.objectives import load as load_objective_class
 from clpet.objectives.base import Objective
+from clpet.records import DataRecord
 from clpet.replay.base import NoReplay
+from clpet.reporting.progress import Display
 from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware, Quantization
+from clpet.runtime.signals import GracefulShutdown
+from clpet.training.fit_checkpoint import FitCheckpointer
 from clpet.training.optimizers import check_optimizer
+from clpet.training.trainer import NoProgress, Progress, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -30,92 +40,187 @@ OPTION_OBJECTIVES = {"decode": "text_to_text", "max_new_tokens": "text_to_text",
                "bos": "language_modeling", "rank_prompts": "language_modeling"}  # fmt: skip
 
 
-class Parts(TypedDict):
-    """The objects of a configuration, apart from the method, by config group."""
+@dataclass(frozen=True)
+class Components:
+    """The objects of a configuration. No data and no weights are loaded yet; the method is not set up."""
 
+    config: Config
+    method: Method
+    objective: type[Objective]
+    source: Source
     replay: NoReplay
-    model: Backbone
+    backbone: Backbone
     peft: FullFineTuning
     hardware: Hardware
     tracking: object  # `Tracking`, which is in a package above this one
-    benchmark: Source
 
+    @classmethod
+    def build(cls, config: Config) -> "Components":
+        """Builds the objects and checks them against each other. Raises ConfigError before anything is loaded."""
+        source: Source = build(config.benchmark, "benchmark", cache_dir=config.cache_dir)
+        components = cls(
+            config,
+            method=build(config.method, "method", cache_dir=config.cache_dir),
+            objective=load_objective_class(source.objective.value),
+            source=source,
+            replay=build(config.replay, "replay"),
+            backbone=build(config.model, "model"),
+            peft=build(config.peft, "peft"),
+            hardware=build(config.hardware, "hardware"),
+            tracking=build(config.tracking, "tracking"),
+        )
+        components._check()
+        return components
 
-def assemble(config: Config) -> tuple[Method, Parts]:
-    """The method, and {group: object} of the other groups, all checked against each other before anything is loaded."""
-    parts: Parts = {
-        "replay": build(config.replay, "replay"),
-        "model": build(config.model, "model"),
-        "peft": build(config.peft, "peft"),
-        "hardware": build(config.hardware, "hardware"),
-        "tracking": build(config.tracking, "tracking"),
-        "benchmark": build(config.benchmark, "benchmark", cache_dir=config.cache_dir),
-    }
-    method: Method = build(config.method, "method", cache_dir=config.cache_dir)
-    objective = parts["benchmark"].objective.value
-    parts["benchmark"].resolve_softmax(method.mixes_tasks(parts["replay"].name))
-    method.check(objective, parts["replay"].name, parts["peft"].name)
-    load_objective_class(objective).check(parts["model"], parts["peft"].name, config.evaluation)
-    check_unused_options(config, parts, objective)
-    parts["hardware"].check(parts["peft"], method)
-    check_optimizer(config.train, parts["hardware"].torch_device)
-    parts["replay"].check(config.train.global_batch_size, objective)
-    return method, parts
+    def _check(self) -> None:
+        objective, peft = self.objective.name, self.peft.name
+        self.method.check(objective, self.replay.name, peft)
+        self.objective.check(self.backbone, peft, self.config.evaluation)
+        self._check_unused_options()
+        self.hardware.check(self.peft, self.method)
+        check_optimizer(self.config.train, self.hardware.torch_device)
+        self.replay.check(self.config.train.global_batch_size, objective)
 
+    def _check_unused_options(self) -> None:
+        """Raises ConfigError for an option set to a non-default value that has no effect with this objective."""
+        defaults, objective, evaluation = EvaluationOptions(), self.objective.name, self.config.evaluation
+        for option, user in OPTION_OBJECTIVES.items():
+            if objective != user and getattr(evaluation, option) != getattr(defaults, option):
+                raise ConfigError(f"evaluation.{option} is for {user}; this benchmark's objective is {objective}")
+        if objective != "classification" and self.backbone.head_dropout:
+            raise ConfigError(f"model.head_dropout is for classification; this benchmark's objective is {objective}")
 
-def check_unused_options(config: Config, parts: Parts, objective: str) -> None:
-    """Raises ConfigError for an option set to a non-default value that has no effect with this objective."""
-    defaults = EvaluationOptions()
-    for option, user in OPTION_OBJECTIVES.items():
-        if objective != user and getattr(config.evaluation, option) != getattr(defaults, option):
-            raise ConfigError(f"evaluation.{option} is for {user}; this benchmark's objective is {objective}")
-    if objective != "classification" and parts["model"].head_dropout:
-        raise ConfigError(f"model.head_dropout is for classification; this benchmark's objective is {objective}")
+    def settle(self, benchmark: Benchmark, length_set: bool = False) -> Benchmark:
+        """A copy of the benchmark as this method learns it: its softmax, and the positions that prompts occupy.
 
-
-def check_validation(config: Config, method: Method, benchmark: Benchmark) -> None:
-    """Raises ConfigError if validation examples are needed, to choose the best epoch or for the matrix, but missing."""
-    selects_best = method.uses_validation and config.train.select is Select.best
-    on_validation = config.evaluation.split is Split.validation
-    for task in benchmark.tasks:
-        if (selects_best or on_validation) and not task.validation:
-            option = "evaluation.split=validation" if on_validation else "train.select=best"
-            remedy = "benchmark.validation_share splits some from the training data"
-            raise ConfigError(f"{option}, but task {task.name} has no validation examples: {remedy}")
-    if selects_best and on_validation:
-        log.warning(
-            "evaluation.split=validation and train.select=best use the same examples: scores are too optimistic"
+        With `length_set` max_length is the user's: a model with a smaller maximum raises an error instead of lowering
+        it. Raises ConfigError if the method, the objective or the evaluation do not suit the tasks.
+        """
+        self.method.check_benchmark(benchmark)
+        self.objective.check_benchmark(benchmark, self.config.evaluation)
+        self._check_validation(benchmark)
+        return replace(
+            benchmark,
+            per_task_softmax=self.source.per_task_softmax(self.method.mixes_tasks(self.replay.name)),
+            reserved_positions=self.method.reserved_positions(benchmark),
+            length_set=length_set,
         )
 
+    def _check_validation(self, benchmark: Benchmark) -> None:
+        """Raises ConfigError if validation examples are needed, for the best epoch or the matrix, but missing."""
+        selects_best = self.method.uses_validation and self.config.train.select is Select.best
+        on_validation = self.config.evaluation.split is Split.validation
+        for task in benchmark.tasks:
+            if (selects_best or on_validation) and not task.validation:
+                option = "evaluation.split=validation" if on_validation else "train.select=best"
+                remedy = "benchmark.validation_share splits some from the training data"
+                raise ConfigError(f"{option}, but task {task.name} has no validation examples: {remedy}")
+        if selects_best and on_validation:
+            log.warning(
+                "evaluation.split=validation and train.select=best use the same examples: scores are too optimistic"
+            )
 
-def load_objective(config: Config, parts: Parts, benchmark: Benchmark) -> tuple[Objective, Encoded]:
-    """The objective with its backbone, tokenizer and adapters, and the tokenised splits of the benchmark."""
-    backbone, hardware, peft = parts["model"], parts["hardware"], parts["peft"]
-    kind = load_objective_class(parts["benchmark"].objective.value)
-    dtype = torch.float32 if peft.full else hardware.torch_dtype
-    sharded, nf4 = hardware.shard and get_world().size > 1, hardware.quantization is Quantization.nf4
-    # A sharded backbone is loaded on the host: it may not fit on one GPU.
-    load_device = torch.device("cpu") if sharded else hardware.torch_device
-    model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, kind.generates, load_device, nf4)
-    adapters = Adapters(model, backbone, peft, kind.generates)
-    if hardware.gradient_checkpointing:
-        enable_recomputation(model, adapters.drops)
-    if backbone.dropout == "own" and not adapters.dropout():
-        log.warning("model.dropout=own, but all dropout rates in the config of %s are 0", backbone.name)
-    seed = derive(config.seed, "head")
-    objective = kind(benchmark, backbone, adapters, tokenizer, seed, hardware, config.evaluation)
-    objective.cache_dir = config.cache_dir
-    return objective, objective.encode()
+    def with_base_model(self, benchmark: Benchmark, cache: Path | None, out: Path, display: Display) -> "Components":
+        """A copy whose backbone has the weights of M_0, if its own are random and the benchmark has a base corpus."""
+        backbone = base_model.prepare(self.backbone, benchmark, self.hardware, cache, out, display)
+        return replace(self, backbone=backbone)
+
+    def load_objective(self, benchmark: Benchmark) -> Objective:
+        """The objective with its network, adapters and tokenizer. Raises ModelError."""
+        backbone, hardware, peft, config = self.backbone, self.hardware, self.peft, self.config
+        generates = self.objective.generates
+        dtype = torch.float32 if peft.full else hardware.torch_dtype
+        nf4 = hardware.quantization is Quantization.nf4
+        # A sharded backbone is loaded on the host: it may not fit on one GPU.
+        load_device = torch.device("cpu") if self.sharded else hardware.torch_device
+        model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, generates, load_device, nf4)
+        adapters = Adapters(model, backbone, peft, generates)
+        if hardware.gradient_checkpointing:
+            enable_recomputation(model, adapters.drops)
+        if backbone.dropout == "own" and not adapters.dropout():
+            log.warning("model.dropout=own, but all dropout rates in the config of %s are 0", backbone.name)
+        seed, evaluation, cache = derive(config.seed, "head"), config.evaluation, config.cache_dir
+        return self.objective(benchmark, backbone, adapters, tokenizer, seed, hardware, evaluation, cache)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the backbone is divided among several ranks."""
+        return self.hardware.shard and get_world().size > 1
 
 
-def set_up_method(
-    config: Config,
-    method: Method,
-    parts: Parts,
-    objective: Objective,
-    benchmark: Benchmark,
-    data: Encoded,
-) -> None:
-    """Gives the replay memory and the method what they work with; the replay memory first, since methods read it."""
-    parts["replay"].setup(data, config.seed, config.train.global_batch_size)
-    method.setup(objective, benchmark, data, parts["replay"], config.seed)
+@dataclass(frozen=True)
+class Session:
+    """What a run works with, complete: it can learn, predict and be evaluated.
+
+    `benchmark` is as the objective uses it: with lengths that fit the model.
+    """
+
+    components: Components
+    benchmark: Benchmark
+    data: Encoded
+    trainer: Trainer
+
+    @classmethod
+    def build(cls, config: Config) -> "Session":
+        """The session of a configuration, without a run directory: nothing is shown and no checkpoint written."""
+        components = Components.build(config)
+        benchmark = components.settle(components.source.load(config.data_dir))
+        cache = Path(config.cache_dir or ".cache")
+        components = components.with_base_model(benchmark, cache, cache, Display(Console(quiet=True), 0))
+        return cls.assemble(components, benchmark, NoProgress())
+
+    @classmethod
+    def assemble(
+        cls,
+        components: Components,
+        benchmark: Benchmark,
+        progress: Progress,
+        shutdown: GracefulShutdown | None = None,
+    ) -> "Session":
+        """Loads the weights, tokenises the benchmark and sets up the method. Raises ModelError.
+
+        The trainer reports to `progress`, and writes a checkpoint when `shutdown` has caught a signal.
+        """
+        config, method, replay, hardware = (
+            components.config,
+            components.method,
+            components.replay,
+            components.hardware,
+        )
+        with get_world().main_first():  # the other ranks then find the tokenised text in the cache
+            objective = components.load_objective(benchmark)
+            data = objective.encode()
+        if components.sharded:
+            shard(objective.adapters.model, objective.device)
+        replay.setup(data, config.seed, config.train.global_batch_size)  # before the method, which reads it
+        method.setup(objective, objective.benchmark, data, replay, config.seed)
+        checkpointer = FitCheckpointer(method, config.train.save_minutes, shutdown)
+        trainer = Trainer(config.train, hardware, objective, progress, config.seed, checkpointer, config.dry_run)
+        return cls(components, objective.benchmark, data, trainer)
+
+    @property
+    def config(self) -> Config:
+        """The checked configuration."""
+        return self.components.config
+
+    @property
+    def split(self) -> str:
+        """The split that the matrix is measured on."""
+        return self.config.evaluation.split.value
+
+    @property
+    def method(self) -> Method:
+        """The method, set up."""
+        return self.components.method
+
+    @cached_property
+    def data_record(self) -> DataRecord:
+        """Statistics of the data and warnings about them, for the record."""
+        return inspect_data(self.benchmark, self.data)
+
+    def learn(self, index: int, last: bool = False) -> None:
+        """Learns task `index`; `last` says that no other follows."""
+        task = self.benchmark.tasks[index]
+        self.trainer.begin_task(index, last)
+        self.method.learn(task, index, self.trainer)
+        self.method.after_task(task, index)

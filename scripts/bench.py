@@ -40,18 +40,9 @@ from clpet.data.batches import EncodedDataset
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.adapters import Adapters
 from clpet.replay.batch_plan import BatchPlan
-from clpet.session import assemble, load_objective, set_up_method
+from clpet.session import Components, Session
 from clpet.training.step import StepHooks
-from clpet.training.trainer import Trainer, quiet_libraries
-
-
-class Silent:
-    """A progress display without output."""
-
-    def fit(self, stage: str, epochs: int, steps: int) -> None: ...
-    def resumed(self, steps: int, examples: int) -> None: ...
-    def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None: ...
-    def validated(self, epoch: int, score: float) -> None: ...
+from clpet.training.trainer import NoProgress, Trainer, quiet_libraries
 
 
 class Bench:
@@ -62,8 +53,8 @@ class Bench:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             self.cfg = compose("train", ["method=sequential", "tracking=off", "train.epochs=1", *overrides])
         self.config = parse_config(self.cfg)
-        _, self.parts = assemble(self.config)
-        self.benchmark = self.parts["benchmark"].load(self.config.data_dir)
+        self.components = Components.build(self.config)
+        self.benchmark = self.components.settle(self.components.source.load(self.config.data_dir))
         self.batch, self.epochs, self.lr = (
             self.config.train.global_batch_size,
             self.config.train.epochs_of(0),
@@ -72,20 +63,18 @@ class Bench:
 
     def method(self) -> Any:
         """clpet's sequential method, set up as in `clpet train`."""
-        method, parts = assemble(self.config)
-        objective, data = load_objective(self.config, parts, self.benchmark)
-        set_up_method(self.config, method, parts, objective, self.benchmark, data)
+        method = Session.assemble(Components.build(self.config), self.benchmark, NoProgress()).method
         method.objective.add_labels(range(len(self.benchmark.labels)))
         return method
 
     def by_hand(self) -> tuple["ByHand", Any]:
         """The same network as a plain module: backbone, peft adapter, mean pooling, linear head."""
-        hardware, backbone = self.parts["hardware"], self.parts["model"]
+        hardware, backbone = self.components.hardware, self.components.backbone
         model, tokenizer = backbone.load(hardware.torch_dtype, hardware.torch_device, 0)
         for module in model.modules():  # clpet has no dropout in a frozen backbone
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        adapters = Adapters(model, backbone, self.parts["peft"])
+        adapters = Adapters(model, backbone, self.components.peft)
         adapters.add("default", 0)
         return ByHand(adapters.model, len(self.benchmark.labels)).to(hardware.torch_device), tokenizer
 
@@ -94,7 +83,7 @@ class Bench:
     def clpet_loop(self, batches: list[np.ndarray]) -> float:
         """Examples per second of Trainer.fit."""
         method = self.method()
-        trainer = Trainer(self.config.train, self.parts["hardware"], method.objective, Silent(), 0)
+        trainer = Trainer(self.config.train, self.components.hardware, method.objective, NoProgress(), 0)
         plan = BatchPlan(method.data.train, len(batches), lambda epoch: batches)
         start = time.perf_counter()
         trainer.fit(plan, method.named_parameters(), StepHooks(method.loss, step_loss=method.step_loss))
@@ -106,7 +95,7 @@ class Bench:
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01)
         rows = [pool.tokens(row).tolist() for row in range(len(pool))]
-        seen, device = 0, self.parts["hardware"].torch_device
+        seen, device = 0, self.components.hardware.torch_device
         start = time.perf_counter()
         for _ in range(self.epochs):
             for indices in batches:
@@ -128,7 +117,7 @@ class Bench:
         objective = method.objective
         data = objective.encode()
         evaluator = Evaluator(self.benchmark, data)
-        trainer = Trainer(self.config.train, self.parts["hardware"], objective, Silent(), 0)
+        trainer = Trainer(self.config.train, self.components.hardware, objective, NoProgress(), 0)
         for index, task in enumerate(self.benchmark.tasks):
             trainer.begin_task(index)
             method.learn(task, index, trainer)
@@ -157,7 +146,7 @@ class Bench:
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=self.batch, per_device_eval_batch_size=eval_batch,
             num_train_epochs=self.epochs, learning_rate=self.lr, weight_decay=0.01, lr_scheduler_type="constant",
             report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
-            use_cpu=self.parts["hardware"].torch_device.type == "cpu", label_names=["labels"],
+            use_cpu=self.components.hardware.torch_device.type == "cpu", label_names=["labels"],
         )  # fmt: skip
         for train in trains:
             trainer = HFTrainer(model, arguments, DataCollatorWithPadding(tokenizer), train_dataset=train)
@@ -218,9 +207,9 @@ def compare(bench: Bench, rounds: int) -> tuple[dict[str, float], dict[str, floa
     bucketed = pool.shuffled(rows, bench.batch, np.random.default_rng(0))
     shuffled = np.random.default_rng(0).permutation(rows)
     random = [shuffled[i : i + bench.batch] for i in range(0, len(rows), bench.batch)]
-    eval_batch = bench.parts["hardware"].eval_batch_size
+    eval_batch = bench.components.hardware.eval_batch_size
     print(f"{len(rows)} train examples, batch {bench.batch}, {bench.epochs} epochs, {rounds} rounds, "
-          f"{torch.get_num_threads()} threads, {bench.parts['hardware'].torch_dtype}")  # fmt: skip
+          f"{torch.get_num_threads()} threads, {bench.components.hardware.torch_dtype}")  # fmt: skip
     loop = medians(
         "loop  examples/s",
         {

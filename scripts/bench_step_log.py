@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import Bench, Silent, medians
+from bench import Bench, medians
 
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runs import line_files
 from clpet.training.step import StepHooks
 from clpet.training.step_log import StepLog
-from clpet.training.trainer import Trainer
+from clpet.training.trainer import NoProgress, Trainer
 
 
 def step_log(overrides: list[str], rounds: int) -> None:
@@ -37,7 +37,7 @@ def fit_seconds(bench: Bench, log: StepLog, shares: list[float]) -> float:
     method = bench.method()
     pool = method.data.train
     batches = pool.shuffled(np.arange(len(pool)), bench.batch, np.random.default_rng(0))
-    trainer = Trainer(bench.config.train, bench.parts["hardware"], method.objective, Silent(), 0)
+    trainer = Trainer(bench.config.train, bench.components.hardware, method.objective, NoProgress(), 0)
     trainer.step_log, inside = log, [0.0]
     log.step, log.flush = timed(log.step, inside), timed(log.flush, inside)
     start = time.perf_counter()

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench import Bench, Silent, medians
+from bench import Bench, medians
 from torch import nn
 
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.step import StepHooks
-from clpet.training.trainer import Trainer
+from clpet.training.trainer import NoProgress, Trainer
 
 STEPS = 24  # timed together
 
@@ -31,7 +31,7 @@ def pretraining(overrides: list[str], rounds: int) -> None:
 
     def ours() -> float:
         method = bench.method()
-        trainer = Trainer(bench.config.train, bench.parts["hardware"], method.objective, Silent(), 0)
+        trainer = Trainer(bench.config.train, bench.components.hardware, method.objective, NoProgress(), 0)
         plan = BatchPlan(method.data.train, len(batches), lambda epoch: batches)
         start = time.perf_counter()
         trainer.fit(plan, method.named_parameters(), StepHooks(method.loss, step_loss=method.step_loss))

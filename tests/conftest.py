@@ -174,35 +174,21 @@ def set_up(overrides: list[str]) -> SimpleNamespace:
     from clpet.config.build import parse_config
     from clpet.config.compose import conf_dir
     from clpet.config.identity import register_resolvers
-    from clpet.session import assemble, load_objective, set_up_method
-    from clpet.training.trainer import Trainer
+    from clpet.session import Session
 
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", overrides)
-    config = parse_config(cfg)
-    method, parts = assemble(config)
-    benchmark = parts["benchmark"].load(config.data_dir)
-    method.check_benchmark(benchmark)
-    objective, data = load_objective(config, parts, benchmark)
-    set_up_method(config, method, parts, objective, benchmark, data)
-    trainer = Trainer(config.train, parts["hardware"], objective, Silent(), config.seed)
-
-    def learn(index: int) -> None:
-        trainer.begin_task(index)
-        method.learn(benchmark.tasks[index], index, trainer)
-        method.after_task(benchmark.tasks[index], index)
-
-    return SimpleNamespace(method=method, trainer=trainer, benchmark=benchmark, data=data, learn=learn, config=config)
-
-
-class Silent:
-    """A progress display without output."""
-
-    def fit(self, stage: str, epochs: int, steps: int) -> None: ...
-    def resumed(self, steps: int, examples: int) -> None: ...
-    def step(self, epoch: int, step: int, examples: int, loss: torch.Tensor) -> None: ...
-    def validated(self, epoch: int, score: float) -> None: ...
+    session = Session.build(parse_config(cfg))
+    return SimpleNamespace(
+        session=session,
+        method=session.method,
+        trainer=session.trainer,
+        benchmark=session.benchmark,
+        data=session.data,
+        learn=session.learn,
+        config=session.config,
+    )
 
 
 def double(values: list) -> torch.Tensor:

@@ -76,7 +76,7 @@ class Model:
 
         loaded = self.loaded
         with guest(), quiet_libraries():
-            examples = as_examples(texts, loaded.benchmark, loaded.record.parts["benchmark"], task)
+            examples = as_examples(texts, loaded.benchmark, loaded.record.components.source, task)
             return predict(loaded.method, loaded.benchmark, examples, self.after, task)
 
     def perplexity(self, texts: Sequence[str]) -> list[float]:

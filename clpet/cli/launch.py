@@ -25,7 +25,7 @@ from clpet.run import run
 from clpet.runs import run_dir
 from clpet.runtime.distributed import LostRank, init_distributed
 from clpet.runtime.signals import EXIT_TEMPFAIL, GracefulShutdown, Interrupted
-from clpet.session import assemble
+from clpet.session import Components
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -45,7 +45,7 @@ def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix |
     """Runs the experiment of `cfg` on hardware.ranks ranks; returns its matrix, None after a dry run."""
     if cfg.hardware.get("ranks", 1) == 1 or (run_dir.finished_results(out) and not cfg.fresh):
         return run(cfg, out, overrides)
-    hardware = assemble(parse_config(cfg))[1]["hardware"]  # also reports wrong options before processes are started
+    hardware = Components.build(parse_config(cfg)).hardware  # also reports wrong options before processes are started
     plain = cast(dict[str, Json], OmegaConf.to_container(cfg, resolve=True))
     job_logging = _job_logging()
     if num_tasks := slurm_tasks():

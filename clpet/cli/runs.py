@@ -143,12 +143,11 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--merge", action="store_true", help="merge the adapters into the backbone's weights")
     parser.add_argument("folder", type=Path, help="a new folder")
     arguments = parser.parse_args(argv)
-    from clpet.runs.export import check, write  # these import torch
+    from clpet.runs.export import prepare, write  # these import torch
     from clpet.runs.load_run import load_run
     from clpet.training.trainer import quiet_libraries
 
-    record = _read_record(arguments)
-    check(record, arguments.folder, arguments.merge)
+    record = prepare(_read_record(arguments), arguments.folder, arguments.merge)
     with quiet_libraries():
         print(printable(write(load_run(record, arguments.after), arguments.folder, arguments.merge)))
     return 0

@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol, cast, runtime_checkable
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
 
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError
 from clpet.escape import short_repr
-from clpet.records import DataRecord, OrderRecord
+from clpet.records import OrderRecord
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -56,7 +57,7 @@ class Fingerprinted(Protocol):
         """Hash of all texts in order."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Task:
     """One step of the sequence. For language modelling its splits are Documents, without labels."""
 
@@ -73,9 +74,9 @@ class Task:
         return examples
 
 
-@dataclass
+@dataclass(frozen=True)
 class Benchmark:
-    """Tasks in training order. A label's id is its index in `labels`, which are in order of first appearance."""
+    """Tasks in training order, never changed: what depends on the method or the model is set in a copy of it."""
 
     name: str
     tasks: list[Task]
@@ -89,15 +90,20 @@ class Benchmark:
     add_bos: bool = False  # every document begins with the tokenizer's BOS token
     document_mask: bool = False  # documents in one window do not attend to each other
     base: Task | None = None  # corpus that a model with random weights is pretrained on before the first task
-    data_record: DataRecord = field(default_factory=lambda: cast(DataRecord, {}))  # set by the run
     groups: dict[str, list[str]] = field(default_factory=dict)  # {group: domains} that reports also score together
     report: ReadReport = field(default_factory=ReadReport)  # rows and files that were skipped, repaired or dropped
     order: OrderRecord = field(default_factory=lambda: OrderRecord())  # record of how the domains were ordered
     stream: bool = False  # tokenise texts during training instead of beforehand
 
-    def __post_init__(self) -> None:
-        self.labels: list[str] = list(dict.fromkeys(label for task in self.tasks for label in task.labels))
-        self.label_ids = {label: index for index, label in enumerate(self.labels)}
+    @cached_property
+    def labels(self) -> list[str]:
+        """All labels in order of first appearance; a label's id is its index."""
+        return list(dict.fromkeys(label for task in self.tasks for label in task.labels))
+
+    @cached_property
+    def label_ids(self) -> dict[str, int]:
+        """{label: id}."""
+        return {label: index for index, label in enumerate(self.labels)}
 
     def __len__(self) -> int:
         return len(self.tasks)

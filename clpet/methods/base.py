@@ -71,6 +71,10 @@ class Method:
     def check_benchmark(self, benchmark: Benchmark) -> None:
         """Raises ConfigError if the options do not suit the tasks, before the backbone is loaded."""
 
+    def reserved_positions(self, benchmark: Benchmark) -> int:
+        """Largest number of vectors that the method ever prepends to a text; texts are cut to make room for them."""
+        return 0
+
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the files that the method reads, by name; a run is not resumed if one has changed."""
         return {}

@@ -34,7 +34,7 @@ class L2P(Prompts):
         require(1 <= self.top_k <= self.pool, "method.top_k", self.top_k, f"from 1 to method.pool={self.pool}")
         require(self.key_loss_weight >= 0, "method.key_loss_weight", self.key_loss_weight, "0 (off) or more")
 
-    def longest(self, benchmark: Benchmark) -> int:
+    def reserved_positions(self, benchmark: Benchmark) -> int:
         return self.top_k * self.length
 
     def init_adapters(self) -> None:

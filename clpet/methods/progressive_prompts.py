@@ -37,7 +37,7 @@ class ProgressivePrompts(Prompts):
         super().__post_init__()
         require(self.mlp >= 0, "method.mlp", self.mlp, "0 (off) or the width of its hidden layer")
 
-    def longest(self, benchmark: Benchmark) -> int:
+    def reserved_positions(self, benchmark: Benchmark) -> int:
         return self.length * len(benchmark)
 
     def init_adapters(self) -> None:

@@ -28,11 +28,7 @@ class Prompts(Method):
     def __post_init__(self) -> None:
         require(self.length >= 1, "method.length", self.length, "at least 1")
 
-    def check_benchmark(self, benchmark: Benchmark) -> None:
-        benchmark.reserved_positions = self.longest(benchmark)
-
-    def longest(self, benchmark: Benchmark) -> int:
-        """Largest number of vectors ever prepended to a text."""
+    def reserved_positions(self, benchmark: Benchmark) -> int:
         raise NotImplementedError
 
     def init_adapters(self) -> None:

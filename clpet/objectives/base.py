@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NotRequired, TypedDict
 
 import numpy as np
@@ -98,7 +98,6 @@ class Objective:
     name: ClassVar[str] = ""
     unrecorded: ClassVar[tuple[str, ...]] = ()  # columns of `score` that are for validation and not for predictions
     generates: ClassVar[bool] = False  # uses the backbone's output layer
-    cache_dir: str | None = None  # set by the run: folder shared with other runs
 
     def __init__(
         self,
@@ -109,16 +108,18 @@ class Objective:
         seed: int,
         hardware: Hardware,
         evaluation: EvaluationOptions,
+        cache_dir: str | None = None,
     ) -> None:
-        self.benchmark, self.backbone, self.adapters = benchmark, backbone, adapters
-        self.tokenizer, self.seed, self.evaluation = tokenizer, seed, evaluation
+        """`cache_dir` is a folder that runs share. The attribute `benchmark` has lengths that fit the model."""
+        self.backbone, self.adapters, self.tokenizer = backbone, adapters, tokenizer
+        self.seed, self.evaluation, self.cache_dir = seed, evaluation, cache_dir
         self.eval_batch_size = hardware.eval_batch_size
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
         self.dim = int(config_of(adapters.model).hidden_size)
         self.meter = Meter()
         self.prompt: Callable[[Batch], Tensor] | None = None  # [batch, p, dim] in front of the text's embeddings
-        self._check_lengths()
-        self.encode_split = self.encoder(benchmark, backbone, tokenizer)
+        self.benchmark = self._fit_length(benchmark)
+        self.encode_split = self.encoder(self.benchmark, backbone, tokenizer)
         full = adapters.full and self.dtype is not torch.float32
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
         self.set_up()
@@ -131,18 +132,21 @@ class Objective:
         """Whether the backbone is a decoder, which reads from left to right."""
         return self.backbone.architecture is Architecture.decoder
 
-    def _check_lengths(self) -> None:
-        """Lowers benchmark.max_length to what the model can read; raises ModelError if the user has set it."""
+    def _fit_length(self, benchmark: Benchmark) -> Benchmark:
+        """The benchmark with max_length lowered to what the model can read.
+
+        Raises ModelError if the user has set it, or if no position is left for a text.
+        """
         config = config_of(self.adapters.model)
         if len(self.tokenizer) > config.vocab_size:
             raise ModelError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model's embedding only {config.vocab_size}"
             )
-        longest, benchmark = longest_input(self.adapters), self.benchmark
+        longest = longest_input(self.adapters)
         if longest is None:
-            return
+            return benchmark
         max_length, reserved = benchmark.max_length, benchmark.reserved_positions
-        answer = self.max_input_length() - max_length
+        answer = self.max_input_length(benchmark) - max_length
         room = longest - answer - reserved
         plus = f" and an answer of {answer}" if answer else ""
         plus += f" and {reserved} prompt vectors" if reserved else ""
@@ -151,13 +155,14 @@ class Objective:
             raise ModelError(f"benchmark.max_length={max_length}{plus}, but {reads}")
         if room < 1:
             raise ModelError(f"{plus.removeprefix(' and ')} leave no room for a text: {reads}")
-        if max_length > room:
-            log.warning("benchmark.max_length is lowered from %d to %d%s: %s", max_length, room, plus, reads)
-            benchmark.max_length = room
+        if max_length <= room:
+            return benchmark
+        log.warning("benchmark.max_length is lowered from %d to %d%s: %s", max_length, room, plus, reads)
+        return replace(benchmark, max_length=room)
 
-    def max_input_length(self) -> int:
+    def max_input_length(self, benchmark: Benchmark) -> int:
         """Tokens of the longest input that the benchmark's settings allow."""
-        return self.benchmark.max_length
+        return benchmark.max_length
 
     @classmethod
     def check(cls, backbone: Backbone, peft: str, evaluation: EvaluationOptions) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -38,9 +39,10 @@ class LanguageModeling(Objective):
     generates = True
 
     def set_up(self) -> None:
+        if not self.causal:
+            tasks = [replace(task, metric="pseudo_perplexity") for task in self.benchmark.tasks]
+            self.benchmark = replace(self.benchmark, tasks=tasks)
         benchmark, backbone = self.benchmark, self.backbone
-        for task in benchmark.tasks if not self.causal else ():
-            task.metric = "pseudo_perplexity"
         self.rank_windows: Windows | None = None  # contexts of key terms (evaluation.rank_prompts)
         if self.tokenizer.mask_token_id is None and not self.causal:
             raise ModelError(f"model {backbone.name} has no mask token, so it cannot be trained as a masked one")

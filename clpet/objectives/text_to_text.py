@@ -72,9 +72,9 @@ class TextToText(Objective):
                 "peft=prompt does not support a decoder that writes answers: set peft=prefix or method=l2p"
             )
 
-    def max_input_length(self) -> int:
-        answer = max(self.benchmark.max_target, self.evaluation.max_new_tokens or 0)
-        return self.benchmark.max_length + (answer if self.causal else 0)
+    def max_input_length(self, benchmark: Benchmark) -> int:
+        answer = max(benchmark.max_target, self.evaluation.max_new_tokens or 0)
+        return benchmark.max_length + (answer if self.causal else 0)
 
     @classmethod
     def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:

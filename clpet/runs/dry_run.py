@@ -6,23 +6,20 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 
-from clpet.config.schema import Config
 from clpet.data.benchmark import Benchmark
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, parameter_ratio
 from clpet.models.protocols import config_of
-from clpet.objectives import load
 from clpet.objectives.cost_meter import peak_memory_mb
 from clpet.replay.exemplar_selection import random_features
 from clpet.reporting.tables import say
-from clpet.session import Parts
-from clpet.training.trainer import Trainer
+from clpet.session import Components, Session
 
 
-def dry_run(console: Console, config: Config, method: Method, benchmark: Benchmark, trainer: Trainer) -> None:
+def dry_run(console: Console, session: Session) -> None:
     """Prints the tasks, one encoded example, the device and the steps per task; then does one step and measures it."""
-    objective = method.objective
-    _print_tasks(console, benchmark)
+    config, method, objective = session.config, session.method, session.method.objective
+    _print_tasks(console, session.benchmark)
     _print_example(console, method)
     say(console, f"device   {objective.device}, {str(objective.dtype).removeprefix('torch.')}")
     say(console, f"measured on {config.evaluation.split.value}")
@@ -30,10 +27,9 @@ def dry_run(console: Console, config: Config, method: Method, benchmark: Benchma
     say(console, f"dropout  {', '.join(rates) or 'none'} (in the model's own layers, while training)")
     say(console, f"steps    {steps_per_task(method, config.train.epochs_of)}")
     index, task = method.curriculum()[0]
-    trainer.dry_run = True  # stops every fit after its first step
     start = time.perf_counter()
-    trainer.begin_task(index)
-    method.learn(task, index, trainer)
+    session.trainer.begin_task(index)
+    method.learn(task, index, session.trainer)  # every fit ends after its first step
     seconds = time.perf_counter() - start
     say(console, _ratio(method.trainable_parameters(), objective.adapters.base_parameters))
     step = f"one step of {config.train.global_batch_size} examples: {seconds:.2f} s"
@@ -56,11 +52,11 @@ def _print_example(console: Console, method: Method) -> None:
     say(console, objective.describe(pool, row))
 
 
-def count_parameters(console: Console, parts: Parts, benchmark: Benchmark, reason: str) -> None:
+def count_parameters(console: Console, components: Components, benchmark: Benchmark, reason: str) -> None:
     """Prints `reason`, why the weights cannot be loaded, and parameter counts from the model's config alone."""
-    generates = load(parts["benchmark"].objective.value).generates
+    backbone, generates = components.backbone, components.objective.generates
     with torch.device("meta"):  # shapes without memory: a model of any size fits
-        adapters = Adapters(parts["model"].skeleton(generates), parts["model"], parts["peft"], generates)
+        adapters = Adapters(backbone.skeleton(generates), backbone, components.peft, generates)
         adapters.add("default", 0)
     num_labels, base_parameters = len(benchmark.labels), adapters.base_parameters
     adapter_parameters = adapters.count("default")

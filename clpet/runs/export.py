@@ -1,6 +1,7 @@
 """`clpet export`: writes the trained weights into a folder that transformers and peft load without clpet."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from clpet import __version__
@@ -16,9 +17,12 @@ TRAINED_ONLY = "the trained parameters without the backbone"
 NOT_MERGEABLE = ("prompt", "prefix", "frozen")  # options of peft that leave the model's weights unchanged
 
 
-def check(record: RunRecord, folder: Path, merge: bool) -> None:
-    """Raises ConfigError for an export that cannot be written, before anything is loaded."""
-    peft, model = record.config.peft["name"], record.parts["model"]
+def prepare(record: RunRecord, folder: Path, merge: bool) -> RunRecord:
+    """The record as the export loads it: adapters are merged into the published weights, not into quantized ones.
+
+    Raises ConfigError for an export that cannot be written, before anything is loaded.
+    """
+    peft, model = record.config.peft["name"], record.components.backbone
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} already exists and is not an empty folder: give the name of a new one")
     if merge and not record.method.mergeable:
@@ -37,8 +41,10 @@ def check(record: RunRecord, folder: Path, merge: bool) -> None:
         raise ConfigError(
             f"model {record.config.model['name']} has random weights, so its adapters are useless alone: add --merge"
         )
-    if merge:  # adapters are merged into the published weights, not into quantized ones
-        record.parts["hardware"].quantization = Quantization.none
+    if not merge:
+        return record
+    hardware = replace(record.components.hardware, quantization=Quantization.none)
+    return replace(record, components=replace(record.components, hardware=hardware))
 
 
 def write(run: LoadedRun, folder: Path, merge: bool) -> str:
@@ -62,7 +68,7 @@ def write(run: LoadedRun, folder: Path, merge: bool) -> str:
 
 def describe(run: LoadedRun, contents: str, peft_adapters: bool) -> dict[str, object]:
     """clpet.json: the contents of the exported folder and the call that loads it."""
-    objective, backbone = run.method.objective, run.record.parts["model"]
+    objective, backbone = run.method.objective, run.record.components.backbone
     auto_class = backbone._class(objective.generates).__name__
     base = backbone.hub or backbone.path or backbone.package
     load = f"transformers.{auto_class}.from_pretrained(FOLDER)"

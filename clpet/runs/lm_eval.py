@@ -39,7 +39,7 @@ def check(record: RunRecord) -> None:
     """Raises ConfigError if the harness cannot evaluate the model of this run, before anything is loaded."""
     if record.objective == "classification":
         raise ConfigError("--downstream needs a model that generates text; the objective of this run is classification")
-    if record.parts["model"].architecture is Architecture.encoder:
+    if record.components.backbone.architecture is Architecture.encoder:
         raise ConfigError(
             f"--downstream needs a decoder or an encoder-decoder; model {record.config.model['name']} is an encoder"
         )
@@ -85,7 +85,7 @@ def measure(run: LoadedRun, tasks: Harness, limit: int | None) -> Harness:
     tokenizer, model = objective.tokenizer, objective.adapters.model
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token  # also ends an answer in the text_to_text objective
-    decoder = run.record.parts["model"].architecture is Architecture.decoder
+    decoder = run.record.components.backbone.architecture is Architecture.decoder
     # Such a tokenizer appends an end token, which would separate a question from its answer.
     appends_eos = decoder and special_tokens(tokenizer)[1]
     objective.adapters.train_mode(False)

@@ -8,14 +8,13 @@ and weights are loaded from safetensors, never from pickle.
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from clpet.base_model import prepare
 from clpet.config.build import find_class, option_names, parse_config
 from clpet.config.renamed import translate_keys
 from clpet.config.schema import OBJECT_GROUPS, Config
@@ -35,7 +34,8 @@ from clpet.runs.tracking_options import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
 from clpet.runtime.untrusted_json import Schema, as_data_error, check_schema, read_json, read_results
-from clpet.session import Parts, assemble, load_objective, set_up_method
+from clpet.session import Components, Session
+from clpet.training.trainer import NoProgress
 
 log = logging.getLogger(__name__)
 # The class that each group's `_target_` must be, or inherit from.
@@ -54,13 +54,17 @@ class RunRecord:
     out: Path
     config: Config
     run_json: dict[str, Any]
-    parts: Parts  # group -> object, as `assemble` returns them
-    method: Method
+    components: Components
+
+    @property
+    def method(self) -> Method:
+        """The method; not set up before `load_run`."""
+        return self.components.method
 
     @property
     def objective(self) -> str:
         """Name of the training objective."""
-        return self.parts["benchmark"].objective.value
+        return self.components.objective.name
 
 
 @dataclass
@@ -68,15 +72,24 @@ class LoadedRun:
     """A method with its weights after `row` tasks, the benchmark, and the scores that were recorded in that row."""
 
     record: RunRecord
-    benchmark: Benchmark
-    data: Encoded
+    session: Session
     row: int
     scores: list[float | None]  # one per task; None where not measured
 
     @property
+    def benchmark(self) -> Benchmark:
+        """The benchmark."""
+        return self.session.benchmark
+
+    @property
+    def data(self) -> Encoded:
+        """The tokenised splits of the benchmark."""
+        return self.session.data
+
+    @property
     def method(self) -> Method:
         """The method, with its weights loaded."""
-        return self.record.method
+        return self.session.method
 
     @property
     def split(self) -> str:
@@ -118,8 +131,8 @@ def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False)
             target = str(getattr(config, group)["_target_"])
             if not issubclass(find_class(target, group), base):
                 raise ConfigError(f"{group}._target_ names {target}, which is not a {base.__name__}")
-        method, parts = assemble(config)
-    return RunRecord(out, config, run_json, parts, method)
+        components = Components.build(config)
+    return RunRecord(out, config, run_json, components)
 
 
 def check_config(node: Json, plugins: bool, where: str) -> None:
@@ -160,8 +173,8 @@ def is_relative_name(name: str) -> bool:
 
 def load_run(record: RunRecord, after: int | None = None) -> LoadedRun:
     """Loads the data, the backbone and the weights after `after` tasks (None: the newest). Raises DataError."""
-    config, parts, method = record.config, record.parts, record.method
-    benchmark: Benchmark = parts["benchmark"].load(config.data_dir)
+    config, components, method = record.config, record.components, record.method
+    benchmark: Benchmark = components.source.load(config.data_dir)
     for note in benchmark.report.notes():
         log.warning(note)
     now, before = benchmark.fingerprint(), record.run_json["data"]["fingerprint"]
@@ -171,25 +184,26 @@ def load_run(record: RunRecord, after: int | None = None) -> LoadedRun:
             "give their folder with --here data_dir=FOLDER"
         )
     with as_data_error(f"{record.out} cannot be loaded"), enough_memory(lambda: "the model of this run"):
-        method.check_benchmark(benchmark)
-        if benchmark.base is not None and parts["model"].random_weights:
+        benchmark = components.settle(benchmark)
+        if benchmark.base is not None:
             cache = Path(config.cache_dir or record.out.parent / ".cache")
-            prepare(parts["model"], benchmark, parts["hardware"], cache, record.out, Display(Console(stderr=True), 0))
+            display = Display(Console(stderr=True), 0)
+            components = components.with_base_model(benchmark, cache, record.out, display)
+            record = replace(record, components=components)
         check_inputs(record)
-        objective, data = load_objective(config, parts, benchmark)
-        set_up_method(config, method, parts, objective, benchmark, data)
+        session = Session.assemble(components, benchmark, NoProgress())
         row, folder = find_weights(record, after)
         if folder:
             state = read_weights(folder)
             if folder.name == "state":  # a snapshot: its model or adapters are in files next to the state
-                objective.adapters.load_saved(folder.parent)
+                method.objective.adapters.load_saved(folder.parent)
             method.load_state_dict(state)
-        return LoadedRun(record, benchmark, data, row, recorded_scores(record.out, row, len(benchmark)))
+        return LoadedRun(record, session, row, recorded_scores(record.out, row, len(benchmark)))
 
 
 def check_inputs(record: RunRecord) -> None:
     """Raises DataError if the run read other weights than are there now; changed plugin code only gives a warning."""
-    current = inputs(record.config, record.parts["model"], record.method)
+    current = inputs(record.config, record.components.backbone, record.method)
     for name, before in record.run_json.get("inputs", {}).items():
         if (now := current.get(name, before)) == before:
             continue

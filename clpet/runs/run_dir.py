@@ -19,7 +19,7 @@ from clpet.methods.base import Method
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, tolist
 from clpet.models.adapters import parameter_ratio
-from clpet.records import Cost, Description, Headline, PerplexityTransfer, Results
+from clpet.records import Cost, DataRecord, Description, Headline, PerplexityTransfer, Results
 from clpet.runs.provenance import git_revision, hub_data, versions
 from clpet.runtime.atomic_io import replace_folder, write_text
 from clpet.runtime.distributed import get_world
@@ -75,6 +75,7 @@ def start(
     overrides: list[str],
     identity: dict[str, str],
     benchmark: Benchmark,
+    data: DataRecord,
     host: dict[str, str | int],
     resumes: bool = False,
 ) -> None:
@@ -85,7 +86,7 @@ def start(
         **_description(cfg, overrides, identity, benchmark),
         "host": host,
         "config": OmegaConf.to_container(cfg, resolve=True),
-        "data": benchmark.data_record,
+        "data": data,
     }
     write_text(out / "run.json", json.dumps(record, indent=1))
 
@@ -108,6 +109,7 @@ def collect(
     identity: dict[str, str],
     method: Method,
     benchmark: Benchmark,
+    data: DataRecord,
     state: RunState,
 ) -> Results:
     """Writes adapters, heads and transfer.csv; returns the contents of results.json, which `finish` writes."""
@@ -136,7 +138,7 @@ def collect(
         "parameters": parameter_ratio(method.trainable_parameters(), method.objective.adapters.base_parameters),
         "dropout": method.objective.adapters.dropout(),
         "cost": state.costs,
-        "data": benchmark.data_record,
+        "data": data,
     }
 
 

@@ -11,22 +11,27 @@ from clpet.objectives.cost_meter import peak_memory_mb
 from clpet.records import StepLine
 from clpet.training.step import StepContext
 
+Write = Callable[[Sequence[StepLine]], None]
 FLUSH_SECONDS = 5.0  # most seconds that a line waits on the device
 
 
 class StepLog:
     """Passes lines about steps to `write`: of every `every`-th step of a run, and of the last step of every fit.
 
-    With `every` = 0 nothing is recorded. Losses and gradient norms stay on the device until several lines are written
-    together, since reading a value at every step would make the CPU wait for the GPU.
+    With `every` = 0, or without `write`, nothing is recorded. Losses and gradient norms stay on the device until
+    several lines are written together, since reading a value at every step would make the CPU wait for the GPU.
     """
 
-    def __init__(self, every: int = 0, write: Callable[[Sequence[StepLine]], None] = lambda lines: None) -> None:
+    def __init__(self, every: int = 0, write: Write | None = None) -> None:
         self.every, self.write = every, write
         self.pending: list[StepLine] = []
         self.values: list[Tensor] = []  # [2] loss and gradient norm of the pending lines that have them
         self.flushed_at = time.perf_counter()
         self.start_task(1, "", 0)
+
+    def subscribe(self, write: Write) -> None:
+        """Starts recording; `write` gets the lines."""
+        self.write = write
 
     def start_task(self, position: int, name: str, steps_before: int) -> None:
         """Starts task `position`, counted from 1, after `steps_before` steps of earlier tasks."""
@@ -43,7 +48,7 @@ class StepLog:
 
     def step(self, context: StepContext, lr: float, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         """Records a step before its update; the gradients of `parameters` are complete and not clipped yet."""
-        if not self.every:
+        if not (self.every and self.write):
             return
         self.done += 1
         self.examples += len(context.rows)
@@ -64,14 +69,14 @@ class StepLog:
 
     def validated(self, epoch: int, score: float) -> None:
         """Records the score on validation after an epoch, counted from 1."""
-        if self.every:
+        if self.every and self.write:
             self.pending.append({**self._line(epoch), "validation": score})
             self.flush()
             self._start_window()  # the time of the validation does not count
 
     def flush(self) -> None:
         """Reads the pending values from the device, all at once, and writes the pending lines."""
-        if not self.pending:
+        if not (self.pending and self.write):
             return
         values = iter(torch.stack(self.values).tolist() if self.values else ())
         for line in self.pending:

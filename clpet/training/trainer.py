@@ -45,8 +45,20 @@ class Progress(Protocol):
         """An epoch has its validation score."""
 
 
+class NoProgress:
+    """A receiver that shows nothing."""
+
+    def fit(self, stage: str, epochs: int, steps: int) -> None: ...
+    def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None: ...
+    def resumed(self, steps: int, examples: int) -> None: ...
+    def validated(self, epoch: int, score: float) -> None: ...
+
+
 class Trainer:
-    """Trains parameters on the batches of a plan. Every fit has a new optimiser, which may inherit moments."""
+    """Trains parameters on the batches of a plan. Every fit has a new optimiser, which may inherit moments.
+
+    With `dry_run` a fit is one backward pass without an update.
+    """
 
     def __init__(
         self,
@@ -55,13 +67,13 @@ class Trainer:
         objective: Objective,
         progress: Progress,
         seed: int,
+        checkpointer: FitCheckpointer | None = None,
+        dry_run: bool = False,
     ) -> None:
         self.settings, self.hardware, self.objective = settings, hardware, objective
-        self.progress, self.seed = progress, seed
+        self.progress, self.seed, self.dry_run = progress, seed, dry_run
+        self.checkpointer, self.step_log = checkpointer or FitCheckpointer(), StepLog(settings.log_every)
         self.task, self.last = 0, False
-        self.dry_run = False  # True: a fit is one backward pass without an update
-        self.checkpointer = FitCheckpointer()
-        self.step_log = StepLog()
         # {stage: {"steps", "warmup": sums over earlier fits, "moments": of the last fit, where they are carried over}}
         self.stage_history: dict[str, dict[str, Any]] = {}
 

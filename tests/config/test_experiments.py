@@ -14,7 +14,7 @@ from clpet.config.schema import Config, Training
 from clpet.errors import ConfigError
 from clpet.replay.batch_plan import copies_for_equal_compute
 from clpet.runs.dry_run import steps_per_task
-from clpet.session import assemble
+from clpet.session import Components
 from tests.config import assert_none
 
 OVERLAYS = options("experiment")
@@ -55,7 +55,7 @@ COPIES = {
 def overlay(name: str) -> Config:
     """The configuration of an overlay, its parts built and checked against each other."""
     config = parse_config(compose_config([f"experiment={name}"]))
-    assemble(config)
+    Components.build(config)
     return config
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,9 +141,9 @@ def test_the_default_length_is_lowered_to_the_maximum_of_the_model(make, caplog:
         run = make("method=sequential", "benchmark.max_length=600")
     assert run.benchmark.max_length == 512
     assert "lowered from 600 to 512: this model reads at most 512 tokens" in caplog.text
-    run.benchmark.max_length, run.benchmark.length_set = 600, True
+    benchmark = replace(run.benchmark, max_length=600, length_set=True)
     with pytest.raises(ModelError, match=r"max_length=600, but this model reads at most 512 tokens"):
-        run.method.objective._check_lengths()
+        run.method.objective._fit_length(benchmark)
 
 
 def test_a_tokenizer_without_special_tokens_works(clpet, words: Path, tmp_path: Path) -> None:

@@ -116,8 +116,11 @@ def test_a_base_model_is_trained_again_if_damaged_or_of_another_precision(
         )
         model, hardware = build(config.model, "model"), build(config.hardware, "hardware")
         benchmark = build(config.benchmark, "benchmark").load(config.data_dir)
-        base_model.prepare(model, benchmark, hardware, tmp_path, tmp_path, Display(Console(quiet=True), 0))
-        return Path(model.path)
+        display = Display(Console(quiet=True), 0)
+        prepared = base_model.prepare(model, benchmark, hardware, tmp_path, tmp_path, display)
+        assert model.path is None
+        assert not prepared.random_weights
+        return Path(prepared.path)
 
     first = prepared("fp32")
     assert prepared("fp32") == first

@@ -42,10 +42,8 @@ def domains(length: int = 12, document_mask: bool = False, base: bool = False) -
     for name, texts in TEXTS.items():
         splits = [[Example(text) for text in texts] * copies for copies in (4, 1, 1)]
         tasks.append(Task(name, *splits, metric="perplexity"))
-    benchmark = Benchmark("made_up", tasks, max_length=length)
-    benchmark.document_mask = document_mask
-    benchmark.base = tasks[0] if base else None
-    return benchmark
+    base_task = tasks[0] if base else None
+    return Benchmark("made_up", tasks, max_length=length, document_mask=document_mask, base=base_task)
 
 
 def make_objective(

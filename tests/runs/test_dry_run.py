@@ -42,8 +42,7 @@ def test_announced_steps_equal_those_of_the_run(method: str, options: list[str],
 @pytest.mark.parametrize(("method", "options"), STAGED, ids=str)
 def test_a_dry_run_is_one_step(method: str, options: list[str], make) -> None:
     """No method sends more than the first batch through the network, before or after its backward pass."""
-    run = make(f"method={method}", *options)
-    run.trainer.dry_run = True
+    run = make(f"method={method}", *options, "dry_run=true")
     index, task = run.method.curriculum()[0]
     run.trainer.begin_task(index)
     run.method.learn(task, index, run.trainer)

@@ -188,8 +188,8 @@ def test_invalid_json_is_refused(text: str, clpet, run: Path) -> None:
 
 def test_remote_code_is_off_unless_plugins_are_allowed(run: Path) -> None:
     edit(run, put("config", "model", "trust_remote_code", value=True))
-    assert read_record(run).parts["model"].trust_remote_code is False
-    assert read_record(run, plugins=True).parts["model"].trust_remote_code is True
+    assert read_record(run).components.backbone.trust_remote_code is False
+    assert read_record(run, plugins=True).components.backbone.trust_remote_code is True
 
 
 def test_own_classes_need_allow_plugins(clpet, run: Path, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from clpet.cli.launch import RankError, start_ranks
 from clpet.evaluation.evaluator import Evaluator
 from clpet.runtime.distributed import init_distributed, to_cpu
 from clpet.runtime.signals import EXIT_TEMPFAIL
-from tests.conftest import Silent, domain_args, methods_of, set_up, tiny_args
+from clpet.training.trainer import NoProgress
+from tests.conftest import domain_args, methods_of, set_up, tiny_args
 
 CASES: dict[str, list[str]] = {
     **{name: [f"method={name}"] for name in methods_of("classification")},
@@ -48,7 +49,7 @@ def overrides_of(name: str, words: Path, prose: Path) -> list[str]:
     return [*args, *SHORT[: 4 if name == "language_modeling" else 3], *CASES[name]]
 
 
-class Losses(Silent):
+class Losses(NoProgress):
     """Records the running mean of the loss after every step."""
 
     def __init__(self) -> None:

@@ -118,14 +118,15 @@ class Source:
         """The splits of every task, in listed order."""
         raise DataError(f"the source {type(self).__name__} does not implement read()")
 
-    def resolve_softmax(self, mixes_tasks: bool) -> None:
-        """Replaces softmax=auto: `seen` for a method whose batches mix tasks, else `task`.
+    def per_task_softmax(self, mixes_tasks: bool) -> bool:
+        """Whether the softmax is over each task's labels. `auto`: not for a method whose batches mix tasks.
 
         With `seen`, a method without replay would forget because of its softmax alone: every step on a new task lowers
         the logits of all old labels, whatever the method protects.
         """
         if self.softmax is Softmax.auto:
-            self.softmax = Softmax.seen if mixes_tasks or self.objective is not Kind.classification else Softmax.task
+            return self.objective is Kind.classification and not mixes_tasks
+        return self.softmax is Softmax.task
 
     @property
     def answers(self) -> bool:
@@ -163,10 +164,10 @@ class Source:
             self.report.drop("in tasks that are not learned", sum(map(len, splits[name].values())))
         tasks = [self._task(name, splits[name]) for name in names]
         template = self.prompt.rstrip() if self.answers else self.template
-        benchmark = Benchmark(self.name, tasks, template, self.max_length, self.max_target if self.answers else 0)
-        benchmark.truncate = self.truncate
-        benchmark.per_task_softmax = self.softmax is Softmax.task
-        benchmark.report = self.report
+        max_target = self.max_target if self.answers else 0
+        benchmark = Benchmark(
+            self.name, tasks, template, self.max_length, max_target, self.truncate, report=self.report
+        )
         benchmark.check()
         return benchmark
 

@@ -103,10 +103,18 @@ class Domains(Source):
             raise DataError(f"benchmark {self.name} has no domains left")
         trains = {name: full[name]["train"] for name in tasks}
         order = self._ordering(trains, self._reference(full, available, folder))
-        benchmark = Benchmark(self.name, [tasks[name] for name in order["names"]], max_length=self.max_length)
-        benchmark.groups = self._groups(available, list(order["names"]))
-        benchmark.base, benchmark.order, benchmark.report = base, order, self.report
-        benchmark.add_bos, benchmark.document_mask, benchmark.stream = self.add_bos, self.document_mask, self.stream
+        benchmark = Benchmark(
+            self.name,
+            [tasks[name] for name in order["names"]],
+            max_length=self.max_length,
+            groups=self._groups(available, list(order["names"])),
+            base=base,
+            order=order,
+            report=self.report,
+            add_bos=self.add_bos,
+            document_mask=self.document_mask,
+            stream=self.stream,
+        )
         benchmark.check()
         return benchmark
 
