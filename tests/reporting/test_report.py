@@ -220,7 +220,7 @@ def test_runs_of_plain_text_get_their_curves(clpet) -> None:
               pretraining={"groups": {}})  # fmt: skip
     report = build_report("runs", find_runs(Path("outputs")), ["method"], [])
     chart = next(chart for chart in report.sections[0].charts if chart.title == "Transfer by distance")
-    assert [(point["x"], point["y"]) for point in chart.spec["data"]["values"]] == [(-1, 1.0), (0, 0.8), (1, 0.9)]
+    assert [(point["x"], point["y"]) for point in chart.points] == [(-1, 1.0), (0, 0.8), (1, 0.9)]
 
 
 def test_reports_import_no_torch() -> None:

@@ -14,7 +14,6 @@ from clpet.reporting.run_metrics import MeanStd, matrix_of, mean_and_std, pretra
 
 Spec = dict[str, Json]
 Point = dict[str, Json]
-ROW: Json = {"field": "row", "type": "nominal", "title": None, "sort": None}  # the order of the table
 FADED = 0.12  # opacity of what is not selected in the legend
 
 
@@ -24,33 +23,38 @@ class Chart:
 
     title: str
     caption: str
+    points: list[Point]
     spec: Spec
 
 
 def charts(section: Section) -> list[Chart]:
     """The charts of a section; those without any value are left out."""
     unit = section.metric if section.lower else "average in %"
+    names = [row.name for row in section.rows]
+    seen, losses, costs = seen_averages(section), loss_points(section), cost_points(section)
     result = [
         Chart(
             f"{'Perplexity' if section.lower else 'Average'} after each task",
             "Mean over the tasks seen so far; the band is the standard deviation over seeds.",
-            lines(seen_averages(section), "tasks learned", unit),
+            seen,
+            lines(seen, "tasks learned", unit, names),
         )
     ]
     if section.lower:
-        title = "Transfer by distance"
+        points = transfer_points(section)
         caption = "Perplexity over zero-shot; left: domains still to come, right: domains learned since."
-        axis = "domains learned since the tested one"
-        result.append(Chart(title, caption, lines(transfer_points(section), axis, "perplexity / zero-shot")))
+        spec = lines(points, "domains learned since the tested one", "perplexity / zero-shot", names)
+        result.append(Chart("Transfer by distance", caption, points, spec))
     else:
         points = metric_points(section, "learning_accuracy", "forgetting")
         caption = "Best is the lower right corner: tasks are learned well and stay known."
-        result.append(Chart("Learning and forgetting", caption, dots(points, "learning accuracy", "forgetting")))
+        spec = dots(points, "learning accuracy", "forgetting", names)
+        result.append(Chart("Learning and forgetting", caption, points, spec))
     caption = "Seconds of training over all tasks; bars are standard deviations over seeds."
-    result.append(Chart("Cost and score", caption, dots(cost_points(section), "training seconds", unit)))
-    losses = loss_points(section)
-    result.append(Chart("Training loss", "One line per seed, averaged over neighbouring steps.", loss_lines(losses)))
-    return [chart for chart in result if chart.spec["data"] != {"values": []}]
+    result.append(Chart("Cost and score", caption, costs, dots(costs, "training seconds", unit, names)))
+    caption = "One line per seed, averaged over neighbouring steps."
+    result.append(Chart("Training loss", caption, losses, loss_lines(losses, names)))
+    return [chart for chart in result if chart.points]
 
 
 def _mean_point(row: Row, x: float, value: MeanStd, **others: Json) -> Point:
@@ -128,13 +132,12 @@ def loss_points(section: Section) -> list[Point]:
     ]
 
 
-def lines(points: Sequence[Point], x: str, y: str) -> Spec:
+def lines(points: Sequence[Point], x: str, y: str, names: Sequence[str]) -> Spec:
     """A line per row with a band from `low` to `high`. The legend selects rows."""
     tooltip = [("row", "row"), ("x", x), ("after", "after"), ("y", y), ("low", "low"), ("high", "high")]
     steps: Json = {"zero": False, "nice": False, "padding": 12}  # whole numbers: the axis ends where the lines do
     encoding = {
         "x": {**_axis("x", x, {"tickMinStep": 1, "format": "d"}), "scale": steps},
-        "color": {**_dict(ROW), "legend": {}},
     }
     value = _axis("y", y)
     band: Json = {
@@ -149,15 +152,15 @@ def lines(points: Sequence[Point], x: str, y: str) -> Spec:
     return {"data": {"values": list(points)}, "encoding": encoding, "layer": [line, band], **SIZE}
 
 
-def dots(points: Sequence[Point], x: str, y: str) -> Spec:
+def dots(points: Sequence[Point], x: str, y: str, names: Sequence[str]) -> Spec:
     """A dot per row with bars of one standard deviation to all four sides."""
     across, up = _axis("x", x), _axis("y", y)
-    encoding: Json = {"color": {**_dict(ROW), "legend": {}}, "opacity": _picked(1, FADED)}
+    encoding: Json = {"color": _colour(points, names), "opacity": _picked(1, FADED)}
     tooltip = _tooltip([("row", "row"), ("x", x), ("y", y), ("seeds", "seeds")])
     dot: Json = {
         "params": [LEGEND],
         "mark": {"type": "point", "filled": True, "size": 90},
-        "encoding": {"x": across, "y": up, "shape": {**_dict(ROW), "legend": None}, "tooltip": tooltip},
+        "encoding": {"x": across, "y": up, "tooltip": tooltip},
     }
     bars: list[Json] = [
         {"mark": "rule", "encoding": {"x": {**across, "field": "left"}, "x2": {"field": "right"}, "y": up}},
@@ -166,12 +169,12 @@ def dots(points: Sequence[Point], x: str, y: str) -> Spec:
     return {"data": {"values": list(points)}, "encoding": encoding, "layer": [dot, *bars], **SIZE}
 
 
-def loss_lines(points: Sequence[Point]) -> Spec:
+def loss_lines(points: Sequence[Point], names: Sequence[str]) -> Spec:
     """A thin line per run, coloured by row."""
     encoding: Json = {
         "x": _axis("x", "step"),
         "y": _axis("y", "loss"),
-        "color": {**_dict(ROW), "legend": {}},
+        "color": _colour(points, names),
         "detail": [{"field": "seed"}, {"field": "stage"}],
         "opacity": _picked(0.7, 0.05),
         "tooltip": _tooltip(
@@ -186,6 +189,13 @@ SIZE: Mapping[str, Json] = {"width": "container", "height": 260}
 LEGEND: Json = {"name": "rows", "select": {"type": "point", "fields": ["row"]}, "bind": "legend"}
 
 
+def _colour(points: Sequence[Point], names: Sequence[str]) -> Json:
+    """The colour of each of the rows `names`, the same in every chart; the legend has those with points."""
+    drawn = {point["row"] for point in points}
+    legend: Json = {"values": [name for name in names if name in drawn]}
+    return {"field": "row", "type": "nominal", "title": None, "scale": {"domain": list(names)}, "legend": legend}
+
+
 def _picked(value: float, otherwise: float) -> Json:
     return {"condition": {"param": "rows", "value": value}, "value": otherwise}
 
@@ -197,8 +207,3 @@ def _axis(field: str, title: str, axis: Mapping[str, Json] | None = None) -> dic
 
 def _tooltip(fields: Sequence[tuple[str, str]]) -> Json:
     return [{"field": field, "title": title} for field, title in fields]
-
-
-def _dict(value: Json) -> dict[str, Json]:
-    assert isinstance(value, dict)
-    return value

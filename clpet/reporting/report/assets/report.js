@@ -81,7 +81,7 @@ function drawCharts(section) {
     if (place.dataset.drawn) continue;
     place.dataset.drawn = "yes";
     const spec = JSON.parse(figure.querySelector(".spec").textContent);
-    const rows = [...new Set(spec.data.values.map((point) => point.row))];
+    const rows = spec.encoding.color.scale.domain;
     const widest = 40 + 7 * Math.min(24, Math.max(...rows.map((row) => row.length)));
     const columns = Math.max(1, Math.floor((place.clientWidth - 60) / widest));
     const font = getComputedStyle(document.body).fontFamily;
