@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import vl_convert
 from sklearn.metrics import f1_score
 
 from clpet.reporting.report.answers import Answer, label_counts, macro_f1, mistakes
@@ -113,6 +114,17 @@ def test_the_band_over_seeds_by_hand(clpet) -> None:
     assert last["x"] == 2
     assert last["y"] == pytest.approx(np.mean(values), rel=1e-5)
     assert last["high"] == pytest.approx(np.mean(values) + np.std(values, ddof=1), rel=1e-5)
+
+
+def test_the_chart_library_accepts_every_chart_and_a_row_has_one_colour_in_all(clpet) -> None:
+    write_runs()
+    report = build_report("runs", find_runs(Path("outputs")), ["method"], [])
+    charts = report.sections[0].charts
+    assert [chart.title for chart in charts] == ["Average after each task", "Cost and score", "Training loss"]
+    for chart in charts:
+        assert chart.spec["encoding"]["color"]["scale"] == {"domain": ["ewc", "kif"]}
+        compiled = vl_convert.vegalite_to_vega(chart.spec)
+        assert {"name": "color", "type": "ordinal", "domain": ["ewc", "kif"], "range": "category"} in compiled["scales"]
 
 
 def test_the_page_holds_every_part_and_escapes_what_comes_from_data(clpet) -> None:

@@ -136,9 +136,8 @@ def lines(points: Sequence[Point], x: str, y: str, names: Sequence[str]) -> Spec
     """A line per row with a band from `low` to `high`. The legend selects rows."""
     tooltip = [("row", "row"), ("x", x), ("after", "after"), ("y", y), ("low", "low"), ("high", "high")]
     steps: Json = {"zero": False, "nice": False, "padding": 12}  # whole numbers: the axis ends where the lines do
-    encoding = {
-        "x": {**_axis("x", x, {"tickMinStep": 1, "format": "d"}), "scale": steps},
-    }
+    across: Json = {**_axis("x", x, {"tickMinStep": 1, "format": "d"}), "scale": steps}
+    encoding: Json = {"x": across, "color": _colour(points, names)}
     value = _axis("y", y)
     band: Json = {
         "mark": {"type": "area", "opacity": 0.15},
