@@ -1,6 +1,7 @@
 """clpet: continual learning of language models, one command or one function call per experiment.
 
-The Python API, in docs/api.md: `train`, `Run`, `load`, `Model`, `compare` and `ClpetError`.
+The Python API, in docs/api.md: `train`, `load`, `compare`, `session`, and the classes `Run`, `Model`,
+`Session` and `ClpetError`.
 """
 
 import importlib
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from clpet.api.model import load as load
     from clpet.api.run import Run as Run
     from clpet.api.run import train as train
+    from clpet.api.session import Session as Session
+    from clpet.api.session import session as session
     from clpet.errors import ClpetError as ClpetError
 
 __version__ = "0.2.0"
@@ -31,6 +34,8 @@ API = {
     "load": "clpet.api.model",
     "Model": "clpet.api.model",
     "compare": "clpet.api.comparison",
+    "session": "clpet.api.session",
+    "Session": "clpet.api.session",
     "ClpetError": "clpet.errors",
 }  # {name: the module that is imported when the name is used}
 

@@ -31,8 +31,8 @@ from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
 from clpet.runtime.signals import GracefulShutdown
 from clpet.runtime.untrusted_json import as_data_error
-from clpet.session import Components, Session
 from clpet.training.trainer import quiet_libraries
+from clpet.wiring import Components, Session
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | No
     Returns its transfer matrix, None after a dry run. `overrides` are the words of the command line, for the record.
     """
     config = parse_config(cfg)
-    console = Console(quiet=not get_world().is_main)
+    console = Console(quiet=not get_world().is_main, force_jupyter=False)  # its output in a notebook is plain text
     if not (config.fresh or config.dry_run) and (results := run_dir.finished_results(out)):
         return show_existing(console, config, out, results)
     components = Components.build(config)

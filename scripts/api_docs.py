@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 import clpet
+from clpet.api.model import TextModel
 from clpet.metrics.transfer_matrix import TransferMatrix
 
-NOT_CALLED = ("clpet.Model", "clpet.ClpetError", "TransferMatrix")  # classes that no user constructs
+NOT_CALLED = ("clpet.Model", "clpet.Session", "clpet.ClpetError", "TransferMatrix")  # classes that no user constructs
 INTERNAL = ("record", "to_json")  # methods of TransferMatrix that write it
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 INTRODUCTION = """# Python API
@@ -70,26 +71,35 @@ def _section(match: re.Match[str]) -> str:
     return f"**{match[1]}**\n\n" + "\n".join(entries) + "\n"
 
 
-def members(cls: type) -> list[tuple[str, object]]:
-    """The public methods and properties of a class, in the order of its source."""
-    return [
-        (name, value)
-        for name, value in vars(cls).items()
+def members(cls: type) -> dict[str, object]:
+    """The public methods and properties of a class, inherited ones last, in the order of the source."""
+    classes = [base for base in cls.__mro__ if base is not object]
+    attributes = {name: value for base in reversed(classes) for name, value in vars(base).items()}
+    order = [name for base in classes for name in vars(base)]
+    return {
+        name: attributes[name]
+        for name in dict.fromkeys(order)
         if not name.startswith("_")
         and name not in INTERNAL
-        and (inspect.isfunction(value) or isinstance(value, property))
-    ]
+        and (inspect.isfunction(attributes[name]) or isinstance(attributes[name], property))
+    }
 
 
 def page() -> str:
-    """The whole page."""
+    """The whole page. What Session shares with Model is only named there."""
     parts = [INTRODUCTION.strip()]
     named = {name: getattr(clpet, name) for name in clpet.API} | {"TransferMatrix": TransferMatrix}
     for name, value in named.items():
         title = name if name == "TransferMatrix" else f"clpet.{name}"
         parts.append(f"## {title}\n\n```python\n{heading(title, value)}\n```\n\n{body(value)}")
-        for member, item in members(value) if inspect.isclass(value) else ():
-            parts.append(f"### {name}.{member}\n\n```python\n{heading(member, item)}\n```\n\n{body(item)}")
+        shared = vars(TextModel).keys() - vars(value).keys() if name == "Session" else set()
+        items = members(value) if inspect.isclass(value) else {}
+        shared &= items.keys()
+        if shared:
+            parts.append(f"As in [Model](#clpetmodel): {', '.join(f'`{item}`' for item in items if item in shared)}.")
+        for member, item in items.items():
+            if member not in shared:
+                parts.append(f"### {name}.{member}\n\n```python\n{heading(member, item)}\n```\n\n{body(item)}")
     return "\n\n".join(parts) + "\n"
 
 

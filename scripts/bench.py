@@ -40,9 +40,9 @@ from clpet.data.batches import EncodedDataset
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.adapters import Adapters
 from clpet.replay.batch_plan import BatchPlan
-from clpet.session import Components, Session
 from clpet.training.step import StepHooks
 from clpet.training.trainer import NoProgress, Trainer, quiet_libraries
+from clpet.wiring import Components, Session
 
 
 class Bench:

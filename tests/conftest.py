@@ -174,7 +174,7 @@ def set_up(overrides: list[str]) -> SimpleNamespace:
     from clpet.config.build import parse_config
     from clpet.config.compose import conf_dir
     from clpet.config.identity import register_resolvers
-    from clpet.session import Session
+    from clpet.wiring import Session
 
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

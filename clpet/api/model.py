@@ -9,27 +9,38 @@ from clpet.api.run import Run
 from clpet.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
+    from clpet import wiring
+    from clpet.data.benchmark import Benchmark
     from clpet.evaluation.text_prediction import Text
+    from clpet.methods.base import Method
     from clpet.runs.load_run import LoadedRun
 
 
-class Model:
-    """The model of a run after some of its tasks; `clpet.load` and `Run.load` make it.
+class TextModel:
+    """What `Model` and `Session` share: a model after some of its tasks answers texts."""
 
-    `run` is the run, `after` the number of learned tasks. `loaded` has everything behind it: method, network, data.
-    """
+    def __init__(self, session: "wiring.Session") -> None:
+        self.wired = session
 
-    def __init__(self, loaded: "LoadedRun") -> None:
-        self.loaded = loaded
-        self.run, self.after = Run(loaded.record.out), loaded.row
+    @property
+    def after(self) -> int:
+        """The number of tasks learned so far."""
+        raise NotImplementedError
 
-    def __repr__(self) -> str:
-        return f"<clpet.Model: {self.loaded.method.name} after {self.after} of {len(self.tasks)} tasks>"
+    @property
+    def method(self) -> "Method":
+        """The method; `method.objective` has the network, its adapters and the tokenizer."""
+        return self.wired.method
+
+    @property
+    def benchmark(self) -> "Benchmark":
+        """The benchmark, with all tasks and their examples."""
+        return self.wired.benchmark
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks of the benchmark in training order."""
-        return self.loaded.benchmark.names
+        """The names of the benchmark's tasks in training order."""
+        return self.benchmark.names
 
     @property
     def labels(self) -> list[str]:
@@ -39,19 +50,7 @@ class Model:
         >>> clpet.load(run).labels[:3]
         ['collections', 'decimal', 'ipaddress']
         """
-        benchmark = self.loaded.benchmark
-        return [benchmark.labels[label] for label in benchmark.seen_labels(self.after)]
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """The recorded score of every task that was measured with these weights: a row of the transfer matrix.
-
-        >>> run = clpet.train("method=sequential", "debug=smoke", quiet=True)
-        >>> list(clpet.load(run).scores)
-        ['data', 'internet', 'running', 'files', 'code']
-        """
-        rows = zip(self.tasks, self.loaded.scores, strict=True)
-        return {task: score for task, score in rows if score is not None}
+        return [self.benchmark.labels[label] for label in self.benchmark.seen_labels(self.after)]
 
     def predict(self, texts: "Sequence[Text]", task: str | None = None) -> list[str]:
         """A label or a generated answer for every text.
@@ -59,7 +58,7 @@ class Model:
         Args:
             texts: texts as in the benchmark's text column. The template is applied and long texts are cut as in the
                 run. If the template has more slots, rows such as {"text": ..., "premise": ...}; examples of
-                `loaded.benchmark` work too.
+                `benchmark` work too.
             task: the name of the task that all texts belong to: only its labels compete. Methods that are given the
                 task at test need it.
 
@@ -74,10 +73,9 @@ class Model:
         from clpet.evaluation.text_prediction import as_examples, predict
         from clpet.training.trainer import quiet_libraries
 
-        loaded = self.loaded
         with guest(), quiet_libraries():
-            examples = as_examples(texts, loaded.benchmark, loaded.record.components.source, task)
-            return predict(loaded.method, loaded.benchmark, examples, self.after, task)
+            examples = as_examples(texts, self.benchmark, self.wired.components.source, task)
+            return predict(self.method, self.benchmark, examples, self.after, task)
 
     def perplexity(self, texts: Sequence[str]) -> list[float]:
         """The perplexity of every text under a model of plain text, end token included; lower is better.
@@ -89,7 +87,39 @@ class Model:
         from clpet.training.trainer import quiet_libraries
 
         with guest(), quiet_libraries():
-            return perplexities(self.loaded.method, texts)
+            return perplexities(self.method, texts)
+
+
+class Model(TextModel):
+    """The model of a run after some of its tasks; `clpet.load` and `Run.load` make it. `run` is its run.
+
+    >>> run = clpet.train("method=sequential", "debug=smoke", quiet=True)
+    >>> clpet.load(run)
+    <clpet.Model: sequential after 5 of 5 tasks>
+    """
+
+    def __init__(self, loaded: "LoadedRun") -> None:
+        super().__init__(loaded.session)
+        self.run, self.loaded = Run(loaded.record.out), loaded
+
+    def __repr__(self) -> str:
+        return f"<clpet.Model: {self.method.name} after {self.after} of {len(self.tasks)} tasks>"
+
+    @property
+    def after(self) -> int:
+        """The number of tasks learned so far."""
+        return self.loaded.row
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The recorded score of every task that was measured with these weights: a row of the transfer matrix.
+
+        >>> run = clpet.train("method=sequential", "debug=smoke", quiet=True)
+        >>> list(clpet.load(run).scores)
+        ['data', 'internet', 'running', 'files', 'code']
+        """
+        rows = zip(self.tasks, self.loaded.scores, strict=True)
+        return {task: score for task, score in rows if score is not None}
 
 
 def load(

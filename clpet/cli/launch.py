@@ -25,7 +25,7 @@ from clpet.run import run
 from clpet.runs import run_dir
 from clpet.runtime.distributed import LostRank, init_distributed
 from clpet.runtime.signals import EXIT_TEMPFAIL, GracefulShutdown, Interrupted
-from clpet.session import Components
+from clpet.wiring import Components
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

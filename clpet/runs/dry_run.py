@@ -13,7 +13,7 @@ from clpet.models.protocols import config_of
 from clpet.objectives.cost_meter import peak_memory_mb
 from clpet.replay.exemplar_selection import random_features
 from clpet.reporting.tables import say
-from clpet.session import Components, Session
+from clpet.wiring import Components, Session
 
 
 def dry_run(console: Console, session: Session) -> None:

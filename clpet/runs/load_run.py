@@ -34,8 +34,8 @@ from clpet.runs.tracking_options import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
 from clpet.runtime.untrusted_json import Schema, as_data_error, check_schema, read_json, read_results
-from clpet.session import Components, Session
 from clpet.training.trainer import NoProgress
+from clpet.wiring import Components, Session
 
 log = logging.getLogger(__name__)
 # The class that each group's `_target_` must be, or inherit from.

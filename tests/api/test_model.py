@@ -25,7 +25,7 @@ def test_predictions_of_the_test_texts_are_those_of_the_run(method: str, words: 
     run = clpet.train(f"method={method}", *tiny_args(words), *settings, quiet=True)
     for after in (1, 2, 3):
         model = clpet.load(run, after=after)
-        tests = {task.name: [example.text for example in task.test] for task in model.loaded.benchmark.tasks}
+        tests = {task.name: [example.text for example in task.test] for task in model.benchmark.tasks}
         recorded = run.predictions(after=after).to_pydict()
         assert len(set(recorded["own_prediction"])) > 4
         assert model.predict([text for texts in tests.values() for text in texts]) == recorded["prediction"]
@@ -39,7 +39,7 @@ def test_generated_answers_are_those_of_the_run(words: Path) -> None:
     settings = ("objective=text_to_text", "model=tiny_t5", "benchmark.max_target=8", "benchmark.prompt='word: {text}'")
     run = clpet.train("method=sequential", *tiny_args(words), *settings, "train.lr=1e-2", "train.epochs=8", quiet=True)
     model = clpet.load(run)
-    texts = [example.text for task in model.loaded.benchmark.tasks for example in task.test]
+    texts = [example.text for task in model.benchmark.tasks for example in task.test]
     recorded = run.predictions(after=3).column("prediction").to_pylist()
     assert len(set(recorded)) > 1
     assert model.predict(texts) == recorded
@@ -52,7 +52,7 @@ def test_ranking_needs_the_task(words: Path) -> None:
     with pytest.raises(clpet.ClpetError, match="chooses among the labels of a task"):
         model.predict(["iron"])
     recorded = [row["prediction"] for row in run.predictions(after=2).to_pylist() if row["task"] == "metal"]
-    assert model.predict([example.text for example in model.loaded.benchmark.tasks[1].test], task="metal") == recorded
+    assert model.predict([example.text for example in model.benchmark.tasks[1].test], task="metal") == recorded
 
 
 def test_perplexity_is_that_of_the_formula(prose: Path) -> None:
@@ -60,7 +60,7 @@ def test_perplexity_is_that_of_the_formula(prose: Path) -> None:
     run = clpet.train("method=sequential", *domain_args(prose), "train.epochs=1", quiet=True)
     model = clpet.load(run)
     texts = ["the tide comes in", "gold", "a heron waits in the reeds, and the wren sings at dawn in the hedge"]
-    objective = model.loaded.method.objective
+    objective = model.method.objective
     for text, perplexity in zip(texts, model.perplexity(texts), strict=True):
         ids, nll = objective.tokenizer(text)["input_ids"], []  # with this tokenizer's first and end token
         for start in range(0, len(ids), 32):
@@ -88,7 +88,7 @@ def test_rows_fill_the_slots_of_a_prompt(tmp_path: Path) -> None:
     tracked = ("tracking=off", "hardware=cpu", "hardware.threads=1", "benchmark=files", "train.epochs=1")
     run = clpet.train("method=sequential", *tracked, *settings, data_dir=tmp_path, quiet=True)
     model = clpet.load(run)
-    examples = model.loaded.benchmark.tasks[0].test
+    examples = model.benchmark.tasks[0].test
     as_rows = [{"text": example.text, **example.fields} for example in examples]
     assert model.predict(as_rows) == model.predict(examples) == run.predictions(after=1)["prediction"].to_pylist()
     with pytest.raises(clpet.ClpetError, match=r"is not a row \{'text': \.\.\., 'hint': \.\.\.\}"):

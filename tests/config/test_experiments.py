@@ -14,7 +14,7 @@ from clpet.config.schema import Config, Training
 from clpet.errors import ConfigError
 from clpet.replay.batch_plan import copies_for_equal_compute
 from clpet.runs.dry_run import steps_per_task
-from clpet.session import Components
+from clpet.wiring import Components
 from tests.config import assert_none
 
 OVERLAYS = options("experiment")

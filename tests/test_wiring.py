@@ -6,7 +6,7 @@ import pytest
 
 from clpet.config.build import parse_config
 from clpet.config.compose import compose_config
-from clpet.session import Components
+from clpet.wiring import Components
 from tests.conftest import tiny_args
 
 
