@@ -49,7 +49,9 @@ def _runs_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--by", choices=("validation",), help="keep each row's best setting by its validation score")
     parser.add_argument("--against", metavar="NAME", help="row that the others are tested against (default: the best)")
-    parser.add_argument("--picture", metavar="FILE", help="also plot the rows next to each other (perplexities)")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="also draw the rows next to each other, into a .png, .pdf or .svg"
+    )
     parser.add_argument("--benchmark", help="only runs of this benchmark")
     parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
     return parser
@@ -71,7 +73,7 @@ def _compare(arguments: argparse.Namespace, runs: "Runs") -> str:
     )
     text = comparison.report(runs)
     if arguments.picture:
-        comparison.plot_groups(runs, Path(arguments.picture))
+        comparison.draw(runs, Path(arguments.picture))
     return text
 
 

@@ -28,6 +28,7 @@ from clpet.reporting.significance import MIN_SEEDS, NUM_DRAWS, Difference, diffe
 from clpet.reporting.tables import format_table
 
 COLUMNS = ("average", "whole", "bwt", "fwt", "forgetting", "learning_accuracy")  # default columns for accuracies
+PICTURE_FORMATS = (".png", ".pdf", ".svg")
 LOWER_IS_BETTER = ("forgetting", "intransigence")  # among the metrics of accuracies
 CSV_COLUMNS = ("benchmark", "objective", "metric", "data", "split", "view")  # columns of CSV before the options
 
@@ -279,20 +280,26 @@ class Comparison:
 
     # Picture
 
-    def plot_groups(self, runs: Runs, path: Path) -> Path:
-        """Draws the rows of perplexities next to each other. Raises ConfigError unless they fit into one table."""
-        from clpet.reporting.plots.perplexity import plot_groups  # matplotlib takes a second to import
+    def draw(self, runs: Runs, path: Path) -> Path:
+        """Draws the rows of one table next to each other, scores or perplexities; the path's ending is the format.
 
+        Raises ConfigError for another ending, and if the runs do not fit into one table.
+        """
+        from clpet.reporting.plots.comparison import compare_rows  # matplotlib takes a second to import
+        from clpet.reporting.plots.perplexity import plot_groups
+
+        if path.suffix not in PICTURE_FORMATS:
+            raise ConfigError(f"--picture {path}: the name must end in {', '.join(PICTURE_FORMATS)}")
         sections = self.sections(runs)
-        lower = [section for section in sections if section.lower and section.split == "test"]
-        if not lower:
-            raise ConfigError("--picture draws perplexities on test, which these runs do not have: leave it out")
-        if len(lower) > 1:
-            titles = "; ".join(self.title(section, sections) for section in lower)
+        tested = [section for section in sections if section.split == "test"] or sections
+        if len(tested) > 1:
+            titles = "; ".join(self.title(section, sections) for section in tested)
             raise ConfigError(
-                f"--picture draws one table, but there are {len(lower)}: select one with --benchmark ({titles})"
+                f"--picture draws one table, but there are {len(tested)}: select one with --benchmark ({titles})"
             )
-        (section,) = lower
+        (section,) = tested
+        if not section.lower:
+            return compare_rows(section, path, self.title(section, sections))
         groups = {
             row.name: [pretraining_metrics(run, section.runs) for _, run in row.runs if run["method"] != DAPT]
             for row in section.rows

@@ -1,6 +1,7 @@
-"""Elements shared by all figures: the canvas, the cell frame, names that fit on an axis, and saving as PNG."""
+"""Elements shared by all figures: the canvas, fonts, the cell frame, names that fit on an axis, and saving."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,15 @@ if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
+# Per script the names of common fonts, of which the first installed one is used.
+FALLBACK_FONTS = (
+    ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+     "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "SimHei"),
+    ("Noto Sans CJK KR", "NanumGothic", "Apple SD Gothic Neo", "Malgun Gothic"),
+    ("Noto Sans Devanagari", "Lohit Devanagari", "Nirmala UI"),
+    ("Noto Sans Arabic", "Noto Naskh Arabic"),
+)  # fmt: skip
+
 
 def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
     """A figure of `width` x `height` inches with its axes."""
@@ -22,6 +32,12 @@ def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
 
 def new_panels(width: float, height: float, columns: int) -> "tuple[Figure, list[Axes]]":
     """A figure of `width` x `height` inches with one axes per column."""
+    figure, (panels,) = new_grid(width, height, 1, columns)
+    return figure, panels
+
+
+def new_grid(width: float, height: float, lines: int, columns: int) -> "tuple[Figure, list[list[Axes]]]":
+    """A figure of `width` x `height` inches with `lines` x `columns` axes."""
     # The Agg canvas is attached by hand instead of through pyplot: it needs no display and keeps no global list of
     # open figures, which would hold every figure of a long process in memory.
     import matplotlib
@@ -29,9 +45,20 @@ def new_panels(width: float, height: float, columns: int) -> "tuple[Figure, list
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["text.parse_math"] = False  # a task may be called "$x": print dollar signs as they are
+    matplotlib.rcParams["font.family"] = font_families()
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(ncols=columns, squeeze=False)[0])
+    return figure, [list(line) for line in figure.subplots(nrows=lines, ncols=columns, squeeze=False)]
+
+
+@cache
+def font_families() -> list[str]:
+    """Matplotlib's own font, and an installed font for each script that it lacks, for the names of tasks and labels."""
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    chosen = [next((name for name in names if name in installed), None) for names in FALLBACK_FONTS]
+    return ["DejaVu Sans", *filter(None, chosen)]
 
 
 def frame(x: float, y: float, colour: str = "crimson", width: float = 2) -> "Rectangle":
@@ -42,7 +69,7 @@ def frame(x: float, y: float, colour: str = "crimson", width: float = 2) -> "Rec
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """Writes the figure as PNG and returns its path."""
+    """Writes the figure in the format of the path's ending and returns the path."""
     figure.savefig(path, dpi=110, bbox_inches="tight")  # "tight": a title may be wider than the axes
     return path
 
