@@ -89,7 +89,7 @@ def load_benchmark(components: Components, overrides: list[str]) -> Benchmark:
 def announce(display: Display, session: Session) -> None:
     """Prints the method, the benchmark, resolved automatic options, truncated texts and warnings about the data."""
     method, benchmark = session.method, session.benchmark
-    name, softmax = on_split(benchmark.name, session.split), run_dir.softmax(benchmark, method.objective.name)
+    name, softmax = on_split(benchmark.name, session.split), run_dir.softmax(benchmark)
     num_labels, resolved = len(benchmark.labels), method.resolved(benchmark)
     display.print(run_summary.heading(method.name, name, len(benchmark), num_labels, softmax, resolved))
     if line := cut_line(session.data_record):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from clpet import base_model
 from clpet.config.build import build
-from clpet.config.schema import Config, EvaluationOptions, Select, Split
+from clpet.config.schema import Config, Select, Split
 from clpet.config.seeding import derive
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
@@ -21,7 +21,7 @@ from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, FullFineTuning
 from clpet.models.backbone import Backbone
 from clpet.models.memory_saving import enable_recomputation, shard
-from clpet.objectives import load as load_objective_class
+from clpet.objectives import load
 from clpet.objectives.base import Objective
 from clpet.records import DataRecord
 from clpet.replay.base import NoReplay
@@ -35,10 +35,6 @@ from clpet.training.trainer import NoProgress, Progress, Trainer
 
 log = logging.getLogger(__name__)
 
-# Options of `evaluation` that only one objective uses.
-OPTION_OBJECTIVES = {"decode": "text_to_text", "max_new_tokens": "text_to_text", "stride": "language_modeling",
-               "bos": "language_modeling", "rank_prompts": "language_modeling"}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Components:
@@ -46,7 +42,7 @@ class Components:
 
     config: Config
     method: Method
-    objective: type[Objective]
+    objective: Objective
     source: Source
     replay: NoReplay
     backbone: Backbone
@@ -57,11 +53,11 @@ class Components:
     @classmethod
     def build(cls, config: Config) -> "Components":
         """Builds the objects and checks them against each other. Raises ConfigError before anything is loaded."""
-        source: Source = build(config.benchmark, "benchmark", cache_dir=config.cache_dir)
+        objective, source = load(config, config.cache_dir)
         components = cls(
             config,
             method=build(config.method, "method", cache_dir=config.cache_dir),
-            objective=load_objective_class(source.objective.value),
+            objective=objective,
             source=source,
             replay=build(config.replay, "replay"),
             backbone=build(config.model, "model"),
@@ -73,22 +69,11 @@ class Components:
         return components
 
     def _check(self) -> None:
-        objective, peft = self.objective.name, self.peft.name
-        self.method.check(objective, self.replay.name, peft)
-        self.objective.check(self.backbone, peft, self.config.evaluation)
-        self._check_unused_options()
+        self.method.check(self.objective, self.replay.name, self.peft.name)
+        self.objective.check(self.backbone, self.peft, self.config.evaluation)
         self.hardware.check(self.peft, self.method)
         check_optimizer(self.config.train, self.hardware.torch_device)
-        self.replay.check(self.config.train.global_batch_size, objective)
-
-    def _check_unused_options(self) -> None:
-        """Raises ConfigError for an option set to a non-default value that has no effect with this objective."""
-        defaults, objective, evaluation = EvaluationOptions(), self.objective.name, self.config.evaluation
-        for option, user in OPTION_OBJECTIVES.items():
-            if objective != user and getattr(evaluation, option) != getattr(defaults, option):
-                raise ConfigError(f"evaluation.{option} is for {user}; this benchmark's objective is {objective}")
-        if objective != "classification" and self.backbone.head_dropout:
-            raise ConfigError(f"model.head_dropout is for classification; this benchmark's objective is {objective}")
+        self.replay.check(self.config.train.global_batch_size, self.objective.traits)
 
     def settle(self, benchmark: Benchmark, length_set: bool = False) -> Benchmark:
         """A copy of the benchmark as this method learns it: its softmax, and the positions that prompts occupy.
@@ -128,7 +113,7 @@ class Components:
     def load_objective(self, benchmark: Benchmark) -> Objective:
         """The objective with its network, adapters and tokenizer. Raises ModelError."""
         backbone, hardware, peft, config = self.backbone, self.hardware, self.peft, self.config
-        generates = self.objective.generates
+        generates = self.objective.traits.needs_output_layer
         dtype = torch.float32 if peft.full else hardware.torch_dtype
         nf4 = hardware.quantization is Quantization.nf4
         # A sharded backbone is loaded on the host: it may not fit on one GPU.
@@ -140,7 +125,8 @@ class Components:
         if backbone.dropout == "own" and not adapters.dropout():
             log.warning("model.dropout=own, but all dropout rates in the config of %s are 0", backbone.name)
         seed, evaluation, cache = derive(config.seed, "head"), config.evaluation, config.cache_dir
-        return self.objective(benchmark, backbone, adapters, tokenizer, seed, hardware, evaluation, cache)
+        objective = replace(self.objective)  # these components may become several sessions
+        return objective.setup(benchmark, backbone, adapters, tokenizer, seed, hardware, evaluation, cache)
 
     @property
     def sharded(self) -> bool:

@@ -81,7 +81,7 @@ def fusion_seconds() -> float:
 def generate(overrides: list[str], rounds: int) -> None:
     """1,000 answers, in batches and with one `generate` call each; test examples repeat if there are fewer."""
     words = [word.replace("tasks=", "benchmark.tasks=", 1) if word.startswith("tasks=") else word for word in overrides]
-    bench = Bench(["benchmark.objective=text_to_text", "benchmark.max_target=8", *words])
+    bench = Bench(["objective=text_to_text", "benchmark.max_target=8", *words])
     objective = bench.method().objective
     pool, model = objective.encode().test, objective.adapters.model
     rows = np.resize(np.arange(len(pool)), 1000)

@@ -123,7 +123,8 @@ def methods_of(objective: str) -> list[str]:
     from clpet.config.build import find_class
 
     classes = {name: find_class(OmegaConf.load(path)["_target_"], "method") for name, path in options("method").items()}
-    return sorted(name for name, cls in classes.items() if objective in cls.objectives)
+    traits = find_class(OmegaConf.load(options("objective")[objective])["_target_"], "objective").traits
+    return sorted(name for name, cls in classes.items() if not cls.unmet(traits))
 
 
 PROSE = {

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # All config groups, in the order in which help and lists show them.
-CONFIG_GROUPS = ("method", "model", "benchmark", "hardware", "peft", "replay", "tracking", "experiment", "debug")
+CONFIG_GROUPS = ("method", "model", "benchmark", "objective", "hardware", "peft", "replay", "tracking", "experiment",
+                 "debug")  # fmt: skip
 
 
 def conf_dir() -> Path:

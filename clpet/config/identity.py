@@ -44,7 +44,18 @@ def _identity(cfg: DictConfig, without: tuple[str, ...]) -> Json:
     for node, key in ((top, "data_dir"), (identity.get("model") or {}, "path")):
         if node.get(key):
             node[key] = os.path.abspath(os.path.expanduser(str(node[key])))
+    _fold_objective(identity)
     return _canonical(top)
+
+
+def _fold_objective(identity: dict[str, dict[str, Json]]) -> None:
+    """Hashes the name of an objective of clpet as an option of the benchmark, which it once was."""
+    node = identity.get("objective")
+    if node and str(node["_target_"]).startswith("clpet."):
+        identity["benchmark"]["objective"] = node.pop("name")
+        del node["_target_"]
+        if not node:  # it has no other options
+            del identity["objective"]
 
 
 def _canonical(node: Json) -> Json:

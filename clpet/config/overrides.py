@@ -5,7 +5,7 @@ import re
 
 # Keys that may be written without `benchmark.`.
 SHORT_KEYS = {key: f"benchmark.{key}" for key in
-              ("tasks", "order", "objective", "text", "label", "task", "max_train", "max_validation", "max_test")
+              ("tasks", "order", "text", "label", "task", "max_train", "max_validation", "max_test")
               }  # fmt: skip
 # Options whose value is a path, or may be one.
 PATH_KEYS = ("data_dir", "output_dir", "cache_dir", "model.path", "benchmark.folder", "benchmark.reference",

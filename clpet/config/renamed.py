@@ -9,9 +9,16 @@ RENAMED_KEYS = {
     "benchmark.begin": "benchmark.add_bos",
     "benchmark.isolate": "benchmark.document_mask",
     "benchmark.keep": "benchmark.cut_last",
+    "benchmark.objective": "objective",
     "method.pull": "method.key_loss_weight",
     "train.keep": "train.snapshot_every",
     "train.warmup_share": "train.max_warmup_share",
+}
+# Nodes of the group `objective` for recorded configurations, in which it was an option of the benchmark.
+RECORDED_OBJECTIVES = {
+    "classification": "clpet.objectives.classification.Classification",
+    "language_modeling": "clpet.objectives.language_modeling.LanguageModeling",
+    "text_to_text": "clpet.objectives.text_to_text.TextToText",
 }
 
 
@@ -29,9 +36,15 @@ def translate_keys(config: Json, option_names: Callable[[str, str], Collection[s
     A class outside clpet may itself have an option with an old name. `option_names(target, group)` returns the options
     of such a class, and its node is translated where they lack the old name; without it the node stays as recorded.
     """
+    if not isinstance(config, dict):
+        return
+    benchmark: Json = config.get("benchmark")
+    if isinstance(benchmark, dict) and "objective" not in config and {"_target_", "objective"} & benchmark.keys():
+        name = str(benchmark.pop("objective", "classification"))  # the oldest runs have no other objective
+        config["objective"] = {"_target_": RECORDED_OBJECTIVES.get(name, name), "name": name}
     for old, new in RENAMED_KEYS.items():
         group, name = old.split(".")
-        node: Json = config.get(group) if isinstance(config, dict) else None
+        node: Json = config.get(group)
         if not (isinstance(node, dict) and name in node):
             continue
         target = str(node.get("_target_", "clpet."))  # the train group has no class

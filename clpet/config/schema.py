@@ -13,7 +13,7 @@ from clpet.errors import ConfigError
 from clpet.records import Json
 
 # The config groups that an object is built from; experiment and debug only set values in them.
-OBJECT_GROUPS = ("method", "replay", "model", "peft", "benchmark", "hardware", "tracking")
+OBJECT_GROUPS = ("method", "replay", "model", "peft", "objective", "benchmark", "hardware", "tracking")
 
 
 # The structured configs of OmegaConf accept no union of a scalar with a list or a mapping: OmegaConf takes these fields
@@ -202,6 +202,7 @@ class Config:
     replay: Node
     model: Node
     peft: Node
+    objective: Node
     benchmark: Node
     hardware: Node
     tracking: Node

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 from clpet.data.read_report import ReadReport
+from clpet.data.traits import LABELS, Traits
 from clpet.errors import DataError
 from clpet.escape import short_repr
 from clpet.records import OrderRecord
@@ -84,6 +85,7 @@ class Benchmark:
     max_length: int = 128
     max_target: int = 0
     truncate: Truncate = Truncate.end
+    traits: Traits = LABELS  # of the objective that its examples were read for
     length_set: bool = False  # max_length was set by the user: a model with a smaller maximum raises an error
     per_task_softmax: bool = False  # the softmax of the loss is over the labels of the example's task only
     reserved_positions: int = 0  # maximum number of the model's positions that a method's prompts occupy
@@ -116,14 +118,14 @@ class Benchmark:
     @property
     def direction(self) -> str:
         """`higher` or, for perplexities, `lower`: which scores are better."""
-        return "lower" if self.tasks[0].metric.endswith("perplexity") else "higher"
+        return "lower" if self.traits.lower_is_better else "higher"
 
     def seed_key(self, index: int) -> int | str:
-        """The key of a task's random streams: its index, or a domain's name.
+        """The key of a task's random streams: its index, or the name of a domain of plain text.
 
         With its name, a domain draws the same numbers whatever other domains the sequence contains.
         """
-        return index if self.direction == "higher" else self.names[index]
+        return self.names[index] if self.traits.plain_text else index
 
     def task_labels(self, index: int) -> list[int]:
         """Label ids of one task."""

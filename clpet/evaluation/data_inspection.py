@@ -236,11 +236,10 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
 def report(cfg: DictConfig) -> str:
     """The report of `clpet data` on the benchmark of a composed configuration, with the tokenizer of its model."""
     config = parse_config(cfg)
-    source = build(config.benchmark, "benchmark")
+    objective, source = load(config, None)
     if source.plain_text:
         return _domain_report(inspect_domains(source.load(config.data_dir)))
     benchmark, backbone = source.load(config.data_dir), build(config.model, "model")
-    objective = load(source.objective.value)
     objective.check_benchmark(benchmark, config.evaluation)
     encode = objective.encoder(benchmark, backbone, backbone.tokenizer())
     return _task_report(benchmark, _inspect_tasks(benchmark, encode_benchmark(benchmark, encode)))

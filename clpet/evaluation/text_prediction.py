@@ -52,10 +52,13 @@ def predict(
     """
     index = _task_index(method, benchmark, task)
     objective = method.objective
-    if isinstance(objective, LanguageModeling):
+    traits = objective.traits
+    if traits.plain_text:
         raise ConfigError("a model of plain text predicts no labels and no answers: measure texts with perplexity")
+    if not (traits.has_labels or traits.generates_text):
+        raise ConfigError(f"objective={objective.name} scores given answers: it predicts no labels and no answers")
     labels = benchmark.seen_labels(learned)
-    if not objective.generates and not labels and task is None:
+    if traits.has_labels and not labels and task is None:
         raise ConfigError("no labels have been learned yet: predict after one task or more, or name a task")
     if not examples:
         return []
@@ -87,7 +90,7 @@ def _task_index(method: Method, benchmark: Benchmark, task: str | None) -> int:
     if task is None:
         if method.task_id_at_test:
             raise ConfigError(f"method={method.name} needs the task of each text: predict(texts, task=NAME)")
-        if method.objective.generates and method.objective.evaluation.decode is Decode.rank:
+        if method.objective.traits.generates_text and method.objective.evaluation.decode is Decode.rank:
             raise ConfigError("evaluation.decode=rank chooses among the labels of a task: predict(texts, task=NAME)")
         return 0
     if task not in benchmark.names:

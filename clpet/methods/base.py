@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch, Encoded, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
+from clpet.data.traits import Traits
 from clpet.errors import ConfigError
 from clpet.methods import saved_state
 from clpet.methods.hook_check import check_hooks
-from clpet.objectives.base import AnswerSpace, Predictions
+from clpet.objectives.base import AnswerSpace, Objective, Predictions
 from clpet.objectives.classification import Head
 from clpet.replay.base import NoReplay, ValidationRows
 from clpet.replay.batch_plan import BatchPlan
@@ -31,7 +32,11 @@ class Method:
 
     name: str = ""
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text", "language_modeling")
+    needs_labels: ClassVar[bool] = False  # learns labels only: it works on the head or on label ids
+    needs_plain_text: ClassVar[bool] = False  # learns plain text only
+    supports_plain_text: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False  # works with the logits of a cross-entropy loss
+    changes_backbone: ClassVar[bool] = False  # merges what it has learned into the backbone
     uses_replay: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False  # has an adapter per task, so peft=none is refused
     supported_pefts: ClassVar[tuple[str, ...]] = ()  # values of peft= it accepts; empty: all that train something
@@ -50,11 +55,26 @@ class Method:
         super().__init_subclass__()
         check_hooks(cls, Method)
 
-    def check(self, objective: str, replay: str, peft: str) -> None:
+    @classmethod
+    def unmet(cls, traits: Traits) -> str:
+        """What the method needs and an objective with these traits lacks; '' if it supports the objective."""
+        if cls.needs_labels and not traits.has_labels:
+            return "it needs labels"
+        if cls.needs_plain_text and not traits.plain_text:
+            return "it needs plain text"
+        if traits.plain_text and not (cls.supports_plain_text or cls.needs_plain_text):
+            return "it needs labels or answers"
+        if cls.changes_backbone and traits.frozen_backbone:
+            return "it changes the backbone"
+        return "it works with the logits of a cross-entropy loss" if cls.needs_logits and not traits.has_logits else ""
+
+    def check(self, objective: Objective, replay: str, peft: str) -> None:
         """Raises ConfigError for an unsupported combination, before anything is loaded."""
-        if objective not in self.objectives:
-            supported = f"it supports {', '.join(self.objectives)}; method=sequential supports all"
-            raise ConfigError(f"method={self.name} does not support {objective}: {supported}")
+        if unmet := self.unmet(objective.traits):
+            raise ConfigError(
+                f"method={self.name} does not support objective={objective.name}: {unmet}; "
+                "method=sequential supports all"
+            )
         if replay != "none" and not self.uses_replay:
             raise ConfigError(f"method={self.name} does not replay: remove replay={replay}, or use method=replay")
         if peft in ("none", "blocks") and self.needs_adapter:

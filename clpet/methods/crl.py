@@ -23,6 +23,7 @@ from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.base import AnswerSpace, Method, Predictions
 from clpet.methods.components.contrastive import Bank, contrastive, draw, relation_distillation
+from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import BatchPlan, split_batch
 from clpet.replay.exemplar import FixedReplay
 from clpet.replay.exemplar_selection import random_features
@@ -44,7 +45,7 @@ class CRL(Method):
     eps: float = 1e-4
     clip: float = 10.0
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification",)
+    needs_labels: ClassVar[bool] = True
     uses_replay: ClassVar[bool] = True
     uses_validation: ClassVar[bool] = False
     saved: ClassVar[tuple[str, ...]] = ("projection=crl.projection",)
@@ -56,7 +57,7 @@ class CRL(Method):
         require(self.dim >= 1, "method.dim", self.dim, "at least 1")
         require(self.sample >= 1, "method.sample", self.sample, "at least 1")
 
-    def check(self, objective: str, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
         if replay not in ("fixed", "dynamic", "all"):
             raise ConfigError(f"method=crl needs replay=fixed, dynamic or all, not {replay}")

@@ -18,7 +18,7 @@ from clpet.training.trainer import Trainer
 class DAPT(Method):
     """Only row 0 and the diagonal of the matrix exist: a domain's model is discarded when the next one starts."""
 
-    objectives: ClassVar[tuple[str, ...]] = ("language_modeling",)
+    needs_plain_text: ClassVar[bool] = True
 
     def init_adapters(self) -> None:
         super().init_adapters()

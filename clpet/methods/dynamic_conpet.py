@@ -26,6 +26,7 @@ from clpet.methods.base import AnswerSpace, Predictions
 from clpet.methods.components.logit_cache import LogitCache
 from clpet.methods.components.task_selector import Prototypes, Selector
 from clpet.methods.modular import Modular, module_name
+from clpet.objectives.base import Objective
 from clpet.objectives.classification import MISSING, Head
 from clpet.replay.batch_plan import BatchPlan
 from clpet.replay.sampled import SampledReplay
@@ -74,7 +75,7 @@ class DynamicConPET(Modular):
             self.selector_ratio != 0, "method.selector_ratio", 0, "positive (new:old) or negative (old:new), or null"
         )
 
-    def check(self, objective: str, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
         if replay == "none" and self.selector is Routing.trained:
             raise ConfigError(

@@ -33,7 +33,7 @@ class EAEMR(Replay):
     align_batch: int = 32
     align_epochs: int = 20
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification",)
+    needs_labels: ClassVar[bool] = True
     saved: ClassVar[tuple[str, ...]] = (
         "align.weight=alignment.weight",
         "align.bias=alignment.bias",

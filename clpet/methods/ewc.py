@@ -23,6 +23,7 @@ from clpet.config.schema import require
 from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.replay import Static
+from clpet.objectives.base import Objective
 from clpet.training.step import StepContext
 
 
@@ -65,11 +66,11 @@ class EWC(Static):
         require(count is None or count >= 1, "method.fisher_batches", count, "at least 1, or null for all")
         require(0 <= self.decay <= 1, "method.decay", self.decay, "in [0, 1]")
 
-    def check(self, objective: str, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
-        if self.fisher is Fisher.labels and objective != "classification":
+        if self.fisher is Fisher.labels and not objective.traits.has_labels:
             raise ConfigError(
-                f"method.fisher=labels needs labels, which {objective} does not have: use batch or sample"
+                f"method.fisher=labels needs labels, which objective={objective.name} lacks: use batch or sample"
                 " (usually method.fisher=batch method.merge=average method.strength=5000)"
             )
 

@@ -19,11 +19,12 @@ class Independent(Modular):
     If the objective has no head, a module is an adapter alone.
     """
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
+    needs_labels: ClassVar[bool] = False
+    supports_plain_text: ClassVar[bool] = False
     task_id_at_test = True
 
     def init_adapters(self) -> None:
-        self.has_heads = self.objective.name == "classification"
+        self.has_heads = self.objective.traits.has_labels
         self.modules = []
         if self.has_heads:
             super().init_adapters()

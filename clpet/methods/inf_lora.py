@@ -43,6 +43,7 @@ class InfLoRA(IncLoRA):
     epsilon: float = 0.995
     faithful_padding: bool = False
 
+    needs_logits: ClassVar[bool] = True  # its statistics are of the one pass that computes them
     saved: ClassVar[tuple[str, ...]] = ("bases",)
     saved_uncounted: ClassVar[tuple[str, ...]] = ("source=same",)
 

@@ -38,6 +38,7 @@ from clpet.methods.components.importance import (
     static,
     unflat,
 )
+from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.step import StepContext, StepHooks
 from clpet.training.trainer import Trainer
@@ -91,7 +92,7 @@ class KIF(Method):
         require(0 <= self.percentile <= 100, "method.percentile", self.percentile, "in [0, 100]")
         require(self.orth_strength >= 0, "method.orth_strength", self.orth_strength, "0 (off) or more")
 
-    def check(self, objective: str, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
         if self.unit == "lora_rank" and peft != "lora":
             raise ConfigError(f"method.unit=lora_rank needs peft=lora; with peft={peft} use method.unit=matrix")

@@ -44,7 +44,8 @@ class LwF(Static):
     temperature: float | None = None
     reduction: Reduction = Reduction.auto
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
+    supports_plain_text: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.strength >= 0, "method.strength", self.strength, "0 or more")
@@ -53,7 +54,7 @@ class LwF(Static):
 
     def init_adapters(self) -> None:
         super().init_adapters()
-        self.writes = self.objective.generates
+        self.writes = not self.objective.traits.has_labels
         self.teacher_tensors: dict[str, Tensor] = {}  # for generated answers, from task 2 on
         self.t = self.temperature or (2.0 if self.writes else 1.0)
         self.sums = self.reduction is Reduction.sum or (self.reduction is Reduction.auto and not self.writes)

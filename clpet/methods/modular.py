@@ -26,7 +26,7 @@ def module_name(index: int) -> str:
 class Modular(Method):
     """Module j = {adapter_j, head_j over the labels of task j}; it is frozen after task j."""
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification",)
+    needs_labels: ClassVar[bool] = True
     needs_adapter: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     saved: ClassVar[tuple[str, ...]] = ("modules",)

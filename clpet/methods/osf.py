@@ -24,6 +24,7 @@ from clpet.training.trainer import Trainer
 class OSF(Method):
     """Directions that task t made strong are among the protected ones of task t + 1."""
 
+    changes_backbone: ClassVar[bool] = True
     supported_pefts: ClassVar[tuple[str, ...]] = ("osf",)
 
     def init_adapters(self) -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
+from clpet.objectives.base import Objective
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Replay(Static):
 
     uses_replay: ClassVar[bool] = True
 
-    def check(self, objective: str, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: str) -> None:
         super().check(objective, replay, peft)
         if replay == "none":
             raise ConfigError(f"method={self.name} needs a memory: set replay=dynamic, fixed, share, reservoir or all")

@@ -87,7 +87,7 @@ class SLM(Method):
     head: str = "single"
     stage1: KeyLearning = field(default_factory=KeyLearning)
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
+    supports_plain_text: ClassVar[bool] = False
     supported_pefts: ClassVar[tuple[str, ...]] = ("frozen",)
     mergeable: ClassVar[bool] = False
     supports_recompute: ClassVar[bool] = False
@@ -152,7 +152,7 @@ class SLM(Method):
         lora = Lora(r=self.rank, alpha=self.rank, targets=targets)
         self.stack = StackedLora(objective.adapters, lora.peft_config(objective.backbone), self.per_task)
         self.key_pool: list[Tensor] = []  # per task [G, P, h]
-        self.task_heads = None if objective.generates else TaskHeads(objective, self.task_id_at_test)
+        self.task_heads = TaskHeads(objective, self.task_id_at_test) if objective.traits.has_labels else None
         self.stats = RetrievalStats(len(self.benchmark), objective.device)
 
     # Learning

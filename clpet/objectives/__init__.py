@@ -1,20 +1,17 @@
-"""Training objectives. `load` returns the class of an objective by its name."""
+"""Training objectives: what the model is trained to do. `load` builds the one of a configuration with its examples."""
 
-import importlib
 from typing import TYPE_CHECKING
 
+from clpet.config.build import build
+from clpet.config.schema import Config
+
 if TYPE_CHECKING:
+    from clpet.data.sources import Source
     from clpet.objectives.base import Objective
 
-CLASS_PATHS = {
-    "classification": "clpet.objectives.classification.Classification",
-    "language_modeling": "clpet.objectives.language_modeling.LanguageModeling",
-    "text_to_text": "clpet.objectives.text_to_text.TextToText",
-}
 
-
-def load(name: str) -> "type[Objective]":
-    """The class of an objective, imported only when it is needed."""
-    module, _, class_name = CLASS_PATHS[name].rpartition(".")
-    cls: type[Objective] = getattr(importlib.import_module(module), class_name)
-    return cls
+def load(config: Config, cache_dir: str | None) -> "tuple[Objective, Source]":
+    """The objective of a configuration, not yet set up, and the source of its examples. Raises ConfigError."""
+    objective: Objective = build(config.objective, "objective")
+    source: Source = build(config.benchmark, "benchmark", cache_dir=cache_dir)
+    return objective, source.reading_for(objective.name, objective.traits, objective.extra_columns)

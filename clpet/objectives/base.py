@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, NotRequired, TypedDict
+from typing import TYPE_CHECKING, ClassVar, NotRequired, Self, TypedDict
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from clpet.config.schema import EvaluationOptions
 from clpet.data.batches import Batch, Encoded, EncodedDataset, encode_benchmark
 from clpet.data.benchmark import Benchmark, Example
-from clpet.errors import ModelError
-from clpet.models.adapters import Adapters
+from clpet.data.traits import Traits
+from clpet.errors import ConfigError, ModelError
+from clpet.models.adapters import Adapters, FullFineTuning
 from clpet.models.architectures import first_position
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.protocols import Tokenizer, config_of, network_of
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Columns = dict[str, Tensor | np.ndarray]  # one value per example
+# Options of `evaluation` that only some objectives use, and which.
+NOT_FOR_ALL = {"decode": "text_to_text", "max_new_tokens": "text_to_text", "stride": "language_modeling",
+               "bos": "language_modeling", "rank_prompts": "language_modeling"}  # fmt: skip
 Encode = Callable[[list[Example], list[int], list[int]], EncodedDataset]
 
 
@@ -92,14 +96,20 @@ class TaskScore:
     total: float
 
 
+@dataclass
 class Objective:
-    """The network with adapters, tokenizer and cost meter; subclasses define the loss and the predictions."""
+    """The network with adapters, tokenizer and cost meter; subclasses define the loss and the predictions.
 
-    name: ClassVar[str] = ""
+    A subclass is a dataclass whose annotated fields are the options of its YAML.
+    """
+
+    name: str = ""
+
+    traits: ClassVar[Traits]  # what data, methods, memories and records must know of it
+    evaluation_options: ClassVar[tuple[str, ...]] = ()  # those of NOT_FOR_ALL that it uses
     unrecorded: ClassVar[tuple[str, ...]] = ()  # columns of `score` that are for validation and not for predictions
-    generates: ClassVar[bool] = False  # uses the backbone's output layer
 
-    def __init__(
+    def setup(
         self,
         benchmark: Benchmark,
         backbone: Backbone,
@@ -109,8 +119,11 @@ class Objective:
         hardware: Hardware,
         evaluation: EvaluationOptions,
         cache_dir: str | None = None,
-    ) -> None:
-        """`cache_dir` is a folder that runs share. The attribute `benchmark` has lengths that fit the model."""
+    ) -> Self:
+        """Gives it what it works with, after data and network are loaded; called once. Returns itself.
+
+        `cache_dir` is a folder that runs share. The attribute `benchmark` has lengths that fit the model.
+        """
         self.backbone, self.adapters, self.tokenizer = backbone, adapters, tokenizer
         self.seed, self.evaluation, self.cache_dir = seed, evaluation, cache_dir
         self.eval_batch_size = hardware.eval_batch_size
@@ -122,10 +135,16 @@ class Objective:
         self.encode_split = self.encoder(self.benchmark, backbone, tokenizer)
         full = adapters.full and self.dtype is not torch.float32
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
-        self.set_up()
+        self.finish_setup()
+        return self
 
-    def set_up(self) -> None:
-        """Sets what a subclass has in addition; called once, at the end of construction."""
+    def finish_setup(self) -> None:
+        """Sets what a subclass has in addition; called once, at the end of `setup`."""
+
+    @property
+    def extra_columns(self) -> tuple[str, ...]:
+        """Columns of the data that an example needs besides text and label; they become its fields."""
+        return ()
 
     @property
     def causal(self) -> bool:
@@ -164,16 +183,24 @@ class Objective:
         """Tokens of the longest input that the benchmark's settings allow."""
         return benchmark.max_length
 
-    @classmethod
-    def check(cls, backbone: Backbone, peft: str, evaluation: EvaluationOptions) -> None:
+    def check(self, backbone: Backbone, peft: FullFineTuning, evaluation: EvaluationOptions) -> None:
         """Raises ConfigError for incompatible settings, before anything is loaded."""
+        defaults = EvaluationOptions()
+        for option, users in NOT_FOR_ALL.items():
+            if option not in self.evaluation_options and getattr(evaluation, option) != getattr(defaults, option):
+                raise ConfigError(f"evaluation.{option} is for {users}; objective={self.name} does not use it")
+        if self.traits.frozen_backbone and peft.full:
+            raise ConfigError(
+                f"objective={self.name} compares with the model whose adapter is switched off, which peft={peft.name} "
+                "does not have: use peft=lora, for example"
+            )
+        if backbone.head_dropout and not self.traits.has_labels:
+            raise ConfigError(f"model.head_dropout is for classification; objective={self.name} has no head")
 
-    @classmethod
-    def check_benchmark(cls, benchmark: Benchmark, evaluation: EvaluationOptions) -> None:
+    def check_benchmark(self, benchmark: Benchmark, evaluation: EvaluationOptions) -> None:
         """Raises ConfigError for tasks that cannot be evaluated as configured, before the backbone is loaded."""
 
-    @classmethod
-    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
+    def encoder(self, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         """A function that turns examples into an EncodedDataset; needs no weights."""
         raise NotImplementedError
 

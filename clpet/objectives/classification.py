@@ -1,6 +1,8 @@
 """Classification: a linear head on a representation of the text, with a row for each label seen so far."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset, pad_id
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template
+from clpet.data.traits import LABELS, Traits
 from clpet.errors import ModelError
 from clpet.models.backbone import Backbone, Representation, representation
 from clpet.models.protocols import Tokenizer, network_of
@@ -78,12 +81,13 @@ def _initial_row(dim: int, seed: int, name: str) -> Tensor:
     return row
 
 
+@dataclass
 class Classification(Objective):
     """A softmax over a head's labels, by default over all labels seen so far."""
 
-    name = "classification"
+    traits: ClassVar[Traits] = LABELS
 
-    def set_up(self) -> None:
+    def finish_setup(self) -> None:
         benchmark = self.benchmark
         self.representation = representation(self.backbone, benchmark.template)
         self.pooler = self.load_pooler() if self.representation is Representation.pooled else None
@@ -93,8 +97,7 @@ class Classification(Objective):
             mask[index, benchmark.task_labels(index)] = 0
         self.task_label_mask = mask.to(self.device)  # [tasks, labels]: minus infinity for labels of other tasks
 
-    @classmethod
-    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
+    def encoder(self, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         needs_mask = representation(backbone, benchmark.template) is Representation.mask
         template = Template(
             tokenizer, benchmark.template, benchmark.max_length, needs_mask, truncate=benchmark.truncate

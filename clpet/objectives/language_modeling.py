@@ -8,7 +8,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -20,7 +20,9 @@ from clpet.data.batches import Batch, Encoded, EncodedDataset, pad_id
 from clpet.data.benchmark import SPLITS, Benchmark, Example
 from clpet.data.packing import Masking, Windows, pack
 from clpet.data.token_cache import Stream, TokenCache
+from clpet.data.traits import PLAIN_TEXT, Traits
 from clpet.errors import ConfigError, DataError, ModelError
+from clpet.models.adapters import FullFineTuning
 from clpet.models.architectures import first_position, logit_cap
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.protocols import Tokenizer, config_of, network_of
@@ -31,14 +33,15 @@ from clpet.objectives.key_term_rank import prompt_windows, rank_statistics, rank
 EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of this many tokens
 
 
+@dataclass
 class LanguageModeling(Objective):
     """The loss is the mean over all predicted tokens of a batch of windows."""
 
-    name = "language_modeling"
+    traits: ClassVar[Traits] = PLAIN_TEXT
+    evaluation_options: ClassVar[tuple[str, ...]] = ("stride", "bos", "rank_prompts")
     unrecorded: ClassVar[tuple[str, ...]] = ("score",)
-    generates = True
 
-    def set_up(self) -> None:
+    def finish_setup(self) -> None:
         if not self.causal:
             tasks = [replace(task, metric="pseudo_perplexity") for task in self.benchmark.tasks]
             self.benchmark = replace(self.benchmark, tasks=tasks)
@@ -70,15 +73,14 @@ class LanguageModeling(Objective):
         if self.evaluation.bos and benchmark.document_mask:
             raise ConfigError("evaluation.bos does not support benchmark.document_mask: several texts share a window")
 
-    @classmethod
-    def check(cls, backbone: Backbone, peft: str, evaluation: EvaluationOptions) -> None:
+    def check(self, backbone: Backbone, peft: FullFineTuning, evaluation: EvaluationOptions) -> None:
+        super().check(backbone, peft, evaluation)
         if backbone.architecture is Architecture.encoder_decoder:
             raise ConfigError(
                 f"model {backbone.name} is an encoder-decoder: language_modeling needs a decoder or encoder"
             )
 
-    @classmethod
-    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
+    def encoder(self, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         """Not used: `encode` makes windows from entire domains."""
 
         def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:

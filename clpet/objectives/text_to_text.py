@@ -6,6 +6,8 @@ use the same positions. An encoder-decoder encodes the prompt, padded on the rig
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,27 +17,29 @@ from clpet.config.schema import Decode, EvaluationOptions
 from clpet.data.batches import IGNORED, Batch, EncodedDataset, Ragged, pad_id, position_ids
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template, Tokenised
+from clpet.data.traits import ANSWERS, Traits
 from clpet.errors import ConfigError, DataError
 from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
+from clpet.models.adapters import FullFineTuning
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
 
 
+@dataclass
 class TextToText(Objective):
     """The loss is the cross-entropy of the answer tokens and the end token, mean over all tokens of a batch."""
 
-    name = "text_to_text"
-    generates = True
+    traits: ClassVar[Traits] = ANSWERS
+    evaluation_options: ClassVar[tuple[str, ...]] = ("decode", "max_new_tokens")
 
-    def set_up(self) -> None:
+    def finish_setup(self) -> None:
         self.end = end_token(self.tokenizer)
         self.start = None if self.causal else config_of(self.adapters.model).decoder_start_token_id
         answers = encode_answers(self.tokenizer, self.benchmark.labels, self.benchmark.max_target)
         self.label_tokens = Ragged(answers.rows)
 
-    @classmethod
-    def check_benchmark(cls, benchmark: Benchmark, evaluation: EvaluationOptions) -> None:
+    def check_benchmark(self, benchmark: Benchmark, evaluation: EvaluationOptions) -> None:
         for task in benchmark.tasks:
             if evaluation.decode is Decode.rank and not task.labels:
                 raise ConfigError(
@@ -50,24 +54,24 @@ class TextToText(Objective):
                     f"{' or '.join([*better, 'evaluation.decode=rank'])}"
                 )
 
-    @classmethod
-    def check(cls, backbone: Backbone, peft: str, evaluation: EvaluationOptions) -> None:
+    def check(self, backbone: Backbone, peft: FullFineTuning, evaluation: EvaluationOptions) -> None:
         """Also rejects prompt and prefix tuning where peft inserts its virtual tokens or positions wrongly.
 
         peft inserts the virtual tokens in every pass, also while ranking, and ignores position ids of padded prompts.
         """
+        super().check(backbone, peft, evaluation)
         if backbone.architecture is Architecture.encoder:
             raise ConfigError(
                 f"model {backbone.name} is an encoder and cannot write an answer: use a decoder or encoder-decoder"
                 " (or set model.architecture=decoder if it is one)"
             )
-        if peft not in ("prompt", "prefix"):
+        if peft.name not in ("prompt", "prefix"):
             return
         if evaluation.decode is Decode.rank:
             raise ConfigError(
-                f"evaluation.decode=rank does not support peft={peft}: set evaluation.decode=generate or peft=lora"
+                f"evaluation.decode=rank does not support peft={peft.name}: set evaluation.decode=generate or peft=lora"
             )
-        if backbone.architecture is Architecture.decoder and peft == "prompt":
+        if backbone.architecture is Architecture.decoder and peft.name == "prompt":
             raise ConfigError(
                 "peft=prompt does not support a decoder that writes answers: set peft=prefix or method=l2p"
             )
@@ -76,8 +80,7 @@ class TextToText(Objective):
         answer = max(benchmark.max_target, self.evaluation.max_new_tokens or 0)
         return benchmark.max_length + (answer if self.causal else 0)
 
-    @classmethod
-    def encoder(cls, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
+    def encoder(self, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         causal = backbone.architecture is Architecture.decoder
         check_cut_labels(tokenizer, benchmark)
         template = Template(

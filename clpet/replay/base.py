@@ -14,6 +14,7 @@ import numpy as np
 
 from clpet.config.seeding import derive
 from clpet.data.batches import Encoded, EncodedDataset
+from clpet.data.traits import Traits
 from clpet.errors import ConfigError
 from clpet.replay.batch_plan import BatchPlan, Rows
 
@@ -41,11 +42,11 @@ class NoReplay:
         """Whether the memory is selected per class."""
         return False
 
-    def check(self, batch_size: int, objective: str) -> None:
+    def check(self, batch_size: int, traits: Traits) -> None:
         """Raises ConfigError if this component does not support the batch size or objective; needs no data."""
-        if self.selects_by_class and objective != "classification":
+        if self.selects_by_class and not traits.has_labels:
             raise ConfigError(
-                f"replay={self.name} chooses its memory by class logits, which {objective} does not have: "
+                f"replay={self.name} chooses its memory by class logits, which this objective does not have: "
                 "use replay=share, dynamic, reservoir or all"
             )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clpet.config.schema import require
+from clpet.data.traits import Traits
 from clpet.errors import ConfigError
 from clpet.replay.base import NoReplay
 from clpet.replay.batch_plan import BatchPlan, Rows
@@ -27,12 +28,10 @@ class FixedFractionReplay(NoReplay):
         sources = ("past", "base", "both")
         require(self.source in sources, "replay.source", self.source, " or ".join(sources))
 
-    def check(self, batch_size: int, objective: str) -> None:
-        super().check(batch_size, objective)
-        if self.source != "past" and objective != "language_modeling":
-            raise ConfigError(
-                f"replay.source={self.source} needs a base corpus, which {objective} does not have: use past"
-            )
+    def check(self, batch_size: int, traits: Traits) -> None:
+        super().check(batch_size, traits)
+        if self.source != "past" and not traits.plain_text:
+            raise ConfigError(f"replay.source={self.source} needs a base corpus, which only plain text has: use past")
 
     def available(self) -> Rows:
         """The rows that may be replayed."""

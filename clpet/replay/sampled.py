@@ -9,6 +9,7 @@ import numpy as np
 
 from clpet.config.schema import require
 from clpet.data.batches import Encoded
+from clpet.data.traits import Traits
 from clpet.errors import ConfigError
 from clpet.replay.base import NoReplay, ReplayState, ValidationRows
 from clpet.replay.batch_plan import BatchPlan, Rows, split_batch, steps_and_val_batches
@@ -46,8 +47,8 @@ class SampledReplay(NoReplay):
         require(self.ratio != 0, "replay.ratio", self.ratio, "positive (new:old) or negative (old:new)")
         require(self.limit is None or self.limit >= 2, "replay.limit", self.limit, "at least 2, or null")
 
-    def check(self, batch_size: int, objective: str) -> None:
-        super().check(batch_size, objective)
+    def check(self, batch_size: int, traits: Traits) -> None:
+        super().check(batch_size, traits)
         new, old = split_batch(batch_size, self.ratio)
         if new < 1 or old < 1:
             raise ConfigError(

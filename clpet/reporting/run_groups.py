@@ -9,12 +9,14 @@ from clpet.config.identity import NOT_IDENTITY, digest
 from clpet.config.renamed import translate_keys
 from clpet.errors import ConfigError, suggest
 from clpet.records import Json, Results
+from clpet.reporting.recorded_objective import has_labels, objective_name
 from clpet.runtime.untrusted_json import read_json, split_of
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 Runs = list[tuple[Path, Results]]  # (run directory, results.json)
-NAME_KEYS = ("method", "model", "benchmark", "replay", "peft", "seed")  # the options of the groups, and the seed
+# The options of the groups, and the seed.
+NAME_KEYS = ("method", "model", "objective", "benchmark", "replay", "peft", "seed")
 TASK_GIVEN = "task_id_at_test"  # True: the method gets the task of each test example, which is easier
 SPLIT = "evaluation.split"
 SAVING_KEYS = ("train.save_minutes", "train.snapshot_every", "train.log_every")  # no effect on results
@@ -101,8 +103,7 @@ def options_of(path: Path, run: Results) -> dict[str, str]:
     record = read_json(path / "run.json")
     translate_keys(record.get("config"))
     options = flatten(record.get("config"))
-    named = (run["method"], run["model"], run["benchmark"], run["replay"], run["peft"], run["seed"])
-    options |= {key: str(value) for key, value in zip(NAME_KEYS, named, strict=True)}
+    options |= {key: str(run.get(key)) for key in NAME_KEYS} | {"objective": objective_name(run)}
     options |= {f"inputs.{name}": value for name, value in run.get("inputs", {}).items() if name != "data"}
     options |= {key: str(value) for key, value in run.get("resolved", {}).items()}
     if run.get("softmax"):  # what benchmark.softmax=auto was resolved to
@@ -172,13 +173,11 @@ def _without_seed(run: Results) -> tuple[Hashable, ...]:
 def _kind(run: Results, options: dict[str, str], split_by_data: bool) -> tuple[str, str, str, str, str, str]:
     """(benchmark, objective, metric, direction, split, data) of the section a run belongs to."""
     lower = run["direction"] == "lower"
-    # Runs of older versions lack the first two keys; only perplexities are better when lower.
-    objective = str(run.get("objective") or ("language_modeling" if lower else "classification"))
     metric = str(run.get("metric") or ("perplexity" if lower else "accuracy"))
-    if objective == "text_to_text" and (exceptions := value_of(options, "benchmark.metrics")):
+    if not has_labels(run) and (exceptions := value_of(options, "benchmark.metrics")):
         metric += f" ({exceptions})"  # tasks with a metric of their own
     data = fingerprint(run) if split_by_data else ""
-    return run["benchmark"], objective, metric, run["direction"], split_of(run), data
+    return run["benchmark"], objective_name(run), metric, run["direction"], split_of(run), data
 
 
 def _group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

@@ -9,6 +9,7 @@ from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2
 from clpet.records import HeadlineKey, Results
 from clpet.reporting.perplexity_tables import LEGEND, average_table
+from clpet.reporting.recorded_objective import has_labels
 from clpet.reporting.tables import matrix_table, say
 from clpet.runtime.untrusted_json import command, split_of
 
@@ -58,7 +59,7 @@ def show_finished(console: Console, out: Path, results: Results, address: str | 
 def _table_title(results: Results, lower: bool) -> str:
     if lower:
         return f"{results.get('metric', 'perplexity')} after each domain (rows), lower is better"
-    metric = "score" if results.get("objective") == "text_to_text" else "accuracy"
+    metric = "accuracy" if has_labels(results) else "score"
     return f"{metric} in % after each task (rows)"
 
 
@@ -72,4 +73,4 @@ def _next_method(results: Results, lower: bool) -> str:
         return "sequential"
     if lower:
         return DAPT  # gives the reference perplexities of each domain
-    return "o_lora" if results.get("objective") == "text_to_text" else "dynamic_conpet"
+    return "dynamic_conpet" if has_labels(results) else "o_lora"

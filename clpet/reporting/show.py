@@ -11,6 +11,7 @@ from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
 from clpet.records import Description, ProgressLine, Results
 from clpet.reporting.perplexity_tables import average_table, domain_table, formula_lines, transfer_tables
+from clpet.reporting.recorded_objective import direction_of, has_labels
 from clpet.reporting.run_groups import Runs
 from clpet.reporting.run_metrics import pretraining_metrics, run_metrics
 from clpet.reporting.tables import format_table, matrix_table, table
@@ -60,7 +61,7 @@ def show(path: Path, every_metric: bool) -> str:
 def _unfinished(path: Path) -> str:
     """The scores so far, from metrics.jsonl, and the command that resumes the run."""
     run, lines = cast(Description, read_json(path / "run.json")), path / "metrics.jsonl"
-    matrix = TransferMatrix(run["tasks"], "lower" if run["objective"] == "language_modeling" else "higher")
+    matrix = TransferMatrix(run["tasks"], direction_of(run))
     done = 0
     for text in lines.read_text().splitlines() if lines.is_file() else ():
         line = cast(ProgressLine, parse_line(text))
@@ -77,10 +78,10 @@ def _finished(run: Results, others: Runs, every_metric: bool) -> str:
     matrix = TransferMatrix.from_json(run)
     if matrix.direction == "lower":
         return "\n\n".join([_head(run), *_pretraining(run, matrix, others, every_metric), _costs(run)])
-    generates = run.get("objective") == "text_to_text"
-    title = "score" if generates else "accuracy among all labels seen so far"
+    labelled = has_labels(run)
+    title = "accuracy among all labels seen so far" if labelled else "score"
     blocks = [_head(run), f"{title}\n{matrix_table(matrix)}"]
-    if not generates:
+    if labelled:
         title = "accuracy among each task's own labels (task-incremental view)"
         blocks.append(f"{title}\n{matrix_table(TransferMatrix.from_json(run, run['task_scores']))}")
     for rows, title in (

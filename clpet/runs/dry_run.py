@@ -54,7 +54,7 @@ def _print_example(console: Console, method: Method) -> None:
 
 def count_parameters(console: Console, components: Components, benchmark: Benchmark, reason: str) -> None:
     """Prints `reason`, why the weights cannot be loaded, and parameter counts from the model's config alone."""
-    backbone, generates = components.backbone, components.objective.generates
+    backbone, generates = components.backbone, components.objective.traits.needs_output_layer
     with torch.device("meta"):  # shapes without memory: a model of any size fits
         adapters = Adapters(backbone.skeleton(generates), backbone, components.peft, generates)
         adapters.add("default", 0)

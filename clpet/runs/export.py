@@ -69,7 +69,7 @@ def write(run: LoadedRun, folder: Path, merge: bool) -> str:
 def describe(run: LoadedRun, contents: str, peft_adapters: bool) -> dict[str, object]:
     """clpet.json: the contents of the exported folder and the call that loads it."""
     objective, backbone = run.method.objective, run.record.components.backbone
-    auto_class = backbone._class(objective.generates).__name__
+    auto_class = backbone._class(objective.traits.needs_output_layer).__name__
     base = backbone.hub or backbone.path or backbone.package
     load = f"transformers.{auto_class}.from_pretrained(FOLDER)"
     if peft_adapters:
@@ -90,6 +90,6 @@ def describe(run: LoadedRun, contents: str, peft_adapters: bool) -> dict[str, ob
         "template": run.benchmark.template,
         "clpet": __version__,
     }
-    if objective.name == "classification":
+    if objective.traits.has_labels:
         about |= {"representation": objective.representation.value, "heads": sorted(run.method.heads())}
     return about

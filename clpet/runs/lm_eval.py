@@ -37,8 +37,11 @@ class HarnessTask(Protocol):
 
 def check(record: RunRecord) -> None:
     """Raises ConfigError if the harness cannot evaluate the model of this run, before anything is loaded."""
-    if record.objective == "classification":
-        raise ConfigError("--downstream needs a model that generates text; the objective of this run is classification")
+    objective = record.components.objective
+    if not objective.traits.needs_output_layer:
+        raise ConfigError(
+            f"--downstream needs a model that generates text; the objective of this run is {objective.name}"
+        )
     if record.components.backbone.architecture is Architecture.encoder:
         raise ConfigError(
             f"--downstream needs a decoder or an encoder-decoder; model {record.config.model['name']} is an encoder"

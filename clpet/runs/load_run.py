@@ -25,6 +25,7 @@ from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.methods.base import Method
 from clpet.models.adapters import FullFineTuning
 from clpet.models.backbone import Backbone
+from clpet.objectives.base import Objective
 from clpet.records import Checkpoint, Json, State
 from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
@@ -39,7 +40,7 @@ from clpet.wiring import Components, Session
 
 log = logging.getLogger(__name__)
 # The class that each group's `_target_` must be, or inherit from.
-_CLASSES = (Method, NoReplay, Backbone, FullFineTuning, Source, Hardware, Tracking)
+_CLASSES = (Method, NoReplay, Backbone, FullFineTuning, Objective, Source, Hardware, Tracking)
 BASE_CLASSES = dict(zip(OBJECT_GROUPS, _CLASSES, strict=True))
 LOCATIONS = ("data_dir", "cache_dir", "model.path", "hardware.")  # options that depend on the machine, not on the run
 TASK_NAME = re.compile(r"[^\x00-\x1f]+")
@@ -60,11 +61,6 @@ class RunRecord:
     def method(self) -> Method:
         """The method; not set up before `load_run`."""
         return self.components.method
-
-    @property
-    def objective(self) -> str:
-        """Name of the training objective."""
-        return self.components.objective.name
 
 
 @dataclass

@@ -27,6 +27,7 @@ from clpet.data.sources.base import Source
 from clpet.errors import ClpetError, ConfigError
 from clpet.methods.base import Method
 from clpet.models.backbone import Backbone
+from clpet.objectives import load
 from clpet.records import Results
 from clpet.runtime.fingerprint import cached_value, file_stat, hub_commit
 
@@ -71,7 +72,7 @@ def check_finished(out: Path, results: Results, config: Config) -> None:
 
 def _data_now(config: Config, recorded: str) -> str:
     """The current fingerprint of the data; data from the hub are assumed to be unchanged, without loading them."""
-    source = build(config.benchmark, "benchmark", cache_dir=config.cache_dir)
+    _, source = load(config, config.cache_dir)
     if config.data_dir is None and (getattr(source, "hub", None) or getattr(source, "hub_tasks", None)):
         return recorded
     return cached_value(config.cache_dir, data_key(config, source), lambda: source.load(config.data_dir).fingerprint())
@@ -83,10 +84,10 @@ def data_key(config: Config, source: Source) -> str | None:
     None if a file has changed within the last seconds: its time stamps cannot be trusted yet.
     """
     if config.data_dir is None:  # the data come from the Python installation
-        return digest([config.benchmark, __version__, sys.version], 32)
+        return digest([config.benchmark, config.objective, __version__, sys.version], 32)
     folder = Path(config.data_dir).expanduser()
     stats = [file_stat(path) for path in sorted(_walk(source.data_root(folder) if folder.is_dir() else folder))]
-    return None if None in stats else digest([config.benchmark, __version__, stats], 32)
+    return None if None in stats else digest([config.benchmark, config.objective, __version__, stats], 32)
 
 
 def _walk(path: Path) -> Iterator[Path]:

@@ -64,9 +64,9 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def softmax(benchmark: Benchmark, objective: str) -> str | None:
+def softmax(benchmark: Benchmark) -> str | None:
     """Labels that compete in a classification loss, "task" or "seen": what benchmark.softmax=auto resolved to."""
-    return ("task" if benchmark.per_task_softmax else "seen") if objective == "classification" else None
+    return ("task" if benchmark.per_task_softmax else "seen") if benchmark.traits.has_labels else None
 
 
 def start(
@@ -84,6 +84,7 @@ def start(
         _warn_of_rounding(out, host)
     record = {
         **_description(cfg, overrides, identity, benchmark),
+        "direction": benchmark.direction,
         "host": host,
         "config": OmegaConf.to_container(cfg, resolve=True),
         "data": data,
@@ -232,8 +233,8 @@ def _description(cfg: DictConfig, overrides: list[str], identity: dict[str, str]
         "method": cfg.method.name,
         "model": cfg.model.name,
         "benchmark": cfg.benchmark.name,
-        "objective": cfg.benchmark.get("objective", "classification"),
-        "softmax": softmax(benchmark, cfg.benchmark.get("objective", "classification")),
+        "objective": cfg.objective.name,
+        "softmax": softmax(benchmark),
         "replay": cfg.replay.name,
         "peft": cfg.peft.name,
         "batch": batch_record(cfg),

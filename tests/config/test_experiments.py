@@ -138,7 +138,7 @@ def test_logged_runs_with_bert_large() -> None:
 
 
 WORDS = {
-    "benchmark.objective": "text_to_text",
+    "objective.name": "text_to_text",
     "train.schedule": "constant",
     "benchmark.max_length": 512,
     "benchmark.max_target": 50,

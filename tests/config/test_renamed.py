@@ -42,6 +42,9 @@ def test_recorded_configurations_are_translated(old: str) -> None:
     group, name = old.split(".")
     config = {group: {name: {"multirc": "x"}, "lr": 0.1}, "seed": 0}
     translate_keys(config)
+    if "." not in RENAMED_KEYS[old]:
+        assert name not in config[group]
+        return
     assert config == {group: {RENAMED_KEYS[old].split(".")[1]: {"multirc": "x"}, "lr": 0.1}, "seed": 0}
 
 
@@ -55,4 +58,18 @@ def test_a_name_that_is_not_old_stays() -> None:
     assert config["method"] == {"_target_": "mine.Pulling", "key_loss_weight": 0.5, "keep": 1}
     for other in ({}, {"train": None}, {"train": {"snapshot_every": 3}}, None):
         translate_keys(other)
-    assert all(old.rpartition(".")[0] == new.rpartition(".")[0] for old, new in RENAMED_KEYS.items())
+    assert all(old.split(".")[0] == new.split(".")[0] for old, new in RENAMED_KEYS.items() if "." in new)
+
+
+def test_a_recorded_objective_of_the_benchmark_becomes_an_option_of_its_group() -> None:
+    config = {"benchmark": {"_target_": "mine.Tales", "objective": "text_to_text"}}
+    translate_keys(config)
+    node = {"_target_": "clpet.objectives.text_to_text.TextToText", "name": "text_to_text"}
+    assert config == {"benchmark": {"_target_": "mine.Tales"}, "objective": node}
+    for present in ({"benchmark": {"_target_": "mine.Tales"}, "objective": node}, {"benchmark": {}}):
+        before = copy.deepcopy(present)
+        translate_keys(present)
+        assert present == before
+    oldest = {"benchmark": {"_target_": "clpet.sources.Table"}}
+    translate_keys(oldest)
+    assert oldest["objective"]["name"] == "classification"

@@ -17,6 +17,7 @@ from clpet.data.sources.python_stdlib import _module_paragraphs
 from clpet.data.tabular_files import read_local, row_text
 from clpet.errors import DataError
 from clpet.evaluation.data_inspection import inspect_data
+from clpet.objectives import load
 from tests.conftest import shared
 
 
@@ -24,14 +25,14 @@ def from_yaml(name: str, data_dir: Path | None = None, *overrides: str):
     """A benchmark as `clpet train benchmark=NAME` loads it."""
     from hydra import compose, initialize_config_dir
 
-    from clpet.config.build import build, parse_config
+    from clpet.config.build import parse_config
     from clpet.config.compose import conf_dir
     from clpet.config.identity import register_resolvers
 
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", [f"benchmark={name}", *overrides])
-    return build(parse_config(cfg).benchmark, "benchmark").load(str(data_dir) if data_dir else None)
+    return load(parse_config(cfg), None)[1].load(str(data_dir) if data_dir else None)
 
 
 def test_clinc150_is_ten_domains_of_fifteen() -> None:

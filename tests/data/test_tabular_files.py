@@ -9,9 +9,10 @@ import pytest
 
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.read_report import account
-from clpet.data.sources import Kind, Table
+from clpet.data.sources import Table
 from clpet.data.sources.text_domains import TextDomains
 from clpet.data.splits import stratified
+from clpet.data.traits import ANSWERS, LABELS, Traits
 from clpet.errors import DataError
 from clpet.evaluation.data_inspection import inspect_data
 
@@ -42,9 +43,9 @@ def write(path: Path, rows: list[dict]) -> Path:
     return put(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def table(folder: Path, **options: object) -> Benchmark:
+def table(folder: Path, traits: Traits = LABELS, **options: object) -> Benchmark:
     """The benchmark of a folder of tables."""
-    return Table(name="files", **options).load(str(folder))  # type: ignore[arg-type]
+    return Table(name="files", **options).reading_for("made_up", traits).load(str(folder))  # type: ignore[arg-type]
 
 
 def domains(folder: Path, **options: object) -> Benchmark:
@@ -97,12 +98,12 @@ def test_an_empty_cell_is_an_empty_text_in_a_prompt_and_an_error_elsewhere(suffi
     found = table(tmp_path / "t", text="{title} {text}")
     assert sorted(e.text for e in examples(found))[:12] == sorted(f" text {i}" for i in range(0, 24, 2))
     assert "12 empty cells are read as an empty text: column title" in notes(found)
-    written = table(tmp_path / "t", objective=Kind.text_to_text, prompt="{title}: {text}")
+    written = table(tmp_path / "t", traits=ANSWERS, prompt="{title}: {text}")
     assert {e.fields["title"] for e in examples(written)} == {"", *(f"title {i}" for i in range(1, 24, 2))}
     for column, options, words in (
         ("text", {}, "an empty text"),
         ("label", {}, "no label"),
-        ("label", {"objective": Kind.text_to_text}, "no label"),
+        ("label", {"traits": ANSWERS}, "no label"),
         ("dom", {"task": "dom"}, "no task"),
     ):
         for hole in (None, "", "  "):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from clpet.data.benchmark import SPLITS
-from clpet.data.sources import Kind, Table
+from clpet.data.sources import Table
 from clpet.data.sources.text_domains import Balance, TextDomains
+from clpet.data.traits import LABELS, PLAIN_TEXT
 from clpet.errors import ConfigError, DataError
 from clpet.evaluation.data_inspection import inspect_data
 from tests.conftest import shared
@@ -219,7 +220,6 @@ def test_unknown_names_are_reported(four: Path, knobs: dict, message: str) -> No
         ({"balance": Balance.cap}, "benchmark.max_bytes must be set with balance=cap"),
         ({"max_bytes": 5}, "benchmark.max_bytes must be set with balance=cap"),
         ({"shots": 3}, "benchmark.shots must be null"),
-        ({"objective": Kind.classification}, "benchmark.objective must be language_modeling"),
     ],
 )
 def test_inconsistent_options_are_refused(knobs: dict, message: str) -> None:
@@ -228,8 +228,16 @@ def test_inconsistent_options_are_refused(knobs: dict, message: str) -> None:
 
 
 def test_labelled_data_is_not_read_as_plain_text() -> None:
-    with pytest.raises(ConfigError, match="classification or text_to_text for labelled data, not language_modeling"):
-        Table(name="x", objective=Kind.language_modeling)
+    with pytest.raises(ConfigError, match="objective=language_modeling does not suit benchmark=x, which has labels"):
+        Table(name="x").reading_for("language_modeling", PLAIN_TEXT)
+
+
+def test_plain_text_is_not_read_as_labelled_data() -> None:
+    message = (
+        "objective=classification does not suit benchmark=d, which has plain text: use objective=language_modeling"
+    )
+    with pytest.raises(ConfigError, match=message):
+        TextDomains(name="d").reading_for("classification", LABELS)
 
 
 def test_domains_without_text_are_refused(four: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_prompts_of_long_sequence_keep_their_question() -> None:
     chosen = [
         "benchmark.tasks=[multirc,cb]",
         "benchmark.order=listed",
-        "benchmark.objective=text_to_text",
+        "objective=text_to_text",
         "benchmark.max_train=20",
         "benchmark.max_test=50",
     ]

@@ -252,7 +252,7 @@ def test_run_killed_after_a_domain_resumes_bit_for_bit(variant: list[str], prose
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["method=crl"], "method=crl does not support language_modeling: it supports classification"),
+        (["method=crl"], "method=crl does not support objective=language_modeling: it needs labels"),
         (["method=sequential", "replay=fixed", "method=replay"], "chooses its memory by class logits"),
         (["method=sequential", "benchmark.max_length=9000", "benchmark.max_test=1"], "this model reads at most 1024 tokens"),
         (["method=sequential", "benchmark.max_length=1000", "max_train=2"], "fewer than one window of 1000"),

@@ -13,6 +13,7 @@ import torch
 from clpet.config.build import build, parse_config
 from clpet.config.compose import compose_config
 from clpet.config.schema import Training
+from clpet.data.traits import ANSWERS
 from clpet.errors import ClpetError, ConfigError
 from clpet.models.architectures import first_position
 from clpet.models.backbone import Backbone
@@ -55,11 +56,11 @@ def test_plain_text_refuses_options_without_effect() -> None:
 
 
 def test_text_to_text_refuses_options_of_label_groups() -> None:
-    node = parse_config(compose_config(["benchmark=files", "benchmark.objective=text_to_text"])).benchmark
-    build(node, "benchmark")
+    node = parse_config(compose_config(["benchmark=files"])).benchmark
+    build(node, "benchmark").reading_for("text_to_text", ANSWERS)
     for key, value in {"classes_per_task": 2, "partition_seed": 1, "task_labels": {"a": ["x"]}}.items():
         with pytest.raises(ConfigError, match=f"benchmark.{key} must be null with objective=text_to_text"):
-            build({**node, key: value}, "benchmark")
+            build({**node, key: value}, "benchmark").reading_for("text_to_text", ANSWERS)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_lwf_divergence() -> None:
     assert torch.allclose(*grads)
 
 
-WORDS = ["benchmark.objective=text_to_text", "model=tiny_llama", "benchmark.max_target=10", "train.epochs=1"]
+WORDS = ["objective=text_to_text", "model=tiny_llama", "benchmark.max_target=10", "train.epochs=1"]
 
 
 def test_lwf_of_answers_is_a_divergence_over_their_tokens(make) -> None:

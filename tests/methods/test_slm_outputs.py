@@ -69,7 +69,7 @@ def test_a_head_per_task_has_all_of_its_rows(slm, tmp_path: Path) -> None:
 @pytest.mark.parametrize("decode", ["generate", "rank"])
 def test_answers_in_a_batch_are_those_alone(model: str, decode: str, slm) -> None:
     """The mixture of a prompt is used for all tokens of its answer and for all candidates."""
-    run = slm(f"model={model}", "benchmark.objective=text_to_text", "benchmark.max_target=6", "method.values=per_group",
+    run = slm(f"model={model}", "objective=text_to_text", "benchmark.max_target=6", "method.values=per_group",
               "method.top_k=2", f"evaluation.decode={decode}", "train.epochs=1", distance=0.5)  # fmt: skip
     for task in range(3):
         run.learn(task)
@@ -89,7 +89,7 @@ def test_answers_in_a_batch_are_those_alone(model: str, decode: str, slm) -> Non
 
 @pytest.mark.parametrize("model", ["tiny_t5", "tiny_llama"])
 def test_text_to_text_learns_with_its_own_values(model: str, slm) -> None:
-    run = slm(f"model={model}", "benchmark.objective=text_to_text", "train.epochs=6", "benchmark.max_target=8")
+    run = slm(f"model={model}", "objective=text_to_text", "train.epochs=6", "benchmark.max_target=8")
     pool = run.data.train
     batch = pool.batch(pool.rows_of(0))
     start = run.method.objective.loss(batch).item()

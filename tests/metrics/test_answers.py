@@ -8,8 +8,9 @@ from tokenizers import normalizers
 
 from clpet.config.schema import EvaluationOptions
 from clpet.data.benchmark import Benchmark, Example, Task
-from clpet.data.sources import Kind, Table
+from clpet.data.sources import Table
 from clpet.data.splits import in_order
+from clpet.data.traits import ANSWERS, LABELS, Traits
 from clpet.errors import ConfigError, DataError
 from clpet.evaluation.data_inspection import near_equal
 from clpet.metrics import text_scores
@@ -23,10 +24,10 @@ def labelled(*labels: str, metric: str = "exact_match", max_target: int = 50) ->
     return Benchmark("made_up", [Task("signs", rows, rows, rows, labels, metric)], max_target=max_target)
 
 
-def table(folder: Path, rows: list[dict], **settings: object) -> Benchmark:
+def table(folder: Path, rows: list[dict], traits: Traits = LABELS, **settings: object) -> Benchmark:
     """The benchmark of a jsonl file."""
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Table(name="made_up", **settings).load(str(folder))
+    return Table(name="made_up", **settings).reading_for("made_up", traits).load(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -51,12 +52,12 @@ def test_labels_that_are_equal_under_the_metric_are_rejected(
 ) -> None:
     """The message names a remedy that works; decode=rank compares labels exactly, so it accepts every metric."""
     with pytest.raises(ConfigError) as error:
-        TextToText.check_benchmark(labelled(*labels, metric=metric), EvaluationOptions())
+        TextToText().check_benchmark(labelled(*labels, metric=metric), EvaluationOptions())
     assert problem in str(error.value)
     assert remedy in str(error.value)
-    TextToText.check_benchmark(labelled(*labels, metric=metric), EvaluationOptions(decode="rank"))
+    TextToText().check_benchmark(labelled(*labels, metric=metric), EvaluationOptions(decode="rank"))
     for better_metric in text_scores.that_tell_apart(labels):
-        TextToText.check_benchmark(labelled(*labels, metric=better_metric), EvaluationOptions())
+        TextToText().check_benchmark(labelled(*labels, metric=better_metric), EvaluationOptions())
 
 
 def test_labels_that_are_equal_after_truncation_are_rejected() -> None:
@@ -99,7 +100,7 @@ def test_near_equal_labels_give_a_warning(clpet, tmp_path: Path) -> None:
 
 def test_references_are_read_from_the_named_column_only(tmp_path: Path) -> None:
     rows = [{"text": f"{i}", "label": "ab"[i % 2], "references": ["a ", "b"], "others": "b"} for i in range(12)]
-    settings = {"objective": Kind.text_to_text}
+    settings = {"traits": ANSWERS}
     assert {example.references for example in table(tmp_path, rows, **settings).tasks[0].test} == {()}
     for column, expected in (("references", ("a", "b")), ("others", ("b",))):
         named = table(tmp_path, rows, references=column, **settings).tasks[0]

@@ -15,6 +15,7 @@ from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark, Example, Task
 from clpet.data.packing import Masking, eval_windows
 from clpet.data.token_cache import Stream
+from clpet.data.traits import PLAIN_TEXT
 from clpet.models.adapters import Adapters, FullFineTuning, Lora
 from clpet.models.backbone import Architecture, Backbone
 from clpet.objectives import chunked_cross_entropy
@@ -43,7 +44,9 @@ def domains(length: int = 12, document_mask: bool = False, base: bool = False) -
         splits = [[Example(text) for text in texts] * copies for copies in (4, 1, 1)]
         tasks.append(Task(name, *splits, metric="perplexity"))
     base_task = tasks[0] if base else None
-    return Benchmark("made_up", tasks, max_length=length, document_mask=document_mask, base=base_task)
+    return Benchmark(
+        "made_up", tasks, max_length=length, document_mask=document_mask, base=base_task, traits=PLAIN_TEXT
+    )
 
 
 def make_objective(
@@ -57,7 +60,7 @@ def make_objective(
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
     settings = EvaluationOptions(**evaluation)
-    return LanguageModeling(benchmark or domains(), backbone, adapters, tokenizer, 0, hardware, settings)
+    return LanguageModeling().setup(benchmark or domains(), backbone, adapters, tokenizer, 0, hardware, settings)
 
 
 def sums(objective: LanguageModeling, data: Encoded, task: int, batch_size: int = 128) -> tuple[float, float]:
@@ -177,7 +180,7 @@ def test_real_model_agrees_with_a_plain_loop() -> None:
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
     benchmark = domains(length=16)
-    objective = LanguageModeling(benchmark, backbone, adapters, tokenizer, 0, hardware, EvaluationOptions())
+    objective = LanguageModeling().setup(benchmark, backbone, adapters, tokenizer, 0, hardware, EvaluationOptions())
     nll, tokens = sums(objective, objective.encode(), 1)
     plain, reader = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     ids = [t for text in TEXTS["metals"] for t in [*reader(text)["input_ids"], reader.eos_token_id]]

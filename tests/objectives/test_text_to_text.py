@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from clpet.config.schema import Decode, EvaluationOptions
 from clpet.data.batches import IGNORED
 from clpet.data.benchmark import Benchmark, Example, Task
-from clpet.data.sources import Kind, Table
+from clpet.data.sources import Table
+from clpet.data.traits import ANSWERS
 from clpet.errors import ConfigError
 from clpet.methods.components.subspace import InputCovariances
 from clpet.metrics.text_scores import accuracy, exact_match, rouge_l
@@ -65,7 +66,7 @@ def make_objective(
     adapters = Adapters(model, backbone, adapter or Lora(name="lora", r=2), generates=True)
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
-    return TextToText(
+    return TextToText("text_to_text").setup(
         benchmark(),
         backbone,
         adapters,
@@ -203,7 +204,7 @@ def test_truncated_answers_keep_their_end_token() -> None:
 def test_encoders_are_rejected() -> None:
     backbone = Backbone(name="bert", random_weights=True, config={"model_type": "bert"})
     with pytest.raises(ConfigError, match="encoder and cannot write an answer"):
-        TextToText.check(backbone, "lora", EvaluationOptions())
+        TextToText().check(backbone, Lora("lora"), EvaluationOptions())
 
 
 def test_metrics() -> None:
@@ -234,8 +235,8 @@ def test_ranked_label_must_equal_a_reference() -> None:
 def test_ranking_needs_tasks_with_labels() -> None:
     """Raises an error instead of falling back to generation."""
     with pytest.raises(ConfigError, match="task talk has free-text answers"):
-        TextToText.check_benchmark(benchmark(), EvaluationOptions(decode=Decode.rank))
-    TextToText.check_benchmark(benchmark(), EvaluationOptions())
+        TextToText().check_benchmark(benchmark(), EvaluationOptions(decode=Decode.rank))
+    TextToText().check_benchmark(benchmark(), EvaluationOptions())
 
 
 def test_real_model_gives_the_same_answers_in_batches_and_alone() -> None:
@@ -247,7 +248,7 @@ def test_real_model_gives_the_same_answers_in_batches_and_alone() -> None:
     adapters = Adapters(model, backbone, Lora(name="lora", r=2), generates=True)
     adapters.add("default", 0)
     hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
-    objective = TextToText(
+    objective = TextToText().setup(
         benchmark(), backbone, adapters, tokenizer, 0, hardware, EvaluationOptions(max_new_tokens=10)
     )
     pool = objective.encode().test
@@ -324,9 +325,17 @@ def test_answers_that_do_not_repeat_are_free_text(tmp_path: Path) -> None:
         {"text": f"{i} + 1", "sum": str(i + 1), "odd": str(i % 2 == 0), "references": f"{i + 1}"} for i in range(40)
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = {"name": "sums", "objective": Kind.text_to_text}
-    free = Table(label="sum", references="references", **table).load(str(tmp_path)).tasks[0]
+    table = {"name": "sums"}
+    free = (
+        Table(label="sum", references="references", **table)
+        .reading_for("text_to_text", ANSWERS)
+        .load(str(tmp_path))
+        .tasks[0]
+    )
     assert free.labels == ()
     assert (len(free.test), len(free.validation), len(free.train)) == (10, 3, 27)
     assert free.train[0].references == (free.train[0].target,)
-    assert Table(label="odd", **table).load(str(tmp_path)).tasks[0].labels == ("False", "True")
+    assert Table(label="odd", **table).reading_for("text_to_text", ANSWERS).load(str(tmp_path)).tasks[0].labels == (
+        "False",
+        "True",
+    )

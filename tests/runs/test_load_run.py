@@ -97,6 +97,7 @@ def test_a_run_of_version_0_1_0_opens(clpet, run: Path) -> None:
         for group in OBJECT_GROUPS:
             node = value["config"][group]
             node["_target_"] = old_paths.get(node["_target_"], node["_target_"])
+        value["config"]["benchmark"]["objective"] = value["config"].pop("objective")["name"]
         value["config"]["train"]["keep"] = value["config"]["train"].pop("snapshot_every")
         assert value["config"]["model"]["_target_"] == "clpet.backbones.Backbone"
 
@@ -218,6 +219,7 @@ def test_an_option_of_an_own_class_keeps_a_name_that_clpet_renamed(clpet, run: P
 
     def use_own_class(value: dict) -> None:
         value["config"]["method"] |= {"_target_": "clpet_pulling.Pulling", "pull": 0.25}
+        value["config"]["benchmark"]["objective"] = value["config"].pop("objective")["name"]
         value["config"]["train"]["keep"] = value["config"]["train"].pop("snapshot_every")
         value["config"]["benchmark"]["keep"] = value["config"]["benchmark"].pop("cut_last")
 

@@ -31,7 +31,7 @@ CASES: dict[str, list[str]] = {
     "lwf": ["method=lwf", "train.eps=1e-3"],  # a full step of AdamW on a gradient of rounding alone would differ
     "dynamic_conpet_k2": ["method=dynamic_conpet", "method.top_k=2", "hardware.micro_batch_size=2"],
     "kif": ["method=kif", "train.select=best", "train.clip=1"],
-    "text_to_text": ["method=kif", "model=tiny_llama", "benchmark.objective=text_to_text", "benchmark.max_target=8"],
+    "text_to_text": ["method=kif", "model=tiny_llama", "objective=text_to_text", "benchmark.max_target=8"],
     "language_modeling": ["method=sequential"],
 }
 SHORT = [

@@ -11,9 +11,9 @@ To add a data format:
   options of the benchmark. Report what is skipped, repaired or dropped in `self.report`; raise DataError otherwise.
 """
 
-from clpet.data.sources.base import Kind, Softmax, Source
+from clpet.data.sources.base import Softmax, Source
 from clpet.data.sources.python_stdlib import PythonStdlib
 from clpet.data.sources.table import Table
 from clpet.data.sources.task_folders import Folders
 
-__all__ = ["Folders", "Kind", "PythonStdlib", "Softmax", "Source", "Table"]
+__all__ = ["Folders", "PythonStdlib", "Softmax", "Source", "Table"]

@@ -1,5 +1,6 @@
 """Base class of all sources: the options, order, size limits and checks that every benchmark has."""
 
+import copy
 import dataclasses
 import logging
 import re
@@ -7,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from clpet.config.schema import NamesOrRule, Patterns, require
 from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, Truncate
@@ -15,18 +16,11 @@ from clpet.data.read_report import ReadReport
 from clpet.data.splits import Splits, has_labels, in_order, sample, split_off, stratified
 from clpet.data.tabular_files import column_names, data_folder
 from clpet.data.task_order import order_tasks
+from clpet.data.traits import LABELS, Traits
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.metrics.text_scores import FREE, METRICS, need
 
 log = logging.getLogger(__name__)
-
-
-class Kind(Enum):
-    """The objective that a benchmark is learned with."""
-
-    classification = "classification"
-    text_to_text = "text_to_text"
-    language_modeling = "language_modeling"
 
 
 class Softmax(Enum):
@@ -65,7 +59,6 @@ class Source:
     max_length: int = 128
     truncate: Truncate = Truncate.end
     cut_last: Patterns = None  # a regular expression, or {task: regular expression}
-    objective: Kind = Kind.classification
     softmax: Softmax = Softmax.auto
     prompt: str = "{text}"
     max_target: int = 50
@@ -76,6 +69,10 @@ class Source:
     fields: ClassVar[tuple[str, ...]] = ()  # template slots in addition to {text} and {mask}
     cache_dir: ClassVar[str | None] = None  # set by the run: a folder for files that later runs can reuse
     plain_text: ClassVar[bool] = False  # texts for language modelling, without labels or answers
+    # Set by `reading_for`: the objective's name, its capabilities, and columns that its examples have as fields.
+    objective: ClassVar[str] = "classification"
+    traits: ClassVar[Traits] = LABELS
+    extra_columns: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         self.report = ReadReport()  # of the last `load`
@@ -87,23 +84,33 @@ class Source:
             valid = pattern is None or (isinstance(pattern, str) and is_pattern(pattern))
             require(valid, f"benchmark.cut_last{name and '.' + name}", repr(pattern), "a regular expression, or null")
         require(self.max_target >= 1, "benchmark.max_target", self.max_target, "at least 1 token")
-        per_task_answers = self.softmax is Softmax.task and self.answers
-        require(not per_task_answers, "benchmark.softmax", "task", "seen with objective=text_to_text")
         for metric in (self.metric, *self.metrics.values()):
             require(metric in METRICS, "benchmark.metric", metric, " or ".join(METRICS))
         require(0 <= self.validation_share < 1, "benchmark.validation_share", self.validation_share, "in [0, 1)")
         for key in ("template", "prompt"):
             value = getattr(self, key)
             require(value.count("{text}") == 1, f"benchmark.{key}", repr(value), "a text that contains {text} once")
-        valid = (self.objective is Kind.language_modeling) == self.plain_text
-        expected = "language_modeling" if self.plain_text else "classification or text_to_text for labelled data"
-        require(valid, "benchmark.objective", self.objective.value, expected)
         if self.plain_text:
             self._check_unused()
         slots = ("text", "mask", *self.fields)
         valid = all(slot in slots for slot in re.findall(r"\{(\w+)\}", self.template))
         allowed = ", ".join(f"{{{slot}}}" for slot in slots)
         require(valid, "benchmark.template", repr(self.template), f"a text whose slots are among {allowed}")
+
+    def reading_for(self, objective: str, traits: Traits, extra_columns: tuple[str, ...] = ()) -> Self:
+        """This source as one that reads examples for an objective. Raises ConfigError if it has no such examples."""
+        if traits.plain_text != self.plain_text:
+            has = "plain text: use objective=language_modeling" if self.plain_text else "labels or answers"
+            raise ConfigError(f"objective={objective} does not suit benchmark={self.name}, which has {has}")
+        source = copy.copy(self)
+        vars(source).update(objective=objective, traits=traits, extra_columns=extra_columns)
+        source.check_objective()
+        return source
+
+    def check_objective(self) -> None:
+        """Raises ConfigError for an option that does not suit the objective."""
+        if self.softmax is Softmax.task and self.answers:
+            raise ConfigError(f"benchmark.softmax must be seen with objective={self.objective}, not task")
 
     def _check_unused(self) -> None:
         """Raises ConfigError for an option that is set but has no effect on plain text."""
@@ -125,13 +132,17 @@ class Source:
         the logits of all old labels, whatever the method protects.
         """
         if self.softmax is Softmax.auto:
-            return self.objective is Kind.classification and not mixes_tasks
+            return self.traits.has_labels and not mixes_tasks
         return self.softmax is Softmax.task
 
     @property
     def answers(self) -> bool:
-        """Whether targets are answers to generate instead of labels to classify."""
-        return self.objective is Kind.text_to_text
+        """Whether targets are answers in words instead of labels to classify."""
+        return not (self.traits.has_labels or self.plain_text)
+
+    def labelled(self, *splits: list[Example]) -> bool:
+        """Whether the targets of these examples are labels, by which splits and samples are balanced."""
+        return not self.answers or (self.traits.generates_text and has_labels(*splits))
 
     @property
     def prompt_columns(self) -> list[str]:
@@ -150,7 +161,7 @@ class Source:
     def load(self, data_dir: str | None) -> Benchmark:
         """The benchmark: tasks in training order, limited in size, each with a validation split. Raises DataError."""
         folder, self.report = data_folder(data_dir), ReadReport()
-        for name in (self.tasks or self.named_order() or self.metrics) if self.answers else ():
+        for name in (self.tasks or self.named_order() or self.metrics) if self.traits.generates_text else ():
             need(self.metrics.get(name, self.metric))
         splits = self.read(folder)
         chosen = self.chosen(splits)
@@ -166,7 +177,14 @@ class Source:
         template = self.prompt.rstrip() if self.answers else self.template
         max_target = self.max_target if self.answers else 0
         benchmark = Benchmark(
-            self.name, tasks, template, self.max_length, max_target, self.truncate, report=self.report
+            self.name,
+            tasks,
+            template,
+            self.max_length,
+            max_target,
+            self.truncate,
+            report=self.report,
+            traits=self.traits,
         )
         benchmark.check()
         return benchmark
@@ -192,8 +210,8 @@ class Source:
 
     def _task(self, name: str, splits: Splits) -> Task:
         train, validation, test = (list(splits.get(split, [])) for split in SPLITS)
-        metric = self.metrics.get(name, self.metric) if self.answers else "accuracy"
-        labelled = not self.answers or (metric not in FREE and has_labels(train, validation, test))
+        metric = self.metrics.get(name, self.metric) if self.traits.generates_text else "accuracy"
+        labelled = metric not in FREE and self.labelled(train, validation, test)
         if not validation:
             train, validation = split_off(train, self.validation_share, labelled)
         labels = {str(example.target) for example in train if example.target is not None} if labelled else set()

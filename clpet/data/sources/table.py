@@ -6,7 +6,7 @@ from pathlib import Path
 from clpet.config.schema import IntOrList, Scalar, require
 from clpet.data.benchmark import SPLITS, Example
 from clpet.data.sources.base import Source
-from clpet.data.splits import Splits, by_label, has_labels, in_order, label_name, named_tasks, partition, split_off
+from clpet.data.splits import Splits, by_label, in_order, label_name, named_tasks, partition, split_off
 from clpet.data.tabular_files import Row, SplitRows, cell_text, column_names, is_empty, read_hub, read_local, row_text
 from clpet.errors import DataError
 from clpet.escape import safe_name, short_repr
@@ -43,10 +43,13 @@ class Table(Source):
         counts = sizes if isinstance(sizes, list) else [1 if sizes is None else sizes]
         valid = all(type(count) is int and count >= 1 for count in counts)
         require(valid, "benchmark.classes_per_task", sizes, "at least 1, or a list of such numbers")
-        for key in ("classes_per_task", "partition_seed", "task_labels") if self.answers else ():
-            expected = "null with objective=text_to_text, whose tasks come from benchmark.task"
-            require(getattr(self, key) is None, f"benchmark.{key}", getattr(self, key), expected)
         require(0 < self.test_share < 1, "benchmark.test_share", self.test_share, "in (0, 1)")
+
+    def check_objective(self) -> None:
+        super().check_objective()
+        for key in ("classes_per_task", "partition_seed", "task_labels") if self.answers else ():
+            expected = f"null with objective={self.objective}, whose tasks come from benchmark.task"
+            require(getattr(self, key) is None, f"benchmark.{key}", getattr(self, key), expected)
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
         pairs = {split: self.examples(rows, split) for split, rows in self.rows(data_dir).items()}
@@ -103,7 +106,7 @@ class Table(Source):
 
     def columns(self) -> list[str]:
         """The columns that the rows must have."""
-        options = [self.text, self.label, *self.prompt_columns, self.task, self.references]
+        options = [self.text, self.label, *self.prompt_columns, *self.extra_columns, self.task, self.references]
         return [name for option in options if option for name in column_names(option)]
 
     def _label(self, row: Row) -> str:
@@ -133,7 +136,10 @@ class Table(Source):
 
     def example(self, row: Row) -> Example:
         """One row as an Example, with the other columns of the prompt as its fields."""
-        fields = {name: cell_text(row[name], name) for name in self.prompt_columns}
+        for name in self.extra_columns:
+            if is_empty(row[name]):
+                raise DataError(f"an empty {safe_name(name)}")
+        fields = {name: cell_text(row[name], name) for name in (*self.prompt_columns, *self.extra_columns)}
         answers = row[self.references] if self.references and self.answers else None
         references = tuple(map(label_name, [answers] if isinstance(answers, str) else answers or ()))
         return Example(row_text(self.text, row), str(row[self.label]), fields, references=references)
@@ -161,5 +167,4 @@ class Table(Source):
         """Cuts a test split from train if there is none."""
         if not splits.get("test"):
             train = splits.get("train", [])
-            labelled = not self.answers or has_labels(train)
-            splits["train"], splits["test"] = split_off(train, self.test_share, labelled)
+            splits["train"], splits["test"] = split_off(train, self.test_share, self.labelled(train))

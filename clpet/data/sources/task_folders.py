@@ -11,7 +11,7 @@ from clpet.data.benchmark import SPLITS
 from clpet.data.data_files import note_unread, subfolders, tables
 from clpet.data.sources.base import Source
 from clpet.data.sources.table import Table
-from clpet.data.splits import Splits, has_labels, split_off
+from clpet.data.splits import Splits, split_off
 from clpet.data.tabular_files import read_hub, read_local
 from clpet.errors import DataError
 
@@ -55,8 +55,8 @@ class Folders(Source):
         self.drop_bad()
         for splits in tasks.values():
             if self.test_share and not splits.get("test"):
-                labelled = not self.answers or has_labels(splits["train"])
-                splits["train"], splits["test"] = split_off(splits["train"], self.test_share, labelled)
+                train = splits["train"]
+                splits["train"], splits["test"] = split_off(train, self.test_share, self.labelled(train))
         return tasks
 
     def _discover(self, data_dir: Path | None) -> list[str]:
@@ -74,7 +74,7 @@ class Folders(Source):
         return names
 
     def _read_task(self, name: str, data_dir: Path | None) -> Splits:
-        common: dict[str, Any] = {"name": name, "objective": self.objective, "prompt": self.prompt}
+        common: dict[str, Any] = {"name": name, "prompt": self.prompt}
         table = Table(text=self.text, label=self.label, splits=self.splits, references=self.references, **common)
         if data_dir is not None:
             rows = read_local(self._folder(name, data_dir), table.splits, self.report)
@@ -87,6 +87,7 @@ class Folders(Source):
             spec = dict(self.hub_tasks[name])
             table = Table(**{**common, **spec})
             rows = read_hub(str(table.hub), table.hub_config, table.hub_revision, table.splits, {}, self.report)
+        table = table.reading_for(self.objective, self.traits, self.extra_columns)
         table.report = self.report
         label = self._labeller(name)
         splits = {}

@@ -14,9 +14,10 @@ from clpet.data.decontamination import decontaminate
 from clpet.data.document_readers import open_readers
 from clpet.data.documents import Documents
 from clpet.data.read_report import ReadReport
-from clpet.data.sources import Kind, Source
+from clpet.data.sources import Source
 from clpet.data.tabular_files import data_folder
 from clpet.data.task_order import balanced, order_domains
+from clpet.data.traits import PLAIN_TEXT, Traits
 from clpet.errors import DataError, suggest
 from clpet.records import OrderRecord
 
@@ -35,7 +36,6 @@ class Balance(Enum):
 class Domains(Source):
     """Base of benchmarks of plain text. A subclass overrides `names`, the domains, and `corpora`, their texts."""
 
-    objective: Kind = Kind.language_modeling
     validation_share: float = 0.01
     test_share: float = 0.01
     balance: Balance = Balance.none
@@ -54,6 +54,8 @@ class Domains(Source):
     stream: bool = False
 
     plain_text: ClassVar[bool] = True
+    objective: ClassVar[str] = "language_modeling"
+    traits: ClassVar[Traits] = PLAIN_TEXT
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +109,7 @@ class Domains(Source):
             self.name,
             [tasks[name] for name in order["names"]],
             max_length=self.max_length,
+            traits=self.traits,
             groups=self._groups(available, list(order["names"])),
             base=base,
             order=order,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from clpet.records import Json, Rows
 from clpet.reporting.comparison import Comparison
+from clpet.reporting.recorded_objective import has_labels
 from clpet.reporting.report.answers import AnswerData, ReadTexts
 from clpet.reporting.report.charts import Chart, charts
 from clpet.reporting.report.tables import (
@@ -103,7 +104,7 @@ def matrices_json(section: Section) -> Json:
     """The matrices of every run by row; the page derives B and F from them, as `TransferMatrix` does."""
     return {
         "lower": section.lower,
-        "views": section.objective == "classification",
+        "views": all(has_labels(run) for _, run in section.runs),
         "rows": [
             {
                 "name": row.name,
@@ -112,7 +113,7 @@ def matrices_json(section: Section) -> Json:
                         "seed": run["seed"],
                         "tasks": run["tasks"],
                         "scores": _rounded(run["scores"]),
-                        "task_scores": _rounded(run["task_scores"]) if section.objective == "classification" else None,
+                        "task_scores": _rounded(run["task_scores"]) if has_labels(run) else None,
                     }
                     for _, run in row.runs
                 ],

@@ -1,0 +1,21 @@
+"""What data, methods, memories and records must know of an objective; they ask for this and never for its name."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The capabilities of an objective. Without `has_labels` and `plain_text` it learns answers in words."""
+
+    has_labels: bool = False  # predicts one of the benchmark's labels, with a head that has a row per label
+    plain_text: bool = False  # reads plain text, which has neither labels nor answers
+    generates_text: bool = False  # writes answers, which benchmark.metric scores
+    lower_is_better: bool = False  # of its scores
+    needs_output_layer: bool = False  # uses the backbone's output layer over the vocabulary
+    frozen_backbone: bool = False  # needs the pretrained network as it was, so only adapters may be trained
+    has_logits: bool = True  # its loss is the cross-entropy of `Objective.logits` and `Objective.targets`
+
+
+LABELS = Traits(has_labels=True)
+ANSWERS = Traits(generates_text=True, needs_output_layer=True)
+PLAIN_TEXT = Traits(plain_text=True, lower_is_better=True, needs_output_layer=True)
