@@ -2,11 +2,16 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clpet.errors import ConfigError, DataError
 from clpet.escape import printable
 
+if TYPE_CHECKING:
+    from clpet.reporting.run_groups import Runs
+
 REPORT = "report.html"  # the file, unless another name is given
+NO_TEXTS = "leave out the test texts, which are otherwise shown with mistakes if the data can be read again"
 
 
 def report(argv: list[str]) -> int:
@@ -25,8 +30,9 @@ def report(argv: list[str]) -> int:
                         help="only runs with one of these values, such as method=kif,ewc; may be repeated")  # fmt: skip
     parser.add_argument("--compare", default="method", metavar="KEY[,KEY]",
                         help="options that make the rows of the tables (default: method)")  # fmt: skip
+    parser.add_argument("--no-texts", action="store_true", help=NO_TEXTS)
     arguments = parser.parse_args(argv)
-    from clpet.reporting.report.page import build_report, select, write_report
+    from clpet.reporting.report.page import select
     from clpet.runtime.untrusted_json import find_runs
 
     folder: Path = arguments.folder
@@ -42,14 +48,12 @@ def report(argv: list[str]) -> int:
     started = [path.parent for path in sorted(folder.glob("*/*/s*-*/run.json"))]
     unfinished = [str(path) for path in started if not (path / "results.json").exists()]
     chosen = select(runs, arguments.where)
-    write_report(build_report(str(folder), chosen, keys, unfinished), arguments.output)
-    say_written(arguments.output, len(chosen))
+    write(arguments.output, str(folder), chosen, keys, unfinished, not arguments.no_texts)
     return 0
 
 
-def report_run(path: Path, file: Path) -> None:
+def report_run(path: Path, file: Path, with_texts: bool) -> None:
     """Writes the report of one run for `clpet show RUN --html`. Raises ConfigError and DataError."""
-    from clpet.reporting.report.page import build_report, write_report
     from clpet.runtime.untrusted_json import read_results
 
     if not (path / "results.json").is_file():
@@ -57,8 +61,21 @@ def report_run(path: Path, file: Path) -> None:
     check_file(file)
     run = read_results(path / "results.json")
     title = f"{run['method']} on {run['benchmark']}, seed {run['seed']}"
-    write_report(build_report(title, [(path, run)], ["method"], []), file)
-    say_written(file, 1)
+    write(file, title, [(path, run)], ["method"], [], with_texts)
+
+
+def write(file: Path, title: str, runs: "Runs", keys: list[str], unfinished: list[str], with_texts: bool) -> None:
+    """Writes the report, and prints its file with the number of runs and of texts in it, and its size."""
+    from clpet.reporting.report.page import build_report, write_report
+    from clpet.runs.recorded_texts import RecordedTexts
+    from clpet.runtime.untrusted_json import as_data_error
+
+    with as_data_error("the report cannot be made"):
+        report = build_report(title, runs, keys, unfinished, RecordedTexts() if with_texts else None)
+    write_report(report, file)
+    num_texts = sum(section.num_texts for section in report.sections)
+    texts = f", {num_texts} test texts (--no-texts leaves them out)" if num_texts else ""
+    print(printable(f"{file}: {len(runs)} run{'s' * (len(runs) > 1)}, {file.stat().st_size / 1e6:.1f} MB{texts}"))
 
 
 def check_file(file: Path) -> None:
@@ -67,8 +84,3 @@ def check_file(file: Path) -> None:
         raise ConfigError(f"{file} is a folder: give the name of a file, such as {file / REPORT}")
     if not file.parent.is_dir():
         raise ConfigError(f"{file.parent} is not a folder: create it, or give another file")
-
-
-def say_written(file: Path, num_runs: int) -> None:
-    """Prints the file with the number of runs in it and its size."""
-    print(printable(f"{file}: {num_runs} run{'s' * (num_runs > 1)}, {file.stat().st_size / 1e6:.1f} MB"))

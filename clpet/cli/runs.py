@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clpet.cli.report import REPORT, report_run
+from clpet.cli.report import NO_TEXTS, REPORT, report_run
 from clpet.errors import ConfigError, DataError
 from clpet.escape import printable
 
@@ -89,12 +89,15 @@ def show(argv: list[str]) -> int:
     parser.add_argument("--metrics", action="store_true", help="every metric with its formula")
     parser.add_argument("--html", nargs="?", const="", metavar="FILE",
                         help="write the run's report instead, one HTML file (default: RUN/report.html)")  # fmt: skip
+    parser.add_argument("--no-texts", action="store_true", help=f"in the report, {NO_TEXTS}")
     arguments = parser.parse_args(argv)
+    if arguments.no_texts and arguments.html is None:
+        raise ConfigError("--no-texts is for --html")
     if arguments.html is not None:
         if arguments.metrics:
             raise ConfigError("--metrics is for the printed figures: leave it or --html out")
         run = Path(arguments.run)
-        report_run(run, Path(arguments.html or run / REPORT))
+        report_run(run, Path(arguments.html or run / REPORT), not arguments.no_texts)
         return 0
     from clpet.reporting.show import show as show_run
 

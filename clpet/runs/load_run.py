@@ -1,13 +1,11 @@
 """Opens a run directory: reads its record, and loads its method with the weights after some task.
 
-A run directory may come from an untrusted source, so run.json is treated as data only: its classes must be clpet's own,
-interpolations such as ${oc.env:HOME}, which could read the environment, are rejected, paths in it are never written to,
-and weights are loaded from safetensors, never from pickle.
+A run directory may come from an untrusted source: see `run_record.py`. Weights are loaded from safetensors, never from
+pickle.
 """
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +13,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from clpet.config.build import find_class, option_names, parse_config
-from clpet.config.renamed import translate_keys
+from clpet.config.build import find_class, parse_config
 from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
@@ -26,15 +23,16 @@ from clpet.methods.base import Method
 from clpet.models.adapters import FullFineTuning
 from clpet.models.backbone import Backbone
 from clpet.objectives.base import Objective
-from clpet.records import Checkpoint, Json, State
+from clpet.records import Checkpoint, State
 from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
 from clpet.runs.provenance import inputs
 from clpet.runs.run_dir import snapshot_folder
+from clpet.runs.run_record import cache_dir, read_run_json
 from clpet.runs.tracking_options import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
-from clpet.runtime.untrusted_json import Schema, as_data_error, check_schema, read_json, read_results
+from clpet.runtime.untrusted_json import as_data_error, read_results
 from clpet.training.trainer import NoProgress
 from clpet.wiring import Components, Session
 
@@ -43,9 +41,6 @@ log = logging.getLogger(__name__)
 _CLASSES = (Method, NoReplay, Backbone, FullFineTuning, Objective, Source, Hardware, Tracking)
 BASE_CLASSES = dict(zip(OBJECT_GROUPS, _CLASSES, strict=True))
 LOCATIONS = ("data_dir", "cache_dir", "model.path", "hardware.")  # options that depend on the machine, not on the run
-TASK_NAME = re.compile(r"[^\x00-\x1f]+")
-FOLDER_OPTIONS = ("benchmark.tasks", "benchmark.folders", "benchmark.domains")  # names that may be joined to data_dir
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass
@@ -100,23 +95,10 @@ def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False)
     allows the classes of a --config-dir and a model's remote code.
     """
     file = out / "run.json"
-    if not file.is_file():
-        raise DataError(f"{out} is not a run directory: it has no run.json")
-    run_json = cast(dict[str, Any], read_json(file))
-    shape: dict[str | type[str], Schema] = {"config": dict, "tasks": [str], "data": {"fingerprint": str}}
-    check_schema(run_json, {**shape, **({"inputs": {str: str}} if "inputs" in run_json else {})}, f"{file}")
-    check_config(run_json["config"], plugins, "")
-    # After check_config: a class is only imported if plugins are allowed.
-    translate_keys(run_json["config"], option_names)
-    for name in run_json["tasks"]:
-        if not TASK_NAME.fullmatch(name):
-            raise ConfigError(f"{file}: invalid task name {name!r}")
+    run_json = read_run_json(out, plugins)
     with as_data_error(f"{file} does not describe a run"):
         cfg = OmegaConf.create(run_json["config"])
-        # The recorded cache_dir may be any path: the cache next to this run's output folder is used instead.
-        output_dir = out.resolve().parents[2:3]
-        cache = next((str(folder / ".cache") for folder in output_dir if (folder / ".cache").is_dir()), None)
-        OmegaConf.update(cfg, "cache_dir", cache, force_add=True)
+        OmegaConf.update(cfg, "cache_dir", cache_dir(out), force_add=True)
         for word in overrides:
             key, equals, value = word.partition("=")
             if not equals or not key.startswith(LOCATIONS):
@@ -129,42 +111,6 @@ def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False)
                 raise ConfigError(f"{group}._target_ names {target}, which is not a {base.__name__}")
         components = Components.build(config)
     return RunRecord(out, config, run_json, components)
-
-
-def check_config(node: Json, plugins: bool, where: str) -> None:
-    """Raises ConfigError for unsafe values in a recorded config; without `plugins` also switches remote code off."""
-    if isinstance(node, dict):
-        if not plugins and "trust_remote_code" in node:
-            node["trust_remote_code"] = False
-        for key, value in node.items():
-            check_config(value, plugins, f"{where}.{key}".lstrip("."))
-        _check_names(node, plugins, where)
-    elif isinstance(node, list):
-        for item in node:
-            check_config(item, plugins, where)
-            if where in FOLDER_OPTIONS and not is_relative_name(str(item)):
-                raise ConfigError(f"{where}: {item!r} does not name a folder below data_dir")
-    elif isinstance(node, str) and "${" in node:
-        raise ConfigError(f"{where} contains ${{...}}: a recorded configuration must be resolved")
-
-
-def _check_names(node: Mapping[str, Json], plugins: bool, where: str) -> None:
-    """Raises ConfigError where a node names a hub repository, an encoder or a class that must not be loaded."""
-    for key in ("encoder", "order_encoder"):  # a name, a hub id or a folder
-        if ".." in str(node.get(key)).split("/"):
-            raise ConfigError(f"{where}.{key}: {str(node[key])[:80]!r} is not a name, a hub id or an absolute path")
-    hub, target = node.get("hub"), node.get("_target_", "clpet.")
-    if hub is not None and not (isinstance(hub, str) and HUB_ID.fullmatch(hub)):
-        raise ConfigError(f"{where}.hub: {str(hub)[:80]!r} is not a hub id")
-    # Old names such as clpet.memory.DynamicReplay pass here; find_class translates them.
-    if not (isinstance(target, str) and (plugins or re.fullmatch(r"clpet\.[\w.]*", target))):
-        hint = "if you trust this run, allow your own classes with --allow-plugins and --config-dir FOLDER"
-        raise ConfigError(f"{where}._target_ names {str(target)[:80]}, which is not part of clpet: {hint}")
-
-
-def is_relative_name(name: str) -> bool:
-    """Whether a recorded name, joined to a folder, stays inside that folder."""
-    return bool(TASK_NAME.fullmatch(name)) and not Path(name).is_absolute() and ".." not in re.split(r"[/\\]", name)
 
 
 def load_run(record: RunRecord, after: int | None = None) -> LoadedRun:

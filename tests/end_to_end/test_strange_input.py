@@ -19,7 +19,7 @@ from clpet.models.architectures import first_position
 from clpet.models.backbone import Backbone
 from clpet.objectives.base import Predictions
 from clpet.runs import run_dir
-from clpet.runs.load_run import check_config, is_relative_name
+from clpet.runs.run_record import check_config, is_relative_name
 from clpet.runtime.untrusted_json import find_runs
 from clpet.training.lr_schedules import SchedulePosition, warn_of_warmup
 from tests.wandb_reader import read_wandb

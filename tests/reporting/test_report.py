@@ -149,7 +149,7 @@ def test_the_page_holds_every_part_and_escapes_what_comes_from_data(clpet) -> No
     task = answers["runs"][0]["tasks"][0]
     assert (task["examples"], task["correct"]) == (4, 2)
     x, y, z = map(answers["words"].index, "xyz")
-    assert task["mistakes"] == [[3, y, z, 0.9], [2, x, z, 0.8]]
+    assert task["mistakes"] == [[3, y, z, 0.9, None], [2, x, z, 0.8, None]]
     assert task["f1"] == pytest.approx((200 / 3 + 100 + 0) / 3, abs=0.01)  # x, the hostile label, y
 
 
@@ -236,5 +236,6 @@ def test_runs_of_plain_text_get_their_curves(clpet) -> None:
 
 
 def test_reports_import_no_torch() -> None:
-    code = "import sys, clpet.cli.report, clpet.reporting.report.page; assert 'torch' not in sys.modules"
+    modules = "clpet.cli.report, clpet.reporting.report.page, clpet.runs.recorded_texts, clpet.data.sources"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

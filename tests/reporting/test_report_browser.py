@@ -163,8 +163,9 @@ def test_every_task_of_a_run_shows_its_answers(page: "playwright.Page", outputs:
     assert part.locator("[role=tab][aria-selected=true]").inner_text() == run["tasks"][1]
 
 
-def test_html_in_names_and_labels_is_text(page: "playwright.Page") -> None:
+def test_html_in_names_labels_and_texts_is_text(page: "playwright.Page") -> None:
     part = open_section(page, "files")
+    assert f"{HOSTILE_TEXT} test" in part.locator(".mistakes").inner_text()
     assert HOSTILE in part.locator(".answers").inner_text()
     part.get_by_role("tab", name="</script><b>bold").click()
     assert "</script><b>bold" in part.locator(".answers .labels").inner_text()

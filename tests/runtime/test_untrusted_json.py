@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from clpet.cli import main
 from clpet.errors import ClpetError, DataError
-from clpet.runs.load_run import check_config, read_record
+from clpet.runs.load_run import read_record
+from clpet.runs.run_record import check_config
 from clpet.runtime.untrusted_json import read_json
 from tests.conftest import domain_args, run_cli, tiny_args
 

@@ -14,36 +14,35 @@ MAX_MISTAKES = 6  # per task and run
 MAX_ANSWER = 160  # characters of an answer or label
 MAX_TEXT = 300  # characters of a test text
 MAX_PAIRS = 60_000  # (label, prediction) pairs in one report: above, only one seed of each row has its answers shown
+TEXT = "text"  # column of the predictions with the text
 CONFIDENCE = "probability"  # column of the predictions with the probability of the answer
 
-ReadTexts = Callable[[Path, Results], Mapping[int, str]]  # texts of a run's test examples by row number, if readable
-
-
-def no_texts(path: Path, run: Results) -> Mapping[int, str]:
-    """Leaves the texts of mistakes out of the report."""
-    return {}
+ReadTexts = Callable[[Path, Results], Mapping[int, str]]  # {row number: text} of a run's test examples, if readable
 
 
 @dataclass
 class Words:
-    """Numbers words in order of first use: the page stores every label once."""
+    """Numbers texts in order of first use, cut to `max_length` characters: the page stores each of them once."""
 
+    max_length: int
     ids: dict[str, int] = field(default_factory=dict)
 
-    def __call__(self, word: str) -> int:
-        """The number of a word."""
-        return self.ids.setdefault(word[:MAX_ANSWER], len(self.ids))
+    def __call__(self, text: str) -> int:
+        """The number of a text."""
+        text = text if len(text) <= self.max_length else f"{text[: self.max_length - 1]}…"
+        return self.ids.setdefault(text, len(self.ids))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One test example: row number in the test pool, correct and predicted answer, and the probability if recorded."""
+    """One test example: row number, correct and predicted answer; probability and text if they were recorded."""
 
     example: int
     label: str
     prediction: str
     right: bool
     probability: float | None
+    text: str | None = None
 
 
 def read_answers(run: Path, results: Results) -> dict[str, list[Answer]]:
@@ -59,9 +58,15 @@ def read_answers(run: Path, results: Results) -> dict[str, list[Answer]]:
         if not {"example", "task", "label", "prediction", "score"} <= set(table.column_names):
             return {}
         for row in table.to_pylist():
-            probability = row.get(CONFIDENCE)
-            answer = Answer(int(row["example"]), str(row["label"]), str(row["prediction"]), float(row["score"]) >= 1,
-                            None if probability is None else float(probability))  # fmt: skip
+            probability, text = row.get(CONFIDENCE), row.get(TEXT)
+            answer = Answer(
+                example=int(row["example"]),
+                label=str(row["label"]),
+                prediction=str(row["prediction"]),
+                right=float(row["score"]) >= 1,
+                probability=None if probability is None else float(probability),
+                text=None if text is None else str(text),
+            )
             answers[row["task"]].append(answer)
     return answers
 
@@ -100,8 +105,8 @@ class AnswerData:
     """The answers of a section's runs as the page reads them: labels and texts are stored once, as numbers below."""
 
     def __init__(self) -> None:
-        self.words, self.runs = Words(), list[Json]()
-        self.texts, self.tasks_of_labels = dict[str, str](), dict[str, str]()
+        self.words, self.texts = Words(MAX_ANSWER), Words(MAX_TEXT)
+        self.runs, self.tasks_of_labels = list[Json](), dict[str, str]()
         self.num_pairs = self.num_left_out = 0
 
     def add(self, row: Row, texts: ReadTexts) -> None:
@@ -110,13 +115,13 @@ class AnswerData:
             if self.num_pairs > MAX_PAIRS and path != row.runs[0][0]:
                 self.num_left_out += 1
             elif answers := read_answers(path, run):
-                tasks = [self._task(name, members) for name, members in answers.items()]
+                wrong = {name: mistakes(members) for name, members in answers.items()}
+                unread = any(answer.text is None for members in wrong.values() for answer in members)
+                readable = texts(path, run) if unread else {}
+                tasks = [self._task(name, members, wrong[name], readable) for name, members in answers.items()]
                 self.runs.append({"row": row.name, "seed": run["seed"], "tasks": tasks})
-                wrong = [answer.example for members in answers.values() for answer in mistakes(members)]
-                readable = texts(path, run)
-                self.texts |= {str(n): readable[n][:MAX_TEXT] for n in wrong if n in readable}
 
-    def _task(self, name: str, answers: Sequence[Answer]) -> Json:
+    def _task(self, name: str, answers: Sequence[Answer], wrong: list[Answer], readable: Mapping[int, str]) -> Json:
         """What the page shows of a task of a run."""
         counts, confusions = label_counts(answers), sorted(pairs(answers).items())
         labelled = len(counts) <= MAX_LABELS
@@ -130,11 +135,15 @@ class AnswerData:
             "f1": round(macro_f1(counts), 2) if labelled and counts else None,
             "labels": [[self.words(label), *numbers] for label, numbers in counts.items()] if labelled else None,
             "pairs": [[self.words(a), self.words(b), n] for (a, b), n in confusions] if labelled else None,
-            "mistakes": [
-                [m.example, self.words(m.label), self.words(m.prediction), m.probability and round(m.probability, 4)]
-                for m in mistakes(answers)
-            ],
+            "mistakes": [self._mistake(answer, readable) for answer in wrong],
         }
+
+    def _mistake(self, answer: Answer, readable: Mapping[int, str]) -> Json:
+        """[row number, label, prediction, probability or None, text or None]."""
+        text = readable.get(answer.example) if answer.text is None else answer.text
+        probability = None if answer.probability is None else round(answer.probability, 4)
+        words = self.words(answer.label), self.words(answer.prediction)
+        return [answer.example, *words, probability, None if text is None else self.texts(text)]
 
     def remarks(self) -> list[str]:
         """What was left out."""
@@ -143,5 +152,5 @@ class AnswerData:
 
     def to_json(self) -> Json:
         """The data for the page."""
-        words, texts = list(self.words.ids), self.texts
+        words, texts = list(self.words.ids), list(self.texts.ids)
         return {"words": words, "tasks_of_labels": self.tasks_of_labels, "texts": texts, "runs": self.runs}

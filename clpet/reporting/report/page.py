@@ -5,6 +5,7 @@ import datetime
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from markupsafe import Markup
 from clpet import __version__
 from clpet.errors import ConfigError
 from clpet.escape import printable
-from clpet.records import Json
+from clpet.records import Json, Results
 from clpet.reporting.comparison import Comparison
-from clpet.reporting.report.answers import ReadTexts, no_texts
+from clpet.reporting.report.answers import ReadTexts
 from clpet.reporting.report.sections import SectionPart, environment, section_part
 from clpet.reporting.run_groups import Runs, options_of, value_of
 from clpet.runtime.atomic_io import write_text
@@ -51,16 +52,22 @@ def select(runs: Runs, conditions: list[str]) -> Runs:
     return runs
 
 
-def build_report(title: str, runs: Runs, keys: list[str], unfinished: list[str], texts: ReadTexts = no_texts) -> Report:
+def build_report(
+    title: str, runs: Runs, keys: list[str], unfinished: list[str], texts: ReadTexts | None = None
+) -> Report:
     """Collects the contents of a report about finished runs, compared by the options `keys`."""
     comparison = Comparison(keys)
     sections = [section for section in comparison.sections(runs) if section.rows]
-    parts = [section_part(comparison, section, sections, texts) for section in sections]
+    parts = [section_part(comparison, section, sections, texts or _no_texts) for section in sections]
     benchmarks = ", ".join(dict.fromkeys(section.benchmark for section in sections))
     num_rows, plural = sum(len(section.rows) for section in sections), "s" * (len(runs) != 1)
     summary = f"{len(runs)} run{plural} in {num_rows} setting{'s' * (num_rows != 1)} on {benchmarks}"
     created = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     return Report(title, summary, parts, environment(runs), unfinished, created)
+
+
+def _no_texts(path: Path, run: Results) -> Mapping[int, str]:
+    return {}
 
 
 def write_report(report: Report, file: Path) -> None:

@@ -34,6 +34,7 @@ class SectionPart:
     commands: list[str]
     matrices: Json
     answers: Json
+    num_texts: int  # test texts on the page
 
 
 def section_part(comparison: Comparison, section: Section, sections: list[Section], texts: ReadTexts) -> SectionPart:
@@ -59,6 +60,7 @@ def section_part(comparison: Comparison, section: Section, sections: list[Sectio
         commands=commands(section.rows),
         matrices=matrices_json(section),
         answers=answers.to_json(),
+        num_texts=len(answers.texts.ids),
     )
 
 

@@ -86,9 +86,8 @@ function labelTable(task, data) {
 function mistakeList(task, data) {
   if (!task.mistakes.length) return element("p", { class: "hint" }, "No mistakes.");
   const certain = task.mistakes.some(([, , , probability]) => probability !== null);
-  const items = task.mistakes.map(([example, label, predicted, probability]) => {
-    const text = data.texts[example];
-    return element("li", {}, text === undefined ? element("q", {}, `test example ${example}`) : element("q", {}, text),
+  const items = task.mistakes.map(([example, label, predicted, probability, text]) => {
+    return element("li", {}, element("q", {}, text === null ? `test example ${example}` : data.texts[text]),
       element("span", { class: "wrong" }, data.words[predicted]), probability === null ? "" : ` (${(100 * probability).toFixed(1)} %)`,
       " instead of ", element("span", { class: "right" }, data.words[label]));
   });
