@@ -21,6 +21,7 @@ INTRODUCTION = """# Python API
 Everything is a name of the package: `import clpet`, then `clpet.train(...)`. The calls do what the commands do, with
 the same words, defaults, folders and resuming; they never end the process, and leave its working directory, its logging
 and its signal handlers as they were. `import clpet` is instant: torch is loaded by the first call that needs it.
+[notebooks/first.ipynb](notebooks/first.ipynb) is a first hour with them.
 """
 SECTION = re.compile(r"(Args|Returns|Raises|Yields):\n((?:    .*\n?|\n(?=    ))+)")
 ENTRY = re.compile(r"^(\S[^:\n]*): ((?:.|\n(?!\S))*)", re.MULTILINE)

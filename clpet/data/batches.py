@@ -128,6 +128,8 @@ class EncodedDataset:
     `full_lengths` and `full_answer_lengths` [rows] are the numbers of tokens before truncation.
     """
 
+    cached_on_disk: bool = True  # whether outputs of frozen modules for its rows may be written to the cache folder
+
     def __init__(
         self,
         tokens: list[list[int]],

@@ -63,6 +63,7 @@ def predict(
     if not examples:
         return []
     pool = objective.encode_split(examples, [-1] * len(examples), [index] * len(examples))
+    pool.cached_on_disk = False  # a program that predicts all day must not fill the disk
     rows, answers = np.arange(len(pool)), np.empty(len(pool), dtype=object)
     method.before_evaluation(pool, rows)
     for batch_rows in method.batches(pool, rows):

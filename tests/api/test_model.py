@@ -35,6 +35,15 @@ def test_predictions_of_the_test_texts_are_those_of_the_run(method: str, words: 
     assert list(model.scores.values()) == run.matrix.scores[3].tolist()
 
 
+def test_predictions_write_no_files(words: Path) -> None:
+    """dynamic_conpet caches outputs of its frozen modules on disk, but not those for new texts."""
+    run = clpet.train("method=dynamic_conpet", *tiny_args(words), quiet=True)
+    model = clpet.load(run)
+    files = sorted(Path().rglob("*"))
+    model.predict(["apple", "iron n7"])
+    assert sorted(Path().rglob("*")) == files
+
+
 def test_generated_answers_are_those_of_the_run(words: Path) -> None:
     settings = ("objective=text_to_text", "model=tiny_t5", "benchmark.max_target=8", "benchmark.prompt='word: {text}'")
     run = clpet.train("method=sequential", *tiny_args(words), *settings, "train.lr=1e-2", "train.epochs=8", quiet=True)

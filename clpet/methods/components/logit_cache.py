@@ -93,7 +93,7 @@ class LogitCache:
             weight, bias = self.heads[name]
             tensors = {**self.objective.adapters.tensors(name), "readout weight": weight, "readout bias": bias}
             file = hashlib.sha256(f"{self.network} {pool.fingerprint} {tensors_key(tensors)}".encode()).hexdigest()[:32]
-            path = self.folder / f"{file}.safetensors" if self.folder else None
+            path = self.folder / f"{file}.safetensors" if self.folder and pool.cached_on_disk else None
             self.tables[key] = LogitTable(len(pool), len(weight), path)
         return self.tables[key]
 
