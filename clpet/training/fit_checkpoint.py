@@ -9,20 +9,45 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clpet.objectives.base import Objective
 from clpet.records import State
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import cpu_copy
 from clpet.runtime.signals import GracefulShutdown
+from clpet.training.fit_record import (
+    CommonRecord,
+    FinishedFit,
+    FitRecord,
+    NumpyState,
+    ProgressRecord,
+    RandomState,
+    StageHistory,
+    UnfinishedFit,
+)
 from clpet.training.optimizers import Optimizer
 
-FitRecord = dict[str, Any]  # the state of one fit; its optimizer and its method define what is in it
 Write = Callable[[int, State], None]
+LegacyState = tuple[str, np.ndarray, int, int, float]  # of NumPy's global generator
+
+
+class Learner(Protocol):
+    """The part of a method that checkpoints inside a task depend on."""
+
+    @property
+    def objective(self) -> Objective:
+        """What is trained; it has the cost meter."""
+
+    def task_state(self) -> State:
+        """State that the hooks of a fit gather, in addition to the trained tensors."""
+
+    def load_task_state(self, state: State) -> None:
+        """Restores what `task_state` returned."""
 
 
 class BestWeights:
@@ -78,18 +103,24 @@ class FitState:
         self.total += loss
         self.finite += torch.isfinite(self.total)  # once a loss is NaN or infinite, the total stays so
 
-    def state(self) -> FitRecord:
+    def state(self) -> ProgressRecord:
         """Returns the progress without the trained tensors."""
-        best = self.best and {"score": self.best.score, "copy": self.best.copy}
-        counts = {name: getattr(self, name) for name in ("epoch", "step", "seen", "total", "finite")}
-        return {**counts, "best": best, "optimizer": self.optimizer.moments()}
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seen": self.seen,
+            "total": self.total,
+            "finite": self.finite,
+            "best": {"score": self.best.score, "copy": self.best.copy} if self.best else None,
+            "optimizer": self.optimizer.moments(),
+        }
 
-    def load(self, state: FitRecord) -> None:
+    def load(self, state: ProgressRecord) -> None:
         """Restores what `state` returned."""
         self.epoch, self.step, self.seen = state["epoch"], state["step"], state["seen"]
         self.total.copy_(state["total"])
         self.finite.copy_(state["finite"])
-        if self.best:
+        if self.best and state["best"]:
             self.best.score = state["best"]["score"]
             copy_values(state["best"]["copy"], self.best.copy)
         self.optimizer.load_moments(state["optimizer"])
@@ -102,7 +133,9 @@ class FitCheckpointer:
     Without it, as in a dry run, nothing is written.
     """
 
-    def __init__(self, method: Any = None, minutes: float = math.inf, shutdown: GracefulShutdown | None = None) -> None:
+    def __init__(
+        self, method: Learner | None = None, minutes: float = math.inf, shutdown: GracefulShutdown | None = None
+    ) -> None:
         self.method, self.seconds, self.shutdown = method, 60 * minutes, shutdown or GracefulShutdown()
         self.shutdown.save = self.save_pending
         self.start_task(None, None)
@@ -112,7 +145,7 @@ class FitCheckpointer:
         """Starts a task; `record` is what was written of it before the run was stopped."""
         self.write = write
         self.loaded_fits = list(cast(list[FitRecord], record["fits"])) if record else []
-        self.finished_fits: list[FitRecord] = []
+        self.finished_fits: list[FinishedFit] = []
         self.finished_steps = 0
         self.unsaved = False  # whether a fit has finished since the last write
 
@@ -141,6 +174,7 @@ class FitCheckpointer:
         """Restores tensors, method, random state and costs of the next fit and returns its state; None if it is new."""
         if not self.loaded_fits:
             return None
+        assert self.method
         state = self.loaded_fits.pop(0)
         copy_values(state["trained"], parameters)
         self.method.load_task_state(state["method"])
@@ -152,18 +186,19 @@ class FitCheckpointer:
 
     def save(self, fit: FitState, done: int) -> None:
         """Writes the task in the middle of a fit, after `done` of its steps."""
-        self._write(self.finished_steps + done, [*self.finished_fits, {**self._common(fit.parameters), **fit.state()}])
+        unfinished: UnfinishedFit = {**self._common(fit.parameters), **fit.state()}
+        self._write(self.finished_steps + done, [*self.finished_fits, unfinished])
 
-    def finish(self, parameters: list[nn.Parameter], steps: int, state: FitRecord) -> None:
-        """Records the end of a fit of `steps` steps; `state` is what the trainer needs of it later."""
+    def finish(self, parameters: list[nn.Parameter], steps: int, history: StageHistory) -> None:
+        """Records the end of a fit of `steps` steps; `history` is what the trainer needs of it later."""
         if self.write is None:
             return
-        self.record_finished(cpu_copy({**self._common(parameters), "over": state}), steps)
+        self.record_finished(cpu_copy(FinishedFit(**self._common(parameters), over=history)), steps)
         self.unsaved = True
         if self.should_save():
             self.save_pending()
 
-    def record_finished(self, state: FitRecord, steps: int) -> None:
+    def record_finished(self, state: FinishedFit, steps: int) -> None:
         """Appends the state of a finished fit."""
         self.finished_fits.append(state)
         # One more than its steps: a finished fit is a later state than the same fit after its last step.
@@ -174,23 +209,26 @@ class FitCheckpointer:
         if self.write is not None and self.unsaved:
             self._write(self.finished_steps, self.finished_fits)
 
-    def _write(self, number: int, fits: list[FitRecord]) -> None:
+    def _write(self, number: int, fits: Sequence[FitRecord]) -> None:
         assert self.write
-        self.write(number, {"fits": fits})
+        self.write(number, cast(State, {"fits": fits}))
         self.unsaved = False
         self.mark_saved()
 
-    def _common(self, parameters: list[nn.Parameter]) -> FitRecord:
+    def _common(self, parameters: list[nn.Parameter]) -> CommonRecord:
         """The state that finished and unfinished fits share. All ranks must call this: it gathers."""
+        assert self.method
         objective = self.method.objective
         main_state, *other_states = get_world().gather(random_state(objective.device))
-        return {
+        common: CommonRecord = {
             "trained": parameters,
             "method": self.method.task_state(),
             "random": main_state,
             "cost": objective.meter.state(),
-            **({"ranks": other_states} if other_states else {}),
         }
+        if other_states:
+            common["ranks"] = other_states
+        return common
 
 
 @torch.no_grad()
@@ -200,19 +238,21 @@ def copy_values(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def random_state(device: torch.device) -> FitRecord:
+def random_state(device: torch.device) -> RandomState:
     """Returns the state of every global random generator: torch, Python, NumPy, and CUDA on a GPU."""
-    legacy: Any = np.random.get_state()
-    numpy = [legacy[0], legacy[1].tolist(), *legacy[2:]]
-    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    name, keys, *rest = cast(LegacyState, np.random.get_state())
+    numpy = cast(NumpyState, (name, keys.tolist(), *rest))
+    states: RandomState = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
-def set_random_state(state: FitRecord, device: torch.device) -> None:
+def set_random_state(state: RandomState, device: torch.device) -> None:
     """Restores what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     version, key, gauss = state["python"]
     random.setstate((version, tuple(key), gauss))
-    np.random.set_state(tuple(state["numpy"]))
+    np.random.set_state(cast(LegacyState, tuple(state["numpy"])))
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from clpet.config.schema import OnNan, OptimizerState, Select, Training
 from clpet.config.seeding import derive
 from clpet.errors import HostError, enough_memory
 from clpet.objectives.base import Objective
+from clpet.records import State
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware
 from clpet.training.fit_checkpoint import BestWeights, FitCheckpointer, FitState
+from clpet.training.fit_record import StageHistory
 from clpet.training.lr_schedules import SchedulePosition, schedule, warmup, warn_of_warmup
 from clpet.training.optimizers import Optimizer, same_shape
 from clpet.training.step import StepContext, StepHooks
@@ -74,8 +76,7 @@ class Trainer:
         self.progress, self.seed, self.dry_run = progress, seed, dry_run
         self.checkpointer, self.step_log = checkpointer or FitCheckpointer(), StepLog(settings.log_every)
         self.task, self.last = 0, False
-        # {stage: {"steps", "warmup": sums over earlier fits, "moments": of the last fit, where they are carried over}}
-        self.stage_history: dict[str, dict[str, Any]] = {}
+        self.stage_history: dict[str, StageHistory] = {}
 
     def begin_task(self, index: int, last: bool = False) -> None:
         """Seeds torch for a task and starts its cost meter.
@@ -95,8 +96,9 @@ class Trainer:
     def using(self, epochs: int | None = None, lr: float | None = None) -> Iterator[None]:
         """Fits inside this block use the given values instead of train.epochs and train.lr."""
         configured = self.settings
-        changes: dict[str, Any] = {key: value for key, value in (("epochs", epochs), ("lr", lr)) if value is not None}
-        self.settings = dataclasses.replace(configured, **changes)
+        self.settings = dataclasses.replace(
+            configured, epochs=configured.epochs if epochs is None else epochs, lr=configured.lr if lr is None else lr
+        )
         try:
             yield
         finally:
@@ -193,7 +195,7 @@ class Trainer:
         return f"{size} examples in a training pass: lower hardware.micro_batch_size (it changes no result)"
 
     def _position(self, plan: BatchPlan, stage: str) -> SchedulePosition:
-        history = self.stage_history.get(stage, {"steps": 0, "warmup": 0})
+        history = self.stage_history.get(stage, StageHistory(steps=0, warmup=0))
         return SchedulePosition(plan.clock(plan.steps * self.epochs), history["steps"], history["warmup"], self.last)
 
     def _begin(
@@ -221,7 +223,8 @@ class Trainer:
 
     def _carry_moments(self, fit: FitState) -> None:
         """Copies the optimiser's moments from the last fit of this stage, for tensors of the same name and shape."""
-        carried = self.stage_history.get(fit.stage, {}).get("moments", {})
+        history = self.stage_history.get(fit.stage)
+        carried = history.get("moments", {}) if history else {}
         states = [same_shape(parameter, carried.get(name, {})) for name, parameter in fit.named.items()]
         if any(states):
             fit.optimizer.load_moments(states)
@@ -237,7 +240,7 @@ class Trainer:
         if fit.best:
             fit.best.restore()
         position = self._position(plan, fit.stage)
-        history: dict[str, Any] = {
+        history: StageHistory = {
             "steps": position.done + position.steps,
             "warmup": position.warmed + warmup(self.settings, position),
         }
@@ -321,13 +324,13 @@ class Trainer:
             value.backward()
             mean += value.detach()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Returns what the fits of later tasks need."""
-        return self.stage_history
+        return cast(State, self.stage_history)
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: State) -> None:
         """Restores what `state` returned."""
-        self.stage_history = dict(state)
+        self.stage_history = dict(cast(dict[str, StageHistory], state))
 
 
 @contextlib.contextmanager
