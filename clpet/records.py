@@ -11,6 +11,8 @@ Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Js
 # A tree with tensors, such as the state of a method or an optimiser.
 Tree: TypeAlias = Union["Tensor", bool, int, float, str, Sequence["Tree"], Mapping[str, "Tree"], None]
 State = dict[str, Tree]
+# {kind of a figure: arguments of the function that draws it, apart from path and title}, whose types depend on the kind
+Figures = Mapping[str, Mapping[str, object]]
 Rows = list[list[float | None]]  # [T+1, T] scores of a transfer matrix, None where not measured
 Metrics = dict[str, float | None]
 
@@ -340,7 +342,7 @@ class Results(Description, MatrixRecord, Headline):
     task_backward: NotRequired[Rows]
     task_forward: Rows
     task_id_at_test: bool
-    resolved: NotRequired[dict[str, str]]
+    resolved: NotRequired[dict[str, Json]]
     metric: NotRequired[str]
     validation: NotRequired[dict[str, float]]
     test_sets: NotRequired[dict[str, str]]

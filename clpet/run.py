@@ -210,7 +210,7 @@ class Experiment:
                 matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)
         state.diagnostics.append({"row": row, **evaluation.diagnostics})
         if state.costs:
-            state.costs[-1] |= self.method.objective.meter.take_evaluation()
+            state.costs[-1] = {**state.costs[-1], **self.method.objective.meter.take_evaluation()}
         if self.config.evaluation.predictions and get_world().is_main:
             write_predictions(self.out / "predictions", row, evaluation, self.benchmark.names, self.benchmark.labels)
         self.tracker.log_row(state, row, evaluation)

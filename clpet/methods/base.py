@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar  # unlike that of typing in Python 3.11 it has a default
 
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch, Encoded, EncodedDataset
@@ -17,18 +18,24 @@ from clpet.data.traits import Traits
 from clpet.errors import ConfigError
 from clpet.methods import saved_state
 from clpet.methods.hook_check import check_hooks
-from clpet.objectives.base import AnswerSpace, Objective, Predictions
+from clpet.objectives.base import AnswerSpace, Objective, ObjectiveState, Predictions
 from clpet.objectives.classification import Head
-from clpet.replay.base import NoReplay, ValidationRows
+from clpet.records import Figures, Json, State, Tree
+from clpet.replay.base import NoReplay, ReplayState, ValidationRows
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.distributed import get_world, without_gradients
 from clpet.training.step import StepContext, StepHooks
 from clpet.training.trainer import Trainer
 
+ObjectiveType = TypeVar("ObjectiveType", bound=Objective, default=Objective)
+
 
 @dataclass
-class Method:
-    """Base class. A subclass is a dataclass whose annotated fields are the options of its YAML."""
+class Method(Generic[ObjectiveType]):
+    """Base class. A subclass is a dataclass whose annotated fields are the options of its YAML.
+
+    Method[Classification] works with labels and the head, Method with any objective.
+    """
 
     name: str = ""
 
@@ -53,6 +60,7 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        cls.__orig_bases__ = ()  # type: ignore[attr-defined]  # OmegaConf takes type arguments of a base for a dict's
         check_hooks(cls, Method)
 
     @classmethod
@@ -99,7 +107,7 @@ class Method:
         """Fingerprints of the files that the method reads, by name; a run is not resumed if one has changed."""
         return {}
 
-    def setup(self, objective: Any, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int) -> None:
+    def setup(self, objective: ObjectiveType, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int) -> None:
         """Attaches the first adapter; called once, before the first evaluation."""
         self.objective, self.benchmark, self.data = objective, benchmark, data
         self.replay, self.seed = replay, seed
@@ -109,7 +117,7 @@ class Method:
         """Attaches the adapter that a new run evaluates and trains first, and sets the method's initial state."""
         self.objective.adapters.add("default", derive(self.seed, "adapter", "default"))
 
-    def resolved(self, benchmark: Benchmark) -> dict[str, Any]:
+    def resolved(self, benchmark: Benchmark) -> dict[str, Json]:
         """Options left at null and the values chosen for them from the data, for the header and results.json."""
         return {}
 
@@ -221,7 +229,7 @@ class Method:
 
         def score(batch: Batch) -> Tensor:
             choices = self.choices(batch, labels)
-            return self.objective.score(batch, self.predict(batch, choices), choices)["score"]
+            return torch.as_tensor(self.objective.score(batch, self.predict(batch, choices), choices)["score"])
 
         return self.average_score(self.validation(index), score)
 
@@ -288,7 +296,7 @@ class Method:
         """Writes the trained weights in a format that can be used without clpet."""
         self.objective.adapters.save(folder)
 
-    def merged(self) -> Any:
+    def merged(self) -> nn.Module:
         """The backbone with all adapters merged into its weights, if `mergeable`; no training can follow."""
         return self.objective.adapters.merged()
 
@@ -296,27 +304,27 @@ class Method:
         """Named numbers about the task just learned, recorded alongside its scores."""
         return {}
 
-    def figures(self) -> dict[str, dict[str, Any]]:
+    def figures(self) -> Figures:
         """Figures to draw at the end of a run, as plain data for `reporting.plots.method_figures.draw`."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Everything that later tasks need, as nested dicts of tensors, numbers, strings and lists."""
         listed = saved_state.save(self, "saved", "saved_uncounted")
-        return {"objective": self.objective.state(), "replay": self.replay.state(), **listed}
+        return {"objective": cast(Tree, self.objective.state()), "replay": cast(Tree, self.replay.state()), **listed}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restores what `state_dict` returned, on a method fresh from `setup`."""
-        self.objective.load(state["objective"])
-        self.replay.load(state["replay"])
+        self.objective.load(cast(ObjectiveState, state["objective"]))
+        self.replay.load(cast(ReplayState, state["replay"]))
         saved_state.load(self, state, self.objective.device, "saved")
         saved_state.load(self, state, None, "saved_uncounted")
 
-    def task_state(self) -> dict[str, Any]:
+    def task_state(self) -> State:
         """State that the hooks of a fit gather, in addition to the trained tensors; same types as in `state_dict`."""
         return saved_state.save(self, "saved_in_task")
 
-    def load_task_state(self, state: dict[str, Any]) -> None:
+    def load_task_state(self, state: State) -> None:
         """Restores what `task_state` returned; called inside `learn`, where the fit would start."""
         saved_state.load(self, state, self.objective.device, "saved_in_task")
 

@@ -21,9 +21,10 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
-from clpet.methods.base import AnswerSpace, Method, Predictions
+from clpet.methods.base import Method
 from clpet.methods.components.contrastive import Bank, contrastive, draw, relation_distillation
-from clpet.objectives.base import Objective
+from clpet.objectives.base import AnswerSpace, Objective, Predictions
+from clpet.objectives.classification import Classification
 from clpet.replay.batch_plan import BatchPlan, split_batch
 from clpet.replay.exemplar import FixedReplay
 from clpet.replay.exemplar_selection import random_features
@@ -34,7 +35,7 @@ from clpet.training.trainer import Trainer
 
 
 @dataclass
-class CRL(Method):
+class CRL(Method[Classification]):
     """Predicts the class whose mean of h is nearest; there is no linear head."""
 
     tau: float = 0.1

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,12 +22,12 @@ from clpet.config.schema import require
 from clpet.data.batches import Batch, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
-from clpet.methods.base import AnswerSpace, Predictions
 from clpet.methods.components.logit_cache import LogitCache
 from clpet.methods.components.task_selector import Prototypes, Selector
 from clpet.methods.modular import Modular, module_name
-from clpet.objectives.base import Objective
+from clpet.objectives.base import AnswerSpace, Objective, Predictions
 from clpet.objectives.classification import MISSING, Head
+from clpet.records import State
 from clpet.replay.batch_plan import BatchPlan
 from clpet.replay.sampled import SampledReplay
 from clpet.training.step import StepContext
@@ -150,9 +150,9 @@ class DynamicConPET(Modular):
 
     def training_set(self, rows: np.ndarray) -> np.ndarray:
         """[len(rows), K]: T_i of train rows, the selector's choice; teacher forcing makes it contain the true task."""
-        tasks = self.data.train.tasks[rows]
+        tasks: np.ndarray = self.data.train.tasks[rows]
         if self.top_k == 1:
-            return tasks[:, None]
+            return tasks.reshape(-1, 1)
         chosen = self.ranking(self.data.train, rows)
         return force_true_task(chosen, tasks) if self.teacher_forcing else chosen
 
@@ -165,7 +165,8 @@ class DynamicConPET(Modular):
 
     def selects(self, index: int, rows: np.ndarray) -> np.ndarray:
         """[len(rows)]: whether module `index` is in T_i of a row."""
-        return (self.training_set(rows) == index).any(1)
+        selected: np.ndarray = (self.training_set(rows) == index).any(1)
+        return selected
 
     def stages(self, index: int) -> dict[str, BatchPlan]:
         trains_selector = index > 0 and self.top_k < len(self.benchmark) and self.selector is Routing.trained
@@ -251,7 +252,7 @@ class DynamicConPET(Modular):
 
         def score(batch: Batch) -> Tensor:
             predictions = Predictions(self.route(batch, batch.tasks[:, None]))
-            return self.objective.score(batch, predictions, choices)["score"]
+            return torch.as_tensor(self.objective.score(batch, predictions, choices)["score"])
 
         return self.average_score(validation, score)
 
@@ -261,7 +262,7 @@ class DynamicConPET(Modular):
         selector = self.router.named_parameters().values() if self.router.learned else ()
         return count + sum(p.numel() for p in selector)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
         for index in range(len(self.modules)):
             self.cache.freeze(module_name(index), *self.readout(index))

@@ -15,15 +15,16 @@ from clpet.config.schema import require
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
-from clpet.methods.base import AnswerSpace, Predictions
 from clpet.methods.replay import Replay
+from clpet.objectives.base import AnswerSpace, Predictions
+from clpet.objectives.classification import Classification
 from clpet.replay.exemplar import FixedReplay
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
 @dataclass
-class EAEMR(Replay):
+class EAEMR(Replay[Classification]):
     """u: features of the new model before A; e: embeddings A h from before the task, with the A of that time.
 
     With replay=fixed A is fitted on the examples of the training memory, and the number of copies follows their count.
@@ -59,10 +60,12 @@ class EAEMR(Replay):
 
     def represent(self, batch: Batch) -> Tensor:
         """[batch, dim]: A h, the input of the head."""
-        return self.align(self.objective.features(batch))
+        aligned: Tensor = self.align(self.objective.features(batch))
+        return aligned
 
     def logits(self, batch: Batch) -> Tensor:
-        return self.objective.head(self.represent(batch))
+        logits: Tensor = self.objective.head(self.represent(batch))
+        return logits
 
     def loss(self, context: StepContext) -> Tensor:
         batch = context.batch

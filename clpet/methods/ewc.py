@@ -13,7 +13,7 @@ Penalty while task k is learned, over adapter and head rows (method.merge):
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from clpet.errors import ConfigError
 from clpet.methods.replay import Static
 from clpet.objectives.base import Objective
 from clpet.training.step import StepContext
+from clpet.training.trainer import Trainer
 
 
 class Fisher(Enum):
@@ -89,7 +90,7 @@ class EWC(Static):
             total = total + (s * (theta - centre).square()).sum() + constant
         return 0.5 * self.strength * total
 
-    def learn(self, task: Task, index: int, trainer: Any) -> None:
+    def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.prepare(index)
         super().learn(task, index, trainer)
 

@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
-from clpet.methods.base import AnswerSpace, Method, Predictions
+from clpet.methods.base import Method
 from clpet.methods.modular import module_name
 from clpet.models.stacked_lora import StackedLora
+from clpet.objectives.base import AnswerSpace, Predictions
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
@@ -67,7 +68,7 @@ class IncLoRA(Method):
         """Writes each branch as a separate LoRA; using branches that are not simply added takes the router as well."""
         self.stack.save(folder, [module_name(index) for index in range(self.stack.branches)])
 
-    def merged(self) -> Any:
+    def merged(self) -> nn.Module:
         model = super().merged()
         self.stack.merge()
         return model

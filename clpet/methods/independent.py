@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch
-from clpet.methods.base import AnswerSpace, Method, Predictions
+from clpet.methods.base import Method
 from clpet.methods.modular import Modular, module_name
+from clpet.objectives.base import AnswerSpace, Predictions
 from clpet.training.step import StepContext
 
 

@@ -8,7 +8,7 @@ every x in span(M): training B_t does not change what earlier inputs give. After
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from clpet.methods.components.subspace import (
     top_singular_vectors,
 )
 from clpet.methods.inc_lora import IncLoRA
+from clpet.records import State
 from clpet.training.trainer import Trainer
 
 
@@ -114,7 +115,7 @@ class InfLoRA(IncLoRA):
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {name: tensor for name, tensor in super().named_parameters().items() if tensor.requires_grad}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
         for layer in self.stack.layers.values():
             layer.A.requires_grad_(False)

@@ -1,11 +1,11 @@
 """Joint training on the union of all tasks: the upper bound, which has no task order."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import SPLITS, Benchmark, Task
 from clpet.methods.base import Method
+from clpet.objectives.base import Objective
 from clpet.replay.base import AllReplay, NoReplay
 from clpet.training.trainer import Trainer
 
@@ -21,7 +21,7 @@ class Joint(Method):
     def mixes_tasks(self, replay: str) -> bool:
         return True
 
-    def setup(self, objective: Any, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int) -> None:
+    def setup(self, objective: Objective, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int) -> None:
         everything = AllReplay()
         everything.setup(data, seed, replay.batch_size)
         super().setup(objective, benchmark, data, everything, seed)

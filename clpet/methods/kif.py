@@ -15,7 +15,7 @@ unit=matrix, score=first, fusion=static is TaSL (arXiv 2408.09857).
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from clpet.methods.components.importance import (
     unflat,
 )
 from clpet.objectives.base import Objective
+from clpet.records import Figures
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.step import StepContext, StepHooks
 from clpet.training.trainer import Trainer
@@ -52,6 +53,13 @@ OPTIONS = {
     "fusion": ("adaptive", "static", "uniform", "none"),
     "replay_phase": ("union", "after"),
 }
+
+
+class TaskRecord(TypedDict):
+    """What is recorded of a task, for figures and diagnostics."""
+
+    importance: dict[str, Tensor]  # group -> Norm(I_k) [units of the group]
+    figures: dict[str, float]
 
 
 @dataclass
@@ -102,7 +110,7 @@ class KIF(Method):
     def init_adapters(self) -> None:
         super().init_adapters()
         self.accumulated: dict[str, Tensor] = {}  # J: group -> [units of the group], fp64
-        self.history: list[dict[str, Any]] = []  # per task: data of figures and diagnostics
+        self.history: list[TaskRecord] = []  # per task
         self.importance: Importance | None = None  # I of the current task
         self.old_weights: dict[str, Tensor] = {}  # the scored tensors before the current task
 
@@ -229,11 +237,11 @@ class KIF(Method):
     def diagnostics(self) -> dict[str, float]:
         return self.history[-1]["figures"] if self.history else {}
 
-    def figures(self) -> dict[str, dict[str, Any]]:
+    def figures(self) -> Figures:
         tasks = self.benchmark.names[: len(self.history)]
         importance = [entry["importance"] for entry in self.history]
         fusions = [entry["figures"] for entry in self.history[1:]]  # the first task has nothing to be fused with
-        figures: dict[str, dict[str, Any]] = {"importance": {"history": importance, "tasks": tasks}}
+        figures: dict[str, dict[str, object]] = {"importance": {"history": importance, "tasks": tasks}}
         if fusions:
             figures["fusion"] = {"percentages": fusions, "tasks": tasks[1:]}
         return figures

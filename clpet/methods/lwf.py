@@ -9,7 +9,7 @@ The softmax is over the old labels, or for generated answers over the vocabulary
 import logging
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ from clpet.config.schema import require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.replay import Static
+from clpet.objectives.classification import Classification
 from clpet.training.step import StepContext
+from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class LwF(Static):
         self.sums = self.reduction is Reduction.sum or (self.reduction is Reduction.auto and not self.writes)
         log.info("LwF distils at T = %s, %s", self.t, "summed over a batch" if self.sums else "mean")
 
-    def learn(self, task: Task, index: int, trainer: Any) -> None:
+    def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         if self.writes:
             trained = self.named_parameters() if index else {}
             self.teacher_tensors = {name: value.detach().clone() for name, value in trained.items()}
@@ -74,16 +76,22 @@ class LwF(Static):
             self.teacher = self.embed(rows, lambda batch: self.old_logits(self.logits(batch)))
         super().learn(task, index, trainer)
 
+    @property
+    def classification(self) -> Classification:
+        """The objective, where it has labels."""
+        assert isinstance(self.objective, Classification)
+        return self.objective
+
     def old_logits(self, logits: Tensor) -> Tensor:
         """[batch, old labels]: the columns of the old labels in the order of `old`."""
-        return logits[:, self.objective.head.columns(torch.as_tensor(self.old, device=logits.device))]
+        return logits[:, self.classification.head.columns(torch.as_tensor(self.old, device=logits.device))]
 
     def loss(self, context: StepContext) -> Tensor:
         batch = context.batch
         if self.writes:
             return self.loss_of_answers(batch)
         logits = self.logits(batch)
-        loss = self.objective.cross_entropy(logits, batch)
+        loss = self.classification.cross_entropy(logits, batch)
         if not self.old:
             return loss
         teacher = self.teacher[self.teacher_row[torch.from_numpy(batch.rows)].to(self.teacher.device)]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
-from clpet.methods.base import Method, Predictions
+from clpet.methods.base import Method
 from clpet.methods.saved_state import Growing
-from clpet.objectives.classification import MISSING, Head
+from clpet.objectives.base import Predictions
+from clpet.objectives.classification import MISSING, Classification, Head
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
@@ -23,7 +24,7 @@ def module_name(index: int) -> str:
 
 
 @dataclass
-class Modular(Method):
+class Modular(Method[Classification]):
     """Module j = {adapter_j, head_j over the labels of task j}; it is frozen after task j."""
 
     needs_labels: ClassVar[bool] = True
@@ -59,7 +60,8 @@ class Modular(Method):
 
     def logits(self, batch: Batch) -> Tensor:
         """[batch, labels of the newest task]: logits of its module, whose adapter must be active."""
-        return self.modules[-1](self.objective.features(batch))
+        logits: Tensor = self.modules[-1](self.objective.features(batch))
+        return logits
 
     def route(self, batch: Batch, selected: Tensor) -> Tensor:
         """[batch, all labels]: raw logits of the modules `selected` [batch, K], MISSING elsewhere.

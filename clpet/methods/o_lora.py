@@ -4,12 +4,11 @@ L = CE + l1 sum_layers sum_ij |A_{1:t-1} A_t^T|_ij + l2 sum_layers (||A_t|| + ||
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from clpet.config.schema import require
+from clpet.config.schema import FloatOrList, require
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
 from clpet.methods.inc_lora import IncLoRA
@@ -24,8 +23,8 @@ class OLoRA(IncLoRA):
     A_t = 0 minimises the l1 term, so with a large l1 the branch is orthogonal but learns nothing.
     """
 
-    orthogonality: Any = 0.5
-    decay: Any = 0.0
+    orthogonality: FloatOrList = 0.5
+    decay: FloatOrList = 0.0
 
     def __post_init__(self) -> None:
         for key in ("orthogonality", "decay"):
@@ -59,7 +58,7 @@ class OLoRA(IncLoRA):
         return torch.stack([tensor.norm() for tensor in self.stack.current().values()]).sum()
 
 
-def of_task(value: Any, index: int) -> float:
+def of_task(value: FloatOrList, index: int) -> float:
     """Value for task `index` of an option that is one number for all tasks or a list."""
     return float(value[index] if isinstance(value, list) else value)
 

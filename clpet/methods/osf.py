@@ -7,9 +7,10 @@ after each task and decomposes them again.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
+from peft.tuners.osf.layer import Linear as OSFLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from clpet.config.seeding import derive
 from clpet.data.benchmark import Task
 from clpet.errors import ModelError
 from clpet.methods.base import Method
+from clpet.records import State
 from clpet.training.trainer import Trainer
 
 
@@ -45,32 +47,31 @@ class OSF(Method):
         adapter = self.objective.adapters.tensors("default")
         return {**{f"{self.index}.{name}": value for name, value in adapter.items()}, **self.objective.parameters()}
 
-    def layers(self) -> dict[str, Any]:
+    def layers(self) -> dict[str, OSFLayer]:
         """The trained layers by their name in the backbone."""
         named = self.objective.adapters.model.named_modules()
-        return {name.removeprefix("base_model.model."): m for name, m in named if hasattr(m, "osf_svd_params")}
+        return {name.removeprefix("base_model.model."): m for name, m in named if isinstance(m, OSFLayer)}
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Weights of the trained layers before the current task."""
-        return {name: layer.get_base_layer().weight for name, layer in self.layers().items()}
+        return {name: cast(nn.Parameter, layer.get_base_layer().weight) for name, layer in self.layers().items()}
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
         """Writes the trained layers' weights as safetensors, named as in the backbone."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for name, layer in self.layers().items():
-            tensors[f"{name}.weight"] = (layer.get_base_layer().weight + layer.get_delta_weight("default")).cpu()
-        save_file(tensors, folder / "weights.safetensors")
+        layers, weights = self.layers(), self.weights()
+        tensors = {name: (weights[name] + layer.get_delta_weight("default")).cpu() for name, layer in layers.items()}
+        save_file({f"{name}.weight": value for name, value in tensors.items()}, folder / "weights.safetensors")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {**super().state_dict(), "weights": self.weights()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        weights, adapters = self.weights(), self.objective.adapters
+    def load_state_dict(self, state: State) -> None:
+        saved, adapters = cast(dict[str, Tensor], state["weights"]), self.objective.adapters
         with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(state["weights"][name])
+            for name, weight in self.weights().items():
+                weight.copy_(saved[name])
         adapters.remove(merge=False)
         adapters.add("default", 0)
         super().load_state_dict(state)

@@ -14,8 +14,8 @@ from clpet.config.schema import require
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Benchmark, Task
-from clpet.methods.base import AnswerSpace, Predictions
 from clpet.methods.prompts import Prompts
+from clpet.objectives.base import AnswerSpace, Predictions
 from clpet.training.trainer import Trainer
 
 

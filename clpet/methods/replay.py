@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from clpet.errors import ConfigError
-from clpet.methods.base import Method
+from clpet.methods.base import Method, ObjectiveType
 from clpet.objectives.base import Objective
 
 
 @dataclass
-class Static(Method):
+class Static(Method[ObjectiveType]):
     """One adapter and one head for all tasks. With future_labels=true the head has all labels from the start."""
 
     future_labels: bool = False
@@ -29,7 +29,7 @@ class Static(Method):
 
 
 @dataclass
-class Replay(Static):
+class Replay(Static[ObjectiveType]):
     """The config group `replay` selects which examples are stored and how they are mixed into batches."""
 
     uses_replay: ClassVar[bool] = True

@@ -126,7 +126,7 @@ def restored(current: object, saved: Any, device: torch.device | None) -> object
     return current
 
 
-def moved(saved: Tree, device: torch.device | None) -> Any:
+def moved(saved: Tree, device: torch.device | None) -> object:
     """A tree with its tensors on a device and its dicts' integer keys restored, which JSON turns into strings."""
     if isinstance(saved, Tensor):
         return saved if device is None else saved.to(device, copy=True)

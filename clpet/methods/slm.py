@@ -10,7 +10,7 @@ where s are cosines and initially A = 0, B ~ N(0, 1). Keys and values of earlier
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
-from clpet.methods.base import AnswerSpace, Method, Predictions
+from clpet.methods.base import Method
 from clpet.methods.components.features import Embeddings
 from clpet.methods.components.key_retrieval import (
     KeyLearning,
@@ -37,8 +37,10 @@ from clpet.methods.modular import module_name
 from clpet.models.adapters import Lora
 from clpet.models.sentence_encoder import Encoder, backbone, locate
 from clpet.models.stacked_lora import StackedLora, require_attention_outputs
-from clpet.objectives.classification import Head
+from clpet.objectives.base import AnswerSpace, Predictions
+from clpet.objectives.classification import Classification, Head
 from clpet.objectives.per_task_heads import TaskHeads
+from clpet.records import Figures, Json
 from clpet.runtime.distributed import get_world
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
@@ -135,7 +137,7 @@ class SLM(Method):
         groups, keys, top_k = PUBLISHED if labels == 0 else Sizes(1, max(MIN_KEYS, 2 * labels), 1)
         return Sizes(self.groups or groups, self.keys or keys, self.top_k or min(top_k, self.keys or keys))
 
-    def resolved(self, benchmark: Benchmark) -> dict[str, Any]:
+    def resolved(self, benchmark: Benchmark) -> dict[str, Json]:
         sizes = self.choose_sizes(benchmark)._asdict()
         return {f"method.{option}": value for option, value in sizes.items() if getattr(self, option) is None}
 
@@ -152,7 +154,9 @@ class SLM(Method):
         lora = Lora(r=self.rank, alpha=self.rank, targets=targets)
         self.stack = StackedLora(objective.adapters, lora.peft_config(objective.backbone), self.per_task)
         self.key_pool: list[Tensor] = []  # per task [G, P, h]
-        self.task_heads = TaskHeads(objective, self.task_id_at_test) if objective.traits.has_labels else None
+        self.task_heads: TaskHeads | None = None
+        if objective.traits.has_labels:
+            self.task_heads = TaskHeads(cast(Classification, objective), self.task_id_at_test)
         self.stats = RetrievalStats(len(self.benchmark), objective.device)
 
     # Learning
@@ -187,7 +191,7 @@ class SLM(Method):
         with self.stack.selected_branches(mixture.branches(self.sizes.keys)):
             if self.task_heads is None:
                 return self.objective.loss(batch)
-            return self.task_heads.loss(self.objective.features(batch), batch.labels)
+            return self.task_heads.loss(self.task_heads.objective.features(batch), batch.labels)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The values and head rows of the current task."""
@@ -198,7 +202,8 @@ class SLM(Method):
     def queries(self, pool: EncodedDataset, rows: np.ndarray) -> Tensor:
         """[len(rows), G, h]: sentence embeddings cut into chunks."""
         embeddings = self.embeddings(pool, rows).to(self.objective.device, non_blocking=True)
-        return embeddings.unflatten(1, (self.sizes.groups, -1))
+        queries: Tensor = embeddings.unflatten(1, (self.sizes.groups, -1))
+        return queries
 
     def similarities(self, batch: Batch, keys: list[Tensor]) -> Tensor:
         """[batch, G, N]: cosines with the keys of some tasks, computed task by task.
@@ -229,7 +234,8 @@ class SLM(Method):
             if self.task_heads is None:
                 predictions = self.objective.predict(batch, choices)
             else:
-                predictions = Predictions(self.task_heads.scores(self.objective.features(batch), choices.tasks))
+                h = self.task_heads.objective.features(batch)
+                predictions = Predictions(self.task_heads.scores(h, choices.tasks))
         predictions.extras["selected"] = majority(owners, len(self.key_pool))
         predictions.extras["right_picks"] = (owners == batch.tasks[:, None]).float().mean(1)
         return predictions
@@ -253,8 +259,9 @@ class SLM(Method):
         subset = batch if len(rows) == len(batch) else batch.select(rows)
         corrected = self.predict_retrieved(subset, AnswerSpace([], subset.tasks))
         if corrected.texts is None:
-            scores: Any = predictions.scores
-            return Predictions(scores.index_copy(0, rows, corrected.scores))
+            assert predictions.scores is not None
+            assert corrected.scores is not None
+            return Predictions(predictions.scores.index_copy(0, rows, corrected.scores))
         texts = dict(enumerate(predictions.texts or [])) | dict(zip(rows.tolist(), corrected.texts, strict=True))
         return Predictions(texts=list(texts.values()))
 
@@ -279,7 +286,7 @@ class SLM(Method):
         names = self.benchmark.names[: len(self.key_pool)]
         return self.stats.figures(names) if evaluated and names else {}
 
-    def figures(self) -> dict[str, dict[str, Any]]:
+    def figures(self) -> Figures:
         shares = self.stats.votes / self.stats.votes.sum(1, keepdim=True)
         return {"retrieval": {"shares": shares.cpu().numpy(), "tasks": self.benchmark.names}}
 

@@ -3,9 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from clpet import __version__
 from clpet.errors import ConfigError
+from clpet.models.protocols import SavedNetwork
+from clpet.objectives.classification import Classification
 from clpet.runs.load_run import LoadedRun, RunRecord
 from clpet.runs.run_dir import save_heads
 from clpet.runtime.atomic_io import replace_folder
@@ -53,7 +56,7 @@ def write(run: LoadedRun, folder: Path, merge: bool) -> str:
     full = objective.adapters.full and objective.adapters.config is None
     with replace_folder(folder) as temporary:
         if merge or full:
-            method.merged().save_pretrained(temporary)
+            cast(SavedNetwork, method.merged()).save_pretrained(temporary)
             contents = WHOLE_MODEL if full else MERGED
         else:
             method.save(temporary / "adapters")
@@ -77,7 +80,7 @@ def describe(run: LoadedRun, contents: str, peft_adapters: bool) -> dict[str, ob
         load = f"peft.PeftModel.from_pretrained({model}, FOLDER/adapters/NAME)"
     elif contents == TRAINED_ONLY:
         load = "safetensors.torch.load_file(FOLDER/adapters/FILE): tensors by their name"
-    about = {
+    about: dict[str, object] = {
         "what": contents,
         "load": load,
         "backbone": base,
@@ -90,6 +93,6 @@ def describe(run: LoadedRun, contents: str, peft_adapters: bool) -> dict[str, ob
         "template": run.benchmark.template,
         "clpet": __version__,
     }
-    if objective.traits.has_labels:
+    if isinstance(objective, Classification):
         about |= {"representation": objective.representation.value, "heads": sorted(run.method.heads())}
     return about

@@ -19,7 +19,7 @@ from clpet.methods.base import Method
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, tolist
 from clpet.models.adapters import parameter_ratio
-from clpet.records import Cost, DataRecord, Description, Headline, PerplexityTransfer, Results
+from clpet.records import Cost, DataRecord, Description, Headline, PerplexityTransfer, Results, State
 from clpet.runs.provenance import git_revision, hub_data, versions
 from clpet.runtime.atomic_io import replace_folder, write_text
 from clpet.runtime.distributed import get_world
@@ -163,7 +163,7 @@ def save_snapshot(out: Path, row: int, method: Method) -> None:
     """Writes the weights after `row` tasks: adapters and heads as at the end, and the state that inference needs."""
     state = method.state_dict()
     if method.objective.adapters.config is None:  # without PEFT adapters method.save already writes these weights
-        state["objective"] = {**state["objective"], "adapters": {}}
+        state["objective"] = {**cast(State, state["objective"]), "adapters": {}}
     if not get_world().is_main:  # after state_dict, in which all ranks take part
         return
     with replace_folder(snapshot_folder(out, row)) as folder:

@@ -193,7 +193,8 @@ class FitCheckpointer:
         """Records the end of a fit of `steps` steps; `history` is what the trainer needs of it later."""
         if self.write is None:
             return
-        self.record_finished(cpu_copy(FinishedFit(**self._common(parameters), over=history)), steps)
+        finished: FinishedFit = {**self._common(parameters), "over": history}
+        self.record_finished(cpu_copy(finished), steps)
         self.unsaved = True
         if self.should_save():
             self.save_pending()

@@ -4,7 +4,7 @@ Formulas of KIF (Feng et al., 2024, arXiv 2408.05200) and of its predecessor TaS
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -12,6 +12,15 @@ from torch import Tensor
 SCORES = ("first", "second", "mix")
 # Checkpoint key -> attribute of Importance.
 STATE = {"mean": "mean", "deviation": "uncertainty", "counted": "counted", "skipped": "skipped"}
+
+
+class ImportanceState(TypedDict):
+    """The running tensors and those of the best validation; keys are part of the checkpoint format."""
+
+    now: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    best: float
+    steps: int
 
 
 class Importance:
@@ -75,11 +84,11 @@ class Importance:
         for key, value in self.best_scores.items():
             self._tensors()[key].copy_(value)
 
-    def state(self) -> dict[str, Any]:
-        """Everything that an interrupted task needs to resume; keys are part of the checkpoint format."""
+    def state(self) -> ImportanceState:
+        """Everything that an interrupted task needs to resume."""
         return {"now": self._tensors(), "kept": self.best_scores, "best": self.best, "steps": self.steps}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: ImportanceState) -> None:
         """Restores what `state` returned."""
         for key, value in state["now"].items():
             self._tensors()[key].copy_(value)

@@ -9,7 +9,6 @@ on the previous contents of the cache nor on the process that filled it.
 import contextlib
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from clpet.config.identity import digest
 from clpet.data.batches import EncodedDataset
 from clpet.models.fixed_blocks import BLOCK_ROWS, WIDTH_MULTIPLE, block_widths, rounding_platform, split_into_blocks
+from clpet.models.protocols import config_of
 from clpet.objectives.classification import Classification
 from clpet.runtime import atomic_io
 from clpet.runtime.distributed import full_tensor, get_world
@@ -147,7 +147,7 @@ def network_key(objective: Classification) -> str:
     named = {name: value for name, value in adapters.model.named_parameters() if id(value) not in adapter_ids}
     weights = objective.backbone.fingerprint(objective.cache_dir)
     peft = adapters.config.to_dict() if adapters.config else {}
-    config: Any = adapters.model.config
+    config = config_of(adapters.model)
     identity = [
         weights or tensors_key({name: full_tensor(value) for name, value in named.items()}),
         {name: [list(value.shape), str(value.dtype)] for name, value in named.items()},
@@ -164,6 +164,5 @@ def tensors_key(tensors: dict[str, Tensor]) -> str:
     checksum = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         checksum.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        checksum.update(data)
+        checksum.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return checksum.hexdigest()

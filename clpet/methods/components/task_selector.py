@@ -1,7 +1,6 @@
 """Selectors of dynamic ConPET (arXiv 2309.14763): rank the modules for an input, by a trained head or class means."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +74,8 @@ class Selector:
 
     def right(self, batch: Batch) -> Tensor:
         """[batch]: whether an example's highest score is that of its own task."""
-        return self.head(self.objective.features(batch)).argmax(1) == batch.tasks
+        scores: Tensor = self.head(self.objective.features(batch))
+        return scores.argmax(1) == batch.tasks
 
     def prefetch(self, pool: EncodedDataset, rows: np.ndarray) -> None:
         """Computes the scores that `ranking` will need in large blocks."""
@@ -131,11 +131,11 @@ class Prototypes:
         scores = torch.stack([classes.amax(1) for classes in by_task], dim=1)
         return scores.topk(count, dim=1).indices.numpy()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, list[Tensor]]:
         """Class means of every task."""
         return {"means": self.means}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, list[Tensor]]) -> None:
         """Restores what `state` returned."""
         self.means = [means.to(self.objective.device) for means in state["means"]]
         if self.means:

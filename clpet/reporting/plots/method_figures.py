@@ -1,15 +1,12 @@
 """Figures that single methods add to a run: retrieved keys (SLM), unit importance and its fusion (KIF)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from clpet.records import Figures
 from clpet.reporting.plots.canvas import frame, margins, new_figure, save, short, short_names, write_percentages
-
-# Method.figures: {kind: arguments of its function, apart from path and title}; their types depend on the kind
-Figures = Mapping[str, Mapping[str, Any]]
 
 
 def draw(folder: Path, method: str, figures: Figures) -> list[Path]:
