@@ -19,10 +19,12 @@ from clpet.methods.base import Method
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
 from clpet.records import Json, Results, State
 from clpet.reporting import run_summary
+from clpet.reporting.forecast import Forecast
 from clpet.reporting.plots import method_figures, run_figures
 from clpet.reporting.progress import Display
 from clpet.runs import provenance, run_dir
 from clpet.runs.dry_run import count_parameters, dry_run
+from clpet.runs.planning import plan_work
 from clpet.runs.prediction_files import write_predictions
 from clpet.runs.tracking import Tracker
 from clpet.runs.tracking_options import Tracking
@@ -114,6 +116,7 @@ class Experiment:
     def run(self, console: Console) -> TransferMatrix:
         """Learns all tasks, or those that an interrupted run has left, and writes and prints the results."""
         self.identity = self.identify()
+        self.announce_work()
         checkpoint = self.start()
         config = cast(dict[str, Json], OmegaConf.to_container(self.cfg, resolve=True))
         tracking = cast(Tracking, self.session.components.tracking)
@@ -191,19 +194,42 @@ class Experiment:
         self.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks{inside}")
         return state
 
-    def evaluate(self, state: RunState, row: int) -> None:
-        """Measures row `row` of the matrix, the cells that evaluation.matrix and evaluation.every select."""
+    def measured_tasks(self, row: int) -> range:
+        """The cells of row `row` of the matrix that evaluation.matrix and evaluation.every select."""
         kind, total = self.config.evaluation.matrix, len(self.benchmark)
         tasks = range(total if kind is Matrix.full or row == total else row if kind is Matrix.seen else 0)
         if row % self.config.evaluation.every and row < total and tasks:
             tasks = range(row - 1, row)
-        tasks = self.method.evaluable_tasks(row, tasks)
+        return self.method.evaluable_tasks(row, tasks)
+
+    def evaluated_tokens(self, row: int) -> float:
+        """Tokens that are read to measure row `row` of the matrix."""
+        pool = self.session.data.split(self.session.split)
+        return float(pool.lengths[pool.rows_of(*self.measured_tasks(row))].sum())
+
+    def announce_work(self) -> None:
+        """Plans the steps of the run, from which the time left is predicted, and prints what the run will work with."""
+        train = self.session.config.train
+        works, steps = plan_work(self.method, train.epochs_of, self.evaluated_tokens)
+        self.display.forecast = Forecast(works)
+        adapters, hardware = self.method.objective.adapters, self.session.components.hardware
+        trained = sum(value.numel() for value in adapters.model.parameters() if value.requires_grad)
+        sizes = run_summary.sizes(self.session.data_record)
+        model = run_summary.model_line(self.cfg.model.name, adapters.base_parameters, trained, hardware.record())
+        work = run_summary.work_line(steps, train.global_batch_size)
+        for line in (sizes, model, work, f"run    {self.out}"):
+            self.display.print(line)
+
+    def evaluate(self, state: RunState, row: int) -> None:
+        """Measures row `row` of the matrix."""
+        tasks = self.measured_tasks(row)
         if not tasks:
             return
-        if row == total:
-            # Before the last row: methods keep the statistics of their latest evaluation, which must be this row's.
-            state.validation = self.validate(tasks)
-        evaluation = Evaluator(self.benchmark, self.session.data, self.session.split)(self.method, row, list(tasks))
+        with self.display.evaluating(self.evaluated_tokens(row)):
+            if row == len(self.benchmark):
+                # Before the last row: methods keep the statistics of their latest evaluation, which must be this row's.
+                state.validation = self.validate(tasks)
+            evaluation = Evaluator(self.benchmark, self.session.data, self.session.split)(self.method, row, list(tasks))
         evaluation.diagnostics |= self.method.diagnostics()
         for matrix, scores in ((state.matrix, evaluation.seen), (state.task_matrix, evaluation.per_task)):
             for index in tasks:

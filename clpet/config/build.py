@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,17 @@ MOVED_CLASSES = {
     "clpet.sources.PythonStdlib": "clpet.data.sources.PythonStdlib",
     "clpet.sources.Table": "clpet.data.sources.Table",
     "clpet.tracking.Tracking": "clpet.runs.tracking_options.Tracking",
+}
+
+
+# {OmegaConf's message about a value of a wrong type: what clpet prints after the key}
+WRONG_TYPES = {
+    "Value '(.*)' of type '.*' could not be converted to Integer": " must be an integer, not {}",
+    "Value '(.*)' of type '.*' could not be converted to Float": " must be a number, not {}",
+    "Value '(.*)' is not a valid bool": " must be true or false, not {}",
+    r"Invalid value '(.*)', expected one of \[(.*)\]": " must be one of {1}, not {0}",
+    "is not a ListConfig, list or tuple": " must be a list, such as [a,b]",
+    "Incompatible value 'None' for field of type": " must have a value, not null",
 }
 
 
@@ -114,6 +126,13 @@ def _merge(cls: type[T], values: object, where: str) -> T:
         message = renamed_message(key) or f"unknown key {key}{suggest(str(error.key), names)}"
         raise ConfigError(message) from error
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
         key = getattr(error, "full_key", None) or ""
-        raise ConfigError(f"{prefix}{key}: {reason}") from error
+        raise ConfigError(f"{prefix}{key}{_reason(str(error).splitlines()[0])}") from error
+
+
+def _reason(text: str) -> str:
+    """What follows the key in the message about a value of a wrong type, from OmegaConf's message."""
+    for pattern, message in WRONG_TYPES.items():
+        if match := re.search(pattern, text):
+            return message.format(*match.groups())
+    return f": {text}"

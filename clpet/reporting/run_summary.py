@@ -1,19 +1,23 @@
 """The lines that a run prints at its start and at its end."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, cast
 
 from rich.console import Console
 
+from clpet.escape import inline
 from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2
-from clpet.records import HeadlineKey, Results
+from clpet.records import DataRecord, HeadlineKey, Results, SplitSizes
 from clpet.reporting.perplexity_tables import LEGEND, average_table
 from clpet.reporting.recorded_objective import has_labels
 from clpet.reporting.tables import matrix_table, say
 from clpet.runtime.untrusted_json import command, split_of
 
 SOFTMAX = {None: "", "task": "; softmax over each task's own labels", "seen": "; softmax over all labels seen"}
+SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
+SHORT_NAMES = {"backward_transfer": "bwt"}  # as `clpet show` prints them and `clpet runs --metrics` takes them
 SUMMARY: tuple[HeadlineKey, ...] = ("average", "whole", "backward_transfer", "forgetting", "learning_accuracy")
 
 
@@ -24,6 +28,28 @@ def heading(
     labels = f", {num_labels} labels" if num_labels else ""
     choices = "".join(f"; {key}={value}" for key, value in resolved.items())
     return f"{method} on {benchmark}: {num_tasks} tasks{labels}{SOFTMAX[softmax]}{choices}"
+
+
+def sizes(data: DataRecord) -> str:
+    """The line of the header about the number of examples."""
+    tasks = list(cast(Iterable[SplitSizes], data["tasks"].values()))
+    train, validation, test = (sum(task[split] for task in tasks) for split in SPLITS)
+    return f"data   {train:,} train, {validation:,} validation, {test:,} test examples"
+
+
+def model_line(name: str, base: int, trained: int, host: Mapping[str, str | int]) -> str:
+    """The line of the header about the model: parameters, trained ones, and device and precision of the computation."""
+    share = f", {trained:,} trained ({100 * trained / base:.2f} %)" if trained else ""
+    device = host.get("gpu") or f"{host['device']} ({host['threads']} threads)"
+    ranks = f" on {host['ranks']} ranks" if int(host["ranks"]) > 1 else ""
+    return f"model  {inline(name)}, {base:,} parameters{share}, {host['dtype']}, {device}{ranks}"
+
+
+def work_line(steps: Sequence[int], batch_size: int) -> str:
+    """The line of the header about the planned optimiser steps."""
+    each = f"{min(steps):,}" if len(set(steps)) == 1 else f"{min(steps):,} to {max(steps):,}" if steps else ""
+    planned = f"{sum(steps):,} steps of {batch_size} examples, {each} a task"
+    return f"train  {planned if steps else 'the number of steps is not known ahead'}"
 
 
 def show_finished(console: Console, out: Path, results: Results, address: str | None = None) -> None:
@@ -39,9 +65,9 @@ def show_finished(console: Console, out: Path, results: Results, address: str | 
         say(console, LEGEND)
     else:
         for name in SUMMARY:
-            _say_value(console, name, results[name])
+            _say_value(console, SHORT_NAMES.get(name, name), results[name])
     if validation := results.get("validation"):
-        _say_value(console, "validation average", validation["average"])
+        _say_value(console, "validation_average", validation["average"])
     for key, value in results["diagnostics"][-1].items():
         if key != "row" and "/" not in key:  # names with a slash are of single tasks
             _say_value(console, key, value)
@@ -64,7 +90,7 @@ def _table_title(results: Results, lower: bool) -> str:
 
 
 def _say_value(console: Console, name: str, value: float | None) -> None:
-    say(console, f"{name.replace('_', ' '):18} {round2(value):>7}")
+    say(console, f"{name:18} {round2(value):>7}")
 
 
 def _next_method(results: Results, lower: bool) -> str:

@@ -11,8 +11,8 @@ from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, parameter_ratio
 from clpet.models.protocols import config_of
 from clpet.objectives.cost_meter import peak_memory_mb
-from clpet.replay.exemplar_selection import random_features
 from clpet.reporting.tables import say
+from clpet.runs.planning import planned_stages
 from clpet.wiring import Components, Session
 
 
@@ -75,15 +75,9 @@ def _ratio(trainable: int, total: int) -> str:
 
 
 def steps_per_task(method: Method, epochs: Callable[[int], int]) -> str:
-    """Optimizer steps of every task and stage.
-
-    The number of steps can depend on the size of the replay memory, so the memory is filled task by task, choosing
-    exemplars by random features instead of the model's, and emptied again at the end.
-    """
+    """Optimizer steps of every task and stage."""
     counts = []
-    for index, task in method.curriculum():
-        stages = [f"{name} {plan.steps * epochs(index)}".strip() for name, plan in method.stages(index).items()]
+    for index, task, plans in planned_stages(method):
+        stages = [f"{name} {plan.steps * epochs(index)}".strip() for name, plan in plans.items()]
         counts.append(f"{task.name} {' + '.join(stages)}")
-        method.replay.update_memory(index, random_features)
-    method.replay.setup(method.data, method.seed, method.replay.batch_size)
     return "; ".join(counts)

@@ -98,7 +98,9 @@ def _warn_of_rounding(out: Path, host: dict[str, str | int]) -> None:
         before = read_json(out / "run.json").get("host")
     except DataError:
         return
-    if isinstance(before, dict) and (other := [key for key in host if before.get(key, host[key]) != host[key]]):
+    if isinstance(before, dict) and (
+        other := [key for key in host if key != "name" and before.get(key, host[key]) != host[key]]
+    ):
         changes = ", ".join(f"{key} {before[key]}, now {host[key]}" for key in other)
         log.warning("the run began with %s: it ends equal to rounding, not bit for bit", inline(changes))
 

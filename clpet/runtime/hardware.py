@@ -1,6 +1,7 @@
 """Hardware options of a run: device, precision, number of ranks, and how a large backbone is made to fit in memory."""
 
 import importlib.util
+import platform
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Protocol
@@ -126,13 +127,16 @@ class Hardware:
         return torch.bfloat16 if self.dtype is Dtype.bf16 else torch.float32
 
     def record(self) -> dict[str, str | int]:
-        """The properties of this machine that the rounding of sums depends on: others give other last bits."""
+        """This machine: its name, and what the rounding of sums depends on (other values give other last bits)."""
+        cuda = self.torch_device.type == "cuda"
         return {
             "device": self.torch_device.type,
+            **({"gpu": torch.cuda.get_device_name(self.torch_device)} if cuda else {}),
             "dtype": str(self.torch_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "ranks": get_world().size,
             "kernels": torch.backends.cpu.get_cpu_capability(),
+            "name": platform.node(),
         }
 
 

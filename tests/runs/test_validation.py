@@ -77,7 +77,7 @@ def test_a_finished_run_is_shown_with_its_split(runs: SimpleNamespace, words: Pa
     )
     assert "sequential on files (validation), seed 0: accuracy" in again.out
     again = clpet("train", "method=sequential", *tiny_args(words), f"output_dir={runs.out}")
-    assert "validation average" in again.out
+    assert "validation_average" in again.out
 
 
 def test_names_on_wandb_tell_the_splits_apart(tmp_path: Path) -> None:
