@@ -107,6 +107,7 @@ def clpet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> SimpleNamespace:
+        capsys.readouterr()  # what the test itself has printed
         code = run_cli(*words)
         captured = capsys.readouterr()
         return SimpleNamespace(code=code, out=captured.out, err=captured.err)

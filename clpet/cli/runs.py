@@ -147,14 +147,23 @@ def export(argv: list[str]) -> int:
     parser = _weights_parser("clpet export", "Writes the trained weights and the tokenizer for use without clpet.")
     parser.add_argument("--merge", action="store_true", help="merge the adapters into the backbone's weights")
     parser.add_argument("folder", type=Path, help="a new folder")
+    parser.add_argument("--hub", metavar="USER/NAME", help="also upload the folder to the Hugging Face hub")
+    parser.add_argument("--public", action="store_true", help="a new repository on the hub is public, not private")
     arguments = parser.parse_args(argv)
+    if arguments.public and not arguments.hub:
+        raise ConfigError("--public needs --hub USER/NAME")
     from clpet.runs.export import prepare, write  # these import torch
+    from clpet.runs.hub_upload import check_upload, upload
     from clpet.runs.load_run import load_run
     from clpet.training.trainer import quiet_libraries
 
+    if arguments.hub:
+        check_upload(arguments.hub)
     record = prepare(_read_record(arguments), arguments.folder, arguments.merge)
     with quiet_libraries():
         print(printable(write(load_run(record, arguments.after), arguments.folder, arguments.merge)))
+    if arguments.hub:
+        print(f"uploaded to {upload(arguments.folder, arguments.hub, arguments.public)}")
     return 0
 
 

@@ -81,6 +81,11 @@ def _ends(items: list[T], gap: T) -> list[T]:
     return items if len(items) <= MAX_SHOWN else [*items[: MAX_SHOWN // 2], gap, *items[-MAX_SHOWN // 2 :]]
 
 
+def spell_score(value: float | None, direction: str) -> str:
+    """A perplexity where lower is better, else percent with two decimals; "-" for a missing one."""
+    return perplexity(value) if direction == "lower" or value is None else f"{value:.2f}"
+
+
 def perplexity(value: float | None) -> str:
     """A perplexity with three to five digits."""
     if value is None or value != value:

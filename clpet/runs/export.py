@@ -9,7 +9,9 @@ from clpet import __version__
 from clpet.errors import ConfigError
 from clpet.models.protocols import SavedNetwork
 from clpet.objectives.classification import Classification
+from clpet.methods.base import Method
 from clpet.runs.load_run import LoadedRun, RunRecord
+from clpet.runs.model_card import model_card
 from clpet.runs.run_dir import save_heads
 from clpet.runtime.atomic_io import replace_folder
 from clpet.runtime.hardware import Quantization
@@ -64,19 +66,30 @@ def write(run: LoadedRun, folder: Path, merge: bool) -> str:
         objective.tokenizer.save_pretrained(temporary)
         if method.heads():
             save_heads(method, temporary / "heads")
-        about = describe(run, contents, bool(list(temporary.glob("adapters/*/adapter_config.json"))))
+        adapters = sorted(path.parent.name for path in temporary.glob("adapters/*/adapter_config.json"))
+        loader = run.record.components.backbone._class(objective.traits.needs_output_layer).__name__
+        about = describe(run, contents, loader, bool(adapters))
         (temporary / "clpet.json").write_text(json.dumps(about, indent=1) + "\n")
+        alone = answers_alone(run, merge or full or adapters == ["default"])
+        (temporary / "README.md").write_text(model_card(run, contents, loader, adapters, alone))
     return f"{contents}: {method.name} on {run.benchmark.name} after {run.row} tasks, in {folder}"
 
 
-def describe(run: LoadedRun, contents: str, peft_adapters: bool) -> dict[str, object]:
+def answers_alone(run: LoadedRun, one_set_of_weights: bool) -> bool:
+    """Whether transformers and peft answer texts with the folder's weights as the method does, without clpet."""
+    method, objective = run.method, run.method.objective
+    traits = objective.traits
+    known = traits.has_labels or traits.generates_text or (traits.plain_text and objective.causal)
+    return one_set_of_weights and method.mergeable and type(method).predict is Method.predict and known
+
+
+def describe(run: LoadedRun, contents: str, loader: str, peft_adapters: bool) -> dict[str, object]:
     """clpet.json: the contents of the exported folder and the call that loads it."""
     objective, backbone = run.method.objective, run.record.components.backbone
-    auto_class = backbone._class(objective.traits.needs_output_layer).__name__
     base = backbone.hub or backbone.path or backbone.package
-    load = f"transformers.{auto_class}.from_pretrained(FOLDER)"
+    load = f"transformers.{loader}.from_pretrained(FOLDER)"
     if peft_adapters:
-        model = f"transformers.{auto_class}.from_pretrained({base!r})"
+        model = f"transformers.{loader}.from_pretrained({base!r})"
         load = f"peft.PeftModel.from_pretrained({model}, FOLDER/adapters/NAME)"
     elif contents == TRAINED_ONLY:
         load = "safetensors.torch.load_file(FOLDER/adapters/FILE): tensors by their name"

@@ -3,7 +3,7 @@
 from clpet.errors import DataError, enough_memory
 from clpet.evaluation.evaluator import Evaluator
 from clpet.metrics.transfer_matrix import on_split
-from clpet.reporting.tables import perplexity, table
+from clpet.reporting.tables import spell_score, table
 from clpet.runs.load_run import LoadedRun
 
 
@@ -18,12 +18,16 @@ def compare_with_recorded(run: LoadedRun) -> tuple[str, bool]:
         raise DataError(f"method={run.method.name} has no model to evaluate after {run.row} tasks")
     with enough_memory(run.method.objective.memory_advice):
         scores = Evaluator(run.benchmark, run.data, run.split)(run.method, run.row, tasks).seen
-    spell = perplexity if run.benchmark.direction == "lower" else _percent
+    direction = run.benchmark.direction
     rows = [
-        [run.benchmark.names[index], spell(run.scores[index]), spell(scores[index].value),
-         _verdict(run.scores[index], scores[index].value)]
+        [
+            run.benchmark.names[index],
+            spell_score(run.scores[index], direction),
+            spell_score(scores[index].value, direction),
+            _verdict(run.scores[index], scores[index].value),
+        ]
         for index in tasks
-    ]  # fmt: skip
+    ]
     # Equality is exact on purpose: loading the same weights must give the same bits on the same machine.
     equal = all(run.scores[index] in (None, scores[index].value) for index in tasks)
     name = on_split(run.benchmark.name, run.split)
@@ -35,7 +39,3 @@ def _verdict(recorded: float | None, now: float) -> str:
     if recorded is None:
         return "not recorded"
     return "equal" if recorded == now else f"differs by {now - recorded:+.3g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

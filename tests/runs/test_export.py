@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
 
-from tests.conftest import domain_args, tiny_args
+from tests.conftest import domain_args, tiny_args, write_words
 from tests.runs.conftest import only, refused
 
 
@@ -117,3 +118,84 @@ def test_export_refuses(clpet, run: Path) -> None:
     assert "is not an empty folder" in answer.err
     assert refused(clpet("export", "nowhere", "x"))
     assert refused(clpet("export", run, "x", "--merge", "--after", "7"))
+
+
+def code_of(folder: str) -> str:
+    """The Python code of an exported folder's model card."""
+    return Path(folder, "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+
+
+def run_card(folder: str, texts: list[str]) -> dict[str, Any]:
+    """The variables after the code of a model card, applied to these texts."""
+    code = code_of(folder).replace("['a text', 'another']", repr(texts)).replace('folder = "."', f"folder = {folder!r}")
+    variables: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), variables)
+    return variables
+
+
+@pytest.mark.parametrize("representation", ["mean", "cls", "mask"])
+def test_the_code_of_a_model_card_answers_as_the_run(representation: str, clpet, words: Path) -> None:
+    """The labels equal the recorded predictions for all test texts."""
+    template = ["benchmark.template='{text} is {mask}'"] if representation == "mask" else []
+    args = tiny_args(words, "method=replay", f"model.representation={representation}", *template)
+    assert clpet("train", *args).code == 0
+    run = only()
+    assert clpet("export", run, "whole", "--merge").code == 0
+    rows = [json.loads(line) for line in (words / "test.jsonl").read_text().splitlines()]
+    recorded = pq.read_table(run / "predictions" / "after-003.parquet").to_pylist()
+    by_task = [[row["text"] for row in rows if row["task"] == task] for task in ("fruit", "metal", "river")]
+    answers = run_card("whole", [text for texts in by_task for text in texts])["answers"]
+    assert len(answers) == 24
+    assert answers == [row["prediction"] for row in recorded]
+
+
+def test_a_model_card_generates_the_answers_of_the_run(clpet, words: Path) -> None:
+    args = [*tiny_args(words, "method=sequential", "model=tiny_t5", "objective=text_to_text"), "benchmark.max_target=4"]
+    args.remove("model=tiny")
+    assert clpet("train", *args).code == 0
+    run = only()
+    assert clpet("export", run, "whole", "--merge").code == 0
+    answers = run_card("whole", ["apple n6", "gold n7"])["answers"]
+    assert all(isinstance(answer, str) for answer in answers)
+    card = Path("whole/README.md").read_text()
+    assert "AutoModelForSeq2SeqLM" in card
+    assert "    clpet train tracking=off" in card
+    assert "objective=text_to_text" in card
+    assert str(words) not in card
+
+
+def test_names_in_a_model_card_are_text(clpet, tmp_path: Path) -> None:
+    names = {"fruit": "a|b <script>alert(1)</script>", "metal": "# title", "river": "``` x"}
+    data = write_words(tmp_path / "words")
+    for path in data.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "task": names[row["task"]]}) + "\n" for row in rows))
+    assert clpet("train", *tiny_args(data, "method=sequential")).code == 0
+    assert clpet("export", only(), "whole", "--merge").code == 0
+    card = Path("whole/README.md").read_text()
+    assert "<script>" not in card.replace("\\<script>", "")
+    assert card.count("```") == 2  # the fence of the code
+    assert "| --- | ---: |" in card
+
+
+def test_peft_loads_the_card_of_adapters(clpet, words: Path, prose: Path) -> None:
+    """An adapter for a backbone in a folder: the card's code loads both and answers as the run."""
+    assert clpet("train", "method=sequential", *domain_args(prose, "peft=none")).code == 0
+    assert clpet("export", only(), "backbone").code == 0
+    assert "loss.exp()" in code_of("backbone")
+    for method, alone in (("replay", True), ("dynamic_conpet", False)):
+        args = tiny_args(words, "model=local", "model.path=backbone", f"output_dir={method}", "model.targets=[q_proj]")
+        args.remove("model=tiny")
+        assert clpet("train", f"method={method}", *args).code == 0
+        run = only(f"{method}/*/*/s*")
+        assert clpet("export", run, f"{method}_parts").code == 0
+        card = Path(f"{method}_parts", "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: peft\n")
+        assert ("clpet.load" in card) is not alone
+        variables = run_card(f"{method}_parts", ["apple n6"])
+        assert isinstance(variables["model"], peft.PeftModel)
+        if alone:
+            recorded = pq.read_table(run / "predictions" / "after-003.parquet").to_pylist()
+            rows = [json.loads(line) for line in (words / "test.jsonl").read_text().splitlines()]
+            texts = [row["text"] for task in ("fruit", "metal", "river") for row in rows if row["task"] == task]
+            assert run_card(f"{method}_parts", texts)["answers"] == [row["prediction"] for row in recorded]
