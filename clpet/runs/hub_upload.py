@@ -31,7 +31,7 @@ def upload(folder: Path, repo: str, public: bool) -> str:
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model exported by clpet")
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:  # ValueError: no JSON
         raise HostError(
             f"{folder} is written but not uploaded ({first_line(error)}); upload it later with "
             f"`hf upload {repo} {folder}`"

@@ -92,7 +92,7 @@ def test_an_upload_is_one_commit_of_the_folder(run: Path, hub: Any) -> None:
     calls = {path: body for path, _, body in hub.calls}
     assert {token for _, token, _ in hub.calls} == {"Bearer hf_0"}
     created = json.loads(calls["/api/repos/create"])
-    assert (created["name"], created["organization"], created["private"]) == ("words", "ann", True)
+    assert (created["name"], created["organization"], created["visibility"]) == ("words", "ann", "private")
     header, *entries = [json.loads(line) for line in calls["/api/models/ann/words/commit/main"].splitlines()]
     assert header["key"] == "header"
     files = {entry["value"]["path"]: base64.b64decode(entry["value"]["content"]) for entry in entries}
@@ -109,9 +109,9 @@ def test_a_failed_upload_keeps_the_folder_and_says_how_to_go_on(run: Path, hub: 
     answer = export(run, hub, "--public")
     assert answer.returncode == 1
     assert "Traceback" not in answer.stderr
-    assert "clpet: out is written but not uploaded (403" in answer.stderr
+    assert "clpet: out is written but not uploaded (" in answer.stderr
     assert "`hf upload ann/words out`" in answer.stderr
-    assert json.loads(hub.calls[0][2])["private"] is False
+    assert json.loads(hub.calls[0][2])["visibility"] == "public"
     assert (run.parent / "out" / "README.md").is_file()
 
 
