@@ -44,7 +44,7 @@ def prepare(record: RunRecord, folder: Path, merge: bool) -> RunRecord:
         and not record.config.benchmark.get("base")
     ):
         raise ConfigError(
-            f"model {record.config.model['name']} has random weights, so its adapters are useless alone: add --merge"
+            f"model {record.config.model['name']} has random weights, so its adapters are useless self_sufficient: add --merge"
         )
     if not merge:
         return record
@@ -70,17 +70,17 @@ def write(run: LoadedRun, folder: Path, merge: bool) -> str:
         loader = run.record.components.backbone._class(objective.traits.needs_output_layer).__name__
         about = describe(run, contents, loader, bool(adapters))
         (temporary / "clpet.json").write_text(json.dumps(about, indent=1) + "\n")
-        alone = answers_alone(run, merge or full or adapters == ["default"])
-        (temporary / "README.md").write_text(model_card(run, contents, loader, adapters, alone))
+        self_sufficient = answers_without_clpet(run, merge or full or adapters == ["default"])
+        (temporary / "README.md").write_text(model_card(run, contents, loader, adapters, self_sufficient))
     return f"{contents}: {method.name} on {run.benchmark.name} after {run.row} tasks, in {folder}"
 
 
-def answers_alone(run: LoadedRun, one_set_of_weights: bool) -> bool:
+def answers_without_clpet(run: LoadedRun, one_set_of_weights: bool) -> bool:
     """Whether transformers and peft answer texts with the folder's weights as the method does, without clpet."""
     method, objective = run.method, run.method.objective
     traits = objective.traits
-    known = traits.has_labels or traits.generates_text or (traits.plain_text and objective.causal)
-    return one_set_of_weights and method.mergeable and type(method).predict is Method.predict and known
+    supported = traits.has_labels or traits.generates_text or (traits.plain_text and objective.causal)
+    return one_set_of_weights and method.mergeable and type(method).predict is Method.predict and supported
 
 
 def describe(run: LoadedRun, contents: str, loader: str, peft_adapters: bool) -> dict[str, object]:
