@@ -7,9 +7,9 @@ from typing import cast
 
 from clpet import __version__
 from clpet.errors import ConfigError
+from clpet.methods.base import Method
 from clpet.models.protocols import SavedNetwork
 from clpet.objectives.classification import Classification
-from clpet.methods.base import Method
 from clpet.runs.load_run import LoadedRun, RunRecord
 from clpet.runs.model_card import model_card
 from clpet.runs.run_dir import save_heads
@@ -44,7 +44,7 @@ def prepare(record: RunRecord, folder: Path, merge: bool) -> RunRecord:
         and not record.config.benchmark.get("base")
     ):
         raise ConfigError(
-            f"model {record.config.model['name']} has random weights, so its adapters are useless self_sufficient: add --merge"
+            f"model {record.config.model['name']} has random weights, so its adapters are useless alone: add --merge"
         )
     if not merge:
         return record
@@ -79,7 +79,8 @@ def answers_without_clpet(run: LoadedRun, one_set_of_weights: bool) -> bool:
     """Whether transformers and peft answer texts with the folder's weights as the method does, without clpet."""
     method, objective = run.method, run.method.objective
     traits = objective.traits
-    supported = traits.has_labels or traits.generates_text or (traits.plain_text and objective.causal)
+    has_head = isinstance(objective, Classification)
+    supported = has_head or traits.generates_text or (traits.plain_text and objective.causal)
     return one_set_of_weights and method.mergeable and type(method).predict is Method.predict and supported
 
 

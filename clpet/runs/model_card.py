@@ -9,6 +9,7 @@ from clpet import __version__
 from clpet.escape import inline, markdown
 from clpet.metrics.transfer_matrix import on_split
 from clpet.models.backbone import Architecture, Backbone, Representation
+from clpet.objectives.classification import Classification
 from clpet.reporting.tables import format_table, spell_score
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def _answers(run: "LoadedRun", loader: str) -> list[str]:
             "answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)",
             "print(answers)",
         ]
+    assert isinstance(objective, Classification)  # see `answers_without_clpet`
     return [
         *lines,
         '    output, mask = model(**batch), batch["attention_mask"]',
