@@ -21,7 +21,7 @@ from clpet.methods.base import Method
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-LETTERS = {"C": "classification", "T": "text_to_text", "L": "language_modeling"}
+LETTERS = {"C": "classification", "T": "text_to_text", "L": "language_modeling", "P": "preference"}
 OBJECTIVES = {
     name: build(parse_config(compose_config([f"objective={name}"])).objective, "objective") for name in LETTERS.values()
 }

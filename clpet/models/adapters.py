@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, cast
@@ -157,6 +157,7 @@ class Adapters:
             self.config.task_type = TASK_TYPES.get(backbone.architecture, self.config.task_type)
         self.full, self.option, self.model = option.full, option.name, model
         self.names: list[str] = []
+        self.branches: list[Callable[[], contextlib.AbstractContextManager[None]]] = []  # `off` of low-rank branches
         self.active: tuple[str, bool] | None = None
         self.training = False
         self.drops = backbone.drops(trained=self.config is None)
@@ -225,12 +226,13 @@ class Adapters:
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Forward passes inside use the pretrained backbone without adapters."""
-        if self.config is None or not self.names:
+        """Forward passes inside use the pretrained backbone without adapters and low-rank branches."""
+        with contextlib.ExitStack() as stack:
+            for branches_off in self.branches:
+                stack.enter_context(branches_off())
+            if self.config is not None and self.names:
+                stack.enter_context(self.model.disable_adapter())  # type: ignore[operator]
             yield
-        else:
-            with self.model.disable_adapter():  # type: ignore[operator]
-                yield
 
     def train_mode(self, on: bool) -> None:
         """Switches the dropout of the adapters, and that of the backbone's layers if model.dropout enables it."""

@@ -73,6 +73,7 @@ class StackedLora:
             reason = f"{others[0]} is not a linear layer" if others else "no layer matches"
             raise ModelError(adapters.wrong_target(reason))
         self.layers = {name: StackedLoraLayer(module, self) for name, module in modules.items()}
+        adapters.branches.append(self.off)
 
     @property
     def branches(self) -> int:
