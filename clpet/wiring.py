@@ -31,7 +31,8 @@ from clpet.runtime.hardware import Hardware, Quantization
 from clpet.runtime.signals import GracefulShutdown
 from clpet.training.fit_checkpoint import FitCheckpointer
 from clpet.training.optimizers import check_optimizer
-from clpet.training.trainer import NoProgress, Progress, Trainer
+from clpet.training.progress import NoProgress, Progress
+from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

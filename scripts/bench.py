@@ -40,8 +40,9 @@ from clpet.data.batches import EncodedDataset
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.adapters import Adapters
 from clpet.replay.batch_plan import BatchPlan
+from clpet.training.progress import NoProgress
 from clpet.training.step import StepHooks
-from clpet.training.trainer import NoProgress, Trainer, quiet_libraries
+from clpet.training.trainer import Trainer, quiet_libraries
 from clpet.wiring import Components, Session
 
 

@@ -12,9 +12,10 @@ from bench import Bench, medians
 
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runs import line_files
+from clpet.training.progress import NoProgress
 from clpet.training.step import StepHooks
 from clpet.training.step_log import StepLog
-from clpet.training.trainer import NoProgress, Trainer
+from clpet.training.trainer import Trainer
 
 
 def step_log(overrides: list[str], rounds: int) -> None:

@@ -16,8 +16,9 @@ from bench import Bench, medians
 from torch import nn
 
 from clpet.replay.batch_plan import BatchPlan
+from clpet.training.progress import NoProgress
 from clpet.training.step import StepHooks
-from clpet.training.trainer import NoProgress, Trainer
+from clpet.training.trainer import Trainer
 
 STEPS = 24  # timed together
 

@@ -33,7 +33,7 @@ from clpet.runs.tracking_options import Tracking
 from clpet.runtime.hardware import Hardware
 from clpet.runtime.run_checkpoint import checkpoints, read_tree
 from clpet.runtime.untrusted_json import as_data_error, read_results
-from clpet.training.trainer import NoProgress
+from clpet.training.progress import NoProgress
 from clpet.wiring import Components, Session
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,35 +25,11 @@ from clpet.training.fit_checkpoint import BestWeights, FitCheckpointer, FitState
 from clpet.training.fit_record import StageHistory
 from clpet.training.lr_schedules import SchedulePosition, schedule, warmup, warn_of_warmup
 from clpet.training.optimizers import Optimizer, same_shape
+from clpet.training.progress import Progress
 from clpet.training.step import StepContext, StepHooks
 from clpet.training.step_log import StepLog
 
 log = logging.getLogger(__name__)
-
-
-class Progress(Protocol):
-    """Receiver of a fit's progress, such as a progress bar."""
-
-    def fit(self, stage: str, epochs: int, steps: int) -> None:
-        """A fit starts."""
-
-    def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None:
-        """A step is done; `loss` is the running mean of the epoch, still on the device."""
-
-    def resumed(self, steps: int, examples: int) -> None:
-        """A fit resumes after `steps` steps; `examples` of its current epoch are done."""
-
-    def validated(self, epoch: int, score: float) -> None:
-        """An epoch has its validation score."""
-
-
-class NoProgress:
-    """A receiver that shows nothing."""
-
-    def fit(self, stage: str, epochs: int, steps: int) -> None: ...
-    def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None: ...
-    def resumed(self, steps: int, examples: int) -> None: ...
-    def validated(self, epoch: int, score: float) -> None: ...
 
 
 class Trainer:

@@ -21,7 +21,7 @@ from clpet.cli.launch import RankError, start_ranks
 from clpet.evaluation.evaluator import Evaluator
 from clpet.runtime.distributed import init_distributed, to_cpu
 from clpet.runtime.signals import EXIT_TEMPFAIL
-from clpet.training.trainer import NoProgress
+from clpet.training.progress import NoProgress
 from tests.conftest import domain_args, methods_of, set_up, tiny_args
 
 CASES: dict[str, list[str]] = {
