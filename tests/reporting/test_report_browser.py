@@ -148,6 +148,21 @@ def test_the_matrices_are_those_of_the_runs_for_every_seed_and_their_mean(
     assert matrix_of(part, "replay") == shown(task_matrix.scores)
 
 
+def test_a_point_shows_its_values_and_the_legend_selects_a_row(page: "playwright.Page", outputs: Path) -> None:
+    runs = [run for _, run in find_runs(outputs / "outputs") if run["method"] == "replay"]
+    average = np.mean([TransferMatrix.from_json(run).average(2, 2) for run in runs])
+    chart = open_section(page, "python_stdlib").locator(".chart").first
+    points = chart.locator("svg .mark-symbol path")
+    points.nth(5 * METHODS.index("replay") + 1).hover(force=True)  # after the second of five tasks
+    values = page.locator("#vg-tooltip-element").inner_text().split()
+    assert f"{average:.4g}" in values
+    chart.locator(".role-legend-symbol path").nth(METHODS.index("replay")).click(force=True)
+    lines = chart.locator("svg .mark-line path")
+    opacity = [float(line.get_attribute("opacity") or 1) for line in lines.all()]
+    assert opacity.index(max(opacity)) == METHODS.index("replay")
+    assert sorted(opacity)[-2] < 0.2
+
+
 def test_every_task_of_a_run_shows_its_answers(page: "playwright.Page", outputs: Path) -> None:
     run = next(run for _, run in find_runs(outputs / "outputs") if (run["method"], run["seed"]) == ("ewc", 2))
     part = open_section(page, "python_stdlib").locator(".answers")

@@ -14,6 +14,7 @@ from clpet.reporting.run_metrics import MeanStd, matrix_of, mean_and_std, pretra
 
 Spec = dict[str, Json]
 Point = dict[str, Json]
+NUMBERS = ("x", "y", "low", "high")  # fields of a point
 FADED = 0.12  # opacity of what is not selected in the legend
 
 
@@ -35,7 +36,7 @@ def charts(section: Section) -> list[Chart]:
     result = [
         Chart(
             f"{'Perplexity' if section.lower else 'Average'} after each task",
-            "Mean over the tasks seen so far; the band is the standard deviation over seeds.",
+            "Mean over the tasks seen so far; the band is the standard deviation over seeds. Click names to compare.",
             seen,
             lines(seen, "tasks learned", unit, names),
         )
@@ -205,4 +206,6 @@ def _axis(field: str, title: str, axis: Mapping[str, Json] | None = None) -> dic
 
 
 def _tooltip(fields: Sequence[tuple[str, str]]) -> Json:
-    return [{"field": field, "title": title} for field, title in fields]
+    """[(field, title)] as a tooltip; numbers have four significant digits."""
+    number: dict[str, Json] = {"type": "quantitative", "format": ",.4~g"}
+    return [{"field": name, "title": title, **(number if name in NUMBERS else {})} for name, title in fields]

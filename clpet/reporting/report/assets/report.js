@@ -93,7 +93,7 @@ function drawCharts(section) {
       range: { category: { scheme: rows.length > 10 ? "tableau20" : "tableau10" } },
     };
     const actions = { export: true, source: false, compiled: false, editor: false };
-    vegaEmbed(place, spec, { renderer: "svg", actions }).catch((error) => place.append(String(error)));
+    vegaEmbed(place, spec, { renderer: "svg", actions, downloadFileName: figure.querySelector("h3").textContent }).catch((error) => place.append(String(error)));
   }
 }
 
