@@ -39,13 +39,14 @@ from clpet.wiring import Components, Session
 log = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
+def run(cfg: DictConfig, out: Path, overrides: list[str], quiet: bool = False) -> TransferMatrix | None:
     """Runs or resumes the experiment of `cfg` in the run directory `out`; a finished one is only shown.
 
     Returns its transfer matrix, None after a dry run. `overrides` are the words of the command line, for the record.
+    With `quiet` nothing is printed but warnings.
     """
     config = parse_config(cfg)
-    console = Console(quiet=not get_world().is_main, force_jupyter=False)  # its output in a notebook is plain text
+    console = Console(quiet=quiet or not get_world().is_main, force_jupyter=False)  # in a notebook plain text, too
     if not (config.fresh or config.dry_run) and (results := run_dir.finished_results(out)):
         return show_existing(console, config, out, results)
     components = Components.build(config)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clpet.api.guest import guest, log_file
+from clpet.api.guest import guest, log_file, process_logging
 from clpet.api.words import compose, overrides, run_folder
 from clpet.errors import DataError
 
@@ -125,7 +125,7 @@ def train(*words: str, quiet: bool = False, config_dir: str | Path | None = None
     >>> run.path.parent.name
     'sequential'
     """
-    with guest(config_dir, quiet):
+    with guest(config_dir):
         named = overrides(words, options)
         cfg = compose(named)
         from clpet.config.build import parse_config
@@ -134,6 +134,7 @@ def train(*words: str, quiet: bool = False, config_dir: str | Path | None = None
         from clpet.cli.launch import launch
 
         out = run_folder(cfg)
-        with log_file(out / "train.log"):
-            launch(cfg, out, named)
+        log = out / "train.log"
+        with log_file(log):
+            launch(cfg, out, named, quiet, process_logging(log))
         return Run(out)

@@ -173,7 +173,7 @@ def session(*words: str, quiet: bool = False, config_dir: str | Path | None = No
     >>> session.tasks
     ['data', 'internet', 'running', 'files', 'code']
     """
-    with guest(config_dir, quiet):
+    with guest(config_dir):
         named = overrides(words, options)
         cfg = compose(named)
         from clpet.training.trainer import quiet_libraries

@@ -41,27 +41,35 @@ class RankError(ClpetError):
         self.exit_code = code
 
 
-def launch(cfg: DictConfig, out: Path, overrides: list[str]) -> TransferMatrix | None:
-    """Runs the experiment of `cfg` on hardware.ranks ranks; returns its matrix, None after a dry run."""
+def launch(
+    cfg: DictConfig, out: Path, overrides: list[str], quiet: bool = False, job_logging: dict[str, Json] | None = None
+) -> TransferMatrix | None:
+    """Runs the experiment of `cfg` on hardware.ranks ranks; returns its matrix, None after a dry run.
+
+    With `quiet` nothing is printed but warnings. `job_logging` configures the logging of the main one of several ranks,
+    by default as Hydra does.
+    """
     if cfg.hardware.get("ranks", 1) == 1 or (run_dir.finished_results(out) and not cfg.fresh):
-        return run(cfg, out, overrides)
+        return run(cfg, out, overrides, quiet)
     hardware = Components.build(parse_config(cfg)).hardware  # also reports wrong options before processes are started
     plain = cast(dict[str, Json], OmegaConf.to_container(cfg, resolve=True))
-    job_logging = _job_logging()
+    job_logging = job_logging or _job_logging()
     if num_tasks := slurm_tasks():
         valid = hardware.ranks in ("auto", num_tasks)
         require(valid, "hardware.ranks", hardware.ranks, f"auto, or the {num_tasks} tasks of this SLURM step")
         os.environ.update(slurm_environment(os.environ))
-        run_rank(plain, out, overrides, job_logging)
+        run_rank(plain, out, overrides, job_logging, quiet)
     elif (count := hardware.processes()) == 1:
-        return run(cfg, out, overrides)
+        return run(cfg, out, overrides, quiet)
     else:
-        start_ranks(count, run_rank, plain, out, overrides, job_logging)
+        start_ranks(count, run_rank, plain, out, overrides, job_logging, quiet)
     results = run_dir.finished_results(out)
     return TransferMatrix.from_json(results) if results else None
 
 
-def run_rank(config: dict[str, Json], out: Path, overrides: list[str], job_logging: dict[str, Json] | None) -> None:
+def run_rank(
+    config: dict[str, Json], out: Path, overrides: list[str], job_logging: dict[str, Json] | None, quiet: bool = False
+) -> None:
     """Runs the experiment as one rank; only the main rank logs."""
     hardware = build(cast(dict[str, Json], config["hardware"]), "hardware")
     with init_distributed(hardware.torch_device, hardware.threads) as world:
@@ -69,7 +77,7 @@ def run_rank(config: dict[str, Json], out: Path, overrides: list[str], job_loggi
             logging.config.dictConfig(job_logging)
         elif not world.is_main:
             logging.disable()
-        run(OmegaConf.create(config), out, overrides)
+        run(OmegaConf.create(config), out, overrides, quiet)
 
 
 def start_ranks(count: int, work: Callable[..., object], *arguments: object) -> None:

@@ -189,3 +189,37 @@ print(asyncio.run(cell()).matrix.tasks)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['fruit']\n"
+
+
+def test_sigterm_saves_and_ends_the_process_as_without_clpet(words: Path) -> None:
+    """The signal's default action, not an exit code of clpet's: a supervisor sees what it has sent."""
+    code = f"import clpet; clpet.train('method=sequential', *{tiny_args(words)!r}, 'train.epochs=2000', quiet=True)"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not list(Path("outputs").glob("*/*/*/steps.jsonl")):
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=60) == -signal.SIGTERM
+    finally:
+        process.kill()
+    assert list(Path("outputs").glob("*/*/*/state/*/state.json"))
+
+
+@pytest.mark.slow
+def test_several_processes_train_one_run(words: Path) -> None:
+    """From a script with a main guard: quiet, with a log, and the same scores up to rounding."""
+    settings = ["method=sequential", *tiny_args(words), "tasks=[fruit,metal]"]
+    script = f"""
+import clpet
+
+if __name__ == "__main__":
+    clpet.train(*{settings!r}, "hardware.ranks=2", output_dir="two", quiet=True)
+"""
+    Path("script.py").write_text(script)
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert "WARNING: model tiny has random weights" in done.stderr
+    (folder,) = Path("two").glob("*/*/s*")
+    assert "task 2/2 metal" in (folder / "train.log").read_text()
+    one = clpet.train(*settings, output_dir="one", quiet=True)
+    np.testing.assert_allclose(clpet.Run(folder).matrix.scores, one.matrix.scores, atol=13)  # one of eight texts
