@@ -28,6 +28,8 @@ CASES: dict[str, list[str]] = {
     **{name: [f"method={name}"] for name in methods_of("classification")},
     "sequential": ["method=sequential", "train.global_batch_size=23"],  # 24 examples: the last batch has one
     "replay": ["method=replay", "replay=fixed", "train.select=best"],
+    "muon": ["method=sequential", "train.optimizer=muon"],
+    "sgd": ["method=sequential", "train.optimizer=sgd", "train.momentum=0.9", "train.lr=0.1"],
     "lwf": ["method=lwf", "train.eps=1e-3"],  # a full step of AdamW on a gradient of rounding alone would differ
     "dynamic_conpet_k2": ["method=dynamic_conpet", "method.top_k=2", "hardware.micro_batch_size=2"],
     "kif": ["method=kif", "train.select=best", "train.clip=1"],
