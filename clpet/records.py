@@ -252,6 +252,7 @@ class Description(TypedDict):
     hub_data: NotRequired[dict[str, str]]
     tasks: list[str]
     overrides: list[str]
+    config_dirs: NotRequired[list[str]]
     versions: NotRequired[dict[str, str]]
     git: NotRequired[str | None]
 
@@ -290,6 +291,9 @@ class Checkpoint(IdentifiedMeasurements, total=False):
     method: State
     trainer: State
     task: State
+
+
+FAILURE = "failed.json"  # {"error": message}: present if the last attempt of an unfinished run ended with an error
 
 
 class StepLine(TypedDict):

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 from hydra.types import RunMode
 
+from clpet.cli.sweep_screen import SweepRun, SweepScreen
 from clpet.config.schema import require
 from clpet.errors import ClpetError, ConfigError
 from clpet.escape import inline
-from clpet.reporting.tables import is_summary
 from clpet.runtime.signals import GracefulShutdown
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CLPET = [sys.executable, "-m", "clpet", "train"]
 POLL_SECONDS = 0.2  # between checks for a signal
-SHOWN_PREFIXES = ("WARNING: ", "ERROR: ", "CRITICAL: ")  # lines of a run's output that are passed on, besides summaries
+SHOWN_PREFIXES = ("WARNING: ", "ERROR: ", "CRITICAL: ")  # lines of a run's output that are passed on
 SWEEP_OVERRIDES = ("hydra.mode=", "hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweeper")
 
 
@@ -41,13 +41,13 @@ class Job:
     """One run of a sweep."""
 
     number: int  # from 1
-    varied: str  # the overrides that differ between the runs
+    varied: list[str]  # the overrides that differ between the runs
     words: list[str]  # arguments of its `clpet train`
     out: Path  # run directory
 
     def print(self, text: str) -> None:
         """Prints a line that begins with the run's number and varied overrides."""
-        print(inline(f"[{self.number}] {self.varied or self.out}: {text}"), flush=True)
+        print(inline(f"[{self.number}] {' '.join(self.varied) or self.out}: {text}"), flush=True)
 
 
 class RunError(ClpetError):
@@ -66,7 +66,7 @@ class ParallelSweep:
         self.jobs: dict[Path, Job] = {}
         self.environments: list[dict[str, str]] = []  # one per run that may be active at a time
 
-    def takes(self, cfg: "DictConfig", hydra: "HydraConf", varied: str) -> bool:
+    def takes(self, cfg: "DictConfig", hydra: "HydraConf", varied: list[str]) -> bool:
         """Whether `run` will carry out this run; raises ConfigError if other options do not allow parallel runs."""
         count = cfg.hardware.get("parallel_runs", 1)
         require(type(count) is int and count >= 1, "hardware.parallel_runs", count, "at least 1")
@@ -89,14 +89,17 @@ class ParallelSweep:
         self.jobs.setdefault(out, job)  # a sweep may contain a run twice
         return True
 
-    def run(self) -> list[tuple[str, Exception]]:
+    def run(self, screen: SweepScreen | None) -> list[tuple[str, Exception]]:
         """Carries out the runs, at most hardware.parallel_runs at a time; [(varied overrides, error)] of failed runs.
 
-        A signal is passed on to the active runs; when they have saved, Interrupted is raised here.
+        `screen` prints the runs that have ended. A signal is passed on to the active runs; when they have saved,
+        Interrupted is raised here.
         """
         if not self.jobs:
             return []
-        pool = Pool(self.environments)
+        if screen:
+            screen.total, screen.at_once = len(self.jobs), len(self.environments)
+        pool = Pool(self.environments, screen)
         with GracefulShutdown() as shutdown, shutdown.deferred(), ThreadPoolExecutor(len(self.environments)) as threads:
             futures = [threads.submit(pool.run, job) for job in self.jobs.values()]
             try:
@@ -107,7 +110,7 @@ class ParallelSweep:
                 pool.stop(signal.SIGINT)
                 raise
         errors = [future.result() for future in futures]
-        return [(job.varied, error) for job, error in zip(self.jobs.values(), errors, strict=True) if error]
+        return [(" ".join(job.varied), error) for job, error in zip(self.jobs.values(), errors, strict=True) if error]
 
 
 def environments(cfg: "DictConfig", count: int) -> list[dict[str, str]]:
@@ -131,6 +134,7 @@ class Pool:
     """The active processes; each uses one of the environments."""
 
     environments: list[dict[str, str]]
+    screen: SweepScreen | None = None
     stopped: bool = False
     running: set[subprocess.Popen[str]] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -160,33 +164,32 @@ class Pool:
                     start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
                 )  # fmt: skip
                 self.running.add(process)
-            job.print("started")
-            last_line = _follow(process, job)
+            start = time.monotonic()
+            last_line = self._follow(process, job)
             code = process.wait()
             with self.lock:
                 self.running.discard(process)
-            return self._outcome(job, code, last_line)
+            return self._outcome(job, code, last_line, time.monotonic() - start)
         finally:
             self.free.put(environment)
 
-    def _outcome(self, job: Job, code: int, last_line: str) -> RunError | None:
+    def _outcome(self, job: Job, code: int, last_line: str, seconds: float) -> RunError | None:
         """Prints how a run ended, and returns its error."""
-        if code == 0:
-            job.print(f"finished (clpet show {job.out})")
-            return None
         message = last_line.removeprefix("clpet: ")
         if code < 0:
             message, code = f"ended by {signal.Signals(-code).name}", 1
-        job.print(message)
-        return None if self.stopped else RunError(message, code)
+        if code and self.stopped:
+            job.print(message)
+            return None
+        if self.screen:
+            self.screen.finished(SweepRun(job.number, job.varied, job.out, seconds, message if code else None))
+        return RunError(message, code) if code else None
 
-
-def _follow(process: subprocess.Popen[str], job: Job) -> str:
-    """Prints warnings, errors and task summaries of a run as they appear; returns the last line of its output."""
-    last_line: deque[str] = deque([f"{job.out} ended without a message"], maxlen=1)
-    for line in process.stdout or ():
-        if text := line.strip():
-            last_line.append(text)
-        if is_summary(text) or text.startswith(SHOWN_PREFIXES):
-            job.print(text)
-    return last_line[0]
+    def _follow(self, process: subprocess.Popen[str], job: Job) -> str:
+        """Prints warnings and errors of a run as they appear, equal ones once; returns the last line of its output."""
+        last_line = f"{job.out} ended without a message"
+        for line in process.stdout or ():
+            last_line = line.strip() or last_line
+            if last_line.startswith(SHOWN_PREFIXES) and (not self.screen or self.screen.is_new(last_line)):
+                job.print(last_line)
+        return last_line

@@ -1,19 +1,27 @@
 """`clpet train`: Hydra composes the configuration of every run, and each run is started."""
 
 import atexit
+import json
+import logging
 import os
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clpet.cli.error_messages import format_error, print_error
 from clpet.cli.options import check_group_options, normalize_argv, split_flags
 from clpet.escape import inline
+from clpet.records import FAILURE
 
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
     from clpet.cli.parallel_runs import ParallelSweep
+    from clpet.cli.sweep_screen import SweepScreen
 
 
 def train(argv: list[str]) -> int:
@@ -28,60 +36,103 @@ def train(argv: list[str]) -> int:
     register_resolvers()
     arguments = normalize_argv(argv)
     check_group_options(arguments)
-
-    failures: list[tuple[str, Exception]] = []
-    parallel = ParallelSweep(split_flags(argv)[0])
-
-    def job(cfg: "DictConfig") -> float | None:
-        return _run_job(cfg, arguments, parallel, failures)
-
+    command = TrainCommand(arguments, ParallelSweep(split_flags(argv)[0]))
     sys.argv = ["clpet train", *arguments]  # Hydra parses sys.argv itself
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(job)()
-    return _report([*failures, *parallel.run()])
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(command.run_job)()
+    return command.finish()
 
 
-def _run_job(
-    cfg: "DictConfig", arguments: list[str], parallel: "ParallelSweep", failures: list[tuple[str, Exception]]
-) -> float | None:
-    """Runs one configuration; returns the score that a Hydra sweeper optimises.
+@dataclass
+class TrainCommand:
+    """One `clpet train`: a run, or the runs of a sweep. A failing run does not stop the other runs of a sweep."""
 
-    A failing run is added to `failures` and does not stop the other runs of a sweep.
-    """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+    arguments: list[str]
+    parallel: "ParallelSweep"
+    screen: "SweepScreen | None" = None  # of a sweep on this machine
+    failures: list[tuple[str, str, int]] = field(default_factory=list)  # varied options, message, exit code
 
-    from clpet.config.build import parse_config
+    def run_job(self, cfg: "DictConfig") -> float | None:
+        """Runs one configuration; returns the score that a Hydra sweeper optimises."""
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
 
-    hydra = HydraConfig.get()
-    submitted = hydra.mode is RunMode.MULTIRUN and "BasicLauncher" not in hydra.launcher._target_
-    exit_codes: list[int] = []
-    if submitted:
-        atexit.register(lambda: exit_codes and os._exit(exit_codes[0]))
-    varied = " ".join(word for word in hydra.overrides.task if word not in arguments)  # what the sweep varies
-    try:
+        hydra = HydraConfig.get()
+        submitted = hydra.mode is RunMode.MULTIRUN and "BasicLauncher" not in hydra.launcher._target_
+        exit_codes: list[int] = []
+        if submitted:
+            atexit.register(lambda: exit_codes and os._exit(exit_codes[0]))
+        elif hydra.mode is RunMode.MULTIRUN:
+            self._follow_sweep(cfg, hydra)
+        varied = self._varied(hydra.overrides.task) if hydra.mode is RunMode.MULTIRUN else []
+        start, out, message = time.monotonic(), Path(hydra.runtime.output_dir), None
+        try:
+            score = self._launch(cfg, hydra, varied, out)
+        except Exception as error:
+            if submitted:  # submitit returns the error to the waiting process; the exit code makes the job fail too
+                exit_codes.append(getattr(error, "exit_code", 1))
+                raise
+            message, code = format_error(error)
+            record_failure(out, message)
+            self.failures.append((" ".join(varied), message, code))
+            score = None
+        if self.screen and not self.parallel.jobs:
+            from clpet.cli.sweep_screen import SweepRun
+
+            self.screen.finished(SweepRun(hydra.job.num + 1, varied, out, time.monotonic() - start, message))
+        return score
+
+    def _varied(self, words: Sequence[str]) -> list[str]:
+        """The words of a run that differ between the runs of the sweep."""
+        from clpet.cli.sweep_screen import expand_sweep
+
+        _, keys = expand_sweep(self.arguments)
+        return [word for word in words if word.partition("=")[0] in keys]
+
+    def _launch(self, cfg: "DictConfig", hydra: "HydraConf", varied: list[str], out: Path) -> float | None:
+        from clpet.config.build import parse_config
+
         parse_config(cfg)  # reports a wrong value before the import of torch takes seconds
-        if parallel.takes(cfg, hydra, varied):
+        if self.parallel.takes(cfg, hydra, varied):
             return None
-        if varied and not submitted:
-            print(f"\n[{hydra.job.num + 1}] {inline(varied)}\n", flush=True)
+        if not self.screen:
+            what = f"{cfg.method.name} on {cfg.benchmark.name} with {cfg.model.name}, seed {cfg.seed}"
+            print(f"starting {inline(what)}", flush=True)  # the imports take seconds
         from clpet.cli.launch import launch
         from clpet.reporting.run_metrics import outcome
 
-        out = Path(hydra.runtime.output_dir)
-        finished = launch(cfg, out, list(hydra.overrides.task)) is not None
-    except Exception as error:
-        if submitted:  # submitit returns the error to the waiting process; the exit code makes the SLURM job fail too
-            exit_codes.append(getattr(error, "exit_code", 1))
-            raise
-        failures.append((varied, error))
-        return None
-    return outcome(out) if finished else None
+        finished = launch(cfg, out, list(hydra.overrides.task), quiet=self.screen is not None) is not None
+        return outcome(out) if finished else None
+
+    def _follow_sweep(self, cfg: "DictConfig", hydra: "HydraConf") -> None:
+        """Prints the runs of a sweep of several as one line each, and a warning that all of them repeat once."""
+        from clpet.cli.sweep_screen import SweepScreen, expand_sweep
+
+        if self.screen is None and not cfg.dry_run and "BasicSweeper" in hydra.sweeper._target_:
+            total, _ = expand_sweep(self.arguments)
+            if total > 1:
+                self.screen = SweepScreen(total, str(cfg.output_dir))
+                self.screen.start()
+        for handler in logging.getLogger().handlers if self.screen else ():
+            if not isinstance(handler, logging.FileHandler):
+                handler.addFilter(self.screen.print_once)  # type: ignore[union-attr]
+
+    def finish(self) -> int:
+        """Carries out parallel runs, prints the closing table and the failures; returns the highest exit code."""
+        for varied, error in self.parallel.run(self.screen):
+            self.failures.append((varied, *format_error(error)))
+        if self.screen:
+            print(self.screen.closing(), flush=True)
+        codes = [
+            print_error(f"{varied}: {message}" if varied else message, code) for varied, message, code in self.failures
+        ]
+        return max(codes, default=0)
 
 
-def _report(failures: list[tuple[str, Exception]]) -> int:
-    """Prints one line for every failed run; returns the highest exit code."""
-    codes = []
-    for varied, error in failures:
-        message, code = format_error(error)
-        codes.append(print_error(f"{varied}: {message}" if varied else message, code))
-    return max(codes, default=0)
+def record_failure(out: Path, message: str) -> None:
+    """Writes the error of a run into its train.log, and into failed.json if the run had begun."""
+    record = logging.LogRecord("clpet", logging.ERROR, "", 0, inline(message), None, None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+    if (out / "run.json").is_file() and not (out / "results.json").is_file():
+        (out / FAILURE).write_text(json.dumps({"error": message}))

@@ -1,6 +1,5 @@
 """Compares finished runs: metrics with their deviation over seeds, other differences between rows, and paired tests."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from clpet.reporting.run_groups import (
 from clpet.reporting.run_metrics import MeanStd, mean_and_std, pretraining_metrics, run_metrics, validation_average
 from clpet.reporting.significance import MIN_SEEDS, NUM_DRAWS, Difference, difference, holm
 from clpet.reporting.tables import format_table
+from clpet.runtime.untrusted_json import train_command
 
 COLUMNS = ("average", "whole", "bwt", "fwt", "forgetting", "learning_accuracy")  # default columns for accuracies
 PICTURE_FORMATS = (".png", ".pdf", ".svg")
@@ -332,4 +332,5 @@ def test_command(row: Row) -> str:
     overrides = [
         word for word in row.chosen_by[0][1]["overrides"] if word.partition("=")[0] not in (SPLIT, "seed", "fresh")
     ]
-    return shlex.join(["clpet", "train", *(["-m"] if "," in seeds else []), *overrides, f"seed={seeds}"])
+    sweep = ["-m"] if "," in seeds else []
+    return train_command(row.chosen_by[0][1], [*sweep, *overrides, f"seed={seeds}"])

@@ -72,10 +72,11 @@ class Forecast:
         if self.stage is None:
             return
         seconds = self.clock() - self.fit_start
-        measured = self.fits.setdefault(self.stage, Measured())
-        measured.seconds += seconds
-        measured.tokens += self._tokens(self.stage) * (self.share - self.share_before)
-        self.inside += seconds
+        if tokens := self._tokens(self.stage):  # a fit that is not planned counts as time outside of fits
+            measured = self.fits.setdefault(self.stage, Measured())
+            measured.seconds += seconds
+            measured.tokens += tokens * (self.share - self.share_before)
+            self.inside += seconds
         self.finished.add(self.stage)
         self.stage = None
 
@@ -97,18 +98,19 @@ class Forecast:
 
     def left(self, share: float) -> float:
         """Seconds that are left when a share of the current fit is done, over all remaining work."""
-        seconds = rest_of_fit = 0.0
+        work, rest = self._work(self.position), 0.0
+        outside = self._other_rate() * work.training - (self.clock() - self.task_start - self.inside)
         if self.stage is not None:
             self.share, seconds = share, self.clock() - self.fit_start
             gained = share - self.share_before
-            rest_of_fit = seconds / gained * (1 - share) if gained > 0 else 0.0
-        work = self._work(self.position)
-        others = sum(tokens * self._rate(stage) for stage, tokens in work.stages.items() if self._is_ahead(stage))
-        outside = max(
-            0.0, self._other_rate() * work.training - (self.clock() - self.task_start - self.inside - seconds)
-        )
+            rest = seconds / gained * (1 - share) if gained > 0 else 0.0
+            if self._tokens(self.stage):
+                outside += seconds
+            else:  # it is a part of the work outside of planned fits
+                outside -= rest
+        stages = sum(tokens * self._rate(stage) for stage, tokens in work.stages.items() if self._is_ahead(stage))
         later = sum(map(self._seconds, range(self.position + 1, len(self.works) + 1)))
-        return rest_of_fit + others + outside + work.evaluation * self._evaluation_rate() + later
+        return rest + max(0.0, outside) + stages + work.evaluation * self._evaluation_rate() + later
 
     def _is_ahead(self, stage: str) -> bool:
         return stage != self.stage and stage not in self.finished
@@ -126,7 +128,7 @@ class Forecast:
         return self._work(self.position).stages.get(stage, 0.0)
 
     def _rate(self, stage: str) -> float:
-        """Seconds per training token of a stage; of all stages together if it has not been measured."""
+        """Seconds per training token of a stage; of all stages if it has not been measured, else from evaluation."""
         measured = self._with_current()
         rate = measured[stage].rate if stage in measured else None
         if rate is not None:
@@ -134,7 +136,7 @@ class Forecast:
         overall = Measured(
             sum(one.seconds for one in measured.values() if one.tokens), sum(one.tokens for one in measured.values())
         )
-        return overall.rate or 0.0
+        return overall.rate or (self.evaluation.rate or 0.0) / EVALUATION_COST
 
     def _with_current(self) -> dict[str, Measured]:
         """The measurements of all fits, the current one included."""

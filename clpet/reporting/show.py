@@ -1,22 +1,30 @@
 """`clpet runs` without a comparison (a list of runs) and `clpet show` (one run in full, finished or not)."""
 
-import shlex
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
 from clpet.errors import DataError
+from clpet.escape import inline
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
-from clpet.records import Description, ProgressLine, Results
+from clpet.records import FAILURE, Description, ProgressLine, Results
 from clpet.reporting.perplexity_tables import average_table, domain_table, formula_lines, transfer_tables
 from clpet.reporting.recorded_objective import direction_of, has_labels
 from clpet.reporting.run_groups import Runs
 from clpet.reporting.run_metrics import pretraining_metrics, run_metrics
 from clpet.reporting.tables import format_table, matrix_table, table
 from clpet.runtime.json_lines import parse_line
-from clpet.runtime.untrusted_json import as_data_error, command, find_runs, read_json, read_results, split_of
+from clpet.runtime.untrusted_json import (
+    as_data_error,
+    command,
+    find_runs,
+    read_json,
+    read_results,
+    split_of,
+    train_command,
+)
 
 LIST_HEADER = ["benchmark", "method", "replay", "model", "seed", "split", "average", "bwt", "train s", "run"]
 COST_HEADER = ["cost of", "seconds", "forward", "backward", "tokens", "evaluated", "peak MB", "trainable", "stored",
@@ -34,7 +42,8 @@ def list_runs(folder: Path, runs: Runs, benchmark: str | None, form: str) -> str
     started = [path.parent for path in sorted(folder.glob(f"{benchmark or '*'}/*/s*-*/run.json"))]
     for path in [path for path in started if not (path / "results.json").exists()]:
         seed = path.name.split("-")[0][1:]
-        rows.append([*path.parts[-3:-1], "", "", seed, "", "unfinished", "", "", str(path)])
+        status = "failed" if (path / FAILURE).is_file() else "unfinished"
+        rows.append([*path.parts[-3:-1], "", "", seed, "", status, "", "", str(path)])
     if not rows:
         return f"no runs{f' of {benchmark}' if benchmark else ''} in {folder} yet; start one with `clpet train`"
     return format_table(LIST_HEADER, rows, form)
@@ -69,9 +78,19 @@ def _unfinished(path: Path) -> str:
         for name, result in line["tasks"].items():
             matrix.scores[int(line["row"]), matrix.tasks.index(name)] = float(result["score"])
     head = f"{run['method']} on {on_split(run['benchmark'], split_of(run))} with {run['model']}, seed {run['seed']}"
-    resume = f"clpet train {shlex.join(run['overrides'])}"
-    status = f"not finished, {done} tasks done of {len(matrix)}; resume with:\n{resume}"
-    return "\n\n".join([f"{head}: {status}", *([matrix_table(matrix)] if np.isfinite(matrix.scores).any() else [])])
+    failure = f"\nfailed: {inline(_failure(path))}" if (path / FAILURE).is_file() else ""
+    status = f"not finished, {done} tasks done of {len(matrix)}; resume with:\n{train_command(run, run['overrides'])}"
+    return "\n\n".join(
+        [f"{head}: {status}{failure}", *([matrix_table(matrix)] if np.isfinite(matrix.scores).any() else [])]
+    )
+
+
+def _failure(path: Path) -> str:
+    """The error with which the last attempt of a run ended."""
+    try:
+        return str(read_json(path / FAILURE).get("error"))
+    except DataError as error:
+        return str(error)
 
 
 def _finished(run: Results, others: Runs, every_metric: bool) -> str:
@@ -103,7 +122,7 @@ def _head(run: Results) -> str:
     return (
         f"{run['method']} on {benchmark} with {run['model']}, seed {run['seed']}{label}\n"
         f"trained per task {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.3f} %)\n"
-        f"clpet train {shlex.join(run['overrides'])}{average}"
+        f"{train_command(run, run['overrides'])}{average}"
     )
 
 

@@ -101,8 +101,3 @@ def summary_line(matrix: TransferMatrix, row: int) -> str:
         domains = f"{row} seen domain{'s' * (row > 1)}"
         return f"perplexity: average {perplexity(average)} · whole {perplexity(micro)} on {domains}"
     return f"average {round2(average)} · whole {round2(micro)} on {row} seen task{'s' * (row > 1)}"
-
-
-def is_summary(line: str) -> bool:
-    """Whether a line printed by a run is a `summary_line`."""
-    return line.startswith(("average ", "perplexity: average ")) and " seen " in line

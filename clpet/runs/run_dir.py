@@ -12,6 +12,7 @@ from typing import TypedDict, cast
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
+from clpet.config.compose import plugin_dirs
 from clpet.data.benchmark import Benchmark
 from clpet.errors import DataError
 from clpet.escape import inline, spreadsheet
@@ -19,7 +20,7 @@ from clpet.methods.base import Method
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, tolist
 from clpet.models.adapters import parameter_ratio
-from clpet.records import Cost, DataRecord, Description, Headline, PerplexityTransfer, Results, State
+from clpet.records import FAILURE, Cost, DataRecord, Description, Headline, PerplexityTransfer, Results, State
 from clpet.runs.provenance import git_revision, hub_data, versions
 from clpet.runtime.atomic_io import replace_folder, write_text
 from clpet.runtime.distributed import get_world
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 
 # What a run writes into its directory, next to Hydra's own files and train.log.
 OUTPUT_PATTERNS = (
-    "*.png", "*.jsonl", "*.csv", "run.json", "results.json", "report.html", "downstream-*.json", "mlflow-run.json"
+    "*.png", "*.jsonl", "*.csv", "run.json", "results.json", "report.html", "downstream-*.json", "mlflow-run.json",
+    FAILURE,
 )  # fmt: skip
 OUTPUT_FOLDERS = ("state", "predictions", "adapters", "heads", "checkpoints", "wandb", "tensorboard")
 
@@ -82,6 +84,7 @@ def start(
     """Writes run.json: the resolved configuration, the data, the hardware (`host`, of Hardware.record), versions."""
     if resumes:
         _warn_of_rounding(out, host)
+    (out / FAILURE).unlink(missing_ok=True)
     record = {
         **_description(cfg, overrides, identity, benchmark),
         "direction": benchmark.direction,
@@ -248,6 +251,7 @@ def _description(cfg: DictConfig, overrides: list[str], identity: dict[str, str]
         "hub_data": {} if cfg.data_dir else hub_data(cfg.benchmark),
         "tasks": benchmark.names,
         "overrides": overrides,
+        "config_dirs": [str(folder) for folder in plugin_dirs()],
         "versions": versions(),
         "git": git_revision(),
     }

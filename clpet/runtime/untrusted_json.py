@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import TypeAlias, cast
@@ -171,4 +171,10 @@ def command(results: Description, method: str) -> str:
     overrides = [
         override for override in results["overrides"] if not override.startswith(("method", "replay", "fresh", "hydra"))
     ]
-    return f"clpet train {shlex.join([f'method={method}', *overrides])}"
+    return train_command(results, [f"method={method}", *overrides])
+
+
+def train_command(results: Description, overrides: Sequence[str]) -> str:
+    """`clpet train` with these overrides and the --config-dir of a run, quoted for a shell."""
+    flags = [word for folder in results.get("config_dirs") or () for word in ("--config-dir", str(folder))]
+    return f"clpet train {shlex.join([*flags, *overrides])}"

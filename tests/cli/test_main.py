@@ -244,7 +244,7 @@ def test_a_failing_run_does_not_stop_a_sweep(clpet, words: Path, tmp_path: Path)
     assert result.code == 2
     assert result.err.count("does not replay") == 2
     assert "clpet: method=sequential replay=fixed: method=sequential does not replay" in result.err
-    assert "[1] method=sequential replay=none" in result.out
+    assert "· method=sequential replay=none: average" in result.out
     assert len(list(tmp_path.glob("outputs/*/*/s*/results.json"))) == 2
 
 

@@ -143,3 +143,29 @@ def test_off_a_terminal_there_is_a_line_a_minute() -> None:
     assert len(lines) == 5
     assert lines[0] == "task 1/1 a · epoch 1/1 · loss 0.500 · 16 examples/s · 0:04:00 left"
     assert duration(3661.4) == "1:01:01"
+
+
+def test_a_fit_outside_of_the_plan_counts_as_other_work() -> None:
+    """Before it ends, the rate of training is three times that of the first evaluation."""
+    now = [0.0]
+    forecast = Forecast([TaskWork({"": 100}, 10)] * 2, lambda: now[0])
+    forecast.start_evaluation()
+    now[0] = 1.0
+    forecast.end_evaluation(10)
+    forecast.start_task(1)
+    forecast.start_fit("keys")
+    now[0] = 5.0
+    assert forecast.left(0.5) == pytest.approx(4 + 2 * (100 * 0.3 + 1))
+    now[0] = 9.0
+    forecast.left(1.0)
+    forecast.start_fit("")
+    now[0] = 29.0
+    forecast.left(1.0)
+    forecast.start_evaluation()
+    now[0] = 30.0
+    forecast.end_evaluation(10)
+    forecast.end_task()
+    forecast.start_task(2)
+    forecast.start_fit("keys")
+    now[0] = 34.0
+    assert forecast.left(0.5) == pytest.approx(4 + 20 + 1)
