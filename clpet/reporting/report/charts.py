@@ -139,10 +139,10 @@ def lines(points: Sequence[Point], x: str, y: str, names: Sequence[str]) -> Spec
     steps: Json = {"zero": False, "nice": False, "padding": 12}  # whole numbers: the axis ends where the lines do
     across: Json = {**_axis("x", x, {"tickMinStep": 1, "format": "d"}), "scale": steps}
     encoding: Json = {"x": across, "color": _colour(points, names)}
-    value = _axis("y", y)
+    value, shade = _axis("y", y), min(0.15, 0.9 / len(names))  # many bands would hide the lines
     band: Json = {
-        "mark": {"type": "area", "opacity": 0.15},
-        "encoding": {"y": {**value, "field": "low"}, "y2": {"field": "high"}, "opacity": _picked(0.15, 0.02)},
+        "mark": "area",
+        "encoding": {"y": {**value, "field": "low"}, "y2": {"field": "high"}, "opacity": _picked(shade, shade / 8)},
     }
     line: Json = {
         "params": [LEGEND],

@@ -25,12 +25,13 @@ function confusion(task, data) {
     ...[...others].map(([name, column]) => ({ name: "→ " + name, count: (row) => column.get(row) || 0 })),
   ];
   if (columns.length > MAX_COLUMNS) return frequentPairs(task, data);
-  const table = element("table", { class: "heat" });
-  const names = columns.map(({ name }) => element("th", { title: name }, shorten(name, 9)));
+  const many = columns.length > 9;
+  const table = element("table", { class: many ? "heat many" : "heat" });
+  const names = columns.map(({ name }) => element("th", { title: name }, shorten(name, many ? 18 : 9)));
   table.append(element("thead", {}, element("tr", {}, element("th", {}, "label \\ answer"), ...names)));
   const body = element("tbody");
   for (const [label, support] of task.labels) {
-    const line = element("tr", {}, element("th", { title: data.words[label] }, shorten(data.words[label], 16)));
+    const line = element("tr", {}, element("th", { title: data.words[label] }, shorten(data.words[label], 20)));
     columns.forEach(({ name, count }, index) => {
       const value = count(label);
       const right = labels[index] === label;
