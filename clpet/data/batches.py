@@ -1,10 +1,10 @@
 """Tokenised splits: one pool over all tasks, and batches of examples of similar length."""
 
-import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,13 +16,12 @@ from clpet.models.protocols import Tokenizer
 IGNORED = -100  # target id of a position without a loss (PyTorch's default ignore_index)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """Padded token ids [batch, length] with labels or targets; `rows` are row numbers of the pool `pool`.
+    """Padded token ids [batch, length] with their labels and tasks [batch]; `rows` are row numbers of the pool `pool`.
 
-    Text to text: `targets` [batch, answer length] are the answer tokens, IGNORED at padding. Language modelling:
-    `target_ids` [terms] are the tokens to predict and `target_positions` [terms] their positions in the flattened
-    input; `document_ids` [batch, length] number the documents of a window that do not attend to each other.
+    `positions` [batch] are those of the mask token. `share` is the weight of the batch's mean loss in the loss of an
+    optimizer step of several batches.
     """
 
     rows: np.ndarray
@@ -33,11 +32,7 @@ class Batch:
     tasks: Tensor
     padded: bool = True
     left: bool = False  # padded on the left, for texts that a decoder continues
-    share: float = 1.0  # weight of its mean loss in the loss of an optimizer step of several batches
-    targets: Tensor | None = None
-    target_positions: Tensor | None = None
-    target_ids: Tensor | None = None
-    document_ids: Tensor | None = None
+    share: float = 1.0
     pool: "EncodedDataset | None" = None
 
     def __len__(self) -> int:
@@ -60,32 +55,64 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Number of token positions that are computed, padding included."""
-        return self.input_ids.numel() + (0 if self.targets is None else self.targets.numel())
+        return self.input_ids.numel()
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                setattr(self, field.name, value.to(device, non_blocking=True))
-        return self
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on a device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return self._with({name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
-    def select(self, indices: Tensor) -> "Batch":
+    def select(self, indices: Tensor) -> Self:
         """The examples with the given indices in the batch, padding trimmed to the longest of them."""
-        mask = self.attention_mask[indices]
-        width = int(mask.sum(1).max())
+        width = int(self.attention_mask[indices].sum(1).max())
         columns = slice(-width, None) if self.left else slice(width)
-        return Batch(
-            self.rows[indices.tolist()],
-            self.input_ids[indices][:, columns],
-            mask[:, columns],
-            self.positions[indices],
-            self.labels[indices],
-            self.tasks[indices],
-            left=self.left,
-            targets=None if self.targets is None else self.targets[indices],
-            pool=self.pool,
-        )
+        return self._with({"rows": self.rows[indices.tolist()], "padded": True, **self._selected(indices, columns)})
+
+    def _with(self, changes: Mapping[str, object]) -> Self:
+        return type(self)(**{**vars(self), **changes})
+
+    def _selected(self, indices: Tensor, columns: slice) -> dict[str, Tensor]:
+        """The tensors of some examples, by field; `columns` are the token positions that remain."""
+        cut = {name: getattr(self, name)[indices][:, columns] for name in ("input_ids", "attention_mask")}
+        return cut | {name: getattr(self, name)[indices] for name in ("positions", "labels", "tasks")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerBatch(Batch):
+    """Texts with the answers to write: `targets` [batch, answer length] are their tokens, IGNORED at padding."""
+
+    targets: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.numel() + self.targets.numel()
+
+    def _selected(self, indices: Tensor, columns: slice) -> dict[str, Tensor]:
+        return super()._selected(indices, columns) | {"targets": self.targets[indices]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowBatch(Batch):
+    """Windows of plain text: `target_ids` [terms] are the tokens to predict.
+
+    `target_positions` [terms] are their positions in the flattened input, in the order of the windows; `document_ids`
+    [batch, length] number the documents of a window that do not attend to each other.
+    """
+
+    target_positions: Tensor
+    target_ids: Tensor
+    document_ids: Tensor | None = None
+
+    def _selected(self, indices: Tensor, columns: slice) -> dict[str, Tensor]:
+        values = super()._selected(indices, columns)
+        length, width = self.input_ids.shape[1], values["input_ids"].shape[1]
+        windows, positions = self.target_positions // length, self.target_positions % length
+        terms = [torch.nonzero(windows == index).flatten() for index in indices.tolist()]
+        values["target_positions"] = torch.cat([row * width + positions[term] for row, term in enumerate(terms)])
+        values["target_ids"] = self.target_ids[torch.cat(terms)]
+        if self.document_ids is not None:
+            values["document_ids"] = self.document_ids[indices][:, columns]
+        return values
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
@@ -194,9 +221,8 @@ class EncodedDataset:
         input_ids, mask, positions, labels, tasks, *answers = (
             torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
         )
-        batch = Batch(rows, input_ids, mask, positions, labels, tasks, not inside.all(), self.left, pool=self)
-        batch.targets = answers[0] if answers else None
-        return batch
+        fields = (rows, input_ids, mask, positions, labels, tasks, not inside.all(), self.left)
+        return AnswerBatch(*fields, pool=self, targets=answers[0]) if answers else Batch(*fields, pool=self)
 
     def by_length(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """The rows in batches of `size`, longest first, with little padding."""

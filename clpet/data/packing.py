@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from clpet.config.seeding import derive
-from clpet.data.batches import Batch, EncodedDataset, Ragged
+from clpet.data.batches import EncodedDataset, Ragged, WindowBatch
 from clpet.data.token_cache import LazyTokens, Stream
 from clpet.errors import DataError
 
@@ -178,20 +178,23 @@ class Windows(EncodedDataset):
 
     def batch(
         self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu", width: int | None = None
-    ) -> Batch:
+    ) -> WindowBatch:
         rows = np.asarray(rows, dtype=np.int64)
         batch = super().batch(rows, "cpu", width)
         length = batch.input_ids.shape[1]
         inputs = [self._read(row) for row in rows]
         positions = np.concatenate([index * length + inside for index, (_, inside) in enumerate(inputs)])
-        batch.target_positions = torch.from_numpy(positions)
-        # The targets are read before the masks are put in.
-        batch.target_ids = batch.input_ids.view(-1)[batch.target_positions]
+        target_positions = torch.from_numpy(positions)
+        target_ids = batch.input_ids.view(-1)[target_positions]  # read before the masks are put in
         for index, (ids, _) in enumerate(inputs if self.masking else []):
             batch.input_ids[index, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        document_ids = None
         if self.document_mask:
-            batch.document_ids = torch.from_numpy(np.stack([self._document_ids(row, length) for row in rows]))
-        return batch.to(device)
+            document_ids = torch.from_numpy(np.stack([self._document_ids(row, length) for row in rows]))
+        windows = WindowBatch(
+            **vars(batch), target_positions=target_positions, target_ids=target_ids, document_ids=document_ids
+        )
+        return windows.to(device)
 
     def _read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """(input ids, positions of the tokens to predict) of one window."""

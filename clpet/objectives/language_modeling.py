@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clpet.config.schema import CapUnit, EvaluationOptions
-from clpet.data.batches import Batch, Encoded, EncodedDataset, pad_id
+from clpet.data.batches import Batch, Encoded, EncodedDataset, WindowBatch, pad_id
 from clpet.data.benchmark import SPLITS, Benchmark, Example
 from clpet.data.packing import Masking, Windows, pack
 from clpet.data.token_cache import Stream, TokenCache
@@ -156,7 +156,7 @@ class LanguageModeling(Objective):
     def states(self, batch: Batch) -> Tensor:
         """[terms, dim]: inputs of the output layer for each of `batch.target_ids`."""
         self.meter.count(batch, torch.is_grad_enabled())
-        assert batch.target_positions is not None
+        assert isinstance(batch, WindowBatch)
         with self.autocast, without_head(self.adapters.model) as model:
             options = {"use_cache": False} if self.causal else {}
             hidden = network_of(model)(**self.inputs(batch), **options).logits
@@ -166,6 +166,7 @@ class LanguageModeling(Objective):
     def inputs(self, batch: Batch) -> Mapping[str, Tensor | None]:
         """With benchmark.document_mask also a mask that separates documents, and positions that restart in each."""
         inputs = dict(super().inputs(batch))
+        assert isinstance(batch, WindowBatch)
         if batch.document_ids is None:
             return inputs
         ids, length = batch.document_ids, batch.input_ids.shape[1]  # [batch, length]
@@ -193,7 +194,7 @@ class LanguageModeling(Objective):
 
     def targets(self, batch: Batch) -> Tensor:
         """[terms]: the tokens to predict."""
-        assert batch.target_ids is not None
+        assert isinstance(batch, WindowBatch)
         return batch.target_ids
 
     def loss(self, batch: Batch) -> Tensor:
@@ -203,7 +204,7 @@ class LanguageModeling(Objective):
 
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         """Sum of negative log-likelihoods and number of predicted tokens per window; for key terms ranks."""
-        assert batch.target_positions is not None
+        assert isinstance(batch, WindowBatch)
         if batch.pool is self.rank_windows:
             return Predictions(extras={"rank": ranks(self.logits(batch), self.targets(batch))})
         with self.autocast:

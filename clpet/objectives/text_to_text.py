@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clpet.config.schema import Decode, EvaluationOptions
-from clpet.data.batches import IGNORED, Batch, EncodedDataset, Ragged, pad_id, position_ids
+from clpet.data.batches import IGNORED, AnswerBatch, Batch, EncodedDataset, Ragged, pad_id, position_ids
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template, Tokenised
 from clpet.data.traits import ANSWERS, Traits
@@ -104,14 +104,14 @@ class TextToText(Objective):
     def logits(self, batch: Batch) -> Tensor:
         """[answer tokens of the batch, vocabulary] fp32; the output layer is not applied to the prompt."""
         self.meter.count(batch, torch.is_grad_enabled())
-        assert batch.targets is not None
+        assert isinstance(batch, AnswerBatch)
         with self.autocast:
             logits = self.answer_logits(batch, batch.targets)
             return logits[batch.targets != IGNORED].float()
 
     def targets(self, batch: Batch) -> Tensor:
         """[answer tokens of the batch]: their ids."""
-        assert batch.targets is not None
+        assert isinstance(batch, AnswerBatch)
         return batch.targets[batch.targets != IGNORED]
 
     def answer_logits(self, batch: Batch, targets: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class TextToText(Objective):
 
     def masks(self, batch: Batch) -> list[Tensor]:
         """A decoder reads one text, prompt and answer; an encoder-decoder two texts."""
-        assert batch.targets is not None
+        assert isinstance(batch, AnswerBatch)
         answer_mask = (batch.targets != IGNORED).long()
         if self.causal:
             return [torch.cat([batch.attention_mask, answer_mask[:, 1:]], 1)]  # the end token is not an input

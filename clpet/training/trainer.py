@@ -274,8 +274,8 @@ class Trainer:
         mean = torch.zeros((), device=self.hardware.torch_device)
         with get_world().local_only():
             for micro_rows, counts in get_world().micro_batches(rows, self.hardware.micro_batch_size):
-                batch = plan.pool.batch(micro_rows, self.hardware.torch_device)
-                batch.share = float(plan.pool.weights[micro_rows].sum() / total_weight)
+                share = float(plan.pool.weights[micro_rows].sum() / total_weight)
+                batch = dataclasses.replace(plan.pool.batch(micro_rows, self.hardware.torch_device), share=share)
                 context.micro_batch = batch
                 value = hooks.loss(context) * (batch.share if counts else 0.0)
                 value.backward()

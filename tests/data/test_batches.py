@@ -1,135 +1,79 @@
-"""Templates, entity windows, batches."""
+"""Batches: what `select` keeps of every kind of batch, and that a batch is never changed."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from clpet.data.batches import EncodedDataset
-from clpet.data.benchmark import Example
-from clpet.data.sources.entities import mark_entities, mentions
-from clpet.data.template import Template, tokens_to_keep
-from clpet.errors import ConfigError, DataError
-from clpet.models.backbone import byte_tokenizer
-
-MASKED = "{text} In this sentence, {tail} is the {mask} of {head}."
+from clpet.data.batches import IGNORED, AnswerBatch, Batch, WindowBatch
 
 
-def template(text: str = MASKED, length: int = 128, needs_mask: bool = True) -> Template:
-    return Template(byte_tokenizer(), text, length, needs_mask)
+def fields(rows: int, **changes: object) -> dict[str, object]:
+    """The fields that all batches have, for texts of 2, 4, 3, ... tokens in 5 positions."""
+    lengths = torch.tensor([2, 4, 3, 1])[:rows]
+    ids = torch.arange(rows * 5).view(rows, 5)
+    common: dict[str, object] = {
+        "rows": np.arange(rows) + 10, "input_ids": ids, "attention_mask": (torch.arange(5) < lengths[:, None]).long(),
+        "positions": torch.arange(rows), "labels": torch.arange(rows) * 2, "tasks": torch.arange(rows) + 5, "share": 0.25,
+    }  # fmt: skip
+    return common | changes
 
 
-def spans(n: int) -> list[tuple[int, int]]:
-    return [(i, i + 1) for i in range(n)]
+def test_a_selection_of_texts() -> None:
+    chosen = Batch(**fields(4)).select(torch.tensor([2, 0]))
+    assert chosen.rows.tolist() == [12, 10]
+    assert chosen.input_ids.tolist() == [[10, 11, 12], [0, 1, 2]]  # trimmed to the longest, of 3 tokens
+    assert chosen.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert (chosen.positions.tolist(), chosen.labels.tolist(), chosen.tasks.tolist()) == ([2, 0], [4, 0], [7, 5])
+    assert (chosen.share, chosen.padded, len(chosen)) == (0.25, True, 2)
 
 
-def test_markers_wrap_every_mention() -> None:
-    """Head in [m0] [m1], tail in [m2] [m3]; the template's fields are the first mentions."""
-    tokens = ["Paris", "is", "in", "France", "and", "Paris", "is", "big"]
-    found = mark_entities(tokens, {"head": [(3, 3)], "tail": [(0, 0), (5, 5)]}, "capital")
-    assert found.text == "[m2] Paris [m3] is in [m0] France [m1] and [m2] Paris [m3] is big"
-    assert found.fields == {"head": "France", "tail": "Paris"}
-    assert [found.text[a:b] for a, b in found.entity_spans] == ["[m0] France [m1]", "[m2] Paris [m3]"]
+def test_texts_padded_on_the_left_keep_their_right_end() -> None:
+    values = fields(4, left=True)
+    values["attention_mask"] = values["attention_mask"].flip(1)
+    chosen = Batch(**values).select(torch.tensor([2]))
+    assert chosen.input_ids.tolist() == [[12, 13, 14]]
 
 
-def test_entities_may_nest_and_touch() -> None:
-    found = mark_entities(["the", "old", "bridge"], {"head": [(0, 2)], "tail": [(2, 2)]}, "part")
-    assert found.text == "[m0] the old [m2] bridge [m3] [m1]"
+def test_a_selection_of_texts_with_answers() -> None:
+    targets = torch.tensor([[1, 2], [3, IGNORED], [4, 5], [6, 7]])
+    chosen = AnswerBatch(**fields(4), targets=targets).select(torch.tensor([1, 2]))
+    assert chosen.targets.tolist() == [[3, IGNORED], [4, 5]]
+    assert chosen.tokens == 2 * 4 + 4
 
 
-def test_mentions_from_flat_or_nested_positions() -> None:
-    assert mentions([3, 4, 9]) == [(3, 4), (9, 9)]
-    assert mentions([[3, 4], [5]]) == [(3, 5)]
-    assert mentions(np.array([7])) == [(7, 7)]
-
-
-def test_template_puts_the_tail_first_and_has_one_mask() -> None:
-    found = template()
-    example = mark_entities(["Paris", "is", "in", "France"], {"head": [(3, 3)], "tail": [(0, 0)]}, "x")
-    text = found.tokenizer.decode(found.encode([example]).rows[0])
-    assert "In this sentence, Paris is the[MASK] of France." in text.replace("[MASK] of", "[MASK] of").replace(
-        " [MASK]", "[MASK]"
+def test_a_selection_of_windows() -> None:
+    """The positions of the terms are those in the trimmed input, in the order of the selected windows."""
+    positions = torch.tensor([1, 5 + 1, 5 + 3, 10 + 2])  # one term of window 0, two of window 1, one of window 2
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 3], [0, 0, 0, 1, 1]])
+    batch = WindowBatch(
+        **fields(3), target_positions=positions, target_ids=torch.tensor([91, 92, 93, 94]), document_ids=documents
     )
-    assert text.count("[MASK]") == 1
-    assert text.count("[unused0]") == text.count("[unused3]") == 1
+    chosen = batch.select(torch.tensor([2, 1]))
+    assert chosen.input_ids.shape == (2, 4)
+    assert chosen.target_positions.tolist() == [2, 4 + 1, 4 + 3]
+    assert chosen.target_ids.tolist() == [94, 92, 93]
+    expected = batch.input_ids.flatten()[torch.tensor([12, 6, 8])]
+    assert chosen.input_ids.flatten()[chosen.target_positions].tolist() == expected.tolist()
+    assert chosen.document_ids is not None
+    assert chosen.document_ids.tolist() == [[0, 0, 0, 1], [0, 1, 1, 2]]
 
 
-def test_markers_are_single_reserved_tokens() -> None:
-    found = template()
-    ids = found.encode([mark_entities(["a", "b"], {"head": [(0, 0)], "tail": [(1, 1)]}, "x")]).rows[0]
-    for marker in ("[unused0]", "[unused1]", "[unused2]", "[unused3]"):
-        assert ids.count(found.tokenizer.convert_tokens_to_ids(marker)) == 1
-
-
-def test_a_template_without_a_mask_is_refused() -> None:
-    with pytest.raises(ConfigError, match="mask"):
-        template("{text}")
-
-
-def test_a_second_mask_in_the_text_is_refused() -> None:
-    with pytest.raises(DataError, match="2 times"):
-        template("{text} is {mask}").encode([Example("a [MASK] b", "x")])
-
-
-def test_the_template_is_never_truncated() -> None:
-    """Only the sentence is cut; the template and both entities remain."""
-    tokens = ["word"] * 60 + ["Paris"] + ["word"] * 60 + ["France"] + ["word"] * 60
-    found = template(length=200)
-    ids = found.encode([mark_entities(tokens, {"head": [(121, 121)], "tail": [(60, 60)]}, "x")]).rows[0]
-    text = found.tokenizer.decode(ids)
-    assert len(ids) <= 200
-    for part in ("[unused0] France [unused1]", "[unused2] Paris [unused3]", "In this sentence, Paris is the"):
-        assert part in text
-
-
-def test_window_is_centred_on_close_entities() -> None:
-    assert tokens_to_keep(spans(100), [(40, 42), (48, 50)], 20) == list(range(35, 55))
-
-
-def test_window_near_an_edge_keeps_its_width() -> None:
-    assert tokens_to_keep(spans(100), [(0, 1)], 20) == list(range(20))
-    assert tokens_to_keep(spans(100), [(99, 100)], 20) == list(range(80, 100))
-
-
-def test_entities_too_far_apart_get_half_of_the_room_each() -> None:
-    rows = tokens_to_keep(spans(100), [(10, 11), (90, 91)], 20)
-    assert rows == [*range(5, 15), *range(85, 95)]
-
-
-def test_text_without_entities_keeps_its_head() -> None:
-    assert tokens_to_keep(spans(100), [], 5) == [0, 1, 2, 3, 4]
-
-
-def test_a_template_longer_than_the_limit_is_refused() -> None:
-    with pytest.raises(DataError, match="no room"):
-        template("{text} " + "long " * 50 + "{mask}", length=64).encode([Example("a", "x")])
-
-
-def dataset(lengths: list[int]) -> EncodedDataset:
-    return EncodedDataset([[7] * n for n in lengths], list(range(len(lengths))), [0] * len(lengths), 0, -1)
-
-
-def test_batches_by_length_cover_all_rows_with_little_padding() -> None:
-    lengths = np.random.default_rng(0).integers(1, 40, 100).tolist()
-    pool = dataset(lengths)
-    parts = pool.by_length(np.arange(100), 16)
-    assert sorted(np.concatenate(parts).tolist()) == list(range(100))
-    padded = sum(pool.batch(part).tokens for part in parts)
-    assert padded < 1.25 * sum(lengths)
-
-
-def test_an_epoch_is_a_permutation_that_depends_only_on_its_rng() -> None:
-    pool = dataset(list(range(1, 51)))
-    one = pool.shuffled(np.arange(50), 8, np.random.default_rng(1))
-    two = pool.shuffled(np.arange(50), 8, np.random.default_rng(1))
-    other = pool.shuffled(np.arange(50), 8, np.random.default_rng(2))
-    assert sorted(np.concatenate(one).tolist()) == list(range(50))
-    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_selecting_from_a_batch_trims_its_padding() -> None:
-    batch = dataset([5, 2, 9]).batch([0, 1, 2])
-    part = batch.select(torch.tensor([1, 0]))
-    assert part.input_ids.tolist() == [[7, 7, 0, 0, 0], [7, 7, 7, 7, 7]]
-    assert part.rows.tolist() == [1, 0]
-    assert part.labels.tolist() == [1, 0]
+@pytest.mark.parametrize("kind", [Batch, AnswerBatch, WindowBatch])
+def test_a_selection_handles_every_field(kind: type[Batch]) -> None:
+    """A new tensor field must be selected too: of all tensors, `select` returns new ones."""
+    tensors = {"targets", "target_positions", "target_ids", "document_ids"} & {f.name for f in dataclasses.fields(kind)}
+    extra = {
+        name: torch.zeros(3, 5, dtype=torch.long) if name != "target_positions" else torch.tensor([0])
+        for name in tensors
+    }
+    if kind is WindowBatch:
+        extra["target_ids"] = torch.tensor([1])
+    batch = kind(**fields(3), **extra)
+    chosen = batch.select(torch.tensor([0]))
+    for field in dataclasses.fields(kind):
+        if isinstance(value := getattr(batch, field.name), torch.Tensor):
+            assert getattr(chosen, field.name) is not value, field.name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch.share = 1.0
