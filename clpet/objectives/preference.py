@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clpet.config.schema import EvaluationOptions, require
-from clpet.data.batches import IGNORED, Batch, EncodedDataset, Ragged
+from clpet.data.batches import IGNORED, AnswerBatch, Batch, EncodedDataset, Ragged
 from clpet.data.benchmark import SPLITS, Benchmark, Example
 from clpet.data.traits import Traits
 from clpet.errors import DataError
@@ -48,7 +48,7 @@ class Pairs(EncodedDataset):
         rejected = self.full_rejected_lengths[rows] > self.rejected.lengths[rows]
         return super().num_truncated(rows)[0], int((chosen | rejected).sum())
 
-    def with_rejected(self, batch: Batch) -> Batch:
+    def with_rejected(self, batch: AnswerBatch) -> AnswerBatch:
         """The batch with the rejected answers as its targets."""
         targets = torch.from_numpy(self.rejected.padded(batch.rows, IGNORED)[0])
         return dataclasses.replace(batch, targets=targets.to(batch.input_ids.device))
@@ -98,12 +98,12 @@ class Preference(TextToText):
 
     def log_ratio(self, batch: Batch) -> Tensor:
         """[batch]: log pi(chosen | prompt) - log pi(rejected | prompt)."""
+        assert isinstance(batch, AnswerBatch)
         assert isinstance(batch.pool, Pairs)
         return self.log_probability(batch) - self.log_probability(batch.pool.with_rejected(batch))
 
-    def log_probability(self, batch: Batch) -> Tensor:
+    def log_probability(self, batch: AnswerBatch) -> Tensor:
         """[batch]: log pi(y | prompt), the sum over the tokens of the answers y = `batch.targets`."""
-        assert batch.targets is not None
         self.meter.count(batch, torch.is_grad_enabled())
         with self.autocast:
             logits = self.answer_logits(batch, batch.targets).float()
