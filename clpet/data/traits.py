@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Traits:
-    """The capabilities of an objective. Without `has_labels` and `plain_text` it learns answers in words."""
+    """The capabilities of an objective."""
 
     has_labels: bool = False  # predicts one of the benchmark's labels, with a head that has a row per label
     plain_text: bool = False  # reads plain text, which has neither labels nor answers
@@ -14,6 +14,11 @@ class Traits:
     needs_output_layer: bool = False  # uses the backbone's output layer over the vocabulary
     frozen_backbone: bool = False  # needs the pretrained network as it was, so only adapters may be trained
     has_logits: bool = True  # its loss is the cross-entropy of `Objective.logits` and `Objective.targets`
+
+    @property
+    def in_words(self) -> bool:
+        """Whether examples are prompts with answers in words, which the model could also write."""
+        return not (self.has_labels or self.plain_text)
 
 
 LABELS = Traits(has_labels=True)

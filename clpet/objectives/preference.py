@@ -22,6 +22,7 @@ from torch import Tensor
 from clpet.config.schema import EvaluationOptions, require
 from clpet.data.batches import IGNORED, AnswerBatch, Batch, EncodedDataset, Ragged
 from clpet.data.benchmark import SPLITS, Benchmark, Example
+from clpet.data.template import Tokenised
 from clpet.data.traits import Traits
 from clpet.errors import DataError
 from clpet.models.backbone import Backbone
@@ -33,12 +34,12 @@ from clpet.objectives.text_to_text import TextToText, encode_answers
 class Pairs(EncodedDataset):
     """Prompts with their chosen answers, `answer`, and their rejected ones; every pair is one term of the loss."""
 
-    def __init__(self, prompts: EncodedDataset, rejected: list[list[int]], full_lengths: list[int]) -> None:
-        self.__dict__.update(vars(prompts))
-        self.rejected, self.full_rejected_lengths = Ragged(rejected), np.array(full_lengths, np.int64)
+    def __init__(self, prompts: EncodedDataset, rejected: Tokenised) -> None:
+        vars(self).update(vars(prompts))  # a data set that TextToText has encoded, with the chosen answers
+        self.rejected, self.full_rejected_lengths = Ragged(rejected.rows), np.array(rejected.lengths, np.int64)
         assert self.answer is not None
         self.lengths = self.source.lengths + np.maximum(self.answer.lengths, self.rejected.lengths)
-        self.weights = np.ones(len(rejected))
+        self.weights = np.ones(len(prompts))
         self.reference: dict[int, Tensor] = {}  # task -> [rows of the task] log pi_ref(chosen) - log pi_ref(rejected)
 
     def num_truncated(self, rows: np.ndarray) -> tuple[int, int]:
@@ -87,7 +88,7 @@ class Preference(TextToText):
 
         def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:
             rejected = encode_answers(tokenizer, [e.fields[self.rejected] for e in examples], benchmark.max_target)
-            return Pairs(encode_chosen(examples, labels, tasks), rejected.rows, rejected.lengths)
+            return Pairs(encode_chosen(examples, labels, tasks), rejected)
 
         return encode
 

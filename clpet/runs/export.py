@@ -80,7 +80,7 @@ def answers_without_clpet(run: LoadedRun, one_set_of_weights: bool) -> bool:
     method, objective = run.method, run.method.objective
     traits = objective.traits
     has_head = isinstance(objective, Classification)
-    supported = has_head or traits.generates_text or (traits.plain_text and objective.causal)
+    supported = has_head or traits.in_words or (traits.plain_text and objective.causal)
     return one_set_of_weights and method.mergeable and type(method).predict is Method.predict and supported
 
 

@@ -84,7 +84,8 @@ def _scores(run: "LoadedRun") -> str:
     metric = run.benchmark.tasks[0].metric
     unit = f"{metric}, lower is better" if run.benchmark.direction == "lower" else f"{metric} in %"
     table = format_table(["task", on_split(unit, run.split)], rows, "md")
-    return f"Over all labels seen so far, after {run.row} tasks:\n\n{table}"
+    labels = "Over all labels seen so far, after" if run.benchmark.traits.has_labels else "After"
+    return f"{labels} {run.row} tasks:\n\n{table}"
 
 
 def _use(run: "LoadedRun", loader: str, peft_adapters: list[str], pipeline: bool) -> str:
@@ -131,7 +132,7 @@ def _answers(run: "LoadedRun", loader: str) -> list[str]:
     lines = [
         f"template, max_length, texts = {benchmark.template!r}, {benchmark.max_length}, ['a text', 'another']",
         "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
-        *(['tokenizer.padding_side = "left"'] if causal and objective.traits.generates_text else []),
+        *(['tokenizer.padding_side = "left"'] if causal and objective.traits.in_words else []),
         'template = template.replace("{mask}", str(tokenizer.mask_token))',
         'room = max_length - len(tokenizer(template.replace("{text}", "")).input_ids)  # for the text itself',
         "tokens = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=room).input_ids",
@@ -139,7 +140,7 @@ def _answers(run: "LoadedRun", loader: str) -> list[str]:
         'batch = tokenizer(prompts, padding=True, return_tensors="pt")',
         "with torch.inference_mode():",
     ]
-    if objective.traits.generates_text:
+    if objective.traits.in_words:
         start = '[:, batch["input_ids"].shape[1] :]' if causal else ""
         return [
             *lines,

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from clpet.config.compose import compose_config
-from clpet.config.identity import register_resolvers, setting, signature
+from clpet.config.identity import _identity, register_resolvers, setting, signature
 
 
 def with_targets(**targets: str) -> Any:
@@ -37,3 +37,14 @@ def test_an_option_that_was_added_later_counts_only_where_it_is_set() -> None:
     old = OmegaConf.create({"train": {"lr": 0.1}})
     assert signature(OmegaConf.create({"train": {"lr": 0.1, "optimizer": "adamw", "momentum": None}})) == signature(old)
     assert signature(OmegaConf.create({"train": {"lr": 0.1, "optimizer": "muon"}})) != signature(old)
+
+
+def test_an_objective_is_part_of_the_identity_with_its_options() -> None:
+    """The name of an objective of clpet counts as the option of the benchmark that it once was."""
+    words = ["method=sequential", "benchmark=files", "data_dir=x"]
+    plain = compose_config([*words, "objective=text_to_text"])
+    identity = _identity(plain, ())
+    assert (identity["benchmark"]["objective"], "objective" in identity) == ("text_to_text", False)
+    others = [["objective=classification"], ["objective=preference"], ["objective=preference", "objective.beta=0.5"]]
+    assert len({signature(cfg) for cfg in [plain, *(compose_config([*words, *more]) for more in others)]}) == 4
+    assert setting(plain) != setting(compose_config([*words, "objective=classification"]))

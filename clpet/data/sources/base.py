@@ -138,7 +138,7 @@ class Source:
     @property
     def answers(self) -> bool:
         """Whether targets are answers in words instead of labels to classify."""
-        return not (self.traits.has_labels or self.plain_text)
+        return self.traits.in_words
 
     def labelled(self, *splits: list[Example]) -> bool:
         """Whether the targets of these examples are labels, by which splits and samples are balanced."""
