@@ -33,6 +33,7 @@ def report(argv: list[str]) -> int:
     parser.add_argument("--no-texts", action="store_true", help=NO_TEXTS)
     arguments = parser.parse_args(argv)
     from clpet.reporting.report.page import select
+    from clpet.reporting.show import failure_of, unfinished_runs
     from clpet.runtime.untrusted_json import find_runs
 
     folder: Path = arguments.folder
@@ -45,8 +46,11 @@ def report(argv: list[str]) -> int:
     keys = [key.strip() for key in arguments.compare.split(",") if key.strip()]
     if not keys:
         raise ConfigError("--compare needs an option, such as --compare method")
-    started = [path.parent for path in sorted(folder.glob("*/*/s*-*/run.json"))]
-    unfinished = [str(path) for path in started if not (path / "results.json").exists()]
+    failures = {path: failure_of(path) for path in unfinished_runs(folder)}
+    unfinished = [
+        f"{path}: {'stopped, or still running' if error is None else f'failed: {error}'}"
+        for path, error in failures.items()
+    ]
     chosen = select(runs, arguments.where)
     write(arguments.output, str(folder), chosen, keys, unfinished, not arguments.no_texts)
     return 0

@@ -39,14 +39,19 @@ def list_runs(folder: Path, runs: Runs, benchmark: str | None, form: str) -> str
          f"{sum(cost['seconds'] for cost in run['cost']):.0f}", str(path)]
         for path, run in runs
     ]  # fmt: skip
-    started = [path.parent for path in sorted(folder.glob(f"{benchmark or '*'}/*/s*-*/run.json"))]
-    for path in [path for path in started if not (path / "results.json").exists()]:
+    for path in unfinished_runs(folder, benchmark):
         seed = path.name.split("-")[0][1:]
         status = "failed" if (path / FAILURE).is_file() else "unfinished"
         rows.append([*path.parts[-3:-1], "", "", seed, "", status, "", "", str(path)])
     if not rows:
         return f"no runs{f' of {benchmark}' if benchmark else ''} in {folder} yet; start one with `clpet train`"
     return format_table(LIST_HEADER, rows, form)
+
+
+def unfinished_runs(folder: Path, benchmark: str | None = None) -> list[Path]:
+    """The runs of an output folder that were started and have no results."""
+    started = [path.parent for path in sorted(folder.glob(f"{benchmark or '*'}/*/s*-*/run.json"))]
+    return [path for path in started if not (path / "results.json").exists()]
 
 
 def show(path: Path, every_metric: bool) -> str:
@@ -78,15 +83,18 @@ def _unfinished(path: Path) -> str:
         for name, result in line["tasks"].items():
             matrix.scores[int(line["row"]), matrix.tasks.index(name)] = float(result["score"])
     head = f"{run['method']} on {on_split(run['benchmark'], split_of(run))} with {run['model']}, seed {run['seed']}"
-    failure = f"\nfailed: {inline(_failure(path))}" if (path / FAILURE).is_file() else ""
+    error = failure_of(path)
+    failure = "" if error is None else f"\nfailed: {inline(error)}"
     status = f"not finished, {done} tasks done of {len(matrix)}; resume with:\n{train_command(run, run['overrides'])}"
     return "\n\n".join(
         [f"{head}: {status}{failure}", *([matrix_table(matrix)] if np.isfinite(matrix.scores).any() else [])]
     )
 
 
-def _failure(path: Path) -> str:
-    """The error with which the last attempt of a run ended."""
+def failure_of(path: Path) -> str | None:
+    """The error with which the last attempt of a run ended; None if it did not end with one."""
+    if not (path / FAILURE).is_file():
+        return None
     try:
         return str(read_json(path / FAILURE).get("error"))
     except DataError as error:

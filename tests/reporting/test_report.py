@@ -189,6 +189,19 @@ def test_show_writes_the_report_of_one_run(clpet) -> None:
         assert message in result.err
 
 
+def test_runs_without_results_are_listed_with_their_errors(clpet) -> None:
+    done = write_runs()[0]
+    for name, files in (("s3-a", {}), ("s4-a", {"failed.json": {"error": f"no memory for {HOSTILE}"}})):
+        folder = done.parent / name
+        folder.mkdir()
+        for file, content in {"run.json": {}, **files}.items():
+            (folder / file).write_text(json.dumps(content))
+    clpet("report")
+    page = html.unescape(Path("report.html").read_text("utf-8"))
+    assert f"<li>{done.parent}/s3-a: stopped, or still running</li>" in page
+    assert f"<li>{done.parent}/s4-a: failed: no memory for {HOSTILE}</li>" in page
+
+
 def test_where_selects_runs(clpet) -> None:
     write_runs()
     assert clpet("report", "--where", "method=kif", "--where", "seed=0,1").out.startswith("report.html: 2 runs")

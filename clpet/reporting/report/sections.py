@@ -1,9 +1,8 @@
 """The parts of a report: for runs that can be compared their tables, charts, and the data of the interactive parts."""
 
-import shlex
 from dataclasses import dataclass
 
-from clpet.records import Json, Rows
+from clpet.records import Json, Results, Rows
 from clpet.reporting.comparison import Comparison
 from clpet.reporting.recorded_objective import has_labels
 from clpet.reporting.report.answers import AnswerData, ReadTexts
@@ -16,7 +15,7 @@ from clpet.reporting.report.tables import (
     results_table,
 )
 from clpet.reporting.run_groups import Row, Runs, Section
-from clpet.runtime.untrusted_json import read_json
+from clpet.runtime.untrusted_json import read_json, train_command
 
 
 @dataclass(frozen=True)
@@ -79,15 +78,16 @@ def warnings(rows: list[Row]) -> list[str]:
 
 def commands(rows: list[Row]) -> list[str]:
     """A command per setting, with all of its seeds."""
-    seeds: dict[tuple[str, ...], list[str]] = {}
+    settings: dict[tuple[str, ...], list[Results]] = {}
     for row in rows:
         for _, run in row.runs:
             words = tuple(word for word in run["overrides"] if word.partition("=")[0] not in ("seed", "fresh"))
-            seeds.setdefault(words, []).append(str(run["seed"]))
-    return [
-        shlex.join(["clpet", "train", *(["-m"] if len(numbers) > 1 else []), *words, f"seed={','.join(numbers)}"])
-        for words, numbers in seeds.items()
-    ]
+            settings.setdefault(words, []).append(run)
+    lines = []
+    for words, runs in settings.items():
+        seeds = ",".join(dict.fromkeys(str(run["seed"]) for run in runs))
+        lines.append(train_command(runs[0], [*(["-m"] if "," in seeds else []), *words, f"seed={seeds}"]))
+    return lines
 
 
 def environment(runs: Runs) -> dict[str, list[str]]:
