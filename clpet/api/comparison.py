@@ -37,7 +37,7 @@ def compare(
         clpet.ClpetError: no finished runs, or an unknown option or metric.
 
     >>> for method in ("sequential", "ewc"):
-    ...     run = clpet.train(f"method={method}", "debug=smoke", output_dir="two", quiet=True)
+    ...     run = clpet.train(f"method={method}", "debug=smoke", "tasks=[data,files]", output_dir="two", quiet=True)
     >>> table = clpet.compare("two", by="method", metrics=["average"])
     >>> table.column("method").to_pylist()
     ['ewc', 'sequential']

@@ -144,9 +144,10 @@ def load(
     Raises:
         clpet.ClpetError: the run has no such weights, or its data or model are not what they were.
 
-    >>> run = clpet.train("method=sequential", "debug=smoke", "train.snapshot_every=1", seed=1, quiet=True)
-    >>> clpet.load(run.path, after=3)
-    <clpet.Model: sequential after 3 of 5 tasks>
+    >>> words = ["method=sequential", "debug=smoke", "tasks=[data,files]", "train.snapshot_every=1"]
+    >>> run = clpet.train(*words, quiet=True)
+    >>> clpet.load(run.path, after=1)
+    <clpet.Model: sequential after 1 of 2 tasks>
     """
     if config_dir is not None and not allow_plugins:
         raise ConfigError("config_dir needs allow_plugins=True, because the run's record chooses which code is run")

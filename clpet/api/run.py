@@ -121,7 +121,7 @@ def train(*words: str, quiet: bool = False, config_dir: str | Path | None = None
 
     With several processes (hardware.ranks) a script needs `if __name__ == "__main__":` around the call.
 
-    >>> run = clpet.train("method=sequential", "debug=smoke", max_train=100, quiet=True)
+    >>> run = clpet.train("method=sequential", "debug=smoke", tasks=["data", "files"], seed=1, quiet=True)
     >>> run.path.parent.name
     'sequential'
     """

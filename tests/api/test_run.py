@@ -1,5 +1,6 @@
 """`clpet.train` is `clpet train`: the same folder, the same numbers, the same errors; and what a Run reads."""
 
+import asyncio
 import json
 import logging
 import signal
@@ -178,19 +179,16 @@ def test_ctrl_c_saves_and_the_same_call_resumes(words: Path) -> None:
     assert "resuming after" in (resumed.path / "train.log").read_text()
 
 
-def test_train_works_in_a_running_event_loop_and_without_a_main_guard(words: Path) -> None:
-    code = f"""
-import asyncio, clpet
+def test_train_works_in_a_running_event_loop(words: Path) -> None:
+    """As in a cell of a notebook."""
 
-async def cell():
-    return clpet.train("method=sequential", *{tiny_args(words)!r}, "tasks=[fruit]", quiet=True)
+    async def cell() -> clpet.Run:
+        return clpet.train("method=sequential", *tiny_args(words), "tasks=[fruit]", quiet=True)
 
-print(asyncio.run(cell()).matrix.tasks)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "['fruit']\n"
+    assert asyncio.run(cell()).matrix.tasks == ["fruit"]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_the_process_as_without_clpet(words: Path) -> None:
     """The signal's default action, not an exit code of clpet's: a supervisor sees what it has sent."""
     code = f"import clpet; clpet.train('method=sequential', *{tiny_args(words)!r}, 'train.epochs=2000', quiet=True)"

@@ -20,7 +20,7 @@ def loop(session: clpet.Session, before: bool = True) -> clpet.Session:
     return session
 
 
-@pytest.mark.parametrize("method", ["ewc", "replay", "dynamic_conpet", "joint", "o_lora"])
+@pytest.mark.parametrize("method", ["replay", "dynamic_conpet", "joint"])
 def test_a_loop_has_the_numbers_of_train(method: str, words: Path) -> None:
     """The whole matrix and every prediction, bit for bit."""
     settings = (f"method={method}", *tiny_args(words), "train.lr=1e-2", "train.optimizer_state=carry")
