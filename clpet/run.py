@@ -239,7 +239,9 @@ class Experiment:
         if state.costs:
             state.costs[-1] = {**state.costs[-1], **self.method.objective.meter.take_evaluation()}
         if self.config.evaluation.predictions and get_world().is_main:
-            write_predictions(self.out / "predictions", row, evaluation, self.benchmark.names, self.benchmark.labels)
+            names, labels = self.benchmark.names, self.benchmark.labels
+            texts = self.benchmark.texts(self.session.split) if self.config.evaluation.keep_text else None
+            write_predictions(self.out / "predictions", row, evaluation, names, labels, texts)
         self.tracker.log_row(state, row, evaluation)
 
     def validate(self, tasks: range) -> dict[str, float] | None:

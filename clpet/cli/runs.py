@@ -87,6 +87,8 @@ def show(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("clpet show", description="Scores, matrices and costs of one run.")
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--metrics", action="store_true", help="every metric with its formula")
+    parser.add_argument("--confusion", action="store_true", help="figures per label and the confusion matrix of tasks")
+    parser.add_argument("--mistakes", type=int, default=0, metavar="N", help="the N most confident mistakes of tasks")
     parser.add_argument("--html", nargs="?", const="", metavar="FILE",
                         help="write the run's report instead, one HTML file (default: RUN/report.html)")  # fmt: skip
     parser.add_argument("--no-texts", action="store_true", help=f"in the report, {NO_TEXTS}")
@@ -94,10 +96,17 @@ def show(argv: list[str]) -> int:
     if arguments.no_texts and arguments.html is None:
         raise ConfigError("--no-texts is for --html")
     if arguments.html is not None:
-        if arguments.metrics:
-            raise ConfigError("--metrics is for the printed figures: leave it or --html out")
+        if arguments.metrics or arguments.confusion or arguments.mistakes:
+            raise ConfigError("--metrics, --confusion and --mistakes are printed: leave them or --html out")
         run = Path(arguments.run)
         report_run(run, Path(arguments.html or run / REPORT), not arguments.no_texts)
+        return 0
+    if arguments.mistakes < 0:
+        raise ConfigError(f"--mistakes {arguments.mistakes}: give a number of at least 1")
+    if arguments.confusion or arguments.mistakes:
+        from clpet.reporting.show_answers import show_answers
+
+        print(printable(show_answers(Path(arguments.run), arguments.confusion, arguments.mistakes)))
         return 0
     from clpet.reporting.show import show as show_run
 

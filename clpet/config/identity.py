@@ -18,9 +18,15 @@ from clpet.records import Json
 # Excluded from the identity: options that do not change a run's result, or only say where it is written.
 NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fresh", "dry_run", "seed")
 
-# Options of `train` that did not exist when run directories got their names, and the defaults under which they count as
-# absent: the command of an older run resumes that run.
-ADDED_OPTIONS: dict[str, Json] = {"optimizer": "adamw", "momentum": None}
+# Options that did not exist when run directories got their names, and the defaults under which they count as absent:
+# the command of an older run resumes that run.
+ADDED_OPTIONS: dict[str, dict[str, Json]] = {
+    "train": {"optimizer": "adamw", "momentum": None},
+    "evaluation": {"metrics": ["accuracy"]},
+}
+
+# What and how often files are written.
+FILE_OPTIONS = {"train": ("save_minutes", "snapshot_every", "log_every"), "evaluation": ("keep_text",)}
 
 
 def digest(value: object, length: int = 8) -> str:
@@ -32,12 +38,13 @@ def _identity(cfg: DictConfig, without: tuple[str, ...]) -> Json:
     plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in without])
     identity = cast(dict[str, dict[str, Json]], OmegaConf.to_container(plain, resolve=True))
     top = cast(dict[str, Json], identity)  # the same dictionary: options that are not in a group
-    if identity.get("train"):
-        for key in ("save_minutes", "snapshot_every", "log_every"):  # how often files are written
-            identity["train"].pop(key, None)
-        for key, default in ADDED_OPTIONS.items():
-            if identity["train"].get(key, default) == default:
-                identity["train"].pop(key, None)
+    for group in ("train", "evaluation"):
+        if identity.get(group):
+            for key in FILE_OPTIONS[group]:
+                identity[group].pop(key, None)
+            for key, default in ADDED_OPTIONS[group].items():
+                if identity[group].get(key, default) == default:
+                    identity[group].pop(key, None)
     # The only hardware option that changes the model: quantized weights are rounded.
     if (cfg.get("hardware") or {}).get("quantization", "none") != "none":
         top["quantization"] = str(cfg.hardware.quantization)

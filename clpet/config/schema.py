@@ -162,6 +162,13 @@ class Split(Enum):
     validation = "validation"
 
 
+class LabelMetric(Enum):
+    """Metrics of predicted labels; the transfer matrix has accuracies, the others are recorded separately."""
+
+    accuracy = "accuracy"
+    macro_f1 = "macro_f1"
+
+
 class CapUnit(Enum):
     """Unit of evaluation.max_tokens."""
 
@@ -178,6 +185,8 @@ class EvaluationOptions:
     matrix: Matrix = Matrix.full
     every: int = 1
     predictions: bool = True
+    keep_text: bool = False
+    metrics: list[LabelMetric] = field(default_factory=lambda: [LabelMetric.accuracy])
     decode: Decode = Decode.generate
     max_new_tokens: int | None = None
     max_tokens: int | None = 100_000
@@ -188,6 +197,9 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "at least 1")
+        require(LabelMetric.accuracy in self.metrics, "evaluation.metrics", self.metrics, "a list with accuracy")
+        text_kept = self.predictions or not self.keep_text
+        require(text_kept, "evaluation.keep_text", "true", "false with evaluation.predictions=false")
         require(self.rank_prompts >= 0, "evaluation.rank_prompts", self.rank_prompts, "0 (off) or more")
         for key, minimum in (("max_new_tokens", 1), ("max_tokens", 2), ("stride", 1)):
             value = getattr(self, key)

@@ -135,6 +135,10 @@ class Benchmark:
         """Label ids of the first `learned` tasks."""
         return sorted({label for index in range(learned) for label in self.task_labels(index)})
 
+    def texts(self, split: str) -> list[str]:
+        """The texts of a split, those of the first task first: the order of the rows of an EncodedDataset."""
+        return [example.text for task in self.tasks for example in task.split(split)]
+
     def fingerprint(self) -> str:
         """Hash of all texts and targets in order."""
         hasher = hashlib.sha256()

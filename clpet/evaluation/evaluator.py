@@ -80,6 +80,9 @@ class Evaluator:
             evaluation.per_task[index] = method.objective.aggregate(rows, task_incremental=True)
             diagnostics = method.objective.diagnostics(rows)
             evaluation.diagnostics |= {f"{key}/{self.benchmark.names[index]}": x for key, x in diagnostics.items()}
+        f1_keys = [f"macro_f1/{self.benchmark.names[index]}" for index in tasks if index < learned]
+        if f1 := [evaluation.diagnostics[key] for key in f1_keys if key in evaluation.diagnostics]:
+            evaluation.diagnostics["macro_f1"] = sum(f1) / len(f1)
         if "selected" in table:  # the task that the method has selected for each example
             hits = table["selected"] == table["task"]
             shares = [hits[table["task"] == index].mean() for index in tasks if index < learned]

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 Columns = dict[str, Tensor | np.ndarray]  # one value per example
 # Options of `evaluation` that only some objectives use, and which.
 NOT_FOR_ALL = {"decode": "text_to_text", "max_new_tokens": "text_to_text", "stride": "language_modeling",
-               "bos": "language_modeling", "rank_prompts": "language_modeling"}  # fmt: skip
+               "bos": "language_modeling", "rank_prompts": "language_modeling", "metrics": "classification",
+               "keep_text": "objectives with labels or answers"}  # fmt: skip
 Encode = Callable[[list[Example], list[int], list[int]], EncodedDataset]
 
 

@@ -4,16 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clpet.config.schema import LabelMetric
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset, pad_id
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template
 from clpet.data.traits import LABELS, Traits
 from clpet.errors import ModelError
+from clpet.metrics.label_scores import label_counts, macro_f1
 from clpet.models.backbone import Backbone, Representation, representation
 from clpet.models.protocols import Tokenizer, network_of
 from clpet.objectives.base import AnswerSpace, Columns, Encode, HeadState, Objective, ObjectiveState, Predictions
@@ -86,6 +89,7 @@ class Classification(Objective):
     """A softmax over a head's labels, by default over all labels seen so far."""
 
     traits: ClassVar[Traits] = LABELS
+    evaluation_options: ClassVar[tuple[str, ...]] = ("metrics", "keep_text")
 
     def finish_setup(self) -> None:
         benchmark = self.benchmark
@@ -170,9 +174,15 @@ class Classification(Objective):
             "label": batch.labels,
             "prediction": best,
             "own_prediction": best_of_task,
+            "probability": _probability(choices.mask(predictions.scores)),
             "score": best == batch.labels,
             "own_score": best_of_task == batch.labels,
         }
+
+    def diagnostics(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        if LabelMetric.macro_f1 not in self.evaluation.metrics:
+            return {}
+        return {"macro_f1": macro_f1(label_counts(rows["label"].tolist(), rows["prediction"].tolist()))}
 
     def describe(self, pool: EncodedDataset, row: int) -> str:
         return f"label    {self.benchmark.labels[pool.labels[row]]} (representation: {self.representation.value})"
@@ -198,6 +208,12 @@ def _best(scores: Tensor) -> Tensor:
     """[batch]: the label with the highest score, the lowest id of a tie; -1 where no label is allowed."""
     value, label = scores.max(1)
     return torch.where(value == float("-inf"), -1, label)
+
+
+def _probability(scores: Tensor) -> Tensor:
+    """[batch] fp32: the softmax of the highest score among the allowed labels; NaN where no label is allowed."""
+    probability: Tensor = scores.float().softmax(1).max(1).values
+    return probability
 
 
 def pool(hidden: Tensor, batch: Batch, how: Representation) -> Tensor:

@@ -63,7 +63,7 @@ class Preference(TextToText):
     rejected: str = "rejected"
 
     traits: ClassVar[Traits] = Traits(needs_output_layer=True, frozen_backbone=True, has_logits=False)
-    evaluation_options: ClassVar[tuple[str, ...]] = ()
+    evaluation_options: ClassVar[tuple[str, ...]] = ("keep_text",)
 
     def __post_init__(self) -> None:
         require(self.beta > 0, "objective.beta", self.beta, "more than 0")

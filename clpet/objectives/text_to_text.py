@@ -31,7 +31,7 @@ class TextToText(Objective):
     """The loss is the cross-entropy of the answer tokens and the end token, mean over all tokens of a batch."""
 
     traits: ClassVar[Traits] = ANSWERS
-    evaluation_options: ClassVar[tuple[str, ...]] = ("decode", "max_new_tokens")
+    evaluation_options: ClassVar[tuple[str, ...]] = ("decode", "max_new_tokens", "keep_text")
 
     def finish_setup(self) -> None:
         self.end = end_token(self.tokenizer)

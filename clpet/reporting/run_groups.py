@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from clpet.config.identity import NOT_IDENTITY, digest
+from clpet.config.identity import FILE_OPTIONS, NOT_IDENTITY, digest
 from clpet.config.renamed import translate_keys
 from clpet.errors import ConfigError, suggest
 from clpet.records import Json, Results
@@ -19,7 +19,7 @@ Runs = list[tuple[Path, Results]]  # (run directory, results.json)
 NAME_KEYS = ("method", "model", "objective", "benchmark", "replay", "peft", "seed")
 TASK_GIVEN = "task_id_at_test"  # True: the method gets the task of each test example, which is easier
 SPLIT = "evaluation.split"
-SAVING_KEYS = ("train.save_minutes", "train.snapshot_every", "train.log_every")  # no effect on results
+SAVING_KEYS = tuple(f"{group}.{key}" for group, keys in FILE_OPTIONS.items() for key in keys)  # no effect on results
 
 
 @dataclass

@@ -14,9 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import vl_convert
-from sklearn.metrics import f1_score
 
-from clpet.reporting.report.answers import Answer, label_counts, macro_f1, mistakes
+from clpet.reporting.report.answers import Answer, mistakes
 from clpet.reporting.report.charts import seen_averages
 from clpet.reporting.report.page import build_report, script_json
 from clpet.reporting.report.step_log import MAX_POINTS, mean_losses
@@ -65,17 +64,6 @@ def test_the_interval_over_seeds_by_hand() -> None:
     low, high = MeanStd(2.0, 1.0, 3).interval() or (0, 0)
     assert (low, high) == (pytest.approx(2 - 2.4841, abs=1e-4), pytest.approx(2 + 2.4841, abs=1e-4))
     assert MeanStd(2.0, None, 1).interval() is None
-
-
-def test_macro_f1_by_hand_and_as_scikit_learn_computes_it() -> None:
-    """x: 2 of 3 examples right, 3 answers: F1 = 4 / 6; y: 1 of 2 right, 1 answer: 2 / 3. z is not a label of the task."""
-    labels, predictions = ["x", "x", "x", "y", "y"], ["x", "x", "z", "y", "x"]
-    answers = [Answer(i, a, b, a == b, None) for i, (a, b) in enumerate(zip(labels, predictions, strict=True))]
-    counts = label_counts(answers)
-    assert counts == {"x": (3, 3, 2), "y": (2, 1, 1)}
-    assert macro_f1(counts) == pytest.approx(100 * (4 / 6 + 2 / 3) / 2)
-    expected = f1_score(labels, predictions, labels=["x", "y"], average="macro")
-    assert macro_f1(counts) == pytest.approx(100 * expected)
 
 
 def test_mistakes_are_ordered_by_probability_or_else_one_per_kind() -> None:
@@ -182,7 +170,7 @@ def test_show_writes_the_report_of_one_run(clpet) -> None:
     assert Path("one.html").is_file()
     for words, message in (
         (["outputs", "--html"], "outputs is not the directory of a finished run"),
-        ([str(folder), "--html", "--metrics"], "--metrics is for the printed figures"),
+        ([str(folder), "--html", "--metrics"], "--metrics, --confusion and --mistakes are printed"),
     ):
         result = clpet("show", *words)
         assert (result.code, result.err.count("\n")) == (2, 1)

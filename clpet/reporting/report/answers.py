@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clpet.metrics.label_scores import label_counts, macro_f1
 from clpet.records import Json, Results
 from clpet.reporting.run_groups import Row
 from clpet.runtime.untrusted_json import as_data_error
@@ -76,29 +77,15 @@ def pairs(answers: Sequence[Answer]) -> Counter[tuple[str, str]]:
     return Counter((answer.label, answer.prediction) for answer in answers)
 
 
-def label_counts(answers: Sequence[Answer]) -> dict[str, tuple[int, int, int]]:
-    """{label: (examples of it, times predicted, times predicted correctly)} of the task's labels, sorted."""
-    support = Counter(answer.label for answer in answers)
-    predicted = Counter(answer.prediction for answer in answers)
-    correct = Counter(answer.label for answer in answers if answer.label == answer.prediction)
-    return {label: (support[label], predicted[label], correct[label]) for label in sorted(support)}
-
-
-def macro_f1(counts: Mapping[str, tuple[int, int, int]]) -> float:
-    """Mean over labels of F1 = 2 correct / (examples + times predicted), in percent."""
-    scores = [2 * correct / (support + predicted) for support, predicted, correct in counts.values()]
-    return 100 * sum(scores) / len(scores) if scores else float("nan")
-
-
-def mistakes(answers: Sequence[Answer]) -> list[Answer]:
+def mistakes(answers: Sequence[Answer], count: int = MAX_MISTAKES) -> list[Answer]:
     """The wrong answers with the highest probability; if none is recorded, one of each of the most frequent kinds."""
     wrong = [answer for answer in answers if not answer.right]
     if any(answer.probability is not None for answer in wrong):
-        return sorted(wrong, key=lambda answer: -(answer.probability or 0))[:MAX_MISTAKES]
+        return sorted(wrong, key=lambda answer: -(answer.probability or 0))[:count]
     frequency, first = pairs(wrong), dict[tuple[str, str], Answer]()
     for answer in wrong:
         first.setdefault((answer.label, answer.prediction), answer)
-    return [first[pair] for pair, _ in frequency.most_common(MAX_MISTAKES)]
+    return [first[pair] for pair, _ in frequency.most_common(count)]
 
 
 class AnswerData:
@@ -123,7 +110,8 @@ class AnswerData:
 
     def _task(self, name: str, answers: Sequence[Answer], wrong: list[Answer], readable: Mapping[int, str]) -> Json:
         """What the page shows of a task of a run."""
-        counts, confusions = label_counts(answers), sorted(pairs(answers).items())
+        labels, predictions = [answer.label for answer in answers], [answer.prediction for answer in answers]
+        counts, confusions = label_counts(labels, predictions), sorted(pairs(answers).items())
         labelled = len(counts) <= MAX_LABELS
         if labelled:
             self.num_pairs += len(confusions)
