@@ -123,7 +123,7 @@ def load_run(record: RunRecord, after: int | None = None) -> LoadedRun:
     if benchmark.names != record.run_json["tasks"] or now != before:
         raise DataError(
             f"the data differ from those of {record.out} (fingerprint {before}, now {now}): "
-            "give their folder with --here data_dir=FOLDER"
+            "give their folder with --here data_dir=FOLDER (in Python: data_dir=FOLDER)"
         )
     with as_data_error(f"{record.out} cannot be loaded"), enough_memory(lambda: "the model of this run"):
         benchmark = components.settle(benchmark)
@@ -152,7 +152,7 @@ def check_inputs(record: RunRecord) -> None:
         if name != "code":
             raise DataError(
                 f"the {name} differ from those of {record.out} ({before}, now {now}): "
-                "give the folder of the model with --here model.path=FOLDER"
+                "give the folder of the model with --here model.path=FOLDER (in Python without --here)"
             )
         log.warning(
             "the code of your own classes has changed since %s was trained (%s, now %s)", record.out, before, now
