@@ -112,3 +112,11 @@ def test_helpers_overrides_and_private_names_are_accepted() -> None:
 def test_a_hook_of_an_old_signature_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"after_step takes no step: define it as after_step\(self, context\)"):
         type("Mine", (Method,), {"after_step": lambda self: None})
+
+
+def test_a_list_of_objectives_is_refused() -> None:
+    """The attribute of earlier versions would be ignored without a word."""
+    with pytest.raises(
+        ConfigError, match="Mine.objectives is no longer read: say what the method needs with needs_labels"
+    ):
+        type("Mine", (Method,), {"objectives": ("classification",)})
