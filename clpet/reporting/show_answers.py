@@ -5,7 +5,7 @@ from pathlib import Path
 
 from clpet.errors import DataError
 from clpet.metrics.label_scores import LabelCounts, label_counts, macro_f1
-from clpet.reporting.report.answers import Answer, mistakes, pairs, read_answers
+from clpet.reporting.answers import Answer, mistakes, pairs, read_answers
 from clpet.reporting.tables import table
 from clpet.runtime.untrusted_json import read_results
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clpet.reporting.plots.canvas import new_grid, save, short, write_percentages
-from clpet.reporting.report.charts import Point, cost_points, metric_points, seen_averages
+from clpet.reporting.points import Point, cost_points, metric_points, seen_averages
 from clpet.reporting.run_groups import Row, Section
 from clpet.reporting.run_metrics import matrix_of
 

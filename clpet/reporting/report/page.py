@@ -16,8 +16,8 @@ from clpet import __version__
 from clpet.errors import ConfigError
 from clpet.escape import printable
 from clpet.records import Json, Results
+from clpet.reporting.answers import ReadTexts
 from clpet.reporting.comparison import Comparison
-from clpet.reporting.report.answers import ReadTexts
 from clpet.reporting.report.sections import SectionPart, environment, section_part
 from clpet.reporting.run_groups import Runs, options_of, value_of
 from clpet.runtime.atomic_io import write_text

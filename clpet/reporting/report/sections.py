@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from clpet.records import Json, Results, Rows
+from clpet.reporting.answers import AnswerData, ReadTexts
 from clpet.reporting.comparison import Comparison
 from clpet.reporting.recorded_objective import has_labels
-from clpet.reporting.report.answers import AnswerData, ReadTexts
 from clpet.reporting.report.charts import Chart, charts
 from clpet.reporting.report.tables import (
     HtmlTable,
