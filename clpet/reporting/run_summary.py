@@ -40,7 +40,7 @@ def sizes(data: DataRecord) -> str:
 def model_line(name: str, base: int, trained: int, host: Mapping[str, str | int]) -> str:
     """The line of the header about the model: parameters, trained ones, and device and precision of the computation."""
     share = f", {trained:,} trained ({100 * trained / base:.2f} %)" if trained else ""
-    device = host.get("gpu") or f"{host['device']} ({host['threads']} threads)"
+    device = host.get("gpu") or f"{host['device']}, {host['threads']} thread{'s' * (host['threads'] != 1)}"
     ranks = f" on {host['ranks']} ranks" if int(host["ranks"]) > 1 else ""
     return f"model  {inline(name)}, {base:,} parameters{share}, {host['dtype']}, {device}{ranks}"
 

@@ -32,6 +32,10 @@ class _Validation(TypedDict, total=False):
     validation: dict[str, float]
 
 
+class _ConfigDirs(TypedDict, total=False):
+    config_dirs: list[str]
+
+
 class _Pretraining(TypedDict, total=False):
     pretraining: PerplexityTransfer
 
@@ -251,10 +255,15 @@ def _description(cfg: DictConfig, overrides: list[str], identity: dict[str, str]
         "hub_data": {} if cfg.data_dir else hub_data(cfg.benchmark),
         "tasks": benchmark.names,
         "overrides": overrides,
-        "config_dirs": [str(folder) for folder in plugin_dirs()],
+        **_config_dirs(),
         "versions": versions(),
         "git": git_revision(),
     }
+
+
+def _config_dirs() -> _ConfigDirs:
+    folders = [str(folder) for folder in plugin_dirs()]
+    return {"config_dirs": folders} if folders else {}
 
 
 def batch_record(cfg: DictConfig) -> dict[str, int]:

@@ -33,6 +33,7 @@ class WandbRun:
     def __init__(self, settings: Tracking, out: Path, names: dict[str, str], prefix: str) -> None:
         self.settings, self.out, self.names, self.prefix = settings, out, names, prefix
         self.run: Any = None  # a wandb.Run
+        self.online = False
         self.worker = Worker()
 
     def start(self, config: Mapping[str, Json], run_id: str) -> None:
@@ -41,7 +42,7 @@ class WandbRun:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         for attempt in dict.fromkeys([mode(self.settings.mode), "offline"]):
             try:
-                self.run = self._init(attempt, config, run_id)
+                self.run, self.online = self._init(attempt, config, run_id), attempt == "online"
                 self.run.define_metric("*", step_metric="task")
                 for name in STEP_SCALARS:
                     self.run.define_metric(f"train/{name}", step_metric="step")
@@ -122,7 +123,7 @@ class WandbRun:
         self._safely("finish", lambda: self.run.finish(exit_code=1 if failed else 0))
         if self.run is None:
             return None
-        return f"wandb {run.url}" if run.url else f"sync  wandb sync {shlex.quote(str(self._folder(run)))}"
+        return f"wandb {run.url}" if self.online else f"sync  wandb sync {shlex.quote(str(self._folder(run)))}"
 
     def key(self, name: str) -> str:
         """The name of a metric on wandb."""

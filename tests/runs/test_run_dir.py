@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import time
 from pathlib import Path
 
@@ -113,6 +114,20 @@ def test_an_offline_wandb_run_can_be_read(finished: Path) -> None:
     assert [row["step"] for row in steps] == [line["step"] for line in lines]
     for name in ("loss", "lr", "grad_norm", "examples_per_s", "tokens_per_s", "memory_gb"):
         assert [row[f"train/{name}"] for row in steps] == [line[name] for line in lines]
+
+
+def test_a_run_says_at_its_start_what_it_works_with(finished: Path, words: Path, clpet) -> None:
+    """train.log holds the header; run.json names the machine."""
+    text = (finished / "train.log").read_text()
+    assert "data   72 train, 24 validation, 24 test examples" in text
+    assert re.search(r"train  \d+ steps of 16 examples, 4 to \d+ a task", text)
+    assert f"run    {finished}" in text
+    host = json.loads((finished / "run.json").read_text())["host"]
+    assert {"device", "dtype", "threads", "name"} <= host.keys()
+    started = clpet("train", "method=sequential", *tiny_args(words), "evaluation.matrix=last").out.splitlines()
+    assert started[0] == "starting sequential on files with tiny, seed 0"
+    assert "model  tiny, 43,168 parameters, 2,048 trained (4.74 %), float32, cpu, 1 thread" in started
+    assert "train  12 steps of 16 examples, 4 a task" in started
 
 
 def test_options_and_variables_of_wandb_reach_its_file(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
