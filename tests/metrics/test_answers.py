@@ -1,6 +1,7 @@
 """Labels of answers: normalisation, labels that a metric or truncation makes equal, and warnings."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_labels_that_are_equal_after_truncation_are_rejected() -> None:
     long = labelled("question one", "question two", "short", max_target=10)
     with pytest.raises(DataError, match=r"'question one' and 'question two' .* needs benchmark.max_target=13"):
         check_cut_labels(tokenizer, long)
-    long.max_target = 13
+    long = replace(long, max_target=13)
     check_cut_labels(tokenizer, long)
     check_cut_labels(tokenizer, labelled("question one", "answer two", max_target=4))  # truncated, but still different
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()

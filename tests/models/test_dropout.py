@@ -193,4 +193,4 @@ def test_head_dropout_needs_a_head(words: Path, clpet) -> None:
         "model.head_dropout=0.1",
     )
     assert result.code == 2
-    assert "model.head_dropout is for classification; this benchmark's objective is text_to_text" in result.err
+    assert "model.head_dropout is for classification; objective=text_to_text has no head" in result.err

@@ -1,7 +1,6 @@
 """A-GEM: projects gradients that conflict with the memory's gradient (Chaudhry et al., 2019, arXiv 1812.00420)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -16,8 +15,6 @@ class AGEM(Replay):
     """g <- g - (g . g_ref / g_ref . g_ref) g_ref if g . g_ref < 0, with g_ref of a batch of the memory (equation 11)."""
 
     memory_batch: int = 16
-
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "text_to_text")
 
     def plan(self, index: int) -> BatchPlan:
         """Trains on new examples alone; the memory only restricts the direction."""

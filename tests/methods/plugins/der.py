@@ -21,7 +21,7 @@ class DERPlusPlus(Replay):
 
     alpha: float = 0.5
 
-    objectives: ClassVar[tuple[str, ...]] = ("classification",)
+    needs_labels: ClassVar[bool] = True
     saved: ClassVar[tuple[str, ...]] = ("logits_stored",)
 
     def init_adapters(self) -> None:
