@@ -54,6 +54,7 @@ def test_a_sweep_prints_a_line_per_run_a_table_and_a_command_that_runs(clpet, wo
     assert f"failed: {reason}" in shown.out
 
 
+@pytest.mark.slow
 def test_twelve_runs_print_at_most_sixty_lines(clpet, words: Path) -> None:
     """All of them warn: the model has random weights."""
     result = clpet(

@@ -219,6 +219,7 @@ PUBLISHED: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # composes 88 overlays
 def test_overlays_of_other_papers() -> None:
     """Each overlay's parts fit together, and it sets what its paper publishes."""
     found = {name: differences(name, PUBLISHED.get(name, {})) for name in OVERLAYS if not name.startswith("conpet/")}

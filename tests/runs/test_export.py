@@ -42,7 +42,7 @@ def test_a_merged_export_loads_without_clpet(clpet, run: Path, make) -> None:
         assert len(json.loads(head.metadata()["labels"])) == head.get_tensor("weight").shape[0] == 8
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize("model", ["tiny_llama", pytest.param("tiny_gpt2", marks=pytest.mark.slow)])
 def test_o_lora_branches_are_merged_into_the_weights(model: str, clpet, prose: Path) -> None:
     """The merged model has the perplexities of the run, for Linear (Llama) and transposed Conv1D (GPT-2) weights."""
     args = domain_args(prose, f"model={model}", "method=o_lora", "peft=lora")

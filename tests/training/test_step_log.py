@@ -96,7 +96,10 @@ def recorded(root: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-@pytest.mark.parametrize("stop", [5, 12, 30])  # inside an epoch, at the last step of a fit, in a selector's fit
+# Inside an epoch, at the last step of a fit, in the fit of a selector.
+@pytest.mark.parametrize(
+    "stop", [pytest.param(5, marks=pytest.mark.slow), 12, pytest.param(30, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_has_every_step_once(
     words: Path, clpet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
