@@ -102,6 +102,7 @@ def settings(data: str, row: str, replay: str) -> dict[str, object]:
     return expected
 
 
+@pytest.mark.slow  # composes 45 overlays
 def test_settings_of_the_published_rows() -> None:
     rows = [(data, row, replay) for data in SETTINGS for row, replay in zip(ROWS, REPLAY, strict=True)]
     found = {f"conpet/{row[0]}_{row[1]}": differences(f"conpet/{row[0]}_{row[1]}", settings(*row)) for row in rows}

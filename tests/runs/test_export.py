@@ -56,7 +56,13 @@ def test_o_lora_branches_are_merged_into_the_weights(model: str, clpet, prose: P
 
 
 @pytest.mark.parametrize(
-    ("method", "peft_option"), [("osf", "osf"), ("sequential", "ia3"), ("sequential", "prompt"), ("l2p", "frozen")]
+    ("method", "peft_option"),
+    [
+        ("osf", "osf"),
+        ("sequential", "prompt"),
+        pytest.param("sequential", "ia3", marks=pytest.mark.slow),
+        pytest.param("l2p", "frozen", marks=pytest.mark.slow),
+    ],
 )
 def test_merging_works_exactly_where_weights_change(
     method: str, peft_option: str, clpet, prose: Path, words: Path

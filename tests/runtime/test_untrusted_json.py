@@ -18,7 +18,7 @@ from clpet.runs.run_record import check_config
 from clpet.runtime.untrusted_json import read_json
 from tests.conftest import domain_args, run_cli, tiny_args
 
-SLOW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+SLOW = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8),
     st.sampled_from(["../../x", "/etc/passwd", "\x1b[2J", "\ud800", "${oc.env:HOME}", "os.system", "higher", "lower"]),

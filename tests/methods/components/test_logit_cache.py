@@ -66,6 +66,7 @@ def test_a_repeated_run_computes_nothing_again_and_ends_alike(words: Path, clpet
     assert not list(tmp_path.glob("none/.cache"))
 
 
+@pytest.mark.slow
 def test_what_another_run_has_filled_in_does_not_change_a_run(words: Path, clpet, tmp_path: Path, computed) -> None:
     """A run with K = 4 fills the cache of the first module too, which it computes in other blocks."""
     args = ["train", *tiny_args(words), *TOP_2]
