@@ -94,7 +94,8 @@ class TrainCommand:
         parse_config(cfg)  # reports a wrong value before the import of torch takes seconds
         if self.parallel.takes(cfg, hydra, varied):
             return None
-        if not self.screen:
+        is_main = os.environ.get("SLURM_PROCID", "0") == "0"  # of the tasks of a SLURM step, which are ranks of one run
+        if not self.screen and is_main:
             what = f"{cfg.method.name} on {cfg.benchmark.name} with {cfg.model.name}, seed {cfg.seed}"
             print(f"starting {inline(what)}", flush=True)  # the imports take seconds
         from clpet.cli.launch import launch

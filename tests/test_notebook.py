@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "first.ipynb"
+NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebooks" / "first.ipynb"
 
 
 def test_every_cell_shows_its_output() -> None:
