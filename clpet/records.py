@@ -296,26 +296,6 @@ class Checkpoint(IdentifiedMeasurements, total=False):
 FAILURE = "failed.json"  # {"error": message}: present if the last attempt of an unfinished run ended with an error
 
 
-class StepLine(TypedDict):
-    """A line of steps.jsonl: of an optimiser step, or with `validation` of a validation after an epoch.
-
-    Numbers that were not finite are None. Rates are means since the line before.
-    """
-
-    step: int  # optimiser steps of the run so far
-    task: int  # position in the curriculum, from 1
-    task_name: str
-    stage: str  # name of the fit in a task; "" in a method with a single fit
-    epoch: int  # from 1
-    loss: NotRequired[float | None]  # of this step's batch
-    lr: NotRequired[float]
-    grad_norm: NotRequired[float | None]  # before clipping
-    examples_per_s: NotRequired[float]
-    tokens_per_s: NotRequired[float]  # without padding
-    memory_gb: NotRequired[float]  # peak of the task on a GPU, of the process on a CPU; in 2**30 bytes
-    validation: NotRequired[float]  # the score that train.select=best maximises
-
-
 class ProgressScore(TypedDict):
     """The score of one task in a line of metrics.jsonl."""
 

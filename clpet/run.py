@@ -114,14 +114,16 @@ class Experiment:
     identity: dict[str, str] = field(init=False)
     tracker: Tracker = field(init=False)
 
-    def run(self, console: Console) -> TransferMatrix:
-        """Learns all tasks, or those that an interrupted run has left, and writes and prints the results."""
+    def __post_init__(self) -> None:
         self.identity = self.identify()
-        self.announce_work()
-        checkpoint = self.start()
         config = cast(dict[str, Json], OmegaConf.to_container(self.cfg, resolve=True))
         tracking = cast(Tracking, self.session.components.tracking)
         self.tracker = Tracker(tracking, self.out, self.display, config, self.identity)
+
+    def run(self, console: Console) -> TransferMatrix:
+        """Learns all tasks, or those that an interrupted run has left, and writes and prints the results."""
+        self.announce_work()
+        checkpoint = self.start()
         with self.tracker:
             if get_world().is_main:
                 self.session.trainer.step_log.subscribe(self.tracker.log_steps)

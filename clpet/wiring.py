@@ -168,12 +168,7 @@ class Session:
 
         The trainer reports to `progress`, and writes a checkpoint when `shutdown` has caught a signal.
         """
-        config, method, replay, hardware = (
-            components.config,
-            components.method,
-            components.replay,
-            components.hardware,
-        )
+        config, method, replay = components.config, components.method, components.replay
         with get_world().main_first():  # the other ranks then find the tokenised text in the cache
             objective = components.load_objective(benchmark)
             data = objective.encode()
@@ -182,7 +177,9 @@ class Session:
         replay.setup(data, config.seed, config.train.global_batch_size)  # before the method, which reads it
         method.setup(objective, objective.benchmark, data, replay, config.seed)
         checkpointer = FitCheckpointer(method, config.train.save_minutes, shutdown)
-        trainer = Trainer(config.train, hardware, objective, progress, config.seed, checkpointer, config.dry_run)
+        trainer = Trainer(
+            config.train, components.hardware, objective, progress, config.seed, checkpointer, config.dry_run
+        )
         return cls(components, objective.benchmark, data, trainer)
 
     @property

@@ -5,7 +5,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from clpet.api.guest import guest
 from clpet.api.model import TextModel
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from clpet.api.words import Value
     from clpet.data.benchmark import Task
     from clpet.metrics.transfer_matrix import TransferMatrix
-    from clpet.records import Json
     from clpet.run import Experiment
     from clpet.training.trainer import Trainer
 
@@ -148,19 +147,10 @@ class Session(TextModel):
         return Run(out)
 
     def _experiment_in(self, folder: Path) -> "Experiment":
-        """The experiment that measures this session and writes to a folder, without wandb."""
-        from omegaconf import OmegaConf
-
+        """The experiment that measures this session and writes to a folder; its tracker is not entered: no wandb."""
         from clpet.run import Experiment
-        from clpet.runs.tracking import Tracker
-        from clpet.runs.tracking_options import Tracking
 
-        experiment = Experiment(self._cfg, self._words, self.wired, folder, self._display)
-        experiment.identity = experiment.identify()
-        config = cast("dict[str, Json]", OmegaConf.to_container(self._cfg, resolve=True))
-        tracking = cast(Tracking, self.wired.components.tracking)
-        experiment.tracker = Tracker(tracking, folder, self._display, config, experiment.identity)
-        return experiment
+        return Experiment(self._cfg, self._words, self.wired, folder, self._display)
 
 
 def session(*words: str, quiet: bool = False, config_dir: str | Path | None = None, **options: "Value") -> Session:

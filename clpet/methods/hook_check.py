@@ -14,7 +14,7 @@ def check_hooks(cls: type, base: type) -> None:
     """Raises ConfigError for a function of `cls` whose name resembles one of `base`, or that takes no context."""
     if "objectives" in vars(cls):
         raise ConfigError(
-            f"{cls.__module__}.{cls.__name__}.objectives is no longer read: say what the method needs with "
+            f"{cls.__module__}.{cls.__name__}.objectives has no effect: declare what the method needs with "
             "needs_labels, needs_plain_text, supports_plain_text or needs_logits (clpet/methods/base.py)"
         )
     hooks = [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]

@@ -4,7 +4,7 @@ from clpet.records import Json
 from clpet.reporting.plots.perplexity import by_distance
 from clpet.reporting.run_groups import Row, Section
 from clpet.reporting.run_metrics import MeanStd, matrix_of, mean_and_std, pretraining_metrics
-from clpet.reporting.thinned_losses import mean_losses
+from clpet.reporting.step_lines import mean_losses
 
 Point = dict[str, Json]
 

@@ -1,6 +1,6 @@
 """Groups finished runs for comparison: sections of comparable runs, and rows of runs that differ only in their seed."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -102,7 +102,7 @@ def options_of(path: Path, run: Results) -> dict[str, str]:
     """{dotted key: value} of a run's configuration; automatic options have the values they were resolved to."""
     record = read_json(path / "run.json")
     translate_keys(record.get("config"))
-    options = flatten(record.get("config"))
+    options = flatten(record.get("config"), str)
     options |= {key: str(run.get(key)) for key in NAME_KEYS} | {"objective": objective_name(run)}
     options |= {f"inputs.{name}": value for name, value in run.get("inputs", {}).items() if name != "data"}
     options |= {key: str(value) for key, value in run.get("resolved", {}).items()}
@@ -111,11 +111,11 @@ def options_of(path: Path, run: Results) -> dict[str, str]:
     return {**options, TASK_GIVEN: str(run["task_id_at_test"]), SPLIT: split_of(run)}
 
 
-def flatten(node: Json, prefix: str = "") -> dict[str, str]:
-    """{dotted key: value} of a nested configuration."""
-    if not isinstance(node, dict):
-        return {prefix: str(node)}
-    children = (flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items())
+def flatten(node: Json, leaf: Callable[[Json], T], prefix: str = "") -> dict[str, T]:
+    """{dotted key: `leaf` of the value} of a nested configuration."""
+    if not isinstance(node, Mapping):
+        return {prefix: leaf(node)}
+    children = (flatten(value, leaf, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items())
     return {key: value for child in children for key, value in child.items()}
 
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from clpet.records import Json, ProgressLine, StepLine
+from clpet.records import Json, ProgressLine
+from clpet.reporting.step_lines import STEP_LOG, StepLine
 from clpet.runtime.atomic_io import write_text
 from clpet.runtime.json_lines import parse_line, parse_lines
 from clpet.runtime.run_checkpoint import RunState
 
-METRICS, STEPS = "metrics.jsonl", "steps.jsonl"
+METRICS = "metrics.jsonl"
 
 
 def append(path: Path, lines: Sequence[Mapping[str, Json] | StepLine]) -> None:
@@ -38,7 +39,7 @@ def drop_repeated(out: Path, state: RunState | None) -> None:
         limit = steps - 1 if "validation" in step_line and not validated else steps
         return step_line["step"] <= limit
 
-    _filter(out / STEPS, is_before)
+    _filter(out / STEP_LOG, is_before)
 
 
 def _filter(path: Path, remains: Callable[[Json], bool]) -> None:

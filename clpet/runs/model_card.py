@@ -91,18 +91,20 @@ def _scores(run: "LoadedRun") -> str:
 def _use(run: "LoadedRun", loader: str, peft_adapters: list[str], pipeline: bool) -> str:
     """Code that loads the weights; with `pipeline` also code that answers a text."""
     backbone, classifies = run.record.components.backbone, run.method.objective.traits.has_labels
-    lines = ["import torch", *(["import json", "from safetensors import safe_open"] if classifies else [])]
-    lines += [f"from transformers import AutoTokenizer, {loader}", "", 'folder = "."']
+    imports = ["import json", "import torch"] if classifies else ["import torch"]
+    imports += ["from safetensors import safe_open"] if classifies else []
+    imports += ["from peft import PeftModel"] if peft_adapters else []
+    lines = [*imports, f"from transformers import AutoTokenizer, {loader}", "", 'folder = "."']
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)", *_load(backbone, loader, peft_adapters)]
     if pipeline:
-        lines += _answers(run, loader)
+        lines += _answers(run)
         note = ""
     else:
         note = (
             "\n\nTo answer texts with these parts together takes clpet and the run's directory:\n\n"
             '    import clpet\n    clpet.load("RUN").predict(["a text"])'
         )
-    return "\n".join(["```python", *sorted(lines[:3], key=len), *lines[3:], "```"]) + note
+    return "\n".join(["```python", *lines, "```"]) + note
 
 
 def _load(backbone: Backbone, loader: str, peft_adapters: list[str]) -> list[str]:
@@ -111,14 +113,12 @@ def _load(backbone: Backbone, loader: str, peft_adapters: list[str]) -> list[str
     base = backbone.hub or backbone.path or backbone.package
     name = peft_adapters[0]
     return [
-        "from peft import PeftModel",
-        "",
         f"base = {loader}.from_pretrained({base!r})",
         f'model = PeftModel.from_pretrained(base, f"{{folder}}/adapters/{name}").eval()',
     ]
 
 
-def _answers(run: "LoadedRun", loader: str) -> list[str]:
+def _answers(run: "LoadedRun") -> list[str]:
     """Code that answers texts, from the tokens to the label, the answer or the perplexity."""
     benchmark, objective = run.benchmark, run.method.objective
     causal = objective.backbone.architecture is Architecture.decoder

@@ -17,6 +17,7 @@ from typing import Protocol, cast
 from clpet.errors import ConfigError
 from clpet.escape import spreadsheet
 from clpet.records import Json
+from clpet.reporting.run_groups import flatten
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +96,9 @@ class OtherTracker:
 
     def start(self, config: Mapping[str, Json]) -> None:
         """Opens the tracker and stores the options of the run."""
+        options = flatten(config, _number_or_text)
         self._safely("start", self.destination.start)
-        self._safely("store the options", lambda: self.destination.store_init_configuration(flat(config)))
+        self._safely("store the options", lambda: self.destination.store_init_configuration(options))
 
     def log(self, scalars: Scalars, step: int) -> None:
         """Stores numbers at a step; their names lose the characters that MLflow refuses."""
@@ -199,12 +201,6 @@ def _mlflow_tracker(out: Path, project: str, run_name: str) -> Destination:
     return cast(Destination, Resumable(project, run_id=run_id, run_name=run_name))
 
 
-def flat(config: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
-    """{dotted key: number or text} of nested options."""
-    result: dict[str, Json] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
-    return result
+def _number_or_text(value: Json) -> Json:
+    """A value of an option as trackers store it: lists and null as JSON."""
+    return value if isinstance(value, bool | int | float | str) else json.dumps(value)

@@ -8,9 +8,9 @@ from typing import cast
 from clpet.escape import inline
 from clpet.evaluation.evaluator import Evaluation
 from clpet.metrics.transfer_matrix import on_split
-from clpet.records import Json, ProgressLine, Results, StepLine
-from clpet.reporting.plots.loss import read_steps
+from clpet.records import Json, ProgressLine, Results
 from clpet.reporting.progress import Display
+from clpet.reporting.step_lines import STEP_LOG, StepLine, read_steps
 from clpet.reporting.tables import matrix_table, summary_line
 from clpet.runs import line_files, provenance
 from clpet.runs.trackers import OtherTracker, Scalars, TrackerName, open_tracker
@@ -72,12 +72,12 @@ class Tracker:
         """Passes the lines of the run so far to a tracker with an empty file."""
         for line in line_files.read(self.out / line_files.METRICS):
             tracker.log(self._row_scalars(cast(ProgressLine, line)), cast(ProgressLine, line)["row"])
-        for step_line in read_steps(self.out / line_files.STEPS):
+        for step_line in read_steps(self.out):
             tracker.log(step_scalars(step_line), step_line["step"])
 
     def log_steps(self, lines: Sequence[StepLine]) -> None:
         """Reports lines of the step log: to steps.jsonl, and as scalars over the axis `step` to the trackers."""
-        line_files.append(self.out / line_files.STEPS, lines)
+        line_files.append(self.out / STEP_LOG, lines)
         if self.wandb:
             self.wandb.log([{"step": line["step"], **step_scalars(line)} for line in lines])
         for tracker in self.others:

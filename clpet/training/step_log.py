@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clpet.objectives.cost_meter import peak_memory_mb
-from clpet.records import StepLine
+from clpet.reporting.step_lines import StepLine
 from clpet.training.step import StepContext
 
 Write = Callable[[Sequence[StepLine]], None]

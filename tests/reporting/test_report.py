@@ -21,7 +21,7 @@ from clpet.reporting.report.page import build_report, script_json
 from clpet.reporting.report.tables import training_flops
 from clpet.reporting.run_groups import make_sections
 from clpet.reporting.run_metrics import MeanStd
-from clpet.reporting.thinned_losses import MAX_POINTS, mean_losses
+from clpet.reporting.step_lines import MAX_POINTS, mean_losses
 from clpet.runtime.untrusted_json import find_runs, read_results
 from tests.reporting.test_comparison import COST, write_run
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from clpet.reporting.progress import Display
+from clpet.reporting.run_groups import flatten
 from clpet.runs import trackers
-from clpet.runs.trackers import OtherTracker, TrackerName, Worker, check_installed, flat
+from clpet.runs.trackers import OtherTracker, TrackerName, Worker, check_installed
 from clpet.runtime.signals import EXIT_TEMPFAIL
 from tests.conftest import tiny_args
 
@@ -157,4 +158,4 @@ def test_a_call_that_never_ends_is_left_behind() -> None:
 
 def test_options_are_flattened() -> None:
     config = {"a": {"b": 1, "c": {"d": [1, "x"]}}, "e": None, "f": True}
-    assert flat(config) == {"a.b": 1, "a.c.d": '[1, "x"]', "e": "null", "f": True}
+    assert flatten(config, trackers._number_or_text) == {"a.b": 1, "a.c.d": '[1, "x"]', "e": "null", "f": True}

@@ -116,5 +116,5 @@ def test_a_hook_of_an_old_signature_is_refused() -> None:
 
 def test_a_list_of_objectives_is_refused() -> None:
     """The attribute of earlier versions would be ignored without a word."""
-    with pytest.raises(ConfigError, match=r"Mine\.objectives is no longer read: say what the method needs"):
+    with pytest.raises(ConfigError, match=r"Mine\.objectives has no effect: declare what the method needs"):
         type("Mine", (Method,), {"objectives": ("classification",)})

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from clpet.reporting.plots.loss import loss_curve, read_steps
+from clpet.reporting.plots.loss import loss_curve
 from clpet.reporting.progress import Display
+from clpet.reporting.step_lines import read_steps
 from clpet.runtime.signals import EXIT_TEMPFAIL
 from clpet.training import step_log
 from clpet.training.step import StepContext
@@ -139,6 +140,6 @@ def test_the_picture_has_a_curve_per_stage_and_validation_points(tmp_path: Path)
     ]
     file = tmp_path / "steps.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5')
-    assert read_steps(file) == lines
-    assert read_steps(tmp_path / "absent.jsonl") == []
+    assert read_steps(tmp_path) == lines
+    assert read_steps(tmp_path / "absent") == []
     assert loss_curve(lines, tmp_path / "loss.png", "title").read_bytes().startswith(b"\x89PNG")

@@ -3,24 +3,15 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from clpet.records import StepLine
 from clpet.reporting.plots.canvas import new_figure, save, short
-from clpet.runtime.json_lines import parse_lines
+from clpet.reporting.step_lines import StepLine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_NAMED = 12  # most tasks whose names fit above the curve
-
-
-def read_steps(path: Path) -> list[StepLine]:
-    """The lines of a steps.jsonl in order; none if there is no file. Invalid lines are left out."""
-    if not path.is_file():
-        return []
-    values = [value for _, value in parse_lines(path.read_text("utf-8"))]
-    return [cast(StepLine, value) for value in values if isinstance(value, dict) and "step" in value]
 
 
 def loss_curve(lines: Sequence[StepLine], path: Path, title: str) -> Path:

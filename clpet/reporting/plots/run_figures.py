@@ -5,9 +5,10 @@ from pathlib import Path
 from clpet.metrics.perplexity_transfer import figures
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import OrderRecord
-from clpet.reporting.plots.loss import loss_curve, read_steps
+from clpet.reporting.plots.loss import loss_curve
 from clpet.reporting.plots.perplexity import by_position, order_heatmap, perplexity_heatmap, transfer_curves
 from clpet.reporting.plots.transfer_matrix import accuracy_curves, transfer_heatmap
+from clpet.reporting.step_lines import read_steps
 
 
 def draw(out: Path, matrix: TransferMatrix, title: str, order: OrderRecord | None = None) -> list[Path]:
@@ -15,7 +16,7 @@ def draw(out: Path, matrix: TransferMatrix, title: str, order: OrderRecord | Non
 
     `order` is the record of the task order; order.png is drawn where it holds the similarities of the domains.
     """
-    steps = read_steps(out / "steps.jsonl")
+    steps = read_steps(out)
     paths = [loss_curve(steps, out / "loss.png", title)] if steps else []
     if matrix.direction == "higher":
         return [
