@@ -10,7 +10,7 @@ from rich.console import Console
 
 from clpet import base_model
 from clpet.config.build import build
-from clpet.config.schema import Config, Select, Split
+from clpet.config.schema import ClassWeights, Config, Select, Split
 from clpet.config.seeding import derive
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
@@ -72,9 +72,20 @@ class Components:
     def _check(self) -> None:
         self.method.check(self.objective, self.replay.name, self.peft.name)
         self.objective.check(self.backbone, self.peft, self.config.evaluation)
+        if self.config.train.class_weights is not ClassWeights.none:
+            self._check_class_weights()
         self.hardware.check(self.peft, self.method)
         check_optimizer(self.config.train, self.hardware.torch_device)
         self.replay.check(self.config.train.global_batch_size, self.objective.traits)
+
+    def _check_class_weights(self) -> None:
+        if not self.objective.traits.has_labels:
+            raise ConfigError(f"train.class_weights is for labels, which objective={self.objective.name} does not have")
+        if not self.method.has_cross_entropy:
+            raise ConfigError(
+                "train.class_weights weights the terms of a cross-entropy, which "
+                f"method={self.method.name} does not have"
+            )
 
     def settle(self, benchmark: Benchmark, length_set: bool = False) -> Benchmark:
         """A copy of the benchmark as this method learns it: its softmax, and the positions that prompts occupy.
@@ -125,9 +136,9 @@ class Components:
             enable_recomputation(model, adapters.drops)
         if backbone.dropout == "own" and not adapters.dropout():
             log.warning("model.dropout=own, but all dropout rates in the config of %s are 0", backbone.name)
-        seed, evaluation, cache = derive(config.seed, "head"), config.evaluation, config.cache_dir
+        seed, settings = derive(config.seed, "head"), (config.evaluation, config.cache_dir, config.train.class_weights)
         objective = replace(self.objective)  # these components may become several sessions
-        return objective.setup(benchmark, backbone, adapters, tokenizer, seed, hardware, evaluation, cache)
+        return objective.setup(benchmark, backbone, adapters, tokenizer, seed, hardware, *settings)
 
     @property
     def sharded(self) -> bool:

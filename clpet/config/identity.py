@@ -21,7 +21,7 @@ NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fre
 # Options that did not exist when run directories got their names, and the defaults under which they count as absent:
 # the command of an older run resumes that run.
 ADDED_OPTIONS: dict[str, dict[str, Json]] = {
-    "train": {"optimizer": "adamw", "momentum": None},
+    "train": {"optimizer": "adamw", "momentum": None, "class_weights": "none"},
     "evaluation": {"metrics": ["accuracy"]},
 }
 

@@ -63,6 +63,13 @@ class Select(Enum):
     best = "best"
 
 
+class ClassWeights(Enum):
+    """Weights of the labels in the loss of a classifier."""
+
+    none = "none"
+    balanced = "balanced"
+
+
 class Matrix(Enum):
     """Cells of the transfer matrix that are measured."""
 
@@ -99,6 +106,7 @@ class Training:
     clip: float = 0.0
     on_nan: OnNan = OnNan.stop
     select: Select = Select.last
+    class_weights: ClassWeights = ClassWeights.none
     save_minutes: float = 10.0
     snapshot_every: int = 0
     log_every: int = 10

@@ -43,6 +43,7 @@ class Method(Generic[ObjectiveType]):
     needs_plain_text: ClassVar[bool] = False  # learns plain text only
     supports_plain_text: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False  # works with the logits of a cross-entropy loss
+    has_cross_entropy: ClassVar[bool] = True  # labels are learned by a cross-entropy, which class weights may weight
     changes_backbone: ClassVar[bool] = False  # merges what it has learned into the backbone
     uses_replay: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False  # has an adapter per task, so peft=none is refused

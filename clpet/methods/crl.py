@@ -47,6 +47,7 @@ class CRL(Method[Classification]):
     clip: float = 10.0
 
     needs_labels: ClassVar[bool] = True
+    has_cross_entropy: ClassVar[bool] = False
     uses_replay: ClassVar[bool] = True
     uses_validation: ClassVar[bool] = False
     saved: ClassVar[tuple[str, ...]] = ("projection=crl.projection",)

@@ -15,7 +15,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clpet.config.schema import require
@@ -198,7 +197,8 @@ class DynamicConPET(Modular):
         batch = context.batch
         if self.top_k == 1 or len(self.modules) == 1:
             return super().loss(context)
-        return F.cross_entropy(self.union_logits(batch, self.training_set(batch.rows)), batch.labels)
+        logits = self.union_logits(batch, self.training_set(batch.rows))
+        return self.objective.mean_cross_entropy(logits, batch.labels, batch)
 
     def union_logits(self, batch: Batch, selected: np.ndarray) -> Tensor:
         """[batch, all labels]: logits for train rows that all selected the newest module, the only one with a gradient.

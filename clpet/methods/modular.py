@@ -51,7 +51,7 @@ class Modular(Method[Classification]):
     def loss(self, context: StepContext) -> Tensor:
         """Cross-entropy over the labels of the current task."""
         batch = context.batch
-        return F.cross_entropy(self.logits(batch), self.modules[-1].columns(batch.labels))
+        return self.objective.mean_cross_entropy(self.logits(batch), self.modules[-1].columns(batch.labels), batch)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         name = module_name(len(self.modules) - 1)

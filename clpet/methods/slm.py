@@ -191,7 +191,7 @@ class SLM(Method):
         with self.stack.selected_branches(mixture.branches(self.sizes.keys)):
             if self.task_heads is None:
                 return self.objective.loss(batch)
-            return self.task_heads.loss(self.task_heads.objective.features(batch), batch.labels)
+            return self.task_heads.loss(self.task_heads.objective.features(batch), batch)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The values and head rows of the current task."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.config.schema import EvaluationOptions
+from clpet.config.schema import ClassWeights, EvaluationOptions
 from clpet.data.batches import Batch, Encoded, EncodedDataset, encode_benchmark
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.traits import Traits
@@ -120,6 +120,7 @@ class Objective:
         hardware: Hardware,
         evaluation: EvaluationOptions,
         cache_dir: str | None = None,
+        class_weights: ClassWeights = ClassWeights.none,
     ) -> Self:
         """Gives it what it works with, after data and network are loaded; called once. Returns itself.
 
@@ -127,6 +128,7 @@ class Objective:
         """
         self.backbone, self.adapters, self.tokenizer = backbone, adapters, tokenizer
         self.seed, self.evaluation, self.cache_dir = seed, evaluation, cache_dir
+        self.class_weights = class_weights
         self.eval_batch_size = hardware.eval_batch_size
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
         self.dim = int(config_of(adapters.model).hidden_size)

@@ -1,5 +1,6 @@
 """Classification: a linear head on a representation of the text, with a row for each label seen so far."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.config.schema import LabelMetric
+from clpet.config.schema import ClassWeights, LabelMetric
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset, pad_id
 from clpet.data.benchmark import Benchmark, Example
@@ -100,6 +101,8 @@ class Classification(Objective):
         for index in range(len(benchmark)):
             mask[index, benchmark.task_labels(index)] = 0
         self.task_label_mask = mask.to(self.device)  # [tasks, labels]: minus infinity for labels of other tasks
+        balanced = self.class_weights is ClassWeights.balanced
+        self.label_weights = balanced_weights(benchmark).to(self.device) if balanced else None
 
     def encoder(self, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         needs_mask = representation(backbone, benchmark.template) is Representation.mask
@@ -156,7 +159,18 @@ class Classification(Objective):
         """Cross-entropy over the labels seen so far; with benchmark.softmax=task over those of each example's task."""
         if self.benchmark.per_task_softmax:
             logits = logits + self.task_label_mask[batch.tasks][:, self.head.labels]
-        return F.cross_entropy(logits, self.targets(batch))
+        return self.mean_cross_entropy(logits, self.targets(batch), batch)
+
+    def mean_cross_entropy(self, logits: Tensor, columns: Tensor, batch: Batch) -> Tensor:
+        """Mean over the batch of the cross-entropy of [batch, columns] logits, each example times its label's weight.
+
+        Dividing by the number of examples, not by the sum of their weights, makes the gradient of an epoch independent
+        of which examples share a batch.
+        """
+        if self.label_weights is None:
+            return F.cross_entropy(logits, columns)
+        weights = self.label_weights[batch.tasks, batch.labels]
+        return (weights * F.cross_entropy(logits, columns, reduction="none")).mean()
 
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         return Predictions(self.head.scatter(self.features(batch)))
@@ -202,6 +216,16 @@ class Classification(Objective):
     def load(self, state: ObjectiveState) -> None:
         super().load(state)
         self.head.load(state["head"])
+
+
+def balanced_weights(benchmark: Benchmark) -> Tensor:
+    """[tasks, labels]: n / (k n_label), from the labels of each task's n training examples; their mean weight is 1."""
+    weights = torch.zeros(len(benchmark), len(benchmark.labels))
+    for index, task in enumerate(benchmark.tasks):
+        counts = Counter(benchmark.label_ids[str(example.target)] for example in task.train)
+        for label, count in counts.items():
+            weights[index, label] = len(task.train) / (len(counts) * count)
+    return weights
 
 
 def _best(scores: Tensor) -> Tensor:

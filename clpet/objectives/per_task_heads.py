@@ -1,9 +1,9 @@
 """One classification head per task, with the rows that the task added; the heads of earlier tasks are frozen."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clpet.data.batches import Batch
 from clpet.objectives.base import HeadState
 from clpet.objectives.classification import Classification, Head
 
@@ -34,10 +34,10 @@ class TaskHeads:
         target[[rows[column] for column in columns]] = torch.arange(len(columns))
         self.columns, self.target = (x.to(self.objective.device) for x in (torch.tensor(columns), target))
 
-    def loss(self, h: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of representations [batch, dim]."""
+    def loss(self, h: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a batch with representations `h` [batch, dim]."""
         logits = torch.cat([head(h) for head in self.competing], dim=1)
-        return F.cross_entropy(logits[:, self.columns], self.target[labels])
+        return self.objective.mean_cross_entropy(logits[:, self.columns], self.target[batch.labels], batch)
 
     def scores(self, h: Tensor, tasks: Tensor | None) -> Tensor:
         """[batch, all labels]; labels that no head has are scored by their initial rows.

@@ -18,6 +18,7 @@ from clpet.methods.dynamic_conpet import DynamicConPET
 from clpet.methods.ea_emr import EAEMR
 from clpet.methods.ewc import EWC, Fisher, Merge
 from clpet.methods.lwf import distillation
+from clpet.objectives.classification import Classification
 from clpet.replay.batch_plan import split_batch, steps_and_val_batches
 from clpet.replay.exemplar_selection import kmeans_nearest, split_train_val
 from clpet.runtime.distributed import rows_of_rank
@@ -197,6 +198,8 @@ def test_module_stage_of_dynamic_conpet(k: int) -> None:
     pool = EncodedDataset([[1]] * 4, [0, 3, 4, 5], [0, 1, 2, 2], 0)
     newest = MODULES[2].clone().requires_grad_()
     method = DynamicConPET(top_k=k)
+    method.objective = Classification()
+    method.objective.label_weights = None
     method.data = SimpleNamespace(train=pool)
     method.benchmark = SimpleNamespace(labels=range(6), seen_labels=lambda tasks: list(range(2 * tasks)))
     method.modules = [head(2 * index, 2 * index + 1) for index in range(3)]
