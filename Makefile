@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Behind a slow or closed network, PIP_FLAGS="--no-index --find-links DIR" installs from local files.
 PIP_FLAGS ?=
 
-.PHONY: demo test bits check slow clean
+.PHONY: demo test bits check docs slow clean
 
 demo: $(VENV)/.installed
 	$(BIN)/clpet train
@@ -21,6 +21,10 @@ bits: $(VENV)/.installed
 check: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
+# The site, in site/: warnings and broken links are errors.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow and not gpu and not network"
 
@@ -30,4 +34,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "clpet").rglob("*.py"))
-TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "conf").rglob("*.yaml"), *MODULES]
+TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "conf").rglob("*.yaml"), *MODULES]
 
 # Vague words that say nothing about a value: a variable has the name of what it holds.
 VAGUE = "found place places own part known held kept wanted asked told said there here again made whole alone"

@@ -1,0 +1,268 @@
+"""Hooks of mkdocs for `make docs`: the pages, and parts of pages, that are made from the code and the YAMLs.
+
+A line `<!-- made: NAME -->` in a page of docs/ is replaced by the output of a function (`PARTS`); `WHOLE_PAGES` has the
+pages that are made in full, and `ROOT_PAGES` those that stand outside docs/.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from clpet.cli.options import first_comment, options
+from clpet.config.build import build, parse_config
+from clpet.config.compose import CONFIG_GROUPS, compose_config, conf_dir
+from clpet.config.schema import Config
+from clpet.errors import ConfigError
+from clpet.methods.base import Method
+
+ROOT = Path(__file__).parents[1]
+OBJECTIVES = {"C": "classification", "T": "text_to_text", "L": "language_modeling", "P": "preference"}
+ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
+LINKS = {**ROOT_PAGES, "README.md": "index.md"}
+MARK = re.compile(r"^<!-- made: (\w+) -->$", re.MULTILINE)
+KEY = re.compile(r"^(\s*)([\w./@-]+):(?:\s+|$)(.*)$")
+CODE_AND_COMMENT = re.compile(r"""((?:[^#'"]|'[^']*'|"[^"]*"|(?<=\S)#)*?)(?:(?:^|(?<=\s))#\s?(.*))?$""")
+
+
+class Entry(NamedTuple):
+    """An option of a YAML: its key with dots, its default value and its comment."""
+
+    key: str
+    default: str
+    comment: str
+
+
+def entries(path: Path) -> list[Entry]:
+    """The commented options of a YAML, without `name` and what only Hydra and `build` read."""
+    read: list[Entry] = []
+    parents: list[tuple[int, str]] = []  # (indentation, key) of the mappings around the line
+    for line in path.read_text().splitlines():
+        match = CODE_AND_COMMENT.fullmatch(line)
+        code, comment = (match[1].rstrip(), match[2] or "") if match else (line, "")
+        key_value = KEY.fullmatch(code)
+        if key_value:
+            depth, key = len(key_value[1]), key_value[2]
+            parents = [*((indent, name) for indent, name in parents if indent < depth), (depth, key)]
+            read.append(Entry(".".join(name for _, name in parents), key_value[3], comment))
+        elif comment and not code and read and line.startswith(" "):  # continues the comment of the line above
+            read[-1] = read[-1]._replace(comment=f"{read[-1].comment} {comment}")
+    return [entry for entry in read if entry.comment and _is_option(entry.key)]
+
+
+def _is_option(key: str) -> bool:
+    return (
+        key != "name" and not key.endswith(".name") and key.partition(".")[0] not in ("defaults", "_target_", "hydra")
+    )
+
+
+def cell(text: str) -> str:
+    """A text as a cell of a table, without meaning to Markdown."""
+    return re.sub(r"([|*_\[`])", r"\\\1", text).replace("<", "&lt;")
+
+
+def code(text: str) -> str:
+    """A text as code in a cell; a long one is cut."""
+    shown = text if len(text) <= 40 else f"{text[:37]}..."
+    return f"`{shown}`".replace("|", r"\|") if shown else ""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def option_table(options_of: Sequence[Entry], prefix: str = "") -> str:
+    """Keys, defaults and meanings."""
+    rows = [(code(prefix + key), code(default), cell(comment)) for key, default, comment in options_of]
+    return table(("key", "default", "meaning"), rows)
+
+
+def configuration() -> str:
+    """The reference of all options, from the comments of the YAMLs."""
+    top = entries(conf_dir() / "train.yaml")
+    sections = list(dict.fromkeys(key.partition(".")[0] for key, _, _ in top if "." in key))
+    parts = [
+        "# Configuration",
+        "Made from the comments in `conf/`. Every key can be set on the command line and in Python; `clpet train --cfg "
+        "job` prints the whole configuration of a run, `clpet list GROUP NAME` the YAML of an option. The keys of a "
+        "group begin with its name: `clpet train method=ewc method.strength=1e3`.",
+        "## Top level",
+        option_table([entry for entry in top if "." not in entry.key]),
+    ]
+    for section in sections:
+        parts += [f"## {section}", option_table([entry for entry in top if entry.key.startswith(f"{section}.")])]
+    for group in CONFIG_GROUPS:
+        parts += [f"## {group}", *group_parts(group)]
+    return "\n\n".join(parts) + "\n"
+
+
+def group_parts(group: str) -> list[str]:
+    """The options of a config group, one line each, then the keys that they have."""
+    listed = options(group)
+    parts = [
+        table(("option", "what it is"), [(code(name), cell(first_comment(path))) for name, path in listed.items()])
+    ]
+    if group == "method":
+        return [*parts, "The keys of a method are on [its page](methods/index.md)."]
+    if group in ("experiment", "debug"):  # overlays, whose keys are those of the other groups
+        return parts
+    bases = {f"{path.stem} (shared)": path for path in sorted((conf_dir() / group / "base").glob("*.yaml"))}
+    seen: set[str] = set()
+    for name, path in {**bases, **listed}.items():
+        if "@package" in path.read_text().splitlines()[0]:  # a preset of keys of other groups
+            continue
+        new = [entry for entry in entries(path) if entry.key not in seen]
+        seen |= {entry.key for entry in new}
+        if new:
+            parts += [f"### {group}: {name}", cell(first_comment(path)), option_table(new, f"{group}.")]
+    return parts
+
+
+@cache
+def config(*words: str) -> Config:
+    """The configuration that the words compose."""
+    return parse_config(compose_config(list(words)))
+
+
+class Support(NamedTuple):
+    """What a method declares and what its checks accept."""
+
+    objectives: list[str]  # letters of OBJECTIVES
+    pefts: list[str]
+    replays: list[str]
+    method: Method
+    default_replay: str
+    default_peft: str
+
+
+@cache
+def support(name: str) -> Support:
+    """What `method=name` can be combined with, found by its own checks."""
+    method: Method = build(config(f"method={name}").method, "method")
+    objectives = {
+        letter: build(config(f"objective={key}").objective, "objective") for letter, key in OBJECTIVES.items()
+    }
+    supported = [letter for letter, objective in objectives.items() if not method.unmet(objective.traits)]
+    defaults = config(f"method={name}")
+    replay, peft = str(defaults.replay["name"]), str(defaults.peft["name"])
+
+    def accepts(replay: str, peft: str) -> bool:
+        memory = build(config(f"replay={replay}").replay, "replay")
+        for letter in supported:
+            try:
+                method.check(objectives[letter], replay, peft)
+                memory.check(16, objectives[letter].traits)
+            except ConfigError:
+                continue
+            return True
+        return False
+
+    pefts = [option for option in options("peft") if accepts(replay, option)]
+    replays = [option for option in options("replay") if accepts(option, peft)]
+    return Support(supported, pefts, replays, method, replay, peft)
+
+
+def some_of(names: Sequence[str], everything: Sequence[str]) -> str:
+    """A selection in words: the shorter of what is in it and what is not."""
+    left_out = [name for name in everything if name not in names]
+    if not left_out:
+        return "all"
+    if len(left_out) < len(names):
+        return "all but " + ", ".join(code(name) for name in left_out)
+    return ", ".join(code(name) for name in names)
+
+
+def replay_cell(row: Support) -> str:
+    """The memories that a method accepts, its default first."""
+    if row.replays == ["none"]:
+        return "-"
+    others = [name for name in row.replays if name != row.default_replay]
+    is_any = set(row.replays) >= set(options("replay")) - {"none"}
+    return ", ".join([f"**{code(row.default_replay)}**", *(["or any"] if is_any else map(code, others))])
+
+
+def task_id(method: Method) -> str:
+    """Whether the task of a test example must be given."""
+    return "optional" if "task_id_at_test" in vars(method) else "yes" if method.task_id_at_test else "no"
+
+
+def method_table() -> str:
+    """All methods with what they can be combined with."""
+    header = ("method", "objective", "peft", "replay", "task at test", "ranks", "shard", "recompute", "merge")
+    rows = []
+    for name in options("method"):
+        row = support(name)
+        frozen = any(not build(config(f"peft={peft}").peft, "peft").full for peft in row.pefts)
+        flags = (frozen, row.method.supports_recompute, row.method.mergeable)
+        marks = ["yes" if flag else "no" for flag in flags]
+        pefts = some_of(row.pefts, list(options("peft")))
+        named = (f"[{code(name)}]({name}.md)", " ".join(row.objectives), pefts, replay_cell(row), task_id(row.method))
+        rows.append((*named, "yes", *marks))
+    return table(header, rows)
+
+
+def method_part(name: str) -> str:
+    """The end of a method's page: what it can be combined with, its options and its figures."""
+    row = support(name)
+    path = options("method")[name]
+    keys = entries(path)
+    facts = [
+        ("objectives", ", ".join(code(OBJECTIVES[letter]) for letter in row.objectives)),
+        ("peft", f"{some_of(row.pefts, list(options('peft')))}; default {code(row.default_peft)}"),
+        ("replay", replay_cell(row)),
+        ("task given at test", task_id(row.method)),
+        ("`clpet export --merge`", "yes" if row.method.mergeable else "no"),
+        ("code", f"`{type(row.method).__module__.replace('.', '/')}.py`"),
+    ]
+    parts = [
+        "## Combinations and options",
+        table(("", "as declared in the code"), facts),
+        option_table(keys, "method.") if keys else "The method has no options of its own.",
+        "## Measured",
+        figures(name),
+    ]
+    return "\n\n".join(parts)
+
+
+def figures(name: str) -> str:
+    """The rows of the method in the table of python_stdlib in docs/results.md."""
+    section = (ROOT / "docs" / "results.md").read_text().split("\n## python_stdlib", 1)[1].split("\n## ", 1)[0]
+    lines = next(part for part in section.split("\n\n") if part.startswith("| method | average |")).splitlines()
+    rows = [line for line in lines[2:] if re.match(rf"\| {name}\b", line)]
+    if not rows:
+        return "Not measured on python_stdlib. [Results](../results.md) has what was measured."
+    where = "Benchmark python_stdlib, accuracy in % after the last task, two seeds, all defaults; the command is in"
+    return "\n".join([f"{where} [Results](../results.md).", "", *lines[:2], *rows])
+
+
+PARTS: dict[str, Callable[[str], str]] = {"method": method_part, "methods": lambda _: method_table()}
+WHOLE_PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration}
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Adds the pages that are not files of docs/."""
+    for name, source in ROOT_PAGES.items():
+        text = re.sub(r"\]\(docs/", "](", (ROOT / name).read_text())
+        files.append(File.generated(config, source, content=text))
+    for name, make in WHOLE_PAGES.items():
+        files.append(File.generated(config, name, content=make()))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fills in what is made, and points links to files outside docs/ to their pages."""
+    stem = Path(page.file.src_uri).stem
+    text = MARK.sub(lambda match: PARTS[match[1]](stem), markdown)
+    up = "../" * page.file.src_uri.count("/")
+    return re.sub(
+        r"\]\((?:\.\./)*(\w+\.md)(#[\w-]*)?\)",
+        lambda match: f"]({up}{LINKS[match[1]]}{match[2] or ''})" if match[1] in LINKS else match[0],
+        text,
+    )

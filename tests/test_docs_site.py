@@ -1,0 +1,95 @@
+"""The docs site: every page is in its navigation, every method has a page, and what is made from YAMLs is complete."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clpet.cli.options import options
+from clpet.config.compose import conf_dir
+from scripts.docs_site import (
+    MARK,
+    PARTS,
+    ROOT_PAGES,
+    WHOLE_PAGES,
+    cell,
+    configuration,
+    entries,
+    figures,
+    some_of,
+)
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def navigation(entry: object) -> list[str]:
+    """The pages of a part of `nav` in mkdocs.yml."""
+    if isinstance(entry, str):
+        return [entry]
+    values = entry.values() if isinstance(entry, dict) else entry
+    return [page for value in values for page in navigation(value)]
+
+
+def test_the_navigation_lists_every_page_once() -> None:
+    written = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
+    listed = navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(listed) == sorted([*written, *ROOT_PAGES.values(), *WHOLE_PAGES])
+
+
+def test_every_method_has_a_page_and_every_page_a_method() -> None:
+    pages = {path.stem: path.read_text() for path in (DOCS / "methods").glob("*.md") if path.stem != "index"}
+    assert sorted(pages) == sorted(options("method"))
+    for name, text in pages.items():
+        assert f"method={name}" in text
+        assert [
+            word for word in ("Stores:", "Assumes:", "Cost:", "Fails when:", "**Paper.**") if word not in text
+        ] == []
+        assert MARK.findall(text) == ["method"]
+
+
+def test_marks_in_pages_are_names_of_parts() -> None:
+    marks = {mark for path in DOCS.rglob("*.md") for mark in re.findall(r"<!-- made: (\S*) -->", path.read_text())}
+    assert marks <= PARTS.keys()
+
+
+def test_options_of_a_yaml_have_dotted_keys_defaults_and_whole_comments(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "# What it is. clpet train method=x\n_target_: a.B\nname: x   # name\nrate: 1.0   # weight of a term; null:\n"
+        "            # none\nword: 'a # b'   # quoted\nbare:\nstage:   # of keys\n  lr: 1e-3   # its rate\nlast: null   # end\n"
+    )
+    assert entries(path) == [
+        ("rate", "1.0", "weight of a term; null: none"),
+        ("word", "'a # b'", "quoted"),
+        ("stage", "", "of keys"),
+        ("stage.lr", "1e-3", "its rate"),
+        ("last", "null", "end"),
+    ]
+
+
+def test_the_reference_has_every_key_of_the_default_run() -> None:
+    page = configuration()
+    top = yaml.safe_load((conf_dir() / "train.yaml").read_text())
+    keys = [key for key in top if key not in ("defaults", "hydra", "train", "evaluation")]
+    keys += [f"{section}.{key}" for section in ("train", "evaluation") for key in top[section]]
+    assert [key for key in keys if f"| `{key}` |" not in page] == []
+    assert [name for name in options("replay") if f"| `{name}` |" not in page] == []
+
+
+def test_a_method_shows_its_rows_of_the_measured_table() -> None:
+    assert "| ewc | 44.78 ± 1.22 |" in figures("ewc")
+    assert "Not measured on python_stdlib" in figures("mocl")
+    assert len(re.findall(r"^\| dynamic_conpet", figures("dynamic_conpet"), re.M)) == 2  # and with prototypes
+
+
+def test_cells_mean_nothing_to_markdown() -> None:
+    assert cell("a | b_c <d>") == r"a \| b\_c &lt;d>"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [("abc", "all"), ("ab", "all but `c`"), ("a", "`a`")], ids=["all", "most", "few"]
+)
+def test_a_selection_is_written_as_the_shorter_of_it_and_the_rest(names: str, words: str) -> None:
+    assert some_of(list(names), list("abc")) == words
