@@ -24,7 +24,7 @@ def plan(words: list[str]) -> list[str]:
 
     Each line of the file has the overrides of one unfinished run, quoted for a shell.
     """
-    cfg, runs = _expand(words)
+    cfg, runs = expand(words)
     folders = [f"--config-dir={folder}" for folder in plugin_dirs()]
     lines = {
         directory: shlex.join([*folders, *overrides])
@@ -41,7 +41,7 @@ def plan(words: list[str]) -> list[str]:
     return [str(path), *sbatch_flags(cfg.hydra.launcher, len(lines))]
 
 
-def _expand(words: list[str]) -> "tuple[DictConfig, list[tuple[Path, list[str], bool]]]":
+def expand(words: list[str]) -> "tuple[DictConfig, list[tuple[Path, list[str], bool]]]":
     """The sweep's configuration, and (run directory, overrides, fresh) of each of its runs.
 
     Hydra's own sweeper expands the sweep, with a launcher that records the runs instead of launching them.
@@ -49,6 +49,7 @@ def _expand(words: list[str]) -> "tuple[DictConfig, list[tuple[Path, list[str], 
     from hydra._internal.callbacks import Callbacks
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
 
@@ -69,6 +70,7 @@ def _expand(words: list[str]) -> "tuple[DictConfig, list[tuple[Path, list[str], 
         run_cfg = hydra.config_loader.load_sweep_config(cfg, overrides)
         directory = Path(run_cfg.hydra.sweep.dir, run_cfg.hydra.sweep.subdir)
         runs.append((directory, overrides, bool(run_cfg.fresh)))
+    GlobalHydra.instance().clear()  # `clpet train` initialises Hydra again
     return cfg, runs
 
 

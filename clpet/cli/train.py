@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from clpet.cli.parallel_runs import ParallelSweep
     from clpet.cli.sweep_screen import SweepScreen
 
+SHOWS_ONLY = ("--cfg", "-c", "--info", "-i", "-h", "--help", "--hydra-help", "--version", "-sc")  # Hydra's flags
+
 
 def train(argv: list[str]) -> int:
     """`clpet train`: composes the configuration with Hydra and starts every run. Returns the exit code."""
     import hydra  # Hydra and OmegaConf stay out of `clpet --help` and `clpet list`
 
     from clpet.cli.parallel_runs import ParallelSweep
+    from clpet.cli.submitted_sweep import SubmittedSweep
     from clpet.config.compose import conf_dir
     from clpet.config.identity import register_resolvers
 
@@ -38,8 +41,22 @@ def train(argv: list[str]) -> int:
     check_group_options(arguments)
     command = TrainCommand(arguments, ParallelSweep(split_flags(argv)[0]))
     sys.argv = ["clpet train", *arguments]  # Hydra parses sys.argv itself
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(command.run_job)()
+    submitted = SubmittedSweep(split_flags(argv)[1]) if submits(arguments) else None
+    if submitted:
+        submitted.start()
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(command.run_job)()
+    finally:
+        if submitted and (closing := submitted.closing()):
+            print(closing, flush=True)
     return command.finish()
+
+
+def submits(arguments: Sequence[str]) -> bool:
+    """Whether the words of a command line name a SLURM option, whose runs are jobs that this process waits for."""
+    if any(word.partition("=")[0] in SHOWS_ONLY for word in arguments):
+        return False
+    return any(word.startswith(("hardware=", "hydra/launcher=")) and "slurm" in word for word in arguments)
 
 
 @dataclass

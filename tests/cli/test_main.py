@@ -102,14 +102,22 @@ def test_shell_completion_goes_through_the_subcommand(line: str, expected: str, 
     assert expected in result.stdout.split()
 
 
-def test_shell_completion_offers_runs(tmp_path: Path) -> None:
-    run = tmp_path / "outputs" / "files" / "sequential" / "s0-12345678"
-    run.mkdir(parents=True)
-    for command in ("show", "eval", "export"):
-        line = f"clpet {command} outputs/fi"
-        env = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
-        result = subprocess.run([*CLPET, "-sc", "query=bash"], env=env, cwd=tmp_path, capture_output=True, check=True)
-        assert result.stdout.decode().split() == [str(run.relative_to(tmp_path))]
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("clpet show outputs/fi", ["outputs/files/sequential/s0-12345678"]),
+     ("clpet export ", ["outputs/files/sequential/s0-12345678"]),
+     ("clpet data clinc", ["clinc150", "clinc150_15x10"]),
+     ("clpet list me", ["methods"]), ("clpet list method seq", ["sequential"]),
+     ("clpet runs --compare met", ["method"]), ("clpet runs out --compare method,train.epo", ["method,train.epochs"]),
+     ("clpet runs --compare method --metrics average,forge", ["average,forgetting"]),
+     ("clpet report --compare see", ["seed"]), ("clpet data clinc150 x", [])],
+)  # fmt: skip
+def test_completion_offers_what_a_command_takes(
+    line: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clpet
+) -> None:
+    (tmp_path / "outputs" / "files" / "sequential" / "s0-12345678").mkdir(parents=True)
+    monkeypatch.setenv("COMP_LINE", line)
+    assert clpet("-sc", "query=bash").out.split() == expected
 
 
 def test_a_dry_run_describes_the_run_and_writes_nothing(clpet, words: Path, tmp_path: Path) -> None:

@@ -173,7 +173,10 @@ def test_both_ways_of_submission_give_the_run_directories_of_a_single_process(
     launcher, array = (Submission(name, tmp_path, slurm) for name in ("launcher", "array"))
     processes = [submission.submit(sweep) for submission in (launcher, array)]
     assert "Submitted batch job" in array.wait(processes[1])
-    launcher.wait(processes[0])
+    output = launcher.wait(processes[0])
+    assert output.count("sacct") == 1, "this SLURM has no accounting"
+    assert "sweep of 4 runs as SLURM jobs; output in launcher/.slurm" in output
+    assert "clpet runs launcher --compare method" in output
     assert clpet("train", *tiny_args(words), "method=replay", "seed=1").code == 0
     ((run, single),) = Submission("outputs", tmp_path, slurm).results().items()
     results, same = launcher.results(), array.results()
