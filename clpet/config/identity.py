@@ -23,6 +23,7 @@ NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fre
 ADDED_OPTIONS: dict[str, dict[str, Json]] = {
     "train": {"optimizer": "adamw", "momentum": None, "class_weights": "none"},
     "evaluation": {"metrics": ["accuracy"]},
+    "benchmark": {"encoding": None, "header": None},
 }
 
 # What and how often files are written.
@@ -38,13 +39,12 @@ def _identity(cfg: DictConfig, without: tuple[str, ...]) -> Json:
     plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in without])
     identity = cast(dict[str, dict[str, Json]], OmegaConf.to_container(plain, resolve=True))
     top = cast(dict[str, Json], identity)  # the same dictionary: options that are not in a group
-    for group in ("train", "evaluation"):
-        if identity.get(group):
-            for key in FILE_OPTIONS[group]:
+    for group in [group for group in (*FILE_OPTIONS, *ADDED_OPTIONS) if identity.get(group)]:
+        for key in FILE_OPTIONS.get(group, ()):
+            identity[group].pop(key, None)
+        for key, default in ADDED_OPTIONS.get(group, {}).items():
+            if identity[group].get(key, default) == default:
                 identity[group].pop(key, None)
-            for key, default in ADDED_OPTIONS[group].items():
-                if identity[group].get(key, default) == default:
-                    identity[group].pop(key, None)
     # The only hardware option that changes the model: quantized weights are rounded.
     if (cfg.get("hardware") or {}).get("quantization", "none") != "none":
         top["quantization"] = str(cfg.hardware.quantization)

@@ -1,7 +1,9 @@
 """The files of a data folder that are read. Hidden files are ignored; all others that are not read are reported."""
 
+import gzip
 import os
 import re
+import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from clpet.errors import DataError
 from clpet.escape import safe_name
 
 TEXTS = (".parquet", ".jsonl", ".txt")  # files of plain text
-TABLES = (".parquet", ".jsonl", ".json", ".csv")  # files of labelled rows
+TABLES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # files of labelled rows
+COMPRESSED = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # files that may also end in .gz
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
                "dev": "validation", "test": "test"}  # fmt: skip
 PART = re.compile(r"([a-z]+)([-_.]?\d+)?([-_.]of[-_.]\d+)?", re.IGNORECASE)  # train, train-1, test-00000-of-00001
@@ -23,13 +26,28 @@ def file_name(path: Path) -> str:
 
 
 def stem(path: Path) -> str:
-    """`file_name` without the suffix."""
-    return os.fsencode(path.stem).decode(errors="backslashreplace")
+    """`file_name` without the suffix, and without .gz."""
+    inner = Path(path.stem) if is_compressed(path) else path
+    return os.fsencode(inner.stem).decode(errors="backslashreplace")
 
 
 def suffix(path: Path) -> str:
-    """The suffix in lower case."""
-    return path.suffix.lower()
+    """The suffix in lower case; that of a compressed file is the one before .gz."""
+    return Path(path.stem).suffix.lower() if is_compressed(path) else path.suffix.lower()
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file is a compressed table or text, such as train.csv.gz."""
+    return path.suffix.lower() == ".gz" and Path(path.stem).suffix.lower() in COMPRESSED
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file, decompressed. Raises DataError for a compressed file that is damaged."""
+    data = path.read_bytes()
+    try:
+        return gzip.decompress(data) if is_compressed(path) else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be decompressed: {error}") from error
 
 
 def visible(folder: Path) -> list[Path]:
@@ -55,9 +73,13 @@ def note_unread(folder: Path, read: Collection[Path], report: ReadReport) -> Non
 def split_files(folder: Path, splits: dict[str, str], report: ReadReport) -> dict[str, Path]:
     """{split: its file} of a folder of tables; a single data file that is not named after another split is train.
 
-    Raises DataError if train is missing or a split has two files.
+    In place of a folder, a file is train whatever its name. Raises DataError if train is missing or a split has two
+    files.
     """
     train = splits["train"]
+    if folder.is_file():
+        _note_other_splits(folder, report)
+        return {"train": table_file(folder)}
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist: a folder with {train}.parquet (or .jsonl, .csv) is expected")
     candidates = tables(folder)
@@ -78,6 +100,30 @@ def split_files(folder: Path, splits: dict[str, str], report: ReadReport) -> dic
         chosen = {"train": candidates[0]}
     note_unread(folder, chosen.values(), report)
     return chosen
+
+
+def table_file(path: Path) -> Path:
+    """The path itself. Raises DataError unless it ends like a table."""
+    if suffix(path) not in TABLES:
+        raise DataError(f"{path} does not end in {', '.join(TABLES)} (or these with .gz), so it is not read as a table")
+    return path
+
+
+def _note_other_splits(path: Path, report: ReadReport) -> None:
+    others = [other for other in tables(path.parent) if other != path and split_of(stem(other))]
+    if split_of(stem(path)) and others:
+        report.other_notes.append(
+            f"only {path} is read, and split; {_few(others)} next to it: data_dir={path.parent} reads all splits"
+        )
+
+
+def task_tables(folder: Path) -> dict[str, Path]:
+    """{task: its folder}: the sub-folders with tables or, if there are none, {task: its file} for every table.
+
+    Files that are named after splits are not tasks.
+    """
+    names = {name: path for name, path in subfolders(folder).items() if tables(path)}
+    return names or {stem(path): path for path in tables(folder) if not split_of(stem(path))}
 
 
 def split_of(name: str) -> str | None:
@@ -106,10 +152,12 @@ def text_files(folder: Path, report: ReadReport, root: Path | None = None) -> li
 
 
 def domain_files(folder: Path, report: ReadReport) -> dict[str, list[Path]]:
-    """{domain: its files}: every sub-folder with text files, and every text file, sorted.
+    """{domain: its files}: every sub-folder with text files, and every text file, sorted; or one domain of one file.
 
     Raises DataError for two domains of the same name.
     """
+    if folder.is_file():
+        return {stem(folder): [folder]} if suffix(folder) in TEXTS else {}
     domains: dict[str, tuple[Path, list[Path]]] = {}
     others = []
     for path in visible(folder):
@@ -134,7 +182,7 @@ def named_splits(files: list[Path], folder: Path, report: ReadReport) -> dict[st
     """
     names: dict[Path, Path] = {}
     for path in files:
-        if (other := names.setdefault(path.with_suffix(""), path)) != path:
+        if (other := names.setdefault(path.parent / stem(path), path)) != path:
             both = f"{_label(other, folder)} and {_label(path, folder)}"
             raise DataError(f"{folder}: {both} have the same name: remove all but one of them")
     by_split: dict[str, list[Path]] = {}
@@ -155,7 +203,7 @@ def named_splits(files: list[Path], folder: Path, report: ReadReport) -> dict[st
 
 
 def _about(path: Path) -> bool:
-    return path.stem.lower() in ABOUT
+    return stem(path).lower() in ABOUT
 
 
 def _label(path: Path, folder: Path) -> str:

@@ -45,16 +45,41 @@ def decode(data: bytes, path: Path, codec: str | None = None) -> Decoded:
     return Decoded(text.replace("\r\n", "\n") if ends else text, codec, replaced, ends)
 
 
-def decode_strictly(data: bytes, path: Path) -> Decoded:
-    """The unchanged text of a table. Raises DataError for an invalid byte."""
-    codec = encoding(data)
+def decode_strictly(data: bytes, path: Path, codec: str | None = None) -> Decoded:
+    """The unchanged text of a table, in `codec` unless it has a byte order mark. Raises DataError for a bad byte."""
+    marked = encoding(data)
+    codec = codec if codec and marked == "utf-8" else marked
     _check_zeros(data, codec, path)
     try:
         return Decoded(data.decode(codec), codec)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         reason = f"byte 0x{data[error.start]:02x} in line {line}" if codec.startswith("utf-8") else error.reason
-        raise DataError(f"{path} is not {codec.removesuffix('-sig').upper()} ({reason}): {remedy(path)}") from None
+        raise DataError(
+            f"{path} is not {codec.removesuffix('-sig').upper()} ({reason}): {remedy(path)}, or set "
+            f"benchmark.encoding={likely_codec(data)}"
+        ) from None
+
+
+def likely_codec(data: bytes) -> str:
+    """The likeliest encoding of bytes that are not UTF-8: Windows' own, where it has a character for every byte."""
+    try:
+        data.decode("cp1252")
+    except UnicodeDecodeError:
+        return "latin-1"
+    return "cp1252"
+
+
+def invalid_lines(data: bytes) -> list[int]:
+    """The numbers, from 1, of the lines with bytes that are not UTF-8."""
+    return [number for number, line in enumerate(data.split(b"\n"), 1) if not _is_utf8(line)]
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        return bool(line.decode() or True)
+    except UnicodeDecodeError:
+        return False
 
 
 def _check_zeros(data: bytes, codec: str, path: Path) -> None:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
-from clpet.data.data_files import suffix
+from clpet.data.data_files import is_compressed, read_bytes, suffix
 from clpet.data.decoding import decode, encoding, remedy
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, suggest
@@ -81,13 +81,13 @@ class TextFiles:
 
     def scan(self) -> Iterator[Unit]:
         for position, path in enumerate(self.paths):
-            decoded = decode(path.read_bytes(), path)
+            decoded = decode(read_bytes(path), path)
             self.report.add_decoded(path, decoded)
             yield Unit(position, 1, [decoded.text], None)
 
     def read(self, position: int, span: int) -> list[str]:
         path = self.paths[position]
-        return [decode(path.read_bytes(), path).text]
+        return [decode(read_bytes(path), path).text]
 
 
 class LongText:
@@ -112,10 +112,10 @@ class LongText:
             return self._pieces(file.read(span))
 
     def _open(self) -> BufferedReader:
-        """The file as UTF-8, after its byte order mark; a file in another encoding is converted in memory."""
+        """The file as UTF-8, after its byte order mark; a compressed file, or another encoding, is read into memory."""
         file = self.path.open("rb")
         codec = encoding(file.peek(4)[:4])
-        if codec.startswith("utf-8"):
+        if codec.startswith("utf-8") and not is_compressed(self.path):
             file.seek(3 if codec == "utf-8-sig" else 0)
             return file
         file.close()
@@ -125,8 +125,9 @@ class LongText:
     @cached_property
     def _converted(self) -> bytes:
         if self.path.stat().st_size > LARGE:
-            raise DataError(f"{self.path} is too large to be converted while reading: {remedy(self.path, 'UTF-16')}")
-        decoded = decode(self.path.read_bytes(), self.path)
+            fix = "decompress it" if is_compressed(self.path) else remedy(self.path, "UTF-16")
+            raise DataError(f"{self.path} is too large to be converted while reading: {fix}")
+        decoded = decode(read_bytes(self.path), self.path)
         self.report.add_decoded(self.path, decoded)
         return decoded.text.encode(errors="replace")
 
@@ -263,7 +264,7 @@ class JsonLinesReader(TableReader):
 
     def rows(self) -> Iterator[tuple[int, str | None, str | None]]:
         position = 0
-        with self.path.open("rb") as file:
+        with self._open() as file:
             if not encoding(file.peek(4)[:4]).startswith("utf-8"):
                 raise DataError(f"{self.path} is not UTF-8: {remedy(self.path, 'UTF-16')}")
             for number, line in enumerate(file, 1):
@@ -277,10 +278,20 @@ class JsonLinesReader(TableReader):
                 position += len(line)
 
     def read(self, position: int, span: int) -> list[str]:
-        with self.path.open("rb") as file:
+        with self._open() as file:
             file.seek(position)
             rows = [self.row(file.readline()) for _ in range(span)]
         return [self.cleaned(row[self.text]) if isinstance(row, dict) else "" for row in rows]
+
+    def _open(self) -> BufferedReader:
+        """The file; a compressed one is read into memory."""
+        return (
+            BufferedReader(cast(RawIOBase, BytesIO(self._data))) if is_compressed(self.path) else self.path.open("rb")
+        )
+
+    @cached_property
+    def _data(self) -> bytes:
+        return read_bytes(self.path)
 
     def row(self, line: bytes) -> dict[str, Json] | str:
         """One line as a dict with the text column, or a description of the error."""

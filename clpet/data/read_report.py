@@ -71,8 +71,9 @@ class ReadReport:
     def notes(self) -> list[str]:
         """One line for each kind of thing that was skipped or repaired."""
         lines = [f"not read in {folder}: {_listed(names)}" for folder, names in self.unread.items()]
-        codecs = [f"{file} ({codec})" for file, codec in self.encodings.items()]
-        lines += [f"decoded by their byte order mark: {_listed(codecs)}"] if codecs else []
+        for marked, source in ((True, "by their byte order mark"), (False, "with benchmark.encoding")):
+            codecs = [f"{file} ({name})" for file, name in self.encodings.items() if name.startswith("UTF") == marked]
+            lines += [f"decoded {source}: {_listed(codecs)}"] if codecs else []
         for counts, text in (
             (self.replaced, "invalid UTF-8 bytes were replaced by U+FFFD"),
             (self.line_ends, "Windows line ends (CRLF) were replaced by line feeds"),

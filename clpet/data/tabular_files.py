@@ -1,15 +1,16 @@
 """SplitRows of tables, from local files and from the Hugging Face hub."""
 
 import csv
-import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from clpet.data.data_files import split_files, suffix
+from clpet.config.schema import require
+from clpet.data.csv_files import check_columns, read_csv
+from clpet.data.data_files import read_bytes, split_files, suffix
 from clpet.data.decoding import decode_strictly
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, first_line, suggest
@@ -20,11 +21,27 @@ from clpet.runtime.json_lines import parse_rows
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow.csv
-
-LARGEST_BLOCK = 2**31 - 2  # bytes, the maximum block size of pyarrow's csv reader
 
 Row = dict[str, Any]  # the cells of a user's table may be anything that its format can hold
+
+
+class TableLayout(NamedTuple):
+    """What the bytes of a table do not say."""
+
+    encoding: str | None = None  # of files without a byte order mark; None: UTF-8
+    header: list[str] | None = None  # names of the columns of csv and tsv files without a header row
+
+
+USUAL = TableLayout()
+
+
+def check_encoding(name: str | None) -> None:
+    """Raises ConfigError unless Python knows this encoding of text."""
+    try:
+        valid = name is None or bool("".encode(name).decode(name) == "")
+    except (LookupError, UnicodeError):
+        valid = False
+    require(valid, "benchmark.encoding", name, "an encoding such as cp1252, latin-1 or shift_jis, or null")
 
 
 @dataclass
@@ -47,29 +64,47 @@ class SplitRows:
             row[column] = value
 
     def require(self, *columns: str) -> None:
-        """Raises DataError if a column is missing."""
+        """Raises DataError if a column is missing. The column a.b is the key b of the objects in the column a."""
         for column in columns if self.values else ():
-            if column not in self.columns:
-                only = next(iter(self.columns)) if len(self.columns) == 1 else ""
-                hint = "; its values must be separated by commas" if {";", "\t"} & set(only) else ""
-                raise DataError(f"{self.origin} has no column {safe_name(column)}{suggest(column, self.columns)}{hint}")
+            if column not in self.columns and not self._add_nested(column):
+                raise DataError(f"{self.origin} has no column {safe_name(column)}{suggest(column, self.columns)}")
+
+    def _add_nested(self, column: str) -> bool:
+        """Adds the column a.b of the values of b in the objects of the column a; False if there are none."""
+        first, *keys = column.split(".")
+        values = [nested(row.get(first), keys) for row in self.values] if keys else []
+        if all(value is None for value in values):
+            return False
+        self.columns.add(column)
+        for row, value in zip(self.values, values, strict=True):
+            row[column] = value
+        return True
 
 
-def data_folder(data_dir: str | None) -> Path | None:
-    """The folder of data_dir, None if it is not set. Raises DataError if it does not exist."""
-    folder = Path(data_dir).expanduser() if data_dir else None
-    if folder is not None and not folder.is_dir():
-        raise DataError(f"data_dir={data_dir} is not a folder")
-    return folder
+def nested(value: object, keys: Sequence[str]) -> object:
+    """The value below the keys of an object of objects, None if there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
-def read_local(folder: Path, splits: dict[str, str], report: ReadReport | None = None) -> dict[str, SplitRows]:
-    """{split: rows} of a folder's train, validation and test files; a single data file counts as train.
+def data_path(data_dir: str | None, single_file: bool = False) -> Path | None:
+    """The path of data_dir, None if it is not set: a folder or, with `single_file`, also a file. Raises DataError."""
+    path = Path(data_dir).expanduser() if data_dir else None
+    if path is not None and not (path.is_dir() or (single_file and path.is_file())):
+        raise DataError(f"data_dir={data_dir} is not a folder{' or a file' * single_file}")
+    return path
+
+
+def read_local(
+    folder: Path, splits: dict[str, str], report: ReadReport | None = None, layout: TableLayout = USUAL
+) -> dict[str, SplitRows]:
+    """{split: rows} of a folder's train, validation and test files; a single data file, or a file, counts as train.
 
     Raises DataError if the folder or its train file does not exist, or a file cannot be read.
     """
     report = report or ReadReport()
-    by_split = {split: _read_file(path, report) for split, path in split_files(folder, splits, report).items()}
+    by_split = {split: read_table(path, report, layout) for split, path in split_files(folder, splits, report).items()}
     for rows in by_split.values():
         if not rows.values and not rows.bad:
             raise DataError(f"{rows.origin} has no rows; remove the file to cut this split from train")
@@ -77,89 +112,39 @@ def read_local(folder: Path, splits: dict[str, str], report: ReadReport | None =
     return by_split
 
 
-def _read_file(path: Path, report: ReadReport) -> SplitRows:
+def read_table(path: Path, report: ReadReport, layout: TableLayout = USUAL) -> SplitRows:
+    """The rows of one file, by its ending. Raises DataError if it cannot be read."""
     import pyarrow
 
-    reader = {".parquet": _parquet, ".csv": _csv}.get(suffix(path), _json)
+    reader = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv}.get(suffix(path), _json)
     try:
-        return reader(path, report)
+        return reader(path, report, layout)
     except (pyarrow.ArrowException, csv.Error, OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as {suffix(path)[1:]}: {first_line(error)[:200]}") from error
 
 
-def _parquet(path: Path, report: ReadReport) -> SplitRows:
+def _parquet(path: Path, report: ReadReport, layout: TableLayout) -> SplitRows:
     import pyarrow.parquet
 
-    _check_columns(pyarrow.parquet.read_schema(path).names, path)
+    check_columns(pyarrow.parquet.read_schema(path).names, path)
     table = pyarrow.parquet.read_table(path)
     return SplitRows(str(path), set(table.column_names), table.to_pylist())
 
 
-def _csv(path: Path, report: ReadReport) -> SplitRows:
-    """A csv file, read as one block so that cells can have any length. Cells are texts: 1 and 01 are two labels."""
-    import pyarrow.csv
+def _csv(path: Path, report: ReadReport, layout: TableLayout) -> SplitRows:
+    table = read_csv(_decoded(path, report, layout), path, report, layout.header)
+    return SplitRows(str(path), set(table.columns), cast(list[Row], table.values), table.numbers, table.bad)
 
-    decoded = decode_strictly(path.read_bytes(), path)
+
+def _decoded(path: Path, report: ReadReport, layout: TableLayout) -> str:
+    decoded = decode_strictly(read_bytes(path), path, layout.encoding)
     report.add_decoded(path, decoded)
-    data = decoded.text.encode()
-    bad: dict[int, str] = {}
-
-    def invalid(row: "pyarrow.csv.InvalidRow") -> str:
-        lines = row.text.count("\n")
-        across = f" (a quote that is not closed? it spans {lines + 1} lines)" if lines else ""
-        bad[row.number - 1] = f"{row.actual_columns} cells instead of {row.expected_columns}{across}"
-        return "skip"
-
-    block = pyarrow.csv.ReadOptions(block_size=min(len(data) + 1, LARGEST_BLOCK), use_threads=False)
-    options = pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=invalid)
-    names = _header(decoded.text)
-    _check_columns([name.strip() for name in names], path)
-    as_text = pyarrow.csv.ConvertOptions(
-        column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=True, null_values=[""]
-    )
-    table = pyarrow.csv.read_csv(pyarrow.BufferReader(data), block, options, as_text)
-    if table.column_names != names:
-        raise ValueError(f"its header is read as {short_repr(table.column_names)} and as {short_repr(names)}")
-    if padded := [name for name in names if name != name.strip()]:
-        report.other_notes.append(f"spaces are removed from the column names {short_repr(padded)} of {path}")
-        table = table.rename_columns([name.strip() for name in names])
-    values = table.to_pylist()
-    _note_swallowed_rows(values, len(names), path, report)
-    numbers = [number for number in range(1, len(values) + len(bad) + 1) if number not in bad]
-    return SplitRows(str(path), set(table.column_names), values, numbers, bad)
+    return decoded.text
 
 
-def _header(text: str) -> list[str]:
-    """The cells of the first row. Not read with pyarrow: the thread of its reader can abort the process at exit."""
-    return next((row for row in csv.reader(io.StringIO(text, newline="")) if row), [])
-
-
-def _note_swallowed_rows(values: list[Row], width: int, path: Path, report: ReadReport) -> None:
-    """Reports long cells whose lines look like rows: an unpaired quote opens a cell that ends at the next quote."""
-    for number, row in enumerate(values, 1):
-        for column, value in row.items():
-            if value is None or value.count("\n") < 3:
-                continue
-            lines = value.splitlines()
-            alike = sum(line.count(",") == width - 1 for line in lines)
-            if width > 1 and 2 * alike > len(lines):
-                report.other_notes.append(
-                    f"{path}: column {safe_name(column)} of row {number} spans {len(lines)} lines, of which {alike} "
-                    "look like rows: check for a missing or an extra quote"
-                )
-
-
-def _check_columns(names: list[str], path: Path) -> None:
-    repeated = [name for number, name in enumerate(names) if name in names[:number]]
-    if repeated:
-        raise DataError(f"{path} has the column {safe_name(repeated[0])} twice")
-
-
-def _json(path: Path, report: ReadReport) -> SplitRows:
+def _json(path: Path, report: ReadReport, layout: TableLayout) -> SplitRows:
     """A list of objects, or one object per line. pyarrow's own reader crashes on some lines that are not objects."""
-    decoded = decode_strictly(path.read_bytes(), path)
-    report.add_decoded(path, decoded)
-    text = decoded.text
+    text = _decoded(path, report, layout)
     _check_not_columns(text, path)
     rows: dict[int, Row] = {}
     bad: dict[int, str] = {}

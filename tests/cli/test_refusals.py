@@ -32,7 +32,9 @@ BAD = [
     ("answers of labels", ["train", "evaluation.decode=rank"], "evaluation.decode is for text_to_text"),
     ("no test rows", ["train", "benchmark=files", "data_dir=NOROWS"], "test.jsonl has no rows"),
     ("no UTF-8", ["train", "benchmark=files", "data_dir=LATIN"], "train.csv is not UTF-8 (byte 0xe9 in line 2)"),
-    ("other separator", ["train", "benchmark=files", "data_dir=SEMICOLONS"], "its values must be separated by commas"),
+    ("unknown encoding", ["train", "benchmark=files", "data_dir=WORDS", "benchmark.encoding=utf8x"], "benchmark.encoding"),
+    ("file as data_dir", ["train", "benchmark=folders", "data_dir=WORDS/train.jsonl"], "train.jsonl is not a folder"),
+    ("file of another kind", ["train", "benchmark=files", "data_dir=LATIN/../nothing.xlsx"], "is not a folder or a file"),
     ("added unknown key", ["train", "+method.alpha=2"], "unknown key method.alpha"),
     ("unknown top-level key", ["train", "sede=3"], "did you mean seed?"),
     ("wrong type", ["train", "train.lr=fast"], "train.lr"),
@@ -173,7 +175,6 @@ def folders(tmp_path: Path, words: Path) -> dict[str, str]:
         "NULL": folder("NULL", [{"text": "t", "label": None}, good[0]]),
         "NOROWS": folder("NOROWS", good, []),
         "LATIN": lines("LATIN", b"text,label\ncaf\xe9,a\n"),
-        "SEMICOLONS": lines("SEMICOLONS", b"text;label\na;b\n"),
         "BROKEN": str(tmp_path / "broken"),
         "FILE": str(tmp_path / "FILE"),
     }

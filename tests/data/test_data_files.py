@@ -123,13 +123,13 @@ def test_hidden_files_are_ignored_and_others_are_reported(tmp_path: Path) -> Non
         put(tmp_path / name, "hidden")
     for name in ("d.json", "f.md", "a/notes.docx", "sub/only.pdf", "a/README.md", "LICENSE"):
         put(tmp_path / name, "unread")
-    put(tmp_path / "e.txt.gz", gzip.compress(b"text"))
+    put(tmp_path / "e.txt.xz", gzip.compress(b"text"))
     os.symlink(tmp_path / "nowhere.txt", tmp_path / "link.txt")
     found = domains(tmp_path)
     assert found.names == ["a", "b"]
-    assert f"not read in {tmp_path}: a/notes.docx, d.json, e.txt.gz, f.md, link.txt and 1 more" in notes(found)
+    assert f"not read in {tmp_path}: a/notes.docx, d.json, e.txt.xz, f.md, link.txt and 1 more" in notes(found)
     assert adds_up(found)["unread"] == {
-        str(tmp_path): {"count": 6, "names": ["a/notes.docx", "d.json", "e.txt.gz", "f.md", "link.txt", "sub/"]}
+        str(tmp_path): {"count": 6, "names": ["a/notes.docx", "d.json", "e.txt.xz", "f.md", "link.txt", "sub/"]}
     }
 
 

@@ -2,7 +2,7 @@
 
 To add a data format:
 
-- another file type for tables: a reader in `clpet/data/tabular_files.py` (`_read_file`); for plain text: a class with
+- another file type for tables: a reader in `clpet/data/tabular_files.py` (`read_table`); for plain text: a class with
   the methods of `Reader` in `clpet/data/document_readers.py` (`open_readers`); all sources can then read it;
 - another published layout of entity data: two functions and a line of LAYOUTS in `entity_formats.py`;
 - a benchmark with its own structure: a dataclass in a new module of this package, named by `_target_` in a YAML in

@@ -14,7 +14,7 @@ from clpet.config.schema import NamesOrRule, Patterns, require
 from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, Truncate
 from clpet.data.read_report import ReadReport
 from clpet.data.splits import Splits, has_labels, in_order, sample, split_off, stratified
-from clpet.data.tabular_files import column_names, data_folder
+from clpet.data.tabular_files import column_names, data_path
 from clpet.data.task_order import order_tasks
 from clpet.data.traits import LABELS, Traits
 from clpet.errors import ConfigError, DataError, suggest
@@ -68,6 +68,7 @@ class Source:
 
     fields: ClassVar[tuple[str, ...]] = ()  # template slots in addition to {text} and {mask}
     cache_dir: ClassVar[str | None] = None  # set by the run: a folder for files that later runs can reuse
+    reads_single_file: ClassVar[bool] = False  # data_dir may be a file
     plain_text: ClassVar[bool] = False  # texts for language modelling, without labels or answers
     # Set by `reading_for`: the objective's name, its capabilities, and columns that its examples have as fields.
     objective: ClassVar[str] = "classification"
@@ -160,7 +161,7 @@ class Source:
 
     def load(self, data_dir: str | None) -> Benchmark:
         """The benchmark: tasks in training order, limited in size, each with a validation split. Raises DataError."""
-        folder, self.report = data_folder(data_dir), ReadReport()
+        folder, self.report = data_path(data_dir, self.reads_single_file), ReadReport()
         for name in (self.tasks or self.named_order() or self.metrics) if self.traits.generates_text else ():
             need(self.metrics.get(name, self.metric))
         splits = self.read(folder)

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 from clpet.config.schema import require
 from clpet.data.benchmark import SPLITS, Example, Truncate
@@ -12,7 +12,7 @@ from clpet.data.data_files import note_unread
 from clpet.data.sources import Table
 from clpet.data.sources.entity_formats import LAYOUTS, convert, read_published
 from clpet.data.splits import Splits, named_tasks
-from clpet.data.tabular_files import Row, SplitRows, read_hub, read_local
+from clpet.data.tabular_files import Row, SplitRows, TableLayout, read_hub, read_local
 from clpet.errors import DataError
 from clpet.escape import short_repr
 
@@ -35,6 +35,8 @@ class Entities(Table):
     resplit: str | None = None
     obtain: str | None = None
     names: dict[str, str] | None = None
+
+    reads_single_file: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +73,7 @@ class Entities(Table):
             return self._resplit(self._from_hub())
         folder = self.data_root(data_dir)
         if not self.published or (folder / f"{self.splits['train']}.parquet").is_file():
-            return read_local(folder, self.splits, self.report)
+            return read_local(folder, self.splits, self.report, TableLayout(self.encoding, self.header))
         missing = [name for name in self.published.values() if not (folder / name).is_file()]
         if missing:
             raise DataError(f"{folder} lacks {', '.join(missing)}: {self._instructions()}")

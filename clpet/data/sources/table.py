@@ -2,19 +2,32 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from clpet.config.schema import IntOrList, Scalar, require
 from clpet.data.benchmark import SPLITS, Example
+from clpet.data.label_folders import labelled_texts
 from clpet.data.sources.base import Source
 from clpet.data.splits import Splits, by_label, in_order, label_name, named_tasks, partition, split_off
-from clpet.data.tabular_files import Row, SplitRows, cell_text, column_names, is_empty, read_hub, read_local, row_text
+from clpet.data.tabular_files import (
+    Row,
+    SplitRows,
+    TableLayout,
+    cell_text,
+    check_encoding,
+    column_names,
+    is_empty,
+    read_hub,
+    read_local,
+    row_text,
+)
 from clpet.errors import DataError
 from clpet.escape import safe_name, short_repr
 
 
 @dataclass
 class Table(Source):
-    """Labelled rows from the hub or from local parquet, jsonl, json or csv files.
+    """Labelled rows from the hub, from local parquet, jsonl, json, csv or tsv files, or a folder of texts per label.
 
     The tasks are defined by the first of these options that is set: `task` (a column with the name of the task),
     `task_labels` (task -> labels), `classes_per_task` (a number, or one per task; labels in order, or shuffled with
@@ -36,6 +49,10 @@ class Table(Source):
     drop_labels: list[str] = field(default_factory=list)
     where: dict[str, Scalar] | None = None
     test_share: float = 0.25
+    encoding: str | None = None
+    header: list[str] | None = None
+
+    reads_single_file: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +61,7 @@ class Table(Source):
         valid = all(type(count) is int and count >= 1 for count in counts)
         require(valid, "benchmark.classes_per_task", sizes, "at least 1, or a list of such numbers")
         require(0 < self.test_share < 1, "benchmark.test_share", self.test_share, "in (0, 1)")
+        check_encoding(self.encoding)
 
     def check_objective(self) -> None:
         super().check_objective()
@@ -65,7 +83,9 @@ class Table(Source):
     def rows(self, data_dir: Path | None) -> dict[str, SplitRows]:
         """The rows of every split, unchecked."""
         if data_dir is not None:
-            return read_local(self.data_root(data_dir), self.splits, self.report)
+            root = self.data_root(data_dir)
+            texts = labelled_texts(root, self.report)
+            return texts or read_local(root, self.splits, self.report, TableLayout(self.encoding, self.header))
         if self.hub is None:
             raise DataError(f"benchmark {self.name} is read from local files: set data_dir=FOLDER")
         columns = self.hub_columns or {}

@@ -8,19 +8,20 @@ from typing import Any
 
 from clpet.config.schema import Scalar, require
 from clpet.data.benchmark import SPLITS
-from clpet.data.data_files import note_unread, subfolders, tables
+from clpet.data.data_files import note_unread, subfolders, task_tables
 from clpet.data.sources.base import Source
 from clpet.data.sources.table import Table
 from clpet.data.splits import Splits, split_off
-from clpet.data.tabular_files import read_hub, read_local
+from clpet.data.tabular_files import TableLayout, check_encoding, read_hub, read_local
 from clpet.errors import DataError
 
 
 @dataclass
 class Folders(Source):
-    """One folder per task with train, validation and test files; from the hub, one data set per task.
+    """One folder per task with train, validation and test files, or one file; from the hub, one data set per task.
 
-    - `folders`: the tasks; by default all sub-folders of data_dir with data files, sorted by name.
+    - `folders`: the tasks; by default all sub-folders of data_dir with tables or, if there are none, all its tables
+      that are not named after splits, sorted by name.
     - `label_space`: with `task`, equal labels of different tasks are distinct; with `union` they are one label.
     - `label_sets` (task -> set): tasks of the same set share their labels.
     - `instructions` (task -> text): the prompt's {instruction}, for rows without such a column.
@@ -40,11 +41,14 @@ class Folders(Source):
     instructions: dict[str, str] = field(default_factory=dict)
     words: dict[str, dict[str, str]] = field(default_factory=dict)
     test_share: float | None = None
+    encoding: str | None = None
+    header: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         share = self.test_share
         require(share is None or 0 < share < 1, "benchmark.test_share", share, "in (0, 1), or null")
+        check_encoding(self.encoding)
         require(self.label_space in ("task", "union"), "benchmark.label_space", self.label_space, "task or union")
 
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
@@ -60,14 +64,14 @@ class Folders(Source):
         return tasks
 
     def _discover(self, data_dir: Path | None) -> list[str]:
-        """The names of the tasks, by default those of all sub-folders of data_dir with a data file."""
+        """The names of the tasks, by default those of all sub-folders of data_dir with tables, else of all tables."""
         if data_dir is None:
             if not self.folders:
                 raise DataError(f"benchmark {self.name} is read from local files: set data_dir=FOLDER")
             return self.folders
         root = self.data_root(data_dir)
-        available = subfolders(root)
-        names = self.folders or [name for name, path in available.items() if tables(path)]
+        by_default = task_tables(root)
+        available, names = {**by_default, **subfolders(root)}, self.folders or list(by_default)
         if not names:
             raise DataError(f"{root} has no folders with data files: one per task, such as a/train.csv, is expected")
         note_unread(root, [available[name] for name in names if name in available], self.report)
@@ -77,7 +81,8 @@ class Folders(Source):
         common: dict[str, Any] = {"name": name, "prompt": self.prompt}
         table = Table(text=self.text, label=self.label, splits=self.splits, references=self.references, **common)
         if data_dir is not None:
-            rows = read_local(self._folder(name, data_dir), table.splits, self.report)
+            layout = TableLayout(self.encoding, self.header)
+            rows = read_local(self._path(name, data_dir), table.splits, self.report, layout)
         else:
             if name not in self.hub_tasks:
                 raise DataError(
@@ -98,9 +103,9 @@ class Folders(Source):
             splits[split] = [dataclasses.replace(example, target=label(str(example.target))) for example in examples]
         return splits
 
-    def _folder(self, name: str, data_dir: Path) -> Path:
+    def _path(self, name: str, data_dir: Path) -> Path:
         root = self.data_root(data_dir)
-        return subfolders(root).get(name, root / name)
+        return {**task_tables(root), **subfolders(root)}.get(name, root / name)
 
     def _labeller(self, task: str) -> Callable[[object], str]:
         """The function from a label in the rows of a task to its label in the benchmark."""

@@ -15,7 +15,7 @@ from clpet.data.document_readers import open_readers
 from clpet.data.documents import Documents
 from clpet.data.read_report import ReadReport
 from clpet.data.sources import Source
-from clpet.data.tabular_files import data_folder
+from clpet.data.tabular_files import data_path
 from clpet.data.task_order import balanced, order_domains
 from clpet.data.traits import PLAIN_TEXT, Traits
 from clpet.errors import DataError, suggest
@@ -89,7 +89,7 @@ class Domains(Source):
 
     def load(self, data_dir: str | None) -> Benchmark:
         """The benchmark: domains in training order, split, limited, balanced and decontaminated. Raises DataError."""
-        folder, self.report = data_folder(data_dir), ReadReport("documents")
+        folder, self.report = data_path(data_dir, self.reads_single_file), ReadReport("documents")
         available = self.names(folder)
         if self.base is not None and self.base not in available:
             hint = suggest(self.base, available)
@@ -257,6 +257,8 @@ class TextDomains(Domains):
     domains: list[str] = field(default_factory=list)
     text: str = "text"
     document: str = "doc_id"
+
+    reads_single_file: ClassVar[bool] = True
 
     def names(self, data_dir: Path | None) -> list[str]:
         if data_dir is None:
