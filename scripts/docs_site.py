@@ -4,6 +4,7 @@ A line `<!-- made: NAME -->` in a page of docs/ is replaced by the output of a f
 pages that are made in full, and `ROOT_PAGES` those that stand outside docs/.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -20,6 +21,7 @@ from clpet.config.compose import CONFIG_GROUPS, compose_config, conf_dir
 from clpet.config.schema import Config
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
+from clpet.methods.hook_check import STEP_HOOKS
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = {"C": "classification", "T": "text_to_text", "L": "language_modeling", "P": "preference"}
@@ -62,8 +64,10 @@ def _is_option(key: str) -> bool:
 
 
 def cell(text: str) -> str:
-    """A text as a cell of a table, without meaning to Markdown."""
-    return re.sub(r"([|*_\[`])", r"\\\1", text).replace("<", "&lt;")
+    """A text as a cell of a table, without meaning to Markdown except for code."""
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [re.sub(r"([*_\[])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
+    return "".join(parts).replace("|", r"\|")
 
 
 def code(text: str) -> str:
@@ -242,7 +246,39 @@ def figures(name: str) -> str:
     return "\n".join([f"{where} [Results](../results.md).", "", *lines[:2], *rows])
 
 
-PARTS: dict[str, Callable[[str], str]] = {"method": method_part, "methods": lambda _: method_table()}
+def declarations() -> str:
+    """The class attributes of Method with the comments of its source."""
+    source = (
+        (ROOT / "clpet" / "methods" / "base.py").read_text().split("\nclass Method", 1)[1].split("\n    def ", 1)[0]
+    )
+    lines = re.findall(r"^    (\w+)(?:: ClassVar\[.*?\])? = (.*?)  # (.*)$", source, re.MULTILINE)
+    rows = [(code(name), code(value), cell(comment)) for name, value, comment in lines if name != "name"]
+    return table(("attribute", "default", "meaning"), rows)
+
+
+def hook_table(names: Sequence[str]) -> str:
+    """Hooks of Method with the first sentences of their docstrings."""
+    summaries = [(name, (inspect.getdoc(getattr(Method, name)) or "").split("\n\n")[0]) for name in names]
+    return table(
+        ("hook", "what it does unless overridden"), [(code(n), cell(" ".join(s.split()))) for n, s in summaries]
+    )
+
+
+def other_hooks() -> list[str]:
+    """The public functions of Method that are not called inside a step, in the order of the source."""
+    functions = [
+        name for name, value in vars(Method).items() if inspect.isfunction(value) or isinstance(value, classmethod)
+    ]
+    return [name for name in functions if not name.startswith("_") and name not in STEP_HOOKS]
+
+
+PARTS: dict[str, Callable[[str], str]] = {
+    "method": method_part,
+    "methods": lambda _: method_table(),
+    "declarations": lambda _: declarations(),
+    "step_hooks": lambda _: hook_table(STEP_HOOKS),
+    "hooks": lambda _: hook_table(other_hooks()),
+}
 WHOLE_PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration}
 
 

@@ -1,5 +1,6 @@
 """The docs site: every page is in its navigation, every method has a page, and what is made from YAMLs is complete."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import yaml
 
 from clpet.cli.options import options
 from clpet.config.compose import conf_dir
+from clpet.methods.base import Method
+from clpet.methods.hook_check import STEP_HOOKS
 from scripts.docs_site import (
     MARK,
     PARTS,
@@ -15,8 +18,10 @@ from scripts.docs_site import (
     WHOLE_PAGES,
     cell,
     configuration,
+    declarations,
     entries,
     figures,
+    other_hooks,
     some_of,
 )
 
@@ -84,8 +89,8 @@ def test_a_method_shows_its_rows_of_the_measured_table() -> None:
     assert len(re.findall(r"^\| dynamic_conpet", figures("dynamic_conpet"), re.M)) == 2  # and with prototypes
 
 
-def test_cells_mean_nothing_to_markdown() -> None:
-    assert cell("a | b_c <d>") == r"a \| b\_c &lt;d>"
+def test_cells_have_code_and_no_other_markup() -> None:
+    assert cell("a | b_c <d> `e_f`") == r"a \| b\_c &lt;d> `e_f`"
 
 
 @pytest.mark.parametrize(
@@ -93,3 +98,15 @@ def test_cells_mean_nothing_to_markdown() -> None:
 )
 def test_a_selection_is_written_as_the_shorter_of_it_and_the_rest(names: str, words: str) -> None:
     assert some_of(list(names), list("abc")) == words
+
+
+def test_the_hooks_of_a_method_are_listed_and_drawn() -> None:
+    declared = re.findall(r"^    (\w+)(?:: ClassVar\[.*?\])? = ", inspect.getsource(Method), re.M)
+    assert [
+        name for name in declared if name not in ("name", "task_id_at_test") and f"| `{name}` |" not in declarations()
+    ] == []
+    assert {"learn", "after_task", "predict", "named_parameters"} <= {*other_hooks()}
+    drawn = re.findall(r'monospace">([^<]+)<', (DOCS / "life_cycle.svg").read_text())
+    names = [name for text in drawn for name in text.split(", ")]
+    assert [name for name in names if not hasattr(Method, name)] == []
+    assert [name for name in STEP_HOOKS if name not in names] == []

@@ -41,11 +41,11 @@ class Method(Generic[ObjectiveType]):
 
     needs_labels: ClassVar[bool] = False  # learns labels only: it works on the head or on label ids
     needs_plain_text: ClassVar[bool] = False  # learns plain text only
-    supports_plain_text: ClassVar[bool] = True
+    supports_plain_text: ClassVar[bool] = True  # also learns plain text
     needs_logits: ClassVar[bool] = False  # works with the logits of a cross-entropy loss
     has_cross_entropy: ClassVar[bool] = True  # labels are learned by a cross-entropy, which class weights may weight
     changes_backbone: ClassVar[bool] = False  # merges what it has learned into the backbone
-    uses_replay: ClassVar[bool] = False
+    uses_replay: ClassVar[bool] = False  # reads a memory of old examples, so replay= may be set
     needs_adapter: ClassVar[bool] = False  # has an adapter per task, so peft=none is refused
     supported_pefts: ClassVar[tuple[str, ...]] = ()  # values of peft= it accepts; empty: all that train something
     supports_recompute: ClassVar[bool] = True  # a block can be run again in backward (gradient checkpointing)
