@@ -220,6 +220,7 @@ class LabelledDataRecord(CommonDataRecord):
     max_length: int
     max_target: int
     truncate: str
+    chat: NotRequired[str]  # turns of the assistant in the loss; longer conversations lose their oldest turns first
 
 
 class TextDataRecord(CommonDataRecord):

@@ -74,6 +74,7 @@ class Components:
         self.objective.check(self.backbone, self.peft, self.config.evaluation)
         if self.config.train.class_weights is not ClassWeights.none:
             self._check_class_weights()
+        self.source.check_backbone(self.backbone)
         self.hardware.check(self.peft, self.method)
         check_optimizer(self.config.train, self.hardware.torch_device)
         self.replay.check(self.config.train.global_batch_size, self.objective.traits)

@@ -23,8 +23,10 @@ NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fre
 ADDED_OPTIONS: dict[str, dict[str, Json]] = {
     "train": {"optimizer": "adamw", "momentum": None, "class_weights": "none"},
     "evaluation": {"metrics": ["accuracy"]},
-    "benchmark": {"encoding": None, "header": None},
+    "benchmark": {"encoding": None, "header": None, "chat": None},
 }
+# Options of a model for conversations, which have no effect without benchmark.chat.
+CHAT_OPTIONS = ("chat_template", "chat_options", "end_tokens")
 
 # What and how often files are written.
 FILE_OPTIONS = {"train": ("save_minutes", "snapshot_every", "log_every"), "evaluation": ("keep_text",)}
@@ -45,6 +47,9 @@ def _identity(cfg: DictConfig, without: tuple[str, ...]) -> Json:
         for key, default in ADDED_OPTIONS.get(group, {}).items():
             if identity[group].get(key, default) == default:
                 identity[group].pop(key, None)
+    if identity.get("model") and not identity.get("benchmark", {}).get("chat"):
+        for key in CHAT_OPTIONS:
+            identity["model"].pop(key, None)
     # The only hardware option that changes the model: quantized weights are rounded.
     if (cfg.get("hardware") or {}).get("quantization", "none") != "none":
         top["quantization"] = str(cfg.hardware.quantization)

@@ -8,8 +8,8 @@ SHORT_KEYS = {key: f"benchmark.{key}" for key in
               ("tasks", "order", "text", "label", "task", "max_train", "max_validation", "max_test")
               }  # fmt: skip
 # Options whose value is a path, or may be one.
-PATH_KEYS = ("data_dir", "output_dir", "cache_dir", "model.path", "benchmark.folder", "benchmark.reference",
-             "benchmark.order_encoder", "method.encoder")  # fmt: skip
+PATH_KEYS = ("data_dir", "output_dir", "cache_dir", "model.path", "model.chat_template", "benchmark.folder",
+             "benchmark.reference", "benchmark.order_encoder", "method.encoder")  # fmt: skip
 UNQUOTED = re.compile(
     r"[\w./][\w./-]*", re.ASCII
 )  # Hydra needs no quotes for such text, unless it looks like a literal

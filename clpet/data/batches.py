@@ -92,6 +92,23 @@ class AnswerBatch(Batch):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatBatch(AnswerBatch):
+    """Conversations whose earlier answers are predicted as well.
+
+    `prompt_targets` [batch, length] are the tokens of these answers at their positions, IGNORED everywhere else.
+    """
+
+    prompt_targets: Tensor
+
+    def next_tokens(self) -> Tensor:
+        """[batch, prompt and answer - 1]: the token to predict at every position, or IGNORED."""
+        return torch.cat([self.prompt_targets, self.targets], 1)[:, 1:]
+
+    def _selected(self, indices: Tensor, columns: slice) -> dict[str, Tensor]:
+        return super()._selected(indices, columns) | {"prompt_targets": self.prompt_targets[indices][:, columns]}
+
+
+@dataclass(frozen=True, kw_only=True)
 class WindowBatch(Batch):
     """Windows of plain text: `target_ids` [terms] are the tokens to predict.
 
@@ -152,7 +169,8 @@ class EncodedDataset:
     """One split of all tasks, tokenised: a label id and a task number per row, and an answer for text to text.
 
     Batches are sorted by `lengths` [rows]; `weights` [rows] are the numbers of terms of each row in a mean loss.
-    `full_lengths` and `full_answer_lengths` [rows] are the numbers of tokens before truncation.
+    `full_lengths` and `full_answer_lengths` [rows] are the numbers of tokens before truncation. `trained` has, for each
+    token of a row, 1 if it is predicted as the answer is, else 0; None if none is.
     """
 
     cached_on_disk: bool = True  # whether outputs of frozen modules for its rows may be written to the cache folder
@@ -170,14 +188,18 @@ class EncodedDataset:
         left: bool = False,
         full_lengths: Sequence[int] | None = None,
         full_answer_lengths: Sequence[int] | None = None,
+        trained: list[list[int]] | None = None,
     ) -> None:
         self.source = Ragged(tokens)
+        self.trained = None if trained is None else Ragged(trained)
         self.answer = None if answers is None else Ragged(answers)
         self.full_lengths = self.source.lengths if full_lengths is None else np.array(full_lengths, np.int64)
         self.full_answer_lengths = np.array(full_answer_lengths or np.zeros(len(tokens)), np.int64)
         self.references, self.sources, self.left = references, sources, left
         self.lengths = self.source.lengths + (0 if self.answer is None else self.answer.lengths)
         self.weights = np.ones(len(tokens)) if self.answer is None else self.answer.lengths.astype(float)
+        if trained is not None:
+            self.weights += [sum(flags) for flags in trained]
         self.labels = np.array(labels, dtype=np.int64)
         self.tasks = np.array(tasks, dtype=np.int64)
         self.pad_id, self.mask_id = pad_id, mask_id
@@ -197,9 +219,9 @@ class EncodedDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all token ids of the split, as far as they are a model's input."""
+        """SHA-256 of all token ids of the split, as far as they are a model's input, and of those it predicts."""
         hasher = hashlib.sha256(f"{self.pad_id} {self.mask_id}".encode())
-        for ragged in (self.source, self.answer):
+        for ragged in (self.source, self.answer, self.trained):
             for array in (ragged.flat, ragged.starts) if ragged else ():
                 hasher.update(array.tobytes())
         return hasher.hexdigest()
@@ -218,10 +240,15 @@ class EncodedDataset:
         arrays = [ids, inside.astype(np.int64), mask_positions, self.labels[rows], self.tasks[rows]]
         if self.answer is not None:
             arrays.append(self.answer.padded(rows, IGNORED)[0])
+        if self.trained is not None:
+            flags, _ = self.trained.padded(rows, 0, self.left, width)
+            arrays.append(np.where(flags == 1, ids, IGNORED))
         input_ids, mask, positions, labels, tasks, *answers = (
             torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
         )
         fields = (rows, input_ids, mask, positions, labels, tasks, not inside.all(), self.left)
+        if self.trained is not None:
+            return ChatBatch(*fields, pool=self, targets=answers[0], prompt_targets=answers[1])
         return AnswerBatch(*fields, pool=self, targets=answers[0]) if answers else Batch(*fields, pool=self)
 
     def by_length(self, rows: np.ndarray, size: int) -> list[np.ndarray]:

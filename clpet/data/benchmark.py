@@ -33,13 +33,21 @@ class Truncate(Enum):
     middle = "middle"
 
 
+class Turns(Enum):
+    """The turns of the assistant in a conversation whose tokens are in the loss."""
+
+    all = "all"
+    last = "last"
+
+
 @dataclass(frozen=True)
 class Example:
     """A text and its target.
 
     `target` is a label name, an answer text, or None for plain text. `fields` are the values of the template's other
     slots. Two kinds of character spans of the text steer truncation: the window is centred on `entity_spans`, and
-    `protected_spans` are cut last. `references` are all correct answers, if there are others than `target`.
+    `protected_spans` are cut last. `references` are all correct answers, if there are others than `target`. `origin` is
+    the file and row, where an error can only be found later.
     """
 
     text: str
@@ -48,6 +56,7 @@ class Example:
     entity_spans: tuple[tuple[int, int], ...] = ()
     protected_spans: tuple[tuple[int, int], ...] = ()
     references: tuple[str, ...] = ()
+    origin: str = field(default="", compare=False)
 
 
 @runtime_checkable
@@ -96,6 +105,7 @@ class Benchmark:
     report: ReadReport = field(default_factory=ReadReport)  # rows and files that were skipped, repaired or dropped
     order: OrderRecord = field(default_factory=lambda: OrderRecord())  # record of how the domains were ordered
     stream: bool = False  # tokenise texts during training instead of beforehand
+    chat: Turns | None = None  # examples are conversations in the model's chat template
 
     @cached_property
     def labels(self) -> list[str]:

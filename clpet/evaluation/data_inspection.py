@@ -58,7 +58,7 @@ def _inspect_tasks(benchmark: Benchmark, data: Encoded | None) -> LabelledDataRe
             **_cut(data, index),
         }
     overlaps = _overlaps(benchmark, keys)
-    return {
+    record: LabelledDataRecord = {
         "fingerprint": benchmark.fingerprint(),
         "read": benchmark.report.record(sum(len(task.split(split)) for task in benchmark.tasks for split in SPLITS)),
         "labels": benchmark.labels,
@@ -69,6 +69,9 @@ def _inspect_tasks(benchmark: Benchmark, data: Encoded | None) -> LabelledDataRe
         "truncate": benchmark.truncate.value,
         "warnings": _warnings(benchmark, overlaps) + _much_cut(tasks, benchmark),
     }
+    if benchmark.chat:
+        record["chat"] = benchmark.chat.value
+    return record
 
 
 def inspect_domains(benchmark: Benchmark, data: Encoded | None = None) -> TextDataRecord:
@@ -152,8 +155,9 @@ def cut_line(record: DataRecord) -> str:
     if "truncate" not in record:  # plain text is not truncated
         return ""
     record = cast(LabelledDataRecord, record)
+    side = f"oldest turns first, then {record['truncate']}" if record.get("chat") else record["truncate"]
     limits = {
-        "texts": f"{record['max_length']} tokens ({record['truncate']})",
+        "texts": f"{record['max_length']} tokens ({side})",
         "answers": f"{record['max_target']} tokens",
     }
     counts = cut_counts(record["tasks"])

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from clpet.config.schema import WordOrNumber, require
+from clpet.config.schema import Scalar, WordOrNumber, require
 from clpet.config.seeding import derive
 from clpet.errors import ModelError, first_line
 from clpet.models.architectures import dropout_rates, is_decoder_type
@@ -83,6 +83,9 @@ class Backbone:
     dropout: WordOrNumber = "auto"  # or own, off, a rate in [0, 1)
     head_dropout: float = 0.0
     trust_remote_code: bool = False
+    chat_template: str | None = None
+    chat_options: dict[str, Scalar] = field(default_factory=dict)
+    end_tokens: list[str] = field(default_factory=list)
     base: BaseTraining = field(default_factory=BaseTraining)
 
     def __post_init__(self) -> None:

@@ -3,12 +3,14 @@
 transformers builds many of these members at run time, so that its own classes do not show them to a type checker.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, Protocol, TypedDict, cast, overload
 
 import numpy as np
 from torch import Tensor, nn
+
+from clpet.records import Json
 
 
 class TextEncoding(TypedDict):
@@ -53,6 +55,8 @@ class Tokenizer(Protocol):
     is_fast: bool
     all_special_tokens: list[str]
     all_special_ids: list[int]
+    added_tokens_decoder: dict[int, object]
+    chat_template: str | None
 
     def __len__(self) -> int: ...
 
@@ -71,6 +75,10 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]: ...
 
     def add_special_tokens(self, tokens: dict[str, list[str]], replace_extra_special_tokens: bool = True) -> int: ...
+
+    def apply_chat_template(self, conversation: list[Mapping[str, Json]], **options: object) -> object: ...
+
+    def get_chat_template(self) -> str: ...
 
     def pad(self, rows: dict[str, list[list[int]]], **options: object) -> PaddedBatch: ...
 

@@ -27,8 +27,9 @@ from clpet.data.traits import Traits
 from clpet.errors import DataError
 from clpet.models.backbone import Backbone
 from clpet.models.protocols import Tokenizer
+from clpet.objectives.answer_encoding import encode_answers
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Predictions
-from clpet.objectives.text_to_text import TextToText, encode_answers
+from clpet.objectives.text_to_text import TextToText
 
 
 class Pairs(EncodedDataset):

@@ -4,9 +4,9 @@ The input of a decoder is [prompt; answer] with the prompt padded on the left, s
 use the same positions. An encoder-decoder encodes the prompt, padded on the right, and decodes the answer.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from clpet.config.schema import Decode, EvaluationOptions
-from clpet.data.batches import IGNORED, AnswerBatch, Batch, EncodedDataset, Ragged, pad_id, position_ids
+from clpet.data.batches import IGNORED, AnswerBatch, Batch, ChatBatch, EncodedDataset, Ragged, pad_id, position_ids
 from clpet.data.benchmark import Benchmark, Example
-from clpet.data.template import Template, Tokenised
+from clpet.data.chat_encoding import ChatEncoder
+from clpet.data.template import Template
 from clpet.data.traits import ANSWERS, Traits
-from clpet.errors import ConfigError, DataError
+from clpet.errors import ConfigError
 from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
 from clpet.models.adapters import FullFineTuning
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.protocols import Tokenizer, config_of, network_of
+from clpet.objectives.answer_encoding import chat_encoder, check_cut_labels, encode_answers, end_token, until
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
 
 
@@ -34,10 +36,13 @@ class TextToText(Objective):
     evaluation_options: ClassVar[tuple[str, ...]] = ("decode", "max_new_tokens", "keep_text")
 
     def finish_setup(self) -> None:
-        self.end = end_token(self.tokenizer)
+        chat = chat_encoder(self.benchmark, self.backbone, self.tokenizer)
+        self.ends = chat.template.ends if chat else [end_token(self.tokenizer)]
+        if chat:
+            self.tokenizer.chat_template = chat.template.text  # of an exported model
         self.start = None if self.causal else config_of(self.adapters.model).decoder_start_token_id
-        answers = encode_answers(self.tokenizer, self.benchmark.labels, self.benchmark.max_target)
-        self.label_tokens = Ragged(answers.rows)
+        encode = chat.answers if chat else partial(encode_answers, self.tokenizer)
+        self.label_tokens = Ragged(encode(self.benchmark.labels, self.benchmark.max_target).rows)
 
     def check_benchmark(self, benchmark: Benchmark, evaluation: EvaluationOptions) -> None:
         for task in benchmark.tasks:
@@ -82,7 +87,9 @@ class TextToText(Objective):
 
     def encoder(self, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         causal = backbone.architecture is Architecture.decoder
-        check_cut_labels(tokenizer, benchmark)
+        if chat := chat_encoder(benchmark, backbone, tokenizer):
+            return self._chat_encode(chat, benchmark, tokenizer)
+        check_cut_labels(partial(encode_answers, tokenizer), benchmark)
         template = Template(
             tokenizer, benchmark.template, benchmark.max_length, end=not causal, truncate=benchmark.truncate
         )
@@ -99,6 +106,20 @@ class TextToText(Objective):
 
         return encode
 
+    def _chat_encode(self, chat: ChatEncoder, benchmark: Benchmark, tokenizer: Tokenizer) -> Encode:
+        check_cut_labels(chat.answers, benchmark)
+
+        def encode(examples: list[Example], labels: list[int], tasks: list[int]) -> EncodedDataset:
+            prompts, answers, trained, references = chat.encode(examples)
+            sources = [example.text for example in examples]
+            return EncodedDataset(
+                prompts.rows, labels, tasks, pad_id(tokenizer), answers=answers.rows, references=references,
+                sources=sources, left=True, full_lengths=prompts.lengths, full_answer_lengths=answers.lengths,
+                trained=trained,
+            )  # fmt: skip
+
+        return encode
+
     # Training
 
     def logits(self, batch: Batch) -> Tensor:
@@ -106,12 +127,26 @@ class TextToText(Objective):
         self.meter.count(batch, torch.is_grad_enabled())
         assert isinstance(batch, AnswerBatch)
         with self.autocast:
+            if isinstance(batch, ChatBatch):
+                return self.conversation_logits(batch)
             logits = self.answer_logits(batch, batch.targets)
             return logits[batch.targets != IGNORED].float()
+
+    def conversation_logits(self, batch: ChatBatch) -> Tensor:
+        """The same for all answers in a conversation, each example's in their order."""
+        targets = batch.next_tokens()
+        columns = torch.nonzero((targets != IGNORED).any(0)).flatten()
+        answer, mask = batch.targets.clamp(min=0), batch.targets != IGNORED
+        inputs = self.append_answer(self.inputs(batch), answer[:, :-1], mask[:, :-1])
+        vectors = inputs["attention_mask"].shape[1] - targets.shape[1]  # a method's prompt in front of the text
+        output = network_of(self.adapters.model)(logits_to_keep=columns + vectors, use_cache=False, **inputs)
+        return output.logits[targets[:, columns] != IGNORED].float()
 
     def targets(self, batch: Batch) -> Tensor:
         """[answer tokens of the batch]: their ids."""
         assert isinstance(batch, AnswerBatch)
+        if isinstance(batch, ChatBatch):
+            return batch.next_tokens()[batch.next_tokens() != IGNORED]
         return batch.targets[batch.targets != IGNORED]
 
     def answer_logits(self, batch: Batch, targets: Tensor) -> Tensor:
@@ -177,12 +212,12 @@ class TextToText(Objective):
         return max(1, self.eval_batch_size // max(1, labels))
 
     def generate(self, batch: Batch) -> list[str]:
-        """Greedy decoding with a key-value cache, up to the end token."""
+        """Greedy decoding with a key-value cache, up to an end token."""
         from transformers import GenerationConfig
 
         max_new_tokens = self.evaluation.max_new_tokens or self.benchmark.max_target
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=self.end,
+            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=self.ends,
             pad_token_id=pad_id(self.tokenizer), decoder_start_token_id=self.start,
             repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,  # override the model's settings
         )  # fmt: skip
@@ -193,7 +228,9 @@ class TextToText(Objective):
         # A decoder's output begins with the prompt, unless that was given as embeddings; others' with the start token.
         skip = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         answer = output[:, skip:] if self.causal else output[:, 1:]
-        return [text.strip() for text in self.tokenizer.batch_decode(until(answer, self.end), skip_special_tokens=True)]
+        return [
+            text.strip() for text in self.tokenizer.batch_decode(until(answer, self.ends), skip_special_tokens=True)
+        ]
 
     def rank(self, batch: Batch, labels: list[int]) -> Tensor:
         """[batch, labels]: log-likelihood of each label and its end token; one pass over the prompts."""
@@ -267,48 +304,3 @@ class TextToText(Objective):
     def describe(self, pool: EncodedDataset, row: int) -> str:
         assert pool.answer is not None
         return f"answer   {self.tokenizer.decode(pool.answer[row])}"
-
-
-def end_token(tokenizer: Tokenizer) -> int:
-    """Id of the token that ends an answer. Raises DataError for a tokenizer without one."""
-    end = next((id for id in (tokenizer.eos_token_id, tokenizer.sep_token_id) if id is not None), None)
-    if end is None:
-        raise DataError("the tokenizer has no end token, so a text_to_text answer could not end")
-    return end
-
-
-def encode_answers(tokenizer: Tokenizer, texts: list[str], max_tokens: int) -> Tokenised:
-    """Token ids of answers, each with the end token and at most `max_tokens` long.
-
-    In a byte-level vocabulary the space between prompt and answer is part of the answer's first token.
-    """
-    if not texts:
-        return Tokenised([], [])
-    spaced = len(tokenizer(" a", add_special_tokens=False)["input_ids"]) == 1
-    lead = " " if spaced and len(tokenizer("a", add_special_tokens=False)["input_ids"]) == 1 else ""
-    rows = tokenizer([lead + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
-    end = end_token(tokenizer)
-    return Tokenised([[*ids[: max_tokens - 1], end] for ids in rows], [len(ids) + 1 for ids in rows])
-
-
-def check_cut_labels(tokenizer: Tokenizer, benchmark: Benchmark) -> None:
-    """Raises DataError if two labels of a task become the same tokens."""
-    for task in benchmark.tasks:
-        full = encode_answers(tokenizer, list(task.labels), sys.maxsize).rows
-        indices: dict[tuple[int, ...], int] = {}
-        for index, ids in enumerate(full):
-            other = indices.setdefault((*ids[:-1][: benchmark.max_target - 1],), index)
-            if other == index:
-                continue
-            names = f"task {task.name}: the labels {task.labels[other]!r} and {task.labels[index]!r} are"
-            if ids == full[other]:
-                raise DataError(f"{names} the same tokens in this model's vocabulary: rename one of them")
-            raise DataError(
-                f"{names} equal in the first benchmark.max_target={benchmark.max_target} tokens, including the end: "
-                f"the longest label of the task needs benchmark.max_target={max(map(len, full))}"
-            )
-
-
-def until(ids: Tensor, end: int) -> list[list[int]]:
-    """Each row up to its first `end`, without it."""
-    return [row[: row.index(end)] if end in row else row for row in ids.tolist()]

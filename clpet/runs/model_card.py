@@ -10,6 +10,7 @@ from clpet.escape import inline, markdown
 from clpet.metrics.transfer_matrix import on_split
 from clpet.models.backbone import Architecture, Backbone, Representation
 from clpet.objectives.classification import Classification
+from clpet.objectives.text_to_text import TextToText
 from clpet.reporting.tables import format_table, spell_score
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ def _answers(run: "LoadedRun") -> list[str]:
             '    loss = model(**batch, labels=batch["input_ids"]).loss',
             "print(loss.exp())  # perplexity",
         ]
+    if benchmark.chat:
+        return _chat_answers(run)
     lines = [
         f"template, max_length, texts = {benchmark.template!r}, {benchmark.max_length}, ['a text', 'another']",
         "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token",
@@ -159,4 +162,20 @@ def _answers(run: "LoadedRun") -> list[str]:
         '    logits = features @ head.get_tensor("weight").T + head.get_tensor("bias")',
         "answers = [labels[index] for index in logits.argmax(1)]",
         "print(answers)",
+    ]
+
+
+def _chat_answers(run: "LoadedRun") -> list[str]:
+    """Code that answers conversations with the chat template of the folder's tokenizer."""
+    objective, backbone = run.method.objective, run.record.components.backbone
+    assert isinstance(objective, TextToText)
+    options = "".join(f", {name}={value!r}" for name, value in backbone.chat_options.items())
+    return [
+        'messages = [{"role": "user", "content": "a text"}]',
+        'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}',
+        f"batch = tokenizer.apply_chat_template(messages, **options{options})",
+        "with torch.inference_mode():",
+        f"    tokens = model.generate(**batch, max_new_tokens={run.benchmark.max_target}, do_sample=False, "
+        f"eos_token_id={objective.ends})",
+        'print(tokenizer.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]

@@ -23,6 +23,7 @@ from clpet.config.compose import plugin_dirs
 from clpet.config.identity import digest
 from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.data.benchmark import Benchmark
+from clpet.data.chat_template import file_fingerprint
 from clpet.data.sources.base import Source
 from clpet.errors import ClpetError, ConfigError
 from clpet.methods.base import Method
@@ -38,6 +39,8 @@ def inputs(config: Config, backbone: Backbone, method: Method) -> dict[str, str]
     """{name: fingerprint} of a run's weights and code; inputs that cannot change without a new version have none."""
     targets = [str(getattr(config, group)["_target_"]) for group in OBJECT_GROUPS]
     fingerprints = {"weights": backbone.fingerprint(config.cache_dir), "code": code(targets), **method.inputs()}
+    if config.benchmark.get("chat"):
+        fingerprints["chat_template"] = file_fingerprint(backbone)
     return {name: value for name, value in fingerprints.items() if value}
 
 

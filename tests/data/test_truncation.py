@@ -15,7 +15,7 @@ from clpet.data.template import Template, tokens_to_keep
 from clpet.errors import ConfigError, ModelError
 from clpet.evaluation.data_inspection import cut_counts
 from clpet.models.backbone import byte_tokenizer
-from clpet.objectives.text_to_text import encode_answers
+from clpet.objectives.answer_encoding import encode_answers
 from tests.conftest import shared, tiny_args
 from tests.data.test_sources import from_yaml
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from clpet.errors import ConfigError, DataError
 from clpet.evaluation.data_inspection import near_equal
 from clpet.metrics import text_scores
 from clpet.models.backbone import byte_tokenizer
-from clpet.objectives.text_to_text import TextToText, check_cut_labels
+from clpet.objectives.answer_encoding import check_cut_labels, encode_answers
+from clpet.objectives.text_to_text import TextToText
 
 
 def labelled(*labels: str, metric: str = "exact_match", max_target: int = 50) -> Benchmark:
@@ -66,13 +68,15 @@ def test_labels_that_are_equal_after_truncation_are_rejected() -> None:
     tokenizer = byte_tokenizer()
     long = labelled("question one", "question two", "short", max_target=10)
     with pytest.raises(DataError, match=r"'question one' and 'question two' .* needs benchmark.max_target=13"):
-        check_cut_labels(tokenizer, long)
+        check_cut_labels(partial(encode_answers, tokenizer), long)
     long = replace(long, max_target=13)
-    check_cut_labels(tokenizer, long)
-    check_cut_labels(tokenizer, labelled("question one", "answer two", max_target=4))  # truncated, but still different
+    check_cut_labels(partial(encode_answers, tokenizer), long)
+    check_cut_labels(
+        partial(encode_answers, tokenizer), labelled("question one", "answer two", max_target=4)
+    )  # truncated, but still different
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(DataError, match="'Yes' and 'yes' are the same tokens"):
-        check_cut_labels(tokenizer, labelled("Yes", "yes", metric="first_word"))
+        check_cut_labels(partial(encode_answers, tokenizer), labelled("Yes", "yes", metric="first_word"))
 
 
 def test_labels_are_stripped_and_composed(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from clpet.methods.components.subspace import InputCovariances
 from clpet.metrics.text_scores import accuracy, exact_match, rouge_l
 from clpet.models.adapters import Adapters, FullFineTuning, Lora
 from clpet.models.backbone import Architecture, Backbone
+from clpet.objectives.answer_encoding import encode_answers, end_token
 from clpet.objectives.base import AnswerSpace, Predictions
-from clpet.objectives.text_to_text import TextToText, encode_answers, end_token
+from clpet.objectives.text_to_text import TextToText
 from clpet.runtime.hardware import Device, Dtype, Hardware
 from tests.conftest import shared
 
@@ -91,7 +92,7 @@ def plain_greedy(objective: TextToText, prompt: list[int], max_tokens: int) -> l
     answer: list[int] = []
     while len(answer) < max_tokens:
         token = int(plain_logits(objective, prompt, [*answer, 0])[-1].argmax())
-        if token == objective.end:
+        if token in objective.ends:
             break
         answer.append(token)
     return answer
@@ -141,7 +142,7 @@ def test_loss_is_the_mean_over_answer_tokens_only(shape: str) -> None:
     total, count = 0.0, 0
     for row in rows:
         answer = pool.answer[row].tolist()
-        assert answer[-1] == objective.end
+        assert [answer[-1]] == objective.ends
         logits = plain_logits(objective, pool.tokens(row).tolist(), answer)
         total += F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
         count += len(answer)

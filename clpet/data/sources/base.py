@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from clpet.config.schema import NamesOrRule, Patterns, require
-from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, Truncate
+from clpet.data import chat_template
+from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, Truncate, Turns
 from clpet.data.read_report import ReadReport
 from clpet.data.splits import Splits, has_labels, in_order, sample, split_off, stratified
 from clpet.data.tabular_files import column_names, data_path
@@ -19,6 +20,7 @@ from clpet.data.task_order import order_tasks
 from clpet.data.traits import LABELS, Traits
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.metrics.text_scores import FREE, METRICS, need
+from clpet.models.backbone import Architecture, Backbone
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Source:
     cut_last: Patterns = None  # a regular expression, or {task: regular expression}
     softmax: Softmax = Softmax.auto
     prompt: str = "{text}"
+    chat: Turns | None = None
     max_target: int = 50
     metric: str = "exact_match"
     metrics: dict[str, str] = field(default_factory=dict)
@@ -112,11 +115,20 @@ class Source:
         """Raises ConfigError for an option that does not suit the objective."""
         if self.softmax is Softmax.task and self.answers:
             raise ConfigError(f"benchmark.softmax must be seen with objective={self.objective}, not task")
+        if self.chat and not self.traits.generates_text:
+            raise ConfigError(f"benchmark.chat={self.chat.value} needs objective=text_to_text, not {self.objective}")
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Raises ConfigError for conversations with a model that is not a decoder, or without the template it names."""
+        if self.chat and backbone.architecture is not Architecture.decoder:
+            raise ConfigError(f"benchmark.chat={self.chat.value} needs a decoder, which model {backbone.name} is not")
+        if self.chat:
+            chat_template.template_text(backbone)
 
     def _check_unused(self) -> None:
         """Raises ConfigError for an option that is set but has no effect on plain text."""
         defaults = Source()
-        for key in ("template", "softmax", "prompt", "max_target", "metric", "metrics", "truncate", "cut_last"):
+        for key in ("template", "softmax", "prompt", "chat", "max_target", "metric", "metrics", "truncate", "cut_last"):
             value = getattr(self, key)
             if value != getattr(defaults, key):
                 shown = value.value if isinstance(value, Enum) else value
@@ -186,6 +198,7 @@ class Source:
             self.truncate,
             report=self.report,
             traits=self.traits,
+            chat=self.chat,
         )
         benchmark.check()
         return benchmark
