@@ -8,21 +8,24 @@ import torch
 
 from clpet.config.schema import Decode
 from clpet.data.benchmark import Benchmark, Example
+from clpet.data.conversation import Message, example_of, question
 from clpet.data.sources.base import Source
-from clpet.errors import ConfigError, suggest
+from clpet.errors import ConfigError, DataError, suggest
 from clpet.escape import short_repr
 from clpet.methods.base import Method
 from clpet.objectives.base import Predictions
 from clpet.objectives.language_modeling import LanguageModeling, perplexity
 from clpet.runtime.distributed import without_gradients
 
-Text = str | Mapping[str, str] | Example  # a text, a row with the template's slots, or an example of a benchmark
+# A text, a row with the template's slots, an example of a benchmark or, for conversations, messages.
+Text = str | Mapping[str, object] | Example | Sequence[Message]
 
 
 def as_examples(texts: Sequence[Text], benchmark: Benchmark, source: Source, task: str | None) -> list[Example]:
     """The texts as examples, with the spans that benchmark.cut_last protects. Raises ConfigError.
 
-    A row has a value for "text" and for every other slot of the template.
+    A row has a value for "text" and for every other slot of the template. With benchmark.chat a text is a user's turn;
+    whole conversations are lists of messages, or rows with "messages" and perhaps "tools".
     """
     if isinstance(texts, str | Mapping | Example):
         raise ConfigError("predict takes a list of texts, not a single one: put it into a list")
@@ -32,14 +35,28 @@ def as_examples(texts: Sequence[Text], benchmark: Benchmark, source: Source, tas
         if isinstance(text, Example):
             examples.append(text)
             continue
+        if benchmark.chat and (isinstance(text, list) or (isinstance(text, Mapping) and "messages" in text)):
+            examples.append(_conversation(text))
+            continue
         row = dict(text) if isinstance(text, Mapping) else {"text": text}
         if row.keys() != {"text", *slots} or not all(isinstance(value, str) for value in row.values()):
             names = ", ".join(f"{name!r}: ..." for name in ("text", *sorted(slots)))
             expected = f"a row {{{names}}}" if slots else "a text"
             raise ConfigError(f"{short_repr(text)} is not {expected}, which the template of {benchmark.name} needs")
-        values = {key: value.replace("\r\n", "\n") for key, value in row.items()}  # as when files are read
+        values = {key: str(value).replace("\r\n", "\n") for key, value in row.items()}  # as when files are read
         examples.append(Example(values.pop("text"), fields=values))
     return source.protect(task, examples)
+
+
+def _conversation(talk: Sequence[Message] | Mapping[str, object]) -> Example:
+    """The example of a conversation whose next turn is to be predicted. Raises ConfigError."""
+    row = talk if isinstance(talk, Mapping) else {"messages": talk}
+    if not row.keys() <= {"messages", "tools"}:
+        raise ConfigError(f"{short_repr(talk)} is not a row of messages and tools")
+    try:
+        return example_of(question(row["messages"], row.get("tools")))
+    except DataError as error:
+        raise ConfigError(f"{short_repr(talk)} is {error}") from error
 
 
 @without_gradients()
