@@ -58,7 +58,8 @@ class TextModel:
         Args:
             texts: texts as in the benchmark's text column. The template is applied and long texts are cut as in the
                 run. If the template has more slots, rows such as {"text": ..., "premise": ...}; examples of
-                `benchmark` work too.
+                `benchmark` work too. With benchmark.chat a text is a user's turn, and a list of messages
+                [{"role": ..., "content": ...}, ...] is a conversation to continue.
             task: the name of the task that all texts belong to: only its labels compete. Methods that are given the
                 task at test need it.
 

@@ -244,6 +244,7 @@ def report(cfg: DictConfig) -> str:
     if source.plain_text:
         return _domain_report(inspect_domains(source.load(config.data_dir)))
     benchmark, backbone = source.load(config.data_dir), build(config.model, "model")
+    source.check_backbone(backbone)
     objective.check_benchmark(benchmark, config.evaluation)
     encode = objective.encoder(benchmark, backbone, backbone.tokenizer())
     return _task_report(benchmark, _inspect_tasks(benchmark, encode_benchmark(benchmark, encode)))

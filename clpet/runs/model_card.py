@@ -177,5 +177,5 @@ def _chat_answers(run: "LoadedRun") -> list[str]:
         "with torch.inference_mode():",
         f"    tokens = model.generate(**batch, max_new_tokens={run.benchmark.max_target}, do_sample=False, "
         f"eos_token_id={objective.ends})",
-        'print(tokenizer.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))',
+        'print(tokenizer.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip())',
     ]

@@ -63,6 +63,8 @@ def test_prompts_and_answers_are_conversations_too(tmp_path: Path) -> None:
     example = load(write(tmp_path, rows)).tasks[0].train[1]
     assert (example.text, example.target) == (f"q{example.text[1:]}", f"a{example.text[1:]}")
     assert json.loads(example.fields["messages"]) == [SYSTEM, {"role": "user", "content": example.text}]
+    rows = [{"messages": talk, "system": "Be brief."} for talk in talks(4)]
+    assert load(write(tmp_path, rows)).tasks[0].train[0].fields["messages"].startswith(json.dumps([SYSTEM])[:-1])
     assert example.origin == f"{tmp_path / 'train.jsonl'}, row {int(example.text[1:]) + 1}"
 
 
@@ -137,6 +139,8 @@ def test_tables_that_are_refused(tmp_path: Path) -> None:
         load(write(tmp_path / "b", [{"messages": [USER, ANSWER], "tools": ["x"]}] * 2))
     with pytest.raises(DataError, match="row 2 has no task"):
         load(write(tmp_path / "c", [{"messages": [USER, ANSWER], "task": name} for name in ("a", "")]))
+    with pytest.raises(DataError, match="row 1 has a system message in messages and one in system"):
+        load(write(tmp_path / "d", [{"messages": [SYSTEM, USER, ANSWER], "system": "x"}, {"messages": [USER, ANSWER]}]))
     with pytest.raises(DataError, match="is read from local files: set data_dir=FOLDER"):
         Chat(name="chat").reading_for("text_to_text", ANSWERS).load(None)
     with pytest.raises(ConfigError, match=r"benchmark\.chat must be all or last with conversations, not null"):

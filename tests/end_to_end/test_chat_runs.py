@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import clpet
 from tests.conftest import methods_of, run_cli
@@ -48,6 +49,20 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def exported_answers(run: Path, talks: list) -> list[str]:
+    """Answers of an exported model to conversations, with transformers alone as the folder's README shows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert run_cli("export", run, "out") == 0
+    readme = Path("out/README.md").read_text()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
+    answers = []
+    for messages in talks:
+        lines = readme[readme.index("options = {") :].split("```")[0].replace("print(", "answers.append(")
+        exec(lines, {"tokenizer": tokenizer, "model": model, "messages": messages, "torch": torch, "answers": answers})
+    return answers
+
+
 @pytest.mark.slow
 def test_a_run_learns_its_answers_and_stops_at_the_end_token(talks: Path) -> None:
     settings = (
@@ -67,6 +82,7 @@ def test_a_run_learns_its_answers_and_stops_at_the_end_token(talks: Path) -> Non
     turns = [[{"role": "user", "content": text}] for text in questions]
     assert model.predict(turns) == [model.predict([turn])[0] for turn in turns] == list(FOODS.values())
     tests = model.benchmark.tasks[0].test
+    assert exported_answers(run.path, turns) == list(FOODS.values())
     assert model.predict(tests) == run.predictions(after=1)["prediction"].to_pylist()
 
 

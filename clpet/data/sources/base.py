@@ -121,7 +121,10 @@ class Source:
     def check_backbone(self, backbone: Backbone) -> None:
         """Raises ConfigError for conversations with a model that is not a decoder, or without the template it names."""
         if self.chat and backbone.architecture is not Architecture.decoder:
-            raise ConfigError(f"benchmark.chat={self.chat.value} needs a decoder, which model {backbone.name} is not")
+            raise ConfigError(
+                f"benchmark.chat={self.chat.value} needs a decoder, which model {backbone.name} is not: "
+                "model=qwen3_0_6b, for example"
+            )
         if self.chat:
             chat_template.template_text(backbone)
 

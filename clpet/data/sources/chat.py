@@ -7,12 +7,13 @@ from typing import ClassVar
 
 from clpet.config.schema import require
 from clpet.data.benchmark import SPLITS, Example, Turns
-from clpet.data.conversation import conversation, example_of
+from clpet.data.conversation import Message, checked, conversation, example_of
 from clpet.data.data_files import note_unread, subfolders, tables
 from clpet.data.sources.base import Source
 from clpet.data.splits import Splits, split_off
 from clpet.data.tabular_files import Row, SplitRows, cell_text, is_empty, read_local
 from clpet.errors import DataError
+from clpet.escape import safe_name
 
 
 @dataclass
@@ -83,9 +84,14 @@ class Chat(Source):
 
     def example(self, row: Row, origin: str = "") -> Example:
         """The example of one row. Raises DataError with a noun phrase, as `add_bad_row` needs it."""
-        if not is_empty(row.get(self.messages)):
-            return example_of(conversation(row[self.messages], row.get(self.tools)), origin)
-        columns = {"system": self.system, "user": self.text, "assistant": self.label}
-        cells = {role: cell_text(row.get(column), column) for role, column in columns.items()}
-        turns = [{"role": role, "content": text} for role, text in cells.items() if text or role != "system"]
+        system = cell_text(row.get(self.system), self.system)
+        turns: list[Message]
+        if is_empty(row.get(self.messages)):
+            columns = {"user": self.text, "assistant": self.label}
+            turns = [{"role": role, "content": cell_text(row.get(name), name)} for role, name in columns.items()]
+        else:
+            turns = checked(row[self.messages])
+        if system and turns and turns[0]["role"] == "system":
+            raise DataError(f"a system message in {safe_name(self.messages)} and one in {safe_name(self.system)}")
+        turns = [*([{"role": "system", "content": system}] if system else []), *turns]
         return example_of(conversation(turns, row.get(self.tools)), origin)
