@@ -1,0 +1,75 @@
+"""Base of methods without training: the backbone is frozen, and labels are statistics of its features."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from clpet.data.batches import Batch
+from clpet.data.benchmark import Task
+from clpet.methods.base import Method
+from clpet.objectives.base import AnswerSpace, Predictions
+from clpet.objectives.classification import Classification
+from clpet.replay.batch_plan import BatchPlan
+from clpet.training.trainer import Trainer
+
+
+@dataclass
+class FeatureStatistics(Method[Classification]):
+    """Subclasses add the features of a task's training examples to sums, and score test features against them.
+
+    One pass over every training example, without a gradient; the order of the tasks does not matter. Sums are in fp64.
+    A label without examples is never predicted.
+    """
+
+    needs_labels: ClassVar[bool] = True
+    has_cross_entropy: ClassVar[bool] = False
+    uses_validation: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
+    supported_pefts: ClassVar[tuple[str, ...]] = ("frozen",)
+    saved: ClassVar[tuple[str, ...]] = ("sums", "counts")
+
+    def init_adapters(self) -> None:
+        labels, device = len(self.benchmark.labels), self.objective.device
+        self.sums = torch.zeros(labels, self.objective.dim, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(labels, dtype=torch.float64, device=device)
+
+    def feature(self, batch: Batch) -> Tensor:
+        """[batch, dim]: the vector of a text whose statistics are kept."""
+        return self.objective.features(batch)
+
+    def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        rows = self.data.train.rows_of(index)
+        labels = torch.from_numpy(self.data.train.labels[rows]).to(self.objective.device)
+        self.add(self.embed(rows, self.feature).double(), labels)
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Adds training features [n, dim] in fp64 with their labels [n]."""
+        self.sums.index_add_(0, labels, features)
+        self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+
+    def means(self) -> Tensor:
+        """[labels, dim] fp64: the mean feature of every label, 0 for a label without examples."""
+        return self.sums / self.counts.clamp(min=1)[:, None]
+
+    def scores(self, features: Tensor) -> Tensor:
+        """[batch, all labels] fp64 from features [batch, dim] in fp64; the largest is predicted."""
+        raise NotImplementedError
+
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
+        scores = self.scores(self.feature(batch).double())
+        return Predictions(scores.masked_fill(self.counts == 0, float("-inf")).float())
+
+    def stages(self, index: int) -> dict[str, BatchPlan]:
+        return {}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Writes sums and counts as safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"sums": self.sums.cpu(), "counts": self.counts.cpu()}, folder / "statistics.safetensors")
