@@ -20,7 +20,7 @@ COMMANDS = {
     "eval": "evaluate the weights of a run again, or on tasks of lm-evaluation-harness",
     "export": "write the trained weights of a run for use without clpet: adapters, or merged weights",
     "list": "list the methods, models, benchmarks, hardware, ... to choose from",
-    "data": "describe a benchmark's data: counts, balance, lengths, duplicates, overlaps",
+    "data": "describe a benchmark, or a file or folder of your own, and print the command that trains on it",
 }
 HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i", "--config-name",
                           "-cn", "--config-path", "-cp", "--experimental-rerun", "-sc")  # fmt: skip

@@ -57,30 +57,34 @@ class ReadReport:
         """Counts rows or documents that were read but are not used."""
         self.dropped[reason] += count
 
+    def bad_row_lines(self) -> list[str]:
+        """The bad rows, one line for each file."""
+        return [f"{file}: {_rows(errors)}" for file, errors in self.bad_rows.items()]
+
     def drop_bad_rows(self, skip_bad: bool) -> int:
         """The number of bad rows, which are dropped. Raises DataError, which lists them, unless `skip_bad`."""
-        lines = [f"{file}: {_rows(errors)}" for file, errors in self.bad_rows.items()]
+        lines = self.bad_row_lines()
         count = sum(len(rows) for errors in self.bad_rows.values() for rows in errors.values())
         if lines and not skip_bad:
-            raise DataError(f"{_listed(lines, '; ')} (benchmark.skip_bad=true drops such rows)")
+            raise DataError(f"{listed(lines, '; ')} (benchmark.skip_bad=true drops such rows)")
         if lines:
-            self.other_notes.append(f"{count} bad rows are dropped: {_listed(lines, '; ')}")
+            self.other_notes.append(f"{count} bad rows are dropped: {listed(lines, '; ')}")
         self.bad_rows = {}
         return count
 
     def notes(self) -> list[str]:
         """One line for each kind of thing that was skipped or repaired."""
-        lines = [f"not read in {folder}: {_listed(names)}" for folder, names in self.unread.items()]
+        lines = [f"not read in {folder}: {listed(names)}" for folder, names in self.unread.items()]
         for marked, source in ((True, "by their byte order mark"), (False, "with benchmark.encoding")):
             codecs = [f"{file} ({name})" for file, name in self.encodings.items() if name.startswith("UTF") == marked]
-            lines += [f"decoded {source}: {_listed(codecs)}"] if codecs else []
+            lines += [f"decoded {source}: {listed(codecs)}"] if codecs else []
         for counts, text in (
             (self.replaced, "invalid UTF-8 bytes were replaced by U+FFFD"),
             (self.line_ends, "Windows line ends (CRLF) were replaced by line feeds"),
             (self.empty, "empty cells are read as an empty text"),
         ):
             files = [f"{file} ({count})" for file, count in counts.items() if count]
-            lines += [f"{counts.total()} {text}: {_listed(files)}"] if files else []
+            lines += [f"{counts.total()} {text}: {listed(files)}"] if files else []
         return [inline(note) for note in lines + self.other_notes]
 
     def record(self, num_used: int) -> ReadRecord:
@@ -121,11 +125,12 @@ def _rows(errors: dict[str, list[int]]) -> str:
     clauses = []
     for error, rows in errors.items():
         one = len(rows) == 1
-        clauses.append(f"row{'' if one else 's'} {_listed(map(str, rows))} {'has' if one else 'have'} {error}")
-    return _listed(clauses, "; ")
+        clauses.append(f"row{'' if one else 's'} {listed(map(str, rows))} {'has' if one else 'have'} {error}")
+    return listed(clauses, "; ")
 
 
-def _listed(items: Iterable[str], separator: str = ", ") -> str:
+def listed(items: Iterable[str], separator: str = ", ") -> str:
+    """The first few items, and the number of the others."""
     items = list(items)
     more = f" and {len(items) - FEW} more" if len(items) > FEW else ""
     return separator.join(items[:FEW]) + more

@@ -239,24 +239,44 @@ def _warnings(benchmark: Benchmark, overlaps: dict[str, int]) -> list[str]:
 
 def report(cfg: DictConfig) -> str:
     """The report of `clpet data` on the benchmark of a composed configuration, with the tokenizer of its model."""
+    text, record = inspect_config(cfg)
+    return "\n".join(
+        [
+            text,
+            *([f"overlap: {pair}: {count}" for pair, count in record["overlaps"].items()] or ["overlap: none"]),
+            *(f"warning: {warning}" for warning in record["warnings"]),
+            f"fingerprint: {record['fingerprint']}",
+        ]
+    )
+
+
+def inspect_config(cfg: DictConfig, tokenize: bool = True) -> tuple[str, DataRecord]:
+    """The statistics of a configuration's benchmark, as a table and as a record.
+
+    Without `tokenize` the model's tokenizer is not needed, and lengths are left out.
+    """
     config = parse_config(cfg)
     objective, source = load(config, None)
     if source.plain_text:
-        return _domain_report(inspect_domains(source.load(config.data_dir)))
+        domains = inspect_domains(source.load(config.data_dir))
+        return _domain_table(domains), domains
     benchmark, backbone = source.load(config.data_dir), build(config.model, "model")
     source.check_backbone(backbone)
     objective.check_benchmark(benchmark, config.evaluation)
-    encode = objective.encoder(benchmark, backbone, backbone.tokenizer())
-    return _task_report(benchmark, _inspect_tasks(benchmark, encode_benchmark(benchmark, encode)))
+    encoded = None
+    if tokenize:
+        encoded = encode_benchmark(benchmark, objective.encoder(benchmark, backbone, backbone.tokenizer()))
+    record = _inspect_tasks(benchmark, encoded)
+    return _task_table(benchmark, record), record
 
 
-def _task_report(benchmark: Benchmark, record: LabelledDataRecord) -> str:
+def _task_table(benchmark: Benchmark, record: LabelledDataRecord) -> str:
     answers = ["answers cut"] if benchmark.max_target else []
     header = ["task", *SPLITS, "labels", "label sizes", "tokens median", "p95", "max", "cut", *answers, "repeats"]
     rows = [
         [name, *(str(t[split]) for split in SPLITS), str(t["labels"]), f"{t['smallest_label']}-{t['largest_label']}",
-         str(t["tokens"]["median"]), str(t["tokens"]["p95"]), str(t["tokens"]["max"]),
-         *("/".join(str(counts[split]) for split in SPLITS)
+         *(str(t["tokens"].get(name, "-")) for name in ("median", "p95", "max")),
+         *("/".join(str(counts.get(split, "-")) for split in SPLITS)
            for counts in (t["texts_cut"], *([t["answers_cut"]] if answers else []), t["repeats"]))]
         for name, t in record["tasks"].items()
     ]  # fmt: skip
@@ -269,7 +289,7 @@ def _task_report(benchmark: Benchmark, record: LabelledDataRecord) -> str:
     return _lines(table(header, rows), note, record)
 
 
-def _domain_report(record: TextDataRecord) -> str:
+def _domain_table(record: TextDataRecord) -> str:
     header = ["domain", "documents", "pieces", "MB", "repeats", "left out"]
     domains = dict(record["tasks"])
     if base := record["base"]:
@@ -287,7 +307,4 @@ def _domain_report(record: TextDataRecord) -> str:
 
 
 def _lines(table: str, note: str, record: DataRecord) -> str:
-    lines = [table, "", note, *([account(record["read"])] if record["read"]["read"] else [])]
-    lines += [f"overlap: {pair}: {count}" for pair, count in record["overlaps"].items()] or ["overlap: none"]
-    lines += [f"warning: {warning}" for warning in record["warnings"]]
-    return "\n".join([*lines, f"fingerprint: {record['fingerprint']}"])
+    return "\n".join([table, "", note, *([account(record["read"])] if record["read"]["read"] else [])])
