@@ -12,8 +12,9 @@ from clpet.config.schema import EvaluationOptions, Schedule, Training
 from clpet.data.benchmark import Benchmark
 from clpet.data.token_cache import TokenCache, text_hash
 from clpet.errors import HostError
-from clpet.models.adapters import Adapters, FullFineTuning
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Backbone
+from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import SavedNetwork, Tokenizer
 from clpet.objectives.language_modeling import LanguageModeling
 from clpet.replay.base import NoReplay

@@ -18,9 +18,10 @@ from clpet.data.sources.base import Source
 from clpet.errors import ConfigError
 from clpet.evaluation.data_inspection import inspect_data
 from clpet.methods.base import Method
-from clpet.models.adapters import Adapters, FullFineTuning
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Backbone
 from clpet.models.memory_saving import enable_recomputation, shard
+from clpet.models.peft_options import FullFineTuning
 from clpet.objectives import load
 from clpet.objectives.base import Objective
 from clpet.records import DataRecord
@@ -70,7 +71,7 @@ class Components:
         return components
 
     def _check(self) -> None:
-        self.method.check(self.objective, self.replay.name, self.peft.name)
+        self.method.check(self.objective, self.replay.name, self.peft)
         self.objective.check(self.backbone, self.peft, self.config.evaluation)
         if self.config.train.class_weights is not ClassWeights.none:
             self._check_class_weights()
@@ -127,7 +128,7 @@ class Components:
         """The objective with its network, adapters and tokenizer. Raises ModelError."""
         backbone, hardware, peft, config = self.backbone, self.hardware, self.peft, self.config
         generates = self.objective.traits.needs_output_layer
-        dtype = torch.float32 if peft.full else hardware.torch_dtype
+        dtype = torch.float32 if peft.traits.full else hardware.torch_dtype
         nf4 = hardware.quantization is Quantization.nf4
         # A sharded backbone is loaded on the host: it may not fit on one GPU.
         load_device = torch.device("cpu") if self.sharded else hardware.torch_device

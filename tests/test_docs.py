@@ -17,6 +17,7 @@ from clpet.config.renamed import RENAMED_KEYS
 from clpet.config.schema import Config
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
+from clpet.models.peft_options import FullFineTuning
 from scripts.docs_site import ROOT_PAGES, WHOLE_PAGES
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +93,7 @@ def config(name: str) -> Config:
     return composed(f"method={name}")
 
 
-def goes(method: Method, objective: str, replay: Any, peft: str) -> bool:
+def goes(method: Method, objective: str, replay: Any, peft: FullFineTuning) -> bool:
     """Whether a method accepts an objective with a memory."""
     try:
         method.check(OBJECTIVES[objective], replay.name, peft)
@@ -120,7 +121,7 @@ def test_the_table_of_methods_is_that_of_the_code(name: str) -> None:
     reads = [name for name in LETTERS.values() if not method.unmet(OBJECTIVES[name].traits)]
     assert [LETTERS[letter] for letter in objective.split()] == reads
 
-    default, peft = build(config(name).replay, "replay"), str(config(name).peft["name"])
+    default, peft = build(config(name).replay, "replay"), build(config(name).peft, "peft")
     none = build(parse_config(compose_config(["replay=none"])).replay, "replay")
     assert goes(method, reads[0], default, peft)
     if not method.uses_replay:

@@ -11,6 +11,7 @@ from clpet.config.compose import CONFIG_GROUPS, add_plugin_dir, conf_dir, plugin
 from clpet.config.overrides import expand_override
 from clpet.errors import ConfigError, suggest
 from clpet.escape import inline, printable
+from clpet.models.peft_methods import REFUSED
 
 COMMANDS = {
     "train": "learn a benchmark task by task and write its transfer matrix (also resumes runs, and sweeps with -m)",
@@ -65,8 +66,11 @@ def check_group_options(arguments: list[str]) -> None:
         if equals and group in CONFIG_GROUPS and re.fullmatch(r"[\w,./-]+", value):
             available = options(group)
             for option in value.split(","):
-                if option not in available and not (option == "null" and group in ("experiment", "debug")):
-                    raise ConfigError(f"unknown {group} {option!r}{suggest(option, available)}")
+                if option in available or (option == "null" and group in ("experiment", "debug")):
+                    continue
+                if group == "peft" and option in REFUSED:
+                    raise ConfigError(f"peft={option} is not supported: {REFUSED[option]}")
+                raise ConfigError(f"unknown {group} {option!r}{suggest(option, available)}")
 
 
 def options(group: str) -> dict[str, Path]:

@@ -20,16 +20,16 @@ from clpet.records import Json
 
 T = TypeVar("T")
 
-# Class paths of version 0.1.0 and where the classes are today: run directories of that version and YAML files written
-# for it still open.
+# Class paths of earlier versions and where the classes are today: run directories of those versions and YAML files
+# written for them still open.
 MOVED_CLASSES = {
-    "clpet.adapters.Adapter": "clpet.models.adapters.FullFineTuning",
-    "clpet.adapters.Blocks": "clpet.models.adapters.Blocks",
-    "clpet.adapters.Frozen": "clpet.models.adapters.Frozen",
-    "clpet.adapters.Ia3": "clpet.models.adapters.Ia3",
-    "clpet.adapters.Lora": "clpet.models.adapters.Lora",
-    "clpet.adapters.Osf": "clpet.models.adapters.Osf",
-    "clpet.adapters.Prompt": "clpet.models.adapters.Prompt",
+    "clpet.adapters.Adapter": "clpet.models.peft_options.FullFineTuning",
+    "clpet.adapters.Blocks": "clpet.models.peft_options.Blocks",
+    "clpet.adapters.Frozen": "clpet.models.peft_options.Frozen",
+    "clpet.adapters.Ia3": "clpet.models.peft_options.Ia3",
+    "clpet.adapters.Lora": "clpet.models.peft_options.Lora",
+    "clpet.adapters.Osf": "clpet.models.peft_options.Osf",
+    "clpet.adapters.Prompt": "clpet.models.peft_options.Prompt",
     "clpet.backbones.Backbone": "clpet.models.backbone.Backbone",
     "clpet.domains.TextDomains": "clpet.data.sources.text_domains.TextDomains",
     "clpet.entities.Relations": "clpet.data.sources.entities.Relations",
@@ -42,6 +42,13 @@ MOVED_CLASSES = {
     "clpet.memory.NoReplay": "clpet.replay.base.NoReplay",
     "clpet.memory.ReservoirReplay": "clpet.replay.sampled.ReservoirReplay",
     "clpet.memory.ShareReplay": "clpet.replay.exemplar.ShareReplay",
+    "clpet.models.adapters.Blocks": "clpet.models.peft_options.Blocks",
+    "clpet.models.adapters.Frozen": "clpet.models.peft_options.Frozen",
+    "clpet.models.adapters.FullFineTuning": "clpet.models.peft_options.FullFineTuning",
+    "clpet.models.adapters.Ia3": "clpet.models.peft_options.Ia3",
+    "clpet.models.adapters.Lora": "clpet.models.peft_options.Lora",
+    "clpet.models.adapters.Osf": "clpet.models.peft_options.Osf",
+    "clpet.models.adapters.Prompt": "clpet.models.peft_options.Prompt",
     "clpet.python_domains.PythonDomains": "clpet.data.sources.python_domains.PythonDomains",
     "clpet.rates.RateReplay": "clpet.replay.fixed_fraction.FixedFractionReplay",
     "clpet.sources.Folders": "clpet.data.sources.Folders",
@@ -74,11 +81,22 @@ def build(node: Mapping[str, Json], where: str, **runtime: object) -> Any:
     The class must belong to clpet or to a --config-dir folder. `where` is the node's key in error messages; `runtime`
     sets attributes that are not options. Raises ConfigError.
     """
-    values = {key: value for key, value in node.items() if key != "_target_"}
-    instance: object = _merge(find_class(str(node["_target_"]), where), values, where)
+    cls = find_class(str(node["_target_"]), where)
+    instance: object = _merge(cls, _gathered(cls, node), where)
     for key, value in runtime.items():
         setattr(instance, key, value)
     return instance
+
+
+def _gathered(cls: type, node: Mapping[str, Json]) -> dict[str, Json]:
+    """The options of a node. A class with `further_options` gets those that it does not declare in one mapping."""
+    values = {key: value for key, value in node.items() if key != "_target_"}
+    further: str = getattr(cls, "further_options", "")
+    if not further:
+        return values
+    declared = {item.name for item in dataclasses.fields(cls)}
+    others = {key: values.pop(key) for key in [*values] if key not in declared}
+    return {**values, further: others}
 
 
 def find_class(target: str, where: str) -> type:

@@ -18,6 +18,7 @@ from clpet.data.traits import Traits
 from clpet.errors import ConfigError
 from clpet.methods import saved_state
 from clpet.methods.hook_check import check_hooks
+from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import AnswerSpace, Objective, ObjectiveState, Predictions
 from clpet.objectives.classification import Head
 from clpet.records import Figures, Json, State, Tree
@@ -77,7 +78,7 @@ class Method(Generic[ObjectiveType]):
             return "it changes the backbone"
         return "it works with the logits of a cross-entropy loss" if cls.needs_logits and not traits.has_logits else ""
 
-    def check(self, objective: Objective, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
         """Raises ConfigError for an unsupported combination, before anything is loaded."""
         if unmet := self.unmet(objective.traits):
             raise ConfigError(
@@ -86,12 +87,14 @@ class Method(Generic[ObjectiveType]):
             )
         if replay != "none" and not self.uses_replay:
             raise ConfigError(f"method={self.name} does not replay: remove replay={replay}, or use method=replay")
-        if peft in ("none", "blocks") and self.needs_adapter:
-            raise ConfigError(f"method={self.name} needs an adapter per task and cannot run with peft={peft}")
-        if self.supported_pefts and peft not in self.supported_pefts:
-            raise ConfigError(f"method={self.name} needs peft={' or '.join(self.supported_pefts)}, not peft={peft}")
-        if peft == "frozen" and peft not in self.supported_pefts:
-            raise ConfigError(f"method={self.name} trains the model, but peft=frozen leaves nothing to train")
+        if self.needs_adapter and not peft.traits.several:
+            raise ConfigError(f"method={self.name} needs an adapter per task and cannot run with peft={peft.name}")
+        if self.supported_pefts and peft.name not in self.supported_pefts:
+            raise ConfigError(
+                f"method={self.name} needs peft={' or '.join(self.supported_pefts)}, not peft={peft.name}"
+            )
+        if not (peft.traits.trains or self.supported_pefts):
+            raise ConfigError(f"method={self.name} trains the model, but peft={peft.name} leaves nothing to train")
 
     def mixes_tasks(self, replay: str) -> bool:
         """Whether batches mix examples of several tasks; benchmark.softmax=auto is then over all seen labels."""

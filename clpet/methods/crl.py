@@ -23,6 +23,7 @@ from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.methods.components.contrastive import Bank, contrastive, draw, relation_distillation
+from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import AnswerSpace, Objective, Predictions
 from clpet.objectives.classification import Classification
 from clpet.replay.batch_plan import BatchPlan, split_batch
@@ -59,7 +60,7 @@ class CRL(Method[Classification]):
         require(self.dim >= 1, "method.dim", self.dim, "at least 1")
         require(self.sample >= 1, "method.sample", self.sample, "at least 1")
 
-    def check(self, objective: Objective, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
         super().check(objective, replay, peft)
         if replay not in ("fixed", "dynamic", "all"):
             raise ConfigError(f"method=crl needs replay=fixed, dynamic or all, not {replay}")

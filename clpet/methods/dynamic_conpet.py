@@ -24,6 +24,7 @@ from clpet.errors import ConfigError
 from clpet.methods.components.logit_cache import LogitCache
 from clpet.methods.components.task_selector import Prototypes, Selector
 from clpet.methods.modular import Modular, module_name
+from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import AnswerSpace, Objective, Predictions
 from clpet.objectives.classification import MISSING, Head
 from clpet.records import State
@@ -74,7 +75,7 @@ class DynamicConPET(Modular):
             self.selector_ratio != 0, "method.selector_ratio", 0, "positive (new:old) or negative (old:new), or null"
         )
 
-    def check(self, objective: Objective, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
         super().check(objective, replay, peft)
         if replay == "none" and self.selector is Routing.trained:
             raise ConfigError(

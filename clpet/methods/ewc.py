@@ -23,6 +23,7 @@ from clpet.config.schema import require
 from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.replay import Static
+from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
@@ -67,7 +68,7 @@ class EWC(Static):
         require(count is None or count >= 1, "method.fisher_batches", count, "at least 1, or null for all")
         require(0 <= self.decay <= 1, "method.decay", self.decay, "in [0, 1]")
 
-    def check(self, objective: Objective, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
         super().check(objective, replay, peft)
         if self.fisher is Fisher.labels and not objective.traits.has_labels:
             raise ConfigError(

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
+from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.methods.modular import module_name
+from clpet.models.peft_options import FullFineTuning, Lora
 from clpet.models.stacked_lora import StackedLora
-from clpet.objectives.base import AnswerSpace, Predictions
+from clpet.objectives.base import AnswerSpace, Objective, Predictions
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
@@ -27,6 +29,14 @@ class IncLoRA(Method):
     supported_pefts: ClassVar[tuple[str, ...]] = ("lora",)
     supports_recompute: ClassVar[bool] = False
     saved: ClassVar[tuple[str, ...]] = ("stack=increments",)
+
+    def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
+        super().check(objective, replay, peft)
+        if isinstance(peft, Lora) and peft.fields:
+            raise ConfigError(
+                f"method={self.name} computes its LoRA itself, from peft.r, peft.alpha, peft.dropout and peft.targets: "
+                f"remove peft.{next(iter(peft.fields))}"
+            )
 
     def init_adapters(self) -> None:
         """Attaches no branch yet: row 0 of the matrix is the bare backbone."""

@@ -38,6 +38,7 @@ from clpet.methods.components.importance import (
     static,
     unflat,
 )
+from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.records import Figures
 from clpet.replay.batch_plan import BatchPlan
@@ -100,10 +101,10 @@ class KIF(Method):
         require(0 <= self.percentile <= 100, "method.percentile", self.percentile, "in [0, 100]")
         require(self.orth_strength >= 0, "method.orth_strength", self.orth_strength, "0 (off) or more")
 
-    def check(self, objective: Objective, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
         super().check(objective, replay, peft)
-        if self.unit == "lora_rank" and peft != "lora":
-            raise ConfigError(f"method.unit=lora_rank needs peft=lora; with peft={peft} use method.unit=matrix")
+        if self.unit == "lora_rank" and not peft.traits.lora_factors:
+            raise ConfigError(f"method.unit=lora_rank needs peft=lora; with peft={peft.name} use method.unit=matrix")
         if self.replay_phase == "after" and replay == "none":
             raise ConfigError("method.replay_phase=after needs a memory: set replay=share, for example")
 

@@ -23,6 +23,7 @@ from clpet.config.schema import require
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.methods.components.importance import Importance, above_quantile, flat, gradients, unflat
+from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.step import StepContext
@@ -56,7 +57,7 @@ class RecurrentKIF(Method):
         for option in ("beta1", "beta2"):
             require(0 <= getattr(self, option) < 1, f"method.{option}", getattr(self, option), "in [0, 1)")
 
-    def check(self, objective: Objective, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
         super().check(objective, replay, peft)
         if replay == "none":
             raise ConfigError(f"method={self.name} needs a memory: set replay=share, fixed, dynamic, reservoir or all")

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from clpet.errors import ConfigError
 from clpet.methods.base import Method, ObjectiveType
+from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 
 
@@ -34,7 +35,7 @@ class Replay(Static[ObjectiveType]):
 
     uses_replay: ClassVar[bool] = True
 
-    def check(self, objective: Objective, replay: str, peft: str) -> None:
+    def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
         super().check(objective, replay, peft)
         if replay == "none":
             raise ConfigError(f"method={self.name} needs a memory: set replay=dynamic, fixed, share, reservoir or all")

@@ -34,7 +34,7 @@ from clpet.methods.components.key_retrieval import (
     retrieve,
 )
 from clpet.methods.modular import module_name
-from clpet.models.adapters import Lora
+from clpet.models.peft_options import Lora
 from clpet.models.sentence_encoder import Encoder, backbone, locate
 from clpet.models.stacked_lora import StackedLora, require_attention_outputs
 from clpet.objectives.base import AnswerSpace, Predictions
@@ -152,7 +152,8 @@ class SLM(Method):
         self.embeddings = Embeddings(encoder, self.benchmark, self.data)
         targets = self.targets or require_attention_outputs(objective.adapters.model)
         lora = Lora(r=self.rank, alpha=self.rank, targets=targets)
-        self.stack = StackedLora(objective.adapters, lora.peft_config(objective.backbone), self.per_task)
+        config = lora.peft_config(objective.backbone, objective.adapters.model)
+        self.stack = StackedLora(objective.adapters, config, self.per_task)
         self.key_pool: list[Tensor] = []  # per task [G, P, h]
         self.task_heads: TaskHeads | None = None
         if objective.traits.has_labels:

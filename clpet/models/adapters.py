@@ -1,24 +1,24 @@
-"""The options of the group `peft`, and named adapters on a backbone: add, activate, freeze, copy, save, load."""
+"""Named adapters on a backbone: add, activate, freeze, copy, save, load."""
 
 import contextlib
 import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import cast
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
-from clpet.config.schema import require
-from clpet.errors import ModelError, suggest
-from clpet.models.architectures import dropout_rates
+from clpet.errors import ModelError, first_line, suggest
+from clpet.models.architectures import dropout_rates, matches
 from clpet.models.backbone import Architecture, Backbone
-from clpet.models.block_expansion import expand
+from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import NetworkClass, config_of
 from clpet.records import ParameterRatio
 
@@ -28,134 +28,14 @@ TASK_TYPES = {
 }
 
 
-@dataclass
-class FullFineTuning:
-    """peft=none, full fine-tuning: every weight of the backbone is trained. The base class of all other options."""
-
-    name: str = "none"
-
-    full: ClassVar[bool] = True  # weights of the backbone itself are trained; they are then kept in fp32
-
-    def peft_config(self, backbone: Backbone) -> peft.PeftConfig | None:
-        """peft's configuration; None if weights of the backbone itself are trained."""
-        return None
-
-    def trained_module(self, model: nn.Module) -> nn.Module:
-        """The part of the backbone that is trained if there is no peft config."""
-        return model
-
-
-@dataclass
-class Blocks(FullFineTuning):
-    """Block expansion: a copy after every `every`-th block; only the copies are trained (arXiv 2401.02415)."""
-
-    name: str = "blocks"
-    every: int = 4
-
-    def __post_init__(self) -> None:
-        require(self.every >= 1, "peft.every", self.every, "at least 1")
-
-    def trained_module(self, model: nn.Module) -> nn.Module:
-        return nn.ModuleList(expand(model, self.every))
-
-
-@dataclass
-class Lora(FullFineTuning):
-    """LoRA: h = W x + (alpha / r) B A x, initialised with A Kaiming-uniform and B = 0 (Hu et al., 2021)."""
-
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    targets: list[str] | None = None
-
-    full: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        require(self.r >= 1, "peft.r", self.r, "at least 1")
-        require(0 <= self.dropout < 1, "peft.dropout", self.dropout, "in [0, 1)")
-
-    def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
-        return peft.LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.dropout,
-            target_modules=list(self.targets or backbone.targets),
-            task_type="FEATURE_EXTRACTION",
-        )
-
-
-@dataclass
-class Ia3(FullFineTuning):
-    """IA3: learned rescaling of the outputs of the target layers (Liu et al., 2022)."""
-
-    targets: list[str] | None = None
-    feedforward: list[str] = field(default_factory=list)
-
-    full: ClassVar[bool] = False
-
-    def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
-        return peft.IA3Config(
-            target_modules=list(self.targets or backbone.targets) + list(self.feedforward),
-            feedforward_modules=list(self.feedforward),
-            task_type="FEATURE_EXTRACTION",
-        )
-
-
-@dataclass
-class Osf(FullFineTuning):
-    """OSF: trains only the directions of small singular values, orthogonal to the large ones (Nayak et al., 2025)."""
-
-    effective_rank: float = 0.5
-    targets: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        require(0 < self.effective_rank < 1, "peft.effective_rank", self.effective_rank, "between 0 and 1")
-
-    def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
-        return peft.OSFConfig(
-            effective_rank=self.effective_rank,
-            target_modules=list(self.targets or backbone.targets),
-            task_type="FEATURE_EXTRACTION",
-        )
-
-
-@dataclass
-class Frozen(FullFineTuning):
-    """peft=frozen: the backbone is not trained; the method adds and trains vectors of its own."""
-
-    name: str = "frozen"
-
-    full: ClassVar[bool] = False
-
-    def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
-        return peft.PeftConfig(task_type="FEATURE_EXTRACTION")
-
-
-@dataclass
-class Prompt(FullFineTuning):
-    """Virtual tokens before the text (Lester et al., 2021) or, as prefix, before the keys and values of all layers."""
-
-    tokens: int = 20
-    every_layer: bool = False
-
-    full: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        require(self.tokens >= 1, "peft.tokens", self.tokens, "at least 1")
-
-    def peft_config(self, backbone: Backbone) -> peft.PeftConfig:
-        kind = peft.PrefixTuningConfig if self.every_layer else peft.PromptTuningConfig
-        return kind(num_virtual_tokens=self.tokens, task_type="FEATURE_EXTRACTION")
-
-
 class Adapters:
     """The backbone with its named adapters. Without a peft config there is one: the backbone, or blocks of it."""
 
     def __init__(self, model: nn.Module, backbone: Backbone, option: FullFineTuning, generates: bool = False) -> None:
-        self.config = option.peft_config(backbone)
+        self.config = option.peft_config(backbone, model)
         if self.config is not None and generates:
             self.config.task_type = TASK_TYPES.get(backbone.architecture, self.config.task_type)
-        self.full, self.option, self.model = option.full, option.name, model
+        self.traits, self.option, self.model = option.traits, option.name, model
         self.names: list[str] = []
         self.branches: list[Callable[[], contextlib.AbstractContextManager[None]]] = []  # `off` of low-rank branches
         self.active: tuple[str, bool] | None = None
@@ -175,22 +55,44 @@ class Adapters:
                 raise ModelError(
                     f"peft={self.option} trains the backbone and cannot hold a second adapter: use peft=lora"
                 )
-        elif not self.names:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    self.model = peft.get_peft_model(self.model, self.config, adapter_name=name)
-            except ValueError as error:
-                raise ModelError(self.wrong_target(str(error))) from error
         else:
-            self.model.add_adapter(name, self.config)  # type: ignore[operator]
+            self._attach(name, self.config)
         self.names.append(name)
         self.activate(name, train=True)
         self.train_mode(self.training)
 
+    def _attach(self, name: str, config: peft.PeftConfig) -> None:
+        """Adds an adapter of peft. Raises ModelError with peft's reason if it does not fit the layers."""
+        self._check_transposed(config)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if self.names:
+                    self.model.add_adapter(name, config)  # type: ignore[operator]
+                else:
+                    self.model = peft.get_peft_model(self.model, config, adapter_name=name)
+        except (ValueError, TypeError, NotImplementedError, AssertionError, ImportError) as error:
+            raise ModelError(self.wrong_target(str(error) or type(error).__name__)) from error
+
+    def _check_transposed(self, config: peft.PeftConfig) -> None:
+        """Raises ModelError if a target is a Conv1D, which peft's code for this option would misread or refuse."""
+        targets = getattr(config, "target_modules", None) or []
+        for layer, module in () if self.traits.transposed else self.model.named_modules():
+            if isinstance(module, Conv1D) and any(matches(layer, target) for target in targets):
+                raise ModelError(
+                    f"peft={self.option} supports linear layers only, but peft.targets matches {layer}, a Conv1D "
+                    "(GPT-2 stores its weights transposed): change peft.targets, or use peft=lora"
+                )
+
     def remove(self, merge: bool) -> None:
-        """Removes all adapters; with `merge` they are first merged into the weights of the backbone."""
-        self.model = self.model.merge_and_unload() if merge else self.model.unload()  # type: ignore[operator]
+        """Removes all adapters; with `merge` they are first merged into the weights of the backbone.
+
+        Raises ModelError where peft cannot merge them.
+        """
+        try:
+            self.model = self.model.merge_and_unload() if merge else self.model.unload()  # type: ignore[operator]
+        except (ValueError, NotImplementedError) as error:
+            raise ModelError(f"peft={self.option} cannot be merged: {first_line(error)}") from error
         self.names, self.active = [], None
 
     def merged(self) -> nn.Module:
@@ -231,8 +133,22 @@ class Adapters:
             for branches_off in self.branches:
                 stack.enter_context(branches_off())
             if self.config is not None and self.names:
-                stack.enter_context(self.model.disable_adapter())  # type: ignore[operator]
+                stack.enter_context(self._without_adapters())
             yield
+
+    @contextlib.contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        """peft's disable_adapter; it fails for prompts in front of a network that cannot generate."""
+        model = cast(peft.PeftModel, self.model)
+        if not (self.traits.prepends or self.traits.prefixes) or hasattr(model, "prepare_inputs_for_generation"):
+            with model.disable_adapter():
+                yield
+            return
+        self.model = model.base_model
+        try:
+            yield
+        finally:
+            self.model = model
 
     def train_mode(self, on: bool) -> None:
         """Switches the dropout of the adapters, and that of the backbone's layers if model.dropout enables it."""
@@ -240,9 +156,14 @@ class Adapters:
         self.model.train(on and self.drops)
         if self.drops or not on:
             return
-        # The network stays in eval mode; only peft's dropout layers and recomputing blocks switch.
+        # The network stays in eval mode; only what peft has added and recomputing blocks switch.
         for name, module in self.model.named_modules():
-            if "lora_dropout" in name:
+            if isinstance(module, BaseTunerLayer):
+                assert isinstance(module, nn.Module)  # what BaseTunerLayer is mixed into
+                module.training = True  # the layer's flag alone: the layer that it wraps stays in eval mode
+                for child_name, child in module.named_children():
+                    child.train(child_name != "base_layer")
+            elif name.startswith("prompt_encoder."):
                 module.train()
             elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                 module.training = True  # the block's flag alone: it recomputes, but dropout inside stays off

@@ -7,8 +7,9 @@ attention's output projection) refuses it with a message.
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from clpet.models.protocols import NetworkConfig
+from clpet.models.protocols import NetworkConfig, network_of
 
 # The names under which configs of transformers hold the dropout rates of a network, classifiers excluded.
 DROPOUT_KEYS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout", "hidden_dropout_prob",
@@ -89,6 +90,35 @@ def attention_outputs(model: nn.Module) -> list[str]:
     modules = [name for name, _ in model.named_modules()]
     candidates = dict.fromkeys(target for row in MODEL_TYPES.values() for target in row.attention_outputs)
     return [target for target in candidates if any(matches(name, target) for name in modules)]
+
+
+def all_linear(model: nn.Module, pooled: bool) -> list[str]:
+    """The names of a network's linear layers without the output layer; with the pooler only if it is used."""
+    inside, output = _inside(model), _output_layer(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module in inside
+        and module is not output
+        and (pooled or "pooler" not in name.split("."))
+    ]
+
+
+def norm_layers(model: nn.Module) -> list[str]:
+    """The names of a network's norm layers: LayerNorm, RMSNorm and those that transformers names so."""
+    inside = _inside(model)
+    named = [(name, module) for name, module in model.named_modules() if module in inside]
+    return [name for name, module in named if type(module).__name__.endswith("Norm") and hasattr(module, "weight")]
+
+
+def _inside(model: nn.Module) -> set[nn.Module]:
+    """The modules of the network below its head for tokens, which `base_model` of transformers leaves out."""
+    return set(getattr(model, "base_model", model).modules())
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    return network_of(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def block_outputs(block: nn.Module) -> tuple[str, str] | None:

@@ -16,9 +16,10 @@ from clpet.data.batches import Batch, Encoded, EncodedDataset, encode_benchmark
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.traits import Traits
 from clpet.errors import ConfigError, ModelError
-from clpet.models.adapters import Adapters, FullFineTuning
+from clpet.models.adapters import Adapters
 from clpet.models.architectures import first_position
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives.cost_meter import Meter
 from clpet.runtime.hardware import Hardware
@@ -136,7 +137,7 @@ class Objective:
         self.prompt: Callable[[Batch], Tensor] | None = None  # [batch, p, dim] in front of the text's embeddings
         self.benchmark = self._fit_length(benchmark)
         self.encode_split = self.encoder(self.benchmark, backbone, tokenizer)
-        full = adapters.full and self.dtype is not torch.float32
+        full = adapters.traits.full and self.dtype is not torch.float32
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
         self.finish_setup()
         return self
@@ -192,7 +193,7 @@ class Objective:
         for option, users in NOT_FOR_ALL.items():
             if option not in self.evaluation_options and getattr(evaluation, option) != getattr(defaults, option):
                 raise ConfigError(f"evaluation.{option} is for {users}; objective={self.name} does not use it")
-        if self.traits.frozen_backbone and peft.full:
+        if self.traits.frozen_backbone and not peft.traits.keeps_backbone:
             raise ConfigError(
                 f"objective={self.name} compares with the model whose adapter is switched off, which peft={peft.name} "
                 "does not have: use peft=lora, for example"

@@ -22,9 +22,9 @@ from clpet.data.packing import Masking, Windows, pack
 from clpet.data.token_cache import Stream, TokenCache
 from clpet.data.traits import PLAIN_TEXT, Traits
 from clpet.errors import ConfigError, DataError, ModelError
-from clpet.models.adapters import FullFineTuning
 from clpet.models.architectures import first_position, logit_cap
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions, TaskScore

@@ -21,8 +21,8 @@ from clpet.data.template import Template
 from clpet.data.traits import ANSWERS, Traits
 from clpet.errors import ConfigError
 from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
-from clpet.models.adapters import FullFineTuning
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives.answer_encoding import chat_encoder, check_cut_labels, encode_answers, end_token, until
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
@@ -70,15 +70,15 @@ class TextToText(Objective):
                 f"model {backbone.name} is an encoder and cannot write an answer: use a decoder or encoder-decoder"
                 " (or set model.architecture=decoder if it is one)"
             )
-        if peft.name not in ("prompt", "prefix"):
+        if not (peft.traits.prepends or peft.traits.prefixes):
             return
         if evaluation.decode is Decode.rank:
             raise ConfigError(
                 f"evaluation.decode=rank does not support peft={peft.name}: set evaluation.decode=generate or peft=lora"
             )
-        if backbone.architecture is Architecture.decoder and peft.name == "prompt":
+        if backbone.architecture is Architecture.decoder and peft.traits.prepends:
             raise ConfigError(
-                "peft=prompt does not support a decoder that writes answers: set peft=prefix or method=l2p"
+                f"peft={peft.name} does not support a decoder that writes answers: set peft=prefix or method=l2p"
             )
 
     def max_input_length(self, benchmark: Benchmark) -> int:

@@ -19,7 +19,6 @@ from clpet.runtime.hardware import Quantization
 WHOLE_MODEL = "the whole model"
 MERGED = "the backbone with the adapters merged, in fp32"
 TRAINED_ONLY = "the trained parameters without the backbone"
-NOT_MERGEABLE = ("prompt", "prefix", "frozen")  # options of peft that leave the model's weights unchanged
 
 
 def prepare(record: RunRecord, folder: Path, merge: bool) -> RunRecord:
@@ -27,7 +26,7 @@ def prepare(record: RunRecord, folder: Path, merge: bool) -> RunRecord:
 
     Raises ConfigError for an export that cannot be written, before anything is loaded.
     """
-    peft, model = record.config.peft["name"], record.components.backbone
+    peft, model = record.components.peft, record.components.backbone
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} already exists and is not an empty folder: give the name of a new one")
     if merge and not record.method.mergeable:
@@ -35,14 +34,9 @@ def prepare(record: RunRecord, folder: Path, merge: bool) -> RunRecord:
             f"method={record.method.name} chooses parameters for each text, so it cannot be merged into one model: "
             "leave out --merge"
         )
-    if merge and peft in NOT_MERGEABLE:
-        raise ConfigError(f"peft={peft} does not change the model's weights and cannot be merged: leave out --merge")
-    if (
-        not merge
-        and peft not in ("none", "blocks")
-        and model.random_weights
-        and not record.config.benchmark.get("base")
-    ):
+    if merge and not peft.traits.mergeable:
+        raise ConfigError(f"peft={peft.name} cannot be merged into the model's weights: leave out --merge")
+    if not merge and not peft.traits.saves_model and model.random_weights and not record.config.benchmark.get("base"):
         raise ConfigError(
             f"model {record.config.model['name']} has random weights, so its adapters are useless alone: add --merge"
         )
@@ -55,7 +49,7 @@ def prepare(record: RunRecord, folder: Path, merge: bool) -> RunRecord:
 def write(run: LoadedRun, folder: Path, merge: bool) -> str:
     """Writes the folder atomically; returns one line that says what was written."""
     method, objective = run.method, run.method.objective
-    full = objective.adapters.full and objective.adapters.config is None
+    full = objective.adapters.traits.saves_model
     with replace_folder(folder) as temporary:
         if merge or full:
             cast(SavedNetwork, method.merged()).save_pretrained(temporary)

@@ -20,8 +20,8 @@ from clpet.data.benchmark import Benchmark
 from clpet.data.sources import Source
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.methods.base import Method
-from clpet.models.adapters import FullFineTuning
 from clpet.models.backbone import Backbone
+from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.records import Checkpoint, State
 from clpet.replay.base import NoReplay

@@ -17,7 +17,26 @@ class Adapters(Protocol):
     """The part of an option of the group `peft` that hardware depends on."""
 
     name: str
-    full: ClassVar[bool]
+
+    @property
+    def traits(self) -> "AdapterTraits":
+        """What the option can do."""
+
+
+class AdapterTraits(Protocol):
+    """The part of `PeftTraits` that hardware depends on."""
+
+    @property
+    def full(self) -> bool:
+        """Whether weights of the backbone are trained."""
+
+    @property
+    def nf4(self) -> bool:
+        """Whether quantized weights are supported."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether a sharded backbone is supported."""
 
 
 class Method(Protocol):
@@ -96,11 +115,11 @@ class Hardware:
 
     def check(self, peft: Adapters, method: Method) -> None:
         """Raises ConfigError if the adapter option or the method does not support sharding, nf4 or recomputation."""
-        for option, value in (("shard", self.shard), ("quantization", self.quantization is Quantization.nf4)):
-            if peft.full and value:
-                raise ConfigError(
-                    f"hardware.{option} needs a frozen backbone: use peft=lora instead of peft={peft.name}"
-                )
+        traits, nf4 = peft.traits, self.quantization is Quantization.nf4
+        for option, value, supported in (("shard", self.shard, traits.shards), ("quantization", nf4, traits.nf4)):
+            if value and not supported:
+                reason = "needs a frozen backbone" if traits.full else f"does not support peft={peft.name}"
+                raise ConfigError(f"hardware.{option} {reason}: use peft=lora instead of peft={peft.name}")
         if self.gradient_checkpointing and not method.supports_recompute:
             raise ConfigError(
                 f"hardware.gradient_checkpointing cannot be used with method={method.name}, whose branches are mixed "

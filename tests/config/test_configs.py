@@ -25,15 +25,18 @@ def compose_config(*overrides: str):
         return compose("train", list(overrides))
 
 
+# Values of options that have no default.
+REQUIRED = {
+    "local": ("model.path=.", "model.architecture=encoder"),
+    "trainable_tokens": ("peft.token_indices=[1]",),
+}
 PARTS = [group for group in CONFIG_GROUPS if group != "experiment"]  # experiments: test_experiments.py
 
 
 def complaint(group: str, name: str) -> str:
     """Describes what is wrong with a shipped YAML; "" if its types, ranges and knobs are those of its dataclass."""
     try:
-        cfg = compose_config(
-            f"{group}={name}", *(("model.path=.", "model.architecture=encoder") if name == "local" else ())
-        )
+        cfg = compose_config(f"{group}={name}", *REQUIRED.get(name, ()))
         config = parse_config(cfg)
         if group == "debug":
             return ""
@@ -42,8 +45,11 @@ def complaint(group: str, name: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     module, _, class_name = cfg[group]._target_.rpartition(".")
-    fields = {field.name for field in dataclasses.fields(getattr(importlib.import_module(module), class_name))}
+    cls = getattr(importlib.import_module(module), class_name)
+    fields, gathered = {field.name for field in dataclasses.fields(cls)}, getattr(cls, "further_options", None)
     differ = fields ^ (set(cfg[group]) - {"_target_"})
+    if gathered:  # other options are checked when it is built
+        differ = fields - set(cfg[group]) - {gathered}
     return f"{sorted(differ)}: only in the YAML or only in {class_name}" if differ else ""
 
 

@@ -13,7 +13,8 @@ from clpet.config.build import build
 from clpet.methods.base import Method
 from clpet.methods.components.importance import Importance, norm
 from clpet.methods.kif import KIF
-from clpet.models.adapters import Adapters, FullFineTuning, Lora
+from clpet.models.adapters import Adapters
+from clpet.models.peft_options import FullFineTuning, Lora
 from clpet.reporting.plots import method_figures
 from tests.config.test_configs import compose_config
 from tests.conftest import tiny_args

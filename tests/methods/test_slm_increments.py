@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from clpet.errors import ModelError
-from clpet.models.adapters import Adapters, Frozen, Lora
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Backbone
+from clpet.models.peft_options import Frozen, Lora
 from clpet.models.stacked_lora import StackedLora, require_attention_outputs
 from tests.models.test_stacked_lora import IDS, network, read
 
@@ -16,7 +17,7 @@ OUTPUTS = {"bert": 2, "llama": 2, "t5": 6, "gpt2": 2}
 def increments(model: nn.Module, targets: list[str] | None, r: int = 3) -> StackedLora:
     backbone = Backbone(name="any", path=".")
     lora = Lora(r=r, alpha=r, targets=targets or require_attention_outputs(model))
-    return StackedLora(Adapters(model, backbone, Frozen()), lora.peft_config(backbone))
+    return StackedLora(Adapters(model, backbone, Frozen()), lora.peft_config(backbone, model))
 
 
 def filled(stack: StackedLora, tasks: int, count: int, dtype: torch.dtype = torch.float32) -> StackedLora:

@@ -15,8 +15,9 @@ from clpet.config.compose import conf_dir
 from clpet.config.identity import register_resolvers
 from clpet.data.benchmark import Example
 from clpet.data.template import Template
-from clpet.models.adapters import Adapters, Lora, parameter_ratio
+from clpet.models.adapters import Adapters, parameter_ratio
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.peft_options import Lora
 
 TEMPLATE = "{text} In this sentence, {tail} is the {mask} of {head}."
 WORDS = ["In", "this", "sentence", "is", "the", "of", "apple", "pear", "iron", "gold", "nile", "rhine"]

@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from clpet.errors import ModelError
-from clpet.models.adapters import Adapters, Blocks, Lora
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.memory_saving import enable_recomputation
+from clpet.models.peft_options import Blocks, Lora
 from tests.conftest import domain_args, tiny_args
 
 SMALL = {"vocab_size": 266, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,

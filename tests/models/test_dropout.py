@@ -8,9 +8,10 @@ import torch
 import transformers
 
 from clpet.errors import ConfigError, ModelError
-from clpet.models.adapters import Adapters, Frozen, FullFineTuning, Lora
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Architecture, Backbone, byte_tokenizer
 from clpet.models.memory_saving import enable_recomputation
+from clpet.models.peft_options import Frozen, FullFineTuning, Lora
 from tests.conftest import tiny_args
 
 IDS = torch.tensor([[5, 9, 77, 130, 12, 40, 8, 200]])

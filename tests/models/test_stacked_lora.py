@@ -7,8 +7,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from clpet.errors import ModelError
-from clpet.models.adapters import Adapters, Lora
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Backbone
+from clpet.models.peft_options import Lora
 from clpet.models.stacked_lora import StackedLora
 
 SHAPES = {

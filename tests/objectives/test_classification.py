@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clpet.models.adapters import Adapters, Lora, parameter_ratio
+from clpet.models.adapters import Adapters, parameter_ratio
 from clpet.models.backbone import Backbone
+from clpet.models.peft_options import Lora
 from clpet.objectives.classification import Head
 
 

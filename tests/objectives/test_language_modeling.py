@@ -16,8 +16,9 @@ from clpet.data.benchmark import Benchmark, Example, Task
 from clpet.data.packing import Masking, eval_windows
 from clpet.data.token_cache import Stream
 from clpet.data.traits import PLAIN_TEXT
-from clpet.models.adapters import Adapters, FullFineTuning, Lora
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.peft_options import FullFineTuning, Lora
 from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import AnswerSpace
 from clpet.objectives.language_modeling import LanguageModeling, capped, perplexity

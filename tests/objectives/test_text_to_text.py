@@ -16,8 +16,9 @@ from clpet.data.traits import ANSWERS
 from clpet.errors import ConfigError
 from clpet.methods.components.subspace import InputCovariances
 from clpet.metrics.text_scores import accuracy, exact_match, rouge_l
-from clpet.models.adapters import Adapters, FullFineTuning, Lora
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.peft_options import FullFineTuning, Lora
 from clpet.objectives.answer_encoding import encode_answers, end_token
 from clpet.objectives.base import AnswerSpace, Predictions
 from clpet.objectives.text_to_text import TextToText

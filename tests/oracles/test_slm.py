@@ -8,8 +8,9 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from clpet.methods.components.key_retrieval import KeyLearning, cosines, over_groups, retrieve
-from clpet.models.adapters import Adapters, Frozen, Lora
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Backbone
+from clpet.models.peft_options import Frozen, Lora
 from clpet.models.stacked_lora import StackedLora, require_attention_outputs
 from tests.conftest import double
 from tests.models.test_sentence_encoder import make_encoder
@@ -61,7 +62,7 @@ def test_retrieval_and_increment() -> None:
                                  intermediate_size=2, max_position_embeddings=8))  # fmt: skip
     backbone = Backbone(name="any", path=".")
     lora = Lora(r=1, alpha=1, targets=require_attention_outputs(model))
-    stack = StackedLora(Adapters(model, backbone, Frozen()), lora.peft_config(backbone))
+    stack = StackedLora(Adapters(model, backbone, Frozen()), lora.peft_config(backbone, model))
     stack.add(0, 3)
     (layer,) = stack.layers.values()
     a, b = double([[1, 0], [0, 2], [1, 1]]), double([[1, 1], [1, -1], [0, 3]])
