@@ -22,6 +22,7 @@ from clpet.config.schema import Config
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.methods.hook_check import STEP_HOOKS
+from clpet.models.peft_options import FullFineTuning
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = {"C": "classification", "T": "text_to_text", "L": "language_modeling", "P": "preference"}
@@ -135,6 +136,14 @@ def config(*words: str) -> Config:
     return parse_config(compose_config(list(words)))
 
 
+@cache
+def peft_option(name: str) -> FullFineTuning:
+    """An option of the group peft, with a value where one must be given."""
+    words = ["peft.token_indices=[1]"] if name == "trainable_tokens" else []
+    option: FullFineTuning = build(config(f"peft={name}", *words).peft, "peft")
+    return option
+
+
 class Support(NamedTuple):
     """What a method declares and what its checks accept."""
 
@@ -161,7 +170,7 @@ def support(name: str) -> Support:
         memory = build(config(f"replay={replay}").replay, "replay")
         for letter in supported:
             try:
-                method.check(objectives[letter], replay, peft)
+                method.check(objectives[letter], replay, peft_option(peft))
                 memory.check(16, objectives[letter].traits)
             except ConfigError:
                 continue
@@ -203,8 +212,8 @@ def method_table() -> str:
     rows = []
     for name in options("method"):
         row = support(name)
-        frozen = any(not build(config(f"peft={peft}").peft, "peft").full for peft in row.pefts)
-        flags = (frozen, row.method.supports_recompute, row.method.mergeable)
+        shards = any(peft_option(peft).traits.shards for peft in row.pefts)
+        flags = (shards, row.method.supports_recompute, row.method.mergeable)
         marks = ["yes" if flag else "no" for flag in flags]
         pefts = some_of(row.pefts, list(options("peft")))
         named = (f"[{code(name)}]({name}.md)", " ".join(row.objectives), pefts, replay_cell(row), task_id(row.method))

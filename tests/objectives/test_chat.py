@@ -14,8 +14,9 @@ from clpet.data.chat_encoding import ChatEncoder, excerpt
 from clpet.data.chat_template import ChatTemplate
 from clpet.data.conversation import conversation, example_of
 from clpet.errors import DataError
-from clpet.models.adapters import Adapters, Lora
+from clpet.models.adapters import Adapters
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.peft_options import Lora
 from clpet.objectives.base import AnswerSpace
 from clpet.objectives.text_to_text import TextToText
 from clpet.runtime.hardware import Device, Dtype, Hardware
