@@ -136,6 +136,7 @@ def test_the_chat_form_of_a_benchmark_of_prompts_and_answers(tmp_path: Path) -> 
         (["benchmark=text_domains", "benchmark.chat=all"], "benchmark.chat=all has no effect on plain text: remove it"),
         (["benchmark=chat", "model.chat_template=plian"], "neither a file nor a template of clpet; did you mean plain"),
         (["benchmark=chat", "model.chat_template=chatml"], "whose last token is not a special token"),
+        (["benchmark=fewrel", "benchmark.chat=all"], "benchmark.chat must be null: the entities of a sentence"),
         (["benchmark=chat", "benchmark.chat=first"], "benchmark.chat must be one of all, last, not first"),
     ],
 )  # fmt: skip

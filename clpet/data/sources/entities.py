@@ -46,6 +46,7 @@ class Entities(Table):
         require(
             unset, "benchmark.truncate and benchmark.cut_last", "set", "unset: a sentence is cut around its entities"
         )
+        require(self.chat is None, "benchmark.chat", "set", "null: the entities of a sentence are marked in its text")
         valid = self.layout is None or self.layout in LAYOUTS
         require(valid, "benchmark.layout", self.layout, f"{', '.join(LAYOUTS)} or null")
         require(self.resplit in (None, "label", "all"), "benchmark.resplit", self.resplit, "label, all or null")
