@@ -9,9 +9,11 @@ from clpet.api.run import Run
 from clpet.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from clpet import wiring
     from clpet.data.benchmark import Benchmark
-    from clpet.evaluation.text_prediction import Text
+    from clpet.evaluation.text_prediction import Tasks, Text
     from clpet.methods.base import Method
     from clpet.runs.load_run import LoadedRun
 
@@ -52,19 +54,20 @@ class TextModel:
         """
         return [self.benchmark.labels[label] for label in self.benchmark.seen_labels(self.after)]
 
-    def predict(self, texts: "Sequence[Text]", task: str | None = None) -> list[str]:
-        """A label or a generated answer for every text.
+    def predict(self, texts: "Sequence[Text]", task: "Tasks" = None) -> list[str]:
+        """A label or a generated answer for every text; `predict_table` has the probabilities, too.
 
         Args:
             texts: texts as in the benchmark's text column. The template is applied and long texts are cut as in the
                 run. If the template has more slots, rows such as {"text": ..., "premise": ...}; examples of
                 `benchmark` work too. With benchmark.chat a text is a user's turn, and a list of messages
                 [{"role": ..., "content": ...}, ...] is a conversation to continue.
-            task: the name of the task that all texts belong to: only its labels compete. Methods that are given the
-                task at test need it.
+            task: the name of the task that all texts belong to, or a list with that of each text: only its labels
+                compete. Methods that are given the task at test need it.
 
         The texts of a whole evaluation in their order get the predictions of the run bit for bit; in other batches
-        scores round differently. Raises ConfigError for plain text (see `perplexity`), and before the first task.
+        scores round differently. After objective=preference the model writes an answer to every prompt. Raises
+        ConfigError for plain text (see `perplexity`), and before the first task.
 
         >>> run = clpet.train("method=sequential", "debug=smoke", quiet=True)
         >>> model = clpet.load(run)
@@ -76,7 +79,26 @@ class TextModel:
 
         with guest(), quiet_libraries():
             examples = as_examples(texts, self.benchmark, self.wired.components.source, task)
-            return predict(self.method, self.benchmark, examples, self.after, task)
+            return list(predict(self.method, self.benchmark, examples, self.after, task)["prediction"])
+
+    def predict_table(self, texts: "Sequence[Text]", task: "Tasks" = None) -> "pyarrow.Table":
+        """The columns that `clpet predict` adds to its input, one row per text; arguments as of `predict`.
+
+        `prediction`; for labels their `probability`, the softmax among the labels that compete; `selected`, the task
+        whose module answered, for methods that route texts. For plain text only `perplexity`.
+
+        >>> run = clpet.train("method=dynamic_conpet", "debug=smoke", quiet=True)
+        >>> clpet.load(run).predict_table(["Open a URL."]).column_names
+        ['prediction', 'probability', 'selected']
+        """
+        import pyarrow
+
+        from clpet.evaluation.text_prediction import answer_texts
+        from clpet.training.trainer import quiet_libraries
+
+        with guest(), quiet_libraries():
+            source = self.wired.components.source
+            return pyarrow.table(answer_texts(self.method, self.benchmark, source, texts, self.after, task))
 
     def perplexity(self, texts: Sequence[str]) -> list[float]:
         """The perplexity of every text under a model of plain text, end token included; lower is better.

@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "write one HTML file about the runs of a folder: tables, charts, matrices, mistakes",
     "show": "print one run: scores, matrices, costs",
     "eval": "evaluate the weights of a run again, or on tasks of lm-evaluation-harness",
+    "predict": "answer new texts with the model of a run: labels with probabilities, texts, or perplexities",
     "export": "write the trained weights of a run for use without clpet: adapters, or merged weights",
     "list": "list the methods, models, benchmarks, hardware, ... to choose from",
     "data": "describe a benchmark, or a file or folder of your own, and print the command that trains on it",

@@ -119,7 +119,7 @@ def evaluate(argv: list[str]) -> int:
 
     On its benchmark the scores are compared with the recorded ones: exit code 0 if they are equal, 1 if they differ.
     """
-    parser = _weights_parser("clpet eval", "Evaluates the weights of a run: on its benchmark, or on other tasks.")
+    parser = weights_parser("clpet eval", "Evaluates the weights of a run: on its benchmark, or on other tasks.")
     parser.add_argument("--downstream", metavar="TASKS", help="tasks of lm-evaluation-harness, comma-separated")
     parser.add_argument(
         "--tasks-dir", metavar="DIR", type=Path, help="your own task YAMLs (they can run your own code)"
@@ -135,7 +135,7 @@ def evaluate(argv: list[str]) -> int:
     from clpet.runs.reevaluate import compare_with_recorded
     from clpet.training.trainer import quiet_libraries
 
-    record = _read_record(arguments)
+    record = recorded_run(arguments)
     names = _split_list(arguments.downstream)
     with quiet_libraries():
         if names:
@@ -153,7 +153,7 @@ def evaluate(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """`clpet export RUN FOLDER`: writes the trained weights for use without clpet."""
-    parser = _weights_parser("clpet export", "Writes the trained weights and the tokenizer for use without clpet.")
+    parser = weights_parser("clpet export", "Writes the trained weights and the tokenizer for use without clpet.")
     parser.add_argument("--merge", action="store_true", help="merge the adapters into the backbone's weights")
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("--hub", metavar="USER/NAME", help="also upload the folder to the Hugging Face hub")
@@ -168,7 +168,7 @@ def export(argv: list[str]) -> int:
 
     if arguments.hub:
         check_upload(arguments.hub)
-    record = prepare(_read_record(arguments), arguments.folder, arguments.merge)
+    record = prepare(recorded_run(arguments), arguments.folder, arguments.merge)
     with quiet_libraries():
         print(printable(write(load_run(record, arguments.after), arguments.folder, arguments.merge)))
     if arguments.hub:
@@ -176,8 +176,8 @@ def export(argv: list[str]) -> int:
     return 0
 
 
-def _weights_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """The arguments that eval and export share."""
+def weights_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The arguments that eval, export and predict share."""
     parser = argparse.ArgumentParser(name, description=description)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument(
@@ -195,7 +195,7 @@ def _weights_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _read_record(arguments: argparse.Namespace) -> "RunRecord":
+def recorded_run(arguments: argparse.Namespace) -> "RunRecord":
     """The checked record of the run, with the locations that --here overrides."""
     from clpet.config.compose import add_plugin_dir
     from clpet.runs.load_run import read_record

@@ -174,6 +174,7 @@ class EncodedDataset:
     """
 
     cached_on_disk: bool = True  # whether outputs of frozen modules for its rows may be written to the cache folder
+    texts: list[str] | None = None  # of the rows, where they are not those of a split of the benchmark
 
     def __init__(
         self,

@@ -61,12 +61,15 @@ class ReadReport:
         """The bad rows, one line for each file."""
         return [f"{file}: {_rows(errors)}" for file, errors in self.bad_rows.items()]
 
-    def drop_bad_rows(self, skip_bad: bool) -> int:
-        """The number of bad rows, which are dropped. Raises DataError, which lists them, unless `skip_bad`."""
+    def drop_bad_rows(self, skip_bad: bool, option: str = "benchmark.skip_bad=true") -> int:
+        """The number of bad rows, which are dropped. Raises DataError, which lists them, unless `skip_bad`.
+
+        `option` is what the user sets for that.
+        """
         lines = self.bad_row_lines()
         count = sum(len(rows) for errors in self.bad_rows.values() for rows in errors.values())
         if lines and not skip_bad:
-            raise DataError(f"{listed(lines, '; ')} (benchmark.skip_bad=true drops such rows)")
+            raise DataError(f"{listed(lines, '; ')} ({option} drops such rows)")
         if lines:
             self.other_notes.append(f"{count} bad rows are dropped: {listed(lines, '; ')}")
         self.bad_rows = {}

@@ -144,7 +144,11 @@ def _decoded(path: Path, report: ReadReport, layout: TableLayout) -> str:
 
 def _json(path: Path, report: ReadReport, layout: TableLayout) -> SplitRows:
     """A list of objects, or one object per line. pyarrow's own reader crashes on some lines that are not objects."""
-    text = _decoded(path, report, layout)
+    return json_rows(_decoded(path, report, layout), path)
+
+
+def json_rows(text: str, path: Path) -> SplitRows:
+    """The rows of a JSON text that `path` contains. Raises DataError and ValueError."""
     _check_not_columns(text, path)
     rows: dict[int, Row] = {}
     bad: dict[int, str] = {}
@@ -155,9 +159,9 @@ def _json(path: Path, report: ReadReport, layout: TableLayout) -> SplitRows:
             bad[number] = "half of a character (a lone surrogate)"
         else:
             rows[number] = row
-    columns = {column for row in rows.values() for column in row}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))  # in order of appearance
     values = [{column: row.get(column) for column in columns} for row in rows.values()]
-    return SplitRows(str(path), columns, values, list(rows), bad)
+    return SplitRows(str(path), set(columns), values, list(rows), bad)
 
 
 def _check_not_columns(text: str, path: Path) -> None:
@@ -167,6 +171,9 @@ def _check_not_columns(text: str, path: Path) -> None:
     try:
         value = json.loads(text)
     except ValueError:  # several objects, one per line
+        return
+    cells = [cell for column in value.values() if isinstance(column, list) for cell in column]
+    if any(isinstance(cell, dict) and "role" in cell for cell in cells):  # one row, a conversation
         return
     if all(isinstance(column, list | dict) for column in value.values()):
         raise DataError(

@@ -231,8 +231,8 @@ class DynamicConPET(Modular):
         if self.modules:
             self.prefetch_scores(pool, rows)
             chosen, tasks = self.ranking(pool, rows), pool.tasks[rows][:, None]
-            # The task-incremental view needs the true task's module, if there is one yet.
-            tasks = np.where(tasks < len(self.modules), tasks, chosen[:, :1])
+            # The task-incremental view needs the true task's module, if the task is known and has one yet.
+            tasks = np.where((tasks >= 0) & (tasks < len(self.modules)), tasks, chosen[:, :1])
             self.prefetch_logits(pool, rows, np.concatenate([chosen, tasks], axis=1))
 
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:

@@ -108,8 +108,11 @@ class Encoder:
         platform = rounding_platform(self.device)
         return digest([files, self.max_length, "mean", *platform, BLOCK_ROWS, WIDTH_MULTIPLE], 32)
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """[n, dim] fp32 on the CPU. Only texts that are not in the cache are computed, each different one once."""
+    def encode(self, texts: Sequence[str], save: bool = True) -> Tensor:
+        """[n, dim] fp32 on the CPU. Only texts that are not in the cache are computed, each different one once.
+
+        Without `save` they are not added to the cache.
+        """
         keys = [hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16] for text in texts]
         row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         values, cached = np.empty((len(row_of), self.dim), dtype=np.float32), np.zeros(len(row_of), dtype=bool)
@@ -124,7 +127,8 @@ class Encoder:
             chunk = missing[start : start + TEXTS_PER_FILE]
             vectors = self._compute([text_of[key] for key in chunk])
             values[[row_of[key] for key in chunk]] = vectors
-            self._save(chunk, vectors)
+            if save:
+                self._save(chunk, vectors)
         return torch.from_numpy(values[[row_of[key] for key in keys]])
 
     def _cache_files(self, row_of: dict[bytes, int]) -> Iterator[tuple[list[bytes], np.ndarray]]:

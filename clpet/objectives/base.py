@@ -261,6 +261,21 @@ class Objective:
         """
         raise NotImplementedError
 
+    def answers(
+        self, batch: Batch, predictions: Predictions, choices: AnswerSpace, known_task: bool = False
+    ) -> Columns:
+        """Columns of the answers to new texts: `prediction`, a label id or a text, and what else the objective knows.
+
+        With `known_task` the predictions are for the tasks of the batch, and only their labels compete.
+        """
+        if predictions.texts is None:
+            raise ConfigError(f"objective={self.name} scores given answers: it predicts no labels and no answers")
+        return {"prediction": np.array(predictions.texts, dtype=object)}
+
+    def prompts(self, examples: list[Example], tasks: list[int]) -> EncodedDataset:
+        """New texts without a target, tokenised for prediction; task numbers are -1 where the task is not known."""
+        return self.encode_split(examples, [-1] * len(examples), tasks)
+
     def aggregate(self, rows: dict[str, np.ndarray], task_incremental: bool = False) -> TaskScore:
         """The score of one task from the columns of its examples, in the class- or task-incremental view."""
         scores = rows["own_score" if task_incremental else "score"]

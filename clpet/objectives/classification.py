@@ -179,19 +179,25 @@ class Classification(Objective):
         self, batch: Batch, predictions: Predictions, choices: AnswerSpace, task_aware: Predictions | None = None
     ) -> Columns:
         """Two views: all seen labels compete, so a task not learned yet scores 0; or only the task's own labels."""
-        task_aware = task_aware or predictions
-        assert predictions.scores is not None
-        assert task_aware.scores is not None
-        best = _best(choices.mask(predictions.scores))
-        best_of_task = _best(task_aware.scores + self.task_label_mask[batch.tasks])
+        best = self.answers(batch, predictions, choices)
+        best_of_task = self.answers(batch, task_aware or predictions, choices, known_task=True)["prediction"]
         return {
             "label": batch.labels,
-            "prediction": best,
+            "prediction": best["prediction"],
             "own_prediction": best_of_task,
-            "probability": _probability(choices.mask(predictions.scores)),
-            "score": best == batch.labels,
+            "probability": best["probability"],
+            "score": best["prediction"] == batch.labels,
             "own_score": best_of_task == batch.labels,
         }
+
+    def answers(
+        self, batch: Batch, predictions: Predictions, choices: AnswerSpace, known_task: bool = False
+    ) -> Columns:
+        """The best label and its probability among the allowed labels, with `known_task` those of each text's task."""
+        scores = predictions.scores
+        assert scores is not None
+        allowed = scores + self.task_label_mask[batch.tasks] if known_task else choices.mask(scores)
+        return {"prediction": _best(allowed), "probability": _probability(allowed)}
 
     def diagnostics(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
         if LabelMetric.macro_f1 not in self.evaluation.metrics:

@@ -93,6 +93,10 @@ class Preference(TextToText):
 
         return encode
 
+    def prompts(self, examples: list[Example], tasks: list[int]) -> EncodedDataset:
+        """Prompts alone, without pairs: the model writes the answer."""
+        return super().encoder(self.benchmark, self.backbone, self.tokenizer)(examples, [-1] * len(examples), tasks)
+
     # The loss
 
     def loss(self, batch: Batch) -> Tensor:
@@ -153,6 +157,9 @@ class Preference(TextToText):
     # Prediction and scores
 
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
+        """The margins of pairs; for prompts alone the answers that the model writes."""
+        if not isinstance(batch.pool, Pairs):
+            return super().predict(batch, choices)
         return Predictions(extras={"margin": self.beta * (self.log_ratio(batch) - self.reference(batch))})
 
     def batch_size(self, task: int) -> int:

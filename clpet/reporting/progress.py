@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -115,3 +116,40 @@ class Display:
         if self.live:
             self.live.stop()
             self.live = None
+
+
+class CountDisplay:
+    """Shows how many of a known number of rows are done, and the time left: a bar on a terminal, else plain lines.
+
+    Work that ends within `PLAIN_EVERY` seconds prints no plain line.
+    """
+
+    def __init__(self, console: Console, title: str) -> None:
+        self.console, self.title = console, title
+        self.start = self.last_shown = time.monotonic()
+        self.live: Progress | None = None
+        if console.is_terminal:
+            columns = TextColumn("{task.description}", markup=False), BarColumn()
+            self.live = Progress(*columns, console=console, transient=True)
+
+    def __enter__(self) -> "CountDisplay":
+        if self.live:
+            self.live.start()
+            self.bar = self.live.add_task(self.title, total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Reports that `done` of `total` rows are done."""
+        now = time.monotonic()
+        if now - self.last_shown < (LIVE_EVERY if self.live else PLAIN_EVERY):
+            return
+        self.last_shown = now
+        text = f"{self.title} {done} of {total} · {duration((now - self.start) * (total / done - 1))} left"
+        if self.live:
+            self.live.update(self.bar, total=total, completed=done, description=text)
+        else:
+            say(self.console, text)

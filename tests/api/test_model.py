@@ -108,7 +108,11 @@ def test_what_cannot_be_predicted_is_refused(words: Path) -> None:
     run = clpet.train("method=independent", *tiny_args(words), "train.snapshot_every=1", quiet=True)
     model = clpet.load(run, after=1)
     for texts, task, message in [
-        (["apple"], None, r"needs the task of each text: predict\(texts, task=NAME\)"),
+        (
+            ["apple"],
+            None,
+            r"needs the task of the texts: --task NAME \(in Python task=NAME\), one of fruit, metal, river",
+        ),
         (["apple"], "fruits", "unknown task 'fruits'; did you mean fruit"),
         ("apple", "fruit", "put it into a list"),
         ([3], "fruit", "3 is not a text"),

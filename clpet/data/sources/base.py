@@ -15,7 +15,7 @@ from clpet.data import chat_template
 from clpet.data.benchmark import SPLITS, Benchmark, Example, Task, Truncate, Turns
 from clpet.data.read_report import ReadReport
 from clpet.data.splits import Splits, has_labels, in_order, sample, split_off, stratified
-from clpet.data.tabular_files import column_names, data_path
+from clpet.data.tabular_files import Row, cell_text, column_names, data_path, row_text
 from clpet.data.task_order import order_tasks
 from clpet.data.traits import LABELS, Traits
 from clpet.errors import ConfigError, DataError, suggest
@@ -70,6 +70,7 @@ class Source:
     skip_bad: bool = False
 
     fields: ClassVar[tuple[str, ...]] = ()  # template slots in addition to {text} and {mask}
+    task_slots: ClassVar[dict[str, dict[str, str]]] = {}  # slot -> {task: its value for rows without such a column}
     cache_dir: ClassVar[str | None] = None  # set by the run: a folder for files that later runs can reuse
     reads_single_file: ClassVar[bool] = False  # data_dir may be a file
     plain_text: ClassVar[bool] = False  # texts for language modelling, without labels or answers
@@ -164,6 +165,37 @@ class Source:
     def prompt_columns(self) -> list[str]:
         """Columns that the prompt reads in addition to {text}."""
         return [slot for slot in column_names(self.prompt) if slot != "text"] if self.answers else []
+
+    @property
+    def text_column(self) -> str:
+        """The column that {text} is read from, or several of them in a text with slots."""
+        return str(getattr(self, "text", "text"))
+
+    @property
+    def slots(self) -> list[str]:
+        """The columns that a new text needs besides its columns: the other slots of the template or prompt."""
+        if self.plain_text or self.answers:
+            return self.prompt_columns
+        return sorted({slot for slot in re.findall(r"\{(\w+)\}", self.template) if slot not in ("text", "mask")})
+
+    def input_columns(self, available: Collection[str], task_given: bool) -> list[str]:
+        """The columns that a table of new texts must have; `text` will do for the benchmark's columns text column."""
+        columns = column_names(self.text_column)
+        text = ["text"] if "text" in available and not set(columns) <= set(available) else columns
+        filled = self.task_slots.keys() - set(available) if task_given else set()
+        return [*text, *(slot for slot in self.slots if slot not in filled)]
+
+    def new_text(self, row: Row, task: str | None) -> dict[str, object]:
+        """The text of a row with `input_columns`, and the template's other slots. Raises DataError for a bad row."""
+        columns = set(column_names(self.text_column))
+        text = row_text(self.text_column if columns <= row.keys() else "text", row)
+        if not text.strip():
+            raise DataError("an empty text")
+        given = {slot: values.get(task or "", "") for slot, values in self.task_slots.items()}
+        return {
+            "text": text,
+            **{slot: cell_text(row[slot], slot) if slot in row else given[slot] for slot in self.slots},
+        }
 
     def named_order(self) -> list[str] | None:
         """The tasks of the published order that `order` names; None for any other order."""

@@ -1,13 +1,13 @@
 """Conversations: a folder or a file per task, or one table with a column that names the task."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from clpet.config.schema import require
 from clpet.data.benchmark import SPLITS, Example, Turns
-from clpet.data.conversation import Message, checked, conversation, example_of
+from clpet.data.conversation import Message, checked, conversation, example_of, question
 from clpet.data.data_files import note_unread, subfolders, tables
 from clpet.data.sources.base import Source
 from clpet.data.splits import Splits, split_off
@@ -84,14 +84,27 @@ class Chat(Source):
 
     def example(self, row: Row, origin: str = "") -> Example:
         """The example of one row. Raises DataError with a noun phrase, as `add_bad_row` needs it."""
+        turns = self._turns(row, {"user": self.text, "assistant": self.label})
+        return example_of(conversation(turns, row.get(self.tools)), origin)
+
+    def input_columns(self, available: Collection[str], task_given: bool) -> list[str]:
+        return [self.messages] if self.messages in available else super().input_columns(available, task_given)
+
+    def new_text(self, row: Row, task: str | None) -> dict[str, object]:
+        """The messages and tools of a new row, without the assistant turn that may end it."""
+        turns, tools = self._turns(row, {"user": self.text if self.text in row else "text"}), row.get(self.tools)
+        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        question(turns, tools)
+        return {"messages": turns, "tools": tools}
+
+    def _turns(self, row: Row, columns: dict[str, str]) -> list[Message]:
+        """The messages of a row: the system's, and those of its column or the texts of `columns` by role."""
         system = cell_text(row.get(self.system), self.system)
         turns: list[Message]
         if is_empty(row.get(self.messages)):
-            columns = {"user": self.text, "assistant": self.label}
             turns = [{"role": role, "content": cell_text(row.get(name), name)} for role, name in columns.items()]
         else:
             turns = checked(row[self.messages])
         if system and turns and turns[0]["role"] == "system":
             raise DataError(f"a system message in {safe_name(self.messages)} and one in {safe_name(self.system)}")
-        turns = [*([{"role": "system", "content": system}] if system else []), *turns]
-        return example_of(conversation(turns, row.get(self.tools)), origin)
+        return [*([{"role": "system", "content": system}] if system else []), *turns]

@@ -51,6 +51,10 @@ class Folders(Source):
         check_encoding(self.encoding)
         require(self.label_space in ("task", "union"), "benchmark.label_space", self.label_space, "task or union")
 
+    @property
+    def task_slots(self) -> dict[str, dict[str, str]]:  # type: ignore[override]  # the base has none
+        return {"instruction": self.instructions}
+
     def read(self, data_dir: Path | None) -> dict[str, Splits]:
         available = self._discover(data_dir)
         chosen = [str(name) for name in self.tasks or self.named_order() or available if name in available]

@@ -56,7 +56,9 @@ class Embeddings:
         self.encoded = {split: np.zeros(len(texts), dtype=bool) for split, texts in self.texts.items()}
 
     def __call__(self, pool: EncodedDataset, rows: np.ndarray) -> Tensor:
-        """[len(rows), dim]: embeddings of rows of one of the benchmark's pools."""
+        """[len(rows), dim]: embeddings of rows of one of the benchmark's pools, or of new texts."""
+        if pool.texts is not None:
+            return self.encoder.encode([pool.texts[row] for row in rows], pool.cached_on_disk)
         split = next(split for split in SPLITS if getattr(self.data, split) is pool)
         encoded = self.encoded[split]
         if not encoded[rows].all():
