@@ -46,7 +46,7 @@ def composed(*words: str) -> Config:
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
 def test_every_command_of_the_documentation_composes(page: Path) -> None:
     for command in commands(page):
-        if "--config-dir" in command:
+        if "--config-dir" in command or page.name == "faq.md":  # whose commands are refused: tests/test_guides.py
             continue
         words = [
             expand_override(word) for word in shlex.split(command)[2:] if "=" in word

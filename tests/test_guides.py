@@ -34,14 +34,17 @@ def words_of(command: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_tutorial_does_what_it_shows(clpet, tmp_path: Path) -> None:
-    """Every command succeeds and prints the lines shown below it, numbers apart; the Python code runs."""
+    """Every command succeeds and prints the lines shown below it, numbers apart; the Python code runs.
+
+    A tiny model with random weights takes the place of MiniLM, for speed.
+    """
     output, scope = "", {}
     for kind, text in steps((DOCS / "tutorial.md").read_text()):
         if kind == "csv":
             (tmp_path / "tickets").mkdir()
             (tmp_path / "tickets" / "tickets.csv").write_text(text)
         elif kind == "command":
-            answer = clpet(*words_of(text))
+            answer = clpet(*words_of(text), *(["model=tiny"] if text.startswith("train ") else []))
             assert answer.code == 0, f"{text}: {answer.err}"
             output = plain(answer.out)
         elif kind == "text":
@@ -74,3 +77,19 @@ def test_the_method_of_the_guide_learns_and_is_sequential_without_its_penalty(ow
         averages[name, *options] = re.search(r"average +(\S+)\n(?:.*\n)*?bwt +(\S+)", answer.out).groups()
     assert averages["mine", "method.strength=0"] == averages["sequential",]
     assert averages["mine", "method.strength=10"] != averages["sequential",]
+
+
+@pytest.mark.slow
+def test_the_errors_of_the_page_of_questions_are_printed_as_shown(clpet) -> None:
+    """A command is refused with the line below it."""
+    shown = 0
+    error = ""
+    for kind, text in steps((DOCS / "faq.md").read_text()):
+        if kind == "command":
+            answer = clpet(*words_of(text))
+            assert answer.code == 2, text
+            error = answer.err
+        elif error:
+            assert text.strip() in error
+            error, shown = "", shown + 1
+    assert shown >= 10
