@@ -130,7 +130,7 @@ class Objective:
         self.backbone, self.adapters, self.tokenizer = backbone, adapters, tokenizer
         self.seed, self.evaluation, self.cache_dir = seed, evaluation, cache_dir
         self.class_weights = class_weights
-        self.eval_batch_size = hardware.eval_batch_size
+        self.eval_batch_size, self.micro_batch_size = hardware.eval_batch_size, hardware.micro_batch_size
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
         self.dim = int(config_of(adapters.model).hidden_size)
         self.meter = Meter()

@@ -1,4 +1,4 @@
-"""Methods of a user, each one file and one YAML in a folder of their own: DER++, A-GEM and task arithmetic."""
+"""Methods of a user, each one file and one YAML in a folder of their own: DER++ and task arithmetic."""
 
 import json
 import shutil
@@ -11,12 +11,12 @@ import torch
 from tests.conftest import set_up, tiny_args
 
 PLUGINS = Path(__file__).parent / "plugins"
-NAMES = ("der", "a_gem", "task_arithmetic")
+NAMES = ("der", "task_arithmetic")
 
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The three methods, copied to a folder outside the project; one folder, since Python keeps imported modules."""
+    """Both methods, copied to a folder outside the project; one folder, since Python keeps imported modules."""
     return Path(shutil.copytree(PLUGINS, tmp_path_factory.mktemp("extension") / "mine"))
 
 
@@ -71,33 +71,6 @@ def test_der_adds_the_distance_to_the_stored_logits(plugins: Path, clpet, words:
 
         loss = method.loss(StepContext.of(batch))
         assert loss - method.objective.loss(batch) == pytest.approx(0.5 * 4.0, abs=1e-4)
-
-
-def test_a_gem_removes_what_conflicts_with_the_memory(plugins: Path, clpet, words: Path, monkeypatch) -> None:
-    """After the projection no gradient has a negative product with the gradient of the memory's batch."""
-    run = set_up_plugin(monkeypatch, plugins, words, "a_gem", "method.memory_batch=64")
-    run.learn(0)
-    method, products = run.method, []
-    method.memory_batch = 512  # a reference that hardly depends on what is drawn
-    original = type(method).adjust_gradients
-
-    def spy(context) -> None:
-        rows = method.replay.memory_rows()
-        named = [p for p in method.parameters() if p.grad is not None]
-        reference = torch.autograd.grad(
-            method.objective.loss(method.data.train.batch(rows)), named, materialize_grads=True
-        )
-        before = sum(float((p.grad * r).sum()) for p, r in zip(named, reference, strict=True))
-        original(method, context)
-        after = sum(float((p.grad * r).sum()) for p, r in zip(named, reference, strict=True))
-        products.append((before, after))
-
-    method.adjust_gradients = spy
-    run.learn(1)
-    conflicts = [(before, after) for before, after in products if before < 0]
-    assert conflicts
-    assert all(after > 0.3 * before for before, after in conflicts)  # the draw is a sample of the memory
-    assert all(after == before for before, after in products if before > 1e-3)
 
 
 def test_task_arithmetic_adds_task_vectors(plugins: Path, clpet, words: Path, monkeypatch) -> None:

@@ -1,0 +1,52 @@
+"""Gradients of stored examples, and the change of a step's gradient that does not conflict with them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor, nn
+
+from clpet.methods.base import Method
+from clpet.runtime.distributed import get_world
+
+
+def memory_gradient(method: Method, rows: np.ndarray, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The gradient of the objective's mean loss of train rows at the present weights, without penalties of the method.
+
+    The rows are divided into micro-batches and among the ranks, like those of a step.
+    """
+    pool, objective, world = method.data.train, method.objective, get_world()
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    weight = pool.weights[rows].sum()
+    with world.local_only():
+        for chunk, counts in world.micro_batches(rows, objective.micro_batch_size):
+            share = float(pool.weights[chunk].sum() / weight) if counts else 0.0
+            loss = objective.loss(pool.batch(chunk, objective.device)) * share
+            gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
+            torch._foreach_add_(total, gradients)
+    world.sum(total)
+    return total
+
+
+def dot(one: Sequence[Tensor], two: Sequence[Tensor]) -> Tensor:
+    """The product of two gradients, each as one flat vector over all trained tensors."""
+    return torch.stack([(a * b).sum() for a, b in zip(one, two, strict=True)]).sum()
+
+
+def conflict(gradient: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    """g . r / r . r where it is negative, else 0: g minus this times r has no conflict with r. No synchronisation."""
+    product, norm = dot(gradient, reference), dot(reference, reference)
+    return torch.where((product < 0) & (norm > 0), product / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+
+
+def dual_weights(products: np.ndarray, gram: np.ndarray, margin: float, ridge: float) -> np.ndarray:
+    """argmin_v v^T (G + ridge I) v / 2 + p^T v subject to v >= margin: the weights of the references in GEM.
+
+    `products` p [n] are those of the gradient with each reference, `gram` G [n, n] those of the references.
+    """
+    matrix = gram + ridge * np.eye(len(gram))
+    linear = products + matrix @ np.full(len(gram), margin)  # of u = v - margin >= 0
+    factor = np.linalg.cholesky(matrix)
+    free: np.ndarray = nnls(factor.T, -np.linalg.solve(factor, linear))[0]
+    return margin + free
