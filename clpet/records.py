@@ -171,6 +171,7 @@ class SplitSizes(TypedDict):
     train: int
     validation: int
     test: int
+    data_fingerprint: NotRequired[str]  # of the texts and targets of a task; runs of older versions lack it
 
 
 class TaskRecord(SplitSizes):
@@ -234,6 +235,15 @@ class TextDataRecord(CommonDataRecord):
 DataRecord: TypeAlias = LabelledDataRecord | TextDataRecord
 
 
+class ExtendedFrom(TypedDict):
+    """A finished run, its first tasks, the folder of the state after them, and rows that are not measured again."""
+
+    run: str
+    tasks: list[str]
+    state: str
+    copied_rows: list[int]
+
+
 class Description(TypedDict):
     """The keys that run.json and results.json share; runs of older versions lack the NotRequired ones."""
 
@@ -278,6 +288,7 @@ class Measurements(TypedDict):
     costs: list[Cost]
     diagnostics: list[Metrics]
     validation: NotRequired[dict[str, float] | None]
+    extended_from: NotRequired[ExtendedFrom | None]
 
 
 class IdentifiedMeasurements(Measurements):
@@ -327,6 +338,7 @@ class Results(Description, MatrixRecord, Headline):
     task_backward: NotRequired[Rows]
     task_forward: Rows
     task_id_at_test: bool
+    extended_from: NotRequired[ExtendedFrom]
     resolved: NotRequired[dict[str, Json]]
     metric: NotRequired[str]
     validation: NotRequired[dict[str, float]]

@@ -10,21 +10,23 @@ from rich.console import Console
 
 from clpet.config.build import parse_config
 from clpet.config.identity import setting, signature
-from clpet.config.schema import Config, Matrix
+from clpet.config.schema import Config
 from clpet.data.benchmark import Benchmark
-from clpet.errors import ModelError, enough_memory
+from clpet.errors import ConfigError, ModelError, enough_memory
 from clpet.evaluation.data_inspection import cut_line
 from clpet.evaluation.evaluator import Evaluator
 from clpet.methods.base import Method
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
-from clpet.records import Json, Results, State
+from clpet.records import ExtendedFrom, Json, Results, State
 from clpet.reporting import run_summary
 from clpet.reporting.forecast import Forecast
 from clpet.reporting.plots import method_figures, run_figures
 from clpet.reporting.progress import Display
 from clpet.runs import provenance, run_dir
+from clpet.runs.carry_over import CarryOver
 from clpet.runs.dry_run import count_parameters, dry_run
-from clpet.runs.planning import plan_work
+from clpet.runs.extension import Extension, find_extension
+from clpet.runs.planning import measured_tasks, plan_work
 from clpet.runs.prediction_files import write_predictions
 from clpet.runs.tracking import Tracker
 from clpet.runs.tracking_options import Tracking
@@ -46,6 +48,8 @@ def run(cfg: DictConfig, out: Path, overrides: list[str], quiet: bool = False) -
     With `quiet` nothing is printed but warnings.
     """
     config = parse_config(cfg)
+    # The words give the same results without the run to extend, which may be gone when they are used again.
+    overrides = [word for word in overrides if not word.lstrip("+").startswith("extend=")]
     console = Console(quiet=quiet or not get_world().is_main, force_jupyter=False)  # in a notebook plain text, too
     if not (config.fresh or config.dry_run) and (results := run_dir.finished_results(out)):
         return show_existing(console, config, out, results)
@@ -54,6 +58,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str], quiet: bool = False) -
     with GracefulShutdown() as shutdown, RunLock(out), quiet_libraries():
         benchmark = load_benchmark(components, overrides)
         display = Display(console, len(benchmark))
+        extension, line = find_extension(cfg, config, out, components, benchmark)
         if not config.dry_run:
             cache = Path(config.cache_dir) if config.cache_dir else None
             components = components.with_base_model(benchmark, cache, out, display)
@@ -65,10 +70,12 @@ def run(cfg: DictConfig, out: Path, overrides: list[str], quiet: bool = False) -
             count_parameters(console, components, benchmark, str(error))  # a dry run does not need the weights for this
             return None
         announce(display, session)
+        if line:
+            display.print(line)
         if config.dry_run:
             dry_run(console, session)
             return None
-        return Experiment(cfg, overrides, session, out, display).run(console)
+        return Experiment(cfg, overrides, session, out, display, extension).run(console)
 
 
 def show_existing(console: Console, config: Config, out: Path, results: Results) -> TransferMatrix:
@@ -111,6 +118,7 @@ class Experiment:
     session: Session
     out: Path
     display: Display
+    extension: Extension | None = None  # tasks that another run has learned
     identity: dict[str, str] = field(init=False)
     tracker: Tracker = field(init=False)
 
@@ -145,15 +153,32 @@ class Experiment:
     def start(self) -> tuple[RunState, State] | None:
         """Reads the newest checkpoint, None for a new run, and writes run.json."""
         checkpoint = None if self.config.fresh else RunState.resume(self.out / "state", self.identity)
+        extended_from = checkpoint[0].extended_from if checkpoint else self.check_extension()
         get_world().barrier()  # all ranks have read the checkpoint before the main rank may delete it
         if get_world().is_main:
             if self.config.fresh:
                 run_dir.clear(self.out)
             host, resumes = self.session.components.hardware.record(), checkpoint is not None
             data = self.session.data_record
-            run_dir.start(self.out, self.cfg, self.overrides, self.identity, self.benchmark, data, host, resumes)
+            run_dir.start(
+                self.out, self.cfg, self.overrides, self.identity, self.benchmark, data, host, resumes, extended_from
+            )
         get_world().barrier()
         return checkpoint
+
+    def check_extension(self) -> ExtendedFrom | None:
+        """The record of the extension, checked against this session. One that was found but does not fit is dropped."""
+        if self.extension is None:
+            return None
+        try:
+            self.extension.check(self.session, self.identity)
+        except ConfigError as error:
+            if self.extension.explicit:
+                raise
+            self.display.print(f"note: {error}")
+            self.extension = None
+            return None
+        return self.extension.record()
 
     def learn(self, checkpoint: tuple[RunState, State] | None) -> RunState:
         """Learns the tasks one after the other, and evaluates and saves after each of them.
@@ -175,7 +200,7 @@ class Experiment:
             with checkpointer.task_boundary():
                 every = self.config.train.snapshot_every
                 if every and (position + 1) % every == 0 and get_world().is_main:
-                    run_dir.save_snapshot(self.out, index + 1, method)
+                    run_dir.save_snapshot(self.out, index + 1, method, state.trainer)
                 state.save(folder, method.state_dict(), self.identity)
             display.task_done()
         return state
@@ -186,7 +211,10 @@ class Experiment:
             names, direction = self.benchmark.names, self.benchmark.direction
             state = RunState(TransferMatrix(names, direction), TransferMatrix(names, direction))
             self.tracker.begin(None)
-            self.evaluate(state, 0)
+            if self.extension:
+                self.extend(state, self.extension)
+            else:
+                self.evaluate(state, 0)
             return state
         state, method_state = checkpoint
         if method_state:
@@ -197,13 +225,47 @@ class Experiment:
         self.display.print(f"resuming after {state.done} of {len(self.method.curriculum())} tasks{inside}")
         return state
 
+    def extend(self, state: RunState, extension: Extension) -> None:
+        """Takes over the first tasks from another run: their weights, costs and steps, and their rows of the matrix.
+
+        A row whose cells that run has measured is copied, every other one is measured with the weights of that time.
+        """
+        source, method, trainer = CarryOver(extension.base, self.benchmark.names), self.method, self.session.trainer
+        state.extended_from = extension.record()
+        for row in range(extension.learned + 1):
+            if row and (row == extension.learned or row not in extension.copied):
+                trainer.load(extension.load(row, method))
+            tasks = self.measured_tasks(row)
+            if row:
+                state.done = row
+                state.costs.append(source.cost(row, evaluated=len(tasks) > 0))
+                if get_world().is_main and self.config.train.log_every:
+                    self.tracker.log_steps(source.steps(row))
+            if row in extension.copied:
+                self.copy_row(source, state, row, tasks)
+            else:
+                method.objective.meter.restart()
+                self.evaluate(state, row, source.diagnostics(row))
+            every = self.config.train.snapshot_every
+            if get_world().is_main and every and row and row % every == 0 and not source.copy_snapshot(self.out, row):
+                run_dir.save_snapshot(self.out, row, method, trainer.state())
+        state.trainer = trainer.state()
+        state.save(self.out / "state", method.state_dict(), self.identity)
+
+    def copy_row(self, source: CarryOver, state: RunState, row: int, tasks: range) -> None:
+        """Copies a row of the matrix from another run, with its predictions."""
+        if not tasks:
+            return
+        source.copy_row(state, row, tasks)
+        if get_world().is_main:
+            if self.config.evaluation.predictions:
+                source.copy_predictions(self.out, row, tasks, self.benchmark.labels)
+            if line := source.line(state, row, tasks):
+                self.tracker.log_line(line)
+
     def measured_tasks(self, row: int) -> range:
         """The cells of row `row` of the matrix that evaluation.matrix and evaluation.every select."""
-        kind, total = self.config.evaluation.matrix, len(self.benchmark)
-        tasks = range(total if kind is Matrix.full or row == total else row if kind is Matrix.seen else 0)
-        if row % self.config.evaluation.every and row < total and tasks:
-            tasks = range(row - 1, row)
-        return self.method.evaluable_tasks(row, tasks)
+        return measured_tasks(self.config.evaluation, self.method, len(self.benchmark), row)
 
     def evaluated_tokens(self, row: int) -> float:
         """Tokens that are read to measure row `row` of the matrix."""
@@ -223,8 +285,8 @@ class Experiment:
         for line in (sizes, model, work, f"run    {self.out}"):
             self.display.print(line)
 
-    def evaluate(self, state: RunState, row: int) -> None:
-        """Measures row `row` of the matrix."""
+    def evaluate(self, state: RunState, row: int, recorded: dict[str, float] | None = None) -> None:
+        """Measures row `row` of the matrix; `recorded` are its diagnostics of an earlier run."""
         tasks = self.measured_tasks(row)
         if not tasks:
             return
@@ -233,7 +295,7 @@ class Experiment:
                 # Before the last row: methods keep the statistics of their latest evaluation, which must be this row's.
                 state.validation = self.validate(tasks)
             evaluation = Evaluator(self.benchmark, self.session.data, self.session.split)(self.method, row, list(tasks))
-        evaluation.diagnostics |= self.method.diagnostics()
+        evaluation.diagnostics = {**(recorded or {}), **evaluation.diagnostics, **self.method.diagnostics()}
         for matrix, scores in ((state.matrix, evaluation.seen), (state.task_matrix, evaluation.per_task)):
             for index in tasks:
                 matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)

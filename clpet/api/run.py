@@ -30,6 +30,9 @@ class Run:
     def __repr__(self) -> str:
         return f"clpet.Run({str(self.path)!r})"
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     def __str__(self) -> str:
         """What `clpet show` prints: matrices, metrics and costs."""
         from clpet.escape import printable
@@ -118,6 +121,8 @@ def train(*words: str, quiet: bool = False, config_dir: str | Path | None = None
     Raises:
         clpet.ClpetError: wrong input, or a failure of the machine, in one line.
         KeyboardInterrupt: after Ctrl-C; the progress is saved, and the same call resumes.
+
+    With `extend=run` the settings are those of that run, and only tasks that it has not learned are learned.
 
     With several processes (hardware.ranks) a script needs `if __name__ == "__main__":` around the call.
 

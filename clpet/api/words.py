@@ -1,5 +1,6 @@
 """The words and keyword arguments of a call, as a configuration: what `clpet train` composes from its command line."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # What an option can be set to: None is null, a mapping or a sequence may hold further values.
-Value: TypeAlias = "str | int | float | bool | Path | Sequence[Value] | Mapping[str, Value] | None"
+Value: TypeAlias = "str | int | float | bool | os.PathLike[str] | Sequence[Value] | Mapping[str, Value] | None"
 
 
 def overrides(words: Sequence[str], options: Mapping[str, Value]) -> list[str]:
@@ -30,6 +31,10 @@ def overrides(words: Sequence[str], options: Mapping[str, Value]) -> list[str]:
             raise ConfigError(f"{word}: Hydra's own options are for the command line")
     named = [f"{key}={literal(value)}" for key, value in map(_in_full, options.items())]
     result = [*map(expand_override, words), *named]
+    if any(word.lstrip("+").startswith("extend=") for word in result):
+        from clpet.runs.extension_words import with_settings_of_run
+
+        result = with_settings_of_run(result)
     check_group_options(result)
     return result
 
@@ -37,7 +42,7 @@ def overrides(words: Sequence[str], options: Mapping[str, Value]) -> list[str]:
 def _in_full(option: tuple[str, Value]) -> tuple[str, Value]:
     """A short key in full, and the text of a path as a path."""
     key, value = SHORT_KEYS.get(option[0], option[0]), option[1]
-    return key, Path(value) if key in PATH_KEYS and isinstance(value, str) else value
+    return key, Path(value) if key in PATH_KEYS and isinstance(value, str | os.PathLike) else value
 
 
 def literal(value: Value) -> str:
@@ -46,8 +51,8 @@ def literal(value: Value) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str | Path):
-        text = str(value.expanduser()) if isinstance(value, Path) else value
+    if isinstance(value, str | os.PathLike):
+        text = value if isinstance(value, str) else str(Path(value).expanduser())
         return text if needs_no_quotes(text) and text.lower() != "null" else quote(text)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {literal(item)}" for key, item in value.items()) + "}"

@@ -30,8 +30,12 @@ HYDRA_FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--resolve", 
 
 
 def normalize_argv(argv: list[str]) -> list[str]:
-    """The command line as Hydra expects it: flags before overrides, short keys in full."""
+    """The command line as Hydra expects it: flags before overrides, short keys in full, settings of extend=RUN."""
     flags, overrides = split_flags(argv)
+    if any(word.lstrip("+").startswith("extend=") for word in overrides):
+        from clpet.runs.extension_words import with_settings_of_run
+
+        overrides = with_settings_of_run(overrides)
     return [*flags, *overrides]
 
 

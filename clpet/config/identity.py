@@ -16,7 +16,7 @@ from clpet.config.build import MOVED_CLASSES
 from clpet.records import Json
 
 # Excluded from the identity: options that do not change a run's result, or only say where it is written.
-NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fresh", "dry_run", "seed")
+NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fresh", "dry_run", "extend", "seed")
 
 # Options that did not exist when run directories got their names, and the defaults under which they count as absent:
 # the command of an older run resumes that run.
@@ -24,12 +24,16 @@ ADDED_OPTIONS: dict[str, dict[str, Json]] = {
     "train": {"optimizer": "adamw", "momentum": None, "class_weights": "none"},
     "evaluation": {"metrics": ["accuracy"]},
     "benchmark": {"encoding": None, "header": None, "chat": None},
+    "method": {"planned_tasks": None},
 }
 # Options of a model for conversations, which have no effect without benchmark.chat.
 CHAT_OPTIONS = ("chat_template", "chat_options", "end_tokens")
 
 # What and how often files are written.
 FILE_OPTIONS = {"train": ("save_minutes", "snapshot_every", "log_every"), "evaluation": ("keep_text",)}
+
+# Options that say which tasks are learned in which order. Two runs that differ in nothing else learn a task alike.
+TASK_OPTIONS = ("tasks", "order", "order_seed", "folders", "domains")
 
 
 def digest(value: object, length: int = 8) -> str:
@@ -93,6 +97,29 @@ def signature(cfg: DictConfig) -> str:
 def setting(cfg: DictConfig) -> str:
     """Hash of the conditions under which methods are compared: the signature without method and replay."""
     return digest(_identity(cfg, (*NOT_IDENTITY, "method", "replay")))
+
+
+def differences(before: DictConfig, now: DictConfig) -> dict[str, tuple[Json, Json]]:
+    """{option: (value before, value now)} where two configurations differ in more than tasks and locations."""
+    without = tuple(key for key in NOT_IDENTITY if key != "seed")
+    flat = [_flatten(_identity(cfg, (*without, "data_dir"))) for cfg in (before, now)]
+    ignored = (*(f"benchmark.{key}" for key in TASK_OPTIONS), "model.path", "model.trust_remote_code")
+    keys = [key for key in sorted({*flat[0], *flat[1]}) if not key.startswith(ignored)]
+    pairs = {key: (_whole(flat[0].get(key)), _whole(flat[1].get(key))) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _whole(value: Json) -> Json:
+    """The integer that `_canonical` has turned into a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _flatten(node: Json, path: str = "") -> dict[str, Json]:
+    """{a.b.c: value} of nested mappings."""
+    if not isinstance(node, dict):
+        return {path: node}
+    pieces = [_flatten(value, f"{path}.{key}".lstrip(".")) for key, value in node.items()]
+    return {key: value for piece in pieces for key, value in piece.items()}
 
 
 def run_name(root: DictConfig) -> str:

@@ -9,7 +9,7 @@ SHORT_KEYS = {key: f"benchmark.{key}" for key in
               }  # fmt: skip
 # Options whose value is a path, or may be one.
 PATH_KEYS = ("data_dir", "output_dir", "cache_dir", "model.path", "model.chat_template", "benchmark.folder",
-             "benchmark.reference", "benchmark.order_encoder", "method.encoder")  # fmt: skip
+             "benchmark.reference", "benchmark.order_encoder", "method.encoder", "extend")  # fmt: skip
 UNQUOTED = re.compile(
     r"[\w./][\w./-]*", re.ASCII
 )  # Hydra needs no quotes for such text, unless it looks like a literal

@@ -232,10 +232,12 @@ class Config:
     output_dir: str = "outputs"
     cache_dir: str | None = None
     data_dir: str | None = None
+    extend: str = "auto"
     fresh: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        require(bool(self.extend.strip()), "extend", repr(self.extend), "auto, off, or the folder of a run")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         for group in OBJECT_GROUPS:
             node = getattr(self, group)

@@ -159,6 +159,16 @@ class Benchmark:
                     hasher.update(content)
         return hasher.hexdigest()[:16]
 
+    @staticmethod
+    def task_fingerprint(task: Task) -> str:
+        """Hash of the texts and targets of one task, all splits, in order."""
+        hasher = hashlib.sha256()
+        for split in SPLITS:
+            hasher.update(f"\x1e{split}".encode())
+            for content in _contents(task.split(split)):
+                hasher.update(content)
+        return hasher.hexdigest()[:16]
+
     def fingerprints(self, split: str) -> dict[str, str]:
         """{task: hash of its examples in a split}. Scores of two runs on equal examples can be compared in pairs."""
         contents = {task.name: b"\x1e".join(_contents(task.split(split))) for task in self.tasks}

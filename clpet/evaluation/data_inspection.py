@@ -47,6 +47,7 @@ def _inspect_tasks(benchmark: Benchmark, data: Encoded | None) -> LabelledDataRe
     for index, task in enumerate(benchmark.tasks):
         counts = Counter(example.target for example in task.train)
         tasks[task.name] = {
+            "data_fingerprint": benchmark.task_fingerprint(task),
             "train": len(task.train),
             "validation": len(task.validation),
             "test": len(task.test),
@@ -115,6 +116,7 @@ def _domain(task: Task, data: Encoded | None = None, index: int = -1) -> DomainR
     splits = {split: _documents_of(task, split) for split in SPLITS}
     pools = {split: getattr(data, split) for split in SPLITS} if data else {}
     return {
+        "data_fingerprint": Benchmark.task_fingerprint(task),
         "train": len(splits["train"]),
         "validation": len(splits["validation"]),
         "test": len(splits["test"]),

@@ -53,6 +53,7 @@ class Method(Generic[ObjectiveType]):
     task_id_at_test = False  # True: results are task-incremental; a subclass may make it an option
     mergeable: ClassVar[bool] = True  # one set of weights for all inputs, so that adapters can be merged
     uses_validation: ClassVar[bool] = True  # validates after every epoch with train.select=best
+    rounds_with_unseen_labels: ClassVar[bool] = False  # logits of a task change in the last bit with labels to come
     # Attributes that are saved, restored and counted as described in clpet/methods/saved_state.py; a subclass lists its
     # own ones in addition to those of its base classes.
     saved: ClassVar[tuple[str, ...]] = ()  # what later tasks need
@@ -128,6 +129,13 @@ class Method(Generic[ObjectiveType]):
     def curriculum(self) -> list[tuple[int, Task]]:
         """(index, task) in learning order; after learning each, row index + 1 of the matrix is evaluated."""
         return list(enumerate(self.benchmark.tasks))
+
+    def tied_to_later_tasks(self, learned: int, before: int, now: int) -> str:
+        """Why a run of `before` tasks has not learned its first `learned` ones as a run of `now` tasks would; '' if so.
+
+        A run that is extended takes over the state after its first tasks, unless there is such a reason.
+        """
+        return ""
 
     def evaluable_tasks(self, row: int, tasks: range) -> range:
         """The subset of `tasks` that this method has a model for after learning `row` tasks."""
@@ -318,7 +326,10 @@ class Method(Generic[ObjectiveType]):
         return {"objective": cast(Tree, self.objective.state()), "replay": cast(Tree, self.replay.state()), **listed}
 
     def load_state_dict(self, state: State) -> None:
-        """Restores what `state_dict` returned, on a method fresh from `setup`."""
+        """Restores what `state_dict` returned, on a method fresh from `setup` or in a state after fewer tasks.
+
+        The state may be that of a run with fewer tasks, whose benchmark had only the first labels of this one.
+        """
         self.objective.load(cast(ObjectiveState, state["objective"]))
         self.replay.load(cast(ReplayState, state["replay"]))
         saved_state.load(self, state, self.objective.device, "saved")

@@ -26,6 +26,7 @@ from clpet.methods.components.contrastive import Bank, contrastive, draw, relati
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import AnswerSpace, Objective, Predictions
 from clpet.objectives.classification import Classification
+from clpet.records import State
 from clpet.replay.batch_plan import BatchPlan, split_batch
 from clpet.replay.exemplar import FixedReplay
 from clpet.replay.exemplar_selection import random_features
@@ -203,6 +204,11 @@ class CRL(Method[Classification]):
         self.labels = sorted({*self.labels, *present})
         for label in present:
             self.prototypes[label] = h[labels == label].mean(0)
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        missing = len(self.benchmark.labels) - len(self.prototypes)  # a run with fewer tasks had fewer labels
+        self.prototypes = F.pad(self.prototypes, (0, 0, 0, missing))
 
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
         """Scores are minus the squared distances to the prototypes, and minus infinity for classes without one."""

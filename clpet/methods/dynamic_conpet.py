@@ -91,6 +91,16 @@ class DynamicConPET(Modular):
                 "below the number of tasks"
             )
 
+    def tied_to_later_tasks(self, learned: int, before: int, now: int) -> str:
+        routed = learned if self.selector is Routing.prototypes else learned - 1  # tasks that a selector learns
+        if routed and (self.top_k < before) != (self.top_k < now):
+            return f"with method.top_k={self.top_k} it has learned no selector of its {before} tasks"
+        if self.top_k > 1 and learned > 1:
+            return (
+                "with method.top_k above 1 it trains on logits that are rounded together with those of all later labels"
+            )
+        return ""
+
     def init_adapters(self) -> None:
         super().init_adapters()
         self.cache = LogitCache(self.objective, self.cache_dir)

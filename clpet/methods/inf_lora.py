@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clpet.config.schema import require
 from clpet.data.batches import Batch
-from clpet.data.benchmark import Task
+from clpet.data.benchmark import Benchmark, Task
 from clpet.methods.components.subspace import (
     InputCovariances,
     extend_basis,
@@ -42,6 +42,7 @@ class InfLoRA(IncLoRA):
 
     design: Design = Design.svd
     epsilon: float = 0.995
+    planned_tasks: int | None = None
     faithful_padding: bool = False
 
     needs_logits: ClassVar[bool] = True  # its statistics are of the one pass that computes them
@@ -50,6 +51,15 @@ class InfLoRA(IncLoRA):
 
     def __post_init__(self) -> None:
         require(0 < self.epsilon < 1, "method.epsilon", self.epsilon, "between 0 and 1")
+
+    def check_benchmark(self, benchmark: Benchmark) -> None:
+        planned, tasks = self.planned_tasks, len(benchmark)
+        require(planned is None or planned >= tasks, "method.planned_tasks", planned, f"at least {tasks}, or null")
+
+    def tied_to_later_tasks(self, learned: int, before: int, now: int) -> str:
+        if self.planned_tasks or learned == 1:  # the threshold of the first task is epsilon, whatever follows
+            return ""
+        return "its threshold depends on the number of tasks; method.planned_tasks=N fixes that number from the start"
 
     def init_adapters(self) -> None:
         super().init_adapters()
@@ -108,7 +118,7 @@ class InfLoRA(IncLoRA):
 
     def extend(self, name: str, covariance: Tensor, index: int) -> None:
         """Extends a basis M by the directions that the inputs of task `index` need, with the threshold eps_t."""
-        epsilon = threshold(self.epsilon, index, len(self.benchmark))
+        epsilon = threshold(self.epsilon, index, self.planned_tasks or len(self.benchmark))
         basis = extend_basis(self.basis(name, covariance), covariance, epsilon).float()
         self.bases[name] = basis.contiguous()  # the layout it has after resuming: rounding depends on it
 

@@ -18,6 +18,9 @@ class Joint(Method):
         train, validation, test = ([e for t in self.benchmark.tasks for e in t.split(split)] for split in SPLITS)
         return [(len(self.benchmark) - 1, Task("all tasks", train, validation, test, tuple(self.benchmark.labels)))]
 
+    def tied_to_later_tasks(self, learned: int, before: int, now: int) -> str:
+        return "it learns all tasks at once"
+
     def mixes_tasks(self, replay: str) -> bool:
         return True
 

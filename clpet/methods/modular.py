@@ -30,6 +30,7 @@ class Modular(Method[Classification]):
     needs_labels: ClassVar[bool] = True
     needs_adapter: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
+    rounds_with_unseen_labels: ClassVar[bool] = True  # a readout has the initial rows of labels to come
     saved: ClassVar[tuple[str, ...]] = ("modules",)
 
     def init_adapters(self) -> None:

@@ -23,6 +23,9 @@ class Static(Method[ObjectiveType]):
         """True with future_labels: a softmax over all labels must not be restricted to those of one task."""
         return self.future_labels or super().mixes_tasks(replay)
 
+    def tied_to_later_tasks(self, learned: int, before: int, now: int) -> str:
+        return "method.future_labels=true trains the labels of all tasks from the start" if self.future_labels else ""
+
     def grow_head(self, index: int) -> None:
         if self.future_labels:
             self.objective.add_labels(range(len(self.benchmark.labels)))

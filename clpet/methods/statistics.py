@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from clpet.data.benchmark import Task
 from clpet.methods.base import Method
 from clpet.objectives.base import AnswerSpace, Predictions
 from clpet.objectives.classification import Classification
+from clpet.records import State
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.trainer import Trainer
 
@@ -29,6 +31,7 @@ class FeatureStatistics(Method[Classification]):
     has_cross_entropy: ClassVar[bool] = False
     uses_validation: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
+    rounds_with_unseen_labels: ClassVar[bool] = True  # all labels are scored by one matrix product
     supported_pefts: ClassVar[tuple[str, ...]] = ("frozen",)
     saved: ClassVar[tuple[str, ...]] = ("sums", "counts")
 
@@ -68,6 +71,15 @@ class FeatureStatistics(Method[Classification]):
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {}
+
+    def stored_parameters(self) -> int:
+        """Number of scalars, with the sums of labels that have examples only."""
+        return super().stored_parameters() - int((self.counts == 0).sum()) * (self.objective.dim + 1)
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        missing = len(self.benchmark.labels) - len(self.counts)  # a run with fewer tasks had fewer labels
+        self.sums, self.counts = F.pad(self.sums, (0, 0, 0, missing)), F.pad(self.counts, (0, missing))
 
     def save(self, folder: Path) -> None:
         """Writes sums and counts as safetensors."""

@@ -6,7 +6,7 @@ from typing import Literal, cast
 
 from rich.console import Console
 
-from clpet.escape import inline
+from clpet.escape import inline, safe_name
 from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, round2
 from clpet.records import DataRecord, HeadlineKey, Results, SplitSizes
@@ -74,6 +74,8 @@ def show_finished(console: Console, out: Path, results: Results, address: str | 
     ratio = results["parameters"]
     trained = f"{ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.2f} %)"
     say(console, f"trained per task   {trained}")
+    if source := results.get("extended_from"):
+        say(console, f"extends            {source['run']}: {', '.join(map(safe_name, source['tasks']))}")
     say(console)
     say(console, f"run   {out}")
     if address:

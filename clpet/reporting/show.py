@@ -6,7 +6,7 @@ from typing import cast
 import numpy as np
 
 from clpet.errors import DataError
-from clpet.escape import inline
+from clpet.escape import inline, safe_name
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
 from clpet.records import FAILURE, Description, ProgressLine, Results
@@ -130,8 +130,16 @@ def _head(run: Results) -> str:
     return (
         f"{run['method']} on {benchmark} with {run['model']}, seed {run['seed']}{label}\n"
         f"trained per task {ratio['trainable']:,} of {ratio['total']:,} parameters ({ratio['percent']:.3f} %)\n"
-        f"{train_command(run, run['overrides'])}{average}"
+        f"{train_command(run, run['overrides'])}{average}{_extended(run)}"
     )
+
+
+def _extended(run: Results) -> str:
+    source = run.get("extended_from")
+    if source is None:
+        return ""
+    tasks = ", ".join(map(safe_name, source["tasks"]))
+    return f"\n{tasks}: learned by {inline(source['run'])}, which this run extends; their costs are of that run"
 
 
 def _pretraining(run: Results, matrix: TransferMatrix, others: Runs, every_metric: bool) -> list[str]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 
+from clpet.config.schema import EvaluationOptions, Matrix
 from clpet.data.benchmark import Task
 from clpet.methods.base import Method
 from clpet.replay.batch_plan import BatchPlan
@@ -24,6 +25,15 @@ def planned_stages(method: Method) -> Iterator[tuple[int, Task, dict[str, BatchP
             method.replay.update_memory(index, random_features)
     finally:
         method.replay.setup(method.data, method.seed, method.replay.batch_size)
+
+
+def measured_tasks(evaluation: EvaluationOptions, method: Method, total: int, row: int) -> range:
+    """The cells of row `row` of a matrix of `total` tasks that evaluation.matrix and evaluation.every select."""
+    kind = evaluation.matrix
+    tasks = range(total if kind is Matrix.full or row == total else row if kind is Matrix.seen else 0)
+    if row % evaluation.every and row < total and tasks:
+        tasks = range(row - 1, row)
+    return method.evaluable_tasks(row, tasks)
 
 
 def plan_work(

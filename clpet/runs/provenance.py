@@ -67,9 +67,10 @@ def check_finished(out: Path, results: Results, config: Config) -> None:
         return
     for name, value in recorded.items():
         if now.get(name, value) != value:
+            more = "; new tasks alone are learned with tasks=[old, ..., new]" if name == "data" else ""
             raise ConfigError(
                 f"{out} was finished with {name} {value}, now it is {now[name]}: run it again with fresh=true, "
-                f"or print its results with clpet show {out}"
+                f"or print its results with clpet show {out}{more}"
             )
 
 

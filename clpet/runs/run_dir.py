@@ -20,7 +20,17 @@ from clpet.methods.base import Method
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split, tolist
 from clpet.models.adapters import parameter_ratio
-from clpet.records import FAILURE, Cost, DataRecord, Description, Headline, PerplexityTransfer, Results, State
+from clpet.records import (
+    FAILURE,
+    Cost,
+    DataRecord,
+    Description,
+    ExtendedFrom,
+    Headline,
+    PerplexityTransfer,
+    Results,
+    State,
+)
 from clpet.runs.provenance import git_revision, hub_data, versions
 from clpet.runtime.atomic_io import replace_folder, write_text
 from clpet.runtime.distributed import get_world
@@ -34,6 +44,10 @@ class _Validation(TypedDict, total=False):
 
 class _ConfigDirs(TypedDict, total=False):
     config_dirs: list[str]
+
+
+class _Extension(TypedDict, total=False):
+    extended_from: ExtendedFrom
 
 
 class _Pretraining(TypedDict, total=False):
@@ -84,6 +98,7 @@ def start(
     data: DataRecord,
     host: dict[str, str | int],
     resumes: bool = False,
+    extended_from: ExtendedFrom | None = None,
 ) -> None:
     """Writes run.json: the resolved configuration, the data, the hardware (`host`, of Hardware.record), versions."""
     if resumes:
@@ -91,6 +106,7 @@ def start(
     (out / FAILURE).unlink(missing_ok=True)
     record = {
         **_description(cfg, overrides, identity, benchmark),
+        **_extension(extended_from),
         "direction": benchmark.direction,
         "host": host,
         "config": OmegaConf.to_container(cfg, resolve=True),
@@ -129,6 +145,7 @@ def collect(
     validation: _Validation = {"validation": state.validation} if state.validation else {}
     return {
         **_description(cfg, overrides, identity, benchmark),
+        **_extension(state.extended_from),
         **state.matrix.to_json(),
         "backward": tolist(state.matrix.backward),
         "forward": tolist(state.matrix.forward),
@@ -168,8 +185,8 @@ def snapshot_folder(out: Path, row: int) -> Path:
     return out / "checkpoints" / f"after-{row:03d}"
 
 
-def save_snapshot(out: Path, row: int, method: Method) -> None:
-    """Writes the weights after `row` tasks: adapters and heads as at the end, and the state that inference needs."""
+def save_snapshot(out: Path, row: int, method: Method, trainer: State) -> None:
+    """Writes the weights after `row` tasks: adapters and heads as at the end, and the state of method and trainer."""
     state = method.state_dict()
     if method.objective.adapters.config is None:  # without PEFT adapters method.save already writes these weights
         state["objective"] = {**cast(State, state["objective"]), "adapters": {}}
@@ -178,7 +195,7 @@ def save_snapshot(out: Path, row: int, method: Method) -> None:
     with replace_folder(snapshot_folder(out, row)) as folder:
         method.save(folder)
         save_heads(method, folder / "heads")
-        write_tree(folder / "state", {"row": row, "method": state})
+        write_tree(folder / "state", {"row": row, "method": state, "trainer": trainer})
 
 
 def finish(out: Path, results: Results) -> None:
@@ -259,6 +276,10 @@ def _description(cfg: DictConfig, overrides: list[str], identity: dict[str, str]
         "versions": versions(),
         "git": git_revision(),
     }
+
+
+def _extension(extended_from: ExtendedFrom | None) -> _Extension:
+    return {"extended_from": extended_from} if extended_from else {}
 
 
 def _config_dirs() -> _ConfigDirs:

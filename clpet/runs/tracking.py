@@ -98,9 +98,13 @@ class Tracker:
         line |= evaluation.diagnostics
         line |= {"average": matrix.average(row, row), "whole": matrix.micro_average(row, row)} if row else {}
         line |= {"cost": cast(Mapping[str, Json], state.costs[-1])} if state.costs else {}
-        line_files.append(self.out / line_files.METRICS, [line])
+        self.log_line(cast(ProgressLine, line))
         self._show(state, row, evaluation)
-        scalars = self._row_scalars(cast(ProgressLine, line))
+
+    def log_line(self, line: ProgressLine) -> None:
+        """Reports a line of metrics.jsonl: to this file, and its numbers over the axis `task` to the trackers."""
+        line_files.append(self.out / line_files.METRICS, [cast(Mapping[str, Json], line)])
+        scalars, row = self._row_scalars(line), line["row"]
         if self.wandb:
             self.wandb.log([{"task": row, **scalars}])
         for tracker in self.others:

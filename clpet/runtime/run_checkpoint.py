@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from clpet.errors import ConfigError
 from clpet.metrics.transfer_matrix import TransferMatrix
-from clpet.records import Checkpoint, Cost, Json, Measurements, Metrics, State, Tree
+from clpet.records import Checkpoint, Cost, ExtendedFrom, Json, Measurements, Metrics, State, Tree
 from clpet.runtime.atomic_io import replace_folder, write_synced
 from clpet.runtime.distributed import get_world
 
@@ -38,6 +38,7 @@ class RunState:
     trainer: State = field(default_factory=dict)
     task: State | None = None
     validation: dict[str, float] | None = None  # averages on validation after the last task
+    extended_from: ExtendedFrom | None = None  # the run that has learned the first tasks, if it is another one
 
     def measurements(self) -> Measurements:
         """Everything measured so far, as JSON values."""
@@ -48,6 +49,7 @@ class RunState:
             "costs": list(self.costs),
             "diagnostics": list(self.diagnostics),
             "validation": self.validation,
+            "extended_from": self.extended_from,
         }
 
     def steps(self) -> tuple[int, bool]:
@@ -110,6 +112,7 @@ class RunState:
                 before_task.get("trainer", {}),
                 value.get("task"),
                 value.get("validation"),
+                value.get("extended_from"),
             )
             return state, before_task.get("method", {})
         if checkpoints(folder):

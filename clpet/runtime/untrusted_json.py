@@ -47,6 +47,7 @@ OPTIONAL: dict[str | type[str], Schema] = {
     "softmax": str | None,
     "data": {"fingerprint": str},
     "resolved": dict,
+    "extended_from": {"run": str, "tasks": [str], "state": str, "copied_rows": [int]},
     **{name: {str: str} for name in ("test_sets", "inputs")},
     "validation": {str: NUMBER | None},
     "task_metrics": {str: NUMBER | None},

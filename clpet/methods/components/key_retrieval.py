@@ -213,6 +213,9 @@ class RetrievalStats:
         return {"votes": self.votes, "right": self.right}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state` returned."""
-        self.votes.copy_(state["votes"])
-        self.right.copy_(state["right"])
+        """Restores what `state` returned, also of a run with fewer tasks."""
+        count, votes = len(state["right"]), state["votes"].to(self.votes.device)
+        # New tensors: those of an evaluation belong to its inference mode and cannot be changed outside of it.
+        self.votes, self.right = (value.new_zeros(value.shape) for value in (self.votes, self.right))
+        self.votes[:count, :count], self.votes[:count, -1] = votes[:, :-1], votes[:, -1]
+        self.right[:count] = state["right"]
