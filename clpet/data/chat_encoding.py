@@ -9,6 +9,9 @@ from clpet.data.chat_template import ChatTemplate
 from clpet.data.conversation import Conversation, conversation_of, with_last_user, without_oldest
 from clpet.data.template import Tokenised, tokens_to_keep
 from clpet.errors import DataError
+from clpet.escape import short_repr
+
+FEW = 3  # conversations in a message
 
 
 class EncodedChats(NamedTuple):
@@ -36,27 +39,35 @@ class ChatEncoder:
         self.before, self.after = benchmark.template.split("{text}")
 
     def encode(self, examples: Sequence[Example]) -> EncodedChats:
-        """Raises DataError, with the file and row of the first conversation that the template refuses."""
+        """Raises DataError, with the files and rows of the conversations that the template does not write."""
         prompts, answers = Tokenised([], []), Tokenised([], [])
         trained: list[list[int]] = []
         references: list[tuple[str, ...]] = []
+        problems: list[str] = []
         for example in examples:
             try:
-                talk = conversation_of(example, self._user_turn(example, example.text))
-                if "messages" in example.fields:
-                    self.template.check_complete(talk)
-                talk, ids, marks, length = self._fitted(example, talk)
-                answer = self.template.answer(talk, ids) if talk.answer else [self.template.ends[0]]
+                ids, marks, length, answer = self._encode(example)
             except DataError as error:
-                where = example.origin or f"the example {example.text[:60]!r}"
-                raise DataError(f"{where}: {error}") from error
+                problems.append(f"{example.origin or f'the example {short_repr(example.text)}'}: {error}")
+                continue
             prompts.rows.append(ids)
             prompts.lengths.append(length)
             trained.append([0, *marks[1:]])  # nothing precedes the first token that could predict it
             answers.rows.append(shortened(answer, self.benchmark.max_target))
             answers.lengths.append(len(answer))
             references.append(example.references or (self._reference(example, answer),))
+        if problems:
+            more = f"; and {len(problems) - FEW} more" if len(problems) > FEW else ""
+            raise DataError("; ".join(problems[:FEW]) + more)
         return EncodedChats(prompts, answers, trained if self.benchmark.chat is Turns.all else None, references)
+
+    def _encode(self, example: Example) -> tuple[list[int], list[int], int, list[int]]:
+        """(prompt, marks of the assistant's turns in it, its length before the cut, answer). Raises DataError."""
+        talk = conversation_of(example, self._user_turn(example, example.text))
+        if "messages" in example.fields:
+            self.template.check_complete(talk)
+        talk, ids, marks, length = self._fitted(example, talk)
+        return ids, marks, length, self.template.answer(talk, ids) if talk.answer else [self.template.ends[0]]
 
     def answers(self, texts: Sequence[str], max_tokens: int) -> Tokenised:
         """Token ids of answers to a short message, each with the end token and at most `max_tokens` long."""

@@ -48,3 +48,12 @@ def test_an_objective_is_part_of_the_identity_with_its_options() -> None:
     others = [["objective=classification"], ["objective=preference"], ["objective=preference", "objective.beta=0.5"]]
     assert len({signature(cfg) for cfg in [plain, *(compose_config([*words, *more]) for more in others)]}) == 4
     assert setting(plain) != setting(compose_config([*words, "objective=classification"]))
+
+
+def test_the_chat_settings_of_a_model_count_for_conversations_only() -> None:
+    words = ["method=sequential", "model=tiny_llama", "objective=text_to_text", "data_dir=x"]
+    other = "model.chat_template=chatml"
+    plain, chat = ([*words, f"benchmark={name}"] for name in ("files", "chat"))
+    assert signature(compose_config([*plain, other])) == signature(compose_config(plain))
+    assert signature(compose_config([*chat, other])) != signature(compose_config(chat))
+    assert signature(compose_config([*plain, "benchmark.chat=last"])) != signature(compose_config(plain))

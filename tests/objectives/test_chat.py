@@ -215,6 +215,21 @@ def test_a_conversation_whose_rest_does_not_fit_is_refused() -> None:
         encoded(LONG, 20)
 
 
+def test_conversations_that_the_template_refuses_are_named_together() -> None:
+    template = ChatTemplate(
+        tokenizer(), Backbone("m", path=".", architecture=Architecture.decoder, chat_template="mistral")
+    )
+    twice = conversation([LONG[1], LONG[1], LONG[2]])
+    examples = [
+        example_of(conversation(LONG[1:3])),
+        *(example_of(twice, f"chat.jsonl, row {row}") for row in range(2, 7)),
+    ]
+    refused = "the chat template mistral refuses the conversation: after an optional system message, user and assistant must alternate"
+    with pytest.raises(DataError) as error:
+        ChatEncoder(template, benchmark()).encode(examples)
+    assert str(error.value) == "; ".join(f"chat.jsonl, row {row}: {refused}" for row in (2, 3, 4)) + "; and 2 more"
+
+
 def test_a_long_answer_ends_with_its_end_token() -> None:
     cut = encoded([*LONG[1:2], {"role": "assistant", "content": "x y z " * 40}], 100, max_target=9)
     assert len(cut.answer.rows[0]) == 9
