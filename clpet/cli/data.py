@@ -23,7 +23,7 @@ def data(argv: list[str]) -> int:
     parser.add_argument("benchmark", help="an option of clpet list benchmarks, or a path such as my.csv or my/")
     parser.add_argument("overrides", nargs="*", help="such as data_dir=FOLDER model=bert_base benchmark.max_train=100")
     parser.add_argument("--config-dir", help="a folder with your own YAMLs")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # options may stand between the words
     folder = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
     _, overrides = split_flags([*folder, *arguments.overrides])
     name, path = arguments.benchmark, Path(arguments.benchmark).expanduser()

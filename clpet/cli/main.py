@@ -9,6 +9,7 @@ from clpet.cli import runs
 from clpet.cli.completion import complete
 from clpet.cli.data import data
 from clpet.cli.error_messages import format_error, print_error
+from clpet.cli.init import init
 from clpet.cli.options import COMMANDS, list_options
 from clpet.cli.predict import predict
 from clpet.cli.report import report
@@ -60,7 +61,7 @@ def dispatch(argv: list[str]) -> int:
         return train(argv)
     handlers: dict[str, Callable[[list[str]], int]] = {
         "train": train, "runs": runs.runs, "report": report, "show": runs.show, "eval": runs.evaluate,
-        "export": runs.export, "list": list_options, "data": data, "predict": predict, "sweep": sweep,
+        "export": runs.export, "list": list_options, "data": data, "init": init, "predict": predict, "sweep": sweep,
     }  # fmt: skip
     if argv[0] not in handlers:
         raise ConfigError(f"unknown command {argv[0]!r}{suggest(argv[0], COMMANDS)}")

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "write the trained weights of a run for use without clpet: adapters, or merged weights",
     "list": "list the methods, models, benchmarks, hardware, ... to choose from",
     "data": "describe a benchmark, or a file or folder of your own, and print the command that trains on it",
+    "init": "write a benchmark YAML for data of your own, or a method with a test",
 }
 HYDRA_FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i", "--config-name",
                           "-cn", "--config-path", "-cp", "--experimental-rerun", "-sc")  # fmt: skip

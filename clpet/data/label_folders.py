@@ -20,7 +20,7 @@ def label_folders(root: Path) -> dict[str, dict[str, Path]]:
     splits = {
         SPLIT_NAMES[name.lower()]: _with_texts(path) for name, path in inner.items() if name.lower() in SPLIT_NAMES
     }
-    by_split = splits if len(splits) == len(inner) else {"train": _with_texts(root)}
+    by_split = splits if splits.get("train") else {"train": _with_texts(root)}
     return by_split if len(by_split.get("train", {})) > 1 else {}
 
 

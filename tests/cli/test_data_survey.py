@@ -153,6 +153,16 @@ def pairs(folder: Path) -> Case:
     return put(folder / "pairs.jsonl", json_lines(rows)), ["model=tiny_llama"], ["objective=preference", "label=chosen"]
 
 
+def conversations(folder: Path) -> Case:
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
+        for i in range(40)
+    ]
+    return put(folder / "chat.jsonl", json_lines(rows)), ["model=tiny_llama", "benchmark.max_target=16"], [
+        "conversations in messages", "benchmark=chat"
+    ]  # fmt: skip
+
+
 def texts(folder: Path) -> Case:
     for name in ("sea", "sky"):
         put(folder / f"{name}.txt", "".join(f"{name} line {i} of a long text\n" for i in range(600)))
@@ -170,7 +180,7 @@ def long_texts(folder: Path) -> Case:
 
 MAKERS: list[Callable[[Path], Case]] = [
     latin_1, tsv_without_header, nested_and_mixed, integers_in_parquet, json_array, task_folders, files_per_task,
-    class_folders, contradictions, quotes_and_empty_lines, prompts, pairs, texts, long_texts,
+    class_folders, contradictions, quotes_and_empty_lines, prompts, pairs, conversations, texts, long_texts,
 ]  # fmt: skip
 
 
