@@ -51,8 +51,10 @@ class Forecast:
         """Starts task `position`, counted from 1; 0 is what comes before all tasks."""
         self.position, self.task_start = position, self.clock()
         self.stage: str | None = None
+        self.share = self.share_before = 0.0  # of the current fit; the second one was done by an earlier process
         self.finished: set[str] = set()
-        self.inside = 0.0  # seconds of this task in fits and evaluations
+        self.inside = 0.0  # seconds of this task in planned fits and evaluations
+        self.unplanned = 0.0  # in other fits
 
     def start_fit(self, stage: str) -> None:
         """Starts a fit of the task. An unnamed fit may have a name in the plan: it is the next one ahead."""
@@ -77,6 +79,8 @@ class Forecast:
             measured.seconds += seconds
             measured.tokens += tokens * (self.share - self.share_before)
             self.inside += seconds
+        else:
+            self.unplanned += seconds
         self.finished.add(self.stage)
         self.stage = None
 
@@ -151,5 +155,13 @@ class Forecast:
         return self.evaluation.rate or EVALUATION_COST * self._rate("")
 
     def _other_rate(self) -> float:
-        """Seconds outside of fits and evaluations per training token, of the latest finished task."""
-        return self.other.rate or 0.0
+        """Seconds outside of planned fits and evaluations per training token, of the latest finished task.
+
+        Before the first is finished, those of its unplanned fits so far, and of the whole current one.
+        """
+        if self.other.tokens:
+            return self.other.rate or 0.0
+        seconds, share = self.unplanned, self.share - self.share_before
+        if self.stage is not None and not self._tokens(self.stage) and share > 0:
+            seconds += (self.clock() - self.fit_start) / share
+        return Measured(seconds, self._work(self.position).training).rate or 0.0
