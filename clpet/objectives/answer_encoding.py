@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from clpet.data.benchmark import Benchmark
 from clpet.data.chat_encoding import ChatEncoder
@@ -20,6 +20,12 @@ def end_token(tokenizer: Tokenizer) -> int:
     if end is None:
         raise DataError("the tokenizer has no end token, so a text_to_text answer could not end")
     return end
+
+
+def generation_ends(model: nn.Module) -> list[int]:
+    """Ids of the end tokens that a model's own generation settings name."""
+    ends: int | list[int] | None = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def encode_answers(tokenizer: Tokenizer, texts: list[str], max_tokens: int) -> Tokenised:

@@ -24,7 +24,14 @@ from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer, config_of, network_of
-from clpet.objectives.answer_encoding import chat_encoder, check_cut_labels, encode_answers, end_token, until
+from clpet.objectives.answer_encoding import (
+    chat_encoder,
+    check_cut_labels,
+    encode_answers,
+    end_token,
+    generation_ends,
+    until,
+)
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
 
 
@@ -39,6 +46,8 @@ class TextToText(Objective):
         chat = chat_encoder(self.benchmark, self.backbone, self.tokenizer)
         self.ends = chat.template.ends if chat else [end_token(self.tokenizer)]
         if chat:
+            further = [] if self.backbone.random_weights else generation_ends(self.adapters.model)
+            self.ends = list(dict.fromkeys([*self.ends, *further]))
             self.tokenizer.chat_template = chat.template.text  # of an exported model
         self.start = None if self.causal else config_of(self.adapters.model).decoder_start_token_id
         encode = chat.answers if chat else partial(encode_answers, self.tokenizer)

@@ -138,6 +138,16 @@ def test_answers_do_not_depend_on_the_batch_and_stop_at_any_end(shape: str) -> N
         assert [text for part in rows for text in objective.predict(pool.batch(part), AnswerSpace([])).texts] == answers
 
 
+def test_answers_also_end_with_the_tokens_of_the_models_generation_settings() -> None:
+    objective = make_objective()
+    end, own = objective.ends
+    assert tokenizer().convert_ids_to_tokens([end, own]) == ["<|im_end|>", "</s>"]
+    objective.adapters.model.generation_config.eos_token_id = [own, 9]
+    objective.backbone = replace(objective.backbone, random_weights=False, path=".")
+    objective.finish_setup()
+    assert objective.ends == [end, own, 9]
+
+
 def test_labels_are_ranked_as_answers_of_the_template() -> None:
     objective = make_objective(decode=Decode.rank)
     examples = [Example(f"which {word}", word) for word in ("gold", "iron")] * 3
