@@ -134,7 +134,8 @@ def _init_benchmark(path: Path, target: Path | None, name: str | None, words: li
     command = ["clpet", "train", "--config-dir", str(folder), f"benchmark={name}", *others]
     comment = f"# {_summary(path)}. {shlex.join(command)}\n"
     _write({folder / "benchmark" / f"{name}.yaml": text.replace("\n", f"\n{comment}", 1)})
-    problems = [*proposal.survey.problems, *proposal.problems, *proposal.survey.report.notes()]
+    survey = proposal.survey
+    problems = [*survey.problems, *proposal.problems, *survey.report.bad_row_lines(), *survey.report.notes()]
     if problems:
         print(printable("\n".join(["problems and notes:", *(f"  {line}" for line in problems)])))
     print(printable(shlex.join(command)))

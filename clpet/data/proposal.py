@@ -167,7 +167,6 @@ def _check_rows(result: Proposal) -> None:
         unseen += rows.unseen() if labels else []
         names |= set(rows.train_labels())
     if bad.bad_rows:
-        result.problems += bad.bad_row_lines()
         result.options["benchmark.skip_bad"] = True
         result.reasons.append("bad rows are dropped (benchmark.skip_bad)")
     if unseen and result.options["benchmark"] == "files":

@@ -86,7 +86,7 @@ def _repeats(texts: Mapping[str, Iterable[_Checked]], labels: bool) -> list[str]
     for split, checked in texts.items():
         pairs = [(row.key, row.label) for row in checked]
         if copies := len(pairs) - len(set(pairs)):
-            lines.append(f"{split}: {copies} rows repeat an earlier text and {'label' if labels else 'answer'}")
+            lines.append(f"rows of {split} that repeat an earlier text and {'label' if labels else 'answer'}: {copies}")
         for row in checked:
             targets.setdefault(row.key, set()).add(row.label)
             originals.setdefault(row.key, row.text)

@@ -59,7 +59,8 @@ def _inspection(result: Proposal, given: Mapping[str, str]) -> tuple[str, bool]:
             result.reasons.append(f"many texts are longer than the default length (benchmark.max_length={longer})")
             text, record = _inspect(result, given)
     except ClpetError as error:
-        result.problems += [*result.survey.report.notes(), f"cannot be learned yet: {error}"]
+        unread = [*result.survey.report.bad_row_lines(), *result.survey.report.notes()]
+        result.problems += [*unread, f"cannot be learned yet: {error}"]
         return "", False
     result.problems += [warning for warning in record["warnings"] if warning not in result.problems]
     result.problems += [f"{count} {pair}" for pair, count in record["overlaps"].items() if "test" not in pair]

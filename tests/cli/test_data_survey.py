@@ -130,7 +130,7 @@ def contradictions(folder: Path) -> Case:
     put(folder / "train.csv", cells(rows, ","))
     put(folder / "test.csv", cells([*rows[:8], {"text": "new", "label": "unseen"}], ","))
     return folder, SEQUENTIAL, [
-        "train: 5 rows repeat", f"equal texts with different labels: 1, such as {rows[5]['text'][:10]!r}"[:-1], "labels with fewer than 4 rows in train: 'Sport' (1), 'rare' (1)",
+        "rows of train that repeat an earlier text and label: 5", f"equal texts with different labels: 1, such as {rows[5]['text'][:10]!r}"[:-1], "labels with fewer than 4 rows in train: 'Sport' (1), 'rare' (1)",
         "labels that do not occur in train cannot be learned: 'unseen'", "differ only in case", "test texts of files also occur in train",
     ]  # fmt: skip
 
