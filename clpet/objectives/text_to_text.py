@@ -142,14 +142,21 @@ class TextToText(Objective):
             return logits[batch.targets != IGNORED].float()
 
     def conversation_logits(self, batch: ChatBatch) -> Tensor:
-        """The same for all answers in a conversation, each example's in their order."""
-        targets = batch.next_tokens()
+        """The same for all answers in a conversation, each example's in their order.
+
+        A hook selects the positions in front of the output layer: logits of a whole prompt would need much memory.
+        """
+        targets, model = batch.next_tokens(), network_of(self.adapters.model)
         columns = torch.nonzero((targets != IGNORED).any(0)).flatten()
+        trained = targets[:, columns] != IGNORED
         answer, mask = batch.targets.clamp(min=0), batch.targets != IGNORED
         inputs = self.append_answer(self.inputs(batch), answer[:, :-1], mask[:, :-1])
         vectors = inputs["attention_mask"].shape[1] - targets.shape[1]  # a method's prompt in front of the text
-        output = network_of(self.adapters.model)(logits_to_keep=columns + vectors, use_cache=False, **inputs)
-        return output.logits[targets[:, columns] != IGNORED].float()
+        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: (hidden[0][trained],))
+        try:
+            return model(logits_to_keep=columns + vectors, use_cache=False, **inputs).logits.float()
+        finally:
+            hook.remove()
 
     def targets(self, batch: Batch) -> Tensor:
         """[answer tokens of the batch]: their ids."""

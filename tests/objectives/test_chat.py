@@ -46,7 +46,8 @@ def benchmark(chat: Turns = Turns.all, talks: list = TALKS, **changes) -> Benchm
 
 
 def make_objective(shape: str = "llama", chat: Turns = Turns.all, template: str = "chatml", **changes) -> TextToText:
-    targets, config = SHAPES[shape]
+    gemma2 = {**SHAPES["qwen3"][1], "model_type": "gemma2", "final_logit_softcapping": 5.0}
+    targets, config = SHAPES.get(shape, (["q_proj"], gemma2))
     backbone = Backbone(name=shape, architecture=Architecture.decoder, targets=targets, random_weights=True,
                         config={"vocab_size": 600, "pad_token_id": 2, **config}, chat_template=template)  # fmt: skip
     model, _ = backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
@@ -68,7 +69,7 @@ def expected_terms(objective: TextToText, talk: list) -> tuple[torch.Tensor, tor
     return objective.adapters.model(input_ids=ids[None]).logits[0, :-1][mask], ids[1:][mask]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "gemma2"])
 def test_loss_is_the_mean_over_the_tokens_of_all_answers(shape: str) -> None:
     objective = make_objective(shape)
     pool = objective.encode().train
