@@ -62,7 +62,12 @@ def decode_strictly(data: bytes, path: Path, codec: str | None = None) -> Decode
 
 
 def likely_codec(data: bytes) -> str:
-    """The likeliest encoding of bytes that are not UTF-8: Windows' own, where it has a character for every byte."""
+    """The likeliest encoding of bytes that are not UTF-8: Windows' own, where it has a character for every byte.
+
+    Many zero bytes are every second byte of UTF-16.
+    """
+    if has_many_zeros(data):
+        return "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
     try:
         data.decode("cp1252")
     except UnicodeDecodeError:
@@ -82,8 +87,13 @@ def _is_utf8(line: bytes) -> bool:
         return False
 
 
+def has_many_zeros(data: bytes) -> bool:
+    """Whether more than an eighth of the bytes are zero, as in UTF-16 and in binary files."""
+    return 8 * data.count(0) > len(data)
+
+
 def _check_zeros(data: bytes, codec: str, path: Path) -> None:
-    if codec.startswith("utf-8") and 8 * data.count(0) > len(data):
+    if codec.startswith("utf-8") and has_many_zeros(data):
         raise DataError(f"{path} is not UTF-8 (UTF-16 without a byte order mark?): {remedy(path, 'UTF-16LE')}")
 
 

@@ -77,7 +77,8 @@ def label_score(column: ColumnSummary) -> float:
         types <= {TEXT, INTEGER, BOOLEAN, NUMBER} and column.distinct <= 20
     )
     repeats = 2 <= column.distinct <= max(2, column.filled / 2)
-    if not (names_things and repeats and column.words <= MAX_LABEL_WORDS and 2 * column.empty <= column.rows):
+    short = column.words <= MAX_LABEL_WORDS or named(column.name, LABELS)
+    if not (names_things and repeats and short and 2 * column.empty <= column.rows):
         return 0
     by_name = 4 * named(column.name, LABELS) - 3 * named(column.name, f"{OTHERS} {TASKS}")
     return max(0.1, 1 + by_name + (column.words <= 3) + (column.distinct <= column.filled / 5))

@@ -1,6 +1,7 @@
 """From what a file or folder contains to the options of the run that learns it, with the reasons for each choice."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,8 @@ from clpet.config.compose import conf_dir
 from clpet.config.overrides import HYDRA_FUNCTION, needs_no_quotes, quote
 from clpet.data.column_summary import ColumnSummary, column_summaries
 from clpet.data.data_files import TEXTS, domain_files, stem, subfolders, suffix
-from clpet.data.guess import Kind, Reading, labels_per_task, readings
+from clpet.data.guess import MAX_TASKS, TASKS, Kind, Reading, labels_per_task, named, readings
+from clpet.data.read_report import ReadReport
 from clpet.data.row_problems import RowProblems
 from clpet.data.survey import Layout, Survey, survey
 from clpet.data.tabular_files import TableLayout
@@ -17,6 +19,7 @@ from clpet.errors import DataError
 from clpet.escape import safe_name
 
 MANY_TEXTS = 20  # txt files of a folder above which they are documents of one domain rather than a domain each
+FEW_TEXTS, LONG_TEXT = 5, 1000  # texts of a folder, and words of one, that make a domain likelier than a label
 LONG_ANSWER = 3  # words of an average answer above which answers are scored by overlap
 COLUMN_KEYS = {"text": "benchmark.text", "label": "benchmark.label", "task": "benchmark.task"}
 
@@ -63,24 +66,50 @@ def _read(path: Path, layout: TableLayout, given: Mapping[str, str]) -> Proposal
         return Proposal(looked_at, [], Reading(Kind.texts, "text", reason="files of text"), [])
     columns = column_summaries(looked_at.tables())
     if looked_at.layout is Layout.label_folders:
-        reading = Reading(Kind.labels, "text", "label", reason="the names of the folders are the labels")
-        return Proposal(looked_at, columns, reading, [Reading(Kind.texts, "text", reason="a domain per folder")])
-    chosen = {role: given[key].strip("'\"") for role, key in COLUMN_KEYS.items() if given.get(key, "null") != "null"}
-    candidates = readings(columns, chosen)
-    wanted_kind = {"text_to_text": Kind.answers, "classification": Kind.labels, "preference": Kind.preferences}
-    preferred = wanted_kind.get(given.get("objective", ""))
-    candidates.sort(key=lambda reading: reading.kind is not preferred)  # stable: the likeliest of that kind first
+        candidates = _folders_of_texts(looked_at, columns)
+    else:
+        candidates = _table_readings(columns, given)
+    candidates.sort(key=lambda reading: reading.kind is not _preferred(given))  # stable: the likeliest of a kind first
     if not candidates:
         shown = ", ".join(safe_name(column.name) for column in columns)
         raise DataError(f"{path} has no column of text; its columns are {shown or 'missing'}")
     return Proposal(looked_at, columns, candidates[0], candidates[1:])
 
 
+def _preferred(given: Mapping[str, str]) -> Kind | None:
+    """The kind of reading that the user's benchmark or objective needs."""
+    by_benchmark = {"text_domains": Kind.texts, "chat": Kind.conversations}
+    by_objective = {
+        "text_to_text": Kind.answers, "classification": Kind.labels, "preference": Kind.preferences,
+        "language_modeling": Kind.texts,
+    }  # fmt: skip
+    usual = Kind.labels if given.get("benchmark") in ("files", "folders") and "objective" not in given else None
+    return by_benchmark.get(given.get("benchmark", "")) or by_objective.get(given.get("objective", "")) or usual
+
+
+def _folders_of_texts(looked_at: Survey, columns: list[ColumnSummary]) -> list[Reading]:
+    """Labels, or domains where the folders have few or very long texts."""
+    files = Counter(str(row["label"]) for rows in looked_at.rows[""].values() for row in rows.values)
+    words = next((column.words for column in columns if column.name == "text"), 0)
+    fewest, most = min(files.values(), default=0), max(files.values(), default=0)
+    counts = f"{fewest} to {most} texts of {words:.0f} words per folder"
+    labels = Reading(Kind.labels, "text", "label", reason=f"the names of the folders, {counts}")
+    domains = Reading(Kind.texts, "text", reason=f"a domain per folder, {counts}")
+    few_or_long = fewest < FEW_TEXTS or words > LONG_TEXT
+    return [domains, labels] if few_or_long else [labels, domains]
+
+
+def _table_readings(columns: list[ColumnSummary], given: Mapping[str, str]) -> list[Reading]:
+    chosen = {role: given[key].strip("'\"") for role, key in COLUMN_KEYS.items() if given.get(key, "null") != "null"}
+    return readings(columns, chosen)
+
+
 def _plain_text(result: Proposal) -> None:
     """A folder or file per domain, or one domain of many small files."""
     path, root = result.survey.path, result.survey.path
-    unread = {suffix(Path(rows.origin)) for rows in result.survey.tables()} - set(TEXTS)
-    if unread:
+    is_table = result.survey.layout in (Layout.table, Layout.task_tables)
+    unread = {suffix(Path(rows.origin)) for rows in result.survey.tables() if is_table} - set(TEXTS)
+    if unread and not domain_files(path, ReadReport()):
         raise DataError(
             f"{path} has texts without labels, and {', '.join(sorted(unread))} is not read as plain text: write them "
             "as .jsonl, .parquet or .txt, or name the label column with label=COLUMN"
@@ -134,6 +163,10 @@ def _table_options(result: Proposal, is_folders: bool) -> None:
     elif reading.task:
         result.options["benchmark.task"] = reading.task
         result.reasons.append(f"the tasks are the values of {safe_name(reading.task)}")
+    for summary in result.columns:
+        if named(summary.name, TASKS) and summary.empty and 2 <= summary.distinct <= MAX_TASKS:
+            name = safe_name(summary.name)
+            result.reasons.append(f"{name} may name the task, but {summary.empty} cells are empty (task={name})")
 
 
 def _label_groups(result: Proposal, num_labels: int) -> None:

@@ -16,6 +16,7 @@ from clpet.records import ReadRecord, UnreadFiles
 T = TypeVar("T")
 FEW = 5  # names in a message
 MANY = 100  # names in a record
+MARKED = ("UTF-16", "UTF-32")  # encodings that are recognised by a byte order mark
 
 
 @dataclass
@@ -79,7 +80,7 @@ class ReadReport:
         """One line for each kind of thing that was skipped or repaired."""
         lines = [f"not read in {folder}: {listed(names)}" for folder, names in self.unread.items()]
         for marked, source in ((True, "by their byte order mark"), (False, "with benchmark.encoding")):
-            codecs = [f"{file} ({name})" for file, name in self.encodings.items() if name.startswith("UTF") == marked]
+            codecs = [f"{file} ({name})" for file, name in self.encodings.items() if (name in MARKED) == marked]
             lines += [f"decoded {source}: {listed(codecs)}"] if codecs else []
         for counts, text in (
             (self.replaced, "invalid UTF-8 bytes were replaced by U+FFFD"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from clpet.data.column_summary import column_summaries
 from clpet.data.csv_files import first_rows, missing_header, recognised_separator
 from clpet.data.data_files import TABLES, TEXTS, domain_files, read_bytes, split_of, stem, subfolders, suffix, tables
-from clpet.data.decoding import decode_strictly, encoding, invalid_lines, likely_codec
+from clpet.data.decoding import decode_strictly, encoding, has_many_zeros, invalid_lines, likely_codec
 from clpet.data.guess import Kind, readings
 from clpet.data.label_folders import label_folders, labelled_texts
 from clpet.data.read_report import ReadReport, listed
@@ -125,15 +125,15 @@ def _note_bad_rows(tables: Sequence[SplitRows], report: ReadReport) -> None:
 
 def _with_encoding(file: Path, layout: TableLayout, result: Survey) -> TableLayout:
     data = read_bytes(file)
-    lines = invalid_lines(data) if layout.encoding is None and encoding(data) == "utf-8" else []
-    if not lines:
+    if layout.encoding is not None or encoding(data) != "utf-8":
+        return layout
+    zeros, lines = has_many_zeros(data), invalid_lines(data)
+    if not zeros and not lines:
         return layout
     codec = likely_codec(data)
     result.options["benchmark.encoding"] = codec
-    result.problems.append(
-        f"{file} is not UTF-8: bytes of another encoding in {len(lines)} lines, {listed(map(str, lines))}; it is read "
-        f"as {codec}, so look at its accents"
-    )
+    where = "many bytes are zero" if zeros else f"invalid bytes in {len(lines)} lines, {listed(map(str, lines))}"
+    result.problems.append(f"{file} is not UTF-8: {where}; it is read as {codec}, so look at its accents")
     return layout._replace(encoding=codec)
 
 

@@ -8,7 +8,7 @@ from typing import cast
 
 from clpet.config.compose import compose_config
 from clpet.config.overrides import SHORT_KEYS, expand_override
-from clpet.data.guess import Reading
+from clpet.data.guess import Kind, Reading
 from clpet.data.proposal import Proposal, hydra_value, propose
 from clpet.errors import ClpetError, ModelError
 from clpet.evaluation.data_inspection import OFTEN, cut_counts, inspect_config
@@ -18,6 +18,9 @@ from clpet.reporting.tables import table
 OTHERS = 4  # further readings that are listed
 LONGEST = 512  # tokens, the limit of most encoders
 STEP = 32  # tokens
+# kind of reading -> option that chooses it
+CHOICES = {Kind.labels: "objective=classification", Kind.answers: "objective=text_to_text",
+           Kind.texts: "benchmark=text_domains"}  # fmt: skip
 SHORT = {full: short for short, full in SHORT_KEYS.items()}
 
 
@@ -108,8 +111,8 @@ def _how(other: Reading, chosen: Reading) -> str:
     """How to choose another reading of a table."""
     if other.kind is chosen.kind and other.label != chosen.label:
         return f"  (label={hydra_value(other.label)})"
-    objective = {"labels": "classification", "answers": "text_to_text"}.get(other.kind.value)
-    return f"  (objective={objective})" if objective and other.kind is not chosen.kind else ""
+    word = CHOICES.get(other.kind)
+    return f"  ({word})" if word and other.kind is not chosen.kind else ""
 
 
 def _problems(result: Proposal) -> str:

@@ -53,7 +53,7 @@ def semicolons_with_a_mark(folder: Path) -> Case:
 def latin_1(folder: Path) -> Case:
     rows = [{"text": f"{row['text']} café", "category": row["label"]} for row in topic_rows()]
     return put(folder / "data.csv", cells(rows, ","), "latin-1"), SEQUENTIAL, [
-        "bytes of another encoding in 96 lines, 2, 3, 4, 5, 6 and 91 more", "benchmark.encoding=cp1252", "label=category"
+        "invalid bytes in 96 lines, 2, 3, 4, 5, 6 and 91 more", "benchmark.encoding=cp1252", "label=category"
     ]  # fmt: skip
 
 

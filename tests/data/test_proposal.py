@@ -1,0 +1,105 @@
+"""The options that are proposed for a file or folder, without training."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clpet.data.proposal import Proposal, default_name, hydra_value, propose
+from clpet.errors import DataError
+from tests.data.test_tabular_files import LINES, labelled, put, write
+
+TOPICS = [{"body": f"a text {i}", "topic": "abcd"[i % 4]} for i in range(40)]
+
+
+def proposed(path: Path, **given: str) -> dict:
+    return {key: value for key, value in propose(path, given).options.items() if key != "data_dir"}
+
+
+def test_a_table_and_options_of_the_user(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{**row, "color": "xy"[i % 2]} for i, row in enumerate(TOPICS)])
+    columns = {"benchmark": "files", "benchmark.text": "body", "benchmark.label": "topic"}
+    assert proposed(path) == {**columns, "benchmark.classes_per_task": 2}
+    color = propose(path, {"benchmark.label": "color"})
+    assert color.options["benchmark.label"] == "color"
+    assert "2 labels are too few to divide: one task" in color.reasons[-1]
+    assert proposed(path, objective="language_modeling")["benchmark"] == "text_domains"
+
+
+def test_a_task_column_with_empty_cells_is_only_named(tmp_path: Path) -> None:
+    rows = [{**row, "domain": None if i == 7 else "xy"[i % 2]} for i, row in enumerate(TOPICS)]
+    found = propose(write(tmp_path / "a.jsonl", rows), {})
+    assert "benchmark.task" not in found.options
+    assert "domain may name the task, but 1 cells are empty (task=domain)" in found.reasons
+    rows[7]["domain"] = "x"
+    assert proposed(write(tmp_path / "a.jsonl", rows))["benchmark.task"] == "domain"
+
+
+def test_folders_with_few_texts_are_domains(tmp_path: Path) -> None:
+    for label in "ab":
+        for i in range(4):
+            put(tmp_path / "x" / label / f"{i}.txt", f"{label} {i}")
+    assert proposed(tmp_path / "x")["benchmark"] == "text_domains"
+    assert proposed(tmp_path / "x", benchmark="files")["benchmark"] == "files"
+    for label in "ab":
+        put(tmp_path / "x" / label / "4.txt", f"{label} 4")
+    assert proposed(tmp_path / "x") == {"benchmark": "files"}
+
+
+def test_a_folder_of_many_texts_is_one_domain(tmp_path: Path) -> None:
+    for i in range(21):
+        put(tmp_path / "x" / f"{i}.txt", LINES[i])
+    found = propose(tmp_path / "x", {})
+    assert found.options["data_dir"] == tmp_path
+    assert found.options["benchmark.domains"] == ["x"]
+    (tmp_path / "x" / "0.txt").unlink()
+    assert propose(tmp_path / "x", {}).options["data_dir"] == tmp_path / "x"
+
+
+def test_a_table_without_labels_next_to_texts_is_left_out(tmp_path: Path) -> None:
+    put(tmp_path / "x" / "a.txt", "".join(LINES))
+    put(tmp_path / "x" / "d.json", json.dumps([{"text": line} for line in LINES]))
+    assert proposed(tmp_path / "x")["benchmark"] == "text_domains"
+    with pytest.raises(DataError, match=r"\.json is not read as plain text"):
+        propose(tmp_path / "x" / "d.json", {})
+
+
+@pytest.mark.parametrize(("encoding", "proposal"), [
+    ("utf-8", None), ("utf-8-sig", None), ("utf-16", None), ("cp1252", "cp1252"), ("utf-16-le", "utf-16-le"), ("utf-16-be", "utf-16-be")
+])  # fmt: skip
+def test_encodings(encoding: str, proposal: str | None, tmp_path: Path) -> None:
+    text = "text,label\n" + "".join(f"{row['text']} é,{row['label']}\n" for row in labelled())
+    assert proposed(put(tmp_path / "a.csv", text, encoding)).get("benchmark.encoding") == proposal
+
+
+def test_files_without_a_train_split_are_refused(tmp_path: Path) -> None:
+    for name in ("test.csv", "dev.csv"):
+        write(tmp_path / name, labelled())
+    with pytest.raises(DataError, match=r"has no train file, only dev\.csv, test\.csv"):
+        propose(tmp_path, {})
+    write(tmp_path / "train.csv", labelled())
+    write(tmp_path / "valid.csv", labelled())
+    with pytest.raises(DataError, match=r"has dev\.csv, valid\.csv for validation"):
+        propose(tmp_path, {})
+
+
+def test_values_in_hydras_grammar() -> None:
+    assert hydra_value(["a b", "c"]) == "['a b',c]"
+    assert [hydra_value(value) for value in (True, None, 2, "null", "1e5", "{a} {b}")] == [
+        "true", "null", "2", "'null'", "'1e5'", "'{a} {b}'"
+    ]  # fmt: skip
+    assert [hydra_value(Path(path), "data_dir") for path in ("a b=(c)", "a,b", "it's")] == [
+        "a b=(c)",
+        "'a,b'",
+        r"'it\'s'",
+    ]
+
+
+def test_names_of_benchmarks(tmp_path: Path) -> None:
+    assert default_name(put(tmp_path / "My Données.v2.csv.gz", "")) == "my_donn_es_v2"
+    assert default_name(tmp_path / "???") == "mine"
+
+
+def test_words_of_a_proposal(tmp_path: Path) -> None:
+    found: Proposal = propose(write(tmp_path / "a.jsonl", TOPICS), {})
+    assert found.words()[-1] == "benchmark.classes_per_task=2"
