@@ -1,6 +1,7 @@
 """The guides of the docs site, read as a user reads them: their files are written, their commands and code are run."""
 
-import glob
+import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -26,10 +27,9 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[-+]?\d[\d,.]*", "#", text).split())
 
 
-def words_of(command: str) -> list[str]:
-    """The words that a shell gives to `clpet`, with * expanded."""
-    words = shlex.split(command, comments=True)
-    return [path for word in words for path in (glob.glob(word) or [word])]
+def words_of(command: str, run: str = "") -> list[str]:
+    """The words that a shell gives to `clpet`; RUN stands for a run directory."""
+    return [re.sub(r"\bRUN\b", run, word) for word in shlex.split(command, comments=True)]
 
 
 @pytest.mark.slow
@@ -38,22 +38,30 @@ def test_the_tutorial_does_what_it_shows(clpet, tmp_path: Path) -> None:
 
     A tiny model with random weights takes the place of MiniLM, for speed.
     """
-    output, scope = "", {}
+    output, run = "", ""
     for kind, text in steps((DOCS / "tutorial.md").read_text()):
         if kind == "csv":
-            (tmp_path / "tickets").mkdir()
-            (tmp_path / "tickets" / "tickets.csv").write_text(text)
+            with (tmp_path / "tickets.csv").open("a") as table:
+                table.write(text)
         elif kind == "command":
-            answer = clpet(*words_of(text), *(["model=tiny"] if text.startswith("train ") else []))
+            words = words_of(text, run)
+            answer = clpet(*words, *(["model=tiny"] if "benchmark=files" in words else []))
             assert answer.code == 0, f"{text}: {answer.err}"
             output = plain(answer.out)
+            run = run or next(map(str, tmp_path.glob("outputs/files/replay/s0-*")), "")
         elif kind == "text":
             assert [line for line in text.splitlines() if plain(line) not in output] == []
         else:
-            exec(text, scope)
-    assert len(scope["model"].predict(["My parcel is late"])) == 1
+            exec(text, {"clpet": importlib.import_module("clpet"), "run": run})
     assert (tmp_path / "report.html").stat().st_size > 100_000
     assert "AutoModel" in (tmp_path / "exported" / "README.md").read_text()
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 49
+    (extended,) = (path for path in tmp_path.glob("outputs/files/replay/s0-*") if str(path) != run)
+    assert json.loads((extended / "results.json").read_text())["extended_from"]["tasks"] == [
+        "orders",
+        "payments",
+        "accounts",
+    ]
 
 
 @pytest.fixture
