@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clpet.config.schema import ClassWeights, LabelMetric
+from clpet.config.schema import ClassWeights, EvaluationOptions, LabelMetric
 from clpet.config.seeding import derive
 from clpet.data.batches import Batch, EncodedDataset, pad_id
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.template import Template
 from clpet.data.traits import LABELS, Traits
-from clpet.errors import ModelError
+from clpet.errors import ConfigError, ModelError
 from clpet.metrics.label_scores import label_counts, macro_f1
-from clpet.models.backbone import Backbone, Representation, representation
+from clpet.models.backbone import Architecture, Backbone, Representation, representation
+from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer, network_of
 from clpet.objectives.base import AnswerSpace, Columns, Encode, HeadState, Objective, ObjectiveState, Predictions
 
@@ -103,6 +104,14 @@ class Classification(Objective):
         self.task_label_mask = mask.to(self.device)  # [tasks, labels]: minus infinity for labels of other tasks
         balanced = self.class_weights is ClassWeights.balanced
         self.label_weights = balanced_weights(benchmark).to(self.device) if balanced else None
+
+    def check(self, backbone: Backbone, peft: FullFineTuning, evaluation: EvaluationOptions) -> None:
+        """Also rejects prefixes of an encoder-decoder's encoder, which has no cache of keys and values."""
+        super().check(backbone, peft, evaluation)
+        if peft.traits.prefixes and backbone.architecture is Architecture.encoder_decoder:
+            raise ConfigError(
+                f"peft={peft.name} does not support the encoder of an encoder-decoder: set peft=prompt or peft=lora"
+            )
 
     def encoder(self, benchmark: Benchmark, backbone: Backbone, tokenizer: Tokenizer) -> Encode:
         needs_mask = representation(backbone, benchmark.template) is Representation.mask

@@ -1,8 +1,10 @@
 """The options of peft: what each can do on each kind of model, their fields, targets, dropout, and refusals."""
 
+import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -18,6 +20,8 @@ from clpet.models.architectures import all_linear, norm_layers
 from clpet.models.backbone import Backbone
 from clpet.models.peft_methods import METHODS, REFUSED
 from clpet.models.peft_options import FullFineTuning, Lora, Peft, PeftOption
+from clpet.objectives.base import AnswerSpace
+from clpet.runtime.run_checkpoint import read_tree, write_tree
 from tests.models.peft_cases import KINDS, NAMES, SMALL, STEPS, measure
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
@@ -48,7 +52,9 @@ def network(name: str, generates: bool = True) -> tuple[torch.nn.Module, Backbon
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_option_can_do_what_the_table_says(name: str, kind: str, words: Path, prose: Path) -> None:
-    """Train, resume bit for bit, export for plain peft, merge: as in docs/adapters.md."""
+    """Train, resume bit for bit, export for plain peft, merge: as in docs/adapters.md. Also: with the adapter off the
+    network is the pretrained one, if the option says so.
+    """
     measured = measure(name, kind, words, prose)
     cell = "".join(step[0].upper() if measured.get(step) == "yes" else "-" for step in STEPS)
     assert cell == table()[name][KINDS.index(kind)], measured
@@ -80,9 +86,9 @@ def test_the_page_lists_the_options_for_gpt2() -> None:
 @pytest.mark.slow
 def test_options_that_support_transposed_layers_run_on_gpt2() -> None:
     ids = torch.arange(12).view(2, 6) + 40
+    model, backbone = network("tiny_gpt2")
     for name in [name for name in NAMES if option(name).traits.transposed]:
-        model, backbone = network("tiny_gpt2")
-        adapters = Adapters(model, backbone, option(name), generates=True)
+        adapters = Adapters(copy.deepcopy(model), backbone, option(name), generates=True)
         for adapter in ("one", "two")[: 1 + adapters.traits.several]:
             adapters.add(adapter, 0)
             output = adapters.model(input_ids=ids, use_cache=False).logits
@@ -140,6 +146,8 @@ def test_a_refused_method_is_named_with_its_reason(clpet) -> None:
         (["method=o_lora", "+peft.use_rslora=true"], "computes its LoRA itself"),
         (["method=kif", "peft=dora"], "needs peft=lora; with peft=dora use method.unit=matrix"),
         (["method=l2p", "peft=vera"], "needs peft=frozen"),
+        (["method=sequential", "peft=prefix", "model=tiny_t5"], "peft=prefix does not support the encoder of an"),
+        (["method=sequential", "peft=vera", "hardware.shard=true"], "hardware.shard does not support peft=vera"),
     ],
 )
 def test_methods_refuse_adapters_that_they_cannot_use(arguments: list[str], message: str, make) -> None:
@@ -211,6 +219,22 @@ def test_a_prompt_can_be_switched_off_in_front_of_an_encoder() -> None:
         with adapters.off():
             assert torch.equal(adapters.model(input_ids=ids).last_hidden_state, before)
         assert adapters.model(input_ids=ids).last_hidden_state.shape[1] == 9 + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["frod", "lily", "unilora", "vblora", "vera"])
+def test_an_adapter_per_task_is_restored_to_the_bit(chosen: str, make, tmp_path: Path) -> None:
+    """Methods with an adapter per task add it again, with another seed, before its tensors are loaded."""
+    args = ["method=independent", f"peft={chosen}", "train.epochs=1", *SMALL.get(chosen, [])]
+    run, restored = make(*args), make(*args)
+    run.learn(0)
+    run.learn(1)
+    write_tree(tmp_path / "state", {"method": run.method.state_dict()})
+    restored.method.load_state_dict(read_tree(tmp_path / "state")["method"])
+    batch = run.data.test.batch(np.concatenate([run.data.test.rows_of(task)[:3] for task in range(3)]))
+    choices = AnswerSpace(range(12), batch.tasks)
+    with torch.inference_mode():
+        assert torch.equal(run.method.predict(batch, choices).scores, restored.method.predict(batch, choices).scores)
 
 
 def test_the_initial_tensors_of_an_adapter_depend_on_the_seed_alone() -> None:
