@@ -82,6 +82,10 @@ def test_a_run_learns_its_answers_and_stops_at_the_end_token(talks: Path) -> Non
     turns = [[{"role": "user", "content": text}] for text in questions]
     assert model.predict(turns) == [model.predict([turn])[0] for turn in turns] == list(FOODS.values())
     tests = model.benchmark.tasks[0].test
+    Path("new.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    assert run_cli("predict", run.path, "new.jsonl", "-o", "answers.jsonl") == 0
+    answers = [json.loads(line)["prediction"] for line in Path("answers.jsonl").read_text().splitlines()]
+    assert answers == list(FOODS.values())
     assert exported_answers(run.path, turns) == list(FOODS.values())
     assert model.predict(tests) == run.predictions(after=1)["prediction"].to_pylist()
 
@@ -104,8 +108,6 @@ def test_the_record_of_a_run_on_conversations(talks: Path) -> None:
 @pytest.mark.parametrize("method", methods_of("text_to_text"))
 def test_every_method_of_generated_answers_learns_from_conversations(method: str, talks: Path) -> None:
     run = clpet.train(f"method={method}", *chat_args(talks, *["replay=share"] * (method == "emr")), quiet=True)
-    if method == "slm":  # it looks its features up in the benchmark's own texts
-        return
     model = clpet.load(run)
     task = "colour" if model.method.task_id_at_test else None
     tests = model.benchmark.tasks[1].test
