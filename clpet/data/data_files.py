@@ -157,7 +157,7 @@ def domain_files(folder: Path, report: ReadReport) -> dict[str, list[Path]]:
     Raises DataError for two domains of the same name.
     """
     if folder.is_file():
-        return {stem(folder): [folder]} if suffix(folder) in TEXTS else {}
+        return {stem(folder): [folder]} if suffix(folder) in (*TEXTS, *TABLES) else {}
     domains: dict[str, tuple[Path, list[Path]]] = {}
     others = []
     for path in visible(folder):

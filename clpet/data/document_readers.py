@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 from clpet.data.data_files import is_compressed, read_bytes, suffix
 from clpet.data.decoding import decode, encoding, remedy
 from clpet.data.read_report import ReadReport
+from clpet.data.tabular_files import SplitRows, read_table
 from clpet.errors import DataError, suggest
 from clpet.escape import safe_name
 from clpet.records import Json
@@ -308,12 +309,33 @@ class JsonLinesReader(TableReader):
         return row
 
 
+class RowsReader(TableReader):
+    """A csv, tsv or json file, which is held in memory; positions are indices of its rows."""
+
+    def rows(self) -> Iterator[tuple[int, str | None, str | None]]:
+        for number, error in self._table.bad.items():
+            self.report.add_bad_row(self.path, error, number)
+        for position, (number, row) in enumerate(zip(self._table.numbers, self._table.values, strict=True)):
+            name = row.get(self.document)
+            yield position, self.checked(row[self.text], number), None if name is None else str(name)
+
+    def read(self, position: int, span: int) -> list[str]:
+        return [self.cleaned(row[self.text]) for row in self._table.values[position : position + span]]
+
+    @cached_property
+    def _table(self) -> SplitRows:
+        table = read_table(self.path, self.report)
+        table.require(self.text)
+        return table
+
+
 def open_readers(files: Sequence[Path], text: str, document: str, report: ReadReport | None = None) -> list[Reader]:
     """Readers of files by their suffix: one per table and long text, and one for all txt files that are documents.
 
     A single txt file, and every txt file of a folder with a LARGE one, is a long text without document boundaries.
     """
     table_readers = {".parquet": ParquetReader, ".jsonl": JsonLinesReader}
+    table_readers |= dict.fromkeys((".csv", ".tsv", ".json"), RowsReader)
     tables = [path for path in files if suffix(path) in table_readers]
     readers: list[Reader] = [table_readers[suffix(path)](path, text, document, report) for path in tables]
     txt_files = [path for path in files if suffix(path) not in table_readers]

@@ -56,7 +56,14 @@ def propose(path: Path, given: Mapping[str, str]) -> Proposal:
     else:
         _table_options(result, is_folders)
         _check_rows(result)
-    result.options.update(result.survey.options)
+    unread = [key for key in ("benchmark.encoding", "benchmark.header") if key in result.survey.options]
+    if unread and kind in (Kind.texts, Kind.conversations):
+        what = "; ".join(result.survey.problems)
+        raise DataError(
+            f"{what}. Files of {kind.value} are read as UTF-8 and with a header row: convert the file first"
+        )
+    if kind is not Kind.texts:
+        result.options.update(result.survey.options)
     return result
 
 
@@ -112,7 +119,7 @@ def _plain_text(result: Proposal) -> None:
     if unread and not domain_files(path, ReadReport()):
         raise DataError(
             f"{path} has texts without labels, and {', '.join(sorted(unread))} is not read as plain text: write them "
-            "as .jsonl, .parquet or .txt, or name the label column with label=COLUMN"
+            "as .jsonl, .parquet or .txt, take one file alone, or name the label column with label=COLUMN"
         )
     result.options |= {"benchmark": "text_domains"}
     splits_in_root = bool(result.survey.rows) and path.is_dir() and result.survey.layout is Layout.table
@@ -125,6 +132,8 @@ def _plain_text(result: Proposal) -> None:
     result.options |= {"data_dir": root, "model": "gpt2", "method": "sequential"}
     if result.reading.text != "text":
         result.options["benchmark.text"] = result.reading.text
+    if result.survey.report.bad_rows:
+        result.options["benchmark.skip_bad"] = True
     if _size(path) < 1e6:
         result.options["benchmark.test_share"] = 0.1
         result.reasons.append("less than 1 MB of text: a tenth of it is held out as test (benchmark.test_share)")

@@ -173,6 +173,13 @@ def texts(folder: Path) -> Case:
     )
 
 
+def texts_in_a_table(folder: Path) -> Case:
+    rows = [{"id": i, "body": f"line {i} of a long text"} for i in range(200)]
+    return put(folder / "texts.csv", cells(rows, ";") + "too;many;cells\n"), ["model=tiny_llama", "benchmark.max_length=64"], [
+        "read as plain text in body", "text=body", "1 bad rows are dropped",
+    ]  # fmt: skip
+
+
 def long_texts(folder: Path) -> Case:
     rows = [{**row, "text": f"{'word ' * 60} {row['text']}"} for row in topic_rows()]
     return put(folder / "long.csv", cells(rows, ",")), SEQUENTIAL, ["benchmark.max_length=384", "0/0/0"]
@@ -180,7 +187,7 @@ def long_texts(folder: Path) -> Case:
 
 MAKERS: list[Callable[[Path], Case]] = [
     latin_1, tsv_without_header, nested_and_mixed, integers_in_parquet, json_array, task_folders, files_per_task,
-    class_folders, contradictions, quotes_and_empty_lines, prompts, pairs, conversations, texts, long_texts,
+    class_folders, contradictions, quotes_and_empty_lines, prompts, pairs, conversations, texts, texts_in_a_table, long_texts,
 ]  # fmt: skip
 
 

@@ -157,3 +157,18 @@ def test_plain_text_of_one_file_and_compressed(tmp_path: Path) -> None:
     assert domains(one).fingerprint() == plain.fingerprint()
     assert domains(one).names == ["a"]
     assert {example.text for example in examples(domains(tmp_path / "two"))} == set(LINES)
+
+
+def test_a_table_of_texts_is_plain_text(tmp_path: Path) -> None:
+    """One file of any kind of table; consecutive rows with the same id are one document."""
+    for name in ("a.csv", "a.tsv.gz", "a.json"):
+        lines = [line.strip() for line in LINES]
+        separator = "\t" if "tsv" in name else ","
+        content = as_text([{"doc_id": i // 2, "text": line} for i, line in enumerate(lines)], separator)
+        if name == "a.json":
+            content = json.dumps([{"doc_id": i // 2, "text": line} for i, line in enumerate(lines)])
+        found = domains(put(tmp_path / name, gzip.compress(content.encode()) if "gz" in name else content))
+        assert found.names == ["a"]
+        assert {piece for example in examples(found) for piece in example.text.split("\n\n")} == set(lines)
+        assert adds_up(found)["read"] == 30
+    assert "has no column text" in refused(put(tmp_path / "b.csv", "body\nx\ny\n"), domains)

@@ -61,7 +61,7 @@ def test_a_table_without_labels_next_to_texts_is_left_out(tmp_path: Path) -> Non
     put(tmp_path / "x" / "d.json", json.dumps([{"text": line} for line in LINES]))
     assert proposed(tmp_path / "x")["benchmark"] == "text_domains"
     with pytest.raises(DataError, match=r"\.json is not read as plain text"):
-        propose(tmp_path / "x" / "d.json", {})
+        propose(put(tmp_path / "y" / "train.json", json.dumps([{"text": line} for line in LINES])).parent, {})
 
 
 @pytest.mark.parametrize(("encoding", "proposal"), [
@@ -70,6 +70,12 @@ def test_a_table_without_labels_next_to_texts_is_left_out(tmp_path: Path) -> Non
 def test_encodings(encoding: str, proposal: str | None, tmp_path: Path) -> None:
     text = "text,label\n" + "".join(f"{row['text']} é,{row['label']}\n" for row in labelled())
     assert proposed(put(tmp_path / "a.csv", text, encoding)).get("benchmark.encoding") == proposal
+
+
+def test_plain_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.csv", "text\n" + "".join(f"{line.strip()} é\n" for line in LINES), "latin-1")
+    with pytest.raises(DataError, match=r"invalid bytes in 60 lines.*Files of plain text are read as UTF-8"):
+        propose(path, {})
 
 
 def test_files_without_a_train_split_are_refused(tmp_path: Path) -> None:
