@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 
 from clpet.escape import safe_name
@@ -31,6 +32,12 @@ class HostError(ClpetError):
     """The input is valid, but the run failed: no space or memory, no permission to write, or diverged training."""
 
     exit_code = 1
+
+
+def need_package(package: str, extra: str, what: str, error: type[ClpetError] = ConfigError) -> None:
+    """Raises an error for `what` unless a package that only an extra of clpet installs is there."""
+    if importlib.util.find_spec(package) is None:
+        raise error(f"{what} needs a package that is not installed: pip install 'clpet[{extra}]'")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
     python scripts/bench.py kif             what KIF adds to a training step, and its fusion of 1,152 units
     python scripts/bench.py slm             SLM's mixed branches against plain LoRA; its stage 1 against training steps
     python scripts/bench.py pretraining     packed windows against a hand-written loop
+    python scripts/bench.py predict         answers to the test texts as new texts against their evaluation
     python scripts/bench.py step_log        training with and without the step log (train.log_every)
     python scripts/bench.py chunks          peak memory of a step with a large vocabulary, with and without chunks
     python scripts/bench.py side_by_side    whole runs: one, two and four at once on this machine
@@ -189,12 +190,13 @@ def medians(name: str, contenders: dict[str, Callable[[], float]], rounds: int) 
 def run_other(name: str, overrides: list[str], rounds: int) -> None:
     """Runs a benchmark of the other scripts by its function's name."""
     import bench_methods
+    import bench_predict
     import bench_processes
     import bench_step_log
     import bench_text
 
     with quiet_libraries():
-        for module in (bench_text, bench_methods, bench_processes, bench_step_log):
+        for module in (bench_text, bench_methods, bench_predict, bench_processes, bench_step_log):
             if hasattr(module, name):
                 getattr(module, name)(overrides, rounds)
                 return

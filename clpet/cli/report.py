@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clpet.errors import ConfigError, DataError
+from clpet.errors import ConfigError, DataError, need_package
 from clpet.escape import printable
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def write(file: Path, title: str, runs: "Runs", keys: list[str], unfinished: lis
 
 def check_file(file: Path) -> None:
     """Raises ConfigError unless a page can be written to `file`."""
+    need_package("vl_convert", "report", "an HTML report")
     if file.is_dir():
         raise ConfigError(f"{file} is a folder: give the name of a file, such as {file / REPORT}")
     if not file.parent.is_dir():

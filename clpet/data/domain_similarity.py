@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from clpet.errors import DataError, ModelError
+from clpet.errors import DataError, ModelError, need_package
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ def split_pieces(texts: Iterable[str]) -> Iterator[str]:
 
 def sentence_embedder(name: str, cache_dir: str | None) -> tuple[str, Embed]:
     """(name for the record, function). `auto` is minilm if it is available, else `hashed`: word 1- and 2-grams."""
+    need_package("sklearn", "sklearn", "the order of domains by similarity")
     if name != "hashed":
         # Imported here: most orders need no encoder, and this one loads torch and transformers.
         from clpet.models.sentence_encoder import Encoder, locate

@@ -13,7 +13,7 @@ from clpet.data.csv_files import check_columns, read_csv
 from clpet.data.data_files import read_bytes, split_files, suffix
 from clpet.data.decoding import decode_strictly
 from clpet.data.read_report import ReadReport
-from clpet.errors import DataError, first_line, suggest
+from clpet.errors import DataError, first_line, need_package, suggest
 from clpet.escape import safe_name, short_repr
 from clpet.records import Json
 from clpet.runtime.hub import unavailable
@@ -206,6 +206,7 @@ def read_hub(
     report: ReadReport | None = None,
 ) -> dict[str, SplitRows]:
     """{split: rows} of a data set on the hub (or of a local folder in its layout), with label names instead of ids."""
+    need_package("datasets", "hub", f"the data set {name} of the hub", DataError)
     import datasets
 
     data_set = _load_data_set(name, config, revision, splits)

@@ -4,14 +4,13 @@ Each metric takes the answer, the references (the best match counts) and the sou
 """
 
 import functools
-import importlib.util
 import re
 import string
 import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from clpet.errors import ConfigError
+from clpet.errors import need_package
 from clpet.metrics.sari import sari
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -119,10 +118,15 @@ def _bert_scorer() -> _BertScorer:
     return scorer
 
 
+# metric -> (package, extra of clpet that installs it)
+_LIBRARIES = {"rouge_l": ("rouge_score", "metrics"), "edit_similarity": ("rapidfuzz", "metrics"),
+              "bert_score": ("bert_score", "bert-score")}  # fmt: skip
+
+
 def need(metric: str) -> None:
     """Raises ConfigError for a metric whose library is not installed."""
-    if metric == "bert_score" and importlib.util.find_spec("bert_score") is None:
-        raise ConfigError("benchmark.metric=bert_score needs its library: run `pip install bert-score`, or set rouge_l")
+    if metric in _LIBRARIES:
+        need_package(*_LIBRARIES[metric], f"benchmark.metric={metric}")
 
 
 METRICS: dict[str, Callable[[str, Sequence[str], str], float]] = {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clpet.config.compose import conf_dir, plugin_dirs
 from clpet.config.identity import digest
-from clpet.errors import ConfigError, ModelError, first_line
+from clpet.errors import ConfigError, ModelError, first_line, need_package
 from clpet.models.architectures import first_position
 from clpet.models.backbone import Backbone
 from clpet.models.fixed_blocks import BLOCK_ROWS, WIDTH_MULTIPLE, rounding_platform, split_into_blocks
@@ -39,6 +39,7 @@ FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 def locate(name: str) -> Path:
     """The folder of a sentence encoder, given as a model option, a folder or a hub id. Raises ModelError."""
     source = backbone(name)
+    need_package("sentence_transformers", "encoder", f"the sentence encoder {name}", ModelError)
     location = source.locate()
     folder = location if isinstance(location, Path) else _download(source)
     if not list(folder.glob("*.safetensors")):

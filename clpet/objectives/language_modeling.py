@@ -21,7 +21,7 @@ from clpet.data.benchmark import SPLITS, Benchmark, Example
 from clpet.data.packing import Masking, Windows, pack
 from clpet.data.token_cache import Stream, TokenCache
 from clpet.data.traits import PLAIN_TEXT, Traits
-from clpet.errors import ConfigError, DataError, ModelError
+from clpet.errors import ConfigError, DataError, ModelError, need_package
 from clpet.models.architectures import first_position, logit_cap
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.peft_options import FullFineTuning
@@ -75,6 +75,8 @@ class LanguageModeling(Objective):
 
     def check(self, backbone: Backbone, peft: FullFineTuning, evaluation: EvaluationOptions) -> None:
         super().check(backbone, peft, evaluation)
+        if evaluation.rank_prompts:
+            need_package("sklearn", "sklearn", "evaluation.rank_prompts")
         if backbone.architecture is Architecture.encoder_decoder:
             raise ConfigError(
                 f"model {backbone.name} is an encoder-decoder: language_modeling needs a decoder or encoder"

@@ -7,6 +7,8 @@ import numpy as np
 
 from clpet.config.schema import require
 from clpet.data.batches import Encoded
+from clpet.data.traits import Traits
+from clpet.errors import need_package
 from clpet.replay.base import NoReplay, ReplayState, ValidationRows
 from clpet.replay.batch_plan import BatchPlan, Rows, copies_for_equal_compute
 from clpet.replay.exemplar_selection import select_per_class, split_train_val, stratified_sample
@@ -40,6 +42,11 @@ class FixedReplay(NoReplay):
     @property
     def selects_by_class(self) -> bool:
         return True
+
+    def check(self, batch_size: int, traits: Traits) -> None:
+        super().check(batch_size, traits)
+        if self.selection == "kmeans":
+            need_package("sklearn", "sklearn", f"replay={self.name} with replay.selection=kmeans")
 
     def plan(self, index: int, stage: str = "") -> BatchPlan:
         if not self.memory:

@@ -10,7 +10,7 @@ import numpy as np
 from clpet.config.schema import require
 from clpet.data.batches import Encoded
 from clpet.data.traits import Traits
-from clpet.errors import ConfigError
+from clpet.errors import ConfigError, need_package
 from clpet.replay.base import NoReplay, ReplayState, ValidationRows
 from clpet.replay.batch_plan import BatchPlan, Rows, split_batch, steps_and_val_batches
 from clpet.replay.exemplar_selection import select_per_class
@@ -49,6 +49,8 @@ class SampledReplay(NoReplay):
 
     def check(self, batch_size: int, traits: Traits) -> None:
         super().check(batch_size, traits)
+        if self.selects_by_class:
+            need_package("sklearn", "sklearn", f"replay={self.name} with a memory selected by k-means")
         new, old = split_batch(batch_size, self.ratio)
         if new < 1 or old < 1:
             raise ConfigError(

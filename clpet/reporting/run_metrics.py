@@ -1,5 +1,6 @@
 """Metrics of finished runs: of one run, including those that need reference runs, and mean and deviation over seeds."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +28,26 @@ class MeanStd(NamedTuple):
         """Student's t interval of the mean over seeds: mean ± t(n - 1) * std / sqrt(n); None for one seed."""
         if self.std is None:
             return None
-        from scipy.special import stdtrit  # quantiles of Student's t; not needed to list or show runs
-
-        half = float(stdtrit(self.n - 1, (1 + level) / 2)) * self.std / self.n**0.5
+        half = t_quantile(self.n - 1, (1 + level) / 2) * self.std / self.n**0.5
         return self.mean - half, self.mean + half
+
+
+@functools.cache  # a table has the same number of seeds in most rows
+def t_quantile(degrees: int, p: float) -> float:
+    """The quantile p > 1/2 of Student's t: P(|T| > t) = I_x(degrees / 2, 1/2) with x = degrees / (degrees + t²).
+
+    With mpmath, on which torch depends, because scipy would take 140 MB for this number.
+    """
+    import mpmath  # not needed to list or show runs
+
+    with mpmath.workdps(30):
+        share = 2 * (1 - mpmath.mpf(p))
+        low, high = mpmath.mpf(0), mpmath.mpf(1)  # of x: I_x rises from 0 to 1
+        for _ in range(100):
+            middle = (low + high) / 2
+            below = mpmath.betainc(mpmath.mpf(degrees) / 2, 0.5, 0, middle, regularized=True) < share
+            low, high = (middle, high) if below else (low, middle)
+        return float(mpmath.sqrt(degrees * (1 - high) / high))
 
 
 def mean_and_std(values: Sequence[float | None]) -> MeanStd | None:

@@ -284,7 +284,7 @@ def test_bert_score_without_its_library_is_refused_before_reading(
     from clpet.errors import ConfigError
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install bert-score"):
+    with pytest.raises(ConfigError, match=r"pip install 'clpet\[bert-score\]'"):
         from_yaml("llama_domains", tmp_path)
     assert (
         len(

@@ -126,6 +126,7 @@ def test_bert_score_is_the_f_score_of_its_library(monkeypatch: pytest.MonkeyPatc
 
 def test_a_metric_without_its_library_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    text_scores.need("rouge_l")
-    with pytest.raises(ConfigError, match="pip install bert-score"):
-        text_scores.need("bert_score")
+    text_scores.need("exact_match")
+    for metric, extra in (("bert_score", "bert-score"), ("rouge_l", "metrics"), ("edit_similarity", "metrics")):
+        with pytest.raises(ConfigError, match=rf"metric={metric} needs .*: pip install 'clpet\[{extra}\]'"):
+            text_scores.need(metric)

@@ -173,13 +173,13 @@ class Source:
 
     @property
     def slots(self) -> list[str]:
-        """The columns that a new text needs besides its columns: the other slots of the template or prompt."""
+        """The columns that a new text needs besides that of the text: the other slots of the template or prompt."""
         if self.plain_text or self.answers:
             return self.prompt_columns
         return sorted({slot for slot in re.findall(r"\{(\w+)\}", self.template) if slot not in ("text", "mask")})
 
     def input_columns(self, available: Collection[str], task_given: bool) -> list[str]:
-        """The columns that a table of new texts must have; `text` will do for the benchmark's columns text column."""
+        """The columns that a table of new texts must have; `text` will do in place of the benchmark's own."""
         columns = column_names(self.text_column)
         text = ["text"] if "text" in available and not set(columns) <= set(available) else columns
         filled = self.task_slots.keys() - set(available) if task_given else set()
@@ -209,7 +209,7 @@ class Source:
     def load(self, data_dir: str | None) -> Benchmark:
         """The benchmark: tasks in training order, limited in size, each with a validation split. Raises DataError."""
         folder, self.report = data_path(data_dir, self.reads_single_file), ReadReport()
-        for name in (self.tasks or self.named_order() or self.metrics) if self.traits.generates_text else ():
+        for name in (self.tasks or self.named_order() or [*self.metrics, ""]) if self.traits.generates_text else ():
             need(self.metrics.get(name, self.metric))
         splits = self.read(folder)
         chosen = self.chosen(splits)

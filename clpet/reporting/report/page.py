@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from clpet import __version__
-from clpet.errors import ConfigError
+from clpet.errors import ConfigError, need_package
 from clpet.escape import printable
 from clpet.records import Json, Results
 from clpet.reporting.answers import ReadTexts
@@ -95,7 +95,8 @@ def render(report: Report) -> str:
 
 @functools.cache  # takes two seconds
 def chart_library() -> str:
-    """Vega-Lite with all that it needs, as one script."""
+    """Vega-Lite with all that it needs, as one script. Raises ConfigError where the package is not installed."""
+    need_package("vl_convert", "report", "an HTML report")
     import vl_convert  # 90 MB of compiled code: only for this command
 
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
