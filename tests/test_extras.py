@@ -24,7 +24,7 @@ USERS = {
     "sklearn": {"data/domain_similarity.py", "objectives/key_term_rank.py", "replay/exemplar_selection.py"},
     "vl_convert": {"reporting/report/page.py"},
     "bert_score": {"metrics/text_scores.py"},
-    "scipy": set(),
+    "scipy": {"methods/components/memory_gradient.py"},
     "pandas": set(),
 }
 SCRIPT = """

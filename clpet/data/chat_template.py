@@ -8,16 +8,18 @@ In another one, a turn is what the template adds to the messages before it with 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
 from clpet.config.identity import digest
 from clpet.data.conversation import Conversation, Message
 from clpet.errors import ConfigError, DataError, first_line, suggest
-from clpet.models.backbone import Backbone
-from clpet.models.protocols import Tokenizer
 from clpet.records import Json
+
+if TYPE_CHECKING:  # `clpet report` reads data and must not wait for torch
+    from clpet.models.backbone import Backbone
+    from clpet.models.protocols import Tokenizer
 
 FOLDER = Path(__file__).parent / "chat_templates"
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -27,7 +29,7 @@ ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)  # wha
 Marked = tuple[list[int], list[int]]  # token ids, and for each 1 if it belongs to a turn of the assistant, else 0
 
 
-def template_text(backbone: Backbone) -> str | None:
+def template_text(backbone: "Backbone") -> str | None:
     """The template that `model.chat_template` names; None for the tokenizer's own. Raises ConfigError."""
     name = backbone.chat_template
     if name is None:
@@ -43,7 +45,7 @@ def template_text(backbone: Backbone) -> str | None:
         raise ConfigError(f"model.chat_template={name} cannot be read: {first_line(error)}") from error
 
 
-def file_fingerprint(backbone: Backbone) -> str | None:
+def file_fingerprint(backbone: "Backbone") -> str | None:
     """Hash of the file that `model.chat_template` names; None for a template of clpet or of the tokenizer."""
     name, text = backbone.chat_template, template_text(backbone)
     return None if text is None or (FOLDER / f"{name}.jinja").is_file() else digest(text, 32)
@@ -55,7 +57,7 @@ class ChatTemplate:
     Raises ConfigError if there is no template, or one that cannot be trained on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, backbone: Backbone) -> None:
+    def __init__(self, tokenizer: "Tokenizer", backbone: "Backbone") -> None:
         self.tokenizer, self.options = tokenizer, backbone.chat_options
         self.name = f"the chat template {backbone.chat_template or 'of ' + backbone.name}"
         text = template_text(backbone)
@@ -187,7 +189,7 @@ class ChatTemplate:
             )
         return answer[ends[-1]]
 
-    def _other_ends(self, backbone: Backbone) -> list[int]:
+    def _other_ends(self, backbone: "Backbone") -> list[int]:
         """The tokenizer's end token and those of `model.end_tokens`. Raises ConfigError for an unknown one."""
         vocabulary = self.tokenizer.get_vocab()
         for name in backbone.end_tokens:

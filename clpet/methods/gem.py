@@ -13,8 +13,11 @@ import numpy as np
 import torch
 
 from clpet.config.schema import require
+from clpet.errors import need_package
 from clpet.methods.components.memory_gradient import dot, dual_weights, memory_gradient
 from clpet.methods.replay import Replay
+from clpet.models.adapters import FullFineTuning
+from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.step import StepContext
 
@@ -40,6 +43,10 @@ class GEM(Replay):
     def __post_init__(self) -> None:
         require(self.margin >= 0, "method.margin", self.margin, "0 or more")
         require(self.ridge > 0, "method.ridge", self.ridge, "more than 0")
+
+    def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
+        super().check(objective, replay, peft)
+        need_package("scipy", "sklearn", f"method={self.name}")
 
     def mixes_tasks(self, replay: str) -> bool:
         return True  # the losses of the memories are over all seen labels

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from clpet.config.schema import NamesOrRule, Patterns, require
 from clpet.data import chat_template
@@ -20,7 +20,9 @@ from clpet.data.task_order import order_tasks
 from clpet.data.traits import LABELS, Traits
 from clpet.errors import ConfigError, DataError, suggest
 from clpet.metrics.text_scores import FREE, METRICS, need
-from clpet.models.backbone import Architecture, Backbone
+
+if TYPE_CHECKING:  # `clpet report` reads data and must not wait for torch
+    from clpet.models.backbone import Backbone
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +121,10 @@ class Source:
         if self.chat and not self.traits.generates_text:
             raise ConfigError(f"benchmark.chat={self.chat.value} needs objective=text_to_text, not {self.objective}")
 
-    def check_backbone(self, backbone: Backbone) -> None:
+    def check_backbone(self, backbone: "Backbone") -> None:
         """Raises ConfigError for conversations with a model that is not a decoder, or without the template it names."""
+        from clpet.models.backbone import Architecture
+
         if self.chat and backbone.architecture is not Architecture.decoder:
             raise ConfigError(
                 f"benchmark.chat={self.chat.value} needs a decoder, which model {backbone.name} is not: "

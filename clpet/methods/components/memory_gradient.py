@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from clpet.methods.base import Method
@@ -45,6 +44,8 @@ def dual_weights(products: np.ndarray, gram: np.ndarray, margin: float, ridge: f
 
     `products` p [n] are those of the gradient with each reference, `gram` G [n, n] those of the references.
     """
+    from scipy.optimize import nnls  # a package of an extra
+
     matrix = gram + ridge * np.eye(len(gram))
     linear = products + matrix @ np.full(len(gram), margin)  # of u = v - margin >= 0
     factor = np.linalg.cholesky(matrix)
