@@ -16,7 +16,7 @@ from clpet.config.schema import require
 from clpet.errors import need_package
 from clpet.methods.components.memory_gradient import dot, dual_weights, memory_gradient
 from clpet.methods.replay import Replay
-from clpet.models.adapters import FullFineTuning
+from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.step import StepContext
