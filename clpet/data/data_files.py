@@ -203,7 +203,8 @@ def named_splits(files: list[Path], folder: Path, report: ReadReport) -> dict[st
 
 
 def _about(path: Path) -> bool:
-    return stem(path).lower() in ABOUT
+    written_by_init = path.name == "benchmark" and path.is_dir() and all(suffix(p) == ".yaml" for p in path.iterdir())
+    return written_by_init or stem(path).lower() in ABOUT
 
 
 def _label(path: Path, folder: Path) -> str:

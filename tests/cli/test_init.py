@@ -35,9 +35,9 @@ def test_a_benchmark_yaml_works_as_written(tmp_path: Path, clpet) -> None:
     assert "\n# The data in in. clpet train --config-dir in benchmark=shop model=tiny" in text
     assert '  text: "body"  # text column' in text
     assert "  classes_per_task: 2  # labels per task" in text
-    trained = clpet(*command[1:], *LIMITS)
-    assert trained.code == 0, trained.err
-    assert list(tmp_path.glob("outputs/shop/sequential/s0-*/results.json"))
+    shown = clpet("data", "shop", "--config-dir", "in", *SEQUENTIAL)
+    assert "task02     32" in shown.out, shown.out + shown.err
+    assert "not read" not in shown.out
     os.environ.pop("CLPET_CONFIG_DIR")  # a command of its own does not know the folder
     again = clpet("init", "in", "--name", "shop")
     assert (again.code, again.err.count("\n")) == (2, 1)
@@ -57,6 +57,9 @@ def test_a_benchmark_yaml_of_every_kind_can_be_read(maker, tmp_path: Path, clpet
     path, words, _ = maker(tmp_path / "my data")
     done = clpet("init", path, "--config-dir", "mine", "--name", "own", *words)
     assert done.code == 0, done.err
+    trained = clpet(*shlex.split(done.out.splitlines()[-1])[1:], *LIMITS)
+    assert trained.code == 0, trained.err
+    assert list(tmp_path.glob("outputs/own/*/s0-*/results.json"))
     for line in range(2):  # the YAML that lies next to its data changes nothing
         shown = clpet("data", "own", "--config-dir", "mine", *words)
         assert shown.code == 0, (line, shown.err, (tmp_path / "mine" / "benchmark" / "own.yaml").read_text())
