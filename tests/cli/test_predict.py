@@ -155,6 +155,7 @@ def test_a_method_that_is_given_the_task_needs_its_name(words: Path, clpet) -> N
     assert 0.25 < float(row[2]) <= 1  # among the four labels of the task
 
 
+@pytest.mark.slow
 def test_texts_of_several_columns_fill_the_prompt(clpet, tmp_path: Path) -> None:
     rows = [{"body": f"n{i}", "title": "t", "hint": f"h{i % 2}", "label": "ab"[i % 2]} for i in range(12)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -170,6 +171,7 @@ def test_texts_of_several_columns_fill_the_prompt(clpet, tmp_path: Path) -> None
     assert "less.csv has no column hint" in one_line(clpet("predict", run.path, "less.csv"))
 
 
+@pytest.mark.slow
 def test_plain_text_gets_its_perplexity(prose: Path, clpet) -> None:
     run = package.train("method=sequential", *domain_args(prose), "train.epochs=1", quiet=True)
     Path("in.txt").write_text("the tide comes in\ngold does not rust\n")
@@ -181,6 +183,7 @@ def test_plain_text_gets_its_perplexity(prose: Path, clpet) -> None:
     assert all(math.isfinite(value) for value in perplexities)
 
 
+@pytest.mark.slow
 def test_a_conversation_is_continued(clpet, tmp_path: Path) -> None:
     """Rows of messages, whose last answer is left out, of prompts, or lines of text: each ends with a user's turn."""
     system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "n1"}
