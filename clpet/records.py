@@ -63,19 +63,12 @@ class Curves(TypedDict):
     by_lead: Curve
 
 
-class Saturation(TypedDict):
-    """Position from which the mean or median curve stays near its median; None if it never does."""
-
-    mean: int | None
-    median: int | None
-
-
 class PartOfDomains(Curves):
     """The metrics of `perplexity_transfer` over some domains."""
 
     average: dict[str, MeanMedian]
     classic: Metrics
-    saturation: dict[str, Saturation]
+    saturation: dict[str, MeanMedian]  # position from which a curve stays near its median; None if it never does
 
 
 class DomainGroup(PartOfDomains):
