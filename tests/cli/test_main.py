@@ -139,6 +139,7 @@ def test_parameters_of_a_model_without_local_weights(clpet) -> None:
     assert "2778.8 times fewer" in clpet("train", "model=llama_7b", "peft.r=4", "dry_run=true", *fewrel).out
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_with_a_paired_test(clpet, words: Path) -> None:
     """A sweep over methods and seeds: mean ± standard deviation, formulas, and reference runs of the same setting."""
     args = [*tiny_args(words), "train.lr=2e-2"]

@@ -136,7 +136,7 @@ BAD = [
     ("encoder that is not here", ["train", "method=slm", "method.encoder=nli_mpnet_base"], "hf download sentence-transformers/nli-mpnet-base-v2"),
     ("layer without values", ["train", "method=slm", "model=tiny", "method.targets=[o_proj]"], "available: dense, key, query, value"),
     ("shots of nothing", ["train", "benchmark.shots=0"], "benchmark.shots must be at least 1"),
-    ("data of an unknown", ["data", "nosuch"], "unknown benchmark 'nosuch'"),
+    ("data of an unknown", ["data", "nosuch"], "nosuch is neither a file or folder nor a benchmark"),
     ("licensed data", ["train", "benchmark=tacred"], "put train.json, dev.json, test.json of TACRED (LDC2018T24"),
     ("licensed data elsewhere", ["train", "benchmark=ace2005", "data_dir=."], "lacks train.json, dev.json, test.json: put"),
     ("unknown layout", ["train", "benchmark=bbn", "benchmark.layout=conll"], "benchmark.layout must be fewrel, fewnerd, spans"),

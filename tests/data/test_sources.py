@@ -46,6 +46,7 @@ def test_clinc150_in_fifteen_tasks_of_ten() -> None:
     assert len(set(benchmark.labels)) == 150
 
 
+@pytest.mark.slow
 def test_long_sequence_keeps_label_spaces_apart_or_joins_them() -> None:
     folder = shared("data")
     chosen = "benchmark.tasks=[yelp,amazon,agnews,yahoo]"
@@ -58,6 +59,7 @@ def test_long_sequence_keeps_label_spaces_apart_or_joins_them() -> None:
     assert len(union.labels) == 5 + 4 + 10 - 1  # agnews and yahoo both have Sports
 
 
+@pytest.mark.slow
 def test_long_sequence_order_is_the_published_one() -> None:
     folder = shared("data", "long_sequence")
     published = json.loads((folder / "orders.json").read_text())
@@ -209,6 +211,7 @@ def test_fingerprint_changes_with_the_text(words: Path) -> None:
     assert np.all([one.fingerprint() == Table(name="files", task="task").load(str(words)).fingerprint()])
 
 
+@pytest.mark.slow
 def test_bert_cl5_has_33_labels_in_the_published_orders() -> None:
     """Yelp and Amazon share five labels; the sports labels of AG News and Yahoo are distinct."""
     folder = shared("data", "long_sequence")

@@ -58,7 +58,7 @@ def test_o_lora_branches_are_merged_into_the_weights(model: str, clpet, prose: P
 @pytest.mark.parametrize(
     ("method", "peft_option"),
     [
-        ("osf", "osf"),
+        pytest.param("osf", "osf", marks=pytest.mark.slow),
         ("sequential", "prompt"),
         pytest.param("sequential", "ia3", marks=pytest.mark.slow),
         pytest.param("l2p", "frozen", marks=pytest.mark.slow),
@@ -85,6 +85,7 @@ def test_merging_works_exactly_where_weights_change(
         assert "--merge" in answer.err
 
 
+@pytest.mark.slow
 def test_adapters_and_full_models_are_exported_unmerged(clpet, words: Path, prose: Path) -> None:
     assert clpet("train", "method=sequential", *domain_args(prose, "peft=none")).code == 0
     assert clpet("export", only(), "whole").code == 0
@@ -184,6 +185,7 @@ def test_names_in_a_model_card_are_text(clpet, tmp_path: Path) -> None:
     assert "| --- | ---: |" in card
 
 
+@pytest.mark.slow
 def test_peft_loads_the_card_of_adapters(clpet, words: Path, prose: Path) -> None:
     """An adapter for a backbone in a folder: the card's code loads both and answers as the run."""
     assert clpet("train", "method=sequential", *domain_args(prose, "peft=none")).code == 0

@@ -128,6 +128,7 @@ def test_unusable_tasks_are_refused(options: list[str], message: str, clpet, pro
     assert "Traceback" not in answer.err
 
 
+@pytest.mark.slow
 def test_unsuitable_models_are_refused(clpet, words: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert clpet("train", "method=sequential", *tiny_args(words), "output_dir=a").code == 0
     assert clpet("train", "method=sequential", *domain_args(prose, "model=tiny"), "output_dir=b").code == 0

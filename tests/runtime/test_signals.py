@@ -52,6 +52,7 @@ def test_a_signal_saves_at_the_next_step(words: Path, clpet, tmp_path: Path, mon
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation_keeps_what_was_trained(
     words: Path, clpet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+QUICK = ("plain", "best", "kif")  # the other variants are slow tests
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+)
 def test_a_task_killed_inside_a_fit_ends_bit_for_bit_like_uninterrupted(name: str, make, tmp_path: Path) -> None:
     """Killed in the middle of the first epoch, and at step 13: in a later epoch, at the end of a fit, or in the next fit."""
     overrides = [*VARIANTS[name], SMALL]

@@ -52,6 +52,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert all(torch.equal(value, other_tensors[key]) for key, value in tensors.items())
 
 
+@pytest.mark.slow
 def test_a_repeated_run_computes_nothing_again_and_ends_alike(words: Path, clpet, tmp_path: Path, computed) -> None:
     """A run gives the same results without a cache, while filling one and while reading one, in any output folder."""
     args = ["train", *tiny_args(words), *TOP_2]
@@ -147,6 +148,7 @@ def test_a_damaged_file_is_computed_again(harm: str, make, tmp_path: Path, compu
     assert path.read_bytes() == data
 
 
+@pytest.mark.slow
 def test_settings_do_not_share(make, tmp_path: Path) -> None:
     """Each of these settings changes the network, the module, the texts or the position that is read: a separate file."""
     settings = [
