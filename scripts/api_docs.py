@@ -21,7 +21,7 @@ INTRODUCTION = """# Python API
 Everything is a name of the package: `import clpet`, then `clpet.train(...)`. The calls do what the commands do, with
 the same words, defaults, folders and resuming; they never end the process, and leave its working directory, its logging
 and its signal handlers as they were. `import clpet` is instant: torch is loaded by the first call that needs it.
-[notebooks/first.ipynb](notebooks/first.ipynb) is a first hour with them.
+[The first notebook](notebooks/first.ipynb) is a first hour with them.
 """
 SECTION = re.compile(r"(Args|Returns|Raises|Yields):\n((?:    .*\n?|\n(?=    ))+)")
 ENTRY = re.compile(r"^(\S[^:\n]*): ((?:.|\n(?!\S))*)", re.MULTILINE)
@@ -61,6 +61,7 @@ def _quoted(text: str) -> str:
 def body(value: object) -> str:
     """A docstring as Markdown: sections of arguments as lists, examples as code."""
     text = SECTION.sub(_section, (inspect.getdoc(value) or "") + "\n")
+    text = re.sub(r"\bdocs/(metrics)\.md", r"[Metrics](\1.md)", text)
     return re.sub(r"((?:^>>> .*\n(?:(?!>>>|\n).+\n)*)+)", r"```python\n\1```\n", text, flags=re.MULTILINE).strip()
 
 

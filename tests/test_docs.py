@@ -67,6 +67,12 @@ def test_paths_and_links_of_the_documentation_exist(page: Path) -> None:
     assert [path for path in lost if Path(path).stem != "mine"] == []  # CONTRIBUTING's example
 
 
+@pytest.mark.parametrize("page", PAGES[1:], ids=PAGE_NAMES[1:])
+def test_links_between_pages_are_named_like_pages(page: Path) -> None:
+    """The site has titles, where a checkout has files."""
+    assert re.findall(r"\[[^\]]*\.(?:md|ipynb)\]\(", page.read_text()) == []
+
+
 def test_names_in_the_architecture_page_exist() -> None:
     """`Class`, `function` and `Class.method`: somebody looks for them with grep."""
     code = "\n".join(path.read_text() for path in (ROOT / "clpet").rglob("*.py"))

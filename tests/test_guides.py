@@ -64,6 +64,25 @@ def test_the_tutorial_does_what_it_shows(clpet, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
+def test_the_example_of_the_page_of_conversations_learns_its_answers(clpet, tmp_path: Path) -> None:
+    section = (DOCS / "chat.md").read_text().split("\n## An example")[1].split("\n## ")[0]
+    output, run = "", ""
+    for kind, text in steps(section):
+        if kind == "command":
+            answer = clpet(*words_of(text, run))
+            assert answer.code == 0, answer.err
+            output = " ".join(answer.out.split())
+            run = next(map(str, tmp_path.glob("outputs/chat/replay/s0-*")))
+        elif kind == "text":
+            assert " ".join(text.split()) in output
+        else:
+            exec(text, {})
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(rows) == 96
+    assert all(row["prediction"] == row["answer"] for row in rows)
+
+
 @pytest.fixture
 def own_method(tmp_path: Path) -> Path:
     """The two files of the guide to a new method."""
