@@ -181,7 +181,7 @@ class Benchmark:
         for task in self.tasks:
             for split in ("train", "test"):
                 if not task.split(split):
-                    raise DataError(f"task {task.name} of benchmark {self.name} has no {split} examples")
+                    raise DataError(f"task {task.name} of benchmark {self.name} has no {split} examples{_single(task)}")
             if not task.labels:
                 continue
             train_labels = {example.target for example in task.train}
@@ -191,6 +191,13 @@ class Benchmark:
                         f"task {task.name} of benchmark {self.name}: label {short_repr(example.target)} occurs in "
                         f"{split} but not in train, so it cannot be learned"
                     )
+
+
+def _single(task: Task) -> str:
+    """The reason why no example of a task can be held out, if that is because of its labels."""
+    if not task.labels or len(task.train) > len(task.labels):
+        return ""
+    return f": each of its {len(task.labels)} labels has a single example. Are the labels numbers, or texts?"
 
 
 def _contents(examples: Sequence[Example]) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from clpet.data.column_summary import BOOLEAN, INTEGER, MESSAGES, NUMBER, TEXT, ColumnSummary
+from clpet.data.tabular_files import column_names
 from clpet.escape import safe_name
 
 # Names of columns by their role.
@@ -15,6 +16,7 @@ LABELS = """
 """
 TEXTS = """
     text texts body sentence content document review utterance comment description tweet post x title headline abstract
+    message
 """
 PROMPTS = "prompt instruction question input query source context problem"
 ANSWERS = "answer response output completion target reply solution chosen summary translation"
@@ -28,6 +30,7 @@ OTHERS = """
 TITLES, BODIES = ("title", "headline", "subject"), ("body", "content", "text", "description", "abstract")
 
 MAX_LABEL_WORDS = 6
+MAX_NAME_WORDS = 3  # mean words of a column up to which values that repeat are names, not texts
 MAX_TASKS = 50  # values of a column that names the task
 TASK_GROUPS = 5  # tasks that labels are divided into, if there are enough of them
 
@@ -88,7 +91,10 @@ def text_score(column: ColumnSummary) -> float:
     """How much a column looks like the text; 0 if it cannot be."""
     if column.numeric or 2 * column.types[TEXT] < column.filled or column.distinct < 2 or column.filled == 0:
         return 0
-    by_name = 3 * named(column.name, f"{TEXTS} {PROMPTS}") - 4 * named(column.name, OTHERS)
+    is_text = named(column.name, f"{TEXTS} {PROMPTS}")
+    if not is_text and column.words <= MAX_NAME_WORDS and column.distinct <= column.filled / 5:
+        return 0
+    by_name = 3 * is_text - 4 * named(column.name, OTHERS)
     return max(0.1, min(column.words, 30) / 10 + by_name + column.distinct / column.filled)
 
 
@@ -101,9 +107,31 @@ def task_candidates(columns: Sequence[ColumnSummary]) -> list[ColumnSummary]:
     ]  # fmt: skip
 
 
+def unnamed_task_candidates(columns: Sequence[ColumnSummary], reading: Reading) -> list[ColumnSummary]:
+    """The columns without another role whose few values, not their names, may name the task."""
+    roles = (*column_names(reading.text), reading.label, reading.rejected)
+    return [
+        column for column in columns
+        if column.name not in roles and not column.empty and not column.numeric and column.words <= MAX_NAME_WORDS
+        and set(column.types) == {TEXT} and 2 <= column.distinct <= min(MAX_TASKS, column.filled / 4)
+        and not named(column.name, OTHERS)
+    ]  # fmt: skip
+
+
+def not_labels(columns: Sequence[ColumnSummary]) -> list[str]:
+    """Why columns that are named like a label, but whose values do not repeat, are not labels."""
+    return [
+        f"column {safe_name(column.name)} has {column.distinct} different values in {column.filled} rows: "
+        + ("numbers are not labels" if column.numeric else "a label occurs in several rows")
+        for column in columns
+        if not label_score(column) and 2 * column.distinct > column.filled > 0 and named(column.name, LABELS)
+    ]
+
+
 def readings(columns: Sequence[ColumnSummary], chosen: Mapping[str, str] | None = None) -> list[Reading]:
     """The ways to read a table, the likeliest first. `chosen` has columns for text, label and task that are given."""
     chosen = chosen or {}
+    columns = [column for column in columns if column.name != chosen.get("task")]  # it has no other role
     candidates = [
         *_conversations(columns),
         *_preferences(columns),

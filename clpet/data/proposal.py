@@ -10,11 +10,21 @@ from clpet.config.compose import conf_dir
 from clpet.config.overrides import HYDRA_FUNCTION, needs_no_quotes, quote
 from clpet.data.column_summary import ColumnSummary, column_summaries
 from clpet.data.data_files import TEXTS, domain_files, stem, subfolders, suffix
-from clpet.data.guess import MAX_TASKS, TASKS, Kind, Reading, labels_per_task, named, readings
+from clpet.data.guess import (
+    MAX_TASKS,
+    TASKS,
+    Kind,
+    Reading,
+    labels_per_task,
+    named,
+    not_labels,
+    readings,
+    unnamed_task_candidates,
+)
 from clpet.data.read_report import ReadReport
 from clpet.data.row_problems import RowProblems
 from clpet.data.survey import Layout, Survey, survey
-from clpet.data.tabular_files import TableLayout
+from clpet.data.tabular_files import TableLayout, column_names, no_columns
 from clpet.errors import DataError
 from clpet.escape import safe_name
 
@@ -75,12 +85,25 @@ def _read(path: Path, layout: TableLayout, given: Mapping[str, str]) -> Proposal
     if looked_at.layout is Layout.label_folders:
         candidates = _folders_of_texts(looked_at, columns)
     else:
-        candidates = _table_readings(columns, given)
+        candidates = _table_readings(looked_at, columns, given)
     candidates.sort(key=lambda reading: reading.kind is not _preferred(given))  # stable: the likeliest of a kind first
     if not candidates:
         shown = ", ".join(safe_name(column.name) for column in columns)
-        raise DataError(f"{path} has no column of text; its columns are {shown or 'missing'}")
-    return Proposal(looked_at, columns, candidates[0], candidates[1:])
+        parts = [f"{path} has no column of text; its columns are {shown or 'missing'}", *_empty_columns(columns)]
+        raise DataError("; ".join(parts))
+    result = Proposal(looked_at, columns, candidates[0], candidates[1:], problems=_empty_columns(columns))
+    unnamed = [column for column in columns if column.name not in (result.reading.label, result.reading.text)]
+    if result.reading.kind in (Kind.labels, Kind.texts):
+        result.problems += not_labels(unnamed)
+    return result
+
+
+def _empty_columns(columns: list[ColumnSummary]) -> list[str]:
+    return [
+        f"column {safe_name(column.name)} is empty in all {column.rows} rows"
+        for column in columns
+        if column.rows and not column.filled
+    ]
 
 
 def _preferred(given: Mapping[str, str]) -> Kind | None:
@@ -106,9 +129,24 @@ def _folders_of_texts(looked_at: Survey, columns: list[ColumnSummary]) -> list[R
     return [domains, labels] if few_or_long else [labels, domains]
 
 
-def _table_readings(columns: list[ColumnSummary], given: Mapping[str, str]) -> list[Reading]:
+def _table_readings(looked_at: Survey, columns: list[ColumnSummary], given: Mapping[str, str]) -> list[Reading]:
+    """The readings with the columns that the user names. Raises DataError if these are missing or cannot be labels."""
     chosen = {role: given[key].strip("'\"") for role, key in COLUMN_KEYS.items() if given.get(key, "null") != "null"}
-    return readings(columns, chosen)
+    available = {name for rows in looked_at.tables() for name in rows.columns}
+    missing = [name for column in chosen.values() for name in column_names(column) if name not in available]
+    if missing and available:
+        raise DataError("; ".join([no_columns(looked_at.path, missing, available), *looked_at.problems]))
+    if "label" in chosen and chosen["label"] in (chosen.get("task"), chosen.get("text")):
+        raise DataError(f"label={chosen['label']} is also the column of the task or the text: name another column")
+    result = readings(columns, chosen)
+    needs_label = [f"{role}={chosen[role]}" for role in ("label", "task") if role in chosen]
+    if needs_label and result and all(reading.kind is Kind.texts for reading in result):
+        reasons = not_labels([column for column in columns if column.name != chosen.get("task")])
+        raise DataError(
+            f"{looked_at.path} has no column of labels for {' '.join(needs_label)}; "
+            + "; ".join([*reasons, "label=COLUMN names one"])
+        )
+    return result
 
 
 def _plain_text(result: Proposal) -> None:
@@ -186,6 +224,9 @@ def _label_groups(result: Proposal, num_labels: int) -> None:
         result.reasons.append(f"no column names a task: groups of {size} labels are the tasks, in alphabetical order")
     else:
         result.reasons.append(f"no column names a task, and {num_labels} labels are too few to divide: one task")
+    for column in unnamed_task_candidates(result.columns, result.reading):
+        word = f"task={hydra_value(column.name)}"
+        result.reasons.append(f"column {safe_name(column.name)} could name the task: add {word}")
 
 
 def _check_rows(result: Proposal) -> None:
@@ -196,7 +237,7 @@ def _check_rows(result: Proposal) -> None:
     for task, splits in result.survey.rows.items():
         rows = RowProblems()
         for split, table in splits.items():
-            table.require(*[name for name in _slots(reading.text) if name], reading.label)
+            table.require(*column_names(reading.text), reading.label)
             rows.add(split, table, reading.text, reading.label, labels)
         prefix = f"{safe_name(task)}: " if task else ""
         result.problems += [prefix + line for line in rows.describe(reading.label, labels)]
@@ -215,10 +256,6 @@ def _check_rows(result: Proposal) -> None:
         result.options["benchmark.drop_labels"] = unseen
     if labels and result.survey.layout is not Layout.task_tables and not reading.task:
         _label_groups(result, len(names))
-
-
-def _slots(text: str) -> list[str]:
-    return re.findall(r"\{(\w+)\}", text) or [text]
 
 
 def hydra_value(value: object, key: str = "") -> str:

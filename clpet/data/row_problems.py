@@ -61,8 +61,14 @@ class RowProblems:
         if unseen := self.unseen():
             names = listed(map(short_repr, unseen))
             lines.append(f"labels that do not occur in train cannot be learned: {names}; they are left out")
-        rare = [f"{short_repr(name)} ({n})" for name, n in sorted(self.train_labels().items()) if n < RARE]
-        if rare:
+        rows_of = self.train_labels()
+        rare = [f"{short_repr(name)} ({n})" for name, n in sorted(rows_of.items()) if n < RARE]
+        if len(rows_of) > 1 and rows_of.total() == len(rows_of):
+            lines.append(
+                f"every label occurs once: column {safe_name(label)} has {len(rows_of)} different values in "
+                f"{len(rows_of)} rows of train, so it does not hold labels"
+            )
+        elif rare:
             lines.append(f"labels with fewer than {RARE} rows in train: {listed(rare)}")
         return lines
 

@@ -12,13 +12,11 @@ from clpet.data.column_summary import column_summaries
 from clpet.data.csv_files import first_rows, missing_header, recognised_separator
 from clpet.data.data_files import TABLES, TEXTS, domain_files, read_bytes, split_of, stem, subfolders, suffix, tables
 from clpet.data.decoding import decode_strictly, encoding, has_many_zeros, invalid_lines, likely_codec
-from clpet.data.guess import Kind, readings
+from clpet.data.guess import Kind, Reading, readings, unnamed_task_candidates
 from clpet.data.label_folders import label_folders, labelled_texts
 from clpet.data.read_report import ReadReport, listed
-from clpet.data.tabular_files import SplitRows, TableLayout, read_table
+from clpet.data.tabular_files import SAMPLE, SplitRows, TableLayout, read_table
 from clpet.errors import DataError
-
-SAMPLE = 500  # rows by which a missing header is recognised
 
 Files = dict[str, dict[str, Path]]  # task, or "" for one table -> split -> file
 
@@ -148,15 +146,27 @@ def _with_header(file: Path, layout: TableLayout, result: Survey) -> TableLayout
         return layout
     header = _names(rows)
     result.options["benchmark.header"] = header
-    result.problems.append(f"{file} has no header row: its columns are called {', '.join(header)}")
+    result.problems.append(
+        f"{file} has no header row: its columns are called {', '.join(header)} by their values "
+        "(benchmark.header=[...] names them otherwise)"
+    )
     return layout._replace(header=header)
 
 
 def _names(rows: Sequence[Sequence[str]]) -> list[str]:
-    """text and label for the columns that look like these, column1, column2, ... for others."""
+    """text, label and task for the columns that look like these, column1, column2, ... for others.
+
+    Of two columns of names the one with more values is the label, the other one the task.
+    """
     names = [f"column{number}" for number in range(1, len(rows[0]) + 1)]
     values = [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
-    best = next(iter(readings(column_summaries([SplitRows("", set(names), values)]))), None)
+    columns = column_summaries([SplitRows("", set(names), values)])
+    best = next(iter(readings(columns)), None)
     if best is None or best.kind is not Kind.labels:
         return names
-    return [{best.text: "text", best.label: "label"}.get(name, name) for name in names]
+    roles = {best.text: "text", best.label: "label"}
+    of_names = unnamed_task_candidates(columns, Reading(Kind.texts, best.text))
+    if len(of_names) == 2:
+        label, task = sorted(of_names, key=lambda column: -column.distinct)
+        roles = {best.text: "text", label.name: "label", task.name: "task"}
+    return [roles.get(name, name) for name in names]

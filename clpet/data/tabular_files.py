@@ -3,13 +3,13 @@
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from clpet.config.schema import require
-from clpet.data.csv_files import check_columns, read_csv
+from clpet.data.csv_files import check_columns, missing_header, read_csv
 from clpet.data.data_files import read_bytes, split_files, suffix
 from clpet.data.decoding import decode_strictly
 from clpet.data.read_report import ReadReport
@@ -21,6 +21,8 @@ from clpet.runtime.json_lines import parse_rows
 
 if TYPE_CHECKING:
     import datasets
+
+SAMPLE = 500  # rows by which a missing header is recognised
 
 Row = dict[str, Any]  # the cells of a user's table may be anything that its format can hold
 
@@ -64,10 +66,22 @@ class SplitRows:
             row[column] = value
 
     def require(self, *columns: str) -> None:
-        """Raises DataError if a column is missing. The column a.b is the key b of the objects in the column a."""
-        for column in columns if self.values else ():
-            if column not in self.columns and not self._add_nested(column):
-                raise DataError(f"{self.origin} has no column {safe_name(column)}{suggest(column, self.columns)}")
+        """Raises DataError for missing columns. The column a.b is the key b of the objects in the column a."""
+        names = dict.fromkeys(columns if self.values else ())
+        missing = [name for name in names if name not in self.columns and not self._add_nested(name)]
+        if missing and suffix(Path(self.origin)) in (".csv", ".tsv") and missing_header(self._first_lines()):
+            width = len(self.values[0])
+            raise DataError(
+                f"{no_columns(self.origin, missing, ())}, and its first row looks like values: if it has no header "
+                f"row, name its columns with benchmark.header=[{','.join(['NAME'] * width)}]"
+            )
+        if missing:
+            raise DataError(no_columns(self.origin, missing, self.columns))
+
+    def _first_lines(self) -> list[list[str]]:
+        """The header and the first rows, as they are in the file."""
+        rows = [list(self.values[0]), *(row.values() for row in self.values[:SAMPLE])]
+        return [["" if cell is None else str(cell) for cell in row] for row in rows]
 
     def _add_nested(self, column: str) -> bool:
         """Adds the column a.b of the values of b in the objects of the column a; False if there are none."""
@@ -79,6 +93,14 @@ class SplitRows:
         for row, value in zip(self.values, values, strict=True):
             row[column] = value
         return True
+
+
+def no_columns(origin: object, missing: Iterable[str], columns: Collection[str]) -> str:
+    """The message that columns are missing, each with a similar one, or with the columns that are there."""
+    hints = {name: suggest(name, columns) for name in missing}
+    without = [name for name, hint in hints.items() if not hint.startswith("; did")]
+    parts = [f"no column {safe_name(name)}{hint if name not in without else ''}" for name, hint in hints.items()]
+    return f"{origin} has {' and '.join(parts)}{hints[without[0]] if without else ''}"
 
 
 def nested(value: object, keys: Sequence[str]) -> object:

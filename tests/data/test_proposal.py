@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from clpet.data.proposal import Proposal, default_name, hydra_value, propose
+from clpet.data.sources.table import Table
 from clpet.errors import DataError
 from tests.data.test_tabular_files import LINES, labelled, put, write
 
@@ -22,8 +23,81 @@ def test_a_table_and_options_of_the_user(tmp_path: Path) -> None:
     assert proposed(path) == {**columns, "benchmark.classes_per_task": 2}
     color = propose(path, {"benchmark.label": "color"})
     assert color.options["benchmark.label"] == "color"
-    assert "2 labels are too few to divide: one task" in color.reasons[-1]
+    assert "2 labels are too few to divide: one task" in color.reasons[-2]
+    assert color.reasons[-1] == "column topic could name the task: add task=topic"
     assert proposed(path, objective="language_modeling")["benchmark"] == "text_domains"
+
+
+def messages(category: str = "", message: str = "") -> list[dict]:
+    """120 rows with columns message, category (four values) and area (three); a format replaces the values by row."""
+    return [
+        {
+            "message": message.format(i) if message else f"a leak in the pipe number {i}",
+            "category": category.format(i) if category else ["water", "wood", "light", "heat"][i % 4],
+            "area": ["Bath", "Hall", "Roof"][i % 3],
+        }
+        for i in range(120)
+    ]
+
+
+def csv_file(path: Path, rows: list[dict], header: bool = True) -> Path:
+    lines = [list(rows[0])] * header + [list(row.values()) for row in rows]
+    return put(path, "".join(",".join(line) + "\n" for line in lines))
+
+
+def test_a_column_that_could_name_the_task_is_named(tmp_path: Path) -> None:
+    found = propose(csv_file(tmp_path / "a.csv", messages()), {})
+    assert "column area could name the task: add task=area" in found.reasons
+    assert not any("could name" in line for line in propose(tmp_path / "a.csv", {"benchmark.task": "area"}).reasons)
+
+
+def test_numbers_are_not_labels_and_the_task_column_is_not_the_label(tmp_path: Path) -> None:
+    path = csv_file(tmp_path / "a.csv", messages(category="{}.5"))
+    reason = "column category has 120 different values in 120 rows: numbers are not labels"
+    with pytest.raises(DataError, match=f"no column of labels for task=area; {reason}"):
+        propose(path, {"benchmark.task": "area"})
+    found = propose(path, {})
+    assert (found.reading.label, found.problems) == ("area", [reason])
+    given = propose(path, {"benchmark.task": "area", "benchmark.label": "category"})
+    assert given.problems == [
+        "every label occurs once: column category has 120 different values in 120 rows of train, so it does not hold labels"
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="label=area is also the column of the task"):
+        propose(path, {"benchmark.task": "area", "benchmark.label": "area"})
+    with pytest.raises(DataError, match=r"task Bath .* no test examples: each of its 40 labels has a single example"):
+        Table("own", text="message", label="category", task="area").load(str(path))
+
+
+def test_wrong_columns_are_named_together(tmp_path: Path) -> None:
+    path = csv_file(tmp_path / "a.csv", messages())
+    with pytest.raises(DataError, match=r"no column categry; did you mean category\? and no column aera; did you mean"):
+        propose(path, {"benchmark.label": "categry", "benchmark.task": "aera"})
+    with pytest.raises(DataError, match=r"a\.csv has no column mesage; did you mean message\?$"):
+        propose(path, {"benchmark.text": "mesage"})
+    with pytest.raises(DataError, match=r"no column a and no column b; available: area, category, message$"):
+        propose(path, {"benchmark.label": "a", "benchmark.task": "b"})
+
+
+def test_a_text_column_without_texts_is_named(tmp_path: Path) -> None:
+    path = csv_file(tmp_path / "a.csv", messages(message=" "))
+    with pytest.raises(DataError, match=r"no column of text; .*; column message is empty in all 120 rows"):
+        propose(path, {})
+    rows = [{**row, "note": ""} for row in messages()]
+    assert propose(csv_file(tmp_path / "b.csv", rows), {}).problems == ["column note is empty in all 120 rows"]
+
+
+def test_columns_without_a_header_are_named_by_their_values(tmp_path: Path) -> None:
+    path = csv_file(tmp_path / "a.csv", messages(), header=False)
+    found = propose(path, {})
+    assert found.options["benchmark.header"] == ["text", "label", "task"]
+    assert (found.reading.label, found.reading.task) == ("label", "task")
+    with pytest.raises(
+        DataError,
+        match=r"no column message and no column category, and .* values: .* benchmark\.header=\[NAME,NAME,NAME\]",
+    ):
+        Table("own", text="message", label="category").load(str(path))
+    with pytest.raises(DataError, match=r"no column message; available: label, task, text; .* has no header row"):
+        propose(path, {"benchmark.text": "message"})
 
 
 def test_a_task_column_with_empty_cells_is_only_named(tmp_path: Path) -> None:
