@@ -171,6 +171,7 @@ class TaskRecord(SplitSizes):
     """Counts of a task with labels or answers; the other mappings are by split."""
 
     labels: int
+    label_names: NotRequired[list[str]]  # runs of older versions lack them
     smallest_label: int
     largest_label: int
     repeats: dict[str, int]

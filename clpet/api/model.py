@@ -184,4 +184,4 @@ def load(
                 hint = suggest(word.partition("=")[0], LOCATIONS)
                 raise ConfigError(f"{word!r} cannot be set when a run is loaded, only {', '.join(LOCATIONS)}*{hint}")
         with quiet_libraries():
-            return Model(load_run(read_record(Run(path).path, words, allow_plugins), after))
+            return Model(load_run(read_record(Run(path).path, words, allow_plugins), after, needs_data=False))

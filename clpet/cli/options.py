@@ -58,6 +58,8 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
             flags.append(f"{name}{equals}{os.path.expanduser(value)}")
         else:
             overrides.append(word)
+    if sum(flag.partition("=")[0] in ("--config-dir", "-cd") for flag in flags) > 1:
+        raise ConfigError("--config-dir is given twice: put all YAMLs and classes into one folder")
     for flag, following in pairwise([*flags, ""]):
         name, _, value = flag.partition("=")
         if name in ("--config-dir", "-cd"):

@@ -98,7 +98,7 @@ def _answers(record: "RunRecord", after: int | None, texts: "TextInput") -> "Ans
     from clpet.training.trainer import quiet_libraries
 
     with quiet_libraries(), CountDisplay(Console(stderr=True), "predicted") as display:
-        run = load_run(record, after)
+        run = load_run(record, after, needs_data=False)
         source = run.session.components.source
         plain = run.method.objective.traits.plain_text
         inputs = [str(text["text"]) for text in texts.texts] if plain else texts.texts

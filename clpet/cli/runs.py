@@ -170,7 +170,7 @@ def export(argv: list[str]) -> int:
         check_upload(arguments.hub)
     record = prepare(recorded_run(arguments), arguments.folder, arguments.merge)
     with quiet_libraries():
-        print(printable(write(load_run(record, arguments.after), arguments.folder, arguments.merge)))
+        print(printable(write(load_run(record, arguments.after, needs_data=False), arguments.folder, arguments.merge)))
     if arguments.hub:
         print(f"uploaded to {upload(arguments.folder, arguments.hub, arguments.public)}")
     return 0

@@ -52,6 +52,7 @@ def _inspect_tasks(benchmark: Benchmark, data: Encoded | None) -> LabelledDataRe
             "validation": len(task.validation),
             "test": len(task.test),
             "labels": len(task.labels),
+            "label_names": list(task.labels),
             "smallest_label": min(counts.values()),
             "largest_label": max(counts.values()),
             "repeats": {split: repeats(keys[task.name, split]) for split in SPLITS},

@@ -241,7 +241,11 @@ class Examination:
         if self.config.train.schedule is Schedule.infinite and learned == before:
             return "train.schedule=infinite has ended with its last task"
         if learned not in extension.states or not _trainer_kept(extension.states[learned]):
-            return f"it has kept no state after {learned} of its {before} tasks; train.snapshot_every=1 keeps all"
+            order = ", ".join(map(safe_name, extension.tasks))
+            return (
+                f"it has kept no state after {learned} of its {before} tasks, which are {order} in this order; "
+                "train.snapshot_every=1 keeps all"
+            )
         return ""
 
     def row(self, extension: Extension, row: int) -> bool | None:

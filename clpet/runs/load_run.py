@@ -18,6 +18,7 @@ from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
 from clpet.data.sources import Source
+from clpet.data.stand_in import stand_in
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.methods.base import Method
 from clpet.models.backbone import Backbone
@@ -113,18 +114,14 @@ def read_record(out: Path, overrides: Sequence[str] = (), plugins: bool = False)
     return RunRecord(out, config, run_json, components)
 
 
-def load_run(record: RunRecord, after: int | None = None) -> LoadedRun:
-    """Loads the data, the backbone and the weights after `after` tasks (None: the newest). Raises DataError."""
+def load_run(record: RunRecord, after: int | None = None, needs_data: bool = True) -> LoadedRun:
+    """Loads the data, the backbone and the weights after `after` tasks (None: the newest). Raises DataError.
+
+    Without `needs_data` the model is for new texts: where the run's data are gone or changed, what was recorded of
+    their tasks and labels will do, with a warning.
+    """
     config, components, method = record.config, record.components, record.method
-    benchmark: Benchmark = components.source.load(config.data_dir)
-    for note in benchmark.report.notes():
-        log.warning(note)
-    now, before = benchmark.fingerprint(), record.run_json["data"]["fingerprint"]
-    if benchmark.names != record.run_json["tasks"] or now != before:
-        raise DataError(
-            f"the data differ from those of {record.out} (fingerprint {before}, now {now}): "
-            "give their folder with --here data_dir=FOLDER (in Python: data_dir=FOLDER)"
-        )
+    benchmark = load_data(record, needs_data)
     with as_data_error(f"{record.out} cannot be loaded"), enough_memory(lambda: "the model of this run"):
         benchmark = components.settle(benchmark)
         if benchmark.base is not None:
@@ -141,6 +138,27 @@ def load_run(record: RunRecord, after: int | None = None) -> LoadedRun:
                 method.objective.adapters.load_saved(folder.parent)
             method.load_state_dict(state)
         return LoadedRun(record, session, row, recorded_scores(record.out, row, len(benchmark)))
+
+
+def load_data(record: RunRecord, needs_data: bool) -> Benchmark:
+    """The run's benchmark, or without `needs_data` perhaps one without its examples. Raises DataError."""
+    source, data = record.components.source, record.run_json["data"]
+    try:
+        benchmark = source.load(record.config.data_dir)
+        now, before = benchmark.fingerprint(), data["fingerprint"]
+        if benchmark.names != record.run_json["tasks"] or now != before:
+            raise DataError(f"the data differ from those of {record.out} (fingerprint {before}, now {now})")
+    except DataError as error:
+        with as_data_error(f"{record.out / 'run.json'} does not describe the data of a run"):
+            recorded = None if needs_data else stand_in(source, record.run_json["tasks"], data)
+        if recorded is None:
+            remedy = "say where they are with --here data_dir=PATH (in Python: data_dir=PATH)"
+            raise DataError(f"{error}: {remedy}") from error
+        log.warning("%s; tasks and labels are those of its record", error)
+        return recorded
+    for note in benchmark.report.notes():
+        log.warning(note)
+    return benchmark
 
 
 def check_inputs(record: RunRecord) -> None:

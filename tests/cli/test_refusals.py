@@ -85,6 +85,7 @@ BAD = [
     ("output is a file", ["train", "output_dir=FILE"], "FILE"),
     ("config dir", ["train", "--config-dir", "nowhere"], "is not a folder"),
     ("list of nothing", ["list", "metods"], "unknown group 'metods'; did you mean method"),
+    ("two folders", ["train", "--config-dir", "a", "--config-dir=b"], "--config-dir is given twice"),
     ("list of an unknown", ["list", "method", "nosuch"], "unknown method 'nosuch'"),
     ("runs elsewhere", ["runs", "nowhere"], "nowhere is not a folder"),
     ("compare by nothing", ["runs", ".", "--compare", "method"], "no finished runs"),

@@ -1,12 +1,15 @@
 """New texts get the answers of the evaluation, for every method and objective: the test texts are given as new ones."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from clpet.api.model import load
+from clpet.api.run import train
 from clpet.evaluation.evaluator import Evaluation, Evaluator
 from clpet.evaluation.text_prediction import Answers, answer_texts
 from tests.conftest import PROSE, domain_args, methods_of, set_up, tiny_args
@@ -90,3 +93,27 @@ def test_perplexities_are_those_of_the_evaluation(method: str, tmp_path: Path) -
     run = learned(*domain_args(tmp_path, f"method={method}", *trained, *NEEDS.get(method, []), "train.epochs=1"))
     expected = [evaluated(run).seen[index].value for index in range(3)]
     assert answered(run)["perplexity"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "words_of_run",
+    [pytest.param(f"method={name}", marks=[] if name in ("kif", "dynamic_conpet") else pytest.mark.slow)
+     for name in methods_of("classification")]
+    + [pytest.param(f"method={name} objective=text_to_text benchmark.max_target=8 model=tiny_llama", marks=pytest.mark.slow)
+       for name in ("sequential", "kif", "sapt", "slm")],
+)  # fmt: skip
+def test_a_run_answers_without_its_data(words_of_run: str, words: Path, tmp_path: Path, caplog) -> None:
+    """A model that is at work needs no training data: the answers are the same when they are gone."""
+    data = tmp_path / "words"
+    shutil.copytree(words, data)
+    args = [*tiny_args(data), *words_of_run.split(), "train.epochs=1", f"output_dir={tmp_path / 'out'}"]
+    run = train(*args, quiet=True)
+    texts, tasks = ["apple n1", "gold gold", "elbe n3"], ["fruit", "metal", "river"]
+    needs_task = load(run).method.task_id_at_test
+    before = load(run).predict_table(texts, task=tasks if needs_task else None)
+    shutil.rmtree(data)
+    model = load(run)
+    assert "tasks and labels are those of its record" in caplog.text
+    assert model.tasks == tasks
+    after = model.predict_table(texts, task=tasks if needs_task else None)
+    assert after.equals(before), (after.to_pylist(), before.to_pylist())

@@ -226,21 +226,23 @@ class Source:
         for name in splits.keys() - set(names):
             self.report.drop("in tasks that are not learned", sum(map(len, splits[name].values())))
         tasks = [self._task(name, splits[name]) for name in names]
-        template = self.prompt.rstrip() if self.answers else self.template
-        max_target = self.max_target if self.answers else 0
-        benchmark = Benchmark(
+        benchmark = self.benchmark_of(tasks)
+        benchmark.check()
+        return benchmark
+
+    def benchmark_of(self, tasks: list[Task]) -> Benchmark:
+        """The tasks with this source's templates and lengths."""
+        return Benchmark(
             self.name,
             tasks,
-            template,
+            self.prompt.rstrip() if self.answers else self.template,
             self.max_length,
-            max_target,
+            self.max_target if self.answers else 0,
             self.truncate,
             report=self.report,
             traits=self.traits,
             chat=self.chat,
         )
-        benchmark.check()
-        return benchmark
 
     def drop_bad(self) -> None:
         """Drops and counts the bad rows read so far. Raises DataError, which lists them, unless `skip_bad`."""
