@@ -6,6 +6,7 @@ from pathlib import Path
 from clpet.cli.options import check_group_options, options, split_flags
 from clpet.config.compose import compose_config
 from clpet.config.overrides import SHORT_KEYS
+from clpet.data.data_files import missing_file
 from clpet.errors import DataError, suggest
 from clpet.escape import printable
 
@@ -29,7 +30,7 @@ def data(argv: list[str]) -> int:
     name, path = arguments.benchmark, Path(arguments.benchmark).expanduser()
     if name not in options("benchmark"):
         if not path.exists():
-            raise DataError(f"{name} is neither a file or folder nor a benchmark{suggest(name, options('benchmark'))}")
+            raise DataError(_unknown(name, path))
         return _path_report(path, arguments.overrides, overrides)
     check_group_options([f"benchmark={name}", *overrides])
     cfg = compose_config([f"benchmark={name}", *overrides])
@@ -37,6 +38,14 @@ def data(argv: list[str]) -> int:
 
     print(printable(report(cfg)))
     return 0
+
+
+def _unknown(name: str, path: Path) -> str:
+    """What is similar to a name that is neither a path nor a benchmark; a name such as my.csv is meant as a path."""
+    message = missing_file(path)
+    if path.suffix or len(path.parts) > 1 or message.endswith("?"):
+        return message
+    return f"{name} is neither a file or folder nor a benchmark{suggest(name, options('benchmark'))}"
 
 
 def _path_report(path: Path, words: list[str], overrides: list[str]) -> int:

@@ -11,6 +11,7 @@ from string import Template
 
 from clpet.cli.data import given_options
 from clpet.cli.options import check_group_options, options, split_flags
+from clpet.data.data_files import missing_file
 from clpet.errors import ConfigError, DataError
 from clpet.escape import printable
 
@@ -117,7 +118,7 @@ def init(argv: list[str]) -> int:
 
 def _init_benchmark(path: Path, target: Path | None, name: str | None, words: list[str]) -> int:
     if not path.exists():
-        raise DataError(f"{path} does not exist")
+        raise DataError(missing_file(path))
     check_group_options(split_flags(words)[1])
     from clpet.data.benchmark_yaml import benchmark_yaml
     from clpet.data.proposal import default_name, propose

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from clpet.data.read_report import ReadReport
-from clpet.errors import DataError
+from clpet.errors import DataError, suggest
 from clpet.escape import safe_name
 
 TEXTS = (".parquet", ".jsonl", ".txt")  # files of plain text
@@ -34,6 +34,18 @@ def stem(path: Path) -> str:
 def suffix(path: Path) -> str:
     """The suffix in lower case; that of a compressed file is the one before .gz."""
     return Path(path.stem).suffix.lower() if is_compressed(path) else path.suffix.lower()
+
+
+def missing_file(path: Path) -> str:
+    """The message that a path does not exist, with a similar name next to it if there is one."""
+    return f"{path} does not exist{similar_file(path)}"
+
+
+def similar_file(path: Path) -> str:
+    """'; did you mean X?' if the folder of a missing path has a similar name X, else the empty text."""
+    others = [file_name(other) for other in visible(path.parent)] if path.parent.is_dir() else []
+    hint = suggest(file_name(path), others)
+    return hint if hint.startswith("; did") else ""
 
 
 def is_compressed(path: Path) -> bool:

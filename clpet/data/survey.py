@@ -10,7 +10,18 @@ from pathlib import Path
 
 from clpet.data.column_summary import column_summaries
 from clpet.data.csv_files import first_rows, missing_header, recognised_separator
-from clpet.data.data_files import TABLES, TEXTS, domain_files, read_bytes, split_of, stem, subfolders, suffix, tables
+from clpet.data.data_files import (
+    TABLES,
+    TEXTS,
+    domain_files,
+    missing_file,
+    read_bytes,
+    split_of,
+    stem,
+    subfolders,
+    suffix,
+    tables,
+)
 from clpet.data.decoding import decode_strictly, encoding, has_many_zeros, invalid_lines, likely_codec
 from clpet.data.guess import Kind, Reading, readings, unnamed_task_candidates
 from clpet.data.label_folders import label_folders, labelled_texts
@@ -49,7 +60,7 @@ class Survey:
 def survey(path: Path, layout: TableLayout) -> Survey:
     """What is at a path; `layout` has what is already known of its tables. Raises DataError if nothing can be read."""
     if not path.exists():
-        raise DataError(f"{path} does not exist")
+        raise DataError(missing_file(path))
     if label_folders(path):
         result = Survey(path, Layout.label_folders)
         result.rows = {"": labelled_texts(path, result.report)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from clpet.config.schema import require
 from clpet.data.csv_files import check_columns, missing_header, read_csv
-from clpet.data.data_files import read_bytes, split_files, suffix
+from clpet.data.data_files import read_bytes, similar_file, split_files, suffix
 from clpet.data.decoding import decode_strictly
 from clpet.data.read_report import ReadReport
 from clpet.errors import DataError, first_line, need_package, suggest
@@ -114,7 +114,8 @@ def data_path(data_dir: str | None, single_file: bool = False) -> Path | None:
     """The path of data_dir, None if it is not set: a folder or, with `single_file`, also a file. Raises DataError."""
     path = Path(data_dir).expanduser() if data_dir else None
     if path is not None and not (path.is_dir() or (single_file and path.is_file())):
-        raise DataError(f"data_dir={data_dir} is not a folder{' or a file' * single_file}")
+        hint = "" if path.exists() else similar_file(path)
+        raise DataError(f"data_dir={data_dir} is not a folder{' or a file' * single_file}{hint}")
     return path
 
 

@@ -253,10 +253,10 @@ def report(cfg: DictConfig) -> str:
     )
 
 
-def inspect_config(cfg: DictConfig, tokenize: bool = True) -> tuple[str, DataRecord]:
+def inspect_config(cfg: DictConfig, tokenize: bool = True, local: bool = False) -> tuple[str, DataRecord]:
     """The statistics of a configuration's benchmark, as a table and as a record.
 
-    Without `tokenize` the model's tokenizer is not needed, and lengths are left out.
+    Without `tokenize` the model's tokenizer is not needed, and lengths are left out; with `local` it is not downloaded.
     """
     config = parse_config(cfg)
     objective, source = load(config, None)
@@ -268,16 +268,28 @@ def inspect_config(cfg: DictConfig, tokenize: bool = True) -> tuple[str, DataRec
     objective.check_benchmark(benchmark, config.evaluation)
     encoded = None
     if tokenize:
-        encoded = encode_benchmark(benchmark, objective.encoder(benchmark, backbone, backbone.tokenizer()))
+        encoded = encode_benchmark(benchmark, objective.encoder(benchmark, backbone, backbone.tokenizer(local)))
     record = _inspect_tasks(benchmark, encoded)
     return _task_table(benchmark, record), record
 
 
 def _task_table(benchmark: Benchmark, record: LabelledDataRecord) -> str:
     answers = ["answers cut"] if benchmark.max_target else []
-    header = ["task", *SPLITS, "labels", "label sizes", "tokens median", "p95", "max", "cut", *answers, "repeats"]
+    has_labels = any(t["labels"] for t in record["tasks"].values())
+    header = [
+        "task",
+        *SPLITS,
+        *(["labels", "label sizes"] if has_labels else []),
+        "tokens median",
+        "p95",
+        "max",
+        "cut",
+        *answers,
+        "repeats",
+    ]
     rows = [
-        [name, *(str(t[split]) for split in SPLITS), str(t["labels"]), f"{t['smallest_label']}-{t['largest_label']}",
+        [name, *(str(t[split]) for split in SPLITS),
+         *([str(t["labels"]), f"{t['smallest_label']}-{t['largest_label']}"] if has_labels else []),
          *(str(t["tokens"].get(name, "-")) for name in ("median", "p95", "max")),
          *("/".join(str(counts.get(split, "-")) for split in SPLITS)
            for counts in (t["texts_cut"], *([t["answers_cut"]] if answers else []), t["repeats"]))]

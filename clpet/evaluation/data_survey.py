@@ -73,7 +73,7 @@ def _inspection(result: Proposal, given: Mapping[str, str]) -> tuple[str, bool]:
 def _inspect(result: Proposal, given: Mapping[str, str]) -> tuple[str, DataRecord]:
     words = [expand_override(word) for word in _words(result, given)]
     try:
-        return inspect_config(compose_config(words))
+        return inspect_config(compose_config(words), local=True)
     except ModelError as error:
         note = f"lengths are not measured: {error}"
         result.problems += [note] if note not in result.problems else []

@@ -153,16 +153,20 @@ class Backbone:
             raise ModelError(f"model.representation=pooled, but the weights of {self.name} have no pooler: use cls")
         return (model if nf4 else model.to(load_on)).eval(), tokenizer
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer alone, padding on the right. Raises ModelError if it cannot be loaded."""
+    def tokenizer(self, local: bool = False) -> Tokenizer:
+        """The tokenizer alone, padding on the right; `local`: without a download. Raises ModelError without it."""
         if self.random_weights:
             return byte_tokenizer()
         from transformers import AutoTokenizer
 
         source, kwargs = self._source()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, **kwargs)
         except (OSError, ValueError, ImportError) as error:
+            if local and source == self.hub:
+                raise ModelError(
+                    f"the tokenizer of {self.name} is not on this machine (hf download {self.hub})"
+                ) from error
             raise ModelError(self._loading_error(str(source), error)) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # or None: see batches.pad_id

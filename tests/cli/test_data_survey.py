@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from clpet.evaluation.data_survey import survey_report
 from tests.data.test_tabular_files import put
 
 TOPICS = {"sport": "ball goal team race", "food": "soup bread salt cake", "money": "bank loan coin cash",
@@ -208,6 +209,17 @@ def from_file_to_run(maker: Callable[[Path], Case], tmp_path: Path, clpet) -> No
 
 def test_a_messy_file_is_trained_on_in_two_commands(tmp_path: Path, clpet) -> None:
     from_file_to_run(semicolons_with_a_mark, tmp_path, clpet)
+
+
+def test_conversations_without_a_tokenizer(tmp_path: Path) -> None:
+    path, _, expected = conversations(tmp_path)
+    put(path, json_lines([{**row, "task": "ab"[i % 2]} for i, row in enumerate(map(json.loads, path.open()))]))
+    text, works = survey_report(path, {"model.hub": "nobody/nothing"})
+    assert works
+    assert all(part in text for part in expected)
+    assert "lengths are not measured: the tokenizer of qwen3_0_6b is not on this machine" in text
+    assert "plain text" not in text
+    assert "task  train  validation  test  tokens median" in text
 
 
 @pytest.mark.slow

@@ -190,6 +190,12 @@ def test_bad_input_gets_one_line(name: str, command: list[str], expected: str, c
     assert expected in one_line(clpet(*words))
 
 
+def test_a_misspelt_file_name(clpet, words: Path) -> None:
+    missing = words / "tran.jsonl"
+    for command in (["data", missing], ["init", missing], ["train", "benchmark=files", f"data_dir={missing}"]):
+        assert one_line(clpet(*command)).endswith("; did you mean train.jsonl?\n")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_output_folder_without_write_permission(clpet, words: Path, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
