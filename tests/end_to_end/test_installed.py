@@ -27,6 +27,10 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     assert list(tmp_path.glob("outputs/python_stdlib/dynamic_conpet/s0-*/results.json"))
+    refused = subprocess.run([command[0], "report"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "pip install 'clpet[report]'" in refused.stderr
+    subprocess.run([python, "-m", "pip", "-q", "install", *constraints, f"{wheel}[report]"], check=True)
     subprocess.run([command[0], "report"], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "report.html").is_file()
 
