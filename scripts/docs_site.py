@@ -7,7 +7,7 @@ pages that are made in full, and `ROOT_PAGES` those that stand outside docs/.
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,119 +15,21 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from clpet.cli.options import first_comment, options
+from clpet.cli.options import options
 from clpet.config.build import build, parse_config
-from clpet.config.compose import CONFIG_GROUPS, compose_config, conf_dir
+from clpet.config.compose import compose_config
 from clpet.config.schema import Config
 from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.methods.hook_check import STEP_HOOKS
 from clpet.models.peft_options import FullFineTuning
+from scripts.option_pages import GROUPS, cell, code, configuration, entries, group_page, option_table, table
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = {"C": "classification", "T": "text_to_text", "L": "language_modeling", "P": "preference"}
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
 LINKS = {**ROOT_PAGES, "README.md": "index.md"}
 MARK = re.compile(r"^<!-- made: (\w+) -->$", re.MULTILINE)
-KEY = re.compile(r"^(\s*)([\w./@-]+):(?:\s+|$)(.*)$")
-CODE_AND_COMMENT = re.compile(r"""((?:[^#'"]|'[^']*'|"[^"]*"|(?<=\S)#)*?)(?:(?:^|(?<=\s))#\s?(.*))?$""")
-
-
-class Entry(NamedTuple):
-    """An option of a YAML: its key with dots, its default value and its comment."""
-
-    key: str
-    default: str
-    comment: str
-
-
-def entries(path: Path) -> list[Entry]:
-    """The commented options of a YAML, without `name` and what only Hydra and `build` read."""
-    read: list[Entry] = []
-    parents: list[tuple[int, str]] = []  # (indentation, key) of the mappings around the line
-    for line in path.read_text().splitlines():
-        match = CODE_AND_COMMENT.fullmatch(line)
-        code, comment = (match[1].rstrip(), match[2] or "") if match else (line, "")
-        key_value = KEY.fullmatch(code)
-        if key_value:
-            depth, key = len(key_value[1]), key_value[2]
-            parents = [*((indent, name) for indent, name in parents if indent < depth), (depth, key)]
-            read.append(Entry(".".join(name for _, name in parents), key_value[3], comment))
-        elif comment and not code and read and line.startswith(" "):  # continues the comment of the line above
-            read[-1] = read[-1]._replace(comment=f"{read[-1].comment} {comment}")
-    return [entry for entry in read if entry.comment and _is_option(entry.key)]
-
-
-def _is_option(key: str) -> bool:
-    return (
-        key != "name" and not key.endswith(".name") and key.partition(".")[0] not in ("defaults", "_target_", "hydra")
-    )
-
-
-def cell(text: str) -> str:
-    """A text as a cell of a table, without meaning to Markdown except for code."""
-    parts = re.split(r"(`[^`]*`)", text)
-    parts[::2] = [re.sub(r"([*_\[])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
-    return "".join(parts).replace("|", r"\|")
-
-
-def code(text: str) -> str:
-    """A text as code in a cell; a long one is cut."""
-    shown = text if len(text) <= 40 else f"{text[:37]}..."
-    return f"`{shown}`".replace("|", r"\|") if shown else ""
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def option_table(options_of: Sequence[Entry], prefix: str = "") -> str:
-    """Keys, defaults and meanings."""
-    rows = [(code(prefix + key), code(default), cell(comment)) for key, default, comment in options_of]
-    return table(("key", "default", "meaning"), rows)
-
-
-def configuration() -> str:
-    """The reference of all options, from the comments of the YAMLs."""
-    top = entries(conf_dir() / "train.yaml")
-    sections = list(dict.fromkeys(key.partition(".")[0] for key, _, _ in top if "." in key))
-    parts = [
-        "# Configuration",
-        "Made from the comments in `conf/`. Every key can be set on the command line and in Python; `clpet train --cfg "
-        "job` prints the whole configuration of a run, `clpet list GROUP NAME` the YAML of an option. The keys of a "
-        "group begin with its name: `clpet train method=ewc method.strength=1e3`.",
-        "## Top level",
-        option_table([entry for entry in top if "." not in entry.key]),
-    ]
-    for section in sections:
-        parts += [f"## {section}", option_table([entry for entry in top if entry.key.startswith(f"{section}.")])]
-    for group in CONFIG_GROUPS:
-        parts += [f"## {group}", *group_parts(group)]
-    return "\n\n".join(parts) + "\n"
-
-
-def group_parts(group: str) -> list[str]:
-    """The options of a config group, one line each, then the keys that they have."""
-    listed = options(group)
-    parts = [
-        table(("option", "what it is"), [(code(name), cell(first_comment(path))) for name, path in listed.items()])
-    ]
-    if group == "method":
-        return [*parts, "The keys of a method are on [its page](methods/index.md)."]
-    if group in ("experiment", "debug"):  # overlays, whose keys are those of the other groups
-        return parts
-    bases = {f"{path.stem} (shared)": path for path in sorted((conf_dir() / group / "base").glob("*.yaml"))}
-    seen: set[str] = set()
-    for name, path in {**bases, **listed}.items():
-        if "@package" in path.read_text().splitlines()[0]:  # a preset of keys of other groups
-            continue
-        new = [entry for entry in entries(path) if entry.key not in seen]
-        seen |= {entry.key for entry in new}
-        if new:
-            parts += [f"### {group}: {name}", cell(first_comment(path)), option_table(new, f"{group}.")]
-    return parts
 
 
 @cache
@@ -225,7 +127,7 @@ def method_part(name: str) -> str:
     """The end of a method's page: what it can be combined with, its options and its figures."""
     row = support(name)
     path = options("method")[name]
-    keys = entries(path)
+    keys = [entry for entry in entries(path, "method") if entry.key.startswith("method.")]
     facts = [
         ("objectives", ", ".join(code(OBJECTIVES[letter]) for letter in row.objectives)),
         ("peft", f"{some_of(row.pefts, list(options('peft')))}; default {code(row.default_peft)}"),
@@ -237,7 +139,7 @@ def method_part(name: str) -> str:
     parts = [
         "## Combinations and options",
         table(("", "as declared in the code"), facts),
-        option_table(keys, "method.") if keys else "The method has no options of its own.",
+        option_table(keys) if keys else "The method has no options of its own.",
         "## Measured",
         figures(name),
     ]
@@ -288,7 +190,10 @@ PARTS: dict[str, Callable[[str], str]] = {
     "step_hooks": lambda _: hook_table(STEP_HOOKS),
     "hooks": lambda _: hook_table(other_hooks()),
 }
-WHOLE_PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration}
+WHOLE_PAGES: dict[str, Callable[[], str]] = {
+    "configuration.md": configuration,
+    **{f"configuration/{group}.md": partial(group_page, group) for group in GROUPS},
+}
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:

@@ -27,7 +27,7 @@ def test_the_site_builds_without_warnings_and_works_from_a_folder(tmp_path: Path
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: request.url.startswith("http") and problems.append(request.url))
-        for name in ("index", "configuration", "methods/index", "methods/kif", "comparison"):
+        for name in ("index", "configuration", "configuration/benchmark", "methods/index", "methods/kif", "comparison"):
             page.goto(f"file://{tmp_path}/{name}.html")
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
         page.set_viewport_size({"width": 1280, "height": 800})

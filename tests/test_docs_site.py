@@ -6,24 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from clpet.cli.options import options
-from clpet.config.compose import conf_dir
+from clpet.config.compose import CONFIG_GROUPS, compose_config, conf_dir
 from clpet.methods.base import Method
 from clpet.methods.hook_check import STEP_HOOKS
-from scripts.docs_site import (
-    MARK,
-    PARTS,
-    ROOT_PAGES,
-    WHOLE_PAGES,
-    cell,
-    configuration,
-    declarations,
-    entries,
-    figures,
-    other_hooks,
-    some_of,
-)
+from scripts.docs_site import MARK, PARTS, ROOT_PAGES, WHOLE_PAGES, declarations, figures, other_hooks, some_of
+from scripts.option_pages import cell, configuration, entries, group_page, merged
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -80,7 +70,45 @@ def test_the_reference_has_every_key_of_the_default_run() -> None:
     keys = [key for key in top if key not in ("defaults", "hydra", "train", "evaluation")]
     keys += [f"{section}.{key}" for section in ("train", "evaluation") for key in top[section]]
     assert [key for key in keys if f"| `{key}` |" not in page] == []
-    assert [name for name in options("replay") if f"| `{name}` |" not in page] == []
+    groups = [next(iter(group)).partition(" ")[0] for group in top["defaults"] if isinstance(group, dict)]
+    assert [name for name in groups if f"| [`{name}`](" not in page] == []
+
+
+def rows(group: str, name: str) -> dict[str, str]:
+    """{key: default} of the table of an option on the page of its group."""
+    section = group_page(group).split(f"\n## {name}\n")[1].split("\n## ")[0]
+    return {key: default.strip("`") for key, default in re.findall(r"^\| `([^`]+)` \| (\S.*?)? ?\| ", section, re.M)}
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "values"),
+    [
+        ("peft", "lora", {"r": "8", "alpha": "16"}),
+        ("peft", "adamss", {"r": "100"}),
+        ("peft", "vera", {"r": "256", "vera_dropout": "0.0"}),
+        ("benchmark", "files", {"max_length": "128", "test_share": "0.25", "text": "text"}),
+        ("benchmark", "text_domains", {"max_length": "1024", "test_share": "0.01"}),
+        ("benchmark", "bbn", {"entity": "entity_pos", "max_length": "256"}),
+    ],
+)
+def test_every_option_of_a_group_has_all_its_keys_with_its_own_defaults(
+    group: str, name: str, values: dict[str, str]
+) -> None:
+    """The inherited ones, too: the keys are those of the composed configuration, the defaults its values."""
+    shown = rows(group, name)
+    assert {key: shown[f"{group}.{key}"] for key in values} == values
+    composed = compose_config([f"{group}={name}"])
+    for key, entry in merged(options(group)[name], group).items():
+        value = OmegaConf.select(composed, key)
+        assert OmegaConf.create(f"x: {entry.default}").x == (value["name"] if key in CONFIG_GROUPS else value), key
+    assert {f"{group}.{key}" for key in composed[group]} - {f"{group}.name", f"{group}._target_"} <= shown.keys()
+
+
+def test_a_long_value_is_one_cell_and_other_groups_are_named() -> None:
+    shown = rows("benchmark", "superni")
+    assert [key for key in shown if key.startswith("benchmark.metrics")] == ["benchmark.metrics"]
+    assert shown["benchmark.metrics"].startswith("{task363")
+    assert (shown["objective"], rows("benchmark", "m2d2")["train.lr"]) == ("text_to_text", "5e-5")
 
 
 def test_a_method_shows_its_rows_of_the_measured_table() -> None:
@@ -91,6 +119,7 @@ def test_a_method_shows_its_rows_of_the_measured_table() -> None:
 
 def test_cells_have_code_and_no_other_markup() -> None:
     assert cell("a | b_c <d> `e_f`") == r"a \| b\_c &lt;d> `e_f`"
+    assert cell("named orders: {name: [tasks]}") == r"named orders: \{name: \[tasks]}"  # not attributes of the cell
 
 
 @pytest.mark.parametrize(
