@@ -195,7 +195,7 @@ class Benchmark:
 
 def _single(task: Task) -> str:
     """The reason why no example of a task can be held out, if that is because of its labels."""
-    if not task.labels or len(task.train) > len(task.labels):
+    if len(task.labels) < 2 or len(task.train) > len(task.labels):
         return ""
     return f": each of its {len(task.labels)} labels has a single example. Are the labels numbers, or texts?"
 

@@ -60,6 +60,9 @@ def propose(path: Path, given: Mapping[str, str]) -> Proposal:
     result = _read(path, TableLayout(given.get("benchmark.encoding"), names), given)
     kind, is_folders = result.reading.kind, result.survey.layout is Layout.task_tables
     if kind is Kind.texts:
+        unused = [f"{role}={given[key]}" for role, key in COLUMN_KEYS.items() if role != "text" and key in given]
+        if unused:
+            raise DataError(f"{path} is read as plain text, without labels and tasks: remove {' and '.join(unused)}")
         _plain_text(result)
     elif kind is Kind.conversations:
         _conversations(result)

@@ -74,6 +74,8 @@ def test_wrong_columns_are_named_together(tmp_path: Path) -> None:
         propose(path, {"benchmark.label": "categry", "benchmark.task": "aera"})
     with pytest.raises(DataError, match=r"a\.csv has no column mesage; did you mean message\?$"):
         propose(path, {"benchmark.text": "mesage"})
+    with pytest.raises(DataError, match=r"t\.txt is read as plain text, without labels and tasks: remove label=a"):
+        propose(put(tmp_path / "t.txt", "".join(LINES)), {"benchmark.label": "a"})
     with pytest.raises(DataError, match=r"no column a and no column b; available: area, category, message$"):
         propose(path, {"benchmark.label": "a", "benchmark.task": "b"})
 
