@@ -17,8 +17,8 @@ from clpet.config.build import find_class, parse_config
 from clpet.config.schema import OBJECT_GROUPS, Config
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
+from clpet.data.recorded_benchmark import recorded_benchmark
 from clpet.data.sources import Source
-from clpet.data.stand_in import stand_in
 from clpet.errors import ConfigError, DataError, enough_memory, suggest
 from clpet.methods.base import Method
 from clpet.models.backbone import Backbone
@@ -150,7 +150,7 @@ def load_data(record: RunRecord, needs_data: bool) -> Benchmark:
             raise DataError(f"the data differ from those of {record.out} (fingerprint {before}, now {now})")
     except DataError as error:
         with as_data_error(f"{record.out / 'run.json'} does not describe the data of a run"):
-            recorded = None if needs_data else stand_in(source, record.run_json["tasks"], data)
+            recorded = None if needs_data else recorded_benchmark(source, record.run_json["tasks"], data)
         if recorded is None:
             remedy = "say where they are with --here data_dir=PATH (in Python: data_dir=PATH)"
             raise DataError(f"{error}: {remedy}") from error

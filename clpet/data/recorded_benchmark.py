@@ -11,7 +11,7 @@ from clpet.data.sources.base import Source
 from clpet.records import LabelledDataRecord, TaskRecord
 
 
-def stand_in(source: Source, names: Sequence[str], data: LabelledDataRecord) -> Benchmark | None:
+def recorded_benchmark(source: Source, names: Sequence[str], data: LabelledDataRecord) -> Benchmark | None:
     """The benchmark that `source` makes of tasks called `names`; None if their labels are not in the record.
 
     Its examples have the text "-", so that every split of every task has rows.
