@@ -165,7 +165,10 @@ def load(
         options: the same as `locations` for names without a dot: data_dir="moved/".
 
     Raises:
-        clpet.ClpetError: the run has no such weights, or its data or model are not what they were.
+        clpet.ClpetError: the run has no such weights, or its model is not what it was.
+
+    Where the data of the run are gone or changed, names of tasks and labels come from its record, with a warning: the
+    model answers new texts, but `benchmark` has no examples.
 
     >>> words = ["method=sequential", "debug=smoke", "tasks=[data,files]", "train.snapshot_every=1"]
     >>> run = clpet.train(*words, quiet=True)

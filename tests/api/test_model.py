@@ -132,10 +132,11 @@ def test_what_cannot_be_predicted_is_refused(words: Path) -> None:
         clpet.load(run, "train.lr=1")
 
 
-def test_the_data_of_a_run_may_have_moved(words: Path, tmp_path: Path) -> None:
+def test_the_data_of_a_run_may_have_moved(words: Path, tmp_path: Path, caplog) -> None:
     shutil.copytree(words, tmp_path / "a")
     run = clpet.train("method=sequential", *tiny_args(tmp_path / "a"), "tasks=[fruit]", quiet=True)
     (tmp_path / "a").rename(tmp_path / "b")
-    with pytest.raises(clpet.ClpetError):
-        clpet.load(run)
-    assert clpet.load(run, data_dir=tmp_path / "b").tasks == ["fruit"]
+    gone, moved = clpet.load(run), clpet.load(run, data_dir=tmp_path / "b")
+    assert caplog.text.count("tasks and labels are those of its record") == 1
+    assert gone.tasks == moved.tasks == ["fruit"]
+    assert gone.labels == moved.labels

@@ -47,6 +47,7 @@ def test_every_method_lowers_the_perplexity_of_its_training_domain(method: str, 
     assert scores[last][0] < 0.99 * scores[0][0]
 
 
+@pytest.mark.slow
 def test_identities(prose: Path, clpet) -> None:
     """CPT of the first domain is its DAPT bit for bit; row 0 does not depend on the order; lr=0 changes nothing."""
     runs = {"listed": [], "reversed": ["order=reversed"], "dapt": ["method=dapt"], "still": ["train.lr=0"],
@@ -141,6 +142,7 @@ def test_random_weights_without_a_base_give_a_warning(caplog: pytest.LogCaptureF
         assert ("has random weights and is not pretrained" in caplog.text) is warned
 
 
+@pytest.mark.slow
 def test_a_base_model_is_trained_once(prose: Path, clpet) -> None:
     args = domain_args(prose, "method=sequential", "benchmark.base=tides", "model.base.epochs=2")
     first, second = (clpet("train", *args, f"seed={seed}") for seed in (0, 1))

@@ -44,6 +44,7 @@ def test_a_method_is_one_short_file_and_one_yaml(name: str, plugins: Path, clpet
     assert results(tmp_path)["method"] == name
 
 
+@pytest.mark.slow
 def test_der_takes_as_many_forward_passes_with_micro_batches_as_without(
     plugins: Path, clpet, words: Path, tmp_path
 ) -> None:

@@ -75,7 +75,7 @@ def show_or_one_error(path: Path, capsys: pytest.CaptureFixture, *flags: str) ->
     assert all(character.isprintable() or character == "\n" for character in out)
 
 
-@pytest.mark.parametrize("kind", ["words", "prose"])
+@pytest.mark.parametrize("kind", ["words", pytest.param("prose", marks=pytest.mark.slow)])
 def test_show_survives_any_results(kind: str, runs: dict[str, Path], tmp_path: Path, capsys) -> None:
     run = Path(shutil.copytree(runs[kind], tmp_path / "a" / "b" / "run"))
     valid = json.loads((run / "results.json").read_text())
