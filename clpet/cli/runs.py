@@ -188,7 +188,7 @@ def weights_parser(name: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--here", metavar="KEY=VALUE", action="append", default=[],
-        help="a new location of the run's files or devices: data_dir, cache_dir, model.path, hardware.*",
+        help="a new location of files or devices: data_dir, cache_dir, model.path, model.chat_template, hardware.*",
     )  # fmt: skip
     parser.add_argument("--allow-plugins", action="store_true", help="run classes of --config-dir and remote code")
     parser.add_argument("--config-dir", help="the folder with your own classes")

@@ -38,7 +38,7 @@ class SubmittedSweep:
             try:
                 cost = read_results(out / "results.json")["cost"]
                 seconds = sum(task["seconds"] + task.get("evaluation_seconds", 0) for task in cost)
-            except DataError:
+            except (DataError, OSError, TypeError):
                 error = "no results"
             screen.runs.append(SweepRun(number, varied, out, seconds, error))
         return screen.closing()

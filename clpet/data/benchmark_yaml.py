@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from clpet.data.proposal import Proposal
+from clpet.data.proposal import Proposal, without_reference
 from clpet.escape import inline
 
 PREFIX = "benchmark."
@@ -72,5 +72,6 @@ def _options(inner: Mapping[str, str]) -> list[str]:
 
 
 def _yaml(value: object) -> str:
-    """A value in YAML: JSON is a part of it."""
+    """A value in YAML: JSON is a part of it. Raises DataError for a reference."""
+    without_reference(value)
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | list) else str(value)

@@ -74,7 +74,8 @@ def _parsed(value: object, name: str) -> list[Json]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+            json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+        except (ValueError, RecursionError):
             raise DataError(f"{name} that are not JSON") from None
     if not isinstance(value, list):
         raise DataError(f"{name} that are not a list")
@@ -131,7 +132,10 @@ def without_oldest(messages: Sequence[Message]) -> list[Message] | None:
     """The messages without their oldest exchange; None if only system messages and the last user turn are left."""
     first = next(index for index, turn in enumerate(messages) if turn["role"] not in ("system", "developer"))
     later = [index for index, turn in enumerate(messages) if turn["role"] == "user" and index > first]
-    return [*messages[:first], *messages[later[0] :]] if later else None
+    if not later:
+        return None
+    rules = [turn for turn in messages[first : later[0]] if turn["role"] in ("system", "developer")]
+    return [*messages[:first], *rules, *messages[later[0] :]]
 
 
 def with_last_user(messages: Sequence[Message], content: str) -> list[Message]:

@@ -26,7 +26,7 @@ from clpet.data.row_problems import RowProblems
 from clpet.data.survey import Layout, Survey, survey
 from clpet.data.tabular_files import TableLayout, column_names, no_columns
 from clpet.errors import DataError
-from clpet.escape import safe_name
+from clpet.escape import safe_name, short_repr
 
 MANY_TEXTS = 20  # txt files of a folder above which they are documents of one domain rather than a domain each
 FEW_TEXTS, LONG_TEXT = 5, 1000  # texts of a folder, and words of one, that make a domain likelier than a label
@@ -267,12 +267,20 @@ def hydra_value(value: object, key: str = "") -> str:
         return "null" if value is None else str(value).lower()
     if isinstance(value, list):
         return "[" + ",".join(hydra_value(item) for item in value) + "]"
-    text = str(value)
+    text = without_reference(value)
     if isinstance(value, int | float):
         return text
     if key == "data_dir":  # prepared by clpet, which quotes ordinary paths itself
         return quote(text) if set(",$'\"\\") & set(text) or HYDRA_FUNCTION.fullmatch(text) else text
     return text if needs_no_quotes(text) and text.lower() != "null" else quote(text)
+
+
+def without_reference(value: object) -> str:
+    """The value as text. Raises DataError for one that a configuration would replace by something else."""
+    text = str(value)
+    if "${" in text:
+        raise DataError(f"{short_repr(text)} contains ${{, which a configuration reads as a reference: rename it")
+    return text
 
 
 def default_name(path: Path) -> str:

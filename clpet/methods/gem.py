@@ -61,7 +61,7 @@ class GEM(Replay):
         gradient = [parameter.grad for parameter in parameters if parameter.grad is not None]
         references = [memory_gradient(self, rows, parameters) for rows in self.memories()]
         products = torch.stack([dot(gradient, reference) for reference in references]).double().cpu().numpy()
-        if (products >= 0).all():
+        if not np.isfinite(products).all() or (products >= 0).all():  # train.on_nan deals with what is not finite
             return
         pairs = torch.stack([torch.stack([dot(one, two) for two in references]) for one in references])
         for weight, reference in zip(self.weights(products, pairs.double().cpu().numpy()), references, strict=True):

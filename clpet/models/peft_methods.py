@@ -107,4 +107,9 @@ REFUSED_FIELDS = {
     "target_parameters": "adapts bare parameters, which the targets of clpet do not name",
     "target_modules": "is called peft.targets here",
     "loftq_config": REFUSED["loftq"],
+    **dict.fromkeys(
+        ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+        "would load another tokenizer, from anywhere",
+    ),
+    **dict.fromkeys(("megatron_config", "megatron_core"), "is for another library"),
 }

@@ -6,6 +6,7 @@ task, a method or schedule that depends on the number of tasks, a state or a row
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,6 +117,10 @@ def find_extension(
         return None, ""
     examine = Examination(cfg, config, components.method, benchmark)
     if choice != AUTO:
+        if Path(choice).expanduser().resolve() == out.resolve():
+            raise refusal(
+                Path(choice), "it has the same tasks and settings, so it is this run; fresh=true alone repeats it"
+            )
         named = replace(examine(Path(choice)), explicit=True)
         return named, named.line()
     extension, line = _search(examine, out)
@@ -158,7 +163,8 @@ class Examination:
                 continue
             try:
                 common = self.common(cast(list[str], read_json(base / "run.json").get("tasks")))
-                same = bool(common) and not differences(_recorded(base)[0], self.cfg)
+                with as_data_error(f"{base} cannot be compared"):
+                    same = bool(common) and not differences(_recorded(base)[0], self.cfg)
             except (ClpetError, OSError, TypeError):
                 continue
             if same:
@@ -175,7 +181,8 @@ class Examination:
             raise refusal(base, "it is not finished; its own command resumes it")
         recorded, data, inputs = _recorded(base)
         results = read_results(base / "results.json")
-        changed = {key: pair for key, pair in differences(recorded, self.cfg).items() if key not in MAY_CHANGE}
+        with as_data_error(f"{base / 'run.json'} does not describe a run"):
+            changed = {key: pair for key, pair in differences(recorded, self.cfg).items() if key not in MAY_CHANGE}
         if changed:
             listed = ", ".join(f"{key} was {short_repr(a)}, now {short_repr(b)}" for key, (a, b) in changed.items())
             raise refusal(base, f"only the tasks may differ, but {listed}")
@@ -268,7 +275,8 @@ class Examination:
 
 def kept_states(base: Path) -> dict[int, Path]:
     """{number of learned tasks: folder of the weights} of a run, without row 0."""
-    snapshots = {int(folder.name.removeprefix("after-")): folder for folder in (base / "checkpoints").glob("after-???")}
+    folders = [path for path in (base / "checkpoints").glob("after-*") if re.fullmatch(r"after-[0-9]{3}", path.name)]
+    snapshots = {int(folder.name.removeprefix("after-")): folder for folder in folders}
     states = {row: snapshot_folder(base, row) / "state" for row in sorted(snapshots)}
     newest = {int(folder.name): folder for folder in checkpoints(base / "state") if folder.name.isdigit()}
     return {row: folder for row, folder in {**states, **newest}.items() if row and folder.is_dir()}

@@ -7,12 +7,12 @@ from pathlib import Path
 from clpet.config.compose import plugin_dirs
 from clpet.config.identity import TASK_OPTIONS
 from clpet.config.overrides import expand_override, path_value
-from clpet.errors import ConfigError
+from clpet.errors import ConfigError, DataError
 from clpet.runs.run_record import read_run_json
 
-WORD = re.compile(r"\+{0,2}([\w.@/]+)=(?!.*\$\{)")  # KEY=VALUE without interpolations, which could read the environment
-# Not taken over: where files are written, what Hydra itself does, and what decides which code is run.
-NOT_TAKEN = ("hydra", "output_dir", "cache_dir", "extend", "fresh", "dry_run", "model.trust_remote_code")
+WORD = re.compile(r"\+{0,2}([\w.@/]+)=")  # KEY=VALUE
+# Not taken over: where files are written or sent, what Hydra itself does, and what decides which code is run.
+NOT_TAKEN = ("hydra", "tracking", "output_dir", "cache_dir", "extend", "fresh", "dry_run", "model.trust_remote_code")
 AUTOMATIC = ("auto", "off")  # values of `extend` that name no run
 
 
@@ -34,7 +34,11 @@ def with_settings_of_run(words: Sequence[str]) -> list[str]:
     if not given.intersection(f"benchmark.{option}" for option in TASK_OPTIONS):
         raise ConfigError(f"extend={value} needs the tasks of both runs: tasks=[old, ..., new]")
     recorded = read_run_json(base, plugins=bool(plugin_dirs())).get("overrides", [])
-    taken = [expand_override(word) for word in recorded if isinstance(word, str) and WORD.match(word)]
+    if not isinstance(recorded, list):
+        raise DataError(f"{base / 'run.json'} does not describe a run: its overrides are not a list")
+    # An interpolation could read the environment.
+    plain = [word for word in recorded if isinstance(word, str) and WORD.match(word) and "${" not in word]
+    taken = [expand_override(word) for word in plain]
     taken = [word for word in taken if _split(word)[0] not in given and not _split(word)[0].startswith(NOT_TAKEN)]
     root = base.resolve().parents[2:3]
     if "output_dir" not in given and root:

@@ -41,7 +41,13 @@ log = logging.getLogger(__name__)
 # The class that each group's `_target_` must be, or inherit from.
 _CLASSES = (Method, NoReplay, Backbone, FullFineTuning, Objective, Source, Hardware, Tracking)
 BASE_CLASSES = dict(zip(OBJECT_GROUPS, _CLASSES, strict=True))
-LOCATIONS = ("data_dir", "cache_dir", "model.path", "hardware.")  # options that depend on the machine, not on the run
+LOCATIONS = (
+    "data_dir",
+    "cache_dir",
+    "model.path",
+    "model.chat_template",
+    "hardware.",
+)  # options that depend on the machine, not on the run
 
 
 @dataclass

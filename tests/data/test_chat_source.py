@@ -9,7 +9,14 @@ import pyarrow.parquet
 import pytest
 
 from clpet.data.benchmark import Turns
-from clpet.data.conversation import conversation, conversation_of, example_of, question
+from clpet.data.conversation import (
+    checked_tools,
+    conversation,
+    conversation_of,
+    example_of,
+    question,
+    without_oldest,
+)
 from clpet.data.sources.chat import Chat
 from clpet.data.traits import ANSWERS
 from clpet.errors import ConfigError, DataError
@@ -163,3 +170,17 @@ def test_new_conversations_to_answer(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             as_examples([talk], benchmark, source, None)
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"), [("[" * 50_000, "not JSON"), ('[{"role": "user", "content": "\\ud800"}]', "not JSON")]
+)
+def test_cells_that_are_no_conversation_are_data_errors(cell: str, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        checked_tools(cell)
+
+
+def test_system_messages_inside_a_conversation_are_kept() -> None:
+    roles = ["user", "assistant", "system", "user"]
+    turns = [{"role": role, "content": str(number)} for number, role in enumerate(roles)]
+    assert without_oldest(turns) == [turns[2], turns[3]]

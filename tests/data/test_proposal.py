@@ -177,6 +177,12 @@ def test_values_in_hydras_grammar() -> None:
     ]
 
 
+def test_a_name_that_is_a_reference_is_refused() -> None:
+    """A configuration would put a variable of the environment in its place."""
+    with pytest.raises(DataError, match="which a configuration reads as a reference"):
+        hydra_value("${oc.env:HOME}")
+
+
 def test_names_of_benchmarks(tmp_path: Path) -> None:
     assert default_name(put(tmp_path / "My Données.v2.csv.gz", "")) == "my_donn_es_v2"
     assert default_name(tmp_path / "???") == "mine"

@@ -127,3 +127,13 @@ def test_er_ace_by_hand(classes: str, make) -> None:
 def test_a_batch_of_one_label_has_no_loss_if_its_labels_alone_compete(make) -> None:
     method, pool = er_ace(make, "batch", [1, 1, 0], [3, 3, 1])
     assert loss_of(method, pool, [0, 1, 2]) == pytest.approx(0.543775, abs=1e-5)
+
+
+def test_gem_leaves_a_gradient_that_is_not_finite_to_the_trainer(make) -> None:
+    run = make("method=gem", "replay=share")
+    run.learn(0)
+    parameters = run.method.parameters()
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    run.method.adjust_gradients(StepContext(1, "", 0, 0, run.data.train.rows_of(1)[:4], run.data.train))
+    assert all(parameter.grad.isnan().all() for parameter in parameters)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import clpet as api
 from clpet.config.build import parse_config
 from clpet.config.compose import compose_config
-from clpet.errors import ConfigError
+from clpet.errors import ConfigError, DataError
 from clpet.methods.base import Method
+from clpet.runs.extension import kept_states
 from clpet.runs.extension_words import with_settings_of_run
 from clpet.training.trainer import Trainer
 from clpet.wiring import Components
@@ -131,10 +132,19 @@ def test_words_of_a_run_that_could_harm_are_left_out(base: Path) -> None:
     """Somebody else's run.json names neither folders to write to nor values from the environment."""
     run_json = json.loads((base / "run.json").read_text())
     evil = ["hydra.run.dir=/x", "+hydra.job.env_set.A=1", "output_dir=/x", "cache_dir=/x", "~method", "data_dir=${oc.env:HOME}",
-            "model.trust_remote_code=true", "method=ewc"]  # fmt: skip
+            "model.trust_remote_code=true", "tracking.entity=me", "tracking.notes='a\n${oc.env:HOME}'", "method=ewc"]  # fmt: skip
     (base / "run.json").write_text(json.dumps({**run_json, "overrides": evil}))
     words = with_settings_of_run([f"extend={base}", "benchmark.tasks=[fruit]"])
     assert words == ["method=ewc", f"output_dir={base.parents[2]}", f"extend={base}", "benchmark.tasks=[fruit]"]
+
+
+def test_a_neighbour_that_is_damaged_or_has_a_copy_of_a_state_does_not_stop_a_run(base: Path) -> None:
+    (base / "checkpoints" / "after-old").mkdir(parents=True)
+    assert set(kept_states(base)) == {1, 2}
+    run_json = json.loads((base / "run.json").read_text())
+    (base / "run.json").write_text(json.dumps({**run_json, "overrides": None}))
+    with pytest.raises(DataError, match="its overrides are not a list"):
+        with_settings_of_run([f"extend={base}", "benchmark.tasks=[fruit]"])
 
 
 REFUSALS = {
