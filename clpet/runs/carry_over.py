@@ -34,7 +34,8 @@ class CarryOver:
 
     def cost(self, row: int, evaluated: bool) -> Cost:
         """The cost of learning task number `row`; without that of its evaluation unless the row is `evaluated`."""
-        cost = dict(self.costs[row - 1])
+        with as_data_error(f"the state of {self.base} has no cost of task {row}"):
+            cost = dict(self.costs[row - 1])
         return cast(Cost, {key: value for key, value in cost.items() if evaluated or key not in EVALUATION_COSTS})
 
     def diagnostics(self, row: int) -> dict[str, float]:
@@ -45,7 +46,7 @@ class CarryOver:
 
     def steps(self, row: int) -> list[StepLine]:
         """The step log of task number `row`."""
-        return [line for line in read_steps(self.base) if line["task"] == row]
+        return [line for line in read_steps(self.base) if line.get("task") == row]
 
     def copy_row(self, state: RunState, row: int, tasks: range) -> None:
         """Copies the cells `tasks` of a row of both matrices, and its diagnostics."""
@@ -58,7 +59,7 @@ class CarryOver:
     def line(self, state: RunState, row: int, tasks: range) -> ProgressLine | None:
         """The line of metrics.jsonl about a row, with the tasks that the extended run measures in it."""
         lines = [cast(dict[str, Json], line) for line in line_files.read(self.base / line_files.METRICS)]
-        recorded = next((line for line in reversed(lines) if line.get("row") == row), None)
+        recorded = next((line for line in reversed(lines) if isinstance(line, dict) and line.get("row") == row), None)
         if recorded is None:
             return None
         names = [self.names[index] for index in tasks]
@@ -98,5 +99,10 @@ class CarryOver:
         if not (source / "state").is_dir():
             return False
         with replace_folder(snapshot_folder(out, row)) as folder:
-            shutil.copytree(source, folder, dirs_exist_ok=True)
+            shutil.copytree(source, folder, dirs_exist_ok=True, ignore=_links)
         return True
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    """Those of a folder's names that are links: a run from elsewhere could copy any file with them."""
+    return [name for name in names if Path(folder, name).is_symlink()]

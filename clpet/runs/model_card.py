@@ -169,7 +169,8 @@ def _chat_answers(run: "LoadedRun") -> list[str]:
     """Code that answers conversations with the chat template of the folder's tokenizer."""
     objective, backbone = run.method.objective, run.record.components.backbone
     assert isinstance(objective, TextToText)
-    options = "".join(f", {name}={value!r}" for name, value in backbone.chat_options.items())
+    # As a dictionary, since a record from elsewhere may hold any text in place of a name.
+    options = f", **{dict(backbone.chat_options)!r}" if backbone.chat_options else ""
     return [
         'messages = [{"role": "user", "content": "a text"}]',
         'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}',

@@ -18,6 +18,7 @@ from clpet.config.build import parse_config
 from clpet.config.compose import compose_config
 from clpet.errors import ConfigError, DataError
 from clpet.methods.base import Method
+from clpet.runs.carry_over import CarryOver
 from clpet.runs.extension import kept_states
 from clpet.runs.extension_words import with_settings_of_run
 from clpet.training.trainer import Trainer
@@ -145,6 +146,16 @@ def test_a_neighbour_that_is_damaged_or_has_a_copy_of_a_state_does_not_stop_a_ru
     (base / "run.json").write_text(json.dumps({**run_json, "overrides": None}))
     with pytest.raises(DataError, match="its overrides are not a list"):
         with_settings_of_run([f"extend={base}", "benchmark.tasks=[fruit]"])
+
+
+def test_links_of_a_run_are_not_followed_when_its_states_are_copied(base: Path, tmp_path: Path) -> None:
+    state = base / "checkpoints" / "after-001" / "state"
+    state.mkdir(parents=True)
+    (tmp_path / "secret").write_text("x")
+    (state / "link").symlink_to(tmp_path / "secret")
+    (state / "state.json").write_text("{}")
+    assert CarryOver(base, ["fruit"]).copy_snapshot(tmp_path / "out", 1)
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["state.json"]
 
 
 REFUSALS = {
