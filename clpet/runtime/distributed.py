@@ -48,11 +48,19 @@ class World:
         num_passes = len(chunks(rows_of_rank(rows, 0, self.size), size)) if self.sharded else len(counted)
         return [*counted, *[(rows[:1], False)] * (num_passes - len(counted))]
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], mean: Tensor) -> None:
-        """Replaces the gradients and the loss `mean` by their sums over ranks.
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], mean: Tensor, requests: Sequence[bool] = ()) -> None:
+        """Replaces the gradients and the loss `mean` by their sums over ranks, in one reduction.
 
-        A parameter that has a gradient on any rank has one on all ranks afterwards.
+        A parameter that has a gradient on any rank has one on all ranks afterwards. `requests` are what this rank asks
+        of all ranks; the same reduction carries them, and `agreed` returns the result.
         """
+
+    def agreed(self, requests: Sequence[bool]) -> Sequence[bool]:
+        """Which of the requests any rank had in the last `sum_gradients`; a single process has only its own, now.
+
+        Between GPUs they are those of the step before: reading the newest would wait for the device.
+        """
+        return requests
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replaces tensors by their sums over ranks, in place."""
@@ -83,6 +91,31 @@ class World:
         yield
 
 
+class LateFlags:
+    """Flags that are computed on a device: read at once on a CPU, and on a GPU when the next ones are put.
+
+    By then they have long been copied, so that the CPU never waits for work that it has just given to the GPU.
+    """
+
+    def __init__(self) -> None:
+        self.values: Sequence[bool] = ()
+        self.copied: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def put(self, flags: Tensor) -> None:
+        """Gives the newest flags; `values` are these, or those before them."""
+        if flags.device.type != "cuda":
+            self.values = [bool(flag) for flag in flags.tolist()]
+            return
+        if self.copied:
+            host, event = self.copied
+            event.synchronize()
+            self.values = [bool(flag) for flag in host.tolist()]
+        host, event = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True), torch.cuda.Event()
+        host.copy_(flags, non_blocking=True)
+        event.record()
+        self.copied = (host, event)
+
+
 class DistributedWorld(World):
     """One rank of a process group of torch.distributed: gloo between CPUs, NCCL between GPUs."""
 
@@ -98,6 +131,7 @@ class DistributedWorld(World):
         self.size, self.index, self.dist = dist.get_world_size(), dist.get_rank(), dist
         self.threads = max(1, (os.cpu_count() or 1) // local_size)
         self.is_local = False  # inside `local_only`
+        self.requests = LateFlags()
 
     def close(self) -> None:
         """Leaves the process group."""
@@ -108,17 +142,24 @@ class DistributedWorld(World):
         with raise_on_lost_rank():
             self.dist.all_reduce(tensor, self.dist.ReduceOp.MAX if maximum else self.dist.ReduceOp.SUM)
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], mean: Tensor) -> None:
-        """A parameter that no rank's loss reaches keeps grad=None, as in one process: the optimiser skips it."""
-        has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-        self.reduce(has_gradient, maximum=True)
-        tensors = [mean]
-        for parameter, reached in zip(parameters, has_gradient.tolist(), strict=True):
-            if reached:
-                # A rank without a gradient contributes zeros: all ranks must reduce the same list of tensors.
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                tensors.append(parameter.grad)
-        self.sum(tensors)
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], mean: Tensor, requests: Sequence[bool] = ()) -> None:
+        """A parameter that no rank's loss reaches keeps grad=None, as in one process: the optimiser skips it.
+
+        One buffer holds the loss, the requests, which parameters have a gradient, and all gradients. A rank without a
+        gradient contributes zeros: all ranks must reduce the same list of tensors.
+        """
+        gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in parameters]
+        has_gradient = [value.grad is not None for value in parameters]
+        flags = mean.new_tensor([*requests, *has_gradient])
+        self.sum([mean, flags, *gradients])
+        self.requests.put(flags[: len(requests)])
+        if not all(has_gradient):  # else every sum has a gradient on this rank, and nothing is read from the device
+            reached = flags[len(requests) :].tolist()
+            for parameter, gradient, ranks in zip(parameters, gradients, reached, strict=True):
+                parameter.grad = gradient if ranks else None
+
+    def agreed(self, requests: Sequence[bool]) -> Sequence[bool]:
+        return self.requests.values
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         sum_flat(tensors, self.reduce)

@@ -19,7 +19,7 @@ from clpet.objectives.base import Objective
 from clpet.records import State
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import cpu_copy
-from clpet.runtime.signals import GracefulShutdown
+from clpet.runtime.signals import SIGNALS, GracefulShutdown
 from clpet.training.fit_record import (
     CommonRecord,
     FinishedFit,
@@ -161,14 +161,23 @@ class FitCheckpointer:
         """Restarts the timer: the next checkpoint is due in `minutes`."""
         self.due_at = time.monotonic() + self.seconds
 
+    def requests(self) -> tuple[bool, ...]:
+        """What this rank asks of all ranks: to save, as its timer says, and to stop, for each of SIGNALS."""
+        signum = self.shutdown.pending_signal
+        return time.monotonic() >= self.due_at, *(signum == number for number in SIGNALS)
+
     def should_save(self) -> bool:
-        """Whether to write now, for the timer or a signal. All ranks agree: a signal to one stops all."""
+        """Whether to write after a step, for the timer or a signal: a signal to one rank stops all."""
+        return self._granted(get_world().agreed(self.requests()))
+
+    def _granted(self, requests: Sequence[bool]) -> bool:
+        """Whether any rank asks to save; also takes over the signal of another rank."""
         if self.write is None:
             return False
-        signum, late = get_world().all_reduce_max(self.shutdown.pending_signal or 0, time.monotonic() >= self.due_at)
-        if signum:
-            self.shutdown.pending_signal = int(signum)
-        return bool(signum or late)
+        for number, received in zip(SIGNALS, requests[1:], strict=False):
+            if received:
+                self.shutdown.pending_signal = int(number)
+        return any(requests)
 
     def resume(self, parameters: list[nn.Parameter]) -> FitRecord | None:
         """Restores tensors, method, random state and costs of the next fit and returns its state; None if it is new."""
@@ -196,7 +205,7 @@ class FitCheckpointer:
         finished: FinishedFit = {**self._common(parameters), "over": history}
         self.record_finished(cpu_copy(finished), steps)
         self.unsaved = True
-        if self.should_save():
+        if self._granted([bool(number) for number in get_world().all_reduce_max(*self.requests())]):
             self.save_pending()
 
     def record_finished(self, state: FinishedFit, steps: int) -> None:

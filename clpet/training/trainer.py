@@ -282,7 +282,7 @@ class Trainer:
                 mean += value.detach()
             context.micro_batch = None
             self._add_step_loss(context, hooks, mean)
-        get_world().sum_gradients(parameters, mean)
+        get_world().sum_gradients(parameters, mean, self.checkpointer.requests())
         return mean
 
     def _add_step_loss(self, context: StepContext, hooks: StepHooks, mean: Tensor) -> None:
