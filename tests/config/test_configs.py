@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from clpet.cli.options import first_comment, options
 from clpet.config.build import build, parse_config
@@ -33,13 +34,11 @@ REQUIRED = {
 PARTS = [group for group in CONFIG_GROUPS if group != "experiment"]  # experiments: test_experiments.py
 
 
-def complaint(group: str, name: str) -> str:
+def complaint(cfg: DictConfig, config: Config, group: str, name: str) -> str:
     """Describes what is wrong with a shipped YAML; "" if its types, ranges and knobs are those of its dataclass."""
+    if group == "debug":
+        return ""
     try:
-        cfg = compose_config(f"{group}={name}", *REQUIRED.get(name, ()))
-        config = parse_config(cfg)
-        if group == "debug":
-            return ""
         if not name.endswith("gpu"):
             build(getattr(config, group), group)
     except Exception as error:
@@ -54,7 +53,14 @@ def complaint(group: str, name: str) -> str:
 
 
 def test_every_option_composes_and_builds_from_the_knobs_of_its_dataclass() -> None:
-    found = {f"{group}={name}": complaint(group, name) for group in PARTS for name in options(group)}
+    """The n-th options of all groups are composed together: composing takes a tenth of a second."""
+    found = {}
+    for number in range(max(len(options(group)) for group in PARTS)):
+        chosen = {group: list(options(group))[number] for group in PARTS if number < len(options(group))}
+        words = [f"{group}={name}" for group, name in chosen.items()]
+        cfg = compose_config(*words, *(word for name in chosen.values() for word in REQUIRED.get(name, ())))
+        config = parse_config(cfg)
+        found |= {f"{group}={name}": complaint(cfg, config, group, name) for group, name in chosen.items()}
     assert_none(found)
     assert len(found) > 100
 

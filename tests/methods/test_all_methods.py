@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -69,16 +68,8 @@ VARIANTS = [
 ]
 
 
-QUICK = {"dynamic_conpet"}  # the others in the slow tests
-
-
-def speed(variant: list[str]) -> Any:
-    """A variant as a test parameter, marked as slow unless it is quick."""
-    quick = variant[0] in QUICK and len(variant) == 1
-    return pytest.param(variant, id="-".join(variant), marks=[] if quick else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("variant", [speed(variant) for variant in VARIANTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
     variant: list[str], words: Path, clpet, tmp_path: Path
 ) -> None:
