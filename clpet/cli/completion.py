@@ -8,7 +8,7 @@ from clpet.cli.train import train
 from clpet.config.compose import CONFIG_GROUPS
 
 RUNS = "outputs/*/*/s*-*"  # run directories that completion offers
-OF_A_RUN = ("show", "eval", "export", "predict")  # commands whose first word is a run directory
+OF_A_RUN = ("show", "check", "eval", "export", "predict")  # commands whose first word is a run directory
 OF_A_FOLDER = ("runs", "report")  # commands that compare the runs of a folder
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from clpet import __version__
 from clpet.cli import runs
+from clpet.cli.check import check
 from clpet.cli.completion import complete
 from clpet.cli.data import data
 from clpet.cli.error_messages import format_error, print_error
@@ -62,6 +63,7 @@ def dispatch(argv: list[str]) -> int:
     handlers: dict[str, Callable[[list[str]], int]] = {
         "train": train, "runs": runs.runs, "report": report, "show": runs.show, "eval": runs.evaluate,
         "export": runs.export, "list": list_options, "data": data, "init": init, "predict": predict, "sweep": sweep,
+        "check": check,
     }  # fmt: skip
     if argv[0] not in handlers:
         raise ConfigError(f"unknown command {argv[0]!r}{suggest(argv[0], COMMANDS)}")

@@ -18,6 +18,7 @@ COMMANDS = {
     "runs": "list the runs in the output folder, or compare groups of runs",
     "report": "write one HTML file about the runs of a folder: tables, charts, matrices, mistakes",
     "show": "print one run: scores, matrices, costs",
+    "check": "exit with 1 if a run forgot more than a limit, one line per task: a gate for scripts",
     "eval": "evaluate the weights of a run again, or on tasks of lm-evaluation-harness",
     "predict": "answer new texts with the model of a run: labels with probabilities, texts, or perplexities",
     "export": "write the trained weights of a run for use without clpet: adapters, or merged weights",

@@ -5,6 +5,7 @@ The bootstrap is paired: both methods answer the same test examples, so each res
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,22 +59,25 @@ def _same_shape(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 def final_scores(runs: Runs, task_incremental: bool = False) -> Scores:
-    """The score of each test example after the last task, from the saved predictions; runs without any are left out.
+    """The scores after the last task, from the saved predictions; runs without any are left out."""
+    scores = {run["seed"]: row_scores(path, len(run["tasks"]), run["tasks"], task_incremental) for path, run in runs}
+    return {seed: tasks for seed, tasks in scores.items() if tasks}
+
+
+def row_scores(run: Path, row: int, tasks: Sequence[str], task_incremental: bool = False) -> dict[str, np.ndarray]:
+    """{task: [test examples] scores in [0, 1]} after `row` tasks; empty for a run without these predictions.
 
     `task_incremental` reads the answers among each task's own labels. Raises DataError for a damaged file.
     """
     import pyarrow.parquet
 
-    result: Scores = {}
-    for path, run in runs:
-        file = path / "predictions" / f"after-{len(run['tasks']):03d}.parquet"
-        if not file.is_file():
-            continue
-        with as_data_error(f"{file} cannot be read"):
-            table = pyarrow.parquet.read_table(file)
-            task, score = np.array(table["task"].to_pylist()), _scores(table, task_incremental)
-            result[run["seed"]] = {name: score[task == name] for name in run["tasks"]}
-    return result
+    file = run / "predictions" / f"after-{row:03d}.parquet"
+    if not file.is_file():
+        return {}
+    with as_data_error(f"{file} cannot be read"):
+        table = pyarrow.parquet.read_table(file)
+        task, score = np.array(table["task"].to_pylist()), _scores(table, task_incremental)
+        return {name: score[task == name] for name in tasks}
 
 
 def _scores(table: "pyarrow.Table", task_incremental: bool) -> np.ndarray:
