@@ -165,6 +165,6 @@ def _low_average(run: Measured, limit: float) -> list[str]:
     scores = row_scores(run.path, len(run.matrix), run.results["tasks"], run.task_incremental)
     interval = ""
     if scores and all(values.size for values in scores.values()):
-        spread = paired_bootstrap({0: scores}, {0: {task: np.zeros_like(values) for task, values in scores.items()}})
-        interval = f" (95 % interval {spread.low:.2f} to {spread.high:.2f})"
+        estimate = paired_bootstrap({0: scores}, {0: {task: np.zeros_like(values) for task, values in scores.items()}})
+        interval = f" (95 % interval {estimate.low:.2f} to {estimate.high:.2f})"
     return [f"average {average:.2f} is below {limit:g}{interval}"]
