@@ -18,6 +18,7 @@ from torch import Tensor
 from clpet.config.schema import require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
+from clpet.methods.components.second_weights import SecondWeights
 from clpet.methods.replay import Static
 from clpet.objectives.classification import Classification
 from clpet.training.step import StepContext
@@ -57,15 +58,14 @@ class LwF(Static):
     def init_adapters(self) -> None:
         super().init_adapters()
         self.writes = not self.objective.traits.has_labels
-        self.teacher_tensors: dict[str, Tensor] = {}  # for generated answers, from task 2 on
+        self.teacher_weights: SecondWeights | None = None  # for generated answers, from task 2 on
         self.t = self.temperature or (2.0 if self.writes else 1.0)
         self.sums = self.reduction is Reduction.sum or (self.reduction is Reduction.auto and not self.writes)
         log.info("LwF distils at T = %s, %s", self.t, "summed over a batch" if self.sums else "mean")
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         if self.writes:
-            trained = self.named_parameters() if index else {}
-            self.teacher_tensors = {name: value.detach().clone() for name, value in trained.items()}
+            self.teacher_weights = SecondWeights(self, self.named_parameters()) if index else None
             super().learn(task, index, trainer)
             return
         self.old = self.benchmark.seen_labels(index)
@@ -99,7 +99,7 @@ class LwF(Static):
 
     def loss_of_answers(self, batch: Batch) -> Tensor:
         """Cross-entropy and distillation over the answer tokens."""
-        teacher = self.teacher_logits(batch) if self.teacher_tensors else None
+        teacher = self.teacher_weights.logits(batch) if self.teacher_weights else None
         logits = self.logits(batch)
         loss = F.cross_entropy(logits, self.objective.targets(batch))
         return loss if teacher is None else loss + self.distilled(teacher, logits, batch)
@@ -110,24 +110,8 @@ class LwF(Static):
             return self.strength * distillation(teacher, student, self.t) / batch.share
         return self.strength * divergence(teacher, student, self.t)
 
-    @torch.no_grad()
-    def teacher_logits(self, batch: Batch) -> Tensor:
-        """[answer tokens, vocabulary]: logits of the model from before the task, without dropout."""
-        adapters, trained = self.objective.adapters, self.named_parameters()
-        student = {name: value.data for name, value in trained.items()}
-        training = adapters.training
-        try:
-            for name, value in trained.items():
-                value.data = self.teacher_tensors[name]
-            adapters.train_mode(False)
-            return self.logits(batch)
-        finally:
-            for name, value in trained.items():
-                value.data = student[name]
-            adapters.train_mode(training)
-
     def stored_parameters(self) -> int:
-        return super().stored_parameters() + sum(value.numel() for value in self.teacher_tensors.values())
+        return super().stored_parameters() + (self.teacher_weights.count() if self.teacher_weights else 0)
 
 
 def distillation(teacher: Tensor, student: Tensor, t: float = 1.0) -> Tensor:

@@ -150,15 +150,26 @@ class ReservoirReplay(SampledReplay):
         self.num_seen = 0
 
     def update_memory(self, index: int, features: Callable[[Rows], np.ndarray]) -> None:
-        reservoir, rng = self.memory.get(0, np.empty(0, dtype=np.int64)).tolist(), self.rng("reservoir", index)
-        for row in rng.permutation(self.pool.rows_of(index)):
+        rng = self.rng("reservoir", index)
+        self.offer(rng.permutation(self.pool.rows_of(index)), rng)
+
+    def offer(self, rows: Rows, rng: np.random.Generator) -> Rows:
+        """Offers rows in their order; returns the slot that each has entered, -1 for those that are not stored.
+
+        Algorithm R: example number n enters with probability capacity / n, in the slot of a random one.
+        """
+        reservoir = self.memory.get(0, np.empty(0, dtype=np.int64)).tolist()
+        slots = np.full(len(rows), -1)
+        for position, row in enumerate(rows.tolist()):
             self.num_seen += 1
             if len(reservoir) < self.capacity:
+                slots[position] = len(reservoir)
                 reservoir.append(row)
-            # Algorithm R: example number n enters with probability capacity / n, in the slot of a random one.
             elif (slot := int(rng.integers(self.num_seen))) < self.capacity:
+                slots[position] = slot
                 reservoir[slot] = row
         self.memory = {0: np.array(reservoir, dtype=np.int64)}
+        return slots
 
     def state(self) -> ReplayState:
         return {**super().state(), "passed": self.num_seen}

@@ -1,4 +1,4 @@
-"""Methods of a user, each one file and one YAML in a folder of their own: DER++ and task arithmetic."""
+"""Methods of a user, each one file and one YAML in a folder of their own: stored logits and task arithmetic."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import torch
 from tests.conftest import set_up, tiny_args
 
 PLUGINS = Path(__file__).parent / "plugins"
-NAMES = ("der", "task_arithmetic")
+NAMES = ("stored_logits", "task_arithmetic")
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +45,22 @@ def test_a_method_is_one_short_file_and_one_yaml(name: str, plugins: Path, clpet
 
 
 @pytest.mark.slow
-def test_der_takes_as_many_forward_passes_with_micro_batches_as_without(
+def test_stored_logits_take_as_many_forward_passes_with_micro_batches_as_without(
     plugins: Path, clpet, words: Path, tmp_path
 ) -> None:
     """The stored logits are compared in the forward pass that also gives the cross-entropy."""
     counts = []
     for size in ("null", "4"):
         folder = tmp_path / size
-        args = ["method=der", f"hardware.micro_batch_size={size}", f"output_dir={folder / 'outputs'}"]
+        args = ["method=stored_logits", f"hardware.micro_batch_size={size}", f"output_dir={folder / 'outputs'}"]
         assert clpet("train", "--config-dir", plugins, *tiny_args(words), *args).code == 0
         counts.append([cost["forward_examples"] for cost in results(folder)["cost"]])
     assert counts[0] == counts[1]
 
 
-def test_der_adds_the_distance_to_the_stored_logits(plugins: Path, clpet, words: Path, monkeypatch) -> None:
+def test_stored_logits_add_their_distance(plugins: Path, clpet, words: Path, monkeypatch) -> None:
     """With alpha the loss grows by alpha times the mean square over the labels that were stored."""
-    run = set_up_plugin(monkeypatch, plugins, words, "der")
+    run = set_up_plugin(monkeypatch, plugins, words, "stored_logits")
     run.learn(0)
     method, rows = run.method, run.method.replay.memory_rows()[:3]
     batch = run.data.train.batch(rows)
@@ -94,7 +94,9 @@ def test_task_arithmetic_adds_task_vectors(plugins: Path, clpet, words: Path, mo
         assert np.allclose(value.detach(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "attribute"), [("der", "logits_stored"), ("task_arithmetic", "sum_of_vectors")])
+@pytest.mark.parametrize(
+    ("name", "attribute"), [("stored_logits", "logits_stored"), ("task_arithmetic", "sum_of_vectors")]
+)
 def test_listed_attributes_are_saved_and_restored(
     name, attribute, plugins: Path, clpet, words: Path, monkeypatch
 ) -> None:

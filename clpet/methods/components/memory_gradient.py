@@ -1,6 +1,6 @@
 """Gradients of stored examples, and the change of a step's gradient that does not conflict with them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,18 +11,27 @@ from clpet.runtime.distributed import get_world
 
 
 def memory_gradient(method: Method, rows: np.ndarray, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The gradient of the objective's mean loss of train rows at the present weights, without penalties of the method.
+    """The gradient of the objective's mean loss of train rows, at the present weights and without penalties."""
+    pool, objective = method.data.train, method.objective
+    return mean_gradient(
+        method, rows, parameters, lambda positions: objective.loss(pool.batch(rows[positions], objective.device))
+    )
+
+
+def mean_gradient(
+    method: Method, rows: np.ndarray, parameters: Sequence[nn.Parameter], loss: Callable[[np.ndarray], Tensor]
+) -> list[Tensor]:
+    """The gradient of a mean over train rows; `loss` is the mean over those at the given positions in `rows`.
 
     The rows are divided into micro-batches and among the ranks, like those of a step.
     """
-    pool, objective, world = method.data.train, method.objective, get_world()
+    weights, world = method.data.train.weights[rows], get_world()
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    weight = pool.weights[rows].sum()
     with world.local_only():
-        for chunk, counts in world.micro_batches(rows, objective.micro_batch_size):
-            share = float(pool.weights[chunk].sum() / weight) if counts else 0.0
-            loss = objective.loss(pool.batch(chunk, objective.device)) * share
-            gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
+        for positions, counts in world.micro_batches(np.arange(len(rows)), method.objective.micro_batch_size):
+            share = float(weights[positions].sum() / weights.sum()) if counts else 0.0
+            value = loss(positions) * share
+            gradients = torch.autograd.grad(value, list(parameters), allow_unused=True, materialize_grads=True)
             torch._foreach_add_(total, gradients)
     world.sum(total)
     return total

@@ -1,4 +1,4 @@
-"""DER++: replays labels and stored logits of a reservoir (Buzzega et al., 2020, arXiv 2004.07211)."""
+"""Replays labels of a reservoir, and the logits from the end of their task."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,8 +12,8 @@ from clpet.training.step import StepContext
 
 
 @dataclass
-class DERPlusPlus(Replay):
-    """L = mean over the batch of CE + alpha (z - z_stored)^2, the second term for old examples (equation 6).
+class StoredLogits(Replay):
+    """L = mean over the batch of CE + alpha (z - z_stored)^2, the second term for old examples.
 
     Old examples come in the batches of `replay`, so labels and logits share one forward pass. The logits are those of
     the model at the end of the task, over the labels that it had seen.

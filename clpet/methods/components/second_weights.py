@@ -1,0 +1,61 @@
+"""A second set of values of trained tensors: a teacher from before a task, or a moving average."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from clpet.data.batches import Batch
+from clpet.methods.base import Method
+
+
+class SecondWeights:
+    """Copies of a method's trained tensors, with which the model can be run in their place."""
+
+    def __init__(self, method: Method, trained: Mapping[str, nn.Parameter]) -> None:
+        self.method, self.trained = method, dict(trained)
+        self.tensors = {name: value.detach().clone() for name, value in trained.items()}
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Forward passes inside use the second values, without dropout.
+
+        A tensor that the method has replaced since, such as a head's that has grown, is left to the method: names are
+        looked up in its parameters, and the copy has the size that the tensor had.
+        """
+        adapters, named = self.method.objective.adapters, {**self.trained, **self.method.named_parameters()}
+        present = {name: named[name].data for name in self.tensors}
+        training = adapters.training
+        try:
+            for name, value in self.tensors.items():
+                named[name].data = value
+            adapters.train_mode(False)
+            yield
+        finally:
+            for name, value in present.items():
+                named[name].data = value
+            adapters.train_mode(training)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """[terms, classes]: logits of the model with the second values; a head has the rows that it had then."""
+        with self.active():
+            return self.method.logits(batch)
+
+    @torch.no_grad()
+    def average(self, share: float) -> None:
+        """theta' <- share theta' + (1 - share) theta, where theta' are the second values."""
+        torch._foreach_lerp_(list(self.tensors.values()), [self.trained[name].data for name in self.tensors], 1 - share)
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the second values by name."""
+        return self.tensors
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restores what `state` returned."""
+        self.tensors = {name: state[name].to(value.device, copy=True) for name, value in self.tensors.items()}
+
+    def count(self) -> int:
+        """Number of scalars in the second values."""
+        return sum(value.numel() for value in self.tensors.values())
