@@ -137,13 +137,20 @@ class Objective:
         self.prompt: Callable[[Batch], Tensor] | None = None  # [batch, p, dim] in front of the text's embeddings
         self.benchmark = self._fit_length(benchmark)
         self.encode_split = self.encoder(self.benchmark, backbone, tokenizer)
-        full = adapters.traits.full and self.dtype is not torch.float32
-        self.autocast = torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
         self.finish_setup()
         return self
 
     def finish_setup(self) -> None:
         """Sets what a subclass has in addition; called once, at the end of `setup`."""
+
+    @property
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """A new context in which the products of a trained backbone are computed in its precision.
+
+        One object that is entered a second time inside itself would leave autocast on for the rest of the process.
+        """
+        full = self.adapters.traits.full and self.dtype is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype) if full else contextlib.nullcontext()
 
     @property
     def extra_columns(self) -> tuple[str, ...]:

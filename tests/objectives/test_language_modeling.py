@@ -51,15 +51,19 @@ def domains(length: int = 12, document_mask: bool = False, base: bool = False) -
 
 
 def make_objective(
-    kind: str = "llama", benchmark: Benchmark | None = None, adapter: FullFineTuning | None = None, **evaluation: Any
+    kind: str = "llama",
+    benchmark: Benchmark | None = None,
+    adapter: FullFineTuning | None = None,
+    dtype: Dtype = Dtype.fp32,
+    **evaluation: Any,
 ) -> LanguageModeling:
-    """A tiny model in fp32 with random weights, full fine-tuning unless an adapter is given."""
+    """A tiny model with fp32 random weights, full fine-tuning unless an adapter is given."""
     architecture = Architecture.encoder if kind in ("bert", "roberta") else Architecture.decoder
     backbone = Backbone(name=kind, random_weights=True, config=SHAPES[kind], architecture=architecture)
     model, tokenizer = backbone.load(torch.float32, torch.device("cpu"), 0, generates=True)
     adapters = Adapters(model, backbone, adapter or FullFineTuning(), generates=True)
     adapters.add("default", 0)
-    hardware = Hardware(device=Device.cpu, dtype=Dtype.fp32)
+    hardware = Hardware(device=Device.cpu, dtype=dtype)
     settings = EvaluationOptions(**evaluation)
     return LanguageModeling().setup(benchmark or domains(), backbone, adapters, tokenizer, 0, hardware, settings)
 
@@ -95,6 +99,12 @@ def test_perplexity_is_weighted_by_tokens() -> None:
     assert (score.correct, score.total) == (pytest.approx(5.6), 6)
     uneven = make_objective().aggregate({"nll": np.array([6, 1.5, 6]), "tokens": np.array([3, 3, 2])})
     assert uneven.value == pytest.approx(5.405949, abs=1e-6)  # not 5.625291
+
+
+def test_logits_in_bf16_leave_autocast_off() -> None:
+    objective = make_objective(dtype=Dtype.bf16)
+    objective.logits(objective.encode().train.batch([0, 1]))
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_uniform_logits_have_the_perplexity_of_the_vocabulary_and_eight_bits_per_byte() -> None:
