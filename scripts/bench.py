@@ -8,6 +8,8 @@
     python scripts/bench.py predict         answers to the test texts as new texts against their evaluation
     python scripts/bench.py step_log        training with and without the step log (train.log_every)
     python scripts/bench.py chunks          peak memory of a step with a large vocabulary, with and without chunks
+    python scripts/bench.py memory          bytes that a step with LoRA in bf16 keeps for its backward pass
+    python scripts/bench.py precision       losses with LoRA's products in fp32 and in bf16, over seeds
     python scripts/bench.py side_by_side    whole runs: one, two and four at once on this machine
     python scripts/bench.py generate benchmark=long_sequence tasks=[agnews] data_dir=FOLDER model=local \
         model.path=FOLDER model.architecture=decoder    answers in batches against one at a time
@@ -189,6 +191,7 @@ def medians(name: str, contenders: dict[str, Callable[[], float]], rounds: int) 
 
 def run_other(name: str, overrides: list[str], rounds: int) -> None:
     """Runs a benchmark of the other scripts by its function's name."""
+    import bench_memory
     import bench_methods
     import bench_predict
     import bench_processes
@@ -196,7 +199,7 @@ def run_other(name: str, overrides: list[str], rounds: int) -> None:
     import bench_text
 
     with quiet_libraries():
-        for module in (bench_text, bench_methods, bench_predict, bench_processes, bench_step_log):
+        for module in (bench_text, bench_memory, bench_methods, bench_predict, bench_processes, bench_step_log):
             if hasattr(module, name):
                 getattr(module, name)(overrides, rounds)
                 return

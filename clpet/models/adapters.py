@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from clpet.errors import ModelError, first_line, suggest
+from clpet.models.adapter_precision import compute_in_input_dtype
 from clpet.models.architectures import dropout_rates, matches
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.peft_options import FullFineTuning
@@ -73,6 +74,8 @@ class Adapters:
                     self.model = peft.get_peft_model(self.model, config, adapter_name=name)
         except (ValueError, TypeError, NotImplementedError, AssertionError, ImportError) as error:
             raise ModelError(self.wrong_target(str(error) or type(error).__name__)) from error
+        if self.traits.lora_factors:
+            compute_in_input_dtype(self.model, name)
 
     def _check_transposed(self, config: peft.PeftConfig) -> None:
         """Raises ModelError if a target is a Conv1D, which peft's code for this option would misread or refuse."""

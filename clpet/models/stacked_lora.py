@@ -207,7 +207,7 @@ class StackedLoraLayer:
         owner = self.owner
         if not owner.enabled or not len(self.A):
             return None
-        x = inputs[0].to(self.A.dtype)
+        x = inputs[0]
         if owner.dropout and owner.adapters.training:
             x = F.dropout(x, owner.dropout)
         weights = self.rank_weights(x)
@@ -238,9 +238,9 @@ def split_weights(weights: Tensor | None, frozen: int) -> tuple[Tensor | None, T
 
 
 def low_rank_product(x: Tensor, A: Tensor, B: Tensor, weights: Tensor | None) -> Tensor:
-    """((x A^T) * weights) B^T."""
-    h = F.linear(x, A)
-    return F.linear(h if weights is None else h * weights, B)
+    """((x A^T) * weights) B^T, in the dtype of `x`."""
+    h = F.linear(x, A.to(x.dtype))
+    return F.linear(h if weights is None else (h * weights).to(x.dtype), B.to(x.dtype))
 
 
 def _rows(branches: Tensor, rank: int) -> Tensor:

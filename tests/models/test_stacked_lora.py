@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -79,12 +80,13 @@ def test_one_branch_is_peft_lora_bit_for_bit(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_bf16_backbone_keeps_fp32_branches(kind: str) -> None:
-    """As peft does: the increment is computed in fp32, the layer's output keeps the backbone's type."""
+    """As peft does under autocast: the increment is computed in bf16, its gradients arrive in fp32."""
     stack = randomised(make_stack(kind, network(kind).bfloat16()), 1)
     twin = as_peft(stack, network(kind).bfloat16())
     output = read(stack, IDS)
     assert output.dtype is torch.bfloat16
-    assert torch.equal(output, twin(input_ids=IDS).last_hidden_state)
+    with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(twin):
+        assert torch.equal(output, twin(input_ids=IDS).last_hidden_state)
     output.float().square().sum().backward()
     assert all(tensor.dtype is torch.float32 and tensor.grad is not None for tensor in stack.current().values())
 
