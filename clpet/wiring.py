@@ -185,6 +185,7 @@ class Session:
         with get_world().main_first():  # the other ranks then find the tokenised text in the cache
             objective = components.load_objective(benchmark)
             data = objective.encode()
+        objective.micro_batches.check(data.train)
         if components.sharded:
             shard(objective.adapters.model, objective.device)
         replay.setup(data, config.seed, config.train.global_batch_size)  # before the method, which reads it

@@ -252,6 +252,11 @@ class EncodedDataset:
             return ChatBatch(*fields, pool=self, targets=answers[0], prompt_targets=answers[1])
         return AnswerBatch(*fields, pool=self, targets=answers[0]) if answers else Batch(*fields, pool=self)
 
+    def padded_tokens(self, rows: np.ndarray) -> int:
+        """Number of token positions of a batch of these rows, padding included."""
+        answer = 0 if self.answer is None else int(self.answer.lengths[rows].max())
+        return len(rows) * (int(self.source.lengths[rows].max()) + answer)
+
     def by_length(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """The rows in batches of `size`, longest first, with little padding."""
         ordered = rows[np.argsort(-self.lengths[rows], kind="stable")]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clpet.config.schema import ClassWeights, EvaluationOptions
 from clpet.data.batches import Batch, Encoded, EncodedDataset, encode_benchmark
 from clpet.data.benchmark import Benchmark, Example
+from clpet.data.micro_batches import MicroBatchLimits
 from clpet.data.traits import Traits
 from clpet.errors import ConfigError, ModelError
 from clpet.models.adapters import Adapters
@@ -130,7 +131,8 @@ class Objective:
         self.backbone, self.adapters, self.tokenizer = backbone, adapters, tokenizer
         self.seed, self.evaluation, self.cache_dir = seed, evaluation, cache_dir
         self.class_weights = class_weights
-        self.eval_batch_size, self.micro_batch_size = hardware.eval_batch_size, hardware.micro_batch_size
+        self.eval_batch_size = hardware.eval_batch_size
+        self.micro_batches = MicroBatchLimits(hardware.micro_batch_size, hardware.max_tokens)
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
         self.dim = int(config_of(adapters.model).hidden_size)
         self.meter = Meter()

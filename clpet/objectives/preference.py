@@ -50,6 +50,11 @@ class Pairs(EncodedDataset):
         rejected = self.full_rejected_lengths[rows] > self.rejected.lengths[rows]
         return super().num_truncated(rows)[0], int((chosen | rejected).sum())
 
+    def padded_tokens(self, rows: np.ndarray) -> int:
+        """Those of one of the two passes over the pairs, the larger one."""
+        rejected = len(rows) * int(self.source.lengths[rows].max() + self.rejected.lengths[rows].max())
+        return max(super().padded_tokens(rows), rejected)
+
     def with_rejected(self, batch: AnswerBatch) -> AnswerBatch:
         """The batch with the rejected answers as its targets."""
         targets = torch.from_numpy(self.rejected.padded(batch.rows, IGNORED)[0])

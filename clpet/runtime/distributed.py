@@ -19,6 +19,7 @@ from clpet.errors import HostError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Divide = Callable[[np.ndarray], list[np.ndarray]]  # rows -> micro-batches
 BUCKET_NUMEL = 2**26  # gradient scalars per all-reduce
 TIMEOUT = datetime.timedelta(hours=2)  # long enough for the main rank to read or write alone while the others wait
 
@@ -38,15 +39,16 @@ class World:
         """Whether this rank writes the files."""
         return self.index == 0
 
-    def micro_batches(self, rows: np.ndarray, size: int | None) -> list[tuple[np.ndarray, bool]]:
-        """This rank's rows of a batch in micro-batches of at most `size`, each with whether it counts.
+    def micro_batches(self, rows: np.ndarray, divide: Divide) -> list[tuple[np.ndarray, bool]]:
+        """This rank's rows of a batch in the micro-batches of `divide`, each with whether it counts.
 
-        With a sharded backbone every rank must run as many forward passes as rank 0, which has the most rows. A rank
-        without rows left repeats the first row of the batch, which then does not count in loss or gradient.
+        With a sharded backbone every rank must run equally many forward passes. A rank without rows left repeats the
+        first row of the batch, which then does not count in loss or gradient.
         """
-        counted = [(micro_batch, True) for micro_batch in chunks(rows_of_rank(rows, self.index, self.size), size)]
-        num_passes = len(chunks(rows_of_rank(rows, 0, self.size), size)) if self.sharded else len(counted)
-        return [*counted, *[(rows[:1], False)] * (num_passes - len(counted))]
+        by_rank = [divide(rows_of_rank(rows, rank, self.size)) for rank in range(self.size if self.sharded else 0)]
+        mine = by_rank[self.index] if by_rank else divide(rows_of_rank(rows, self.index, self.size))
+        num_passes = max(map(len, by_rank), default=len(mine))
+        return [*((micro_batch, True) for micro_batch in mine), *[(rows[:1], False)] * (num_passes - len(mine))]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], mean: Tensor, requests: Sequence[bool] = ()) -> None:
         """Replaces the gradients and the loss `mean` by their sums over ranks, in one reduction.
@@ -251,12 +253,6 @@ def raise_on_lost_rank() -> Iterator[None]:
 def rows_of_rank(rows: np.ndarray, index: int, size: int) -> np.ndarray:
     """Returns every size-th row of a batch, starting at `index`: counts and text lengths differ little across ranks."""
     return rows if size == 1 else rows[index::size]
-
-
-def chunks(rows: np.ndarray, size: int | None) -> list[np.ndarray]:
-    """Splits rows into chunks of at most `size`; None: into one."""
-    size = size or max(1, len(rows))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 @torch.no_grad()

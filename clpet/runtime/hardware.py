@@ -77,6 +77,7 @@ class Hardware:
     device: Device = Device.auto
     dtype: Dtype = Dtype.auto
     micro_batch_size: int | None = None
+    max_tokens: int | None = None
     eval_batch_size: int = 128
     threads: int | None = None
     parallel_runs: int = 1
@@ -92,6 +93,8 @@ class Hardware:
         require(valid, "hardware.ranks", self.ranks, "auto, or a number of processes")
         size = self.micro_batch_size
         require(size is None or size >= 1, "hardware.micro_batch_size", size, "at least 1, or null")
+        tokens = self.max_tokens
+        require(tokens is None or tokens >= 1, "hardware.max_tokens", tokens, "at least 1, or null")
         require(self.eval_batch_size >= 1, "hardware.eval_batch_size", self.eval_batch_size, "at least 1")
         require(self.threads is None or self.threads >= 1, "hardware.threads", self.threads, "at least 1, or null")
         require(self.parallel_runs >= 1, "hardware.parallel_runs", self.parallel_runs, "at least 1")

@@ -167,6 +167,8 @@ class Trainer:
         if self.objective.meter.kind == "validated":
             return self.objective.memory_advice()
         per_rank = -(-self.settings.global_batch_size // get_world().size)
+        if tokens := self.hardware.max_tokens:
+            return f"up to {tokens} tokens in a training pass: lower hardware.max_tokens (it changes no result)"
         size = min(per_rank, self.hardware.micro_batch_size or per_rank)
         return f"{size} examples in a training pass: lower hardware.micro_batch_size (it changes no result)"
 
@@ -273,7 +275,8 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         mean = torch.zeros((), device=self.hardware.torch_device)
         with get_world().local_only():
-            for micro_rows, counts in get_world().micro_batches(rows, self.hardware.micro_batch_size):
+            divide = partial(self.objective.micro_batches.divide, plan.pool)
+            for micro_rows, counts in get_world().micro_batches(rows, divide):
                 share = float(plan.pool.weights[micro_rows].sum() / total_weight)
                 batch = dataclasses.replace(plan.pool.batch(micro_rows, self.hardware.torch_device), share=share)
                 context.micro_batch = batch

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clpet.data.micro_batches import MicroBatchLimits
 from clpet.methods.components.memory_gradient import mean_gradient
 from clpet.methods.derpp import distance
 from clpet.replay.sampled import ReservoirReplay
@@ -66,7 +67,7 @@ def test_gradients_are_those_of_the_terms(draws: int, make) -> None:
     run.learn(0)
     method, pool, parameters = run.method, run.data.train, run.method.parameters()
     for size in (None, 4):
-        method.objective.micro_batch_size = size
+        method.objective.micro_batches = MicroBatchLimits(size)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         method.before_step(context := StepContext(1, "", 0, 0, pool.rows_of(1)[:3], pool))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from clpet.data.batches import Batch
+from clpet.data.micro_batches import MicroBatchLimits
 from clpet.methods.components.memory_gradient import conflict, dot, dual_weights, memory_gradient
 from clpet.methods.er_ace import ERACE
 from clpet.training.step import StepContext
@@ -81,7 +82,7 @@ def test_the_gradient_of_the_memory_does_not_depend_on_micro_batches(make) -> No
     run.learn(0)
     parameters, rows = run.method.parameters(), run.method.replay.memory_rows()
     whole = memory_gradient(run.method, rows, parameters)
-    run.method.objective.micro_batch_size = 5
+    run.method.objective.micro_batches = MicroBatchLimits(5)
     for one, two in zip(whole, memory_gradient(run.method, rows, parameters), strict=True):
         assert torch.allclose(one, two, atol=1e-6)
 

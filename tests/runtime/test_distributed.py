@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from clpet.cli.launch import slurm_environment
-from clpet.runtime.distributed import World, chunks, get_world, rows_of_rank, sum_flat
+from clpet.data.batches import EncodedDataset
+from clpet.data.micro_batches import MicroBatchLimits
+from clpet.runtime.distributed import World, get_world, rows_of_rank, sum_flat
 from tests.conftest import tiny_args
 
 
@@ -19,22 +21,20 @@ def test_the_rows_of_a_batch_are_divided_evenly_over_ranks() -> None:
     assert rows_of_rank(rows, 0, 1) is rows
 
 
-def test_micro_batches_contain_every_row_of_a_rank_once() -> None:
-    assert [chunk.tolist() for chunk in chunks(np.arange(5), 2)] == [[0, 1], [2, 3], [4]]
-    assert [chunk.tolist() for chunk in chunks(np.arange(5), None)] == [[0, 1, 2, 3, 4]]
-    assert chunks(np.arange(0), None) == chunks(np.arange(0), 2) == []
-
-
 def test_ranks_of_a_sharded_backbone_run_equally_many_passes() -> None:
     """Five rows in micro-batches of two: rank 0 has 3 rows and so two passes, rank 1 has 2 rows and repeats one."""
     ranks = [World(), World()]
     for index, rank in enumerate(ranks):
         rank.size, rank.index, rank.sharded = 2, index, True
-    batches = [[(rows.tolist(), counts) for rows, counts in rank.micro_batches(np.arange(5), 2)] for rank in ranks]
+
+    def divide(rows: np.ndarray) -> list[np.ndarray]:
+        return MicroBatchLimits(2).divide(EncodedDataset([], [], [], 0), rows)
+
+    batches = [[(rows.tolist(), counts) for rows, counts in rank.micro_batches(np.arange(5), divide)] for rank in ranks]
     assert batches == [[([0, 2], True), ([4], True)], [([1, 3], True), ([0], False)]]
-    assert [[counts for _, counts in rank.micro_batches(np.array([7]), None)] for rank in ranks] == [[True], [False]]
+    assert [[counts for _, counts in rank.micro_batches(np.array([7]), divide)] for rank in ranks] == [[True], [False]]
     ranks[1].sharded = False
-    assert ranks[1].micro_batches(np.array([7]), None) == []
+    assert ranks[1].micro_batches(np.array([7]), divide) == []
 
 
 def test_flat_buffers_sum_every_tensor_in_place() -> None:

@@ -25,10 +25,15 @@ def mean_gradient(
 
     The rows are divided into micro-batches and among the ranks, like those of a step.
     """
-    weights, world = method.data.train.weights[rows], get_world()
+    pool, world, limits = method.data.train, get_world(), method.objective.micro_batches
+    weights = pool.weights[rows]
+
+    def divide(positions: np.ndarray) -> list[np.ndarray]:
+        return [positions[group] for group in limits.groups(pool, rows[positions])]
+
     total = [torch.zeros_like(parameter) for parameter in parameters]
     with world.local_only():
-        for positions, counts in world.micro_batches(np.arange(len(rows)), method.objective.micro_batch_size):
+        for positions, counts in world.micro_batches(np.arange(len(rows)), divide):
             share = float(weights[positions].sum() / weights.sum()) if counts else 0.0
             value = loss(positions) * share
             gradients = torch.autograd.grad(value, list(parameters), allow_unused=True, materialize_grads=True)
