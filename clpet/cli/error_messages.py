@@ -14,6 +14,7 @@ from clpet.config.overrides import quote
 from clpet.config.renamed import renamed_message
 from clpet.errors import ClpetError, suggest
 from clpet.escape import inline
+from clpet.runtime.launchers import report_error
 from clpet.runtime.signals import EXIT_TEMPFAIL, Interrupted
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -157,5 +158,7 @@ def format_error(error: Exception | Interrupted) -> tuple[str, int]:
 
 def print_error(message: str, code: int) -> int:
     """Prints `clpet: MESSAGE` in one line to stderr and returns the exit code."""
-    print(f"clpet: {inline(' '.join(message.split()))}", file=sys.stderr)
+    line = inline(" ".join(message.split()))
+    report_error(line, code)
+    print(f"clpet: {line}", file=sys.stderr)
     return code

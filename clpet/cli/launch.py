@@ -1,15 +1,15 @@
-"""Starts the processes (ranks) of a run: one, one per GPU of this machine, or one per task of a SLURM step."""
+"""Starts the processes (ranks) of a run: one, one per GPU of this machine, or those that a launcher has started."""
 
+import contextlib
 import json
 import logging
 import logging.config
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from clpet.cli.error_messages import format_error
 from clpet.config.build import build, parse_config
-from clpet.config.schema import require
-from clpet.errors import ClpetError
+from clpet.errors import ClpetError, ConfigError
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import Json
 from clpet.run import run
 from clpet.runs import run_dir
-from clpet.runtime.distributed import LostRank, init_distributed
+from clpet.runtime.distributed import LostRank, World, init_distributed
+from clpet.runtime.launchers import rank_variables, started_ranks, unmute
 from clpet.runtime.signals import EXIT_TEMPFAIL, GracefulShutdown, Interrupted
 from clpet.wiring import Components
 
@@ -44,40 +44,63 @@ class RankError(ClpetError):
 def launch(
     cfg: DictConfig, out: Path, overrides: list[str], quiet: bool = False, job_logging: dict[str, Json] | None = None
 ) -> TransferMatrix | None:
-    """Runs the experiment of `cfg` on hardware.ranks ranks; returns its matrix, None after a dry run.
+    """Runs the experiment of `cfg` on hardware.ranks ranks, or on those that a launcher has started.
 
-    With `quiet` nothing is printed but warnings. `job_logging` configures the logging of the main one of several ranks,
-    by default as Hydra does.
+    Returns its matrix, None after a dry run. With `quiet` nothing is printed but warnings. `job_logging` configures the
+    logging of the main one of several ranks, by default as Hydra does.
     """
-    if cfg.hardware.get("ranks", 1) == 1 or (run_dir.finished_results(out) and not cfg.fresh):
+    started = started_ranks()
+    if not started and (cfg.hardware.get("ranks", 1) == 1 or (run_dir.finished_results(out) and not cfg.fresh)):
         return run(cfg, out, overrides, quiet)
     hardware = Components.build(parse_config(cfg)).hardware  # also reports wrong options before processes are started
     plain = cast(dict[str, Json], OmegaConf.to_container(cfg, resolve=True))
     job_logging = job_logging or _job_logging()
-    if num_tasks := slurm_tasks():
-        valid = hardware.ranks in ("auto", num_tasks)
-        require(valid, "hardware.ranks", hardware.ranks, f"auto, or the {num_tasks} tasks of this SLURM step")
-        os.environ.update(slurm_environment(os.environ))
-        run_rank(plain, out, overrides, job_logging, quiet)
-    elif (count := hardware.processes()) == 1:
+    if started:
+        is_set = any(word.lstrip("+").startswith("hardware.ranks=") for word in overrides)
+        started.check(cast(int | str, hardware.ranks), is_set)
+        os.environ.update(rank_variables())
+        return run_rank(plain, out, overrides, job_logging, quiet)
+    if (count := hardware.processes()) == 1:
         return run(cfg, out, overrides, quiet)
-    else:
-        start_ranks(count, run_rank, plain, out, overrides, job_logging, quiet)
+    start_ranks(count, run_rank, plain, out, overrides, job_logging, quiet)
     results = run_dir.finished_results(out)
     return TransferMatrix.from_json(results) if results else None
 
 
 def run_rank(
     config: dict[str, Json], out: Path, overrides: list[str], job_logging: dict[str, Json] | None, quiet: bool = False
-) -> None:
+) -> TransferMatrix | None:
     """Runs the experiment as one rank; only the main rank logs."""
     hardware = build(cast(dict[str, Json], config["hardware"]), "hardware")
-    with init_distributed(hardware.torch_device, hardware.threads) as world:
+    with init_distributed(hardware.torch_device, hardware.threads) as world, first_error(world):
         if job_logging and world.is_main:
             logging.config.dictConfig(job_logging)
         elif not world.is_main:
             logging.disable()
-        run(OmegaConf.create(config), out, overrides, quiet)
+        if len(set(world.gather(run_dir_and_mode(config, out)))) > 1:
+            raise ConfigError("the ranks were started with different options: give all of them the same command")
+        return run(OmegaConf.create(config), out, overrides, quiet)
+
+
+def run_dir_and_mode(config: dict[str, Json], out: Path) -> str:
+    """What all ranks must have in common: the name of the run directory, a hash of the options, and the mode."""
+    return f"{'/'.join(out.parts[-3:])} fresh={config['fresh']} dry_run={config['dry_run']}"
+
+
+@contextlib.contextmanager
+def first_error(world: World) -> Iterator[None]:
+    """Raises the error of the block on the rank that fails first, and SystemExit on the others, which print nothing.
+
+    With submitit every rank raises its own: submitit returns them to the process that has submitted the job.
+    """
+    try:
+        yield
+    except (Exception, Interrupted) as error:
+        if "SUBMITIT_EXECUTOR" not in os.environ and not world.claim("error"):
+            code = EXIT_TEMPFAIL if isinstance(error, Interrupted) else getattr(error, "exit_code", 1)
+            raise SystemExit(code) from None
+        unmute()
+        raise
 
 
 def start_ranks(count: int, work: Callable[..., object], *arguments: object) -> None:
@@ -148,30 +171,6 @@ def _signal_of(folder: Path, number: int, failure: "ProcessFailure") -> int:
     name = signal.Signals(-failure.exitcode).name if killed else ""
     how = f"was killed ({name})" if killed else "or another rank ended without a message"
     raise RankError(f"rank {number} {how}: re-run the same command to resume from the latest checkpoint", 1)
-
-
-def slurm_tasks() -> int:
-    """The number of processes that srun has started in this step; 0 if this is the only one."""
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    return tasks if tasks > 1 else 0
-
-
-def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of torch.distributed for a process that srun has started: its rank and the main rank's address."""
-    nodes, host = int(environ.get("SLURM_STEP_NUM_NODES", "1")), "127.0.0.1"
-    if nodes > 1:
-        command = ["scontrol", "show", "hostnames", environ["SLURM_STEP_NODELIST"]]
-        host = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    step = f"{environ['SLURM_JOB_ID']}{environ.get('SLURM_STEP_ID', '')}"
-    tasks = int(environ["SLURM_STEP_NUM_TASKS"])
-    return {
-        "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": str(tasks),
-        "LOCAL_RANK": environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(-(-tasks // nodes)),
-        "MASTER_ADDR": host,
-        "MASTER_PORT": str(20000 + int(step) % 20000),  # the same on every rank, and another one for another step
-    }
 
 
 def _job_logging() -> dict[str, Json] | None:

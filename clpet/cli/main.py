@@ -16,6 +16,7 @@ from clpet.cli.predict import predict
 from clpet.cli.report import report
 from clpet.cli.train import train
 from clpet.errors import ConfigError, suggest
+from clpet.runtime.launchers import is_spare
 from clpet.runtime.signals import Interrupted
 
 
@@ -67,6 +68,8 @@ def dispatch(argv: list[str]) -> int:
     }  # fmt: skip
     if argv[0] not in handlers:
         raise ConfigError(f"unknown command {argv[0]!r}{suggest(argv[0], COMMANDS)}")
+    if argv[0] != "train" and is_spare():
+        return 0
     return handlers[argv[0]](argv[1:])
 
 

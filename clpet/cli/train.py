@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from clpet.cli.error_messages import format_error, print_error
 from clpet.cli.options import check_group_options, normalize_argv, split_flags
+from clpet.errors import ConfigError
 from clpet.escape import inline
 from clpet.records import FAILURE
+from clpet.runtime.launchers import mute, started_ranks
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
@@ -35,12 +37,21 @@ def train(argv: list[str]) -> int:
     from clpet.config.compose import conf_dir
     from clpet.config.identity import register_resolvers
 
+    if ranks := started_ranks():
+        mute(ranks)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises exceptions, and main_with_errors prints one line
     register_resolvers()
     arguments = normalize_argv(argv)
+    if ranks and not ranks.is_main:
+        arguments.append("hydra.output_subdir=null")  # the main process records the options
     check_group_options(arguments)
     command = TrainCommand(arguments, ParallelSweep(split_flags(argv)[0]))
     sys.argv = ["clpet train", *arguments]  # Hydra parses sys.argv itself
+    if ranks and (submits(arguments) or not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)):
+        raise ConfigError(
+            f"{ranks.launcher} has started {ranks.size} processes of one run, not of a sweep or a submission: start "
+            f"clpet train by itself, with hardware.ranks={ranks.size} for every run, or start the runs one by one"
+        )
     submitted = SubmittedSweep(split_flags(argv)[1]) if submits(arguments) else None
     if submitted:
         submitted.start()
@@ -111,15 +122,15 @@ class TrainCommand:
         parse_config(cfg)  # reports a wrong value before the import of torch takes seconds
         if self.parallel.takes(cfg, hydra, varied):
             return None
-        is_main = os.environ.get("SLURM_PROCID", "0") == "0"  # of the tasks of a SLURM step, which are ranks of one run
-        if not self.screen and is_main:
+        ranks = started_ranks()
+        if not self.screen and (ranks is None or ranks.is_main):
             what = f"{cfg.method.name} on {cfg.benchmark.name} with {cfg.model.name}, seed {cfg.seed}"
             print(f"starting {inline(what)}", flush=True)  # the imports take seconds
         from clpet.cli.launch import launch
         from clpet.reporting.run_metrics import outcome
 
         finished = launch(cfg, out, list(hydra.overrides.task), quiet=self.screen is not None) is not None
-        return outcome(out) if finished else None
+        return outcome(out) if finished and (ranks is None or ranks.is_main) else None
 
     def _follow_sweep(self, cfg: "DictConfig", hydra: "HydraConf") -> None:
         """Prints the runs of a sweep of several as one line each, and a warning that all of them repeat once."""

@@ -7,6 +7,7 @@ code uses them. Only the main rank (rank 0) writes files. In a single process ev
 
 import contextlib
 import datetime
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar, cast
@@ -22,6 +23,8 @@ Result = TypeVar("Result")
 Divide = Callable[[np.ndarray], list[np.ndarray]]  # rows -> micro-batches
 BUCKET_NUMEL = 2**26  # gradient scalars per all-reduce
 TIMEOUT = datetime.timedelta(hours=2)  # long enough for the main rank to read or write alone while the others wait
+
+_run_numbers = itertools.count()  # of the process groups of this process
 
 
 class LostRank(HostError):
@@ -84,6 +87,10 @@ class World:
         """Returns the maximum over ranks of each number; ranks use it to reach a common decision."""
         return numbers
 
+    def claim(self, name: str) -> bool:
+        """Whether this rank is the first to call this with `name`; the others are not waited for."""
+        return True
+
     def barrier(self) -> None:
         """Waits until all ranks have reached this call."""
 
@@ -123,13 +130,20 @@ class DistributedWorld(World):
 
     def __init__(self, device: torch.device) -> None:
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         cuda = device.type == "cuda"
         local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         if cuda:
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
         with raise_on_lost_rank():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            # torchrun's store outlives a restart of its processes, and a process may join a second run.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store = PrefixStore(f"{attempt}/{next(_run_numbers)}", store)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=self.store, rank=rank, world_size=size, timeout=TIMEOUT)
         self.size, self.index, self.dist = dist.get_world_size(), dist.get_rank(), dist
         self.threads = max(1, (os.cpu_count() or 1) // local_size)
         self.is_local = False  # inside `local_only`
@@ -192,6 +206,12 @@ class DistributedWorld(World):
         values = torch.tensor(numbers, dtype=torch.float64)
         self.reduce(values, maximum=True)
         return tuple(values.tolist())
+
+    def claim(self, name: str) -> bool:
+        try:
+            return bool(self.store.compare_set(f"claim/{name}", "", str(self.index)) == str(self.index).encode())
+        except RuntimeError:  # the rank that has the store, or torchrun, has ended before this one
+            return False
 
     def barrier(self) -> None:
         self.all_reduce_max(0)  # of a CPU tensor, so over gloo also between GPUs

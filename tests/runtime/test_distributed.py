@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from clpet.cli.launch import slurm_environment
 from clpet.data.batches import EncodedDataset
 from clpet.data.micro_batches import MicroBatchLimits
 from clpet.runtime.distributed import World, get_world, rows_of_rank, sum_flat
@@ -54,20 +53,8 @@ def test_flat_buffers_sum_every_tensor_in_place() -> None:
 def test_in_a_single_process_every_call_is_a_no_op() -> None:
     world = get_world()
     assert (world.size, world.is_main, world.gather(3), world.all_reduce_max(2, 5)) == (1, True, [3], (2, 5))
+    assert world.claim("name")
     assert world.map(lambda number: number + 1, [1, 2]) == [2, 3]
-
-
-def test_the_rank_of_a_process_from_slurm_variables() -> None:
-    variables = {
-        "SLURM_PROCID": "3",
-        "SLURM_LOCALID": "3",
-        "SLURM_STEP_NUM_TASKS": "8",
-        "SLURM_JOB_ID": "41",
-        "SLURM_STEP_ID": "0",
-    }
-    assert slurm_environment(variables) == {
-        "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20410"
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
