@@ -48,7 +48,7 @@ class ERACE(Replay[Classification]):
     def loss(self, context: StepContext) -> Tensor:
         batch, head = context.batch, self.objective.head
         logits, targets, new = self.logits(batch), self.objective.targets(batch), batch.tasks == context.task
-        masked = torch.where(new[:, None], logits + self.allowed[head.labels], logits)
+        masked = torch.where(new[:, None], logits + self.allowed[head.ids], logits)
         weights = torch.where(new, 1 / self.counts[0], 1 / self.counts[1])
         if self.objective.label_weights is not None:
             weights = weights * self.objective.label_weights[batch.tasks, batch.labels]

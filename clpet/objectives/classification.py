@@ -37,11 +37,18 @@ class Head(nn.Module):
         super().__init__()
         start = torch.stack([_initial_row(dim, seed, name) for name in names]) if names else torch.empty(0, dim + 1)
         self.register_buffer("start", start.to(device))
-        self.labels: list[int] = []
+        self._set_labels([])
         self.weight = nn.Parameter(self.start[:0, :-1].clone())
         self.bias = nn.Parameter(self.start[:0, -1].clone())
 
     start: Tensor
+
+    def _set_labels(self, labels: list[int]) -> None:
+        """Sets the labels of the rows, also as `ids` [rows] on the device: an index that is a list is copied there."""
+        self.labels = labels
+        self.ids = torch.tensor(labels, dtype=torch.long, device=self.start.device)
+        self.column = torch.full((len(self.start),), -1, dtype=torch.long, device=self.start.device)  # by label id
+        self.column[self.ids] = torch.arange(len(labels), device=self.start.device)
 
     def grow(self, labels: Sequence[int]) -> None:
         """Adds rows for the label ids that have none; the old rows do not change."""
@@ -50,7 +57,7 @@ class Head(nn.Module):
             rows = self.start[new]
             self.weight = nn.Parameter(torch.cat([self.weight.detach(), rows[:, :-1]]))
             self.bias = nn.Parameter(torch.cat([self.bias.detach(), rows[:, -1]]))
-            self.labels += new
+            self._set_labels([*self.labels, *new])
 
     def forward(self, h: Tensor) -> Tensor:
         """[batch, dim] -> [batch, rows], columns in the order of `labels`."""
@@ -58,15 +65,13 @@ class Head(nn.Module):
 
     def columns(self, labels: Tensor) -> Tensor:
         """Columns of this head for label ids; every id must have a row."""
-        lookup = torch.full((len(self.start),), -1, dtype=torch.long)
-        lookup[self.labels] = torch.arange(len(self.labels))
-        return lookup.to(labels.device, non_blocking=True)[labels]
+        return self.column[labels]
 
     def scatter(self, h: Tensor) -> Tensor:
         """[batch, dim] -> [batch, all labels]; a label without a row is scored by its initial row."""
         logits = F.linear(h, self.start[:, :-1], self.start[:, -1])
         if self.labels:
-            logits[:, self.labels] = self(h).to(logits.dtype)
+            logits[:, self.ids] = self(h).to(logits.dtype)
         return logits
 
     def state(self) -> HeadState:
@@ -75,7 +80,7 @@ class Head(nn.Module):
 
     def load(self, state: HeadState) -> None:
         """Restores what `state` returned."""
-        self.labels = list(state["labels"])
+        self._set_labels(list(state["labels"]))
         self.weight = nn.Parameter(state["weight"].to(self.start.device))
         self.bias = nn.Parameter(state["bias"].to(self.start.device))
 
@@ -167,7 +172,7 @@ class Classification(Objective):
     def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy over the labels seen so far; with benchmark.softmax=task over those of each example's task."""
         if self.benchmark.per_task_softmax:
-            logits = logits + self.task_label_mask[batch.tasks][:, self.head.labels]
+            logits = logits + self.task_label_mask[batch.tasks][:, self.head.ids]
         return self.mean_cross_entropy(logits, self.targets(batch), batch)
 
     def mean_cross_entropy(self, logits: Tensor, columns: Tensor, batch: Batch) -> Tensor:

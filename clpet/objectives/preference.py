@@ -128,14 +128,15 @@ class Preference(TextToText):
         """
         pool = batch.pool
         assert isinstance(pool, Pairs)
-        values = torch.empty(len(batch), device=self.device)
-        for task in batch.tasks.unique().tolist():
+        values, tasks = torch.empty(len(batch), device=self.device), pool.tasks[batch.rows]
+        for task in np.unique(tasks).tolist():  # on the host: reading `batch.tasks` would wait for the device
             rows = pool.rows_of(task)
             if task not in pool.reference:
                 pool.reference[task] = self.reference_of(pool, rows)
-            mine = batch.tasks == task
-            indices = np.searchsorted(rows, batch.rows[mine.cpu().numpy()])
-            values[mine] = pool.reference[task][torch.from_numpy(indices).to(self.device)]
+            mine = np.flatnonzero(tasks == task)
+            indices = np.searchsorted(rows, batch.rows[mine])
+            to, at = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (mine, indices))
+            values[to] = pool.reference[task][at]
         return values
 
     @torch.no_grad()

@@ -1,12 +1,24 @@
-"""Every method on a CUDA device finishes with the scores of a CPU."""
+"""On a CUDA device: every method has the scores of a CPU, options that only a GPU has work, and nothing waits for it."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 from clpet.cli.options import options
-from tests.conftest import domain_args, tiny_args
-from tests.methods.test_all_methods import results
+from clpet.evaluation.evaluator import Evaluator
+from clpet.models.protocols import network_of
+from clpet.training.trainer import Trainer
+from tests.conftest import domain_args, set_up, tiny_args
+from tests.methods.test_all_methods import WORDS_OUT, results
+from tests.objectives.test_preference import words as preference_words
+from tests.objectives.test_preference import write_pairs
+from tests.training.test_fit_checkpoint import killed_and_resumed, learn_and_save
 
 NEEDS_AN_ENCODER = {"slm"}
 PLAIN_TEXT = {"dapt"}
@@ -55,3 +67,211 @@ def test_eight_bit_moments_learn_what_others_do(clpet, words: Path, tmp_path: Pa
         assert ran.code == 0, ran.err
         averages[optimizer] = results(out)["average"]
     assert averages["adamw8bit"] == pytest.approx(averages["adamw"], abs=10)
+
+
+# What a GPU computes equals what a CPU computes
+
+
+def on(device: str, overrides: list[str]) -> SimpleNamespace:
+    """A method set up on a device, in fp32. Of two equal overrides the later one counts."""
+    return set_up([*overrides, "cache_dir=null", f"hardware.device={device}", "hardware.dtype=fp32", "train.eps=1e-3"])
+
+
+def learned(run: SimpleNamespace, tasks: int) -> dict[str, Tensor]:
+    """The trained tensors after the first `tasks` tasks, on the host."""
+    for index in range(tasks):
+        run.learn(index)
+    return {name: value.detach().cpu() for name, value in run.method.named_parameters().items()}
+
+
+def assert_close(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    """Tensors are equal but for rounding that training amplifies."""
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["kif", "ewc", "o_lora"])
+def test_the_term_of_a_step_counts_once_however_many_micro_batches(method: str, words: Path) -> None:
+    """`Method.step_loss` on a GPU: weights after two tasks equal those of a CPU, and those of whole batches."""
+    args = [*tiny_args(words), f"method={method}"]
+    expected = learned(on("cpu", args), 2)
+    assert_close(expected, learned(on("cuda", args), 2))
+    assert_close(expected, learned(on("cuda", [*args, "hardware.micro_batch_size=4"]), 2))
+
+
+@pytest.mark.gpu
+def test_preferences_are_learned_as_on_a_cpu(tmp_path: Path) -> None:
+    """The reference policy, whose values are read by row, and the loss of two answers."""
+    folder = write_pairs(tmp_path / "pairs")
+    weights, margins = {}, {}
+    for device in ("cpu", "cuda"):
+        run = on(device, preference_words(folder, "method=sequential", "train.epochs=1"))
+        weights[device] = learned(run, 2)
+        margins[device] = Evaluator(run.benchmark, run.data)(run.method, 2, [0, 1]).rows["margin"]
+    assert_close(weights["cpu"], weights["cuda"])
+    np.testing.assert_allclose(margins["cuda"], margins["cpu"], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_t5"])
+def test_answers_are_those_of_a_cpu(model: str, words: Path) -> None:
+    """Greedy generation with a key-value cache in fp32; a near tie may fall otherwise in one answer."""
+    answers = []
+    for device in ("cpu", "cuda"):
+        run = on(device, [*tiny_args(words), *WORDS_OUT, "method=sequential", f"model={model}", "train.lr=1e-2"])
+        run.learn(0)
+        answers.append(Evaluator(run.benchmark, run.data)(run.method, 1, [0, 1, 2]).rows["prediction"])
+    assert (answers[0] != answers[1]).sum() <= 1
+
+
+@pytest.mark.gpu
+def test_recomputed_activations_give_the_same_weights_with_less_memory(prose: Path) -> None:
+    args = [*domain_args(prose), "method=sequential", "peft=lora", "benchmark.max_length=256"]
+    weights, peaks = [], []
+    for recompute in ("false", "true"):
+        run = on("cuda", [*args, f"hardware.gradient_checkpointing={recompute}"])
+        weights.append(learned(run, 1))
+        peaks.append(torch.cuda.max_memory_allocated())  # since the task began
+        del run
+    assert_close(*weights)
+    assert peaks[1] < peaks[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("peft", ["lora", "none"])
+def test_perplexities_in_bf16_are_near_those_in_fp32(peft: str, prose: Path) -> None:
+    """Of the same weights: bf16 has 8 bits of precision, so the mean loss differs in its third digit."""
+    run = on("cuda", [*domain_args(prose), "method=sequential", f"peft={peft}"])
+    run.learn(0)
+    exact = Evaluator(run.benchmark, run.data)(run.method, 1, [0, 1, 2]).seen
+    rounded = set_up([*domain_args(prose), "method=sequential", f"peft={peft}", "cache_dir=null",
+                      "hardware.device=cuda", "hardware.dtype=bf16"])  # fmt: skip
+    rounded.method.load_state_dict(run.method.state_dict())
+    scores = Evaluator(rounded.benchmark, rounded.data)(rounded.method, 1, [0, 1, 2]).seen
+    for index, score in exact.items():
+        assert scores[index].value == pytest.approx(score.value, rel=0.05)
+    assert not torch.is_autocast_enabled("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["dynamic_conpet", "independent", "inc_lora", "progressive_prompts"])
+def test_adapters_of_a_sequence_are_loaded_onto_the_gpu(method: str, clpet, words: Path, tmp_path: Path) -> None:
+    """`clpet eval` reads the files of all tasks' adapters and heads, and predicts as the run did."""
+    args = [*tiny_args(words), f"method={method}", "train.lr=1e-2", f"output_dir={tmp_path}", "hardware.device=cuda"]
+    assert clpet("train", *args).code == 0
+    (run,) = tmp_path.glob("*/*/s*")
+    ran = clpet("eval", str(run))
+    assert ran.code == 0, ran.err
+    assert "differ" not in ran.out + ran.err
+
+
+# Options that only a GPU has
+
+
+@pytest.mark.gpu
+def test_a_four_bit_backbone_learns(clpet, words: Path, tmp_path: Path) -> None:
+    """nf4 needs pretrained weights: those of the tiny model, saved."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    args = [*tiny_args(words), *WORDS_OUT, "method=sequential", "train.lr=1e-2", "train.epochs=6"]
+    saved = on("cpu", [*args, "model=tiny_llama"]).method.objective
+    network_of(saved.adapters.model).save_pretrained(tmp_path / "model")
+    saved.tokenizer.save_pretrained(tmp_path / "model")
+    local = ["model=local", f"model.path={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}"]
+    ran = clpet("train", *args, *local, "hardware.device=cuda", "hardware.quantization=nf4")
+    assert ran.code == 0, ran.err
+    scores = np.array(results(tmp_path / "out")["scores"], dtype=float)
+    assert np.nanmax(scores[1:]) > np.nanmax(scores[0])
+
+
+# Resuming
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [["method=kif"], ["method=dynamic_conpet", "peft.dropout=0.3"],
+                                  ["method=sequential", "peft=none", "train.optimizer=adamw8bit"]])  # fmt: skip
+def test_a_fit_resumes_inside_a_task(more: list[str], words: Path, tmp_path: Path) -> None:
+    """With the device's random state and the optimiser's moments, the weights are those of an uninterrupted run."""
+    if "train.optimizer=adamw8bit" in more:
+        pytest.importorskip("bitsandbytes")
+
+    def make(*overrides: str) -> SimpleNamespace:
+        return on("cuda", [*tiny_args(words), *overrides])
+
+    overrides = [*more, "train.global_batch_size=4", "train.lr=1e-3"]
+    uninterrupted = make(*overrides)
+    uninterrupted.learn(0)
+    learn_and_save(uninterrupted, 1, lambda *_: None)
+    resumed, _ = killed_and_resumed(make, overrides, tmp_path, writes=4)
+    assert_close(learned(uninterrupted, 0), learned(resumed, 0))
+
+
+# Nothing waits for the device inside the loop
+
+
+@contextlib.contextmanager
+def no_waiting(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """In this block a step raises an error where the host waits for the device, except inside the network.
+
+    The network is code of transformers, which reads masks. Yields the numbers of the steps.
+    """
+    steps: list[int] = []
+    step = Trainer._step
+
+    def strict(self: Trainer, *arguments: object) -> None:
+        steps.append(len(steps))
+        torch.cuda.set_sync_debug_mode("error" if len(steps) > 2 else "default")  # buffers are made in the first
+        try:
+            step(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def leave(module: nn.Module, *_: object) -> None:
+        torch.cuda.set_sync_debug_mode("error" if len(steps) > 2 else "default")
+
+    network = network_of(run.method.objective.adapters.model)
+    handles = [
+        network.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("default")),
+        network.register_forward_hook(leave),
+    ]
+    monkeypatch.setattr(Trainer, "_step", strict)
+    try:
+        yield steps
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "kif", "o_lora", "er_ace", "dynamic_conpet"])
+def test_a_step_on_labels_never_waits_for_the_device(method: str, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = on("cuda", [*tiny_args(words), f"method={method}", "train.global_batch_size=4", "train.clip=1"])
+    run.learn(0)
+    with no_waiting(run, monkeypatch) as steps:
+        run.learn(1)
+    assert len(steps) > 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [["peft=lora"], ["peft=none"], ["peft=lora", "method=kif"]])
+def test_a_step_on_plain_text_never_waits_for_the_device(
+    more: list[str], prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = on("cuda", [*domain_args(prose), "method=sequential", *more, "train.global_batch_size=4", "train.epochs=2"])
+    run.learn(0)
+    with no_waiting(run, monkeypatch) as steps:
+        run.learn(1)
+    assert len(steps) > 6
+
+
+@pytest.mark.gpu
+def test_a_step_on_preferences_never_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_pairs(tmp_path / "pairs")
+    run = on("cuda", preference_words(folder, "method=sequential", "train.global_batch_size=8", "train.epochs=2"))
+    run.learn(0)
+    with no_waiting(run, monkeypatch) as steps:
+        run.learn(1)
+    assert len(steps) > 6
