@@ -106,8 +106,8 @@ class StackedLora:
             self.weights = before
 
     @contextlib.contextmanager
-    def selected_branches(self, weights: Tensor, branches: Tensor | None = None) -> Iterator[None]:
-        """Forward passes inside read only some branches, weighted by `weights` [batch, selected].
+    def selected_branches(self, weights: Tensor | None, branches: Tensor | None = None) -> Iterator[None]:
+        """Forward passes inside read only some branches, weighted by `weights` [batch, selected]; None is 1 for each.
 
         `branches` are their numbers in ascending order; None selects the newest, the only ones that get gradients.
         """
@@ -151,9 +151,7 @@ class StackedLora:
         """Adds every branch to the weight of its layer; from then on forward passes ignore the branches."""
         for layer in self.layers.values():
             A, B = layer.all()
-            increment = self.scale * (B @ A)  # [d_out, d_in]
-            weight = cast(Tensor, layer.module.weight)
-            weight += (increment if isinstance(layer.module, nn.Linear) else increment.T).to(weight.dtype)
+            add_to_weight(layer.module, self.scale * (B @ A))
         self.enabled = False
 
     def save(self, folder: Path, names: Sequence[str]) -> None:
@@ -230,6 +228,13 @@ class StackedLoraLayer:
             return weights
         weights = weights.repeat_interleave(len(x) // len(weights), 0)
         return weights.view(len(weights), *[1] * (x.dim() - 2), -1)
+
+
+@torch.no_grad()
+def add_to_weight(module: nn.Module, increment: Tensor) -> None:
+    """Adds an increment [d_out, d_in] to the weight of a linear layer."""
+    weight = cast(Tensor, module.weight)
+    weight += (increment if isinstance(module, nn.Linear) else increment.T).to(weight.dtype)
 
 
 def split_weights(weights: Tensor | None, frozen: int) -> tuple[Tensor | None, Tensor | None]:
