@@ -18,6 +18,7 @@ from torch import Tensor
 from clpet.config.schema import require
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
+from clpet.methods.components.row_table import RowTable
 from clpet.methods.components.second_weights import SecondWeights
 from clpet.methods.replay import Static
 from clpet.objectives.classification import Classification
@@ -70,10 +71,9 @@ class LwF(Static):
             return
         self.old = self.benchmark.seen_labels(index)
         rows = self.data.train.rows_of(index)
-        self.teacher_row = torch.full((len(self.data.train),), -1)  # train row -> row of `teacher`
-        self.teacher_row[rows] = torch.arange(len(rows))
         if self.old:
-            self.teacher = self.embed(rows, lambda batch: self.old_logits(self.logits(batch)))
+            logits = self.embed(rows, lambda batch: self.old_logits(self.logits(batch)))
+            self.teacher = RowTable(rows, logits, len(self.data.train))
         super().learn(task, index, trainer)
 
     @property
@@ -94,8 +94,7 @@ class LwF(Static):
         loss = self.classification.cross_entropy(logits, batch)
         if not self.old:
             return loss
-        teacher = self.teacher[self.teacher_row[torch.from_numpy(batch.rows)].to(self.teacher.device)]
-        return loss + self.distilled(teacher, self.old_logits(logits), batch)
+        return loss + self.distilled(self.teacher[batch.rows], self.old_logits(logits), batch)
 
     def loss_of_answers(self, batch: Batch) -> Tensor:
         """Cross-entropy and distillation over the answer tokens."""

@@ -56,6 +56,7 @@ class NoReplay:
         self.seed_key = data.seed_key
         self.cluster_seed = seed % 2**32  # scikit-learn takes 32 bits
         self.memory: dict[int, Rows] = {}  # {task: rows of the pool that may be replayed}
+        self.held_out: Rows = np.empty(0, dtype=np.int64)  # rows that a method keeps out of the batches of new examples
 
     def rng(self, *names: object) -> np.random.Generator:
         """A random generator for the purpose given by `names`."""
@@ -67,7 +68,12 @@ class NoReplay:
 
     def new_only_plan(self, index: int, stage: str = "") -> BatchPlan:
         """The batches of task `index` without old examples."""
-        return self._shuffled(self.pool.rows_of(index), index, stage)
+        return self._shuffled(self.new_rows(index), index, stage)
+
+    def new_rows(self, index: int) -> Rows:
+        """The rows of task `index` that are trained on as new ones."""
+        rows = self.pool.rows_of(index)
+        return rows[~np.isin(rows, self.held_out)] if len(self.held_out) else rows
 
     def memory_only_plan(self, index: int) -> BatchPlan:
         """The batches of the memory without examples of task `index`."""

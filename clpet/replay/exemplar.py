@@ -51,7 +51,7 @@ class FixedReplay(NoReplay):
     def plan(self, index: int, stage: str = "") -> BatchPlan:
         if not self.memory:
             return super().plan(index, stage)
-        new, old = self.pool.rows_of(index), self.memory_rows()
+        new, old = self.new_rows(index), self.memory_rows()
         return self._shuffled(new, index, stage, extra=np.tile(old, self._copies(len(new), old)))
 
     def _copies(self, new: int, old: Rows) -> int:

@@ -47,7 +47,8 @@ def test_lwf_matches_columns_by_label(make) -> None:
         method.grow_head = lambda index: None
         method.fit = lambda trainer, index: None
         method.learn(run.benchmark.tasks[1], 1, run.trainer)
-        method.teacher = torch.linspace(-1, 1, method.teacher.numel()).reshape(method.teacher.shape)
+        table = method.teacher.values
+        method.teacher.values = torch.linspace(-1, 1, table.numel()).reshape(table.shape)
         batch = run.data.train.batch(run.data.train.rows_of(1)[:8])
         losses.append(method.loss(StepContext.of(batch)).item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
