@@ -187,8 +187,9 @@ class OnDevice(Backbone):
         load_on: torch.device | None = None,
         nf4: bool = False,
     ) -> tuple[nn.Module, Tokenizer]:
+        precise = replace(self, config={**self.config, "dtype": str(dtype).removeprefix("torch.")})  # from the start
         with torch.device(load_on or device):
-            return super().load(dtype, device, seed, generates, load_on, nf4)
+            return super(OnDevice, precise).load(dtype, device, seed, generates, load_on, nf4)
 
 
 def wire(words: list[str], size: Size, progress: NoProgress) -> Session:

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.py"
 
@@ -30,3 +33,21 @@ def test_all_parts_of_the_gpu_check_run_with_tiny_shapes(tmp_path: Path) -> None
     contenders = [row["contender"] for row in report["parts"]["methods"]["rows"]]
     assert contenders == ["by hand", "sequential", "kif", "dynamic_conpet"]
     assert "| clpet, eager |" in (tmp_path / "report.md").read_text()
+
+
+def test_flops_of_a_token_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager attention computes all pairs of positions, of which the formula counts the causal half."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_parts import TINY_SIZES, flops_per_token
+
+    config, length = dict(TINY_SIZES["lora"].config), 32
+    values = AutoConfig.for_model(config["model_type"], **{k: v for k, v in config.items() if k != "model_type"})
+    model = AutoModelForCausalLM.from_config(values, attn_implementation="eager")
+    ids = torch.zeros(1, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    without_attention = flops_per_token(config, 0, None)
+    attention = flops_per_token(config, length, None) - without_attention
+    assert counter.get_total_flops() == length * (without_attention + 2 * attention)
+    assert without_attention == 6 * (2 * 36_864 + 64 * 300)
+    assert flops_per_token(config, 0, 16) == 4 * (2 * 36_864 + 64 * 300) + 6 * 2 * 16 * 1_024
