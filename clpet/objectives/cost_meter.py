@@ -58,7 +58,7 @@ class Meter:
         self.kind: Purpose = "learned"
         self.cost = Cost()
         self._since = time.perf_counter()
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
 
     @contextlib.contextmanager
@@ -116,6 +116,6 @@ class Meter:
 
 def peak_memory_mb() -> float:
     """Peak device memory since the last task on a GPU; the process's peak resident memory on a CPU."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on the CPU of a machine that has a GPU does not touch that
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

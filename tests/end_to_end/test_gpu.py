@@ -1,6 +1,8 @@
 """On a CUDA device: every method has the scores of a CPU, options that only a GPU has work, and nothing waits for it."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +167,16 @@ def test_adapters_of_a_sequence_are_loaded_onto_the_gpu(method: str, clpet, word
     ran = clpet("eval", str(run))
     assert ran.code == 0, ran.err
     assert "differ" not in ran.out + ran.err
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(words: Path, tmp_path: Path) -> None:
+    """Its peak memory is that of the process, and CUDA is not started: a context takes memory of the card."""
+    code = "import clpet, sys, torch; clpet.train(*sys.argv[1:], quiet=True); assert not torch.cuda.is_initialized()"
+    args = [*tiny_args(words), "method=sequential", f"output_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(cost["peak_memory_mb"] > 100 for cost in results(tmp_path)["costs"])
 
 
 # Options that only a GPU has
