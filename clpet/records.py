@@ -108,6 +108,12 @@ class Cost(TypedDict):
     stored_parameters: int
     replay_examples: int
     backward_tokens: NotRequired[int]
+    forward_flops: NotRequired[float]
+    backward_flops: NotRequired[float]
+    reference_examples: NotRequired[int]
+    stored_bytes: NotRequired[int]
+    replay_bytes: NotRequired[int]
+    evaluation_memory_mb: NotRequired[float]
     validated_examples: NotRequired[int]
     evaluated_examples: NotRequired[int]
     cached_examples: NotRequired[int]
@@ -285,18 +291,13 @@ class Measurements(TypedDict):
     extended_from: NotRequired[ExtendedFrom | None]
 
 
-class IdentifiedMeasurements(Measurements):
-    """The keys that every checkpoint of a run has."""
-
-    identity: dict[str, str]
-
-
-class Checkpoint(IdentifiedMeasurements, total=False):
+class Checkpoint(Measurements):
     """A checkpoint of a run: after a task with the state of method and trainer, inside a task with its progress."""
 
-    method: State
-    trainer: State
-    task: State
+    identity: dict[str, str]
+    method: NotRequired[State]
+    trainer: NotRequired[State]
+    task: NotRequired[State]
 
 
 FAILURE = "failed.json"  # {"error": message}: present if the last attempt of an unfinished run ended with an error

@@ -220,5 +220,7 @@ class Session:
         """Learns task `index`; `last` says that no other follows."""
         task = self.benchmark.tasks[index]
         self.trainer.begin_task(index, last)
+        earlier = [number for number, _ in self.method.curriculum() if number < index]
+        self.method.objective.new_tasks = range(max(earlier, default=-1) + 1, index + 1)
         self.method.learn(task, index, self.trainer)
         self.method.after_task(task, index)

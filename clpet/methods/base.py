@@ -300,9 +300,9 @@ class Method(Generic[ObjectiveType]):
         names = (attribute for attribute, _ in saved_state.entries(self, "saved"))
         return stored + sum(saved_state.count(attrgetter(name)(self)) for name in names)
 
-    def stored_examples(self) -> int:
-        """Number of stored old examples."""
-        return self.replay.stored()
+    def stored_rows(self) -> np.ndarray:
+        """Rows of the training pool that are stored as old examples."""
+        return self.replay.stored_rows()
 
     def save(self, folder: Path) -> None:
         """Writes the trained weights in a format that can be used without clpet."""

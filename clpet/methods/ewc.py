@@ -135,9 +135,11 @@ class EWC(Static):
         """Yields (weight, loss whose gradient is squared) for one batch; the weights sum to one."""
         pool, device = self.data.train, self.objective.device
         if self.fisher is Fisher.labels:
-            nll = -self.logits(pool.batch(rows, device)).log_softmax(1)
+            batch, objective = pool.batch(rows, device), self.objective
+            nll = -self.logits(batch).log_softmax(1)
             weights = (-nll).exp().mean(0).detach().double()
-            self.objective.meter.cost.backward_examples += len(rows) * (len(weights) - 1)
+            flops = objective.flops().backward(objective.work(batch))
+            objective.meter.count_backward(batch, flops, len(weights) - 1)  # the first one is counted with its pass
             yield from ((weight, nll[:, column].mean()) for column, weight in enumerate(weights))
             return
         for chunk in [rows] if self.fisher is Fisher.batch else np.split(rows, len(rows)):

@@ -69,9 +69,10 @@ class MoCL(IncLoRA):
 
     def query(self, batch: Batch) -> Tensor:
         """[batch, dim]: q(x)."""
-        self.objective.meter.count(batch, False)  # this forward does not go through the objective, which counts its own
         with self.stack.off():
-            return mean_pool(hidden_states(self.objective.adapters.model, batch), batch.attention_mask)
+            states = hidden_states(self.objective.adapters.model, batch)
+        self.objective.count(batch, gradient=False)  # this pass does not go through the objective, which counts its own
+        return mean_pool(states, batch.attention_mask)
 
     def cosines(self, queries: Tensor) -> Tensor:
         """[batch, n]: c_i = cos(q, v_i) of queries [batch, dim]."""

@@ -132,9 +132,10 @@ class SAPT(IncLoRA):
         with torch.no_grad():
             self.means.append(self.scores(self.pooled(pool, pool.rows_of(index))).softmax(1).mean(0))
 
-    def stored_examples(self) -> int:
-        """Number of stored inputs, whose labels are not used."""
-        return super().stored_examples() + sum(len(rows) for rows in self.memory.values())
+    def stored_rows(self) -> np.ndarray:
+        """Also its own stored inputs, whose labels are not used."""
+        arrays = [np.array(rows, np.int64) for rows in self.memory.values()]
+        return np.concatenate([super().stored_rows(), *arrays])
 
 
 def scores(x: Tensor, keys: Tensor) -> Tensor:

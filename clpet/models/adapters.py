@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +19,7 @@ from clpet.errors import ModelError, first_line, suggest
 from clpet.models.adapter_precision import compute_in_input_dtype
 from clpet.models.architectures import dropout_rates, matches
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.flops import Branches, NetworkFlops
 from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import NetworkClass, config_of
 from clpet.records import ParameterRatio
@@ -38,7 +39,7 @@ class Adapters:
             self.config.task_type = TASK_TYPES.get(backbone.architecture, self.config.task_type)
         self.traits, self.option, self.model = option.traits, option.name, model
         self.names: list[str] = []
-        self.branches: list[Callable[[], contextlib.AbstractContextManager[None]]] = []  # `off` of low-rank branches
+        self.branches: list[Branches] = []  # low-rank branches of methods
         self.active: tuple[str, bool] | None = None
         self.training = False
         self.drops = backbone.drops(trained=self.config is None)
@@ -133,8 +134,8 @@ class Adapters:
     def off(self) -> Iterator[None]:
         """Forward passes inside use the pretrained backbone without adapters and low-rank branches."""
         with contextlib.ExitStack() as stack:
-            for branches_off in self.branches:
-                stack.enter_context(branches_off())
+            for branches in self.branches:
+                stack.enter_context(branches.off())
             if self.config is not None and self.names:
                 stack.enter_context(self._without_adapters())
             yield
@@ -182,6 +183,15 @@ class Adapters:
         if self.config is None:
             return {key: value for key, value in named.items() if id(value) in self.trained_ids}
         return {key.replace(f".{name}", ""): value for key, value in named.items() if name in key.split(".")}
+
+    def flops(self, prompt: int = 0) -> NetworkFlops:
+        """The operations of passes through the active adapter, with `prompt` vectors of the method before each text."""
+        active = self.active[0] if self.active else None
+        inactive = frozenset(name for name in self.names if name != active)
+        virtual: int = getattr(self.config, "num_virtual_tokens", 0) or 0
+        in_front = prompt + (virtual if self.names and self.traits.prepends else 0)
+        learned_keys = bool(self.names) and self.traits.prefixes
+        return NetworkFlops.of(self.model, inactive, self.branches, in_front, in_front > 0, learned_keys)
 
     def copy(self, source: str, target: str) -> None:
         """Copies the values of one adapter into another."""

@@ -73,7 +73,7 @@ class StackedLora:
             reason = f"{others[0]} is not a linear layer" if others else "no layer matches"
             raise ModelError(adapters.wrong_target(reason))
         self.layers = {name: StackedLoraLayer(module, self) for name, module in modules.items()}
-        adapters.branches.append(self.off)
+        adapters.branches.append(self)
 
     @property
     def branches(self) -> int:
@@ -132,6 +132,11 @@ class StackedLora:
     def count(self) -> int:
         """Number of scalars in all branches."""
         return sum(tensor.numel() for layer in self.layers.values() for tensor in layer.all())
+
+    def matrices(self) -> tuple[str, int, int]:
+        """The name of the first adapted layer, scalars of all branches, and of the newest ones."""
+        newest = sum(tensor.numel() for layer in self.layers.values() for tensor in (layer.A, layer.B))
+        return next(iter(self.layers)), self.count() if self.enabled else 0, newest if self.enabled else 0
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """A and B of all branches by layer."""

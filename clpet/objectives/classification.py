@@ -150,9 +150,9 @@ class Classification(Objective):
 
         In training with dropout of rate model.head_dropout.
         """
-        self.meter.count(batch, torch.is_grad_enabled())
         with self.autocast:
             hidden = network_of(self.adapters.model)(**self.inputs(batch)).last_hidden_state
+        self.count(batch)
         hidden = hidden[:, -batch.input_ids.shape[1] :]  # without the prompt in front
         h: Tensor = self.pooler(hidden).float() if self.pooler else pool(hidden, batch, self.representation)
         return F.dropout(h, self.backbone.head_dropout, self.adapters.training)

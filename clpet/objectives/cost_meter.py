@@ -17,6 +17,9 @@ from clpet.runtime.distributed import get_world
 class Cost:
     """Counters of one task. A pass with gradients counts as forward and backward; evaluation is counted separately.
 
+    `forward_flops` and `backward_flops` are floating-point operations of training (clpet/models/flops.py).
+    `reference_examples` are passes of the task's examples through a frozen reference model, contained in the forward
+    counters; they are made by every rank.
     `cached_examples` are forward passes of training that an earlier run has done, with logits read from cache_dir.
     `steps` are optimiser steps; `skipped_steps` of them had a NaN or infinite loss or gradient.
     """
@@ -26,6 +29,9 @@ class Cost:
     backward_examples: int = 0
     forward_tokens: int = 0
     backward_tokens: int = 0
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+    reference_examples: int = 0
     validated_examples: int = 0
     evaluated_examples: int = 0
     cached_examples: int = 0
@@ -34,7 +40,8 @@ class Cost:
     peak_memory_mb: float = 0.0
 
 
-MAX_OVER_RANKS = ("seconds", "steps", "skipped_steps", "peak_memory_mb")  # all other counters are summed over ranks
+# All other counters are summed over ranks.
+MAX_OVER_RANKS = ("seconds", "steps", "skipped_steps", "peak_memory_mb", "reference_examples")
 
 
 class EvaluationCost(TypedDict):
@@ -42,6 +49,7 @@ class EvaluationCost(TypedDict):
 
     evaluation_seconds: float
     evaluated_examples: int
+    evaluation_memory_mb: float
 
 
 Purpose = Literal["learned", "validated", "evaluated"]  # of passes through the network
@@ -68,17 +76,23 @@ class Meter:
         yield
         self.kind = before
 
-    def count(self, batch: Batch, gradient: bool) -> None:
-        """Adds one pass of a batch; padding counts as tokens, since it is computed too."""
+    def count(self, batch: Batch, forward_flops: float, backward_flops: float | None) -> None:
+        """Adds one pass of a batch, with a backward pass unless `backward_flops` is None; padding counts as tokens."""
         if self.kind != "learned":
             name = f"{self.kind}_examples"
             setattr(self.cost, name, getattr(self.cost, name) + len(batch))
             return
         self.cost.forward_examples += len(batch)
         self.cost.forward_tokens += batch.tokens
-        if gradient:
-            self.cost.backward_examples += len(batch)
-            self.cost.backward_tokens += batch.tokens
+        self.cost.forward_flops += forward_flops
+        if backward_flops is not None:
+            self.count_backward(batch, backward_flops)
+
+    def count_backward(self, batch: Batch, flops: float, times: int = 1) -> None:
+        """Adds backward passes of a batch, each of `flops` operations."""
+        self.cost.backward_examples += times * len(batch)
+        self.cost.backward_tokens += times * batch.tokens
+        self.cost.backward_flops += times * flops
 
     def cached(self, examples: int) -> None:
         """Adds forward passes that were saved because an earlier run has cached their results."""
@@ -109,6 +123,7 @@ class Meter:
         taken: EvaluationCost = {
             "evaluation_seconds": time.perf_counter() - self._since,
             "evaluated_examples": sum(get_world().gather(self.cost.evaluated_examples)),
+            "evaluation_memory_mb": max(get_world().gather(peak_memory_mb())),
         }
         self.restart()
         return taken

@@ -24,6 +24,7 @@ from clpet.data.traits import PLAIN_TEXT, Traits
 from clpet.errors import ConfigError, DataError, ModelError, need_package
 from clpet.models.architectures import first_position, logit_cap
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.flops import Pass
 from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives import chunked_cross_entropy
@@ -157,13 +158,16 @@ class LanguageModeling(Objective):
 
     def states(self, batch: Batch) -> Tensor:
         """[terms, dim]: inputs of the output layer for each of `batch.target_ids`."""
-        self.meter.count(batch, torch.is_grad_enabled())
         assert isinstance(batch, WindowBatch)
         with self.autocast, without_head(self.adapters.model) as model:
             options = {"use_cache": False} if self.causal else {}
             hidden = network_of(model)(**self.inputs(batch), **options).logits
+        self.count(batch)
         hidden = hidden[:, -batch.input_ids.shape[1] :]  # without the prompt in front
         return hidden.flatten(0, 1)[batch.target_positions - int(self.causal)]
+
+    def work(self, batch: Batch) -> Pass:
+        return replace(super().work(batch), outputs=len(self.targets(batch)))
 
     def inputs(self, batch: Batch) -> Mapping[str, Tensor | None]:
         """With benchmark.document_mask also a mask that separates documents, and positions that restart in each."""

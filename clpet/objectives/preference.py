@@ -115,9 +115,9 @@ class Preference(TextToText):
 
     def log_probability(self, batch: AnswerBatch) -> Tensor:
         """[batch]: log pi(y | prompt), the sum over the tokens of the answers y = `batch.targets`."""
-        self.meter.count(batch, torch.is_grad_enabled())
         with self.autocast:
             logits = self.answer_logits(batch, batch.targets).float()
+        self.count(batch)
         nll = F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=IGNORED, reduction="none")
         return -nll.sum(1)
 
@@ -128,6 +128,8 @@ class Preference(TextToText):
         """
         pool = batch.pool
         assert isinstance(pool, Pairs)
+        if self.meter.kind == "learned" and not self.meter.cost.reference_examples:
+            self.count_references(pool)
         values, tasks = torch.empty(len(batch), device=self.device), pool.tasks[batch.rows]
         for task in np.unique(tasks).tolist():  # on the host: reading `batch.tasks` would wait for the device
             rows = pool.rows_of(task)
@@ -139,9 +141,22 @@ class Preference(TextToText):
             values[to] = pool.reference[task][at]
         return values
 
+    def count_references(self, pool: Pairs) -> None:
+        """Adds the reference passes of new tasks to the cost, when the first of them is needed.
+
+        They are not counted where they are made: a resumed run makes them again, also those of earlier tasks.
+        """
+        for task in self.new_tasks:
+            for rows in self.batches(pool, pool.rows_of(task)):
+                batch = pool.batch(rows)
+                assert isinstance(batch, AnswerBatch)
+                for answers in (batch, pool.with_rejected(batch)):
+                    self.count(answers, gradient=False)
+                    self.meter.cost.reference_examples += len(answers)
+
     @torch.no_grad()
     def reference_of(self, pool: Pairs, rows: np.ndarray) -> Tensor:
-        """[rows] of a task, in their order; not part of the cost, since a resumed run repeats it."""
+        """[rows] of a task, in their order; `count_references` adds them to the cost."""
         batches = self.batches(pool, rows)
         with self.reference_policy():
             values = torch.cat([self.log_ratio(pool.batch(batch, self.device)) for batch in batches])

@@ -22,6 +22,7 @@ from clpet.data.traits import ANSWERS, Traits
 from clpet.errors import ConfigError
 from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.flops import Pass
 from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives.answer_encoding import (
@@ -133,13 +134,14 @@ class TextToText(Objective):
 
     def logits(self, batch: Batch) -> Tensor:
         """[answer tokens of the batch, vocabulary] fp32; the output layer is not applied to the prompt."""
-        self.meter.count(batch, torch.is_grad_enabled())
         assert isinstance(batch, AnswerBatch)
         with self.autocast:
             if isinstance(batch, ChatBatch):
-                return self.conversation_logits(batch)
-            logits = self.answer_logits(batch, batch.targets)
-            return logits[batch.targets != IGNORED].float()
+                logits = self.conversation_logits(batch)
+            else:
+                logits = self.answer_logits(batch, batch.targets)[batch.targets != IGNORED].float()
+        self.count(batch)
+        return logits
 
     def conversation_logits(self, batch: ChatBatch) -> Tensor:
         """The same for all answers in a conversation, each example's in their order.
@@ -186,6 +188,15 @@ class TextToText(Objective):
         text = network_of(self.adapters.model).get_input_embeddings()(answer)
         return {"inputs_embeds": torch.cat([prompt, text.to(prompt.dtype)], 1), **positions}
 
+    def work(self, batch: Batch) -> Pass:
+        """A decoder reads prompt and answer, without its end; an encoder-decoder reads the answer in its decoder."""
+        assert isinstance(batch, AnswerBatch)
+        source, answer = batch.input_ids.shape[1], batch.targets.shape[1]
+        outputs = len(batch) * answer
+        if isinstance(batch, ChatBatch):
+            outputs = int((batch.next_tokens() != IGNORED).sum())
+        return Pass(len(batch), source + answer - 1 if self.causal else source, 0 if self.causal else answer, outputs)
+
     def masks(self, batch: Batch) -> list[Tensor]:
         """A decoder reads one text, prompt and answer; an encoder-decoder two texts."""
         assert isinstance(batch, AnswerBatch)
@@ -209,12 +220,14 @@ class TextToText(Objective):
 
         Only the labels of the task are candidates, because the instruction of an example lists them.
         """
-        self.meter.count(batch, torch.is_grad_enabled())
         if self.evaluation.decode is Decode.generate:
-            return Predictions(texts=self.generate(batch))
-        labels = self.benchmark.task_labels(int(batch.tasks[0]))
-        best = self.rank(batch, labels).argmax(1).tolist()
-        return Predictions(texts=[self.benchmark.labels[labels[choice]] for choice in best])
+            texts = self.generate(batch)
+        else:
+            labels = self.benchmark.task_labels(int(batch.tasks[0]))
+            best = self.rank(batch, labels).argmax(1).tolist()
+            texts = [self.benchmark.labels[labels[choice]] for choice in best]
+        self.count(batch)
+        return Predictions(texts=texts)
 
     def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
         """Batches with examples of one task each, because the candidate labels depend on the task."""

@@ -100,7 +100,11 @@ class NoReplay:
 
     def stored(self) -> int:
         """Number of stored examples."""
-        return sum(len(rows) for rows in self.memory.values())
+        return len(self.stored_rows())
+
+    def stored_rows(self) -> Rows:
+        """Rows of the pool that are stored."""
+        return np.concatenate([np.empty(0, np.int64), *self.memory.values()])
 
     def _shuffled(self, rows: Rows, index: int, stage: str, extra: Rows | None = None) -> BatchPlan:
         """Every row once per epoch, in a new order in each; `extra` may contain a row several times."""

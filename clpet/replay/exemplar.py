@@ -91,8 +91,8 @@ class FixedReplay(NoReplay):
         self.memory[index] = np.sort(np.concatenate(train_rows))
         self.val_memory[index] = np.sort(np.concatenate(val_rows))
 
-    def stored(self) -> int:
-        return super().stored() + sum(len(rows) for rows in self.val_memory.values())
+    def stored_rows(self) -> Rows:
+        return np.concatenate([super().stored_rows(), *self.val_memory.values()])
 
     def state(self) -> ReplayState:
         return {**super().state(), "spare": {str(task): rows.tolist() for task, rows in self.val_memory.items()}}

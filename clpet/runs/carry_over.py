@@ -14,7 +14,7 @@ from clpet.runtime.atomic_io import atomic_file, replace_folder
 from clpet.runtime.run_checkpoint import RunState, checkpoints, read_tree
 from clpet.runtime.untrusted_json import as_data_error
 
-EVALUATION_COSTS = ("evaluation_seconds", "evaluated_examples")
+EVALUATION_COSTS = ("evaluation_seconds", "evaluated_examples", "evaluation_memory_mb")
 
 
 class CarryOver:

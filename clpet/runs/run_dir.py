@@ -61,6 +61,7 @@ OUTPUT_PATTERNS = (
     "*.png", "*.jsonl", "*.csv", "run.json", "results.json", "report.html", "downstream-*.json", "mlflow-run.json",
     FAILURE,
 )  # fmt: skip
+BYTES_PER_TOKEN = 4  # of a stored example: a token id in 32 bits
 OUTPUT_FOLDERS = ("state", "predictions", "adapters", "heads", "checkpoints", "wandb", "tensorboard")
 
 
@@ -249,7 +250,8 @@ def task_cost(method: Method) -> Cost:
         "trainable_parameters": method.trainable_parameters(),
         "stored_parameters": method.stored_parameters(),
     }
-    replayed = {"replay_examples": method.stored_examples()}
+    rows, pool = method.stored_rows(), method.data.train
+    replayed = {"replay_examples": len(rows), "replay_bytes": BYTES_PER_TOKEN * int(pool.lengths[rows].sum())}
     return cast(Cost, {**method.objective.meter.take_learning(), **parameters, **replayed})
 
 

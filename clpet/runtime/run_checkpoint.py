@@ -19,6 +19,7 @@ from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import Checkpoint, Cost, ExtendedFrom, Json, Measurements, Metrics, State, Tree
 from clpet.runtime.atomic_io import replace_folder, write_synced
 from clpet.runtime.distributed import get_world
+from clpet.runtime.tree_size import tree_bytes
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -68,7 +69,12 @@ class RunState:
         return cast(State, self.measurements())
 
     def save(self, folder: Path, method_state: State, identity: dict[str, str]) -> None:
-        """Writes the checkpoint `folder`/NNN, NNN = done. Raises HostError when the disk refuses."""
+        """Writes the checkpoint `folder`/NNN, NNN = done. Raises HostError when the disk refuses.
+
+        The cost of the last task gets the size of the method's part of it.
+        """
+        if self.costs:
+            self.costs[-1] = {**self.costs[-1], "stored_bytes": tree_bytes(method_state)}
         state: State = {"method": method_state, "trainer": self.trainer}
         _save(folder, (self.done,), {"identity": identity, **self._tree(), **state})
 

@@ -113,6 +113,9 @@ def test_the_reference_is_computed_once_and_not_changed_by_training(pairs: Path)
     assert len(calls) == 2  # once per task
     before = pool.reference[0].clone()
     assert torch.equal(original(pool, pool.rows_of(0)), before)
+    cost = objective.meter.cost  # of task 2: 48 pairs are two passes each through the reference and through the policy
+    assert (cost.reference_examples, cost.forward_examples, cost.backward_examples) == (96, 192, 96)
+    assert cost.backward_flops > cost.forward_flops / 2 > 0
 
 
 def test_a_truncated_answer_is_counted(tmp_path: Path) -> None:
@@ -127,6 +130,13 @@ def scores(folder: Path) -> list[list[float]]:
     """The transfer matrix of the only run below a folder."""
     (path,) = folder.glob("*/*/s*/results.json")
     return json.loads(path.read_text())["scores"]
+
+
+def counters(folder: Path) -> list[list[float]]:
+    """Per task of the only run below a folder: passes with those of the reference, their FLOPs, and bytes."""
+    (path,) = folder.glob("*/*/s*/results.json")
+    keys = ("forward_examples", "forward_flops", "backward_flops", "reference_examples", "stored_bytes", "replay_bytes")
+    return [[cost[key] for key in keys] for cost in json.loads(path.read_text())["cost"]]
 
 
 def test_preferences_are_learned_forgotten_and_replayed(pairs: Path, clpet, tmp_path: Path) -> None:
@@ -163,6 +173,7 @@ def test_a_run_that_fails_inside_a_task_resumes_bit_for_bit(method, clpet, tmp_p
     assert again.code == 0, again.err
     assert "resuming after 1 of 2 tasks, inside task 2" in again.out
     assert scores(tmp_path / "whole") == scores(tmp_path / "cut")
+    assert counters(tmp_path / "whole") == counters(tmp_path / "cut")
     (one,), (two,) = ((tmp_path / name).glob("*/*/s*") for name in ("whole", "cut"))
     files = sorted(one.glob("adapters/**/*.safetensors"))
     assert files

@@ -18,7 +18,7 @@ import vl_convert
 from clpet.reporting.answers import Answer, mistakes
 from clpet.reporting.points import seen_averages
 from clpet.reporting.report.page import build_report, script_json
-from clpet.reporting.report.tables import training_flops
+from clpet.reporting.run_costs import COSTS
 from clpet.reporting.run_groups import make_sections
 from clpet.reporting.run_metrics import MeanStd
 from clpet.reporting.step_lines import MAX_POINTS, mean_losses
@@ -85,12 +85,13 @@ def test_losses_are_averaged_over_neighbouring_steps(tmp_path: Path) -> None:
     assert losses[-1][0] == 2 * MAX_POINTS
 
 
-def test_training_flops_by_hand(clpet) -> None:
-    """100 parameters, 10 trained: 2 * 100 * 7 forwards and 2 * 110 * 5 backwards, for each of two tasks."""
-    cost = [{**COST, "forward_tokens": 7, "backward_tokens": 5, "trainable_parameters": 10}] * 2
-    folder = write_run("ewc", cost=cost, parameters={"trainable": 10, "total": 100, "percent": 10})
-    assert training_flops(read_results(folder / "results.json")) == 2 * (1400 + 1100)
-    assert training_flops(read_results(write_run("kif") / "results.json")) is None
+def test_costs_by_hand_and_of_a_run_that_did_not_record_them(clpet) -> None:
+    """Of two tasks: FLOPs are added, stored bytes are those of the last task; runs of older versions lack both."""
+    cost = [{**COST, "forward_flops": 7.0, "backward_flops": 5.0, "stored_bytes": size} for size in (10, 30)]
+    run = read_results(write_run("ewc", cost=cost) / "results.json")
+    assert [COSTS[name].value(run) for name in ("flops", "stored_bytes")] == [24, 30]
+    old = read_results(write_run("kif") / "results.json")
+    assert [COSTS[name].value(old) for name in ("flops", "stored_bytes", "seconds")] == [None, None, 2]
 
 
 def test_the_band_over_seeds_by_hand(clpet) -> None:

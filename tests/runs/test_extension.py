@@ -26,7 +26,14 @@ from clpet.wiring import Components
 from tests.conftest import domain_args, methods_of, run_cli, tiny_args, write_words
 
 TWO, THREE = "tasks=[fruit,metal]", "tasks=[fruit,metal,river]"
-TIMES = ("seconds", "peak_memory_mb", "evaluation_seconds", "cached_examples", "evaluated_examples")
+TIMES = (
+    "seconds",
+    "peak_memory_mb",
+    "evaluation_memory_mb",
+    "evaluation_seconds",
+    "cached_examples",
+    "evaluated_examples",
+)
 SAME = ("tasks", "scores", "correct", "total", "task_scores", "backward", "metrics", "task_metrics", "diagnostics",
         "test_sets", "parameters")  # fmt: skip
 

@@ -1,18 +1,17 @@
 """The report's tables: results with their tests, cost, data, and what differs between the rows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS
-from clpet.records import Cost, Json, Results
+from clpet.records import Json, Results
 from clpet.reporting.comparison import Comparison
+from clpet.reporting.run_costs import COSTS
 from clpet.reporting.run_groups import Row, Section, value_of
 from clpet.reporting.run_metrics import MeanStd, mean_and_std, run_metrics
 from clpet.reporting.significance import Difference
-
-BYTES_PER_PARAMETER = 4  # adapters, heads and the states of methods are stored in fp32
 
 
 @dataclass(frozen=True)
@@ -98,64 +97,16 @@ def _test_cells(
     return [Cell(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]", value, title=seeds), _number(p, "{:.4f}")]
 
 
-def training_flops(run: Results) -> float | None:
-    """Floating-point operations of training, estimated from tokens; None for runs without counted backward tokens.
-
-    2 N per token forwards; backwards 2 N for the activations and 2 n for the weights, with N parameters of the model
-    and n trained ones (Kaplan et al., 2020, arXiv 2001.08361, section 2.1, with a frozen backbone).
-    """
-    total, operations = run["parameters"]["total"], 0.0
-    for cost in run["cost"]:
-        if (backward := cost.get("backward_tokens")) is None:
-            return None
-        operations += 2 * total * cost["forward_tokens"] + 2 * (total + cost["trainable_parameters"]) * backward
-    return operations
-
-
-def _total(key: str) -> Callable[[Results], float | None]:
-    """Sums a counter over the tasks of a run; None if a task lacks it."""
-
-    def total(run: Results) -> float | None:
-        values = [cost.get(key) for cost in run["cost"]]
-        numbers = [float(value) for value in values if isinstance(value, int | float)]
-        return sum(numbers) if len(numbers) == len(values) else None
-
-    return total
-
-
-def _last(of: Callable[[Cost], float]) -> Callable[[Results], float | None]:
-    """The value after the last task."""
-    return lambda run: of(run["cost"][-1]) if run["cost"] else None
-
-
-# {column: (value of a run, format, explanation)}
-COSTS: dict[str, tuple[Callable[[Results], float | None], str, str]] = {
-    "training s": (_total("seconds"), "{:,.1f}", "seconds of training, over all tasks"),
-    "evaluation s": (_total("evaluation_seconds"), "{:,.1f}", "seconds of evaluation, over all tasks"),
-    "FLOPs": (training_flops, "{:.2e}", "of training: 2 N per token forwards and 2 (N + n) backwards, with N "
-              "parameters of the model and n trained ones"),
-    "forward": (_total("forward_examples"), "{:,.0f}", "examples passed forwards in training"),
-    "backward": (_total("backward_examples"), "{:,.0f}", "examples passed backwards in training"),
-    "tokens": (_total("forward_tokens"), "{:,.0f}", "tokens passed forwards in training, padding included"),
-    "trained": (_last(lambda cost: cost["trainable_parameters"]), "{:,.0f}", "parameters trained in the last task"),
-    "stored bytes": (_last(lambda cost: BYTES_PER_PARAMETER * cost["stored_parameters"]), "{:,.0f}",
-                     "what the method stores after the last task, in fp32"),
-    "stored examples": (_last(lambda cost: cost["replay_examples"]), "{:,.0f}", "old examples stored for replay"),
-    "peak MB": (lambda run: max((cost["peak_memory_mb"] for cost in run["cost"]), default=None), "{:,.0f}",
-                "peak memory of the device, on a CPU of the process"),
-}  # fmt: skip
-
-
 def cost_table(section: Section) -> HtmlTable:
     """A line per row with the mean over seeds of every counter."""
     rows = []
     for row in section.rows:
         cells = [Cell(row.name)]
-        for value, form, _ in COSTS.values():
-            mean = mean_and_std([value(run) for _, run in row.runs])
-            cells.append(_number(mean.mean, form) if mean else Cell("-"))
+        for column in COSTS.values():
+            mean = mean_and_std([column.value(run) for _, run in row.runs])
+            cells.append(_number(mean.mean, column.form) if mean else Cell("-"))
         rows.append(cells)
-    titles = {name: explanation for name, (_, _, explanation) in COSTS.items()}
+    titles = {name: column.explanation for name, column in COSTS.items()}
     return HtmlTable(["row", *COSTS], rows, 1, titles)
 
 

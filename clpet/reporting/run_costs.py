@@ -1,0 +1,64 @@
+"""What a run has cost, as columns of comparisons and reports. Runs of older versions lack some of the values."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from clpet.records import Results
+
+
+class CostColumn(NamedTuple):
+    """A column: the value of a run (None where it was not recorded), the format of a mean, and an explanation."""
+
+    value: Callable[[Results], float | None]
+    form: str
+    explanation: str
+
+
+def _values(run: Results, key: str) -> list[float | None]:
+    """A counter of every task; None where it was not recorded."""
+    values: list[object] = [cost.get(key) for cost in run["cost"]]
+    return [float(value) if isinstance(value, int | float) else None for value in values]
+
+
+def _total(*keys: str) -> Callable[[Results], float | None]:
+    """The sum of counters over the tasks of a run."""
+
+    def total(run: Results) -> float | None:
+        values = [value for key in keys for value in _values(run, key)]
+        numbers = [value for value in values if value is not None]
+        return sum(numbers) if len(numbers) == len(values) else None
+
+    return total
+
+
+def _last(key: str) -> Callable[[Results], float | None]:
+    """The value after the last task."""
+    return lambda run: (_values(run, key) or [None])[-1]
+
+
+def _largest(key: str) -> Callable[[Results], float | None]:
+    """The largest value of all tasks."""
+    return lambda run: max((value for value in _values(run, key) if value is not None), default=None)
+
+
+COSTS: Mapping[str, CostColumn] = {
+    "seconds": CostColumn(_total("seconds"), "{:,.1f}", "seconds of training, over all tasks"),
+    "evaluation_seconds": CostColumn(
+        _total("evaluation_seconds"), "{:,.1f}", "seconds of evaluation, over all tasks"),
+    "flops": CostColumn(
+        _total("forward_flops", "backward_flops"), "{:.3g}",
+        "floating-point operations of training, forwards and backwards, by formula from matrices and attention"),
+    "forward_examples": CostColumn(_total("forward_examples"), "{:,.0f}", "examples passed forwards in training"),
+    "backward_examples": CostColumn(_total("backward_examples"), "{:,.0f}", "examples passed backwards in training"),
+    "forward_tokens": CostColumn(
+        _total("forward_tokens"), "{:,.0f}", "tokens passed forwards in training, padding included"),
+    "trained_parameters": CostColumn(
+        _last("trainable_parameters"), "{:,.0f}", "parameters trained in the last task"),
+    "stored_bytes": CostColumn(
+        _last("stored_bytes"), "{:,.0f}", "what the method keeps in addition to the model after the last task, as on disk"),
+    "replay_examples": CostColumn(_last("replay_examples"), "{:,.0f}", "old examples stored for replay"),
+    "replay_bytes": CostColumn(_last("replay_bytes"), "{:,.0f}", "their tokens, four bytes each"),
+    "peak_memory_mb": CostColumn(
+        _largest("peak_memory_mb"), "{:,.0f}", "peak memory of the device in training, on a CPU of the process"),
+}  # fmt: skip
+SHOWN = ("seconds", "flops", "stored_bytes", "replay_bytes", "peak_memory_mb")  # with `clpet runs --compare --costs`
