@@ -138,7 +138,7 @@ class EWC(Static):
             batch, objective = pool.batch(rows, device), self.objective
             nll = -self.logits(batch).log_softmax(1)
             weights = (-nll).exp().mean(0).detach().double()
-            flops = objective.flops().backward(objective.work(batch))
+            flops = objective.flops.network.backward(objective.work(batch))
             objective.meter.count_backward(batch, flops, len(weights) - 1)  # the first one is counted with its pass
             yield from ((weight, nll[:, column].mean()) for column, weight in enumerate(weights))
             return

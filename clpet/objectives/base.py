@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NotRequired, Self, TypedDict
 
@@ -20,10 +20,10 @@ from clpet.errors import ConfigError, ModelError
 from clpet.models.adapters import Adapters
 from clpet.models.architectures import first_position
 from clpet.models.backbone import Architecture, Backbone
-from clpet.models.flops import NetworkFlops, Pass
+from clpet.models.flops import Pass
 from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer, config_of, network_of
-from clpet.objectives.cost_meter import Meter
+from clpet.objectives.cost_meter import FlopsOfPasses, Meter
 from clpet.runtime.hardware import Hardware
 
 if TYPE_CHECKING:
@@ -137,9 +137,8 @@ class Objective:
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
         self.dim = int(config_of(adapters.model).hidden_size)
         self.meter = Meter()
-        self.counted_flops: tuple[Hashable, NetworkFlops] | None = None
+        self.flops = FlopsOfPasses(adapters)
         self.prompt: Callable[[Batch], Tensor] | None = None  # [batch, p, dim] in front of the text's embeddings
-        self.prompt_vectors = 0  # p of the latest pass
         self.new_tasks = range(0)  # the tasks that are being learned for the first time
         self.benchmark = self._fit_length(benchmark)
         self.encode_split = self.encoder(self.benchmark, backbone, tokenizer)
@@ -233,11 +232,11 @@ class Objective:
         """Inputs of the backbone: token ids, or a prompt followed by the embeddings of the tokens."""
         mask = batch.attention_mask if batch.padded else None
         if self.prompt is None:
-            self.prompt_vectors = 0
+            self.flops.prompt_vectors = 0
             return {"input_ids": batch.input_ids, "attention_mask": mask}
         text = network_of(self.adapters.model).get_input_embeddings()(batch.input_ids)
         prompt = self.prompt(batch).to(text.dtype)
-        self.prompt_vectors = prompt.shape[1]
+        self.flops.prompt_vectors = prompt.shape[1]
         if mask is not None:
             mask = torch.cat([mask.new_ones(prompt.shape[:2]), mask], dim=1)
         return {"inputs_embeds": torch.cat([prompt, text], dim=1), "attention_mask": mask}
@@ -246,16 +245,9 @@ class Objective:
         """The shape of a pass of a batch, without prompts in front."""
         return Pass(len(batch), batch.input_ids.shape[1])
 
-    def flops(self) -> NetworkFlops:
-        """The operations of passes through the network; with `counted_flops` = None they are counted again."""
-        key = (self.adapters.active, len(self.adapters.names), self.prompt_vectors)
-        if self.counted_flops is None or self.counted_flops[0] != key:
-            self.counted_flops = key, self.adapters.flops(self.prompt_vectors)
-        return self.counted_flops[1]
-
     def count(self, batch: Batch, gradient: bool | None = None) -> None:
         """Adds a pass of a batch, which has just been made, to the cost; by default with a backward pass if it can."""
-        flops, work, default = self.flops(), self.work(batch), torch.is_grad_enabled()
+        flops, work, default = self.flops.network, self.work(batch), torch.is_grad_enabled()
         backward = flops.backward(work) if (default if gradient is None else gradient) else None
         self.meter.count(batch, flops.forward(work), backward)
 

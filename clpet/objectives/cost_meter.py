@@ -3,13 +3,15 @@
 import contextlib
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, TypedDict
 
 import torch
 
 from clpet.data.batches import Batch
+from clpet.models.adapters import Adapters
+from clpet.models.flops import NetworkFlops
 from clpet.runtime.distributed import get_world
 
 
@@ -127,6 +129,27 @@ class Meter:
         }
         self.restart()
         return taken
+
+
+class FlopsOfPasses:
+    """The operations of passes through the network of an objective, counted when its state has changed."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters = adapters
+        self.prompt_vectors = 0  # of the method, in front of each text of the latest pass
+        self.renew()
+
+    def renew(self) -> None:
+        """Counts the network again at the next pass: other tensors may be trained than before."""
+        self.counted: tuple[Hashable, NetworkFlops] | None = None
+
+    @property
+    def network(self) -> NetworkFlops:
+        """The operations by the shape of a pass."""
+        key = (self.adapters.active, len(self.adapters.names), self.prompt_vectors)
+        if self.counted is None or self.counted[0] != key:
+            self.counted = key, self.adapters.flops(self.prompt_vectors)
+        return self.counted[1]
 
 
 def peak_memory_mb() -> float:

@@ -55,7 +55,7 @@ COSTS: Mapping[str, CostColumn] = {
     "trained_parameters": CostColumn(
         _last("trainable_parameters"), "{:,.0f}", "parameters trained in the last task"),
     "stored_bytes": CostColumn(
-        _last("stored_bytes"), "{:,.0f}", "what the method keeps in addition to the model after the last task, as on disk"),
+        _last("stored_bytes"), "{:,.0f}", "kept in addition to the model after the last task, as on disk"),
     "replay_examples": CostColumn(_last("replay_examples"), "{:,.0f}", "old examples stored for replay"),
     "replay_bytes": CostColumn(_last("replay_bytes"), "{:,.0f}", "their tokens, four bytes each"),
     "peak_memory_mb": CostColumn(

@@ -102,7 +102,7 @@ class Trainer:
         end as they were. `clip` replaces train.clip. Raises HostError if the loss is NaN or infinite.
         """
         self.progress.fit(stage, self.epochs, plan.steps)
-        self.objective.counted_flops = None  # other tensors may be trained than before
+        self.objective.flops.renew()
         if self.dry_run:
             self._one_pass(plan, hooks, list(parameters.values()), stage)
             return

@@ -75,7 +75,7 @@ def test_fisher_per_label_counts_a_backward_pass_per_label(make) -> None:
     assert run.method.objective.meter.cost.backward_flops == 0
     run.method.objective.meter.restart()
     run.method.information(0)
-    cost, flops = run.method.objective.meter.cost, run.method.objective.flops()
+    cost, flops = run.method.objective.meter.cost, run.method.objective.flops.network
     assert cost.backward_examples == labels * cost.forward_examples > 0
     width = cost.forward_tokens // cost.forward_examples
     assert cost.backward_flops == labels * flops.backward(Pass(cost.forward_examples, width))
