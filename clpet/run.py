@@ -102,7 +102,7 @@ def announce(display: Display, session: Session) -> None:
     name, softmax = on_split(benchmark.name, session.split), run_dir.softmax(benchmark)
     num_labels, resolved = len(benchmark.labels), method.resolved(benchmark)
     display.print(run_summary.heading(method.name, name, len(benchmark), num_labels, softmax, resolved))
-    if line := cut_line(session.data_record):
+    for line in filter(None, (cut_line(session.data_record), session.probes.describe())):
         display.print(line)
     for warning in session.data_record["warnings"]:
         log.warning(warning)
@@ -295,7 +295,8 @@ class Experiment:
                 # Before the last row: methods keep the statistics of their latest evaluation, which must be this row's.
                 state.validation = self.validate(tasks)
             evaluation = Evaluator(self.benchmark, self.session.data, self.session.split)(self.method, row, list(tasks))
-        evaluation.diagnostics = {**(recorded or {}), **evaluation.diagnostics, **self.method.diagnostics()}
+        probed = self.session.probes.measure(row)
+        evaluation.diagnostics = {**(recorded or {}), **evaluation.diagnostics, **self.method.diagnostics(), **probed}
         for matrix, scores in ((state.matrix, evaluation.seen), (state.task_matrix, evaluation.per_task)):
             for index in tasks:
                 matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)
@@ -325,7 +326,7 @@ class Experiment:
         data = self.session.data_record
         results = run_dir.collect(out, self.cfg, self.overrides, self.identity, method, self.benchmark, data, state)
         title = f"{method.name} on {on_split(self.benchmark.name, results['split'])}"
-        figures = run_figures.draw(out, state.matrix, title, data.get("order"))
+        figures = run_figures.draw(out, state.matrix, title, data.get("order"), state.diagnostics)
         figures += method_figures.draw(out, method.name, method.figures())
         self.tracker.log_results(results, figures)
         run_dir.finish(out, results)

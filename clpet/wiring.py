@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from clpet import base_model
 from clpet.config.build import build
@@ -17,11 +18,13 @@ from clpet.data.benchmark import Benchmark
 from clpet.data.sources.base import Source
 from clpet.errors import ConfigError
 from clpet.evaluation.data_inspection import inspect_data
+from clpet.evaluation.probes import Probes, check_probes
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters
 from clpet.models.backbone import Backbone
 from clpet.models.memory_saving import enable_recomputation, shard
 from clpet.models.peft_options import FullFineTuning
+from clpet.models.protocols import Tokenizer
 from clpet.objectives import load
 from clpet.objectives.base import Objective
 from clpet.records import DataRecord
@@ -76,6 +79,7 @@ class Components:
         if self.config.train.class_weights is not ClassWeights.none:
             self._check_class_weights()
         self.source.check_backbone(self.backbone)
+        check_probes(self.config.evaluation, self.method, self.objective, self.backbone, self.peft, self.hardware.shard)
         self.hardware.check(self.peft, self.method)
         check_optimizer(self.config.train, self.hardware.torch_device)
         self.replay.check(self.config.train.global_batch_size, self.objective.traits)
@@ -127,13 +131,8 @@ class Components:
     def load_objective(self, benchmark: Benchmark) -> Objective:
         """The objective with its network, adapters and tokenizer. Raises ModelError."""
         backbone, hardware, peft, config = self.backbone, self.hardware, self.peft, self.config
-        generates = self.objective.traits.needs_output_layer
-        dtype = torch.float32 if peft.traits.full else hardware.torch_dtype
-        nf4 = hardware.quantization is Quantization.nf4
-        # A sharded backbone is loaded on the host: it may not fit on one GPU.
-        load_device = torch.device("cpu") if self.sharded else hardware.torch_device
-        model, tokenizer = backbone.load(dtype, hardware.torch_device, config.seed, generates, load_device, nf4)
-        adapters = Adapters(model, backbone, peft, generates)
+        model, tokenizer = self.load_network()
+        adapters = Adapters(model, backbone, peft, self.objective.traits.needs_output_layer)
         if hardware.gradient_checkpointing:
             enable_recomputation(model, adapters.drops)
         if backbone.dropout == "own" and not adapters.dropout():
@@ -141,6 +140,15 @@ class Components:
         seed, settings = derive(config.seed, "head"), (config.evaluation, config.cache_dir, config.train.class_weights)
         objective = replace(self.objective)  # these components may become several sessions
         return objective.setup(benchmark, backbone, adapters, tokenizer, seed, hardware, *settings)
+
+    def load_network(self) -> tuple[nn.Module, Tokenizer]:
+        """The pretrained network without adapters, and its tokenizer. Raises ModelError."""
+        hardware, generates = self.hardware, self.objective.traits.needs_output_layer
+        dtype = torch.float32 if self.peft.traits.full else hardware.torch_dtype
+        nf4 = hardware.quantization is Quantization.nf4
+        # A sharded backbone is loaded on the host: it may not fit on one GPU.
+        load_device = torch.device("cpu") if self.sharded else hardware.torch_device
+        return self.backbone.load(dtype, hardware.torch_device, self.config.seed, generates, load_device, nf4)
 
     @property
     def sharded(self) -> bool:
@@ -215,6 +223,12 @@ class Session:
     def data_record(self) -> DataRecord:
         """Statistics of the data and warnings about them, for the record."""
         return inspect_data(self.benchmark, self.data)
+
+    @cached_property
+    def probes(self) -> Probes:
+        """Measures drift from the pretrained model."""
+        pool = self.data.split(self.split)
+        return Probes(self.config.evaluation, self.method, pool, lambda: self.components.load_network()[0])
 
     def learn(self, index: int, last: bool = False) -> None:
         """Learns task `index`; `last` says that no other follows."""

@@ -22,7 +22,7 @@ NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fre
 # the command of an older run resumes that run.
 ADDED_OPTIONS: dict[str, dict[str, Json]] = {
     "train": {"optimizer": "adamw", "momentum": None, "class_weights": "none"},
-    "evaluation": {"metrics": ["accuracy"]},
+    "evaluation": {"metrics": ["accuracy"], "probes": [], "probe_tokens": None, "probe_text": None},
     "benchmark": {"encoding": None, "header": None, "chat": None},
     "method": {"planned_tasks": None},
 }

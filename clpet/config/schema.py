@@ -184,6 +184,15 @@ class CapUnit(Enum):
     bytes = "bytes"
 
 
+class Probe(Enum):
+    """What is compared with the pretrained model after every task."""
+
+    kl = "kl"
+    nll = "nll"
+    representation = "representation"
+    weights = "weights"
+
+
 @dataclass
 class EvaluationOptions:
     """Options of evaluation: which tasks are scored when, and how answers are produced."""
@@ -202,6 +211,9 @@ class EvaluationOptions:
     stride: int | None = None
     bos: bool = False
     rank_prompts: int = 0
+    probes: list[Probe] = field(default_factory=list)
+    probe_tokens: int | None = None
+    probe_text: str | None = None
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "at least 1")
@@ -209,7 +221,7 @@ class EvaluationOptions:
         text_kept = self.predictions or not self.keep_text
         require(text_kept, "evaluation.keep_text", "true", "false with evaluation.predictions=false")
         require(self.rank_prompts >= 0, "evaluation.rank_prompts", self.rank_prompts, "0 (off) or more")
-        for key, minimum in (("max_new_tokens", 1), ("max_tokens", 2), ("stride", 1)):
+        for key, minimum in (("max_new_tokens", 1), ("max_tokens", 2), ("stride", 1), ("probe_tokens", 1)):
             value = getattr(self, key)
             require(value is None or value >= minimum, f"evaluation.{key}", value, f"at least {minimum}, or null")
 

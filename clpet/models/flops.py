@@ -10,7 +10,7 @@ With recomputed activations the backward pass contains a second forward pass.
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,11 +65,16 @@ class Stack:
 class Branches(Protocol):
     """Low-rank branches, which are added to the layers of the network."""
 
+    scale: float
+
     def off(self) -> contextlib.AbstractContextManager[None]:
         """Forward passes inside ignore them."""
 
     def matrices(self) -> tuple[str, int, int]:
         """The name of the first layer that has them, scalars of all branches, and of the trained ones."""
+
+    def factors(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """A [n, d_in] and B [d_out, n] of all branches of every layer, and the layer's weight."""
 
 
 @dataclass

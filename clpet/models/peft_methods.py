@@ -20,7 +20,7 @@ class PeftTraits:
     transposed linear layers (Conv1D) of GPT-2. `nf4`: supports quantized weights. `shards`: supports a backbone that is
     divided over ranks. `lora_factors`: only LoRA's A and B are trained. `prepends`: virtual tokens stand before the
     text's embeddings; `prefixes`: before the keys and values of every layer. `normalises`: adapts norm layers by
-    default, `embeds`: the embedding.
+    default, `embeds`: the embedding. `adds_blocks`: the network gets more blocks.
     """
 
     trains: bool = True
@@ -37,6 +37,7 @@ class PeftTraits:
     prefixes: bool = False
     normalises: bool = False
     embeds: bool = False
+    adds_blocks: bool = False
 
 
 METHODS = {

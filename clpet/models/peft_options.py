@@ -57,6 +57,10 @@ class Blocks(FullFineTuning):
     name: str = "blocks"
     every: int = 4
 
+    @property
+    def traits(self) -> PeftTraits:
+        return dataclasses.replace(super().traits, adds_blocks=True)
+
     def __post_init__(self) -> None:
         require(self.every >= 1, "peft.every", self.every, "at least 1")
 

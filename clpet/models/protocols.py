@@ -135,6 +135,7 @@ class NetworkOutput(Protocol):
     logits: Tensor
     last_hidden_state: Tensor
     past_key_values: KeyValueCache
+    hidden_states: tuple[Tensor, ...]  # of the embeddings and of every block, if they are asked for
 
 
 class Network(Protocol):

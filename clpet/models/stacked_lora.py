@@ -129,6 +129,11 @@ class StackedLora:
         finally:
             self.enabled = before
 
+    def factors(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """A and B of all branches of every layer, and the layer's weight."""
+        for layer in self.layers.values():
+            yield *layer.all(), cast(Tensor, layer.module.weight)
+
     def count(self) -> int:
         """Number of scalars in all branches."""
         return sum(tensor.numel() for layer in self.layers.values() for tensor in layer.all())
