@@ -197,10 +197,8 @@ class Probes:
 
     @property
     def _reads_neutral_text(self) -> bool:
-        asked = self.options.probes
-        return Probe.representation in asked or (
-            self.method.objective.causal and bool({Probe.kl, Probe.nll} & set(asked))
-        )
+        probes, causal = self.options.probes, self.method.objective.causal
+        return Probe.representation in probes or (causal and (Probe.kl in probes or Probe.nll in probes))
 
     def _forward(self, ids: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """([tokens, dim] on the host of every block, [batch, width, vocabulary] logits if the network has them).

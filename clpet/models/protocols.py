@@ -135,7 +135,7 @@ class NetworkOutput(Protocol):
     logits: Tensor
     last_hidden_state: Tensor
     past_key_values: KeyValueCache
-    hidden_states: tuple[Tensor, ...]  # of the embeddings and of every block, if they are asked for
+    hidden_states: tuple[Tensor, ...]  # of the embeddings and of every block, with output_hidden_states=True
 
 
 class Network(Protocol):
