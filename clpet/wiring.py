@@ -21,7 +21,7 @@ from clpet.evaluation.data_inspection import inspect_data
 from clpet.evaluation.probes import Probes, check_probes
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters
-from clpet.models.backbone import Backbone
+from clpet.models.backbone import Architecture, Backbone
 from clpet.models.memory_saving import enable_recomputation, shard
 from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer
@@ -81,8 +81,23 @@ class Components:
         self.source.check_backbone(self.backbone)
         check_probes(self.config.evaluation, self.method, self.objective, self.backbone, self.peft, self.hardware.shard)
         self.hardware.check(self.peft, self.method)
+        if self.hardware.padding_free:
+            self._check_packing()
         check_optimizer(self.config.train, self.hardware.torch_device)
         self.replay.check(self.config.train.global_batch_size, self.objective.traits)
+
+    def _check_packing(self) -> None:
+        """Raises ConfigError where the examples of a row would not be read as if each were alone."""
+        traits, option = self.peft.traits, "hardware.padding_free=true"
+        if not self.objective.traits.packs or self.backbone.architecture is not Architecture.decoder:
+            raise ConfigError(f"{option} is for decoders with objective=text_to_text: set it to false")
+        if not traits.trains or traits.prepends or traits.prefixes:
+            raise ConfigError(f"{option} does not support vectors in front of a text, as of peft={self.peft.name}")
+        if not self.method.supports_recompute:
+            raise ConfigError(
+                f"{option} cannot be used with method={self.method.name}, whose branches are mixed differently for "
+                "every example: set it to false"
+            )
 
     def _check_class_weights(self) -> None:
         if not self.objective.traits.has_labels:

@@ -5,6 +5,7 @@
     python scripts/bench.py kif             what KIF adds to a training step, and its fusion of 1,152 units
     python scripts/bench.py slm             SLM's mixed branches against plain LoRA; its stage 1 against training steps
     python scripts/bench.py pretraining     packed windows against a hand-written loop
+    python scripts/bench.py padding         padded batches against rows without padding (hardware.padding_free)
     python scripts/bench.py predict         answers to the test texts as new texts against their evaluation
     python scripts/bench.py step_log        training with and without the step log (train.log_every)
     python scripts/bench.py chunks          peak memory of a step with a large vocabulary, with and without chunks

@@ -1,11 +1,13 @@
 """Speed and memory of training on plain text; run by scripts/bench.py.
 
 python scripts/bench.py pretraining [model=... benchmark=...]   Trainer.fit on packed windows, and a hand-written loop
+python scripts/bench.py padding benchmark=... data_dir=FOLDER model=...   padding of real tasks, and speed without it
 python scripts/bench.py chunks       peak memory of a step with a vocabulary of 50,257, with and without chunks
 """
 
 import multiprocessing
 import resource
+import statistics
 import time
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from bench import Bench, medians
 from torch import nn
 
+from clpet.data.packed_rows import pack_rows
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.progress import NoProgress
 from clpet.training.step import StepHooks
@@ -99,3 +102,37 @@ def _one_step(chunked: bool) -> float:
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     loss.backward()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def padding(overrides: list[str], rounds: int) -> None:
+    """Places over tokens of the training batches of real tasks, padded and packed, and the speed of both."""
+    words = ["objective=text_to_text", *overrides]
+    ways = {
+        name: Bench([*words, f"hardware.padding_free={on}"]) for name, on in (("padded", "false"), ("packed", "true"))
+    }
+    pool = ways["packed"].method().data.train
+    shares: dict[str, list[float]] = {name: [] for name in ways}
+    batches: list[np.ndarray] = []
+    for task in np.unique(pool.tasks):
+        own = pool.shuffled(pool.rows_of(task), ways["packed"].batch, np.random.default_rng(0))
+        tokens = sum(int((pool.lengths[rows] - 1).sum()) for rows in own)
+        padded = sum(pool.padded_tokens(rows) - len(rows) for rows in own)
+        packed = sum(pack_rows(pool, rows, torch.device("cpu")).input_ids.numel() for rows in own)
+        for name, places in (("padded", padded), ("packed", packed)):
+            shares[name].append(places / tokens)
+        batches += own[:STEPS]
+    for name, values in shares.items():
+        print(
+            f"places / tokens, {name}: median of {len(values)} tasks {statistics.median(values):.3f}, largest {max(values):.3f}"
+        )
+
+    def speed(bench: Bench) -> float:
+        method = bench.method()
+        trainer = Trainer(bench.config.train, bench.components.hardware, method.objective, NoProgress(), 0)
+        plan = BatchPlan(method.data.train, STEPS, lambda epoch: batches[:STEPS])
+        start = time.perf_counter()
+        trainer.fit(plan, method.named_parameters(), StepHooks(method.loss, step_loss=method.step_loss))
+        return sum(map(len, batches[:STEPS])) / (time.perf_counter() - start)
+
+    speeds = medians("examples/s", {name: lambda bench=bench: speed(bench) for name, bench in ways.items()}, rounds)
+    print(f"packed / padded: {speeds['packed'] / speeds['padded']:.3f}")

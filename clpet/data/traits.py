@@ -13,6 +13,7 @@ class Traits:
     lower_is_better: bool = False  # of its scores
     needs_output_layer: bool = False  # uses the backbone's output layer over the vocabulary
     frozen_backbone: bool = False  # needs the pretrained network as it was, so only adapters may be trained
+    packs: bool = False  # examples of a decoder can share a row without padding (hardware.padding_free)
     has_logits: bool = True  # its loss is the cross-entropy of `Objective.logits` and `Objective.targets`
 
     @property
@@ -22,5 +23,5 @@ class Traits:
 
 
 LABELS = Traits(has_labels=True)
-ANSWERS = Traits(generates_text=True, needs_output_layer=True)
+ANSWERS = Traits(packs=True, generates_text=True, needs_output_layer=True)
 PLAIN_TEXT = Traits(plain_text=True, lower_is_better=True, needs_output_layer=True)

@@ -29,6 +29,7 @@ from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions, TaskScore
+from clpet.objectives.document_attention import document_mask, document_positions
 from clpet.objectives.key_term_rank import prompt_windows, rank_statistics, ranks
 
 EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of this many tokens
@@ -175,17 +176,9 @@ class LanguageModeling(Objective):
         assert isinstance(batch, WindowBatch)
         if batch.document_ids is None:
             return inputs
-        ids, length = batch.document_ids, batch.input_ids.shape[1]  # [batch, length]
-        # Attention within documents only: [batch, 1, query, key], added to the attention scores.
-        same = ids[:, None, :, None] == ids[:, None, None, :]
-        if self.causal:
-            same = same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
-        low = torch.finfo(self.dtype).min
-        inputs["attention_mask"] = torch.zeros(same.shape, dtype=self.dtype, device=same.device).masked_fill(~same, low)
-        # The first index of each document is position 0, so that a document is read as if it were alone.
-        index = torch.arange(length, device=same.device).expand_as(ids)
-        start = torch.zeros_like(ids).scatter_reduce(1, ids, index, "amin", include_self=False)  # by document id
-        return {**inputs, "position_ids": index - start.gather(1, ids) + first_position(config_of(self.adapters.model))}
+        inputs["attention_mask"] = document_mask(batch.document_ids, self.dtype, self.causal)
+        positions = document_positions(batch.document_ids) + first_position(config_of(self.adapters.model))
+        return {**inputs, "position_ids": positions}
 
     @property
     def head(self) -> nn.Module:

@@ -4,7 +4,8 @@ The input of a decoder is [prompt; answer] with the prompt padded on the left, s
 use the same positions. An encoder-decoder encodes the prompt, padded on the right, and decodes the answer.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -17,6 +18,7 @@ from clpet.config.schema import Decode, EvaluationOptions
 from clpet.data.batches import IGNORED, AnswerBatch, Batch, ChatBatch, EncodedDataset, Ragged, pad_id, position_ids
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.chat_encoding import ChatEncoder
+from clpet.data.packed_rows import pack_rows
 from clpet.data.template import Template
 from clpet.data.traits import ANSWERS, Traits
 from clpet.errors import ConfigError
@@ -24,7 +26,7 @@ from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.flops import Pass
 from clpet.models.peft_options import FullFineTuning
-from clpet.models.protocols import Tokenizer, config_of, network_of
+from clpet.models.protocols import Network, Tokenizer, config_of, network_of
 from clpet.objectives.answer_encoding import (
     chat_encoder,
     check_cut_labels,
@@ -34,6 +36,17 @@ from clpet.objectives.answer_encoding import (
     until,
 )
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
+from clpet.objectives.document_attention import attention_inputs, check_separation, is_flash
+
+
+@contextlib.contextmanager
+def selecting(model: Network, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the output layer is applied to the states that `select` returns: logits of all would need much memory."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: (select(hidden[0]),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass
@@ -52,6 +65,9 @@ class TextToText(Objective):
             self.tokenizer.chat_template = chat.template.text  # of an exported model
         self.start = None if self.causal else config_of(self.adapters.model).decoder_start_token_id
         encode = chat.answers if chat else partial(encode_answers, self.tokenizer)
+        if self.padding_free:
+            with self.autocast:
+                check_separation(self.adapters.model, self.backbone.name, self.dtype)
         self.label_tokens = Ragged(encode(self.benchmark.labels, self.benchmark.max_target).rows)
 
     def check_benchmark(self, benchmark: Benchmark, evaluation: EvaluationOptions) -> None:
@@ -136,12 +152,22 @@ class TextToText(Objective):
         """[answer tokens of the batch, vocabulary] fp32; the output layer is not applied to the prompt."""
         assert isinstance(batch, AnswerBatch)
         with self.autocast:
+            if self.padding_free and batch.pool is not None:
+                return self.packed_logits(batch.pool, batch.rows)
             if isinstance(batch, ChatBatch):
                 logits = self.conversation_logits(batch)
             else:
                 logits = self.answer_logits(batch, batch.targets)[batch.targets != IGNORED].float()
         self.count(batch)
         return logits
+
+    def packed_logits(self, pool: EncodedDataset, rows: np.ndarray) -> Tensor:
+        """The same with the examples packed into rows, for hardware.padding_free."""
+        model = network_of(self.adapters.model)
+        packed = pack_rows(pool, rows, self.device, one_row=is_flash(self.adapters.model))
+        inputs = attention_inputs(self.adapters.model, packed.documents, self.dtype)
+        with selecting(model, lambda hidden: hidden.flatten(0, 1)[packed.before]):
+            return model(input_ids=packed.input_ids, use_cache=False, **inputs).logits.float()
 
     def conversation_logits(self, batch: ChatBatch) -> Tensor:
         """The same for all answers in a conversation, each example's in their order.
@@ -154,11 +180,8 @@ class TextToText(Objective):
         answer, mask = batch.targets.clamp(min=0), batch.targets != IGNORED
         inputs = self.append_answer(self.inputs(batch), answer[:, :-1], mask[:, :-1])
         vectors = inputs["attention_mask"].shape[1] - targets.shape[1]  # a method's prompt in front of the text
-        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: (hidden[0][trained],))
-        try:
+        with selecting(model, lambda hidden: hidden[trained]):
             return model(logits_to_keep=columns + vectors, use_cache=False, **inputs).logits.float()
-        finally:
-            hook.remove()
 
     def targets(self, batch: Batch) -> Tensor:
         """[answer tokens of the batch]: their ids."""

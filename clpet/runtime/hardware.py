@@ -78,6 +78,7 @@ class Hardware:
     dtype: Dtype = Dtype.auto
     micro_batch_size: int | None = None
     max_tokens: int | None = None
+    padding_free: bool = False
     eval_batch_size: int = 128
     threads: int | None = None
     parallel_runs: int = 1
