@@ -176,7 +176,7 @@ def test_a_run_on_the_cpu_leaves_the_gpu_alone(words: Path, tmp_path: Path) -> N
     args = [*tiny_args(words), "method=sequential", f"output_dir={tmp_path}"]
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert all(cost["peak_memory_mb"] > 100 for cost in results(tmp_path)["costs"])
+    assert all(cost["peak_memory_mb"] > 100 for cost in results(tmp_path)["cost"])
 
 
 # Options that only a GPU has
