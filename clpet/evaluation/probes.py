@@ -109,12 +109,13 @@ class Probes:
             return {}
         objective, values = self.method.objective, dict[str, float]()
         objective.adapters.train_mode(False)
-        with self._base() as base, without_gradients(), objective.meter.counting("evaluated"), objective.autocast:
+        counted, model = objective.meter.counting("evaluated"), self.method.answering()
+        with self._base() as base, without_gradients(), counted, objective.autocast, model:
             if Probe.kl in self.options.probes:
                 values |= self._task_divergence(max(row - 1, 0), base)
             values |= self._neutral(base)
-        if Probe.weights in self.options.probes:
-            values |= self._weights(base)
+            if Probe.weights in self.options.probes:
+                values |= self._weights(base)
         return {f"probe/{name}": value for name, value in values.items()}
 
     def describe(self) -> str:
@@ -302,5 +303,5 @@ def changes(adapters: Adapters, base: nn.Module | None) -> Iterator[tuple[Tensor
                 )
                 yield low_rank_singular_values(A, B, module.scaling[name]).cpu(), base_weight
     for branches in adapters.branches:
-        for A, B, base_weight in branches.factors():
-            yield low_rank_singular_values(A, B, branches.scale).cpu(), base_weight
+        for singular_values, base_weight in branches.spectra():
+            yield singular_values.cpu(), base_weight

@@ -1,8 +1,8 @@
 """Method: the hooks of a continual-learning method. All defaults together are plain sequential fine-tuning."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, Generic, cast
 
@@ -217,6 +217,10 @@ class Method(Generic[ObjectiveType]):
         """Scores over all labels (those outside `choices` are masked by the caller), or texts."""
         return self.objective.predict(batch, choices)
 
+    def answering(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, the network is the model that answers, if it is one model for all inputs (`mergeable`)."""
+        return contextlib.nullcontext()
+
     def batches(self, pool: EncodedDataset, rows: np.ndarray) -> list[np.ndarray]:
         """Splits rows into the batches in which they are predicted."""
         return self.objective.batches(pool, rows)
@@ -297,8 +301,7 @@ class Method(Generic[ObjectiveType]):
         adapters = self.objective.adapters
         stored = sum(adapters.count(name) for name in adapters.names)
         stored += sum(parameter.numel() for parameter in self.objective.parameters().values())
-        names = (attribute for attribute, _ in saved_state.entries(self, "saved"))
-        return stored + sum(saved_state.count(attrgetter(name)(self)) for name in names)
+        return stored + saved_state.count_saved(self)
 
     def stored_rows(self) -> np.ndarray:
         """Rows of the training pool that are stored as old examples."""

@@ -9,7 +9,8 @@ The rules are in components/task_vectors.py: arithmetic (arXiv 2212.04089), ties
 arithmetic or ties), magmax (2407.06322) and opcm (2501.09522). The head is trained by every task and not merged.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -115,6 +116,7 @@ class Merge(IncLoRA):
     def init_adapters(self) -> None:
         super().init_adapters()
         self.merged_increments = DenseIncrements({name: layer.module for name, layer in self.stack.layers.items()})
+        self.objective.adapters.branches.append(self.merged_increments)
         self.total: dict[str, Tensor] = {}  # opcm: T
         self.total_scale = 1.0  # opcm: l
         self.norms: list[float] = []  # opcm: |tau| of every task
@@ -194,13 +196,18 @@ class Merge(IncLoRA):
         """Sets the changes of the weights that answers are computed with."""
         self.merged_increments.tensors = {name: self.factor * value for name, value in merged.items()}
 
-    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
         self.merged_increments.enabled = True
         try:
             with self.stack.off():
-                return self.objective.predict(batch, choices)
+                yield
         finally:
             self.merged_increments.enabled = False
+
+    def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
+        with self.answering():
+            return self.objective.predict(batch, choices)
 
     def validate(self, index: int) -> float:
         """The score with the present LoRA merged."""

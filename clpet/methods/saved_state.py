@@ -135,6 +135,11 @@ def moved(saved: Tree, device: torch.device | None) -> object:
     return [moved(item, device) for item in saved] if isinstance(saved, list | tuple) else saved
 
 
+def count_saved(owner: object) -> int:
+    """Number of scalars in the attributes that an object lists in `saved`."""
+    return sum(count(attrgetter(attribute)(owner)) for attribute, _ in entries(owner, "saved"))
+
+
 def count(value: object) -> int:
     """Number of scalars in the tensors of a value."""
     if isinstance(value, Tensor):

@@ -65,16 +65,14 @@ class Stack:
 class Branches(Protocol):
     """Low-rank branches, which are added to the layers of the network."""
 
-    scale: float
-
     def off(self) -> contextlib.AbstractContextManager[None]:
         """Forward passes inside ignore them."""
 
     def matrices(self) -> tuple[str, int, int]:
         """The name of the first layer that has them, scalars of all branches, and of the trained ones."""
 
-    def factors(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """A [n, d_in] and B [d_out, n] of all branches of every layer, and the layer's weight."""
+    def spectra(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The singular values of what they add to every layer, and the layer's weight; nothing if they are off."""
 
 
 @dataclass
@@ -111,7 +109,10 @@ class NetworkFlops:
         seq2seq = bool(getattr(config, "is_encoder_decoder", False)) and hasattr(model, "lm_head")
         flops = cls(width=_attention_width(config), prompt=prompt, recomputes=_recomputes(model))
         output = network_of(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        extra = {name: (count, trained) for name, count, trained in (branch.matrices() for branch in branches)}
+        extra: dict[str, tuple[int, int]] = {}
+        for name, count, trained in (branch.matrices() for branch in branches):
+            others = extra.get(name, (0, 0))
+            extra[name] = others[0] + count, others[1] + trained
         first = "" if learned_input else None  # name of the first module that is trained; None before it
         for name, module in model.named_modules():
             words = name.split(".")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from clpet.errors import ModelError, suggest
+from clpet.metrics.drift import low_rank_singular_values
 from clpet.models.adapters import Adapters, plain_config
 from clpet.models.architectures import attention_outputs, matches
 
@@ -129,10 +130,10 @@ class StackedLora:
         finally:
             self.enabled = before
 
-    def factors(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """A and B of all branches of every layer, and the layer's weight."""
-        for layer in self.layers.values():
-            yield *layer.all(), cast(Tensor, layer.module.weight)
+    def spectra(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The singular values of the sum of all branches of every layer, and the layer's weight; nothing if off."""
+        for layer in self.layers.values() if self.enabled else ():
+            yield low_rank_singular_values(*layer.all(), self.scale), cast(Tensor, layer.module.weight)
 
     def count(self) -> int:
         """Number of scalars in all branches."""

@@ -92,7 +92,7 @@ def measure(run: LoadedRun, tasks: Harness, limit: int | None) -> Harness:
     # Such a tokenizer appends an end token, which would separate a question from its answer.
     appends_eos = decoder and special_tokens(tokenizer)[1]
     objective.adapters.train_mode(False)
-    with objective.autocast, enough_memory(objective.memory_advice):
+    with objective.autocast, run.method.answering(), enough_memory(objective.memory_advice):
         batch_size = max(1, objective.eval_batch_size // LENGTH_FACTOR)
         language_model = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32",

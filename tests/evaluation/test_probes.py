@@ -112,6 +112,25 @@ def test_values_are_those_of_direct_computation(words: Path) -> None:
     assert values["probe/nll/neutral"] == pytest.approx(float(nll), rel=1e-5)
 
 
+def test_merged_models_are_compared_as_they_answer(words: Path) -> None:
+    """Training goes on with one LoRA; what answers has the merged change of all tasks."""
+    run = set_up(tiny_args(words, "cache_dir=null", *ANSWERS, "model=tiny_llama", "method=merge", ALL,
+                           "evaluation.probe_tokens=128"))  # fmt: skip
+    for index in range(2):
+        run.learn(index)
+    values, adapters = run.session.probes.measure(2), run.method.objective.adapters
+    changes = run.method.merged_increments.tensors
+    norm = torch.cat([value.flatten() for value in changes.values()]).norm()
+    assert values["probe/weight_norm"] == pytest.approx(float(norm), rel=1e-5)
+    ids = run.session.probes.windows
+    with torch.no_grad():
+        with adapters.off():
+            base = adapters.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        now = run.method.merged()(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    expected = (base.exp() * (base - now)).sum(-1).mean()
+    assert values["probe/kl_forward/neutral"] == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_a_prefix_moves_the_model_before_training(words: Path) -> None:
     """A random prefix is not the identity: their drift is measured against the model without it."""
     run = set_up(tiny_args(words, "cache_dir=null", *ANSWERS, "model=tiny_llama", "peft=prefix", "evaluation.decode=generate",

@@ -3,7 +3,9 @@
 A vector is a dict of matrices by layer. Quantities called global are over all matrices together, as one flat vector.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -121,10 +123,30 @@ class DenseIncrements:
     """Changes of layers' weights that forward passes add while they are on: h = W x + D x. W itself never changes."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
         self.tensors: dict[str, Tensor] = {}  # D [d_out, d_in] by layer
         self.enabled = False
         for name, module in layers.items():
             module.register_forward_hook(self.hook(name))
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Forward passes inside ignore them."""
+        self.enabled, before = False, self.enabled
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def matrices(self) -> tuple[str, int, int]:
+        """The name of the first layer, and the scalars that forward passes read now; none of them is trained."""
+        read = sum(value.numel() for value in self.tensors.values()) if self.enabled else 0
+        return next(iter(self.layers)), read, 0
+
+    def spectra(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The singular values of D of every layer, and the layer's weight; nothing while they are off."""
+        for name, value in self.tensors.items() if self.enabled else ():
+            yield torch.linalg.svdvals(value.double()), cast(Tensor, self.layers[name].weight)
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         """The forward hook of one layer."""
