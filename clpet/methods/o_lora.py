@@ -28,17 +28,11 @@ class OLoRA(IncLoRA):
 
     def __post_init__(self) -> None:
         for key in ("orthogonality", "decay"):
-            value = getattr(self, key)
-            numbers = value if isinstance(value, list) else [value]
-            valid = bool(numbers) and all(isinstance(v, int | float) and v >= 0 for v in numbers)
-            require(valid, f"method.{key}", value, "a number of 0 or more, or a list of one per task")
+            require_numbers(f"method.{key}", getattr(self, key))
 
     def check_benchmark(self, benchmark: Benchmark) -> None:
         for key in ("orthogonality", "decay"):
-            value = getattr(self, key)
-            if isinstance(value, list) and len(value) != len(benchmark):
-                count = f"{len(value)} values for {len(benchmark)} tasks"
-                raise ConfigError(f"method.{key} has {count}: set one number, or a list with one per task")
+            check_count(f"method.{key}", getattr(self, key), benchmark)
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.strengths = of_task(self.orthogonality, index), of_task(self.decay, index)
@@ -56,6 +50,21 @@ class OLoRA(IncLoRA):
     def norms(self) -> Tensor:
         """sum_layers (||A_t|| + ||B_t||), Frobenius norms of the trained branch."""
         return torch.stack([tensor.norm() for tensor in self.stack.current().values()]).sum()
+
+
+def require_numbers(key: str, value: FloatOrList) -> None:
+    """Raises ConfigError unless an option is a number of 0 or more, or a list of such numbers."""
+    numbers = value if isinstance(value, list) else [value]
+    valid = bool(numbers) and all(isinstance(v, int | float) and v >= 0 for v in numbers)
+    require(valid, key, value, "a number of 0 or more, or a list of one per task")
+
+
+def check_count(key: str, value: FloatOrList, benchmark: Benchmark) -> None:
+    """Raises ConfigError for a list whose length is not the number of tasks."""
+    if isinstance(value, list) and len(value) != len(benchmark):
+        raise ConfigError(
+            f"{key} has {len(value)} values for {len(benchmark)} tasks: set one number, or a list with one per task"
+        )
 
 
 def of_task(value: FloatOrList, index: int) -> float:

@@ -191,6 +191,7 @@ class StackedLoraLayer:
             self.d_in, self.d_out = weight.shape  # GPT-2 stores its layers transposed
         empty = torch.empty(0, self.d_in), torch.empty(self.d_out, 0)
         self.selected: tuple[Tensor, Tensor] | None = None  # (A, B) that forward passes read instead of all
+        self.router: Callable[[Tensor], Tensor] | None = None  # weights [..., n] of the branches from the layer's input
         self.set(*empty, *empty)
         module.register_forward_hook(self.forward)
 
@@ -220,6 +221,8 @@ class StackedLoraLayer:
         if owner.dropout and owner.adapters.training:
             x = F.dropout(x, owner.dropout)
         weights = self.rank_weights(x)
+        if self.router is not None:
+            weights = self.router(inputs[0]).repeat_interleave(owner.rank, -1)
         if self.selected:
             total = low_rank_product(x, *self.selected, weights)
         else:

@@ -30,12 +30,14 @@ class SecondWeights:
         try:
             for name, value in self.tensors.items():
                 named[name].data = value
-            adapters.train_mode(False)
+            if training:
+                adapters.train_mode(False)
             yield
         finally:
             for name, value in present.items():
                 named[name].data = value
-            adapters.train_mode(training)
+            if training:
+                adapters.train_mode(True)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -47,6 +49,18 @@ class SecondWeights:
     def average(self, share: float) -> None:
         """theta' <- share theta' + (1 - share) theta, where theta' are the second values."""
         torch._foreach_lerp_(list(self.tensors.values()), [self.trained[name].data for name in self.tensors], 1 - share)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Gives the trained tensors the second values."""
+        for name, value in self.tensors.items():
+            self.trained[name].copy_(value)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Gives the second values those of the trained tensors."""
+        for name, value in self.tensors.items():
+            value.copy_(self.trained[name])
 
     def state(self) -> dict[str, Tensor]:
         """Returns the second values by name."""

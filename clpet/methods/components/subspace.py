@@ -4,7 +4,7 @@ Formulas of InfLoRA (Liang and Li, 2024, arXiv 2404.00228) in the form used by G
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,7 @@ class InputCovariances:
             if source == name:
                 self.inputs[name] = x
                 covariance = self.covariances.setdefault(name, Covariance(x.shape[-1], x.device))
-                matching = [mask for mask in self.masks if mask.shape == x.shape[:-1]]
-                covariance.add(x, matching[-1 if reads_answer(name) else 0] if matching else None)
+                covariance.add(x, mask_of(self.masks, x, name))
 
         return add_input
 
@@ -69,6 +68,12 @@ class InputCovariances:
         self.inputs = {}  # else the last forward's tensors would stay in memory
         for hook in self.hooks:
             hook.remove()
+
+
+def mask_of(masks: Sequence[Tensor], x: Tensor, layer: str) -> Tensor | None:
+    """The one of `Objective.masks` that belongs to a layer's input or output [..., d]; None if no shape is its own."""
+    matching = [mask for mask in masks if mask.shape == x.shape[:-1]]
+    return matching[-1 if reads_answer(layer) else 0] if matching else None
 
 
 def reads_answer(layer: str) -> bool:
