@@ -23,12 +23,13 @@ from tests.objectives.test_preference import write_pairs
 from tests.training.test_fit_checkpoint import killed_and_resumed, learn_and_save
 
 NEEDS_AN_ENCODER = {"slm"}
+NO_LABELS = {"zero_shot"}
 PLAIN_TEXT = {"dapt"}
 ONE_EXAMPLE = 100 / 24  # percent of the test examples of the words benchmark
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", sorted(set(options("method")) - NEEDS_AN_ENCODER - PLAIN_TEXT))
+@pytest.mark.parametrize("method", sorted(set(options("method")) - NEEDS_AN_ENCODER - PLAIN_TEXT - NO_LABELS))
 def test_a_gpu_gives_the_scores_of_a_cpu(method: str, clpet, words: Path, tmp_path: Path) -> None:
     """In fp32 the averages differ by at most two test examples, because of rounding.
 

@@ -14,7 +14,7 @@ from clpet.evaluation.evaluator import Evaluation, Evaluator
 from clpet.evaluation.text_prediction import Answers, answer_texts
 from tests.conftest import PROSE, domain_args, methods_of, set_up, tiny_args
 
-ADAPTERS = {"l2p": "frozen", "progressive_prompts": "frozen", "osf": "osf"}
+ADAPTERS = {"l2p": "frozen", "progressive_prompts": "frozen", "osf": "osf", "zero_shot": "frozen"}
 NEEDS = {"emr": ["replay=dynamic"]}  # its own memory is per label
 WORDS_OUT = ["objective=text_to_text", "benchmark.max_target=8", "model=tiny_llama"]
 
