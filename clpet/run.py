@@ -133,11 +133,13 @@ class Experiment:
         self.announce_work()
         checkpoint = self.start()
         with self.tracker:
-            if get_world().is_main:
+            if get_world().is_main or get_world().mesh:  # ranks compute the norm of sharded gradients together
                 self.session.trainer.step_log.subscribe(self.tracker.log_steps)
             with enough_memory(self.method.objective.memory_advice):
                 state = self.learn(checkpoint)
             if not get_world().is_main:
+                if get_world().mesh:  # all ranks gather the weights that the main rank writes
+                    self.method.save(self.out / "adapters")
                 return state.matrix
             results = self.finish(state)
         run_summary.show_finished(console, self.out, results, self.tracker.address)
@@ -199,7 +201,7 @@ class Experiment:
             self.evaluate(state, index + 1)
             with checkpointer.task_boundary():
                 every = self.config.train.snapshot_every
-                if every and (position + 1) % every == 0 and get_world().is_main:
+                if every and (position + 1) % every == 0:
                     run_dir.save_snapshot(self.out, index + 1, method, state.trainer)
                 state.save(folder, method.state_dict(), self.identity)
             display.task_done()
@@ -247,7 +249,7 @@ class Experiment:
                 method.objective.meter.restart()
                 self.evaluate(state, row, source.diagnostics(row))
             every = self.config.train.snapshot_every
-            if get_world().is_main and every and row and row % every == 0 and not source.copy_snapshot(self.out, row):
+            if every and row and row % every == 0 and not source.copy_snapshot(self.out, row):
                 run_dir.save_snapshot(self.out, row, method, trainer.state())
         state.trainer = trainer.state()
         state.save(self.out / "state", method.state_dict(), self.identity)

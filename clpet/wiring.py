@@ -1,5 +1,6 @@
 """Components: the objects of a configuration, checked against each other. Session: all that a run works with, wired."""
 
+import contextlib
 import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from clpet.evaluation.probes import Probes, check_probes
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters
 from clpet.models.backbone import Architecture, Backbone
-from clpet.models.memory_saving import enable_recomputation, shard
+from clpet.models.memory_saving import enable_recomputation, sharded_units
 from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer
 from clpet.objectives import load
@@ -32,6 +33,7 @@ from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
 from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware, Quantization
+from clpet.runtime.sharding.network import Sharding
 from clpet.runtime.signals import GracefulShutdown
 from clpet.training.fit_checkpoint import FitCheckpointer
 from clpet.training.optimizers import check_optimizer
@@ -148,6 +150,9 @@ class Components:
         backbone, hardware, peft, config = self.backbone, self.hardware, self.peft, self.config
         model, tokenizer = self.load_network()
         adapters = Adapters(model, backbone, peft, self.objective.traits.needs_output_layer)
+        if sharding := self.sharding:
+            units = [model.get_submodule(name) for name in sharded_units(model, sharding.trained)]
+            sharding.divide(model, units)
         if hardware.gradient_checkpointing:
             enable_recomputation(model, adapters.drops)
         if backbone.dropout == "own" and not adapters.dropout():
@@ -161,14 +166,18 @@ class Components:
         hardware, generates = self.hardware, self.objective.traits.needs_output_layer
         dtype = torch.float32 if self.peft.traits.full else hardware.torch_dtype
         nf4 = hardware.quantization is Quantization.nf4
-        # A sharded backbone is loaded on the host: it may not fit on one GPU.
-        load_device = torch.device("cpu") if self.sharded else hardware.torch_device
-        return self.backbone.load(dtype, hardware.torch_device, self.config.seed, generates, load_device, nf4)
+        return self.backbone.load(dtype, hardware.torch_device, self.config.seed, generates, self.sharding, nf4)
 
     @property
-    def sharded(self) -> bool:
-        """Whether the backbone is divided among several ranks."""
-        return self.hardware.shard and get_world().size > 1
+    def sharding(self) -> Sharding | None:
+        """How the backbone is divided among several ranks; None if it is not."""
+        hardware = self.hardware
+        if not hardware.shard or get_world().size == 1:
+            return None
+        traits, device = self.peft.traits, hardware.torch_device
+        # transformers places shards on the accelerator of a machine that has one, and blocks are copied as a whole.
+        loads = torch.cuda.is_available() == (device.type == "cuda") and not traits.adds_blocks
+        return Sharding(device, hardware.replicas, traits.saves_model, hardware.torch_dtype, loads)
 
 
 @dataclass(frozen=True)
@@ -205,12 +214,12 @@ class Session:
         The trainer reports to `progress`, and writes a checkpoint when `shutdown` has caught a signal.
         """
         config, method, replay = components.config, components.method, components.replay
-        with get_world().main_first():  # the other ranks then find the tokenised text in the cache
+        sharded = components.sharding is not None
+        with contextlib.nullcontext() if sharded else get_world().main_first():  # all ranks load shards together
             objective = components.load_objective(benchmark)
+        with get_world().main_first():  # the other ranks then find the tokenised text in the cache
             data = objective.encode()
         objective.micro_batches.check(data.train)
-        if components.sharded:
-            shard(objective.adapters.model, objective.device)
         replay.setup(data, config.seed, config.train.global_batch_size)  # before the method, which reads it
         method.setup(objective, objective.benchmark, data, replay, config.seed)
         checkpointer = FitCheckpointer(method, config.train.save_minutes, shutdown)

@@ -14,6 +14,7 @@ from clpet.config.seeding import derive
 from clpet.methods.components.memory_gradient import conflict, memory_gradient
 from clpet.methods.replay import Replay
 from clpet.replay.batch_plan import BatchPlan
+from clpet.runtime.sharding.gradients import local_gradients
 from clpet.training.step import StepContext
 
 
@@ -40,8 +41,8 @@ class AGEM(Replay):
         generator = torch.Generator().manual_seed(derive(self.seed, *purpose))
         drawn = rows[torch.randperm(len(rows), generator=generator)[: self.memory_batch].numpy()]
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        gradient = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradient = local_gradients(parameters)
         reference = memory_gradient(self, drawn, parameters)
-        scale = conflict(gradient, reference)
+        scale = conflict(gradient, reference, parameters)
         for g, r in zip(gradient, reference, strict=True):
             g -= scale * r

@@ -30,6 +30,7 @@ from clpet.objectives.base import Objective
 from clpet.objectives.classification import Classification
 from clpet.replay.batch_plan import BatchPlan
 from clpet.replay.sampled import ReservoirReplay
+from clpet.runtime.sharding.gradients import local_gradients
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
@@ -147,7 +148,7 @@ class DERPP(Replay):
         if not self.drawn or (self.teacher is None and not self.stores(self.objective)):
             return
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        gradient = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradient = local_gradients(parameters)
         weights = [(self.alpha, self.beta)] if len(self.drawn) == 1 else [(self.alpha, 0.0), (0.0, self.beta)]
         for (rows, stored), (alpha, beta) in zip(self.drawn, weights, strict=True):
             terms = self.memory_terms(rows, stored, alpha, beta)

@@ -25,6 +25,9 @@ from clpet.errors import ConfigError
 from clpet.methods.replay import Static
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
+from clpet.runtime.distributed import is_sharded
+from clpet.runtime.sharding.gradients import gradients
+from clpet.runtime.sharding.tensors import aligned, local, sums, wrap
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
@@ -86,10 +89,15 @@ class EWC(Static):
     def penalty(self) -> Tensor:
         """lambda sum_j 1/2 sum F_j (theta - theta_j)^2; head rows added after task j are not part of F_j."""
         total = torch.zeros((), device=self.objective.device)
+        of_rows: list[tuple[Tensor, Tensor]] = []
         for name, (s, centre, constant) in self.centres.items():
-            theta = self.trained[name][: len(s)]
-            total = total + (s * (theta - centre).square()).sum() + constant
-        return 0.5 * self.strength * total
+            theta = local(self.trained[name])[: len(s)]
+            term = (s * (theta - centre).square()).sum()
+            if is_sharded(self.trained[name]):
+                of_rows.append((self.trained[name], term + constant))
+            else:
+                total = total + term + constant
+        return 0.5 * self.strength * sum(sums(of_rows), total)
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.prepare(index)
@@ -100,7 +108,8 @@ class EWC(Static):
         self.grow_head(index)
         self.trained = self.named_parameters()
         self.centres = {}
-        for name, (s, m, q) in self.quadratic.items():
+        for name, triple in self.quadratic.items():
+            s, m, q = (local(aligned(value, self.trained[name])) for value in triple)
             centre = torch.where(s > 0, m / s.clamp(min=1e-300), m)  # where S = 0, M = 0 and the centre is irrelevant
             constant = (q - s * centre.square()).sum().clamp(min=0)  # rounding could make it negative
             self.centres[name] = (s.float(), centre.float(), constant.float())
@@ -108,25 +117,27 @@ class EWC(Static):
     def after_task(self, task: Task, index: int) -> None:
         super().after_task(task, index)
         for name, value in self.information(index).items():
-            theta = self.named_parameters()[name].detach().double()
-            old = self.quadratic.get(name)
+            trained = self.named_parameters()[name]
+            theta = local(trained.detach()).double()
+            saved = self.quadratic.get(name)
+            old = None if saved is None else [local(aligned(tensor, trained)) for tensor in saved]
             if old is not None and self.merge is not Merge.tasks:
                 value = merged(_grown(old[0], value), value, index, self.merge, self.decay)
-            added = (value, value * theta, value * theta.square())
-            self.quadratic[name] = added if old is None or self.merge is not Merge.tasks else _sum(old, added)
+            added: Triple = (value, value * theta, value * theta.square())
+            added = added if old is None or self.merge is not Merge.tasks else _sum(old, added)
+            self.quadratic[name] = [wrap(tensor, trained) for tensor in added]
 
     def information(self, index: int) -> dict[str, Tensor]:
-        """F_k of the task just learned, in fp64; dropout is off outside of fits."""
+        """F_k of the task just learned, in fp64, of this rank's rows; dropout is off outside of fits."""
         named = self.named_parameters()
         pool, size = self.data.train, self.replay.batch_size
         batches = pool.shuffled(pool.rows_of(index), size, self.replay.rng(index, "fisher"))[: self.fisher_batches]
-        total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in named.items()}
+        total = {name: torch.zeros_like(local(value.detach()), dtype=torch.float64) for name, value in named.items()}
         examples = sum(len(rows) for rows in batches)
         for rows in batches:
             share = 1 / len(batches) if self.fisher is Fisher.labels else len(rows) / examples
             for weight, loss in self.losses(rows):
-                grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
-                for name, grad in zip(named, grads, strict=True):
+                for name, grad in zip(named, gradients(loss, named), strict=True):
                     if grad is not None:  # None: the loss does not depend on it, such as an unused pooler
                         total[name] += share * weight * grad.double().square()
         return total

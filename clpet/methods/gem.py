@@ -19,6 +19,7 @@ from clpet.methods.replay import Replay
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.replay.batch_plan import BatchPlan
+from clpet.runtime.sharding.gradients import local_gradients
 from clpet.training.step import StepContext
 
 
@@ -58,12 +59,14 @@ class GEM(Replay):
         if not self.replay.memory:
             return
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        gradient = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradient = local_gradients(parameters)
         references = [memory_gradient(self, rows, parameters) for rows in self.memories()]
-        products = torch.stack([dot(gradient, reference) for reference in references]).double().cpu().numpy()
+        products = (
+            torch.stack([dot(gradient, reference, parameters) for reference in references]).double().cpu().numpy()
+        )
         if not np.isfinite(products).all() or (products >= 0).all():  # train.on_nan deals with what is not finite
             return
-        pairs = torch.stack([torch.stack([dot(one, two) for two in references]) for one in references])
+        pairs = torch.stack([torch.stack([dot(one, two, parameters) for two in references]) for one in references])
         for weight, reference in zip(self.weights(products, pairs.double().cpu().numpy()), references, strict=True):
             torch._foreach_add_(gradient, reference, alpha=float(weight))
 

@@ -42,6 +42,7 @@ from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.records import Figures
 from clpet.replay.batch_plan import BatchPlan
+from clpet.runtime.sharding.tensors import local
 from clpet.training.step import StepContext, StepHooks
 from clpet.training.trainer import Trainer
 
@@ -142,7 +143,7 @@ class KIF(Method):
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         if self.accumulated and self.fusion != "none":
-            self.old_weights = {name: value.detach().clone() for name, value in self.scored().items()}
+            self.old_weights = {name: local(value.detach()).clone() for name, value in self.scored().items()}
         super().learn(task, index, trainer)
         protected = self.consolidate()
         if self.replay_phase == "after" and self.replay.memory:
@@ -156,14 +157,14 @@ class KIF(Method):
         """Starts a task's importance scores from 0; called after the head has grown, which replaces its tensors."""
         self.live = self.scored()
         self.units = ParameterGroups(self.live, self.unit == "lora_rank")
-        size = sum(value.numel() for value in self.live.values())
-        like = torch.zeros((), device=self.objective.device)
-        self.importance = Importance(size, self.score, self.beta1, self.beta2, self.skip_first_step, like)
+        size = sum(local(value.detach()).numel() for value in self.live.values())
+        like, tensors = torch.zeros((), device=self.objective.device), list(self.live.values())
+        self.importance = Importance(size, self.score, self.beta1, self.beta2, self.skip_first_step, like, tensors)
 
     def adjust_gradients(self, context: StepContext) -> None:
         """Copies what clipping and the step will change, if importance is to use it."""
         if self.weight_at == "pre_step":
-            self.pre_step_weights = [value.detach().clone() for value in self.live.values()]
+            self.pre_step_weights = [local(value.detach()).clone() for value in self.live.values()]
         if self.gradient == "raw":
             self.raw_gradients = [value.clone() for value in gradients(self.live)]
 
@@ -214,12 +215,13 @@ class KIF(Method):
         """Sets the scored tensors to w new + (1 - w) old; tensors without an old value keep the new one."""
         for name, w in self.units.broadcast(weight).items():
             if name in self.old_weights:
-                self.live[name].copy_(fuse(self.old_weights[name], self.live[name], w))
+                new = local(self.live[name].detach())
+                new.copy_(fuse(self.old_weights[name], new, w))
 
     def replay_protected(self, trainer: Trainer, index: int, protected: Tensor) -> None:
         """Replay after the fusion (replay_phase=after): trains only the units that are important to earlier tasks."""
         trained = self.units.broadcast(protected)
-        fused = {name: value.detach().clone() for name, value in self.live.items()}
+        fused = {name: local(value.detach()).clone() for name, value in self.live.items()}
 
         def mask(context: StepContext) -> None:
             for name, gradient in zip(self.live, gradients(self.live), strict=True):
@@ -230,7 +232,8 @@ class KIF(Method):
             context: StepContext,
         ) -> None:  # weight decay and Adam's momentum also change weights whose gradient is 0
             for name, value in self.live.items():
-                value.copy_(torch.where(trained[name], value, fused[name]))
+                rows = local(value.detach())
+                rows.copy_(torch.where(trained[name], rows, fused[name]))
 
         hooks = StepHooks(self.loss, step_loss=self.step_loss, adjust_gradients=mask, after_step=restore)
         trainer.fit(self.replay.memory_only_plan(index), self.named_parameters(), hooks, stage="replay")

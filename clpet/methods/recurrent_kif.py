@@ -13,7 +13,7 @@ steps of an incomplete round at the end of a task are not fused.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,10 @@ from clpet.methods.base import Method
 from clpet.methods.components.importance import Importance, above_quantile, flat, gradients, unflat
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
+from clpet.records import State
 from clpet.replay.batch_plan import BatchPlan
+from clpet.runtime.sharding.gradients import local_gradients
+from clpet.runtime.sharding.tensors import local, pack, unpack
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
@@ -85,9 +88,9 @@ class RecurrentKIF(Method):
 
     def scores(self) -> Importance:
         """New first-order importance scores of every weight, from 0."""
-        size = sum(value.numel() for value in self.live.values())
+        size, tensors = len(flat(self.live.values())), list(self.live.values())
         like = torch.zeros((), device=self.objective.device)
-        return Importance(size, "first", self.beta1, self.beta2, False, like)
+        return Importance(size, "first", self.beta1, self.beta2, False, like, tensors)
 
     @property
     def step_in_round(self) -> int:
@@ -97,8 +100,7 @@ class RecurrentKIF(Method):
     def adjust_gradients(self, context: StepContext) -> None:
         """Multiplies the gradient of a memory batch by outer_weight, before it is clipped."""
         if self.step_in_round >= self.inner_steps and self.outer_weight != 1:
-            all_gradients = [value.grad for value in self.parameters() if value.grad is not None]
-            torch._foreach_mul_(all_gradients, self.outer_weight)
+            torch._foreach_mul_(local_gradients(self.parameters()), self.outer_weight)
 
     def after_step(self, context: StepContext) -> None:
         self.step_done = True
@@ -120,14 +122,24 @@ class RecurrentKIF(Method):
     def fuse_steps(self) -> None:
         """Ends a round: W = W_0 + the fused steps, and importance starts again."""
         inner, outer = self.middle - self.start, flat(self.live.values()) - self.middle  # t_in, t_out
-        masks = [above_quantile(scores.elements(), self.quantile) for scores in (self.inner, self.outer)]
+        masks = [
+            above_quantile(scores.elements(), self.quantile, scores.tensors) for scores in (self.inner, self.outer)
+        ]
         self.start = self.start + fused_step(inner, outer, masks[0], masks[1], self.fuse)
         for value, fused in zip(self.live.values(), unflat(self.start, self.live).values(), strict=True):
-            value.copy_(fused)
+            local(value.detach()).copy_(fused)
         self.inner.clear()
         if self.clear_outer:
             self.outer.clear()
         self.fusions += 1
+
+    def task_state(self) -> State:
+        tensors = list(self.live.values())
+        return {**super().task_state(), "start": pack(self.start, tensors), "middle": pack(self.middle, tensors)}
+
+    def load_task_state(self, state: State) -> None:
+        vectors = {name: unpack(cast(Tensor, state[name]), list(self.live.values())) for name in ("start", "middle")}
+        super().load_task_state({**state, **vectors})
 
     def diagnostics(self) -> dict[str, float]:
         return self.statistics

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clpet.records import State, Tree
+from clpet.runtime.sharding.tensors import aligned
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -118,7 +119,7 @@ def restored(current: object, saved: Any, device: torch.device | None) -> object
         if current.shape != saved.shape:  # a module may hold it: where possible it stays the same object
             return nn.Parameter(saved.to(current.device, copy=True))
         with torch.no_grad():
-            current.copy_(saved)
+            current.copy_(aligned(saved, current))
     elif isinstance(current, Tensor):
         return saved.to(current.device, copy=True)
     else:

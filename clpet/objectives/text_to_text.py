@@ -37,6 +37,7 @@ from clpet.objectives.answer_encoding import (
 )
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
 from clpet.objectives.document_attention import attention_inputs, check_separation, is_flash
+from clpet.runtime.sharding.network import gathered
 
 
 @contextlib.contextmanager
@@ -243,12 +244,13 @@ class TextToText(Objective):
 
         Only the labels of the task are candidates, because the instruction of an example lists them.
         """
-        if self.evaluation.decode is Decode.generate:
-            texts = self.generate(batch)
-        else:
-            labels = self.benchmark.task_labels(int(batch.tasks[0]))
-            best = self.rank(batch, labels).argmax(1).tolist()
-            texts = [self.benchmark.labels[labels[choice]] for choice in best]
+        with gathered(self.adapters.model):  # the encoder is called by itself
+            if self.evaluation.decode is Decode.generate:
+                texts = self.generate(batch)
+            else:
+                labels = self.benchmark.task_labels(int(batch.tasks[0]))
+                best = self.rank(batch, labels).argmax(1).tolist()
+                texts = [self.benchmark.labels[labels[choice]] for choice in best]
         self.count(batch)
         return Predictions(texts=texts)
 

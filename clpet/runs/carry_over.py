@@ -11,6 +11,7 @@ from clpet.reporting.step_lines import StepLine, read_steps
 from clpet.runs import line_files
 from clpet.runs.run_dir import snapshot_folder
 from clpet.runtime.atomic_io import atomic_file, replace_folder
+from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState, checkpoints, read_tree
 from clpet.runtime.untrusted_json import as_data_error
 
@@ -98,6 +99,8 @@ class CarryOver:
         source = snapshot_folder(self.base, row)
         if not (source / "state").is_dir():
             return False
+        if not get_world().is_main:
+            return True
         with replace_folder(snapshot_folder(out, row)) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True, ignore=_links)
         return True

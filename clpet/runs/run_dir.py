@@ -1,5 +1,6 @@
 """The run directory: files written at the start, during and at the end of a run, and the test for a finished one."""
 
+import contextlib
 import csv
 import io
 import json
@@ -191,11 +192,14 @@ def save_snapshot(out: Path, row: int, method: Method, trainer: State) -> None:
     state = method.state_dict()
     if method.objective.adapters.config is None:  # without PEFT adapters method.save already writes these weights
         state["objective"] = {**cast(State, state["objective"]), "adapters": {}}
-    if not get_world().is_main:  # after state_dict, in which all ranks take part
+    sharded, main = get_world().mesh is not None, get_world().is_main
+    if not (sharded or main):
         return
-    with replace_folder(snapshot_folder(out, row)) as folder:
+    path = snapshot_folder(out, row)
+    with replace_folder(path) if main else contextlib.nullcontext(path) as folder:
         method.save(folder)
-        save_heads(method, folder / "heads")
+        if main:
+            save_heads(method, folder / "heads")
         write_tree(folder / "state", {"row": row, "method": state, "trainer": trainer})
 
 

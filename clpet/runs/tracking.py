@@ -77,6 +77,8 @@ class Tracker:
 
     def log_steps(self, lines: Sequence[StepLine]) -> None:
         """Reports lines of the step log: to steps.jsonl, and as scalars over the axis `step` to the trackers."""
+        if not get_world().is_main:
+            return
         line_files.append(self.out / STEP_LOG, lines)
         if self.wandb:
             self.wandb.log([{"step": line["step"], **step_scalars(line)} for line in lines])

@@ -10,13 +10,16 @@ import datetime
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clpet.errors import HostError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,6 +39,7 @@ class World:
 
     size, index = 1, 0
     sharded = False  # True: the backbone is sharded over the ranks, so all ranks must run each forward pass together
+    mesh: "DeviceMesh | None" = None  # the ranks over which trained weights are sharded, if they are
 
     @property
     def is_main(self) -> bool:
@@ -164,6 +168,7 @@ class DistributedWorld(World):
         One buffer holds the loss, the requests, which parameters have a gradient, and all gradients. A rank without a
         gradient contributes zeros: all ranks must reduce the same list of tensors.
         """
+        parameters = [value for value in parameters if not is_sharded(value)]  # FSDP has summed the others
         gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in parameters]
         has_gradient = [value.grad is not None for value in parameters]
         flags = mean.new_tensor([*requests, *has_gradient])
@@ -292,6 +297,11 @@ def sum_flat(tensors: Iterable[Tensor], reduce: Callable[[Tensor], object], limi
         reduce(flat)
         for tensor, values in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(values.view_as(tensor))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this rank holds some rows only."""
+    return hasattr(tensor, "full_tensor")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import importlib.util
 import platform
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 
@@ -36,7 +36,7 @@ class AdapterTraits(Protocol):
 
     @property
     def shards(self) -> bool:
-        """Whether a sharded backbone is supported."""
+        """Whether a backbone that is sharded is supported."""
 
 
 class Method(Protocol):
@@ -84,6 +84,7 @@ class Hardware:
     parallel_runs: int = 1
     ranks: WordOrNumber = 1  # an integer, or auto
     shard: bool = False
+    replicas: int = 1
     gradient_checkpointing: bool = False
     quantization: Quantization = Quantization.none
 
@@ -98,6 +99,8 @@ class Hardware:
         require(tokens is None or tokens >= 1, "hardware.max_tokens", tokens, "at least 1, or null")
         require(self.eval_batch_size >= 1, "hardware.eval_batch_size", self.eval_batch_size, "at least 1")
         require(self.threads is None or self.threads >= 1, "hardware.threads", self.threads, "at least 1, or null")
+        require(self.replicas >= 1, "hardware.replicas", self.replicas, "at least 1")
+        require(self.replicas == 1 or self.shard, "hardware.replicas", self.replicas, "1 without hardware.shard=true")
         require(self.parallel_runs >= 1, "hardware.parallel_runs", self.parallel_runs, "at least 1")
         if self.device is Device.cuda and not torch.cuda.is_available():
             raise HostError("hardware.device=cuda, but this machine has no CUDA device: use hardware=cpu or auto")
@@ -122,8 +125,10 @@ class Hardware:
         traits, nf4 = peft.traits, self.quantization is Quantization.nf4
         for option, value, supported in (("shard", self.shard, traits.shards), ("quantization", nf4, traits.nf4)):
             if value and not supported:
-                reason = "needs a frozen backbone" if traits.full else f"does not support peft={peft.name}"
+                frozen = option == "quantization" and traits.full
+                reason = "needs a frozen backbone" if frozen else f"does not support peft={peft.name}"
                 raise ConfigError(f"hardware.{option} {reason}: use peft=lora instead of peft={peft.name}")
+        self._check_replicas(get_world().size)
         if self.gradient_checkpointing and not method.supports_recompute:
             raise ConfigError(
                 f"hardware.gradient_checkpointing cannot be used with method={method.name}, whose branches are mixed "
@@ -133,12 +138,18 @@ class Hardware:
     def processes(self) -> int:
         """Number of ranks on this machine, with `auto` resolved. Raises HostError if it exceeds the number of GPUs."""
         gpus = torch.cuda.device_count() if self.torch_device.type == "cuda" else 0
-        if self.ranks == "auto":
-            return max(1, gpus)
-        assert isinstance(self.ranks, int)
-        if gpus and self.ranks > gpus:
+        count = max(1, gpus) if self.ranks == "auto" else cast(int, self.ranks)
+        if gpus and count > gpus:
             raise HostError(f"hardware.ranks={self.ranks}, but this machine has {gpus} GPUs: use hardware.ranks=auto")
-        return self.ranks
+        self._check_replicas(count)
+        return count
+
+    def _check_replicas(self, ranks: int) -> None:
+        """Raises ConfigError if the ranks do not form equal groups; one rank divides nothing."""
+        if ranks > 1 and self.replicas > 1 and (ranks % self.replicas or ranks == self.replicas):
+            raise ConfigError(
+                f"hardware.replicas={self.replicas} must divide the {ranks} ranks of the run into groups of two or more"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:

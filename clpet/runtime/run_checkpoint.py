@@ -1,5 +1,6 @@
 """Checkpoints of a run, from which it resumes: one after every task, and some inside a task. Written atomically."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,7 +19,9 @@ from clpet.errors import ConfigError
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import Checkpoint, Cost, ExtendedFrom, Json, Measurements, Metrics, State, Tree
 from clpet.runtime.atomic_io import replace_folder, write_synced
-from clpet.runtime.distributed import get_world
+from clpet.runtime.distributed import get_world, is_sharded
+from clpet.runtime.sharding.files import read_shards, write_shards
+from clpet.runtime.sharding.tensors import copied
 from clpet.runtime.tree_size import tree_bytes
 
 T = TypeVar("T")
@@ -142,18 +145,18 @@ def _name(order: tuple[int, ...]) -> str:
 
 
 def _save(folder: Path, order: tuple[int, ...], value: State) -> None:
-    """Writes a checkpoint on the main rank and deletes old ones.
+    """Writes a checkpoint and deletes old ones; all ranks must make this call.
 
     The two newest after a task and the two newest inside the same task remain, this one included: if one is damaged,
     the run can resume from the one before.
     """
-    if not get_world().is_main:
-        return
-    for newer in checkpoints(folder):
+    for newer in checkpoints(folder) if get_world().is_main else ():
         # The run resumed from before these checkpoints, so they are damaged or build on a damaged one.
         if _order(newer) > order:
             shutil.rmtree(newer)
     write_tree(folder / _name(order), value)
+    if not get_world().is_main:
+        return
     after_tasks = [path for path in checkpoints(folder) if len(_order(path)) == 1]
     inside_task = [path for path in checkpoints(folder) if _order(path)[0] == order[0] and path not in after_tasks]
     remaining = [*after_tasks[-2:], *inside_task[-2:]]
@@ -163,17 +166,32 @@ def _save(folder: Path, order: tuple[int, ...], value: State) -> None:
 
 
 def write_tree(folder: Path, tree: Mapping[str, Tree]) -> None:
-    """Saves nested dicts and lists of tensors, numbers and strings as JSON and safetensors, atomically."""
+    """Saves nested dicts and lists of tensors, numbers and strings as JSON and safetensors, atomically.
+
+    The main rank writes. If tensors are sharded, every rank writes its rows of them into a file of its own, before the
+    main rank writes the rest and the JSON; all ranks must make this call.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    plain = {str(key): _extract_tensors(value, f"/{key}", tensors) for key, value in tree.items()}
-    with replace_folder(folder) as temporary:
-        save_file(tensors, temporary / "tensors.safetensors")
-        plain["sha256"] = _checksum(temporary / "tensors.safetensors", plain)
-        write_synced(temporary / "state.json", json.dumps(plain))
+    shards: dict[str, torch.Tensor] = {}
+    plain = {str(key): _extract_tensors(value, f"/{key}", tensors, shards) for key, value in tree.items()}
+    if not (shards or get_world().is_main):
+        return
+    with replace_folder(folder) if get_world().is_main else contextlib.nullcontext(folder) as temporary:
+        if shards:
+            plain["shards"] = write_shards(temporary, shards)
+        if get_world().is_main:
+            save_file(tensors, temporary / "tensors.safetensors")
+            plain["sha256"] = _checksum(temporary / "tensors.safetensors", plain)
+            write_synced(temporary / "state.json", json.dumps(plain))
+    if shards:
+        get_world().barrier()  # the checkpoint is complete
 
 
 def read_tree(folder: Path) -> State:
-    """Loads what `write_tree` saved. Raises ValueError when the files are damaged."""
+    """Loads what `write_tree` saved, sharded tensors as whole or as sharded ones, as the run's weights are.
+
+    Raises ValueError when the files are damaged. All ranks of a sharded run must make this call.
+    """
     try:
         plain: dict[str, Json] = json.loads((folder / "state.json").read_text())
         if plain.pop("sha256") == _checksum(folder / "tensors.safetensors", plain):
@@ -181,6 +199,8 @@ def read_tree(folder: Path) -> State:
             # Tensors in a file start at any offset, and sums over differently aligned memory round differently.
             # Copies are aligned like new tensors, so a resumed run stays equal bit for bit.
             tensors = {name: tensor.clone() for name, tensor in loaded.items()}
+            if "shards" in plain:
+                tensors |= read_shards(folder, cast(Mapping[str, str], plain.pop("shards")))
             return {key: _insert_tensors(value, tensors) for key, value in plain.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder} is damaged ({error})") from error
@@ -188,10 +208,13 @@ def read_tree(folder: Path) -> State:
 
 
 def cpu_copy(node: T) -> T:
-    """Returns a tree whose tensors are detached copies on the CPU; tuples become lists."""
+    """Returns a tree whose tensors are detached copies on the CPU, sharded ones on their device.
+
+    Tuples become lists.
+    """
     copy: object = node
     if isinstance(node, torch.Tensor):
-        copy = node.detach().to("cpu", copy=True)
+        copy = copied(node) if is_sharded(node) else node.detach().to("cpu", copy=True)
     elif isinstance(node, dict):
         copy = {key: cpu_copy(value) for key, value in node.items()}
     elif isinstance(node, list | tuple):
@@ -199,15 +222,21 @@ def cpu_copy(node: T) -> T:
     return cast(T, copy)
 
 
-def _extract_tensors(node: Tree, path: str, tensors: dict[str, torch.Tensor]) -> Json:
-    """Moves the tensors of a tree into `tensors`, by path, and returns the tree with references in their stead."""
+def _extract_tensors(node: Tree, path: str, tensors: dict[str, torch.Tensor], shards: dict[str, torch.Tensor]) -> Json:
+    """Moves the tensors of a tree into `tensors`, or the sharded ones into `shards`, by path.
+
+    Returns the tree with references in their stead.
+    """
     if isinstance(node, torch.Tensor):
+        if is_sharded(node):
+            shards[path] = node.detach()
+            return {_TENSOR: path}
         tensors[path] = node.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: path}
     if isinstance(node, dict):
-        return {str(key): _extract_tensors(value, f"{path}/{key}", tensors) for key, value in node.items()}
+        return {str(key): _extract_tensors(value, f"{path}/{key}", tensors, shards) for key, value in node.items()}
     if isinstance(node, list | tuple):
-        return [_extract_tensors(value, f"{path}/{index}", tensors) for index, value in enumerate(node)]
+        return [_extract_tensors(value, f"{path}/{index}", tensors, shards) for index, value in enumerate(node)]
     return cast(Json, node)
 
 

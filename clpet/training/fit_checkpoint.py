@@ -19,6 +19,7 @@ from clpet.objectives.base import Objective
 from clpet.records import State
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import cpu_copy
+from clpet.runtime.sharding.tensors import aligned
 from clpet.runtime.signals import SIGNALS, GracefulShutdown
 from clpet.training.fit_record import (
     CommonRecord,
@@ -243,9 +244,9 @@ class FitCheckpointer:
 
 @torch.no_grad()
 def copy_values(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Copies `values` into `tensors`, in place."""
+    """Copies `values` into `tensors`, in place, whether they are sharded or not."""
     for value, tensor in zip(values, tensors, strict=True):
-        tensor.copy_(value)
+        tensor.copy_(aligned(value, tensor))
 
 
 def random_state(device: torch.device) -> RandomState:

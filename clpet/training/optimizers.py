@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from clpet.config.schema import OptimizerState, Training
 from clpet.errors import ConfigError, HostError, suggest
 from clpet.records import Tree
+from clpet.runtime.sharding.gradients import local_gradient
+from clpet.runtime.sharding.tensors import aligned, local, trainable_rows, wrap
 
 Named = Mapping[str, nn.Parameter]
 Moments = dict[str, Tree]  # what an optimiser keeps for one tensor; empty before its first step
@@ -21,10 +23,13 @@ class Optimizer:
 
     def __init__(self, named: Named, settings: Training) -> None:
         self.parameters = list(named.values())
-        self.parts = OPTIMIZERS[settings.optimizer].create(named, settings)
+        self.rows = [trainable_rows(parameter) for parameter in self.parameters]
+        self.parts = OPTIMIZERS[settings.optimizer].create(dict(zip(named, self.rows, strict=True)), settings)
 
     def step(self, lr: float) -> None:
         """Updates all tensors that have a gradient."""
+        for parameter, rows in zip(self.parameters, self.rows, strict=True):
+            rows.grad = local_gradient(parameter)
         for optimizer in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -34,19 +39,39 @@ class Optimizer:
         """Removes all gradients."""
         for optimizer in self.parts:
             optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def moments(self) -> list[Moments]:
         """What the optimiser keeps for each tensor, in their order."""
-        states = {id(parameter): state for optimizer in self.parts for parameter, state in optimizer.state.items()}
-        return [dict(states.get(id(parameter), {})) for parameter in self.parameters]
+        states = {id(rows): state for optimizer in self.parts for rows, state in optimizer.state.items()}
+        pairs = zip(self.parameters, self.rows, strict=True)
+        return [wrap_all(states.get(id(rows), {}), rows, parameter) for parameter, rows in pairs]
 
     def load_moments(self, moments: Sequence[Mapping[str, Tree]]) -> None:
         """Restores what `moments` returned, in an optimiser that has made no step."""
-        saved = {id(parameter): state for parameter, state in zip(self.parameters, moments, strict=True) if state}
+        triples = zip(self.rows, self.parameters, moments, strict=True)
+        saved = {id(rows): rows_of_all(state, parameter) for rows, parameter, state in triples if state}
         for optimizer in self.parts:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             copies = {i: _copy(saved[id(value)]) for i, value in enumerate(parameters) if id(value) in saved}
             optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def wrap_all(moments: Mapping[str, Tree], rows: Tensor, parameter: Tensor) -> Moments:
+    """The moments of a rank's rows as sharded tensors, if the parameter is sharded."""
+    return {
+        name: wrap(value, parameter) if isinstance(value, Tensor) and value.shape == rows.shape else value
+        for name, value in moments.items()
+    }
+
+
+def rows_of_all(moments: Mapping[str, Tree], parameter: Tensor) -> Moments:
+    """A parameter's moments, of any layout, for the rows of this rank."""
+    return {
+        name: local(aligned(value, parameter)) if isinstance(value, Tensor) and value.dim() else value
+        for name, value in moments.items()
+    }
 
 
 def _copy(moments: Mapping[str, Tree]) -> Moments:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clpet.objectives.cost_meter import peak_memory_mb
 from clpet.reporting.step_lines import StepLine
+from clpet.runtime.sharding.gradients import total_norm
 from clpet.training.step import StepContext
 
 Write = Callable[[Sequence[StepLine]], None]
@@ -97,7 +98,7 @@ class StepLog:
 def _gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The L2 norm of all gradients together, as clipping measures it."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return nn.utils.get_total_norm(gradients).detach().float()
+    return total_norm(gradients).detach().float()
 
 
 def _finite(value: float) -> float | None:

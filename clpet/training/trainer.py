@@ -21,6 +21,7 @@ from clpet.records import State
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware
+from clpet.runtime.sharding.gradients import all_finite, clip_grad_norm_
 from clpet.training.fit_checkpoint import BestWeights, FitCheckpointer, FitState
 from clpet.training.fit_record import StageHistory
 from clpet.training.lr_schedules import SchedulePosition, schedule, warmup, warn_of_warmup
@@ -234,7 +235,7 @@ class Trainer:
         Values are read here only with train.on_nan=skip or on the CPU: on a GPU each read waits for the device.
         """
         skip = self.settings.on_nan is OnNan.skip
-        norm = nn.utils.clip_grad_norm_(fit.parameters, clip or math.inf) if clip or skip else mean
+        norm = clip_grad_norm_(fit.parameters, clip or math.inf) if clip or skip else mean
         if skip and not bool(torch.isfinite(mean + norm)):
             if not self.objective.meter.cost.skipped_steps:
                 step = self._describe_step(fit, fit.step + 1)
@@ -253,7 +254,7 @@ class Trainer:
             self.step_log.flush()
             step = self._describe_step(fit, int(fit.finite) + 1)
             raise HostError(f"the loss of {step} is {fit.total.item()}: {advice}")
-        if weights and fit.parameters and not torch.stack([value.isfinite().all() for value in fit.parameters]).all():
+        if weights and not all_finite(fit.parameters):
             raise HostError(f"the weights of {self._describe_step(fit, fit.step)} are NaN or infinite: {advice}")
 
     def _describe_step(self, fit: FitState, step: int) -> str:
@@ -285,17 +286,21 @@ class Trainer:
                 value.backward()
                 mean += value.detach()
             context.micro_batch = None
-            self._add_step_loss(context, hooks, mean)
+            if get_world().mesh is None:
+                self._add_step_loss(context, hooks, mean)
         get_world().sum_gradients(parameters, mean, self.checkpointer.requests())
+        if get_world().mesh is not None:
+            self._add_step_loss(context, hooks, mean)
         return mean
 
     def _add_step_loss(self, context: StepContext, hooks: StepHooks, mean: Tensor) -> None:
         """Adds the term that a step has once, and its gradients, on the main rank alone: ranks are summed afterwards.
 
         It has a backward pass of its own after those of the micro-batches. The ranks of a sharded backbone all compute
-        it, because the term might run the network, which they can only do together.
+        it, because the term might run the network, which they can only do together. If its weights are trained, each
+        rank computes the gradients of its rows, after the sum.
         """
-        counts = get_world().is_main
+        counts = get_world().is_main or get_world().mesh is not None
         if hooks.step_loss is None or not (counts or get_world().sharded):
             return
         value = hooks.step_loss(context)

@@ -61,7 +61,12 @@ def test_in_a_single_process_every_call_is_a_no_op() -> None:
     ("words", "line"),
     [
         (["method=sequential", "hardware.ranks=0"], "hardware.ranks must be auto, or a number of processes, not 0"),
-        (["method=sequential", "hardware.shard=true", "peft=none"], "hardware.shard needs a frozen backbone"),
+        (["method=osf", "peft=osf", "hardware.shard=true"], "hardware.shard does not support peft=osf"),
+        (["method=sequential", "hardware.replicas=2"], "hardware.replicas must be 1 without hardware.shard=true"),
+        (
+            ["method=sequential", "hardware.shard=true", "hardware.ranks=3", "hardware.replicas=2"],
+            "hardware.replicas=2 must divide the 3 ranks of the run",
+        ),
         (["method=sequential", "hardware.quantization=nf4"], "hardware.quantization=nf4 needs a CUDA device"),
         (["hardware.gradient_checkpointing=true", "method=o_lora"], "cannot be used with method=o_lora"),
     ],

@@ -4,21 +4,27 @@ Formulas of KIF (Feng et al., 2024, arXiv 2408.05200) and of its predecessor TaS
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
+
+from clpet.runtime.sharding.gradients import local_gradient
+from clpet.runtime.sharding.tensors import any_sharded, local, on_all_ranks, pack, smallest, sums, unpack
 
 SCORES = ("first", "second", "mix")
 # Checkpoint key -> attribute of Importance.
 STATE = {"mean": "mean", "deviation": "uncertainty", "counted": "counted", "skipped": "skipped"}
 
 
+Packed = Tensor | list[Tensor]
+
+
 class ImportanceState(TypedDict):
     """The running tensors and those of the best validation; keys are part of the checkpoint format."""
 
-    now: dict[str, Tensor]
-    kept: dict[str, Tensor]
+    now: dict[str, Packed]
+    kept: dict[str, Packed]
     best: float
     steps: int
 
@@ -37,9 +43,17 @@ class Importance:
     """
 
     def __init__(
-        self, size: int, score: str, beta1: float, beta2: float, skip_first: bool, like: Tensor | None = None
+        self,
+        size: int,
+        score: str,
+        beta1: float,
+        beta2: float,
+        skip_first: bool,
+        like: Tensor | None = None,
+        tensors: Sequence[Tensor] = (),
     ) -> None:
-        like = torch.zeros(()) if like is None else like
+        """`tensors` are those whose scalars are scored; if they are sharded, the vectors are of this rank's rows."""
+        like, self.tensors = torch.zeros(()) if like is None else like, tensors
         self.score, self.beta1, self.beta2, self.skip_first = score, beta1, beta2, skip_first
         self.mean, self.uncertainty = like.new_zeros(size), like.new_zeros(size)
         self.counted, self.skipped = (torch.zeros((), dtype=torch.long, device=like.device) for _ in range(2))
@@ -52,12 +66,12 @@ class Importance:
         self.steps += 1
         if self.skip_first and self.steps == 1:
             return
-        s = flat(torch._foreach_mul(weights, gradients)).to(self.mean.dtype)  # wg
+        s = flat(torch._foreach_mul([local(weight) for weight in weights], gradients)).to(self.mean.dtype)  # wg
         if self.score == "mix":
             s = torch.addcmul(s, s, s, value=-0.5)
         s = s.square_() if self.score == "second" else s.abs_()
         # Branching on `finite` in Python would wait for the device in every step; a weight of 0 skips the step instead.
-        finite = s.amax().isfinite()
+        finite = on_all_ranks(s.amax().isfinite(), self.tensors)
         s = torch.where(finite, s, self.mean)  # 0 * nan would still be nan
         on = finite.to(s.dtype)
         self.mean.lerp_(s, on * (1 - self.beta1))
@@ -86,14 +100,23 @@ class Importance:
 
     def state(self) -> ImportanceState:
         """Everything that an interrupted task needs to resume."""
-        return {"now": self._tensors(), "kept": self.best_scores, "best": self.best, "steps": self.steps}
+        now, best = (self._packed(tensors) for tensors in (self._tensors(), self.best_scores))
+        return {"now": now, "kept": best, "best": self.best, "steps": self.steps}
 
     def load(self, state: ImportanceState) -> None:
         """Restores what `state` returned."""
         for key, value in state["now"].items():
-            self._tensors()[key].copy_(value)
-        self.best_scores = {key: value.to(self.mean.device) for key, value in state["kept"].items()}
+            self._tensors()[key].copy_(self._unpacked(key, value))
+        best = {key: self._unpacked(key, value) for key, value in state["kept"].items()}
+        self.best_scores = {key: value.to(self.mean.device) for key, value in best.items()}
         self.best, self.steps = state["best"], state["steps"]
+
+    def _packed(self, tensors: dict[str, Tensor]) -> dict[str, Packed]:
+        """Tensors by their key, the vectors as checkpoints of sharded runs store them."""
+        return {key: pack(value, self.tensors) if value.dim() else value for key, value in tensors.items()}
+
+    def _unpacked(self, key: str, value: Packed) -> Tensor:
+        return unpack(value, self.tensors) if self._tensors()[key].dim() else cast(Tensor, value)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The running tensors by their key in a checkpoint."""
@@ -101,19 +124,22 @@ class Importance:
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """Concatenates all scalars of the tensors into one detached vector."""
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+    """Concatenates all scalars of the tensors, those of this rank's rows, into one detached vector."""
+    return torch.cat([local(tensor.detach()).flatten() for tensor in tensors])
 
 
 def unflat(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Splits a vector made by `flat` into views by name, with the shapes of `like`."""
-    slices = vector.split([tensor.numel() for tensor in like.values()])
-    return {name: values.view_as(tensor) for (name, tensor), values in zip(like.items(), slices, strict=True)}
+    """Splits a vector made by `flat` into views by name, with the shapes of `like`, or of this rank's rows."""
+    rows = {name: local(tensor.detach()) for name, tensor in like.items()}
+    slices = vector.split([tensor.numel() for tensor in rows.values()])
+    return {name: values.view_as(tensor) for (name, tensor), values in zip(rows.items(), slices, strict=True)}
 
 
 def gradients(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """The gradient of each tensor; zeros for a tensor that the loss does not depend on."""
-    return [torch.zeros_like(value) if value.grad is None else value.grad for value in tensors.values()]
+    """The gradient of each tensor, or of this rank's rows; zeros for a tensor that the loss does not depend on."""
+    of_rows = [local_gradient(value) for value in tensors.values()]
+    pairs = zip(tensors.values(), of_rows, strict=True)
+    return [torch.zeros_like(local(value.detach())) if gradient is None else gradient for value, gradient in pairs]
 
 
 class ParameterGroups:
@@ -124,13 +150,13 @@ class ParameterGroups:
     """
 
     def __init__(self, tensors: dict[str, Tensor], by_rank: bool) -> None:
-        self.by_rank = by_rank
+        self.by_rank, self.tensors = by_rank, tensors
         self.groups: dict[str, list[str]] = {}
         self.sizes: dict[str, int] = {}
         for name, tensor in tensors.items():
             group = name.partition(".lora_")[0] if by_rank else name
             self.groups.setdefault(group, []).append(name)
-            self.sizes[group] = len(_by_unit(name, tensor, by_rank))
+            self.sizes[group] = len(_by_unit(name, local(tensor.detach()), by_rank))
 
     def scores(self, elements: dict[str, Tensor], how: str = "product_of_means") -> Tensor:
         """Scores [units] from the importance of every scalar (`elements`, by tensor name).
@@ -139,6 +165,9 @@ class ParameterGroups:
         product_of_means  mean(A's row) mean(B's column), which equals the mean of their outer product, or
         mean_of_concat    the mean over the scalars of both.
         """
+        if any_sharded(self.tensors.values()):
+            totals = sums([(tensor, elements[name].sum()) for name, tensor in self.tensors.items()])
+            return torch.stack([total / t.numel() for total, t in zip(totals, self.tensors.values(), strict=True)])
         scores = []
         for names in self.groups.values():
             rows = [_by_unit(name, elements[name], self.by_rank) for name in names]
@@ -192,13 +221,15 @@ def above_percentile(x: Tensor, percentile: float, strict: bool = True) -> Tenso
     return x > threshold if strict else x >= threshold
 
 
-def above_quantile(x: Tensor, q: float) -> Tensor:
+def above_quantile(x: Tensor, q: float, tensors: Sequence[Tensor] = ()) -> Tensor:
     """Mask of the values strictly above their quantile q, for vectors too long to be sorted (or for torch.quantile).
 
     A linearly interpolated quantile is between two neighbouring values, so exactly the values above the lower
-    neighbour exceed it: selecting that neighbour gives the same mask.
+    neighbour exceed it: selecting that neighbour gives the same mask. If `tensors` are sharded, x has no negative
+    values and is of this rank's rows of them, and the quantile is over all.
     """
-    return x > x.kthvalue(int(q * (len(x) - 1)) + 1).values
+    count = sum(tensor.numel() for tensor in tensors) or len(x)
+    return x > smallest(x, int(q * (count - 1)) + 1, tensors)
 
 
 def adaptive(old: Tensor, new: Tensor, tau: float) -> Tensor:

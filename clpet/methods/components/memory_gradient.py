@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from clpet.methods.base import Method
-from clpet.runtime.distributed import get_world
+from clpet.runtime.distributed import get_world, is_sharded
+from clpet.runtime.sharding.gradients import gradients_of_share, own_gradients
+from clpet.runtime.sharding.tensors import local, sums
 
 
 def memory_gradient(method: Method, rows: np.ndarray, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -23,7 +25,8 @@ def mean_gradient(
 ) -> list[Tensor]:
     """The gradient of a mean over train rows; `loss` is the mean over those at the given positions in `rows`.
 
-    The rows are divided into micro-batches and among the ranks, like those of a step.
+    The rows are divided into micro-batches and among the ranks, like those of a step. Of a sharded tensor it is the
+    gradient of this rank's rows.
     """
     pool, world, limits = method.data.train, get_world(), method.objective.micro_batches
     weights = pool.weights[rows]
@@ -31,25 +34,24 @@ def mean_gradient(
     def divide(positions: np.ndarray) -> list[np.ndarray]:
         return [positions[group] for group in limits.groups(pool, rows[positions])]
 
-    total = [torch.zeros_like(parameter) for parameter in parameters]
-    with world.local_only():
+    total = [torch.zeros_like(local(parameter.detach())) for parameter in parameters]
+    with world.local_only(), own_gradients(parameters):
         for positions, counts in world.micro_batches(np.arange(len(rows)), divide):
             share = float(weights[positions].sum() / weights.sum()) if counts else 0.0
-            value = loss(positions) * share
-            gradients = torch.autograd.grad(value, list(parameters), allow_unused=True, materialize_grads=True)
-            torch._foreach_add_(total, gradients)
-    world.sum(total)
+            torch._foreach_add_(total, gradients_of_share(loss(positions) * share, parameters))
+    world.sum([value for value, parameter in zip(total, parameters, strict=True) if not is_sharded(parameter)])
     return total
 
 
-def dot(one: Sequence[Tensor], two: Sequence[Tensor]) -> Tensor:
-    """The product of two gradients, each as one flat vector over all trained tensors."""
-    return torch.stack([(a * b).sum() for a, b in zip(one, two, strict=True)]).sum()
+def dot(one: Sequence[Tensor], two: Sequence[Tensor], parameters: Sequence[Tensor] = ()) -> Tensor:
+    """The product of two gradients, each as one flat vector; of this rank's rows if `parameters` are sharded."""
+    products = [(a * b).sum() for a, b in zip(one, two, strict=True)]
+    return torch.stack(sums(list(zip(parameters or one, products, strict=True)))).sum()
 
 
-def conflict(gradient: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+def conflict(gradient: Sequence[Tensor], reference: Sequence[Tensor], parameters: Sequence[Tensor] = ()) -> Tensor:
     """g . r / r . r where it is negative, else 0: g minus this times r has no conflict with r. No synchronisation."""
-    product, norm = dot(gradient, reference), dot(reference, reference)
+    product, norm = dot(gradient, reference, parameters), dot(reference, reference, parameters)
     return torch.where((product < 0) & (norm > 0), product / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from clpet.data.batches import Batch
 from clpet.methods.base import Method
+from clpet.runtime.sharding.network import swapped
+from clpet.runtime.sharding.tensors import aligned, local
 
 
 class SecondWeights:
@@ -25,19 +27,15 @@ class SecondWeights:
         looked up in its parameters, and the copy has the size that the tensor had.
         """
         adapters, named = self.method.objective.adapters, {**self.trained, **self.method.named_parameters()}
-        present = {name: named[name].data for name in self.tensors}
         training = adapters.training
-        try:
-            for name, value in self.tensors.items():
-                named[name].data = value
-            if training:
-                adapters.train_mode(False)
-            yield
-        finally:
-            for name, value in present.items():
-                named[name].data = value
-            if training:
-                adapters.train_mode(True)
+        with swapped({name: named[name] for name in self.tensors}, self.tensors):
+            try:
+                if training:
+                    adapters.train_mode(False)
+                yield
+            finally:
+                if training:
+                    adapters.train_mode(True)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -48,7 +46,8 @@ class SecondWeights:
     @torch.no_grad()
     def average(self, share: float) -> None:
         """theta' <- share theta' + (1 - share) theta, where theta' are the second values."""
-        torch._foreach_lerp_(list(self.tensors.values()), [self.trained[name].data for name in self.tensors], 1 - share)
+        second = [local(value) for value in self.tensors.values()]
+        torch._foreach_lerp_(second, [local(self.trained[name].detach()) for name in self.tensors], 1 - share)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -68,7 +67,8 @@ class SecondWeights:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state` returned."""
-        self.tensors = {name: state[name].to(value.device, copy=True) for name, value in self.tensors.items()}
+        values = {name: aligned(state[name], value) for name, value in self.tensors.items()}
+        self.tensors = {name: values[name].to(value.device, copy=True) for name, value in self.tensors.items()}
 
     def count(self) -> int:
         """Number of scalars in the second values."""
