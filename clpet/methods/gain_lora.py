@@ -17,9 +17,10 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.components.features import mean_pool, token_embeddings, vocabulary
-from clpet.methods.components.subspace import Covariance, project_out, top_singular_vectors
+from clpet.methods.components.subspace import Covariance, project_out, sum_over_ranks, top_singular_vectors
 from clpet.methods.inf_lora import InfLoRA
 from clpet.methods.saved_state import Growing
+from clpet.runtime.distributed import get_world
 from clpet.training.step import StepContext
 
 INPUT_OF = {"down": "x", "up": "hidden", "key": "gate"}  # tensor of a gate -> the input whose basis it must not touch
@@ -105,10 +106,11 @@ class GainLoRA(InfLoRA):
         """C of the inputs of W1, W2 and the key of the newest gate, over the task's train examples."""
         covariances: dict[str, Covariance] = {}
         pool, size = self.data.train, self.objective.eval_batch_size
-        for rows in pool.by_length(pool.rows_of(index), size):
+        for rows in get_world().share(pool.by_length(pool.rows_of(index), size)):
             batch = pool.batch(rows, self.objective.device)
             for name, x in self.gates[-1].stages(self.pool(batch)).items():
                 covariances.setdefault(name, Covariance(x.shape[1], x.device)).add(x)
+        sum_over_ranks(covariances, self.objective.device)
         return {name: covariance.mean() for name, covariance in covariances.items()}
 
     def adjust_gradients(self, context: StepContext) -> None:

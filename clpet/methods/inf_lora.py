@@ -21,11 +21,13 @@ from clpet.methods.components.subspace import (
     InputCovariances,
     extend_basis,
     project_out,
+    sum_over_ranks,
     threshold,
     top_singular_vectors,
 )
 from clpet.methods.inc_lora import IncLoRA
 from clpet.records import State
+from clpet.runtime.distributed import get_world
 from clpet.training.trainer import Trainer
 
 
@@ -100,11 +102,13 @@ class InfLoRA(IncLoRA):
         layers = {name: layer.module for name, layer in self.stack.layers.items()}
         pool, size = self.data.train, self.objective.eval_batch_size
         with InputCovariances(layers) as inputs:
-            for rows in pool.by_length(pool.rows_of(index), size):
+            for rows in get_world().share(pool.by_length(pool.rows_of(index), size)):
                 batch = pool.batch(rows, self.objective.device)
                 inputs.begin(*([] if self.faithful_padding else self.objective.masks(batch)))
                 self.routed_loss(batch, self.route(batch))
-        return {name: covariance.mean() for name, covariance in inputs.covariances.items()}, inputs.source
+        sum_over_ranks(inputs.covariances, self.objective.device)
+        source = {layer: other for of_rank in get_world().gather(inputs.source) for layer, other in of_rank.items()}
+        return {name: covariance.mean() for name, covariance in inputs.covariances.items()}, source
 
     def mask(self, batch: Batch) -> Tensor:
         """[batch, length]: 1 at positions that count; faithful_padding counts padding as the published code does."""

@@ -31,6 +31,7 @@ from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions, TaskScore
 from clpet.objectives.document_attention import document_mask, document_positions
 from clpet.objectives.key_term_rank import prompt_windows, rank_statistics, ranks
+from clpet.runtime.distributed import get_world
 
 EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of this many tokens
 
@@ -240,7 +241,8 @@ class LanguageModeling(Objective):
         if self.rank_windows is None or not len(self.rank_windows):
             return {}
         batches = self.batches(self.rank_windows, np.arange(len(self.rank_windows)))
-        values = [answer(self.rank_windows.batch(rows, self.device)).extras["rank"].cpu() for rows in batches]
+        windows = self.rank_windows
+        values = get_world().map(lambda rows: answer(windows.batch(rows, self.device)).extras["rank"].cpu(), batches)
         names = [self.benchmark.names[task] for task in self.rank_windows.tasks[np.concatenate(batches)]]
         statistics = rank_statistics(torch.cat(values).tolist(), names)
         return {

@@ -82,6 +82,13 @@ class World:
         """Returns [work(item) for item in items] on every rank; each rank computes some of them."""
         return [work(item) for item in items]
 
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The items that this rank computes, where results are summed by `sum_shares` afterwards."""
+        return items
+
+    def sum_shares(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces tensors by their sums over the ranks, in place, if each has computed its `share` alone."""
+
     @contextlib.contextmanager
     def local_only(self) -> Iterator[None]:
         """Inside this block ranks run different code: `map` computes all items locally, without communication."""
@@ -191,8 +198,20 @@ class DistributedWorld(World):
             self.dist.all_gather_object(values, to_cpu(value))
         return cast(list[Result], values)
 
+    @property
+    def divides(self) -> bool:
+        """Whether ranks may compute different items: not with a sharded backbone, whose passes need all ranks."""
+        return not (self.is_local or self.sharded)
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        return items[self.index :: self.size] if self.divides else items
+
+    def sum_shares(self, tensors: Sequence[Tensor]) -> None:
+        if self.divides:
+            self.sum(tensors)
+
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        if self.is_local or self.sharded:
+        if not self.divides:
             return super().map(work, items)
         with self.local_only():
             local_results = [to_cpu(work(item)) for item in items[self.index :: self.size]]

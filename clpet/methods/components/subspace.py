@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from clpet.runtime.distributed import get_world
+
 
 class Covariance:
     """Running uncentred covariance C = (1/n) sum x x^T, accumulated in fp32."""
@@ -28,6 +30,16 @@ class Covariance:
     def mean(self) -> Tensor:
         """C [dim, dim] in fp64."""
         return self.total.double() / self.n
+
+
+def sum_over_ranks(covariances: dict[str, Covariance], device: torch.device) -> None:
+    """Adds what the other ranks have accumulated from their shares of the batches. All ranks must make this call."""
+    sizes: dict[str, int] = {}
+    for of_rank in get_world().gather({name: len(one.total) for name, one in covariances.items()}):
+        sizes |= of_rank
+    for name in sorted(sizes.keys() - covariances.keys()):  # a rank with fewer batches than others may have had none
+        covariances[name] = Covariance(sizes[name], device)
+    get_world().sum_shares([x for name in sorted(sizes) for x in (covariances[name].total, covariances[name].n)])
 
 
 class InputCovariances:
