@@ -24,7 +24,9 @@ from clpet.reporting.plots import method_figures, run_figures
 from clpet.reporting.progress import Display
 from clpet.runs import provenance, run_dir
 from clpet.runs.carry_over import CarryOver
+from clpet.runs.downstream import Downstream, check_downstream
 from clpet.runs.dry_run import count_parameters, dry_run
+from clpet.runs.existing_run import show_existing
 from clpet.runs.extension import Extension, find_extension
 from clpet.runs.planning import measured_tasks, plan_work
 from clpet.runs.prediction_files import write_predictions
@@ -34,7 +36,6 @@ from clpet.runtime.atomic_io import RunLock
 from clpet.runtime.distributed import get_world
 from clpet.runtime.run_checkpoint import RunState
 from clpet.runtime.signals import GracefulShutdown
-from clpet.runtime.untrusted_json import as_data_error
 from clpet.training.trainer import quiet_libraries
 from clpet.wiring import Components, Session
 
@@ -55,6 +56,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str], quiet: bool = False) -
         return show_existing(console, config, out, results)
     components = Components.build(config)
     cast(Tracking, components.tracking).check()
+    check_downstream(components)
     with GracefulShutdown() as shutdown, RunLock(out), quiet_libraries():
         benchmark = load_benchmark(components, overrides)
         display = Display(console, len(benchmark))
@@ -76,15 +78,6 @@ def run(cfg: DictConfig, out: Path, overrides: list[str], quiet: bool = False) -
             dry_run(console, session)
             return None
         return Experiment(cfg, overrides, session, out, display, extension).run(console)
-
-
-def show_existing(console: Console, config: Config, out: Path, results: Results) -> TransferMatrix:
-    """Prints the results of a finished run. Raises ConfigError if its data, weights or code have changed since."""
-    with as_data_error(f"{out / 'results.json'} is not the result of a run"):
-        provenance.check_finished(out, results, config)
-        run_summary.show_finished(console, out, results)
-    console.print("already finished; showing its results (fresh=true runs it again)")
-    return TransferMatrix.from_json(results)
 
 
 def load_benchmark(components: Components, overrides: list[str]) -> Benchmark:
@@ -121,11 +114,13 @@ class Experiment:
     extension: Extension | None = None  # tasks that another run has learned
     identity: dict[str, str] = field(init=False)
     tracker: Tracker = field(init=False)
+    downstream: Downstream = field(init=False)
 
     def __post_init__(self) -> None:
         self.identity = self.identify()
         config = cast(dict[str, Json], OmegaConf.to_container(self.cfg, resolve=True))
         tracking = cast(Tracking, self.session.components.tracking)
+        self.downstream = Downstream.of(self.session)
         self.tracker = Tracker(tracking, self.out, self.display, config, self.identity)
 
     def run(self, console: Console) -> TransferMatrix:
@@ -297,8 +292,8 @@ class Experiment:
                 # Before the last row: methods keep the statistics of their latest evaluation, which must be this row's.
                 state.validation = self.validate(tasks)
             evaluation = Evaluator(self.benchmark, self.session.data, self.session.split)(self.method, row, list(tasks))
-        probed = self.session.probes.measure(row)
-        evaluation.diagnostics = {**(recorded or {}), **evaluation.diagnostics, **self.method.diagnostics(), **probed}
+        evaluation.diagnostics = {**(recorded or {}), **evaluation.diagnostics, **self.method.diagnostics()}
+        evaluation.diagnostics |= self.session.probes.measure(row) | self.downstream.measure(row)
         for matrix, scores in ((state.matrix, evaluation.seen), (state.task_matrix, evaluation.per_task)):
             for index in tasks:
                 matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)

@@ -139,11 +139,11 @@ def evaluate(argv: list[str]) -> int:
     names = _split_list(arguments.downstream)
     with quiet_libraries():
         if names:
-            lm_eval.check(record)
+            lm_eval.check(record.components.objective, record.components.backbone, record.method)
             lm_eval.silence_logs()
             tasks = lm_eval.load_tasks(names, arguments.tasks_dir)  # reports unknown tasks before the model is loaded
             run = load_run(record, arguments.after)
-            scores = lm_eval.measure(run, tasks, arguments.limit)
+            scores = lm_eval.measure(run.method, run.method.objective.causal, tasks, arguments.limit)
             print(printable(lm_eval.report(run, names, arguments.limit, scores)))
             return 0
         text, equal = compare_with_recorded(load_run(record, arguments.after))

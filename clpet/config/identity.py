@@ -22,7 +22,16 @@ NOT_IDENTITY = ("hydra", "hardware", "tracking", "output_dir", "cache_dir", "fre
 # the command of an older run resumes that run.
 ADDED_OPTIONS: dict[str, dict[str, Json]] = {
     "train": {"optimizer": "adamw", "momentum": None, "class_weights": "none"},
-    "evaluation": {"metrics": ["accuracy"], "probes": [], "probe_tokens": None, "probe_text": None},
+    "evaluation": {
+        "metrics": ["accuracy"],
+        "probes": [],
+        "probe_tokens": None,
+        "probe_text": None,
+        "downstream": [],
+        "downstream_every": 1,
+        "downstream_limit": None,
+        "downstream_dir": None,
+    },
     "benchmark": {"encoding": None, "header": None, "chat": None},
     "method": {"planned_tasks": None},
 }

@@ -214,14 +214,20 @@ class EvaluationOptions:
     probes: list[Probe] = field(default_factory=list)
     probe_tokens: int | None = None
     probe_text: str | None = None
+    downstream: list[str] = field(default_factory=list)
+    downstream_every: int = 1
+    downstream_limit: int | None = None
+    downstream_dir: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "evaluation.every", self.every, "at least 1")
+        for key in ("every", "downstream_every"):
+            require(getattr(self, key) >= 1, f"evaluation.{key}", getattr(self, key), "at least 1")
         require(LabelMetric.accuracy in self.metrics, "evaluation.metrics", self.metrics, "a list with accuracy")
         text_kept = self.predictions or not self.keep_text
         require(text_kept, "evaluation.keep_text", "true", "false with evaluation.predictions=false")
         require(self.rank_prompts >= 0, "evaluation.rank_prompts", self.rank_prompts, "0 (off) or more")
-        for key, minimum in (("max_new_tokens", 1), ("max_tokens", 2), ("stride", 1), ("probe_tokens", 1)):
+        at_least_1 = ("max_new_tokens", "stride", "probe_tokens", "downstream_limit")
+        for key, minimum in (*((key, 1) for key in at_least_1), ("max_tokens", 2)):
             value = getattr(self, key)
             require(value is None or value >= minimum, f"evaluation.{key}", value, f"at least {minimum}, or null")
 

@@ -60,7 +60,7 @@ def check_probes(
             "for each text"
         )
     if sharded:
-        raise ConfigError("evaluation.probes reads the whole model on one rank: it cannot be used with hardware.shard")
+        raise ConfigError("evaluation.probes cannot be used with hardware.shard: one rank reads the whole model")
     for probe in (Probe.kl, Probe.nll):
         if probe in probes and not objective.traits.needs_output_layer:
             raise ConfigError(

@@ -4,6 +4,7 @@ Gao et al., "The Language Model Evaluation Harness", v0.4.9. Its tasks, prompts 
 adds one number per multiple-choice task, the accuracy normalised by chance.
 """
 
+import copy
 import importlib.util
 import json
 import logging
@@ -15,9 +16,11 @@ import numpy as np
 
 from clpet.data.template import special_tokens
 from clpet.errors import ConfigError, DataError, enough_memory, first_line, suggest
-from clpet.models.backbone import Architecture
+from clpet.methods.base import Method
+from clpet.models.backbone import Architecture, Backbone
+from clpet.objectives.base import Objective
 from clpet.reporting.tables import table
-from clpet.runs.load_run import LoadedRun, RunRecord
+from clpet.runs.load_run import LoadedRun
 from clpet.runtime.atomic_io import write_text
 
 Harness = dict[str, Any]  # tasks or results as the harness builds them; it has no types
@@ -35,23 +38,18 @@ class HarnessTask(Protocol):
     def doc_to_choice(self, doc: object) -> Sequence[str]: ...
 
 
-def check(record: RunRecord) -> None:
-    """Raises ConfigError if the harness cannot evaluate the model of this run, before anything is loaded."""
-    objective = record.components.objective
+def check(objective: Objective, backbone: Backbone, method: Method, option: str = "--downstream") -> None:
+    """Raises ConfigError if the harness cannot evaluate the model of a run, before anything is loaded."""
     if not objective.traits.needs_output_layer:
+        raise ConfigError(f"{option} needs a model that generates text; the objective of this run is {objective.name}")
+    if backbone.architecture is Architecture.encoder:
+        raise ConfigError(f"{option} needs a decoder or an encoder-decoder; model {backbone.name} is an encoder")
+    if not method.mergeable:
         raise ConfigError(
-            f"--downstream needs a model that generates text; the objective of this run is {objective.name}"
-        )
-    if record.components.backbone.architecture is Architecture.encoder:
-        raise ConfigError(
-            f"--downstream needs a decoder or an encoder-decoder; model {record.config.model['name']} is an encoder"
-        )
-    if not record.method.mergeable:
-        raise ConfigError(
-            f"method={record.method.name} chooses parameters for each text: the harness needs one model for all texts"
+            f"method={method.name} chooses parameters for each text: the harness needs one model for all texts"
         )
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--downstream needs lm-evaluation-harness: pip install 'clpet[downstream]'")
+        raise ConfigError(f"{option} needs lm-evaluation-harness: pip install 'clpet[downstream]'")
 
 
 def load_tasks(names: Sequence[str], folder: Path | None) -> Harness:
@@ -76,23 +74,23 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> Harness:
         raise DataError(f"the data of {', '.join(names)} cannot be loaded: {first_line(error)}") from error
 
 
-def measure(run: LoadedRun, tasks: Harness, limit: int | None) -> Harness:
+def measure(method: Method, causal: bool, tasks: Harness, limit: int | None) -> Harness:
     """The harness' results, plus the normalised accuracy of multiple-choice tasks under the key NORMALISED.
 
-    `limit` is the number of examples per task (None: all). All tasks without a setting of their own are zero-shot.
+    `causal`: the model is a decoder. `limit` is the number of examples per task (None: all). All tasks without a
+    setting of their own are zero-shot.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    objective = run.method.objective
-    tokenizer, model = objective.tokenizer, objective.adapters.model
+    objective = method.objective
+    tokenizer, model = copy.deepcopy(objective.tokenizer), objective.adapters.model  # the harness changes its tokenizer
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token  # also ends an answer in the text_to_text objective
-    decoder = run.record.components.backbone.architecture is Architecture.decoder
     # Such a tokenizer appends an end token, which would separate a question from its answer.
-    appends_eos = decoder and special_tokens(tokenizer)[1]
+    appends_eos = causal and special_tokens(tokenizer)[1]
     objective.adapters.train_mode(False)
-    with objective.autocast, run.method.answering(), enough_memory(objective.memory_advice):
+    with objective.autocast, method.answering(), enough_memory(objective.memory_advice):
         batch_size = max(1, objective.eval_batch_size // LENGTH_FACTOR)
         language_model = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32",

@@ -111,6 +111,34 @@ def test_an_encoder_decoder_is_evaluated(clpet, words: Path, tasks: Path) -> Non
 
 
 @needs_harness
+def test_downstream_tasks_are_measured_beside_the_matrix(clpet, prose: Path, tasks: Path) -> None:
+    """The values of a run are those of `clpet eval`, and the run is otherwise the same."""
+    args = domain_args(prose, "method=sequential", "train.snapshot_every=1", "train.epochs=1")
+    beside = [f"evaluation.downstream_dir={tasks}", "evaluation.downstream_every=2"]
+    assert clpet("train", *args, "output_dir=without").code == 0
+    answer = clpet("train", *args, "evaluation.downstream=[choose,write]", *beside)
+    assert answer.code == 0, answer.err
+    rows = json.loads((only() / "results.json").read_text())["diagnostics"]
+    names = ["downstream/choose/acc", "downstream/choose/normalised", "downstream/write/exact_match"]
+    measured = [sorted(name for name in row if name.startswith("downstream/")) for row in rows]
+    assert measured == [names, [], names, names]
+    for row in (0, 2):
+        assert rows[row]["downstream/choose/acc"] == accuracy(only(), row) / 100
+    (without,) = Path("without").glob("*/*/s*")
+    for file in without.glob("adapters/**/*.safetensors"):
+        assert file.read_bytes() == (only() / file.relative_to(without)).read_bytes()
+    assert "choose/normalised" in clpet("show", str(only())).out
+    assert (only() / "downstream.png").is_file()
+    for options, message in (
+        (["evaluation.downstream=[chose]"], "unknown lm-evaluation-harness task chose"),
+        (["evaluation.downstream=[choose]", "hardware.shard=true", "peft=lora"], "hardware.shard"),
+    ):
+        refused = clpet("train", *args, *beside, *options, "output_dir=refused")
+        assert refused.code == 2
+        assert message in refused.err
+
+
+@needs_harness
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--downstream", "chose"], "unknown lm-evaluation-harness task chose"), (["--downstream", "choose", "--tasks-dir", "nowhere"], "is not a folder"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from clpet.metrics.perplexity_transfer import figures
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import Metrics, OrderRecord
-from clpet.reporting.plots.drift import drift_curves
+from clpet.reporting.plots import beside_matrix
 from clpet.reporting.plots.loss import loss_curve
 from clpet.reporting.plots.perplexity import by_position, order_heatmap, perplexity_heatmap, transfer_curves
 from clpet.reporting.plots.transfer_matrix import accuracy_curves, transfer_heatmap
@@ -23,12 +23,11 @@ def draw(
     """Draws a run's figures into its directory and returns their paths.
 
     `order` is the record of the task order; order.png is drawn where it holds the similarities of the domains, and
-    drift.png where the `diagnostics` hold probes.
+    drift.png and downstream.png where the `diagnostics` hold probes and downstream tasks.
     """
     steps = read_steps(out)
     paths = [loss_curve(steps, out / "loss.png", title)] if steps else []
-    if drift := drift_curves(diagnostics, matrix.tasks, out / "drift.png", title):
-        paths.append(drift)
+    paths += beside_matrix.draw(diagnostics, matrix.tasks, out, title)
     if matrix.direction == "higher":
         return [
             transfer_heatmap(matrix, out / "transfer.png", title),

@@ -1,0 +1,42 @@
+"""What was measured beside the matrix over a run, as series: drift from the pretrained model, downstream tasks."""
+
+from collections.abc import Sequence
+
+from clpet.records import Metrics
+from clpet.reporting.tables import table
+
+# Title of a panel of the figure, and the series that it shows.
+PANELS = {
+    "KL(pretrained || now), nats": ("kl_forward/neutral", "kl_forward/task"),
+    "change of NLL, nats": ("nll_drift/neutral",),
+    "CKA with the pretrained model": ("cka",),
+    "norm of the change / pretrained": ("weight_norm_relative",),
+}
+PROBES, DOWNSTREAM = "probe/", "downstream/"  # prefixes of their names in the diagnostics of a row
+TITLES = {PROBES: "drift from the pretrained model", DOWNSTREAM: "downstream tasks (lm-evaluation-harness)"}
+
+
+def series(diagnostics: Sequence[Metrics], prefix: str) -> dict[str, dict[int, float]]:
+    """{name without the prefix: {row of the matrix: value}}, without values of single blocks."""
+    values: dict[str, dict[int, float]] = {}
+    for row in diagnostics:
+        for key, value in row.items():
+            name = key.removeprefix(prefix)
+            if name != key and value is not None and "/block" not in name:
+                values.setdefault(name, {})[int(row["row"] or 0)] = float(value)
+    return values
+
+
+def tables(diagnostics: Sequence[Metrics], tasks: Sequence[str]) -> list[str]:
+    """A table for each kind that was measured: a line per name, and a column per row of the matrix."""
+    texts = []
+    for prefix, title in TITLES.items():
+        values = series(diagnostics, prefix)
+        rows = sorted({row for by_row in values.values() for row in by_row})
+        names = ["(before)", *tasks]
+        lines = []
+        for name, by_row in values.items():
+            lines.append([name, *(f"{by_row[row]:.4g}" if row in by_row else "" for row in rows)])
+        if lines:
+            texts.append(f"{title}\n{table(['after', *(names[row] for row in rows)], lines)}")
+    return texts
