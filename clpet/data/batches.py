@@ -87,6 +87,13 @@ class AnswerBatch(Batch):
     def tokens(self) -> int:
         return self.input_ids.numel() + self.targets.numel()
 
+    def places(self) -> Tensor:
+        """[answer tokens]: their indices in the flattened `targets`; reading them off a GPU would wait for it."""
+        assert self.pool is not None
+        assert self.pool.answer is not None
+        inside = np.arange(self.targets.shape[1]) < self.pool.answer.lengths[self.rows][:, None]
+        return torch.from_numpy(np.flatnonzero(inside)).to(self.targets.device, non_blocking=True)
+
     def _selected(self, indices: Tensor, columns: slice) -> dict[str, Tensor]:
         return super()._selected(indices, columns) | {"targets": self.targets[indices]}
 

@@ -154,11 +154,11 @@ class TextToText(Objective):
         assert isinstance(batch, AnswerBatch)
         with self.autocast:
             if self.padding_free and batch.pool is not None:
-                return self.packed_logits(batch.pool, batch.rows)
-            if isinstance(batch, ChatBatch):
+                logits = self.packed_logits(batch.pool, batch.rows)
+            elif isinstance(batch, ChatBatch):
                 logits = self.conversation_logits(batch)
             else:
-                logits = self.answer_logits(batch, batch.targets)[batch.targets != IGNORED].float()
+                logits = self.answer_logits(batch, batch.targets).flatten(0, 1)[batch.places()].float()
         self.count(batch)
         return logits
 
@@ -189,7 +189,7 @@ class TextToText(Objective):
         assert isinstance(batch, AnswerBatch)
         if isinstance(batch, ChatBatch):
             return batch.next_tokens()[batch.next_tokens() != IGNORED]
-        return batch.targets[batch.targets != IGNORED]
+        return batch.targets.flatten()[batch.places()]
 
     def answer_logits(self, batch: Batch, targets: Tensor) -> Tensor:
         """[batch, answer length, vocabulary]: scores for `targets`, each given the prompt and the answer before it."""

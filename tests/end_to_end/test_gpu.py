@@ -143,6 +143,13 @@ def test_recomputed_activations_give_the_same_weights_with_less_memory(prose: Pa
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("option", ["hardware.padding_free=true", "hardware.max_tokens=64"])
+def test_packed_and_divided_batches_train_the_same_weights(option: str, words: Path) -> None:
+    args = [*tiny_args(words), *WORDS_OUT, "method=sequential", "model=tiny_llama", "train.lr=1e-3"]
+    assert_close(learned(on("cuda", args), 1), learned(on("cuda", [*args, option]), 1))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("peft", ["lora", "none"])
 def test_perplexities_in_bf16_are_near_those_in_fp32(peft: str, prose: Path) -> None:
     """Of the same weights: bf16 has 8 bits of precision, so the mean loss differs in its third digit."""
@@ -274,6 +281,19 @@ def test_a_step_on_plain_text_never_waits_for_the_device(
     more: list[str], prose: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = on("cuda", [*domain_args(prose), "method=sequential", *more, "train.global_batch_size=4", "train.epochs=2"])
+    run.learn(0)
+    with no_waiting(run, monkeypatch) as steps:
+        run.learn(1)
+    assert len(steps) > 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [["model=tiny_llama"], ["model=tiny_t5"], ["model=tiny_llama", "method=kif"]])
+def test_a_step_on_answers_never_waits_for_the_device(
+    more: list[str], words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*tiny_args(words), *WORDS_OUT, "method=sequential", *more, "train.global_batch_size=4"]
+    run = on("cuda", args)
     run.learn(0)
     with no_waiting(run, monkeypatch) as steps:
         run.learn(1)
