@@ -23,6 +23,7 @@ from clpet.evaluation.probes import Probes, check_probes
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters
 from clpet.models.backbone import Architecture, Backbone
+from clpet.models.compilation import compile_blocks, use_liger
 from clpet.models.memory_saving import enable_recomputation, sharded_units
 from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer
@@ -32,7 +33,7 @@ from clpet.records import DataRecord
 from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
 from clpet.runtime.distributed import get_world
-from clpet.runtime.hardware import Hardware, Quantization
+from clpet.runtime.hardware import Hardware, Kernels, Quantization
 from clpet.runtime.sharding.network import Sharding
 from clpet.runtime.signals import GracefulShutdown
 from clpet.training.fit_checkpoint import FitCheckpointer
@@ -149,12 +150,16 @@ class Components:
         """The objective with its network, adapters and tokenizer. Raises ModelError."""
         backbone, hardware, peft, config = self.backbone, self.hardware, self.peft, self.config
         model, tokenizer = self.load_network()
+        if hardware.kernels is Kernels.liger:
+            use_liger(model)
         adapters = Adapters(model, backbone, peft, self.objective.traits.needs_output_layer)
         if sharding := self.sharding:
             units = [model.get_submodule(name) for name in sharded_units(model, sharding.trained)]
             sharding.divide(model, units)
         if hardware.gradient_checkpointing:
             enable_recomputation(model, adapters.drops)
+        if hardware.compile:
+            compile_blocks(model)
         if backbone.dropout == "own" and not adapters.dropout():
             log.warning("model.dropout=own, but all dropout rates in the config of %s are 0", backbone.name)
         seed, settings = derive(config.seed, "head"), (config.evaluation, config.cache_dir, config.train.class_weights)

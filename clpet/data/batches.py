@@ -60,7 +60,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Self:
         """A copy on a device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return self._with({name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        return self._with({name: to_device(value, device) for name, value in tensors.items()})
 
     def select(self, indices: Tensor) -> Self:
         """The examples with the given indices in the batch, padding trimmed to the longest of them."""
@@ -142,6 +142,13 @@ class WindowBatch(Batch):
 def pad_id(tokenizer: Tokenizer) -> int:
     """Token id at padded positions: the padding token's, or 0 for a tokenizer without one (they are masked)."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device. A GPU copies it from pinned memory, while the CPU prepares the next batch."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -252,7 +259,7 @@ class EncodedDataset:
             flags, _ = self.trained.padded(rows, 0, self.left, width)
             arrays.append(np.where(flags == 1, ids, IGNORED))
         input_ids, mask, positions, labels, tasks, *answers = (
-            torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
+            to_device(torch.from_numpy(array), device) for array in arrays
         )
         fields = (rows, input_ids, mask, positions, labels, tasks, not inside.all(), self.left)
         if self.trained is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clpet.data.batches import EncodedDataset
+from clpet.data.batches import EncodedDataset, to_device
 
 MOST_PLACES = 1.02  # places over tokens: the width of the rows grows until this is reached
 
@@ -46,7 +46,7 @@ def pack_rows(pool: EncodedDataset, rows: np.ndarray, device: torch.device, one_
             start = end
         documents[index, start:] = len(members)
     arrays = (ids, documents, np.concatenate(before))
-    return PackedRows(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+    return PackedRows(*(to_device(torch.from_numpy(array), device) for array in arrays))
 
 
 def predicted(pool: EncodedDataset, row: int) -> np.ndarray:

@@ -14,7 +14,9 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
     blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
-        raise ModelError("hardware.shard and gradient_checkpointing need a model whose blocks transformers marks")
+        raise ModelError(
+            "hardware.shard, compile and gradient_checkpointing need a model whose blocks transformers marks"
+        )
     return blocks
 
 

@@ -47,9 +47,9 @@ def check_separation(model: nn.Module, name: str, dtype: torch.dtype) -> None:
     first, second = torch.tensor([[5, 6, 7], [7, 5, 5]], device=device), torch.tensor([6, 7, 5, 7], device=device)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]], device=device)
     states = [hidden(model, torch.cat([row, second])[None], documents, dtype)[0, 3:].float() for row in first]
-    alone = hidden(model, second[None], documents[:, 3:] * 0, dtype)[0].float()
+    expected = hidden(model, second[None], documents[:, 3:] * 0, dtype)[0].float()
     tolerance = 1e-4 if dtype is torch.float32 else 0.1
-    if not torch.equal(*states) or not torch.allclose(states[0], alone, rtol=tolerance, atol=tolerance):
+    if not torch.equal(*states) or not torch.allclose(states[0], expected, rtol=tolerance, atol=tolerance):
         raise ModelError(problem)
 
 

@@ -1,7 +1,9 @@
 """Hardware options of a run: device, precision, number of ranks, and how a large backbone is made to fit in memory."""
 
 import importlib.util
+import os
 import platform
+import shutil
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Protocol, cast
@@ -69,6 +71,13 @@ class Quantization(Enum):
     nf4 = "nf4"
 
 
+class Kernels(Enum):
+    """Kernels of the backbone's norms and gated layers; liger: fused ones."""
+
+    none = "none"
+    liger = "liger"
+
+
 @dataclass
 class Hardware:
     """A hardware group option: it changes how a run is carried out, not what it computes (nf4 alone rounds weights)."""
@@ -86,7 +95,10 @@ class Hardware:
     shard: bool = False
     replicas: int = 1
     gradient_checkpointing: bool = False
+    offload: bool = False
     quantization: Quantization = Quantization.none
+    compile: bool = False
+    kernels: Kernels = Kernels.none
 
     def __post_init__(self) -> None:
         valid = self.ranks == "auto" or (
@@ -113,6 +125,23 @@ class Hardware:
             require(not self.shard, "hardware.shard", "true", "false with hardware.quantization=nf4")
         if self.threads:
             torch.set_num_threads(self.threads)
+        self._check_kernels()
+
+    def _check_kernels(self) -> None:
+        """Raises HostError where this machine lacks what compile, kernels and offload need."""
+        cuda = self.torch_device.type == "cuda"
+        if self.offload and not cuda:
+            raise HostError("hardware.offload=true needs a CUDA device: a CPU has all activations in the host's memory")
+        if self.kernels is Kernels.liger and not (cuda and importlib.util.find_spec("liger_kernel")):
+            raise HostError("hardware.kernels=liger needs a CUDA device, and `pip install liger-kernel`")
+        if self.compile and cuda and not importlib.util.find_spec("triton"):
+            raise HostError("hardware.compile=true needs triton on a CUDA device: pip install triton")
+        compilers = (os.environ.get("CXX", "g++"), "clang++")
+        if self.compile and not cuda and not any(map(shutil.which, compilers)):
+            raise HostError("hardware.compile=true needs a C++ compiler, which this machine lacks: install g++")
+        for option in ("compile", "offload"):
+            both = self.shard and getattr(self, option)
+            require(not both, f"hardware.{option}", "true", "false with hardware.shard=true")
 
     @property
     def torch_device(self) -> torch.device:
@@ -129,9 +158,11 @@ class Hardware:
                 reason = "needs a frozen backbone" if frozen else f"does not support peft={peft.name}"
                 raise ConfigError(f"hardware.{option} {reason}: use peft=lora instead of peft={peft.name}")
         self._check_replicas(get_world().size)
-        if self.gradient_checkpointing and not method.supports_recompute:
+        options = {"gradient_checkpointing": self.gradient_checkpointing, "compile": self.compile}
+        repeated = next((name for name, on in options.items() if on), None)
+        if repeated and not method.supports_recompute:
             raise ConfigError(
-                f"hardware.gradient_checkpointing cannot be used with method={method.name}, whose branches are mixed "
+                f"hardware.{repeated} cannot be used with method={method.name}, whose branches are mixed "
                 "differently for every batch: lower hardware.micro_batch_size instead"
             )
 
@@ -170,6 +201,8 @@ class Hardware:
             "threads": torch.get_num_threads(),
             "ranks": get_world().size,
             "kernels": torch.backends.cpu.get_cpu_capability(),
+            **({"compiled": "true"} if self.compile else {}),
+            **({"fused": self.kernels.value} if self.kernels is not Kernels.none else {}),
             "name": platform.node(),
         }
 

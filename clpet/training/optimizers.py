@@ -13,6 +13,7 @@ from clpet.errors import ConfigError, HostError, suggest
 from clpet.records import Tree
 from clpet.runtime.sharding.gradients import local_gradient
 from clpet.runtime.sharding.tensors import aligned, local, trainable_rows, wrap
+from clpet.training.bf16_moments import AdamWBf16
 
 Named = Mapping[str, nn.Parameter]
 Moments = dict[str, Tree]  # what an optimiser keeps for one tensor; empty before its first step
@@ -105,6 +106,10 @@ def _adamw8bit(named: Named, settings: Training) -> list[torch.optim.Optimizer]:
     return [AdamW8bit(parameters, betas=betas, eps=settings.eps, weight_decay=decay)]
 
 
+def _adamw_bf16(named: Named, settings: Training) -> list[torch.optim.Optimizer]:
+    return [AdamWBf16(named.values(), _betas(settings), settings.eps, settings.weight_decay)]
+
+
 def _muon(named: Named, settings: Training) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of blocks and AdamW for the rest (Jordan et al., 2024).
 
@@ -152,6 +157,7 @@ def _require_bitsandbytes(device: torch.device) -> None:
 OPTIMIZERS = {
     "adamw": Kind(_adamw, ("betas", "eps")),
     "adamw8bit": Kind(_adamw8bit, ("betas", "eps"), _require_bitsandbytes),
+    "adamw_bf16": Kind(_adamw_bf16, ("betas", "eps")),
     "muon": Kind(_muon, ("betas", "eps", "momentum"), _require_muon),
     "sgd": Kind(_sgd, ("momentum",)),
 }

@@ -21,6 +21,7 @@ from clpet.records import State
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.distributed import get_world
 from clpet.runtime.hardware import Hardware
+from clpet.runtime.kernels import offloaded, tf32
 from clpet.runtime.sharding.gradients import all_finite, clip_grad_norm_
 from clpet.training.fit_checkpoint import BestWeights, FitCheckpointer, FitState
 from clpet.training.fit_record import StageHistory
@@ -282,8 +283,10 @@ class Trainer:
                 share = float(plan.pool.weights[micro_rows].sum() / total_weight)
                 batch = dataclasses.replace(plan.pool.batch(micro_rows, self.hardware.torch_device), share=share)
                 context.micro_batch = batch
-                value = hooks.loss(context) * (batch.share if counts else 0.0)
-                value.backward()
+                with tf32(self.hardware.torch_device, self.hardware.torch_dtype):
+                    with self._saving():
+                        value = hooks.loss(context) * (batch.share if counts else 0.0)
+                    value.backward()
                 mean += value.detach()
             context.micro_batch = None
             if get_world().mesh is None:
@@ -292,6 +295,11 @@ class Trainer:
         if get_world().mesh is not None:
             self._add_step_loss(context, hooks, mean)
         return mean
+
+    def _saving(self) -> contextlib.AbstractContextManager[None]:
+        """Where a forward pass keeps what its backward pass needs."""
+        model = self.objective.adapters.model
+        return offloaded(model.parameters()) if self.hardware.offload else contextlib.nullcontext()
 
     def _add_step_loss(self, context: StepContext, hooks: StepHooks, mean: Tensor) -> None:
         """Adds the term that a step has once, and its gradients, on the main rank alone: ranks are summed afterwards.

@@ -308,3 +308,20 @@ def test_a_step_on_preferences_never_waits_for_the_device(tmp_path: Path, monkey
     with no_waiting(run, monkeypatch) as steps:
         run.learn(1)
     assert len(steps) > 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "option", ["compile=true", "kernels=liger", "offload=true", "padding_free=true", "max_tokens=200"]
+)
+def test_an_option_of_speed_or_memory_changes_rounding_only(option: str, words: Path) -> None:
+    """Against the plain path: equal losses to the precision of fp32, in a fit of one task."""
+    if option == "kernels=liger":
+        pytest.importorskip("liger_kernel")
+    args = [*tiny_args(words), "cache_dir=null", "method=sequential", "model=tiny_llama", "objective=text_to_text",
+            "train.epochs=1", "hardware.device=cuda", "hardware.dtype=fp32"]  # fmt: skip
+    plain, fast = set_up(args), set_up([*args, f"hardware.{option}"])
+    for run in (plain, fast):
+        run.learn(0)
+    states = [run.method.state_dict()["objective"]["adapters"]["default"] for run in (plain, fast)]
+    assert all(torch.allclose(states[0][name], states[1][name], atol=1e-3) for name in states[0])

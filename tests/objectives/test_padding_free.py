@@ -39,7 +39,9 @@ def test_padding_is_rare() -> None:
         assert places <= MOST_PLACES * lengths.sum()
 
 
-@pytest.mark.parametrize("more", [[], ["model.attention=sdpa", "hardware.micro_batch_size=5"]])
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["model.attention=sdpa", "hardware.micro_batch_size=5"], marks=pytest.mark.slow)]
+)
 def test_the_loss_and_its_gradient_are_those_of_padded_rows(more: list[str], make) -> None:
     """Equal to 1e-6, and equal weights after a fit up to rounding."""
     padded, free = (make(*OPTIONS, *more, "train.epochs=1", f"hardware.padding_free={on}") for on in ("false", "true"))

@@ -87,7 +87,7 @@ def test_muon_leaves_the_rest_to_adamw(make) -> None:
     assert equal - {"weight", "bias"} == {key for key in equal if "lora_A" in key}  # their first gradient is 0
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "muon", "sgd"])
 def test_each_optimiser_learns(name: str, make) -> None:
     rate = ["train.lr=0.1", "train.momentum=0.9"] if name == "sgd" else ["train.lr=2e-2"]
     run = make("method=sequential", "train.epochs=6", "train.global_batch_size=4", f"train.optimizer={name}", *rate)
@@ -95,7 +95,7 @@ def test_each_optimiser_learns(name: str, make) -> None:
     assert Evaluator(run.benchmark, run.data)(run.method, 1, [0]).per_task[0].value > 50  # chance: 25
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adamw_bf16", "muon", "sgd"])
 def test_moments_are_restored(name: str) -> None:
     """A second optimiser that gets the moments of the first makes the same next step, bit for bit."""
     if name == "adamw8bit":
