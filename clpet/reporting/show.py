@@ -10,7 +10,7 @@ from clpet.escape import inline, safe_name
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS, NEEDS, TransferMatrix, on_split, round2
 from clpet.records import FAILURE, Description, ProgressLine, Results
-from clpet.reporting import beside_matrix
+from clpet.reporting import row_diagnostics
 from clpet.reporting.perplexity_tables import average_table, domain_table, formula_lines, transfer_tables
 from clpet.reporting.recorded_objective import direction_of, has_labels
 from clpet.reporting.run_groups import Runs
@@ -104,9 +104,9 @@ def failure_of(path: Path) -> str | None:
 
 def _finished(run: Results, others: Runs, every_metric: bool) -> str:
     matrix = TransferMatrix.from_json(run)
-    beside = beside_matrix.tables(run["diagnostics"], run["tasks"])
+    further = row_diagnostics.tables(run["diagnostics"], run["tasks"])
     if matrix.direction == "lower":
-        return "\n\n".join([_head(run), *_pretraining(run, matrix, others, every_metric), *beside, _costs(run)])
+        return "\n\n".join([_head(run), *_pretraining(run, matrix, others, every_metric), *further, _costs(run)])
     labelled = has_labels(run)
     title = "accuracy among all labels seen so far" if labelled else "score"
     blocks = [_head(run), f"{title}\n{matrix_table(matrix)}"]
@@ -120,7 +120,7 @@ def _finished(run: Results, others: Runs, every_metric: bool) -> str:
         transfer = TransferMatrix.from_json(run, rows)
         if (transfer.scores == transfer.scores).any():  # all NaN where the rows it needs were not measured
             blocks.append(f"{title}\n{matrix_table(transfer)}")
-    blocks += [_metrics(run, others, every_metric), *beside, _costs(run)]
+    blocks += [_metrics(run, others, every_metric), *further, _costs(run)]
     return "\n\n".join(blocks)
 
 

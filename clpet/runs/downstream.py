@@ -1,4 +1,4 @@
-"""General ability inside a run (evaluation.downstream): tasks of lm-evaluation-harness beside rows of the matrix."""
+"""General ability inside a run (evaluation.downstream): tasks of lm-evaluation-harness in rows of the matrix."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,5 +71,5 @@ def scores(results: lm_eval.Harness) -> dict[str, float]:
             if filtered and not metric.endswith("_stderr") and isinstance(value, int | float):
                 name = metric if filtered == "none" else f"{metric} ({filtered})"
                 values[f"downstream/{task}/{name}"] = float(value)
-    normalised: Mapping[str, Mapping[str, float]] = results.get(lm_eval.NORMALISED, {})
-    return values | {f"downstream/{task}/normalised": value["normalised"] for task, value in normalised.items()}
+    above_chance: Mapping[str, Mapping[str, float]] = results.get(lm_eval.NORMALISED, {})
+    return values | {f"downstream/{task}/normalised": value["normalised"] for task, value in above_chance.items()}

@@ -1,4 +1,4 @@
-"""A run that is asked for again after it has finished."""
+"""What a command shows of a run that has already finished."""
 
 from pathlib import Path
 

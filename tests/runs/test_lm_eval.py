@@ -111,12 +111,12 @@ def test_an_encoder_decoder_is_evaluated(clpet, words: Path, tasks: Path) -> Non
 
 
 @needs_harness
-def test_downstream_tasks_are_measured_beside_the_matrix(clpet, prose: Path, tasks: Path) -> None:
+def test_downstream_tasks_are_measured_with_the_matrix(clpet, prose: Path, tasks: Path) -> None:
     """The values of a run are those of `clpet eval`, and the run is otherwise the same."""
     args = domain_args(prose, "method=sequential", "train.snapshot_every=1", "train.epochs=1")
-    beside = [f"evaluation.downstream_dir={tasks}", "evaluation.downstream_every=2"]
+    settings = [f"evaluation.downstream_dir={tasks}", "evaluation.downstream_every=2"]
     assert clpet("train", *args, "output_dir=without").code == 0
-    answer = clpet("train", *args, "evaluation.downstream=[choose,write]", *beside)
+    answer = clpet("train", *args, "evaluation.downstream=[choose,write]", *settings)
     assert answer.code == 0, answer.err
     rows = json.loads((only() / "results.json").read_text())["diagnostics"]
     names = ["downstream/choose/acc", "downstream/choose/normalised", "downstream/write/exact_match"]
@@ -133,7 +133,7 @@ def test_downstream_tasks_are_measured_beside_the_matrix(clpet, prose: Path, tas
         (["evaluation.downstream=[chose]"], "unknown lm-evaluation-harness task chose"),
         (["evaluation.downstream=[choose]", "hardware.shard=true", "peft=lora"], "hardware.shard"),
     ):
-        refused = clpet("train", *args, *beside, *options, "output_dir=refused")
+        refused = clpet("train", *args, *settings, *options, "output_dir=refused")
         assert refused.code == 2
         assert message in refused.err
 

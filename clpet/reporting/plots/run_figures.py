@@ -6,7 +6,7 @@ from pathlib import Path
 from clpet.metrics.perplexity_transfer import figures
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import Metrics, OrderRecord
-from clpet.reporting.plots import beside_matrix
+from clpet.reporting.plots import row_diagnostics
 from clpet.reporting.plots.loss import loss_curve
 from clpet.reporting.plots.perplexity import by_position, order_heatmap, perplexity_heatmap, transfer_curves
 from clpet.reporting.plots.transfer_matrix import accuracy_curves, transfer_heatmap
@@ -27,7 +27,7 @@ def draw(
     """
     steps = read_steps(out)
     paths = [loss_curve(steps, out / "loss.png", title)] if steps else []
-    paths += beside_matrix.draw(diagnostics, matrix.tasks, out, title)
+    paths += row_diagnostics.draw(diagnostics, matrix.tasks, out, title)
     if matrix.direction == "higher":
         return [
             transfer_heatmap(matrix, out / "transfer.png", title),

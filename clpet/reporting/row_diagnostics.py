@@ -1,4 +1,4 @@
-"""What was measured beside the matrix over a run, as series: drift from the pretrained model, downstream tasks."""
+"""Values measured along with the rows of the matrix, as series: drift from the pretrained model, downstream tasks."""
 
 from collections.abc import Sequence
 

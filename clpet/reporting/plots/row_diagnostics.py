@@ -1,11 +1,11 @@
-"""drift.png and downstream.png: what was measured beside the matrix, over the tasks of a run."""
+"""drift.png and downstream.png: what was measured along with the rows of the matrix."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clpet.records import Metrics
-from clpet.reporting.beside_matrix import DOWNSTREAM, PANELS, PROBES, series
 from clpet.reporting.plots.canvas import new_panels, save, short
+from clpet.reporting.row_diagnostics import DOWNSTREAM, PANELS, PROBES, series
 
 LABELS = {"neutral": "neutral text", "task": "test texts of the task"}
 
