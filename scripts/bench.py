@@ -1,6 +1,7 @@
 """Speed of clpet compared with hand-written code on the same data; all contenders take turns in one process.
 
     python scripts/bench.py                 five rounds on python_stdlib with minilm
+    python scripts/bench.py loop            the training loop only
     python scripts/bench.py rounds=7 train.epochs=2 benchmark=clinc150 data_dir=FOLDER
     python scripts/bench.py kif             what KIF adds to a training step, and its fusion of 1,152 units
     python scripts/bench.py slm             SLM's mixed branches against plain LoRA; its stage 1 against training steps
@@ -208,35 +209,32 @@ def run_other(name: str, overrides: list[str], rounds: int) -> None:
     raise SystemExit(f"bench.py: unknown benchmark {name}")
 
 
-def compare(bench: Bench, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Medians of the training loop (examples per second) and of whole runs (seconds), by contender."""
+def compare_loops(bench: Bench, rounds: int) -> dict[str, float]:
+    """Medians of the training loop, in examples per second, by contender."""
     pool = bench.method().data.train
     rows = np.arange(len(pool))
     bucketed = pool.shuffled(rows, bench.batch, np.random.default_rng(0))
     shuffled = np.random.default_rng(0).permutation(rows)
     random = [shuffled[i : i + bench.batch] for i in range(0, len(rows), bench.batch)]
-    eval_batch = bench.components.hardware.eval_batch_size
     print(f"{len(rows)} train examples, batch {bench.batch}, {bench.epochs} epochs, {rounds} rounds, "
           f"{torch.get_num_threads()} threads, {bench.components.hardware.torch_dtype}")  # fmt: skip
-    loop = medians(
-        "loop  examples/s",
-        {
-            "clpet": lambda: bench.clpet_loop(bucketed),
-            "by hand, same batches": lambda: bench.hand_loop(bucketed, pool),
-            "by hand, random batches": lambda: bench.hand_loop(random, pool),
-        },
-        rounds,
-    )
-    whole = medians(
-        "whole seconds   ",
-        {
-            "clpet": bench.clpet_whole,
-            "HF Trainer, test batch 8": lambda: bench.trainer_whole(8),
-            f"HF Trainer, test batch {eval_batch}": lambda: bench.trainer_whole(eval_batch),
-        },
-        rounds,
-    )
-    return loop, whole
+    contenders = {
+        "clpet": lambda: bench.clpet_loop(bucketed),
+        "by hand, same batches": lambda: bench.hand_loop(bucketed, pool),
+        "by hand, random batches": lambda: bench.hand_loop(random, pool),
+    }
+    return medians("loop  examples/s", contenders, rounds)
+
+
+def compare_wholes(bench: Bench, rounds: int) -> dict[str, float]:
+    """Medians of whole runs, in seconds, by contender."""
+    eval_batch = bench.components.hardware.eval_batch_size
+    contenders = {
+        "clpet": bench.clpet_whole,
+        "HF Trainer, test batch 8": lambda: bench.trainer_whole(8),
+        f"HF Trainer, test batch {eval_batch}": lambda: bench.trainer_whole(eval_batch),
+    }
+    return medians("whole seconds   ", contenders, rounds)
 
 
 def main(arguments: list[str]) -> None:
@@ -245,17 +243,19 @@ def main(arguments: list[str]) -> None:
     if "clock=cpu" in arguments:
         time.perf_counter = time.process_time
     overrides = [word for word in arguments if "=" in word and not word.startswith(("rounds=", "clock="))]
-    if names := [word for word in arguments if "=" not in word]:
+    names = [word for word in arguments if "=" not in word]
+    if names and names[0] != "loop":
         run_other(names[0], overrides, rounds)
         return
     bench = Bench(overrides)
     with quiet_libraries():
         warnings.simplefilter("ignore")
-        loop, whole = compare(bench, rounds)
-    ours, *others = loop.items()
-    for key, value in others:
-        print(f"training loop: clpet / {key}: {ours[1] / value:.2f}")
-    ours, *others = whole.items()
+        ours, *others = compare_loops(bench, rounds).items()
+        for key, value in others:
+            print(f"training loop: clpet / {key}: {ours[1] / value:.2f}")
+        if names:
+            return
+        ours, *others = compare_wholes(bench, rounds).items()
     for key, value in others:
         print(f"end to end: {key} / clpet: {value / ours[1]:.2f} times the time")
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from clpet.api.words import compose, overrides
 from clpet.config.build import parse_config
 from clpet.models.backbone import Architecture, Backbone
-from clpet.models.protocols import Tokenizer
 from clpet.training.progress import NoProgress
 from clpet.wiring import Components, Session
 
@@ -178,18 +177,9 @@ class Stopwatch(NoProgress):
 class OnDevice(Backbone):
     """Random weights, made on the device."""
 
-    def load(
-        self,
-        dtype: torch.dtype,
-        device: torch.device,
-        seed: int,
-        generates: bool = False,
-        load_on: torch.device | None = None,
-        nf4: bool = False,
-    ) -> tuple[nn.Module, Tokenizer]:
-        precise = replace(self, config={**self.config, "dtype": str(dtype).removeprefix("torch.")})  # from the start
-        with torch.device(load_on or device):
-            return super(OnDevice, precise).load(dtype, device, seed, generates, load_on, nf4)
+    def _from_config(self, device: torch.device, generates: bool) -> nn.Module:
+        with torch.device(device):
+            return super()._from_config(device, generates)
 
 
 def wire(words: list[str], size: Size, progress: NoProgress) -> Session:
@@ -197,10 +187,11 @@ def wire(words: list[str], size: Size, progress: NoProgress) -> Session:
     config = parse_config(compose(overrides(["tracking=off", "cache_dir=null", "model=tiny_llama_s", *words], {})))
     components = Components.build(config)
     benchmark = components.settle(components.source.load(config.data_dir))
+    dtype = torch.float32 if components.peft.traits.full else components.hardware.torch_dtype
     backbone = OnDevice(
         name="random",
         random_weights=True,
-        config=size.config,
+        config={**size.config, "dtype": str(dtype).removeprefix("torch.")},  # from the start, not cast afterwards
         architecture=Architecture.decoder,
         targets=["q_proj", "v_proj"],
     )
