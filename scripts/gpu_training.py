@@ -1,6 +1,8 @@
 """The parts of scripts/gpu_check.py on plain text: LoRA on an 8B model, and full fine-tuning of a 1.7B one."""
 
+import importlib.util
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +13,11 @@ from gpu_parts import Part, Row, Stopwatch, flops_per_token, plain_model, text, 
 from torch import Tensor, nn
 
 from clpet.errors import HostError
-from clpet.runtime.hardware import Hardware
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
 RECOMPUTE = "hardware.gradient_checkpointing=true"
 COMPILE = "hardware.compile=true"
-COMPILES = "compile" in Hardware.__dataclass_fields__
 
 
 def domain_words(part: Part, folder: Path) -> list[str]:
@@ -33,10 +33,10 @@ def domain_words(part: Part, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def clpet_pretraining(part: Part, words: list[str], rank: int | None, compiled: bool, recompute: bool) -> Row:
+def clpet_pretraining(part: Part, words: list[str], rank: int | None, recompute: bool) -> Row:
     """`Session.learn` of one domain."""
     watch, size = Stopwatch(part), part.size
-    session = wire([*words, *[COMPILE] * compiled, *[RECOMPUTE] * recompute], size, watch)
+    session = wire([*words, *[RECOMPUTE] * recompute], size, watch)
     session.learn(0)
     assert len(session.data.train) == size.rows, len(session.data.train)
     tokens = (watch.steps - size.warmup) * size.batch * size.length
@@ -44,7 +44,7 @@ def clpet_pretraining(part: Part, words: list[str], rank: int | None, compiled: 
     return part.row(watch.end - watch.start, tokens, watch.epoch_losses(), flops)
 
 
-def hand_pretraining(part: Part, rank: int | None, compiled: bool, recompute: bool) -> Row:
+def hand_pretraining(part: Part, compiled: bool, rank: int | None, recompute: bool) -> Row:
     """The shortest loop of PyTorch, transformers and peft over the same text."""
     from transformers import AutoModelForCausalLM
 
@@ -82,32 +82,41 @@ def hand_pretraining(part: Part, rank: int | None, compiled: bool, recompute: bo
 
 
 def lora(part: Part, folder: Path) -> None:
-    """LoRA on all projections, eager and compiled; activations are recomputed where they do not fit."""
+    """LoRA on all projections."""
     words = [*domain_words(part, folder), "peft=lora", f"peft.r={RANK}", f"peft.alpha={2 * RANK}"]
-    words.append(f"peft.targets=[{','.join(PROJECTIONS)}]")
-    for name, compiled in (("eager", False), ("compiled", True)):
-        hand, ours = f"by hand, {name}", f"clpet, {name}"
-        part.measure(hand, hand, lambda compiled=compiled: fitting(part, compiled, hand_pretraining, RANK))
-        if COMPILES or not compiled:
-            part.measure(ours, hand, lambda compiled=compiled: fitting(part, compiled, clpet_pretraining, words, RANK))
+    compare(part, [*words, f"peft.targets=[{','.join(PROJECTIONS)}]"], RANK)
 
 
 def full(part: Part, folder: Path) -> None:
     """All weights, in fp32 with products in bf16."""
-    words = [*domain_words(part, folder), "peft=none"]
+    compare(part, [*domain_words(part, folder), "peft=none"], None)
+
+
+def compare(part: Part, words: list[str], rank: int | None) -> None:
+    """clpet and a hand-written loop, eager and compiled, and clpet with Liger's kernels where they are installed."""
     for name, compiled in (("eager", False), ("compiled", True)):
-        hand, ours = f"by hand, {name}", f"clpet, {name}"
-        part.measure(hand, hand, lambda compiled=compiled: fitting(part, compiled, hand_pretraining, None))
-        if COMPILES or not compiled:
-            part.measure(ours, hand, lambda compiled=compiled: fitting(part, compiled, clpet_pretraining, words, None))
+        hand = f"by hand, {name}"
+        if compiled and not compiles(part):
+            continue
+        part.measure(hand, hand, lambda compiled=compiled: fitting(part, compiled, hand_pretraining, rank))
+        ours = [*words, *[COMPILE] * compiled]
+        part.measure(f"clpet, {name}", hand, lambda ours=ours: fitting(part, ours, clpet_pretraining, rank))
+    if part.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        ours = [*words, "hardware.kernels=liger"]
+        part.measure("clpet, liger", "by hand, eager", lambda: fitting(part, ours, clpet_pretraining, rank))
 
 
-def fitting(part: Part, compiled: bool, run: Callable[..., Row], *arguments: object) -> Row:
+def compiles(part: Part) -> bool:
+    """Whether torch.compile has the compiler that it needs for the device."""
+    return bool(importlib.util.find_spec("triton") if part.device.type == "cuda" else shutil.which("g++"))
+
+
+def fitting(part: Part, way: object, run: Callable[..., Row], rank: int | None) -> Row:
     """Runs a contender with stored activations, or with recomputed ones if memory is too small for those."""
     try:
-        return run(part, *arguments, compiled, False)
+        return run(part, way, rank, False)
     except (torch.OutOfMemoryError, HostError) as error:
         if "out of memory" not in str(error).lower():
             raise
     part.free()  # outside the except block: the traceback of the error keeps tensors
-    return replace(run(part, *arguments, compiled, True), note="activations recomputed: stored ones do not fit")
+    return replace(run(part, way, rank, True), note="activations recomputed: stored ones do not fit")

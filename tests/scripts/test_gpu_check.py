@@ -32,7 +32,7 @@ def test_all_parts_of_the_gpu_check_run_with_tiny_shapes(tmp_path: Path) -> None
     )
     contenders = [row["contender"] for row in report["parts"]["methods"]["rows"]]
     assert contenders == ["by hand", "sequential", "kif", "dynamic_conpet"]
-    assert "| clpet, eager |" in (tmp_path / "report.md").read_text()
+    assert "| clpet, compiled |" in (tmp_path / "report.md").read_text()
 
 
 def test_flops_of_a_token_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
