@@ -6,6 +6,7 @@ where A_t, B_t and all a are trained, and a is the same number in all layers. Wh
     true   n_i = |B_i| |A_i| in every layer, and every a starts again, as in the published code
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -56,6 +57,9 @@ class SDLoRA(IncLoRA):
 
     def route(self, batch: Batch) -> Tensor | None:
         return self.lengths
+
+    def answering(self) -> contextlib.AbstractContextManager[object]:
+        return self.stack.branch_weights(self.lengths if self.stack.branches else None)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {**super().named_parameters(), f"lengths{len(self.lengths)}": self.lengths}

@@ -1,5 +1,6 @@
 """Base of methods that train one adapter and answer with another one of the same shape."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -27,18 +28,16 @@ class SecondAdapter(Static):
         """Whether the second adapter answers, and not the trained one."""
         return True
 
+    def answering(self) -> contextlib.AbstractContextManager[object]:
+        return self.second.active() if self.answers_with_second else contextlib.nullcontext()
+
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
-        if not self.answers_with_second:
-            return super().predict(batch, choices)
-        with self.second.active():
+        with self.answering():
             return super().predict(batch, choices)
 
     def save(self, folder: Path) -> None:
         """Writes the adapter that answers."""
-        if not self.answers_with_second:
-            super().save(folder)
-            return
-        with self.second.active():
+        with self.answering():
             super().save(folder)
 
     def merged(self) -> nn.Module:

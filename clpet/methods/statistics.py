@@ -76,6 +76,11 @@ class FeatureStatistics(Method[Classification]):
         """Number of scalars, with the sums of labels that have examples only."""
         return super().stored_parameters() - int((self.counts == 0).sum()) * (self.objective.dim + 1)
 
+    def state_dict(self) -> State:
+        """Without the rows of labels that are still to come: what is stored does not depend on later tasks."""
+        seen = int(self.counts.nonzero().max()) + 1 if bool(self.counts.any()) else 0
+        return {**super().state_dict(), "sums": self.sums[:seen].clone(), "counts": self.counts[:seen].clone()}
+
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
         missing = len(self.benchmark.labels) - len(self.counts)  # a run with fewer tasks had fewer labels

@@ -38,7 +38,7 @@ def test_an_example_counts_by_the_weight_of_its_label(make) -> None:
     assert objective.loss(batch).item() == pytest.approx(sum(single).item() / 6, rel=1e-5), "independent of the batch"
 
 
-@pytest.mark.parametrize("method", sorted(set(methods_of("classification")) - {"crl", "ncm", "slda"}))
+@pytest.mark.parametrize("method", sorted(set(methods_of("classification")) - {"crl", "knn", "ncm", "slda"}))
 def test_every_method_weights_its_cross_entropy(method: str, make) -> None:
     """Doubled weights add the weighted cross-entropy once more to the loss of the current task's batch."""
     run = make(f"method={method}", "train.class_weights=balanced", "train.epochs=1")
