@@ -86,7 +86,9 @@ class Components:
         self.hardware.check(self.peft, self.method)
         if self.hardware.padding_free:
             self._check_packing()
-        check_optimizer(self.config.train, self.hardware.torch_device)
+        check_optimizer(
+            self.config.train, self.hardware.torch_device, self.hardware.shard and self.peft.traits.saves_model
+        )
         self.replay.check(self.config.train.global_batch_size, self.objective.traits)
 
     def _check_packing(self) -> None:
@@ -180,8 +182,10 @@ class Components:
         if not hardware.shard or get_world().size == 1:
             return None
         traits, device = self.peft.traits, hardware.torch_device
-        # transformers places shards on the accelerator of a machine that has one, and blocks are copied as a whole.
+        # transformers places shards on the accelerator of a machine that has one. Blocks are copied as a whole, and
+        # peft adapts no layer of replicas that transformers has loaded.
         loads = torch.cuda.is_available() == (device.type == "cuda") and not traits.adds_blocks
+        loads = loads and (traits.saves_model or hardware.replicas == 1)
         return Sharding(device, hardware.replicas, traits.saves_model, hardware.torch_dtype, loads)
 
 

@@ -1,10 +1,12 @@
 """Kills runs with SIGKILL at random moments until they finish, and compares them with uninterrupted runs.
 
     python scripts/torture.py --rounds 20
+    python scripts/torture.py --sharded --rounds 5      # two ranks with half of the weights each
 
 Every round takes the next variant on a tiny model and runs `clpet train` twice: once without interruption, and once
 in processes that are killed after a random time, also while they save. Scores, costs and every byte of the adapters
-must be equal. The processes are forks of this one, which has imported everything but composed no configuration.
+must be equal. The processes are forks of this one, which has imported everything but composed no configuration. With
+`--sharded` a run is two of them, which are killed one shortly after the other.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -45,6 +48,14 @@ VARIANTS = [
     "method=osf",
     "method=joint",
 ]
+SHARDED = [
+    "method=sequential peft=none train.lr=1e-4 train.select=best",
+    "method=kif method.unit=matrix peft=none train.lr=1e-4 model=tiny_llama",
+    "method=ewc peft=none train.lr=1e-4 train.optimizer_state=carry",
+    "method=recurrent_kif replay=all peft=none train.lr=1e-4 model=tiny_llama",
+    "method=replay replay=reservoir peft=none train.lr=1e-4 train.snapshot_every=1",
+]
+RANKS = 2  # with --sharded
 WORDS = {
     "fruit": ["apple", "pear", "plum", "fig"],
     "metal": ["iron", "gold", "zinc", "tin"],
@@ -61,11 +72,27 @@ def write_data(folder: Path, copies: int = 12) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def start(words: list[str], log: Path, beat: Path | None = None) -> int:
-    """Starts `clpet WORDS` in a fork; returns its process id. `beat` gets the times of its first and last step."""
+def start_all(words: list[str], log: Path, beat: Path) -> list[int]:
+    """Starts `clpet WORDS` in a fork, or one per rank if it shards; returns their process ids."""
+    if "hardware.shard=true" not in words:
+        return [start(words, log, beat)]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    group = {"WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(words, log, beat if rank == 0 else None, {**group, "RANK": rank, "LOCAL_RANK": rank})
+            for rank in range(RANKS)]  # fmt: skip
+
+
+def start(words: list[str], log: Path, beat: Path | None, variables: dict[str, Any] | None = None) -> int:
+    """Starts `clpet WORDS` in a fork; returns its process id. `beat` gets the times of its first and last step.
+
+    `variables` are those of a launcher of ranks.
+    """
     child = os.fork()
     if child:
         return child
+    os.environ.update({name: str(value) for name, value in (variables or {}).items()})
     if beat:
         watch(beat)
     with log.open("a") as file:
@@ -126,22 +153,30 @@ def torment(words: list[str], root: Path, log: Path, longest: float, dice: rando
     counts, beat = Interruptions(), root.with_suffix(".beat")
     while True:
         beat.unlink(missing_ok=True)
-        child = start(words, log, beat)
+        children = start_all(words, log, beat)
         # Wait for the first step, but now and then kill before it.
-        while not beat.exists() and dice.random() > 0.001 and not has_ended(child):
+        while not beat.exists() and dice.random() > 0.001 and not has_ended(children[0]):
             time.sleep(0.01)
         time.sleep(dice.uniform(0, longest))
-        os.kill(child, signal.SIGKILL)
-        code = wait_for(child)
-        if code == 0:
+        codes = kill(children, dice)
+        if set(codes) == {0}:
             counts.inside_tasks = log.read_text().count(", inside task")
             return counts
-        if code != -signal.SIGKILL:
-            raise RuntimeError(f"{' '.join(words)} ended with {code}: see {log}")
+        if -signal.SIGKILL not in codes:
+            raise RuntimeError(f"{' '.join(words)} ended with {codes}: see {log}")
         counts.kills += 1
-        counts.while_saving += bool(list(root.glob(f"*/*/s*/state/.*.{child}")))
+        counts.while_saving += bool(list(root.glob(f"*/*/s*/state/.*.{children[0]}*")))
         if beat.exists():
             counts.repeated.append(beat.stat().st_mtime - max(newest(root), float(beat.read_text() or "inf")))
+
+
+def kill(children: list[int], dice: random.Random) -> list[int]:
+    """Kills the ranks of a run one shortly after the other, in any order; returns their exit codes."""
+    for child in dice.sample(children, len(children)):
+        if not has_ended(child):
+            os.kill(child, signal.SIGKILL)
+        time.sleep(dice.uniform(0, 0.05) if len(children) > 1 else 0)
+    return [wait_for(child) for child in children]
 
 
 def outcome(root: Path) -> dict[str, Any]:
@@ -161,20 +196,30 @@ def outcome(root: Path) -> dict[str, Any]:
     }
 
 
-def one_round(variant: str, folder: Path, minutes: float, dice: random.Random) -> tuple[list[str], Interruptions]:
+def one_round(
+    variant: str, folder: Path, minutes: float, dice: random.Random, sharded: bool
+) -> tuple[list[str], Interruptions]:
     """The names of differing parts, none if all is well, and the counts of the killed run."""
-    args = ["train", *SMALL, *variant.split(), f"data_dir={folder.parent / 'data'}", f"train.save_minutes={minutes}"]
+    args = [
+        "train",
+        *(["hardware.shard=true"] if sharded else []),
+        *SMALL,
+        *variant.split(),
+        f"data_dir={folder.parent / 'data'}",
+        f"train.save_minutes={minutes}",
+    ]
     log, beat = folder / "log.txt", folder / "whole.beat"
     folder.mkdir()
-    if code := wait_for(start([*args, f"output_dir={folder / 'whole'}"], log, beat)):
-        raise RuntimeError(f"{variant} ended with {code}: see {log}")
+    codes = [wait_for(child) for child in start_all([*args, f"output_dir={folder / 'whole'}"], log, beat)]
+    if any(codes):
+        raise RuntimeError(f"{variant} ended with {codes}: see {log}")
     seconds = time.time() - float(beat.read_text())
     counts = torment([*args, f"output_dir={folder / 'cut'}"], folder / "cut", folder / "cut.txt", 0.5 * seconds, dice)
     whole, cut = outcome(folder / "whole"), outcome(folder / "cut")
     return [key for key in whole if whole[key] != cut[key]], counts
 
 
-def torture(rounds: int, minutes: float, seed: int, folder: Path, first: int) -> int:
+def torture(rounds: int, minutes: float, seed: int, folder: Path, first: int, sharded: bool) -> int:
     """Runs the rounds; returns the number of rounds whose runs differ."""
 
     import clpet.reporting.plots.transfer_matrix
@@ -183,8 +228,9 @@ def torture(rounds: int, minutes: float, seed: int, folder: Path, first: int) ->
     dice, equal, total = random.Random(seed), 0, Interruptions()
     write_data(folder / "data")
     for number in range(rounds):
-        variant = VARIANTS[(first + number) % len(VARIANTS)]
-        different, counts = one_round(variant, folder / f"{number:03d}", minutes, dice)
+        variants = SHARDED if sharded else VARIANTS
+        variant = variants[(first + number) % len(variants)]
+        different, counts = one_round(variant, folder / f"{number:03d}", minutes, dice, sharded)
         equal += not different
         total.kills, total.inside_tasks = total.kills + counts.kills, total.inside_tasks + counts.inside_tasks
         total.while_saving, total.repeated = total.while_saving + counts.while_saving, total.repeated + counts.repeated
@@ -203,14 +249,17 @@ def torture(rounds: int, minutes: float, seed: int, folder: Path, first: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=len(VARIANTS))
+    parser.add_argument("--rounds", type=int, help="default: every variant once")
+    parser.add_argument("--sharded", action="store_true", help="two ranks, each with half of the weights")
     parser.add_argument("--minutes", type=float, default=0.001, help="train.save_minutes")
     parser.add_argument("--first", type=int, default=0, help="number of the first variant")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="not removed if a round differs; default: a temporary folder")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="clpet-torture-"))
-    sys.exit(min(1, torture(arguments.rounds, arguments.minutes, arguments.seed, folder.resolve(), arguments.first)))
+    rounds = arguments.rounds or len(SHARDED if arguments.sharded else VARIANTS)
+    options = arguments.minutes, arguments.seed, folder.resolve(), arguments.first, arguments.sharded
+    sys.exit(min(1, torture(rounds, *options)))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Method(Generic[ObjectiveType]):
     uses_replay: ClassVar[bool] = False  # reads a memory of old examples, so replay= may be set
     needs_adapter: ClassVar[bool] = False  # has an adapter per task, so peft=none is refused
     supported_pefts: ClassVar[tuple[str, ...]] = ()  # values of peft= it accepts; empty: all that train something
+    unshardable: ClassVar[str] = ""  # why it cannot train weights that are divided over ranks; empty: it can
     supports_recompute: ClassVar[bool] = True  # a block can be run again in backward (gradient checkpointing)
     task_id_at_test = False  # True: results are task-incremental; a subclass may make it an option
     mergeable: ClassVar[bool] = True  # one set of weights for all inputs, so that adapters can be merged

@@ -20,6 +20,8 @@ from clpet.methods.replay import Static
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.runtime.distributed import get_world
+from clpet.runtime.sharding.gradients import local_gradient
+from clpet.runtime.sharding.tensors import aligned, local
 from clpet.training.step import StepContext
 
 
@@ -85,19 +87,21 @@ class MIGU(Static):
         if context.task == 0:
             return
         get_world().sum(list(self.sums.values()))
-        rows = {name: large(total, self.quantile) for name, total in self.sums.items()}
+        weights = {name: module.weight for name, module in self.maps.items()}
+        masks = {name: large(total, self.quantile) for name, total in self.sums.items()}
+        rows = {name: local(aligned(mask, weights[name])) for name, mask in masks.items()}
         for name, mask in rows.items():
-            weight = self.maps[name].weight
-            if weight.grad is not None:
-                weight.grad *= mask[:, None]
+            gradient = local_gradient(weights[name])
+            if gradient is not None:
+                gradient *= mask[:, None]
         if self.strict:
-            self.before = {name: self.maps[name].weight.detach()[~mask].clone() for name, mask in rows.items()}
+            self.before = {name: local(weights[name].detach())[~mask].clone() for name, mask in rows.items()}
             self.rows = rows
 
     @torch.no_grad()
     def after_step(self, context: StepContext) -> None:
         for name, values in self.before.items():
-            self.maps[name].weight[~self.rows[name]] = values
+            local(self.maps[name].weight.detach())[~self.rows[name]] = values
         self.before = {}
 
 

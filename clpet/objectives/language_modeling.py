@@ -32,6 +32,7 @@ from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predi
 from clpet.objectives.document_attention import document_mask, document_positions
 from clpet.objectives.key_term_rank import prompt_windows, rank_statistics, ranks
 from clpet.runtime.distributed import get_world
+from clpet.runtime.sharding.network import gathered
 
 EVAL_LENGTH = 128  # hardware.eval_batch_size counts windows of this many tokens
 
@@ -188,7 +189,7 @@ class LanguageModeling(Objective):
 
     def logits(self, batch: Batch) -> Tensor:
         """[terms, vocabulary] fp32."""
-        with self.autocast:
+        with self.autocast, gathered(self.adapters.model):
             logits: Tensor = self.head(self.states(batch))
             return logits.float()
 
@@ -198,7 +199,8 @@ class LanguageModeling(Objective):
         return batch.target_ids
 
     def loss(self, batch: Batch) -> Tensor:
-        return chunked_cross_entropy.mean_nll(self.states(batch), self.targets(batch), self.head)
+        with gathered(self.adapters.model):
+            return chunked_cross_entropy.mean_nll(self.states(batch), self.targets(batch), self.head)
 
     # Prediction and scores
 
@@ -207,7 +209,7 @@ class LanguageModeling(Objective):
         assert isinstance(batch, WindowBatch)
         if batch.pool is self.rank_windows:
             return Predictions(extras={"rank": ranks(self.logits(batch), self.targets(batch))})
-        with self.autocast:
+        with self.autocast, gathered(self.adapters.model):
             nll = chunked_cross_entropy.token_nll(self.states(batch), self.targets(batch), self.head).double()
         # Sums are in double precision: a domain can have millions of tokens.
         row = batch.target_positions // batch.input_ids.shape[1]

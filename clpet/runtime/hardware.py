@@ -37,6 +37,10 @@ class AdapterTraits(Protocol):
         """Whether quantized weights are supported."""
 
     @property
+    def saves_model(self) -> bool:
+        """Whether weights of the backbone itself are trained."""
+
+    @property
     def shards(self) -> bool:
         """Whether a backbone that is sharded is supported."""
 
@@ -46,6 +50,7 @@ class Method(Protocol):
 
     name: str
     supports_recompute: ClassVar[bool]
+    unshardable: ClassVar[str]
 
 
 class Device(Enum):
@@ -157,6 +162,11 @@ class Hardware:
                 frozen = option == "quantization" and traits.full
                 reason = "needs a frozen backbone" if frozen else f"does not support peft={peft.name}"
                 raise ConfigError(f"hardware.{option} {reason}: use peft=lora instead of peft={peft.name}")
+        if self.shard and traits.saves_model and method.unshardable:
+            raise ConfigError(
+                f"hardware.shard with peft={peft.name} does not support method={method.name}, which "
+                f"{method.unshardable}: use peft=lora"
+            )
         self._check_replicas(get_world().size)
         options = {"gradient_checkpointing": self.gradient_checkpointing, "compile": self.compile}
         repeated = next((name for name, on in options.items() if on), None)

@@ -92,6 +92,7 @@ class Kind:
     create: Callable[[Named, Training], list[torch.optim.Optimizer]]
     uses: tuple[str, ...]  # of OPTIONAL
     require: Callable[[torch.device], None] = lambda device: None  # raises HostError
+    by_element: bool = True  # a scalar's step depends on its own gradients only, so that rows can be divided over ranks
 
 
 def _adamw(named: Named, settings: Training) -> list[torch.optim.Optimizer]:
@@ -158,14 +159,17 @@ OPTIMIZERS = {
     "adamw": Kind(_adamw, ("betas", "eps")),
     "adamw8bit": Kind(_adamw8bit, ("betas", "eps"), _require_bitsandbytes),
     "adamw_bf16": Kind(_adamw_bf16, ("betas", "eps")),
-    "muon": Kind(_muon, ("betas", "eps", "momentum"), _require_muon),
+    "muon": Kind(_muon, ("betas", "eps", "momentum"), _require_muon, by_element=False),
     "sgd": Kind(_sgd, ("momentum",)),
 }
 OPTIONAL = ("betas", "eps", "momentum")  # settings of `train` that not every optimiser uses
 
 
-def check_optimizer(settings: Training, device: torch.device) -> None:
-    """Raises ConfigError for an unknown optimiser or a setting it does not use, HostError if it cannot run here."""
+def check_optimizer(settings: Training, device: torch.device, sharded: bool = False) -> None:
+    """Raises ConfigError for an unknown optimiser or a setting it does not use, HostError if it cannot run here.
+
+    `sharded`: the trained weights are divided over ranks.
+    """
     name = settings.optimizer
     if name not in OPTIMIZERS:
         raise ConfigError(f"unknown train.optimizer={name}{suggest(name, OPTIMIZERS)}")
@@ -176,4 +180,8 @@ def check_optimizer(settings: Training, device: torch.device) -> None:
             raise ConfigError(f"train.optimizer={name} does not use train.{option}, which is for {users}: remove it")
     if name == "sgd" and not settings.momentum and settings.optimizer_state is OptimizerState.carry:
         raise ConfigError("train.optimizer_state=carry needs train.momentum with sgd, which keeps nothing without it")
+    if sharded and not OPTIMIZERS[name].by_element:
+        raise ConfigError(
+            f"train.optimizer={name} needs whole gradients of matrices, but hardware.shard=true divides them: use adamw"
+        )
     OPTIMIZERS[name].require(device)

@@ -56,9 +56,11 @@ class Sharding:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        shards = get_world().size // self.replicas
-        shape, names = ((self.replicas, shards), ("replica", "shard")) if self.replicas > 1 else ((shards,), ("shard",))
-        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        shape = (self.replicas, get_world().size // self.replicas)
+        # peft adapts layers on a mesh of this name as if they were not sharded.
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "fsdp"))
+        if self.replicas == 1 or not self.trained:  # frozen weights have no gradients to sum over replicas
+            mesh = mesh["fsdp"]
         lowers = self.trained and self.dtype is not torch.float32
         policy = MixedPrecisionPolicy(self.dtype, torch.float32) if lowers else MixedPrecisionPolicy()
         for module in [*units, model] if self.trained else units:
@@ -101,9 +103,10 @@ def _start(model: "FSDPModule") -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Parts of a network may be called by themselves in this block, without gradients.
+    """Parts of a network may be called by themselves in this block.
 
-    What is outside of its blocks, such as embeddings and output layer, stays gathered until the end of the block.
+    What is outside of its blocks, such as embeddings and output layer, stays gathered until the end of the block, or
+    with gradients until that of the backward pass.
     """
     if get_world().mesh is None:
         yield
@@ -115,7 +118,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         root.set_reshard_after_forward(True, recurse=False)
-        root.reshard()
+        if not torch.is_grad_enabled():
+            root.reshard()
 
 
 @contextlib.contextmanager
