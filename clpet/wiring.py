@@ -12,7 +12,7 @@ from torch import nn
 
 from clpet import base_model
 from clpet.config.build import build
-from clpet.config.schema import ClassWeights, Config, Select, Split
+from clpet.config.schema import ClassWeights, Config, Decode, Select, Split
 from clpet.config.seeding import derive
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark
@@ -33,7 +33,7 @@ from clpet.records import DataRecord
 from clpet.replay.base import NoReplay
 from clpet.reporting.progress import Display
 from clpet.runtime.distributed import get_world
-from clpet.runtime.hardware import Hardware, Kernels, Quantization
+from clpet.runtime.hardware import Generation, Hardware, Kernels, Quantization
 from clpet.runtime.sharding.network import Sharding
 from clpet.runtime.signals import GracefulShutdown
 from clpet.training.fit_checkpoint import FitCheckpointer
@@ -83,6 +83,8 @@ class Components:
             self._check_class_weights()
         self.source.check_backbone(self.backbone)
         check_probes(self.config.evaluation, self.method, self.objective, self.backbone, self.peft, self.hardware.shard)
+        if self.hardware.generation is Generation.continuous:
+            self._check_generation()
         self.hardware.check(self.peft, self.method)
         if self.hardware.padding_free:
             self._check_packing()
@@ -102,6 +104,24 @@ class Components:
             raise ConfigError(
                 f"{option} cannot be used with method={self.method.name}, whose branches are mixed differently for "
                 "every example: set it to false"
+            )
+
+    def _check_generation(self) -> None:
+        """Raises ConfigError where examples that share a pass would not be answered as each by itself."""
+        option, fix = "hardware.generation=continuous", "set hardware.generation=padded"
+        writes = self.objective.traits.generates_text and self.config.evaluation.decode is Decode.generate
+        if not writes or self.backbone.architecture is not Architecture.decoder:
+            raise ConfigError(f"{option} is for answers that a decoder writes: {fix}")
+        traits = self.peft.traits
+        if traits.full or traits.prepends or traits.prefixes:
+            raise ConfigError(f"{option} does not support peft={self.peft.name}: {fix}")
+        for name, is_set in (("shard", self.hardware.shard), ("compile", self.hardware.compile)):
+            if is_set:
+                raise ConfigError(f"{option} does not support hardware.{name}=true: {fix}")
+        if not self.method.mergeable:
+            raise ConfigError(
+                f"{option} cannot be used with method={self.method.name}, which does not answer every example with the "
+                f"same weights: {fix}"
             )
 
     def _check_class_weights(self) -> None:

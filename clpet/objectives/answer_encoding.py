@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from clpet.data.benchmark import Benchmark
 from clpet.data.chat_encoding import ChatEncoder
@@ -65,7 +65,6 @@ def check_cut_labels(encode: Callable[[list[str], int], Tokenised], benchmark: B
             )
 
 
-def until(ids: Tensor, ends: Sequence[int]) -> list[list[int]]:
+def until(rows: list[list[int]], ends: Sequence[int]) -> list[list[int]]:
     """Each row up to the first of its `ends`, without it."""
-    rows: list[list[int]] = ids.tolist()
     return [row[: next((index for index, token in enumerate(row) if token in ends), len(row))] for row in rows]

@@ -132,7 +132,7 @@ class Objective:
         self.backbone, self.adapters, self.tokenizer = backbone, adapters, tokenizer
         self.seed, self.evaluation, self.cache_dir = seed, evaluation, cache_dir
         self.class_weights = class_weights
-        self.eval_batch_size = hardware.eval_batch_size
+        self.eval_batch_size, self.generation = hardware.eval_batch_size, hardware.generation
         self.padding_free = hardware.padding_free
         self.micro_batches = MicroBatchLimits(hardware.micro_batch_size, hardware.max_tokens)
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype

@@ -37,6 +37,8 @@ from clpet.objectives.answer_encoding import (
 )
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
 from clpet.objectives.document_attention import attention_inputs, check_separation, is_flash
+from clpet.objectives.generation import continuous_answers, greedy, padded_answers, without_padding
+from clpet.runtime.hardware import Generation
 from clpet.runtime.sharding.network import gathered
 
 
@@ -267,24 +269,16 @@ class TextToText(Objective):
 
     def generate(self, batch: Batch) -> list[str]:
         """Greedy decoding with a key-value cache, up to an end token."""
-        from transformers import GenerationConfig
-
-        max_new_tokens = self.evaluation.max_new_tokens or self.benchmark.max_target
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=self.ends,
-            pad_token_id=pad_id(self.tokenizer), decoder_start_token_id=self.start,
-            repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,  # override the model's settings
-        )  # fmt: skip
-        model = network_of(self.adapters.model)
-        with self.autocast:
-            inputs = self.inputs(batch)
-            output = model.generate(generation_config=settings, **inputs)
-        # A decoder's output begins with the prompt, unless that was given as embeddings; others' with the start token.
-        skip = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        answer = output[:, skip:] if self.causal else output[:, 1:]
-        return [
-            text.strip() for text in self.tokenizer.batch_decode(until(answer, self.ends), skip_special_tokens=True)
-        ]
+        new_tokens = self.evaluation.max_new_tokens or self.benchmark.max_target
+        settings = greedy(new_tokens, self.ends, pad_id(self.tokenizer), self.start)
+        if self.generation is Generation.continuous:
+            answers = continuous_answers(self.adapters.model, without_padding(batch), settings)
+        else:
+            with self.autocast:
+                network, inputs = network_of(self.adapters.model), self.inputs(batch)
+                answers = padded_answers(network, inputs, settings, self.causal)
+        texts = self.tokenizer.batch_decode(until(answers, self.ends), skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def rank(self, batch: Batch, labels: list[int]) -> Tensor:
         """[batch, labels]: log-likelihood of each label and its end token; one pass over the prompts."""

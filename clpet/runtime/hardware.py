@@ -83,6 +83,13 @@ class Kernels(Enum):
     liger = "liger"
 
 
+class Generation(Enum):
+    """How greedy answers are computed; padded: in batches of equal length; continuous: without padding, on a GPU."""
+
+    padded = "padded"
+    continuous = "continuous"
+
+
 @dataclass
 class Hardware:
     """A hardware group option: it changes how a run is carried out, not what it computes (nf4 alone rounds weights)."""
@@ -94,6 +101,7 @@ class Hardware:
     max_tokens: int | None = None
     padding_free: bool = False
     eval_batch_size: int = 128
+    generation: Generation = Generation.padded
     threads: int | None = None
     parallel_runs: int = 1
     ranks: WordOrNumber = 1  # an integer, or auto
@@ -168,12 +176,22 @@ class Hardware:
                 f"{method.unshardable}: use peft=lora"
             )
         self._check_replicas(get_world().size)
+        if self.generation is Generation.continuous:
+            self._check_generation()
         options = {"gradient_checkpointing": self.gradient_checkpointing, "compile": self.compile}
         repeated = next((name for name, on in options.items() if on), None)
         if repeated and not method.supports_recompute:
             raise ConfigError(
                 f"hardware.{repeated} cannot be used with method={method.name}, whose branches are mixed "
                 "differently for every batch: lower hardware.micro_batch_size instead"
+            )
+
+    def _check_generation(self) -> None:
+        cuda = self.torch_device.type == "cuda" and self.torch_dtype is torch.bfloat16
+        if not cuda or importlib.util.find_spec("flash_attn") is None:
+            raise HostError(
+                "hardware.generation=continuous needs a CUDA device, hardware.dtype=bf16, and `pip install flash-attn`;"
+                " else use hardware.generation=padded"
             )
 
     def processes(self) -> int:
@@ -210,6 +228,7 @@ class Hardware:
             "dtype": str(self.torch_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "ranks": get_world().size,
+            **({"generation": "continuous"} if self.generation is Generation.continuous else {}),
             "kernels": torch.backends.cpu.get_cpu_capability(),
             **({"compiled": "true"} if self.compile else {}),
             **({"fused": self.kernels.value} if self.kernels is not Kernels.none else {}),
