@@ -75,7 +75,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str], quiet: bool = False) -
         if line:
             display.print(line)
         if config.dry_run:
-            dry_run(console, session)
+            dry_run(console, session, out)
             return None
         return Experiment(cfg, overrides, session, out, display, extension).run(console)
 

@@ -39,6 +39,7 @@ from clpet.runtime.signals import GracefulShutdown
 from clpet.training.fit_checkpoint import FitCheckpointer
 from clpet.training.optimizers import check_optimizer
 from clpet.training.progress import NoProgress, Progress
+from clpet.training.rehearsal import Rehearsal
 from clpet.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -252,9 +253,8 @@ class Session:
         replay.setup(data, config.seed, config.train.global_batch_size)  # before the method, which reads it
         method.setup(objective, objective.benchmark, data, replay, config.seed)
         checkpointer = FitCheckpointer(method, config.train.save_minutes, shutdown)
-        trainer = Trainer(
-            config.train, components.hardware, objective, progress, config.seed, checkpointer, config.dry_run
-        )
+        kind = Rehearsal if config.dry_run else Trainer
+        trainer = kind(config.train, components.hardware, objective, progress, config.seed, checkpointer)
         return cls(components, objective.benchmark, data, trainer)
 
     @property

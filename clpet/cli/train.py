@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from clpet.cli.error_messages import format_error, print_error
 from clpet.cli.options import check_group_options, normalize_argv, split_flags
 from clpet.errors import ConfigError
-from clpet.escape import inline
+from clpet.escape import inline, printable
 from clpet.records import FAILURE
 from clpet.runtime.launchers import mute, started_ranks
 
@@ -78,6 +78,7 @@ class TrainCommand:
     parallel: "ParallelSweep"
     screen: "SweepScreen | None" = None  # of a sweep on this machine
     failures: list[tuple[str, str, int]] = field(default_factory=list)  # varied options, message, exit code
+    dry_runs: list[tuple[list[str], Path]] = field(default_factory=list)  # of a sweep: varied options, folder
 
     def run_job(self, cfg: "DictConfig") -> float | None:
         """Runs one configuration; returns the score that a Hydra sweeper optimises."""
@@ -93,6 +94,9 @@ class TrainCommand:
             self._follow_sweep(cfg, hydra)
         varied = self._varied(hydra.overrides.task) if hydra.mode is RunMode.MULTIRUN else []
         start, out, message = time.monotonic(), Path(hydra.runtime.output_dir), None
+        if cfg.dry_run and varied:
+            self.dry_runs.append((varied, out))
+            (out / "estimate.json").unlink(missing_ok=True)
         try:
             score = self._launch(cfg, hydra, varied, out)
         except Exception as error:
@@ -145,12 +149,22 @@ class TrainCommand:
             if not isinstance(handler, logging.FileHandler):
                 handler.addFilter(self.screen.print_once)  # type: ignore[union-attr]
 
+    def _estimates(self) -> str:
+        """The table of what the runs of a sweep will need, after a dry run of each."""
+        from clpet.reporting import estimates
+
+        estimated = [(varied, estimates.read(out) if (out / estimates.FILE).is_file() else None)
+                 for varied, out in self.dry_runs]  # fmt: skip
+        return "\n" + printable(estimates.sweep_table(estimated))
+
     def finish(self) -> int:
         """Carries out parallel runs, prints the closing table and the failures; returns the highest exit code."""
         for varied, error in self.parallel.run(self.screen):
             self.failures.append((varied, *format_error(error)))
         if self.screen:
             print(self.screen.closing(), flush=True)
+        if self.dry_runs:
+            print(self._estimates(), flush=True)
         codes = [
             print_error(f"{varied}: {message}" if varied else message, code) for varied, message, code in self.failures
         ]

@@ -1,7 +1,7 @@
-"""dry_run=true: prints what a run would do and performs one optimizer step, without writing anything."""
+"""dry_run=true: prints what a run would do, makes a few steps of its first tasks, and predicts what it will need."""
 
-import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -10,14 +10,16 @@ from clpet.data.benchmark import Benchmark
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, parameter_ratio
 from clpet.models.protocols import config_of
-from clpet.objectives.cost_meter import peak_memory_mb
+from clpet.reporting import estimates
 from clpet.reporting.tables import say
+from clpet.runs.estimate import estimate
 from clpet.runs.planning import planned_stages
+from clpet.runtime.distributed import get_world
 from clpet.wiring import Components, Session
 
 
-def dry_run(console: Console, session: Session) -> None:
-    """Prints the tasks, one encoded example, the device and the steps per task; then does one step and measures it."""
+def dry_run(console: Console, session: Session, out: Path) -> None:
+    """Prints the tasks, one encoded example, the device and the steps per task; then the estimate, also into `out`."""
     config, method, objective = session.config, session.method, session.method.objective
     _print_tasks(console, session.benchmark)
     _print_example(console, method)
@@ -26,14 +28,12 @@ def dry_run(console: Console, session: Session) -> None:
     rates = [f"{name} {rate}" for name, rate in objective.adapters.dropout().items()]
     say(console, f"dropout  {', '.join(rates) or 'none'} (in the model's own layers, while training)")
     say(console, f"steps    {steps_per_task(method, config.train.epochs_of)}")
-    index, task = method.curriculum()[0]
-    start = time.perf_counter()
-    session.trainer.begin_task(index)
-    method.learn(task, index, session.trainer)  # every fit ends after its first step
-    seconds = time.perf_counter() - start
+    estimated = estimate(session)
     say(console, _ratio(method.trainable_parameters(), objective.adapters.base_parameters))
-    step = f"one step of {config.train.global_batch_size} examples: {seconds:.2f} s"
-    say(console, f"{step}, peak memory {peak_memory_mb():.0f} MB")
+    for line in estimates.lines(estimated):
+        say(console, line)
+    if get_world().is_main:
+        estimates.write(out, estimated)
 
 
 def _print_tasks(console: Console, benchmark: Benchmark) -> None:

@@ -13,16 +13,19 @@ from clpet.reporting.forecast import TaskWork
 log = logging.getLogger(__name__)
 
 
-def planned_stages(method: Method) -> Iterator[tuple[int, Task, dict[str, BatchPlan]]]:
+def planned_stages(
+    method: Method, at_end: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, Task, dict[str, BatchPlan]]]:
     """(index, task, plan of every stage) in learning order, before anything is learned.
 
     The number of steps can depend on the size of the replay memory, so the memory is filled task by task, choosing
-    exemplars by random features instead of the model's, and emptied again at the end.
+    exemplars by random features instead of the model's, and emptied again at the end, after a call of `at_end`.
     """
     try:
         for index, task in method.curriculum():
             yield index, task, method.stages(index)
             method.replay.update_memory(index, random_features)
+        at_end()
     finally:
         method.replay.setup(method.data, method.seed, method.replay.batch_size)
 

@@ -35,10 +35,9 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains parameters on the batches of a plan. Every fit has a new optimiser, which may inherit moments.
+    """Trains parameters on the batches of a plan. Every fit has a new optimiser, which may inherit moments."""
 
-    With `dry_run` a fit is one backward pass without an update.
-    """
+    dry_run = False  # True: only a few steps of every fit are made (clpet/training/rehearsal.py)
 
     def __init__(
         self,
@@ -48,10 +47,9 @@ class Trainer:
         progress: Progress,
         seed: int,
         checkpointer: FitCheckpointer | None = None,
-        dry_run: bool = False,
     ) -> None:
         self.settings, self.hardware, self.objective = settings, hardware, objective
-        self.progress, self.seed, self.dry_run = progress, seed, dry_run
+        self.progress, self.seed = progress, seed
         self.checkpointer, self.step_log = checkpointer or FitCheckpointer(), StepLog(settings.log_every)
         self.task, self.last = 0, False
         self.stage_history: dict[str, StageHistory] = {}
@@ -84,7 +82,7 @@ class Trainer:
 
     def rows(self, plan: BatchPlan) -> np.ndarray:
         """Returns the distinct rows that a fit on this plan trains on, for methods that precompute values of them."""
-        epochs = [plan.epoch(0)[:1]] if self.dry_run else map(plan.epoch, range(self.epochs))
+        epochs = map(plan.epoch, range(self.epochs))
         return np.unique(np.concatenate([batch for epoch in epochs for batch in epoch]))
 
     def fit(
@@ -105,22 +103,12 @@ class Trainer:
         """
         self.progress.fit(stage, self.epochs, plan.steps)
         self.objective.flops.renew()
-        if self.dry_run:
-            self._one_pass(plan, hooks, list(parameters.values()), stage)
-            return
         clip = self.settings.clip if clip is None else clip
         with self.checkpointer.shutdown.deferred(), enough_memory(self._memory_hint):
             fit = self._begin(plan, parameters, stage, hooks.validate)
             if fit is not None:
                 self._train(plan, fit, partial(self._step, plan, hooks, clip, fit))
                 self._end(plan, fit)
-
-    def _one_pass(self, plan: BatchPlan, hooks: StepHooks, parameters: list[nn.Parameter], stage: str) -> None:
-        """A forward and backward pass over the first batch, for a dry run."""
-        context = StepContext(self.task, stage, 0, 0, plan.epoch(0)[0], plan.pool)
-        if hooks.before_step:
-            hooks.before_step(context)
-        self._backward(plan, context, hooks, parameters)
 
     def _train(self, plan: BatchPlan, fit: FitState, step: Callable[[np.ndarray, float], None]) -> None:
         """Runs the remaining steps of a fit; `step` gets the rows of a batch and the learning rate."""

@@ -1,10 +1,12 @@
-"""dry_run=true prints what a run would do, and does one step of it."""
+"""dry_run=true prints what a run would do, and makes a few steps of it."""
 
 from pathlib import Path
 
 import pytest
 
 from clpet.replay.exemplar_selection import random_features
+from clpet.runtime.tensor_memory import PeakMemory
+from clpet.training.rehearsal import heaviest_tokens
 from tests.conftest import tiny_args
 
 STAGED = [
@@ -40,15 +42,29 @@ def test_announced_steps_equal_those_of_the_run(method: str, options: list[str],
 
 
 @pytest.mark.parametrize(("method", "options"), STAGED, ids=str)
-def test_a_dry_run_is_one_step(method: str, options: list[str], make) -> None:
-    """No method sends more than the first batch through the network, before or after its backward pass."""
+def test_a_dry_run_makes_few_steps(method: str, options: list[str], make) -> None:
+    """No method sends more than the batches of five steps through the network, before or after their backward pass."""
     run = make(f"method={method}", *options, "dry_run=true")
     index, task = run.method.curriculum()[0]
+    run.trainer.prepare(PeakMemory(run.method.objective.device))
     run.trainer.begin_task(index)
     run.method.learn(task, index, run.trainer)
-    cost = run.method.objective.meter.take_learning()
-    assert 0 < cost["backward_examples"] <= 16
+    run.trainer.memory.stop()
+    cost, stages = run.method.objective.meter.take_learning(), len(run.method.stages(index))
+    assert cost["steps"] == 5 * stages
+    assert 0 < cost["backward_examples"] <= 5 * stages * 16
     assert cost["forward_examples"] <= 2 * cost["backward_examples"]
+
+
+def test_the_heaviest_batch_comes_first_and_twice(make) -> None:
+    """Then batches whose numbers of padded tokens are at a quarter, a half and three quarters of the order."""
+    run = make("method=sequential", "dry_run=true", "train.global_batch_size=4")
+    plan = run.method.plan(0)
+    few = run.trainer.shortened(plan)
+    tokens = [heaviest_tokens(run.method.objective, plan.pool, rows) for rows in few.epoch(0)]
+    every = sorted(heaviest_tokens(run.method.objective, plan.pool, rows) for rows in plan.epoch(0))
+    assert few.steps == 5
+    assert tokens == [every[5], every[5], every[1], every[2], every[4]]
 
 
 @pytest.mark.parametrize(

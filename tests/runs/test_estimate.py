@@ -1,0 +1,143 @@
+"""The estimate of a dry run against the run itself: memory of tensors, FLOPs, stored bytes."""
+
+import gc
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from clpet.evaluation.evaluator import Evaluator
+from clpet.reporting.estimates import lines, read, sweep_table
+from clpet.runs import estimate as estimating
+from clpet.runs.estimate import estimate
+from clpet.runs.planning import measured_tasks
+from clpet.runs.run_dir import task_cost
+from clpet.runtime.tensor_memory import PeakMemory, TensorsAlive
+from clpet.runtime.tree_size import tree_bytes
+from tests.conftest import set_up, tiny_args
+
+ANSWERS = ["objective=text_to_text", "benchmark.max_target=8"]
+ROBERTA = "++model.config={model_type:roberta,vocab_size:266,hidden_size:32,num_hidden_layers:2,num_attention_heads:2,\
+intermediate_size:64,max_position_embeddings:130,pad_token_id:0,hidden_dropout_prob:0.0}"
+QWEN = "++model.config={model_type:qwen3,vocab_size:266,hidden_size:32,num_hidden_layers:2,num_attention_heads:2,\
+num_key_value_heads:1,head_dim:16,intermediate_size:64,max_position_embeddings:1024,pad_token_id:0}"
+FAMILIES = {
+    "bert": ["model=tiny"],
+    "roberta": ["model=tiny", ROBERTA],
+    "llama": ["model=tiny_llama"],
+    "qwen3": ["model=tiny_llama", QWEN],
+    "gpt2": ["model=tiny_gpt2"],
+    "t5": ["model=tiny_t5", *ANSWERS],
+}
+MIB = 2**20
+
+
+def real(words: list[str]) -> SimpleNamespace:
+    """Peaks of learning and evaluating all tasks, operations and the state's bytes, of the run itself."""
+    run = set_up(words)
+    memory, flops, peaks = PeakMemory(torch.device("cpu")), 0.0, {"training": 0, "evaluation": 0}
+    memory.hold(run.method.objective.adapters.model)
+    memory.start()
+    for index, _ in run.method.curriculum():
+        memory.reset()
+        run.learn(index)
+        peaks["training"] = max(peaks["training"], memory.peak)
+        cost = task_cost(run.method)
+        flops += cost["forward_flops"] + cost["backward_flops"]
+        memory.reset()
+        tasks = measured_tasks(run.config.evaluation, run.method, len(run.benchmark), index + 1)
+        Evaluator(run.benchmark, run.data, "test")(run.method, index + 1, list(tasks))
+        peaks["evaluation"] = max(peaks["evaluation"], memory.peak)
+    memory.stop()
+    return SimpleNamespace(**peaks, flops=flops, stored=tree_bytes(run.method.state_dict()), cost=cost)
+
+
+def check(words: list[str], flops: float = 0.1) -> None:
+    """The predicted peaks are within 10 % of the real ones, the operations within `flops`, stored bytes within 1 %."""
+    gc.collect()
+    predicted = estimate(set_up([*words, "dry_run=true"]).session)
+    gc.collect()
+    run = real(words)
+    assert predicted["training_memory_mb"] * MIB == pytest.approx(run.training, rel=0.1)
+    assert predicted["evaluation_memory_mb"] * MIB == pytest.approx(run.evaluation, rel=0.1)
+    assert predicted["flops"] == pytest.approx(run.flops, rel=flops)
+    assert predicted["stored_bytes"] == pytest.approx(run.stored, rel=0.01)
+    assert predicted["replay_bytes"] == run.cost["replay_bytes"]
+    assert predicted["seconds"] > 0
+
+
+@pytest.mark.parametrize("method", ["sequential", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "ewc", "replay", "kif", "independent", "joint"))])  # fmt: skip
+def test_a_method_needs_what_was_predicted(method: str, words: Path) -> None:
+    check([*tiny_args(words, "cache_dir=null"), f"method={method}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", ["lora", "none", "prompt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_needs_what_was_predicted(family: str, peft: str, words: Path) -> None:
+    check(
+        [*tiny_args(words, "cache_dir=null", "train.epochs=1"), "method=sequential", f"peft={peft}", *FAMILIES[family]]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["independent", "ewc", "inc_lora"])
+def test_tasks_that_were_not_rehearsed_are_extrapolated(
+    method: str, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of six tasks, whose number of operations the later ones exceed where branches are added."""
+    monkeypatch.setattr(estimating, "BUDGET", -1.0)
+    six = ["benchmark.task=null", "benchmark.classes_per_task=2"]
+    check([*tiny_args(words, "cache_dir=null", "train.epochs=1"), f"method={method}", *six], flops=0.2)
+
+
+def test_memory_of_tensors_by_hand() -> None:
+    """4,000 bytes that exist before, a sum of 4,000, a view of it, and a product of 4,000 that is summed and freed."""
+    before = torch.zeros(1000)
+    with TensorsAlive() as alive:
+        total = before + 1
+        view = total.view(10, 100)
+        assert alive.bytes == 8000
+        result = (view * 2).sum()
+        assert (alive.bytes, alive.peak) == (8004, 12_004)
+        del total
+        assert alive.bytes == 8004
+        del view
+        assert alive.bytes == 4004
+    del before, result
+    assert alive.bytes == 0
+
+
+RECORD = {"device": "cpu", "devices": 2, "tasks": 5, "rehearsed": 3, "steps": 40, "training_seconds": 3000.0,
+          "other_seconds": 0.0, "evaluation_seconds": 600.0, "seconds": 3600.0, "device_hours": 2.0, "flops": 1.5e12,
+          "training_memory_mb": 300.0, "evaluation_memory_mb": 200.0, "peak_memory_mb": 300.0, "stored_bytes": 1000,
+          "replay_bytes": 400}  # fmt: skip
+
+
+def test_a_sweep_is_summed() -> None:
+    """Times, operations and bytes are added, of the memory the largest counts; a run that failed leaves no sum."""
+    other = {**RECORD, "seconds": 1800.0, "device_hours": 1.0, "flops": 5e11, "peak_memory_mb": 900.0}
+    runs = [(["method=ewc", "seed=0"], RECORD), (["method=kif", "seed=0"], other)]
+    last = sweep_table(runs).splitlines()[-1].split()
+    assert last == ["sum,", "largest", "peak", "1:30:00", "3", "2e+12", "900", "2,000", "800"]
+    assert "sum" not in sweep_table([*runs, (["method=x", "seed=0"], None)])
+    assert "1:00:00 (training 0:50:00, other work of the method 0:00:00, evaluation 0:10:00)" in lines(RECORD)[2]
+
+
+def test_a_dry_run_writes_its_estimate_and_a_sweep_prints_the_sums(words: Path, clpet, tmp_path: Path) -> None:
+    args = [*tiny_args(words), "method=sequential", "dry_run=true", f"output_dir={tmp_path}"]
+    answer = clpet("train", "-m", *args, "train.epochs=1,2")
+    assert answer.code == 0, answer.err
+    first, second = (read(path.parent) for path in sorted(tmp_path.glob(".dry/*/*/s*/estimate.json"), key=steps_of))
+    assert (first["steps"], second["steps"]) == (6, 12)
+    table = answer.out.splitlines()[-4:]
+    assert table[0].split()[:2] == ["train.epochs", "time"]
+    assert table[-1].startswith("sum, largest peak")
+
+
+def steps_of(path: Path) -> int:
+    """The planned steps of an estimate."""
+    return json.loads(path.read_text())["steps"]
