@@ -140,7 +140,8 @@ def _tokens(session: Session, plan: BatchPlan) -> tuple[float, int]:
 
 def _usual(plan: BatchPlan) -> list[np.ndarray]:
     batches = plan.epoch(0)
-    positions = np.linspace(0, len(batches) - 1, USUAL).round().astype(int) if batches else []
+    count = USUAL if batches else 0
+    positions = np.linspace(0, max(0, len(batches) - 1), count).round().astype(int)
     return [batches[position] for position in positions]
 
 
