@@ -1,5 +1,6 @@
 """The parts of scripts/gpu_check.py on labelled texts: what methods add to a training step, and generated answers."""
 
+import importlib.util
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -167,3 +168,6 @@ def generate(part: Part, folder: Path) -> None:
     words = prompts(part, folder)
     part.measure("by hand", "by hand", lambda: hand_answers(part))
     part.measure("clpet", "by hand", lambda: clpet_answers(part, words))
+    if part.device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+        ours = [*words, "hardware.generation=continuous"]
+        part.measure("clpet, continuous", "by hand", lambda: clpet_answers(part, ours))

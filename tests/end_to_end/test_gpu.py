@@ -130,6 +130,20 @@ def test_answers_are_those_of_a_cpu(model: str, words: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_continuous_batching_gives_the_answers_of_padded_batches(words: Path) -> None:
+    """In bf16, in which a near tie may fall otherwise: at least nine of ten answers are equal."""
+    pytest.importorskip("flash_attn")
+    args = [*tiny_args(words), *WORDS_OUT, "method=sequential", "model=tiny_llama", "train.lr=1e-2", "cache_dir=null"]
+    answers = []
+    for generation in ("padded", "continuous"):
+        words_of_run = [*args, "hardware.device=cuda", "hardware.dtype=bf16", f"hardware.generation={generation}"]
+        run = set_up(words_of_run)
+        run.learn(0)
+        answers.append(Evaluator(run.benchmark, run.data)(run.method, 1, [0, 1, 2]).rows["prediction"])
+    assert (answers[0] == answers[1]).mean() >= 0.9
+
+
+@pytest.mark.gpu
 def test_recomputed_activations_give_the_same_weights_with_less_memory(prose: Path) -> None:
     args = [*domain_args(prose), "method=sequential", "peft=lora", "benchmark.max_length=256"]
     weights, peaks = [], []
