@@ -102,7 +102,12 @@ def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
     assert lines == sorted(set(lines))
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Fast tests of their own, or of a method that shares their code, train these as well.
+ALIKE = {"der", "bic", "slao", "sd_lora", "lori", "knn"}
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else []) for name in METHODS]
+
+
+@pytest.mark.parametrize("method", EACH)
 def test_a_method_learns_the_words(method: str, make) -> None:
     """After training, accuracy among the four labels of the task is above chance."""
     run = make(f"method={method}", "train.lr=2e-2", "train.epochs=6")
@@ -116,7 +121,7 @@ def test_a_method_learns_the_words(method: str, make) -> None:
     assert evaluation.per_task[0].value > 50
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH)
 def test_trained_parameters_are_those_that_change(method: str, make) -> None:
     """No tensor outside `parameters()` changes while a task is learned."""
     run = make(f"method={method}")

@@ -50,6 +50,7 @@ def test_stored_logits_are_those_from_before_the_step(make) -> None:
     assert method.drawn == []  # there was nothing to draw yet
 
 
+@pytest.mark.slow
 def test_the_memory_keeps_its_size_and_has_logits_of_all_columns_seen(make) -> None:
     run = make("method=derpp", "replay.capacity=10", "train.epochs=1")
     run.learn(0)
@@ -60,7 +61,7 @@ def test_the_memory_keeps_its_size_and_has_logits_of_all_columns_seen(make) -> N
     assert run.method.stored_logits.isinf()[:, 4:].all(1).tolist() == (tasks == 0).tolist()
 
 
-@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("draws", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_terms(draws: int, make) -> None:
     """Those that are added are alpha d MSE + beta d CE, and do not depend on micro-batches."""
     run = make("method=derpp", f"method.draws={draws}", "method.alpha=0.3", "method.beta=0.7", "method.memory_batch=6")

@@ -48,7 +48,9 @@ def test_attention_by_hand() -> None:
     assert (weights @ z).tolist() == pytest.approx([0.439564, 0.339922], abs=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["uniform", "scalar", "attention"])
+@pytest.mark.parametrize(
+    "mode", ["attention", *[pytest.param(mode, marks=pytest.mark.slow) for mode in ("uniform", "scalar")]]
+)
 def test_fusion_leaves_old_loras_as_they_are(mode: str, make) -> None:
     """And a LoRA is trained as if it were the only one: that of the second task begins and learns like a first one's."""
     run = make("method=fusion", f"method.mode={mode}", "train.epochs=1")

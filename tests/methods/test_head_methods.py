@@ -84,7 +84,7 @@ def test_bic_needs_two_held_out_examples(make) -> None:
         make("method=bic", "replay.per_class=6")
 
 
-@pytest.mark.parametrize("head", ["cosine", "linear"])
+@pytest.mark.parametrize("head", ["cosine", pytest.param("linear", marks=pytest.mark.slow)])
 def test_seq_star_freezes_the_backbone_and_old_rows(head: str, make) -> None:
     run = make("method=seq_star", f"method.head={head}", "method.warmup=1", "train.epochs=2", "train.weight_decay=0.1")
     method, seen = run.method, []

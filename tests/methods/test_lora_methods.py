@@ -64,6 +64,7 @@ def test_migu_changes_only_rows_of_large_outputs(size: str, make) -> None:
         assert 0 < changed.sum() < len(changed)
 
 
+@pytest.mark.slow
 def test_migu_masks_nothing_at_quantile_0(make) -> None:
     weights = []
     for words in (["method=migu", "method.quantile=0"], ["method=sequential"]):
@@ -225,6 +226,7 @@ def test_ilora_without_the_distance_and_with_the_fast_adapter_is_replay(make) ->
     assert torch.equal(*weights)
 
 
+@pytest.mark.slow
 def test_ilora_does_not_depend_on_micro_batches(make) -> None:
     weights = []
     for size in ("null", "4"):

@@ -6,6 +6,7 @@ import torch
 from clpet.methods.components import task_vectors
 from tests.conftest import double, scores
 
+SLOW = [pytest.param(rule, marks=pytest.mark.slow) for rule in ("arithmetic", "dare", "magmax")]
 TAUS = [[0.5, -0.2, 0.1, 0, 1, -0.3], [-0.4, -0.6, 0.05, 0.2, 0.2, 0.3], [0.1, 0.3, -0.8, 0.1, -0.9, 0.05]]
 VECTORS = [{"a": double([tau[:2]]), "b": double([tau[2:]])} for tau in TAUS]  # rules work across layers
 
@@ -58,7 +59,7 @@ def test_opcm_by_hand(alpha: float, projected: list, total: list, scale: float) 
     assert factor == pytest.approx(scale, abs=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["arithmetic", "ties", "dare", "magmax", "opcm"])
+@pytest.mark.parametrize("rule", ["ties", "opcm", *SLOW])
 def test_one_task_gives_its_own_model(rule: str, make) -> None:
     """With a scale of 1 and nothing left out the answers are those of the LoRA that was trained."""
     run = make("method=merge", f"method.rule={rule}", "method.scale=1", "method.keep=1", "method.drop=0")
@@ -70,7 +71,7 @@ def test_one_task_gives_its_own_model(rule: str, make) -> None:
     assert torch.allclose(answers, own, atol=1e-4)
 
 
-@pytest.mark.parametrize("rule", ["magmax", "opcm"])
+@pytest.mark.parametrize("rule", ["opcm", SLOW[-1]])
 def test_a_state_restores_the_answers(rule: str, make) -> None:
     """And the weights of training are the same before and after answering."""
     run, fresh = (make("method=merge", f"method.rule={rule}", "train.epochs=1") for _ in range(2))
