@@ -155,7 +155,7 @@ class Experiment:
         if get_world().is_main:
             if self.config.fresh:
                 run_dir.clear(self.out)
-            host, resumes = self.session.components.hardware.record(), checkpoint is not None
+            host, resumes = self.session.components.host(), checkpoint is not None
             data = self.session.data_record
             run_dir.start(
                 self.out, self.cfg, self.overrides, self.identity, self.benchmark, data, host, resumes, extended_from

@@ -196,6 +196,10 @@ class Components:
         nf4 = hardware.quantization is Quantization.nf4
         return self.backbone.load(dtype, hardware.torch_device, self.config.seed, generates, self.sharding, nf4)
 
+    def host(self) -> dict[str, str | int]:
+        """The record of this machine, and of the attention that `auto` stands for on it."""
+        return {**self.hardware.record(), "attention": self.backbone.attention_on(self.hardware.torch_device)}
+
     @property
     def sharding(self) -> Sharding | None:
         """How the backbone is divided among several ranks; None if it is not."""

@@ -31,9 +31,7 @@ class PackedRows:
 def pack_rows(pool: EncodedDataset, rows: np.ndarray, device: torch.device, one_row: bool = False) -> PackedRows:
     """Packs examples of a pool with answers; with `one_row` into a single row, without any padding."""
     assert pool.answer is not None
-    lengths = pool.lengths[rows] - 1  # the last token of an answer is not an input
-    bins = [list(range(len(rows)))] if one_row else fill(lengths)
-    width = max(int(lengths[members].sum()) for members in bins)
+    lengths, bins, width = divide(pool, rows, one_row)
     ids = np.full((len(bins), width), pool.pad_id, np.int64)
     documents, before = np.zeros_like(ids), [np.empty(0, np.int64)] * len(rows)
     for index, members in enumerate(bins):
@@ -47,6 +45,13 @@ def pack_rows(pool: EncodedDataset, rows: np.ndarray, device: torch.device, one_
         documents[index, start:] = len(members)
     arrays = (ids, documents, np.concatenate(before))
     return PackedRows(*(to_device(torch.from_numpy(array), device) for array in arrays))
+
+
+def divide(pool: EncodedDataset, rows: np.ndarray, one_row: bool) -> tuple[np.ndarray, list[list[int]], int]:
+    """(tokens of each example, positions in `rows` of the examples of each packed row, width of the packed rows)."""
+    lengths = pool.lengths[rows] - 1  # the last token of an answer is not an input
+    bins = [list(range(len(rows)))] if one_row else fill(lengths)
+    return lengths, bins, max(int(lengths[members].sum()) for members in bins)
 
 
 def predicted(pool: EncodedDataset, row: int) -> np.ndarray:

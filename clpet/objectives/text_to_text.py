@@ -18,7 +18,7 @@ from clpet.config.schema import Decode, EvaluationOptions
 from clpet.data.batches import IGNORED, AnswerBatch, Batch, ChatBatch, EncodedDataset, Ragged, pad_id, position_ids
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.chat_encoding import ChatEncoder
-from clpet.data.packed_rows import pack_rows
+from clpet.data.packed_rows import divide, pack_rows
 from clpet.data.template import Template
 from clpet.data.traits import ANSWERS, Traits
 from clpet.errors import ConfigError
@@ -217,6 +217,9 @@ class TextToText(Objective):
     def work(self, batch: Batch) -> Pass:
         """A decoder reads prompt and answer, without its end; an encoder-decoder reads the answer in its decoder."""
         assert isinstance(batch, AnswerBatch)
+        if self.padding_free and batch.pool is not None:
+            _, rows, width = divide(batch.pool, batch.rows, is_flash(self.adapters.model))
+            return Pass(len(rows), width, 0, int(batch.pool.weights[batch.rows].sum()))
         source, answer = batch.input_ids.shape[1], batch.targets.shape[1]
         outputs = len(batch) * answer
         if isinstance(batch, ChatBatch):

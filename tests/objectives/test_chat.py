@@ -69,6 +69,15 @@ def expected_terms(objective: TextToText, talk: list) -> tuple[torch.Tensor, tor
     return objective.adapters.model(input_ids=ids[None]).logits[0, :-1][mask], ids[1:][mask]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conversations_in_rows_without_padding_have_the_same_logits(shape: str) -> None:
+    objective = make_objective(shape)
+    batch = objective.encode().train.batch(np.arange(8)[::-1])
+    padded = objective.logits(batch)
+    objective.padding_free = True
+    assert torch.allclose(objective.logits(batch), padded, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, "gemma2"])
 def test_loss_is_the_mean_over_the_tokens_of_all_answers(shape: str) -> None:
     objective = make_objective(shape)

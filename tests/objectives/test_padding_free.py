@@ -46,6 +46,9 @@ def test_the_loss_and_its_gradient_are_those_of_padded_rows(more: list[str], mak
     """Equal to 1e-6, and equal weights after a fit up to rounding."""
     padded, free = (make(*OPTIONS, *more, "train.epochs=1", f"hardware.padding_free={on}") for on in ("false", "true"))
     rows = padded.data.train.rows_of(0, 1)
+    work = free.method.objective.work(free.data.train.batch(rows))
+    packed = pack_rows(free.data.train, rows, CPU)
+    assert ((work.examples, work.source), work.outputs) == (packed.input_ids.shape, len(packed.before))
     losses = [run.method.objective.loss(run.data.train.batch(rows)) for run in (padded, free)]
     assert abs(losses[0] - losses[1]) < 1e-6
     logits = [run.method.objective.logits(run.data.train.batch(rows)) for run in (padded, free)]
