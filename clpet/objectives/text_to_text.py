@@ -4,8 +4,7 @@ The input of a decoder is [prompt; answer] with the prompt padded on the left, s
 use the same positions. An encoder-decoder encodes the prompt, padded on the right, and decodes the answer.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -18,7 +17,6 @@ from clpet.config.schema import Decode, EvaluationOptions
 from clpet.data.batches import IGNORED, AnswerBatch, Batch, ChatBatch, EncodedDataset, Ragged, pad_id, position_ids
 from clpet.data.benchmark import Benchmark, Example
 from clpet.data.chat_encoding import ChatEncoder
-from clpet.data.packed_rows import divide, pack_rows
 from clpet.data.template import Template
 from clpet.data.traits import ANSWERS, Traits
 from clpet.errors import ConfigError
@@ -26,7 +24,7 @@ from clpet.metrics.text_scores import METRICS, chosen, mistaken, that_tell_apart
 from clpet.models.backbone import Architecture, Backbone
 from clpet.models.flops import Pass
 from clpet.models.peft_options import FullFineTuning
-from clpet.models.protocols import Network, Tokenizer, config_of, network_of
+from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives.answer_encoding import (
     chat_encoder,
     check_cut_labels,
@@ -36,20 +34,12 @@ from clpet.objectives.answer_encoding import (
     until,
 )
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
-from clpet.objectives.document_attention import attention_inputs, check_separation, is_flash
+from clpet.objectives.document_attention import check_separation
 from clpet.objectives.generation import continuous_answers, greedy, padded_answers, without_padding
+from clpet.objectives.output_layer import selecting
+from clpet.objectives.padding_free import packed_logits, packed_work
 from clpet.runtime.hardware import Generation
 from clpet.runtime.sharding.network import gathered
-
-
-@contextlib.contextmanager
-def selecting(model: Network, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the output layer is applied to the states that `select` returns: logits of all would need much memory."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: (select(hidden[0]),))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @dataclass
@@ -156,21 +146,13 @@ class TextToText(Objective):
         assert isinstance(batch, AnswerBatch)
         with self.autocast:
             if self.padding_free and batch.pool is not None:
-                logits = self.packed_logits(batch.pool, batch.rows)
+                logits = packed_logits(self.adapters.model, batch.pool, batch.rows, self.dtype)
             elif isinstance(batch, ChatBatch):
                 logits = self.conversation_logits(batch)
             else:
                 logits = self.answer_logits(batch, batch.targets).flatten(0, 1)[batch.places()].float()
         self.count(batch)
         return logits
-
-    def packed_logits(self, pool: EncodedDataset, rows: np.ndarray) -> Tensor:
-        """The same with the examples packed into rows, for hardware.padding_free."""
-        model = network_of(self.adapters.model)
-        packed = pack_rows(pool, rows, self.device, one_row=is_flash(self.adapters.model))
-        inputs = attention_inputs(self.adapters.model, packed.documents, self.dtype)
-        with selecting(model, lambda hidden: hidden.flatten(0, 1)[packed.before]):
-            return model(input_ids=packed.input_ids, use_cache=False, **inputs).logits.float()
 
     def conversation_logits(self, batch: ChatBatch) -> Tensor:
         """The same for all answers in a conversation, each example's in their order.
@@ -218,8 +200,7 @@ class TextToText(Objective):
         """A decoder reads prompt and answer, without its end; an encoder-decoder reads the answer in its decoder."""
         assert isinstance(batch, AnswerBatch)
         if self.padding_free and batch.pool is not None:
-            _, rows, width = divide(batch.pool, batch.rows, is_flash(self.adapters.model))
-            return Pass(len(rows), width, 0, int(batch.pool.weights[batch.rows].sum()))
+            return packed_work(self.adapters.model, batch.pool, batch.rows)
         source, answer = batch.input_ids.shape[1], batch.targets.shape[1]
         outputs = len(batch) * answer
         if isinstance(batch, ChatBatch):
