@@ -20,7 +20,7 @@ def runs(argv: list[str]) -> int:
     from clpet.reporting.show import list_runs
     from clpet.runtime.untrusted_json import find_runs
 
-    for name in ("metrics", "view", "by", "against", "picture"):
+    for name in ("metrics", "view", "by", "against", "picture", "costs", "budget", "sort"):
         if getattr(arguments, name) != parser.get_default(name) and not arguments.compare:
             raise ConfigError(f"--{name} needs --compare KEY, such as --compare method")
     folder, benchmark = Path(arguments.folder), arguments.benchmark
@@ -47,6 +47,9 @@ def _runs_parser() -> argparse.ArgumentParser:
         default="all",
         help="labels to choose from at test time: all seen so far, or only the task's own (task-incremental)",
     )
+    parser.add_argument("--costs", action="store_true", help="also show time, FLOPs, stored bytes and memory")
+    parser.add_argument("--budget", metavar="COST=N", help="only rows that cost at most N: flops=1e15,stored_bytes=1e6")
+    parser.add_argument("--sort", metavar="METRIC", help="sort the rows by a metric or cost, smallest first")
     parser.add_argument("--by", choices=("validation",), help="keep each row's best setting by its validation score")
     parser.add_argument("--against", metavar="NAME", help="row that the others are tested against (default: the best)")
     parser.add_argument(
@@ -60,6 +63,7 @@ def _runs_parser() -> argparse.ArgumentParser:
 def _compare(arguments: argparse.Namespace, runs: "Runs") -> str:
     """The comparison of finished runs as text; with --picture also writes the plot."""
     from clpet.reporting.comparison import Comparison
+    from clpet.reporting.run_costs import parse_budget
 
     if not runs:
         raise DataError(f"{arguments.folder} has no finished runs to compare")
@@ -70,6 +74,9 @@ def _compare(arguments: argparse.Namespace, runs: "Runs") -> str:
         by_validation=arguments.by is not None,
         against=arguments.against,
         form=arguments.format,
+        costs=arguments.costs,
+        budget=parse_budget(arguments.budget or ""),
+        sort=arguments.sort,
     )
     text = comparison.report(runs)
     if arguments.picture:

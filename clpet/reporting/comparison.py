@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from clpet.escape import inline, markdown
 from clpet.metrics import perplexity_transfer
 from clpet.metrics.perplexity_transfer import DAPT
 from clpet.metrics.transfer_matrix import CONVENTIONS
+from clpet.reporting.run_costs import COST_COLUMNS, COSTS, limit_to, mean_costs, shown, smallest_first
 from clpet.reporting.run_groups import (
     SPLIT,
     TASK_GIVEN,
@@ -21,6 +23,7 @@ from clpet.reporting.run_groups import (
     fingerprint,
     make_sections,
     value_of,
+    values_by_row,
 )
 from clpet.reporting.run_metrics import MeanStd, mean_and_std, pretraining_metrics, run_metrics, validation_average
 from clpet.reporting.significance import MIN_SEEDS, NUM_DRAWS, Difference, difference, holm
@@ -63,6 +66,9 @@ class Comparison:
     by_validation: bool = False  # of all settings of a row show only the best one on validation
     against: str | None = None  # row that the others are tested against; None: the best one
     form: str = "text"  # text | md | csv | tex
+    costs: bool = False  # also show what the rows have cost
+    budget: dict[str, float] = field(default_factory=dict)  # leave out rows that cost more (--budget)
+    sort: str | None = None  # metric or cost that the rows are sorted by, smallest first
 
     def report(self, runs: Runs) -> str:
         """The text that `clpet runs --compare` prints. Raises ConfigError and DataError."""
@@ -79,11 +85,19 @@ class Comparison:
 
     def sections(self, runs: Runs) -> list[Section]:
         """The tables with their rows in order. Raises ConfigError and DataError."""
-        formulas = {**CONVENTIONS, **perplexity_transfer.FORMULAS}
-        for metric in self.metrics:
+        formulas = {**CONVENTIONS, **perplexity_transfer.FORMULAS, **COSTS}
+        for metric in [*self.metrics, *([self.sort] if self.sort else [])]:
             if metric not in formulas:
                 raise ConfigError(f"unknown metric {metric}{suggest(metric, formulas)}")
         sections = make_sections(runs, self.keys)
+        for section in sections:
+            limit_to(section, self.budget)
+        sections = [section for section in sections if section.rows]
+        if not sections:
+            raise DataError("--budget: no row is within the budget; clpet runs --compare KEY --costs shows the costs")
+        for section in sections if self.sort else ():
+            means = {row.name: self.means(row, section).get(str(self.sort)) for row in section.rows}
+            section.rows.sort(key=partial(smallest_first, means))
         if self.task_incremental:
             sections = [section for section in sections if not section.lower]
             if not sections:
@@ -101,7 +115,7 @@ class Comparison:
         """{metric: mean and deviation} over the seeds of a row; None for a metric that a seed lacks."""
         seeds = [run_metrics(run, section.runs, self.task_incremental) for _, run in row.runs]
         columns = {name: [values.get(name) for values in seeds] for name in (seeds[0] if seeds else ())}
-        return {name: mean_and_std(values) for name, values in columns.items()}
+        return {**{name: mean_and_std(values) for name, values in columns.items()}, **mean_costs(row)}
 
     def best(self, section: Section, rows: list[Row]) -> Row | None:
         """The row with the best final average; None if no row has one."""
@@ -144,7 +158,7 @@ class Comparison:
                 *row.cells,
                 *([str(row.num_settings), str(self.on_validation(row.chosen_by))] if self.by_validation else []),
                 str(len(row.runs)),
-                *(str(values.get(metric) or "-") for metric in metrics),
+                *(shown(metric, values.get(metric)) for metric in metrics),
             ]
             for row, values in zip(section.rows, means, strict=True)
         ]
@@ -159,7 +173,8 @@ class Comparison:
 
     def columns(self, section: Section) -> Sequence[str]:
         """The metrics shown for a section."""
-        return self.metrics or (perplexity_transfer.COLUMNS if section.lower else COLUMNS)
+        metrics = self.metrics or (perplexity_transfer.COLUMNS if section.lower else COLUMNS)
+        return [*metrics, *(name for name in COST_COLUMNS if self.costs and name not in metrics)]
 
     def on_validation(self, runs: Runs) -> MeanStd | None:
         """The final average on validation over the seeds of a setting."""
@@ -172,7 +187,8 @@ class Comparison:
             for index, (row, value) in enumerate(zip(section.rows, column, strict=True))
             if value and self.competes(row)
         }
-        best = (min if section.lower or metric in LOWER_IS_BETTER else max)(means.values(), default=None)
+        lower = section.lower or metric in LOWER_IS_BETTER or metric in COSTS
+        best = (min if lower else max)(means.values(), default=None)
         return [index for index, mean in means.items() if mean == best]
 
     def competes(self, row: Row) -> bool:
@@ -181,7 +197,7 @@ class Comparison:
 
     def notes(self, section: Section) -> list[str]:
         """Caveats printed below a table."""
-        lines = [f"also differs: {key}: {_values_by_row(section.rows, key)}" for key in section.other_differences]
+        lines = [f"also differs: {key}: {values_by_row(section.rows, key)}" for key in section.other_differences]
         if len({frozenset(run["tasks"]) for row in section.rows for _, run in row.evidence}) > 1:
             lines.append("the task lists differ: averages are over different tasks")
         if few := [row.name for row in section.rows if len(row.runs) < MIN_SEEDS]:
@@ -189,6 +205,7 @@ class Comparison:
             lines.append(
                 f"fewer than {MIN_SEEDS} seeds{which}: tests sample {section.split} examples, seeds are not sampled"
             )
+        lines += [f"over budget: {row}" for row in section.over_budget]
         if section.left_out:
             lines.append(f"left out, since it has no runs on validation: {'; '.join(section.left_out)}")
         pending = [row for row in section.rows if not row.runs]
@@ -313,17 +330,6 @@ def _numbers(value: MeanStd | None) -> list[str]:
     if value is None:
         return ["", "", "0"]
     return [repr(round(value.mean, 6)), "" if value.std is None else repr(round(value.std, 6)), str(value.n)]
-
-
-def _values_by_row(rows: Sequence[Row], key: str) -> str:
-    """Each value of an option with the rows that have it, named by their first column if that is unambiguous."""
-    values = [value_of(row.options, key) or "-" for row in rows]
-    by_first_column = {row.cells[0]: value for row, value in zip(rows, values, strict=True)}
-    unambiguous = all(by_first_column[row.cells[0]] == value for row, value in zip(rows, values, strict=True))
-    names: dict[str, dict[str, None]] = {}
-    for row, value in zip(rows, values, strict=True):
-        names.setdefault(value, {})[row.cells[0] if unambiguous else row.name] = None
-    return ", ".join(f"{value} ({'; '.join(row_names)})" for value, row_names in names.items())
 
 
 def test_command(row: Row) -> str:

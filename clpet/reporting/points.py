@@ -2,6 +2,7 @@
 
 from clpet.records import Json
 from clpet.reporting.plots.perplexity import by_distance
+from clpet.reporting.run_costs import mean_costs
 from clpet.reporting.run_groups import Row, Section
 from clpet.reporting.run_metrics import MeanStd, matrix_of, mean_and_std, pretraining_metrics
 from clpet.reporting.step_lines import mean_losses
@@ -58,14 +59,13 @@ def metric_points(section: Section, x: str, y: str) -> list[Point]:
     return points
 
 
-def cost_points(section: Section) -> list[Point]:
-    """Per row the seconds of training and the final average."""
+def cost_points(section: Section, cost: str = "seconds") -> list[Point]:
+    """Per row one of COSTS, by default the seconds of training, and the final average."""
     points = []
     for row in section.rows:
-        seconds = mean_and_std([sum(cost["seconds"] for cost in run["cost"]) for _, run in row.runs])
-        average = mean_and_std([matrix_of(run).average() for _, run in row.runs])
-        if seconds and average:
-            points.append(_dot(row, seconds, average))
+        across, average = mean_costs(row)[cost], mean_and_std([matrix_of(run).average() for _, run in row.runs])
+        if across and average:
+            points.append(_dot(row, across, average))
     return points
 
 

@@ -1,9 +1,13 @@
 """What a run has cost, as columns of comparisons and reports. Runs of older versions lack some of the values."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from clpet.errors import ConfigError, suggest
 from clpet.records import Results
+from clpet.reporting.run_groups import Row, Section
+from clpet.reporting.run_metrics import MeanStd, mean_and_std
 
 
 class CostColumn(NamedTuple):
@@ -61,4 +65,52 @@ COSTS: Mapping[str, CostColumn] = {
     "peak_memory_mb": CostColumn(
         _largest("peak_memory_mb"), "{:,.0f}", "peak memory of the device in training, on a CPU of the process"),
 }  # fmt: skip
-SHOWN = ("seconds", "flops", "stored_bytes", "replay_bytes", "peak_memory_mb")  # with `clpet runs --compare --costs`
+# The columns of `clpet runs --compare KEY --costs`.
+COST_COLUMNS = ("seconds", "flops", "stored_bytes", "replay_bytes", "peak_memory_mb")
+
+
+def mean_costs(row: Row) -> dict[str, MeanStd | None]:
+    """{cost: mean and deviation} over the seeds of a row; None for a cost that a seed did not record."""
+    return {name: mean_and_std([column.value(run) for _, run in row.runs]) for name, column in COSTS.items()}
+
+
+def shown(name: str, value: MeanStd | None) -> str:
+    """A mean with its deviation as a cell, a cost in its own format; "-" if there is none."""
+    if value is None or name not in COSTS:
+        return str(value or "-")
+    form = COSTS[name].form
+    return form.format(value.mean) + ("" if value.std is None else f" ± {form.format(value.std)}")
+
+
+def smallest_first(means: Mapping[str, MeanStd | None], row: Row) -> float:
+    """The sorting key of a row by its mean; a row without one comes last."""
+    mean = means[row.name]
+    return mean.mean if mean else math.inf
+
+
+def parse_budget(text: str) -> dict[str, float]:
+    """{cost: most that a row may need} from words such as flops=2e12,stored_bytes=1e6. Raises ConfigError."""
+    budget = {}
+    for word in filter(None, text.split(",")):
+        name, _, number = word.strip().partition("=")
+        if name not in COSTS:
+            raise ConfigError(f"--budget {word}: unknown cost {name}{suggest(name, COSTS)}")
+        try:
+            budget[name] = float(number)
+        except ValueError:
+            raise ConfigError(f"--budget {word}: give a number, such as {name}=1e12") from None
+    return budget
+
+
+def limit_to(section: Section, budget: Mapping[str, float]) -> None:
+    """Removes the rows whose mean costs exceed a budget or were not recorded, and notes their names."""
+    if not budget:
+        return
+    costs = {row.name: mean_costs(row) for row in section.rows}
+    fits = {
+        name: all((mean := values[key]) is not None and mean.mean <= most for key, most in budget.items())
+        for name, values in costs.items()
+    }
+    words = ", ".join(f"{key} of {COSTS[key].form.format(most)}" for key, most in budget.items())
+    section.over_budget = [f"{row.name}: above {words}, or not recorded" for row in section.rows if not fits[row.name]]
+    section.rows = [row for row in section.rows if fits[row.name]]

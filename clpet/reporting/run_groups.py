@@ -72,6 +72,7 @@ class Section:
     rows: list[Row]
     runs: Runs
     left_out: list[str] = field(default_factory=list)  # names of test rows without a run on validation
+    over_budget: list[str] = field(default_factory=list)  # rows that need more than a budget, with the reason
 
     @property
     def lower(self) -> bool:
@@ -257,6 +258,17 @@ def differing_options(rows: Sequence[Row]) -> list[str]:
     differ = [key for key in keys if len({row.options.get(key) for row in rows}) > 1]
     groups = [key for key in NAME_KEYS if key in differ and key != "seed"]
     return [*groups, *(key for key in differ if _identifies(key) and key.partition(".")[0] not in groups)]
+
+
+def values_by_row(rows: Sequence[Row], key: str) -> str:
+    """Each value of an option with the rows that have it, named by their first column if that is unambiguous."""
+    values = [value_of(row.options, key) or "-" for row in rows]
+    by_first_column = {row.cells[0]: value for row, value in zip(rows, values, strict=True)}
+    unambiguous = all(by_first_column[row.cells[0]] == value for row, value in zip(rows, values, strict=True))
+    names: dict[str, dict[str, None]] = {}
+    for row, value in zip(rows, values, strict=True):
+        names.setdefault(value, {})[row.cells[0] if unambiguous else row.name] = None
+    return ", ".join(f"{value} ({'; '.join(row_names)})" for value, row_names in names.items())
 
 
 def _identifies(key: str) -> bool:

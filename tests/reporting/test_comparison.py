@@ -300,3 +300,29 @@ def test_choosing_on_validation_needs_validation_runs(clpet) -> None:
     write_run("ewc")
     answer = clpet("runs", "--compare", "method", "--by", "validation")
     assert (answer.code, "no run was measured on validation" in answer.err) == (2, True)
+
+
+def test_costs_are_columns_and_a_budget_leaves_out_what_needs_more(clpet) -> None:
+    """Per run, two tasks of 1e12, 3e12 and 2e12 operations; a run of an older version has not recorded any."""
+    for method, flops, size in (("ewc", 1e12, 500), ("kif", 3e12, 2000), ("replay", 2e12, 9)):
+        counters = {**COST, "forward_flops": flops / 2, "backward_flops": flops / 2, "stored_bytes": size}
+        write_run(method, cost=[counters] * 2)
+    write_run("lwf")
+    everything = clpet("runs", "--compare", "method", "--metrics", "average", "--costs", "--sort", "flops").out
+    columns = ["seeds", "average", "seconds", "flops", "stored_bytes", "replay_bytes", "peak_memory_mb"]
+    assert lines(everything, "method")[0] == ["method", *columns]
+    names = ("ewc", "replay", "kif", "lwf")
+    cells = [[row[0], row[4], row[5]] for row in lines(everything, names) if len(row) == 8]
+    assert cells == [["ewc", "2e+12", "500"], ["replay", "4e+12", "9"], ["kif", "6e+12", "2,000"], ["lwf", "-", "-"]]
+
+    limited = clpet(
+        "runs", "--compare", "method", "--metrics", "average", "--budget", "flops=4e12,stored_bytes=1000"
+    ).out
+    assert [row[0] for row in lines(limited, names) if len(row) == 3] == ["ewc", "replay"]
+    assert "over budget: kif: above flops of 4e+12, stored_bytes of 1,000, or not recorded" in limited
+    assert "over budget: lwf" in limited
+
+    assert "no row is within the budget" in clpet("runs", "--compare", "method", "--budget", "flops=1").err
+    assert "did you mean flops" in clpet("runs", "--compare", "method", "--budget", "flop=1").err
+    assert "give a number, such as flops=1e12" in clpet("runs", "--compare", "method", "--budget", "flops=much").err
+    assert "--costs needs --compare" in clpet("runs", "--costs").err

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from clpet.records import Json
 from clpet.reporting.points import Point, cost_points, loss_points, metric_points, seen_averages, transfer_points
+from clpet.reporting.run_costs import COSTS
 from clpet.reporting.run_groups import Section
 
 Spec = dict[str, Json]
@@ -50,6 +51,9 @@ def charts(section: Section) -> list[Chart]:
         result.append(Chart("Learning and forgetting", caption, points, spec))
     caption = "Seconds of training over all tasks; bars are standard deviations over seeds."
     result.append(Chart("Cost and score", caption, costs, dots(costs, "training seconds", unit, names)))
+    for cost, title, axis in (("flops", "Compute and score", "FLOPs"), ("stored_bytes", "Storage and score", "bytes")):
+        points, caption = cost_points(section, cost), f"{COSTS[cost].explanation}; bars as above.".capitalize()
+        result.append(Chart(title, caption, points, dots(points, axis, unit, names)))
     caption = "One line per seed, averaged over neighbouring steps."
     result.append(Chart("Training loss", caption, losses, loss_lines(losses, names)))
     return [chart for chart in result if chart.points]
