@@ -12,24 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clpet.cli.options import options
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.protocols import network_of
 from clpet.training.trainer import Trainer
-from tests.conftest import domain_args, set_up, tiny_args
+from tests.conftest import domain_args, methods_of, set_up, tiny_args
 from tests.methods.test_all_methods import WORDS_OUT, results
 from tests.objectives.test_preference import words as preference_words
 from tests.objectives.test_preference import write_pairs
 from tests.training.test_fit_checkpoint import killed_and_resumed, learn_and_save
 
 NEEDS_AN_ENCODER = {"slm"}
-NO_LABELS = {"zero_shot"}
 PLAIN_TEXT = {"dapt"}
 ONE_EXAMPLE = 100 / 24  # percent of the test examples of the words benchmark
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", sorted(set(options("method")) - NEEDS_AN_ENCODER - PLAIN_TEXT - NO_LABELS))
+@pytest.mark.parametrize("method", sorted(set(methods_of("classification")) - NEEDS_AN_ENCODER))
 def test_a_gpu_gives_the_scores_of_a_cpu(method: str, clpet, words: Path, tmp_path: Path) -> None:
     """In fp32 the averages differ by at most two test examples, because of rounding.
 
