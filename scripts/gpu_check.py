@@ -9,7 +9,7 @@ Nothing is downloaded: configurations are in scripts/gpu_parts.py, weights and t
 
     lora       LoRA of rank 16 on all projections of an 8B LLaMA, windows of 4,096 tokens; eager, compiled, and with
                the kernels of Liger where they are installed
-    full       full fine-tuning of a 1.7B model, fp32 weights, products in bf16; likewise
+    full       full fine-tuning of a 1.7B model, fp32 weights, products in bf16; in the same ways
     methods    three tasks of labels on a 1B LLaMA: sequential, kif and dynamic_conpet
     generate   2,000 answers of 64 tokens, 1B LLaMA
     tests      pytest -m gpu
