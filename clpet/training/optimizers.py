@@ -157,7 +157,7 @@ def _require_bitsandbytes(device: torch.device) -> None:
 
 OPTIMIZERS = {
     "adamw": Kind(_adamw, ("betas", "eps")),
-    "adamw8bit": Kind(_adamw8bit, ("betas", "eps"), _require_bitsandbytes),
+    "adamw8bit": Kind(_adamw8bit, ("betas", "eps"), _require_bitsandbytes, by_element=False),
     "adamw_bf16": Kind(_adamw_bf16, ("betas", "eps")),
     "muon": Kind(_muon, ("betas", "eps", "momentum"), _require_muon, by_element=False),
     "sgd": Kind(_sgd, ("momentum",)),
@@ -182,6 +182,6 @@ def check_optimizer(settings: Training, device: torch.device, sharded: bool = Fa
         raise ConfigError("train.optimizer_state=carry needs train.momentum with sgd, which keeps nothing without it")
     if sharded and not OPTIMIZERS[name].by_element:
         raise ConfigError(
-            f"train.optimizer={name} needs whole gradients of matrices, but hardware.shard=true divides them: use adamw"
+            f"train.optimizer={name} does not support weights that hardware.shard=true divides over ranks: use adamw"
         )
     OPTIMIZERS[name].require(device)

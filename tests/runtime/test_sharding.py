@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from clpet.cli.launch import start_ranks
 from clpet.evaluation.evaluator import Evaluator
+from clpet.models.backbone import byte_tokenizer
 from clpet.runtime.distributed import full_tensor, get_world, init_distributed, is_sharded
 from clpet.runtime.run_checkpoint import read_tree, write_tree
 from clpet.runtime.sharding.files import read_shards
 from clpet.runtime.sharding.gradients import total_norm
 from clpet.runtime.sharding.tensors import aligned, from_rows, local, own_rows, pack, row_counts, smallest, sums, unpack
 from clpet.training.fit_checkpoint import FitCheckpointer
-from tests.conftest import set_up, tiny_args
+from tests.conftest import domain_args, set_up, tiny_args
 from tests.runtime.test_multi_process import Losses
 
 MODELS = {
@@ -101,6 +103,38 @@ def assert_equal(found: dict[str, Any], overrides: list[str], parts: int = 2) ->
     assert one.gradient is not None
     assert (found["gradient"] - one.gradient).norm() <= 1e-7 * one.gradient.norm()
     assert found["scores"] == one.scores
+
+
+def on_files(words: Path, prose: Path, folder: Path) -> dict[str, list[str]]:
+    """Cases whose weights every rank reads shard by shard, also of a frozen network and of one that reads plain text."""
+    cases = {}
+    for name, architecture in (("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel")):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(name, vocab_size=266, hidden_size=32, num_hidden_layers=2,
+                                                   num_attention_heads=2, intermediate_size=64)  # fmt: skip
+        getattr(transformers, architecture)(config).save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+        model = ["model=local", f"model.path={folder / name}", "method=sequential"]
+        adapter = ["peft=lora", "peft.targets=all-linear"]
+        cases[f"{name} from files"] = [*tiny_args(words), *FULL, *model]
+        cases[f"{name} frozen"] = [*tiny_args(words), *FULL, *model, *adapter]
+        plain = [*domain_args(prose, "benchmark.max_train=20", "evaluation.max_tokens=500"), *FULL[1:], *model]
+        cases[f"{name} plain text"] = [*plain, "train.epochs=2", "peft=none"]
+    cases["blocks"] = [*tiny_args(words), *FULL, "model=tiny_llama", "peft=blocks", "peft.every=1", "method=ewc"]
+    return cases
+
+
+@pytest.mark.slow
+def test_weights_from_files_frozen_ones_blocks_and_plain_text(words: Path, prose: Path, tmp_path: Path) -> None:
+    cases = on_files(words, prose, tmp_path)
+    (tmp_path / "ranks").mkdir()
+    first, second = on_ranks(2, tmp_path / "ranks", cases)
+    for name, overrides in cases.items():
+        assert first[name]["losses"] == second[name]["losses"]
+        assert first[name]["share"] <= (0.85 if "frozen" in name else 0.51), name
+        one = Traced(overrides)
+        assert first[name]["losses"] == pytest.approx(one.losses, rel=0, abs=1e-5), name
+        assert first[name]["scores"] == pytest.approx(one.scores, rel=1e-5), name
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +88,10 @@ class Sharding:
             vars(model.config).pop("distributed_config", None)  # it would be saved
             get_world().mesh = next(value for value in model.parameters() if is_dtensor(value)).device_mesh
             return
-        model.set_reshard_after_forward(False, recurse=False)
-        model.set_reshard_after_backward(False, recurse=False)
-        model.unshard()  # what is outside of the blocks
+        outside = _outside_of_blocks(model)
+        for each in outside:
+            each.set_reshard_after_backward(False, recurse=False)
+        _keep_gathered(outside)
 
 
 def _start(model: "FSDPModule") -> None:
@@ -111,15 +112,31 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if get_world().mesh is None:
         yield
         return
-    root = cast("FSDPModule", model)
-    root.set_reshard_after_forward(False, recurse=False)
-    root.unshard()
+    outside = _outside_of_blocks(model)
+    _keep_gathered(outside)
     try:
         yield
     finally:
-        root.set_reshard_after_forward(True, recurse=False)
-        if not torch.is_grad_enabled():
-            root.reshard()
+        for module in outside:
+            module.set_reshard_after_forward(True, recurse=False)
+            if not torch.is_grad_enabled():
+                module.reshard()
+
+
+def _outside_of_blocks(model: nn.Module) -> "list[FSDPModule]":
+    """The sharded modules other than blocks, such as the network itself; which ones depends on its plan."""
+    from torch.distributed.fsdp import FSDPModule
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    modules = [module for module in model.modules() if not isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def _keep_gathered(modules: "list[FSDPModule]") -> None:
+    """Gathers the weights of modules, which stay so after their forward passes."""
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
 
 
 @contextlib.contextmanager
