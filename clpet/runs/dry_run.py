@@ -70,8 +70,8 @@ def count_parameters(console: Console, components: Components, benchmark: Benchm
 
 def _ratio(trainable: int, total: int) -> str:
     ratio = parameter_ratio(trainable, total)
-    times = f"{ratio['times_fewer']:.1f} times fewer"
-    return f"trainable parameters {ratio['trainable']:,} of {ratio['total']:,}: {ratio['percent']:.3f} %, {times}"
+    times = f", {ratio['times_fewer']:.1f} times fewer" if ratio["times_fewer"] else ""  # none: nothing is trained
+    return f"trainable parameters {ratio['trainable']:,} of {ratio['total']:,}: {ratio['percent']:.3f} %{times}"
 
 
 def steps_per_task(method: Method, epochs: Callable[[int], int]) -> str:

@@ -1,12 +1,14 @@
 """kNN, in-context examples and fusion: numbers by hand, and what a frozen model is given."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from clpet.errors import ConfigError
 from clpet.methods import fusion, knn
 from clpet.methods.knn import Scale
-from tests.conftest import double, scores
+from tests.conftest import double, scores, tiny_args
 
 KEYS, VALUES = double([[0, 0], [1, 0], [0, 2], [3, 3]]), torch.tensor([0, 1, 1, 0])
 
@@ -122,3 +124,9 @@ def test_answers_of_a_batch_are_those_of_its_prompts(make) -> None:
         together = run.method.predict(pool.batch(pool.rows_of(0)[:3]), None).texts
         single = [run.method.predict(pool.batch([row]), None).texts[0] for row in pool.rows_of(0)[:3]]
     assert together == single
+
+
+def test_a_dry_run_of_a_method_without_training(clpet, words: Path) -> None:
+    result = clpet("train", "method=knn", *tiny_args(words), "dry_run=true")
+    assert result.code == 0, result.err
+    assert "trainable parameters 0 of" in result.out
