@@ -79,7 +79,10 @@ def run_rank(
             logging.disable()
         if len(set(world.gather(run_dir_and_mode(config, out)))) > 1:
             raise ConfigError("the ranks were started with different options: give all of them the same command")
-        return run(OmegaConf.create(config), out, overrides, quiet)
+        matrix = run(OmegaConf.create(config), out, overrides, quiet)
+        world.barrier()  # what follows on any rank may read the results, which the main rank writes last
+        logging.disable(logging.NOTSET)  # for the script that has called clpet.train
+        return matrix
 
 
 def run_dir_and_mode(config: dict[str, Json], out: Path) -> str:
