@@ -5,16 +5,19 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from clpet.data.benchmark import Benchmark
 from clpet.methods.base import Method
 from clpet.models.adapters import Adapters, parameter_ratio
-from clpet.models.protocols import config_of
+from clpet.models.protocols import config_of, network_of
 from clpet.reporting import estimates
+from clpet.reporting.estimates import MB
 from clpet.reporting.tables import say
 from clpet.runs.estimate import estimate
 from clpet.runs.planning import planned_stages
 from clpet.runtime.distributed import get_world
+from clpet.runtime.tensor_memory import TensorsAlive
 from clpet.wiring import Components, Session
 
 
@@ -55,8 +58,9 @@ def _print_example(console: Console, method: Method) -> None:
 def count_parameters(console: Console, components: Components, benchmark: Benchmark, reason: str) -> None:
     """Prints `reason`, why the weights cannot be loaded, and parameter counts from the model's config alone."""
     backbone, generates = components.backbone, components.objective.traits.needs_output_layer
+    dtype = torch.float32 if components.peft.traits.full else components.hardware.torch_dtype
     with torch.device("meta"):  # shapes without memory: a model of any size fits
-        adapters = Adapters(backbone.skeleton(generates), backbone, components.peft, generates)
+        adapters = Adapters(backbone.skeleton(generates).to(dtype), backbone, components.peft, generates)
         adapters.add("default", 0)
     num_labels, base_parameters = len(benchmark.labels), adapters.base_parameters
     adapter_parameters = adapters.count("default")
@@ -64,8 +68,51 @@ def count_parameters(console: Console, components: Components, benchmark: Benchm
     if not generates:
         head = (config_of(adapters.model).hidden_size + 1) * num_labels  # a linear layer with bias
         lines.append(f"adapter and a head of {num_labels} labels: {_ratio(adapter_parameters + head, base_parameters)}")
+    lines.append(_memory_line(adapters, components, benchmark, generates))
     for line in lines:
         say(console, line)
+
+
+def _memory_line(adapters: Adapters, components: Components, benchmark: Benchmark, generates: bool) -> str:
+    """The memory of a training step with texts of the largest length, from shapes alone."""
+    trained = adapters.tensors("default").values()
+    weights, states = (sum(value.numel() * value.element_size() for value in values)
+                       for values in (adapters.model.parameters(), trained))  # fmt: skip
+    size = components.config.train.global_batch_size
+    rows = min(size, components.hardware.micro_batch_size or size)
+    answer = benchmark.max_target if components.objective.traits.in_words else 0
+    added = step_memory(adapters.model, generates, rows, benchmark.max_length, answer)
+    fixed = f"weights {weights / MB:,.0f} MB, optimiser {2 * states / MB:,.0f} MB (two moments)"
+    if added is None:
+        return f"memory   {fixed}; gradients and activations are not known for this model"
+    total = weights + 2 * states + added
+    return (
+        f"memory   about {total / MB:,.0f} MB for {rows} texts of {benchmark.max_length + answer} tokens: {fixed}, "
+        f"gradients and activations {added / MB:,.0f} MB"
+    )
+
+
+def step_memory(model: nn.Module, generates: bool, rows: int, length: int, answer: int = 0) -> int | None:
+    """Bytes that a forward and a backward pass add to a network on the meta device; None if it cannot run there."""
+    seq2seq = generates and config_of(model).is_encoder_decoder
+    ids = torch.zeros(rows, length + (0 if seq2seq else answer), dtype=torch.long, device="meta")
+    inputs: dict[str, object] = {"input_ids": ids}
+    if generates:
+        inputs["use_cache"] = False
+    if seq2seq:
+        inputs["decoder_input_ids"] = torch.zeros(rows, max(1, answer), dtype=torch.long, device="meta")
+    elif answer:
+        inputs["logits_to_keep"] = answer
+    with TensorsAlive() as alive:
+        alive.add(list(model.parameters()))
+        before = alive.bytes
+        try:
+            output = network_of(model)(**inputs)
+            values = output.logits if generates else output.last_hidden_state
+            values.float().log_softmax(-1).mean().backward()
+        except (RuntimeError, NotImplementedError, TypeError, ValueError):  # it reads values, which do not exist there
+            return None
+        return int(alive.peak - before)
 
 
 def _ratio(trainable: int, total: int) -> str:

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from clpet.evaluation.evaluator import Evaluator
 from clpet.reporting.estimates import lines, read, sweep_table
 from clpet.runs import estimate as estimating
+from clpet.runs.dry_run import step_memory
 from clpet.runs.estimate import estimate
 from clpet.runs.planning import measured_tasks
 from clpet.runs.run_dir import task_cost
@@ -37,7 +39,7 @@ MIB = 2**20
 def real(words: list[str]) -> SimpleNamespace:
     """Peaks of learning and evaluating all tasks, operations and the state's bytes, of the run itself."""
     run = set_up(words)
-    memory, flops, peaks = PeakMemory(torch.device("cpu")), 0.0, {"training": 0, "evaluation": 0}
+    memory, flops, peaks = PeakMemory(run.method.objective.device), 0.0, {"training": 0, "evaluation": 0}
     memory.hold(run.method.objective.adapters.model)
     memory.start()
     for index, _ in run.method.curriculum():
@@ -81,6 +83,30 @@ def test_a_model_needs_what_was_predicted(family: str, peft: str, words: Path) -
     check(
         [*tiny_args(words, "cache_dir=null", "train.epochs=1"), "method=sequential", f"peft={peft}", *FAMILIES[family]]
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("peft", ["lora", "none"])
+def test_a_gpu_needs_what_was_predicted(peft: str, words: Path) -> None:
+    """By the counts of its allocator."""
+    check([*tiny_args(words, "cache_dir=null"), "method=ewc", f"peft={peft}", "hardware.device=cuda"])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_step_without_weights_needs_what_a_step_with_weights_does(trained: bool) -> None:
+    """What a forward and a backward pass add, measured on tensors and on shapes alone."""
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    with torch.device("meta"):
+        skeleton = BertModel(config)
+    network = BertModel(config)
+    for model in (skeleton, network):
+        model.embeddings.requires_grad_(trained)
+    with TensorsAlive() as alive:
+        alive.add(list(network.parameters()))
+        before = alive.bytes
+        hidden = network(input_ids=torch.zeros(3, 12, dtype=torch.long)).last_hidden_state
+        hidden.float().log_softmax(-1).mean().backward()
+    assert step_memory(skeleton, False, 3, 12) == pytest.approx(alive.peak - before, rel=0.05)
 
 
 @pytest.mark.slow
