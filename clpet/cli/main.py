@@ -14,6 +14,7 @@ from clpet.cli.init import init
 from clpet.cli.options import COMMANDS, list_options
 from clpet.cli.predict import predict
 from clpet.cli.report import report
+from clpet.cli.reproduce import reproduce
 from clpet.cli.train import train
 from clpet.errors import ConfigError, suggest
 from clpet.runtime.launchers import is_spare
@@ -64,7 +65,7 @@ def dispatch(argv: list[str]) -> int:
     handlers: dict[str, Callable[[list[str]], int]] = {
         "train": train, "runs": runs.runs, "report": report, "show": runs.show, "eval": runs.evaluate,
         "export": runs.export, "list": list_options, "data": data, "init": init, "predict": predict, "sweep": sweep,
-        "check": check,
+        "check": check, "reproduce": reproduce,
     }  # fmt: skip
     if argv[0] not in handlers:
         raise ConfigError(f"unknown command {argv[0]!r}{suggest(argv[0], COMMANDS)}")

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "evaluate the weights of a run again, or on tasks of lm-evaluation-harness",
     "predict": "answer new texts with the model of a run: labels with probabilities, texts, or perplexities",
     "export": "write the trained weights of a run for use without clpet: adapters, or merged weights",
+    "reproduce": "make a table of results: equal tuning, all seeds and orders, tests; resumes",
     "list": "list the methods, models, benchmarks, hardware, ... to choose from",
     "data": "describe a benchmark, or a file or folder of your own, and print the command that trains on it",
     "init": "write a benchmark YAML for data of your own, or a method with a test",

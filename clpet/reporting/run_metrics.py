@@ -50,6 +50,14 @@ def t_quantile(degrees: int, p: float) -> float:
         return float(mpmath.sqrt(degrees * (1 - high) / high))
 
 
+def t_probability(t: float, degrees: int) -> float:
+    """P(|T| > |t|) of Student's t with a number of degrees of freedom."""
+    import mpmath
+
+    x = mpmath.mpf(degrees) / (degrees + mpmath.mpf(t) ** 2)
+    return float(mpmath.betainc(mpmath.mpf(degrees) / 2, 0.5, 0, x, regularized=True))
+
+
 def mean_and_std(values: Sequence[float | None]) -> MeanStd | None:
     """Mean and standard deviation over seeds; None if a seed lacks the value, so that no mean hides missing runs."""
     numbers = [value for value in values if value is not None]

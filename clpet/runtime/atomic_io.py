@@ -158,6 +158,24 @@ class RunLock:
         self.file.close()
 
 
+def is_locked(out: Path) -> bool:
+    """Whether a process holds the lock on a run directory."""
+    if not (out / ".lock").is_file():
+        return False
+    with (out / ".lock").open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def wait_for_lock(out: Path) -> None:
+    """Waits until no process holds the lock on a run directory."""
+    with (out / ".lock").open("r") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+
+
 def _is_main() -> bool:
     from clpet.runtime.distributed import get_world  # imports torch, which commands that only read files do without
 

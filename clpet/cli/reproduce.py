@@ -1,0 +1,156 @@
+"""`clpet reproduce TABLE`: tunes every row of a table equally, runs its seeds and orders, and writes the table.
+
+A run that has finished is not run again and a stopped one resumes, so the same command continues after any stop.
+"""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from clpet.config.table_spec import TableSpec, read_table, table_files
+from clpet.errors import ConfigError, DataError
+from clpet.escape import printable
+from clpet.reporting.planned_run import PlannedRun
+from clpet.runtime.atomic_io import is_locked, wait_for_lock
+
+
+def reproduce(argv: list[str]) -> int:
+    """`clpet reproduce`: the exit code is 0 when the table is complete."""
+    arguments = _parser().parse_args(argv)
+    if not arguments.table:
+        print("\n".join(["tables: " + ", ".join(table_files()), "describe one: clpet reproduce TABLE --list"]))
+        return 0
+    only = [name.strip() for name in (arguments.only or "").split(",") if name.strip()]
+    spec = read_table(arguments.table).with_budget(arguments.budget, only)
+    tuning = [
+        plan(spec, row, trial, spec.seeds[0], 0, arguments.output, on_validation=True)
+        for row in spec.rows
+        for trial in spec.trials(row)
+    ]
+    if arguments.list:
+        print(printable(describe(spec, tuning, arguments.budget)))
+        return 0
+    if arguments.commands:
+        for run in missing(tuning) or missing(final(spec, tuning, arguments.output)):
+            print(f"clpet train {shlex.join(run.words)}")
+        return 0
+    carry_out(tuning, arguments.parallel, "trials on validation data")
+    runs = final(spec, tuning, arguments.output)
+    carry_out(runs, arguments.parallel, "runs")
+    from clpet.reporting.result_table import ResultTable
+
+    folder = arguments.results / Path(arguments.table).stem / arguments.budget
+    table = ResultTable.of(spec, arguments.budget, tuning, runs)
+    table.write(folder)
+    print(printable(table.text("text")))
+    print(f"\nwritten to {folder}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "clpet reproduce",
+        description="Makes a table of results: tunes every row with equally many trials on validation data, runs all "
+        "seeds and orders with the best values, and writes the table. Finished runs are not run again.",
+    )
+    parser.add_argument("table", nargs="?", help="a table of conf/table, or a YAML file of your own")
+    parser.add_argument(
+        "--budget", default="cpu", help="a budget of the table, such as smoke, cpu or gpu (default: cpu)"
+    )
+    parser.add_argument("--only", metavar="ROW,ROW", help="only these rows")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the runs (default: outputs)")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the table (default: results)")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
+    parser.add_argument("--list", action="store_true", help="describe the table and what is missing; run nothing")
+    parser.add_argument("--commands", action="store_true", help="print the commands of the next missing runs")
+    return parser
+
+
+def plan(
+    spec: TableSpec, row: str, trial: list[str], seed: int, order: int, output: Path, on_validation: bool = False
+) -> PlannedRun:
+    """A run of a row, with its directory. Raises ConfigError for words that do not compose."""
+    from clpet.config.build import parse_config
+    from clpet.config.compose import compose_config
+    from clpet.config.identity import run_name
+
+    words = [*spec.run_words(row, trial, seed, spec.orders[order]), f"output_dir={output}"]
+    if on_validation:
+        words.append("evaluation.split=validation")
+    cfg = compose_config(words)
+    parse_config(cfg)
+    return PlannedRun(row, words, output / run_name(cfg), seed, order, trial)
+
+
+def final(spec: TableSpec, tuning: Sequence[PlannedRun], output: Path) -> list[PlannedRun]:
+    """The runs on test data: every seed in every order, with the values that were best on validation data."""
+    best = {row: best_trial([run for run in tuning if run.row == row]) for row in spec.rows}
+    return [
+        plan(spec, row, best[row], seed, order, output)
+        for row in spec.rows
+        for order in range(len(spec.orders))
+        for seed in spec.seeds
+    ]
+
+
+def best_trial(trials: Sequence[PlannedRun]) -> list[str]:
+    """The values with the highest average on validation data, the first of equals; [] without trials."""
+    from clpet.metrics.transfer_matrix import TransferMatrix
+
+    if not trials:
+        return []
+    scores = []
+    for run in trials:
+        results = run.results
+        if results is None:
+            raise DataError(f"a trial of {run.row} has not finished: {run.out}")
+        average = TransferMatrix.from_json(results).average()
+        sign = 1 if results["direction"] == "higher" else -1
+        scores.append(float("-inf") if average is None else sign * average)
+    return trials[scores.index(max(scores))].trial
+
+
+def missing(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs that have not finished, each once."""
+    return list({run.out: run for run in runs if run.results is None}.values())
+
+
+def carry_out(runs: Sequence[PlannedRun], parallel: int, what: str) -> None:
+    """Carries out the runs that are missing, `parallel` at a time. Raises ConfigError if some fail, after all ended."""
+    from clpet.cli.parallel_runs import Job, ParallelSweep, environments
+    from clpet.cli.sweep_screen import SweepScreen
+    from clpet.config.compose import compose_config
+
+    if parallel < 1:
+        raise ConfigError(f"--parallel must be at least 1, not {parallel}")
+    for run in missing(runs):
+        if is_locked(run.out):  # a run of an earlier start that was killed, which has not noticed
+            print(f"waiting for a run that is still active: {run.out}", flush=True)
+            wait_for_lock(run.out)
+    left = missing(runs)
+    print(f"{what}: {len(runs) - len(left)} of {len(runs)} finished", flush=True)
+    if not left:
+        return
+    sweep = ParallelSweep([])
+    sweep.environments = environments(compose_config(left[0].words), parallel)
+    for number, run in enumerate(left, 1):
+        sweep.jobs[run.out] = Job(number, [run.row, *run.trial, f"seed={run.seed}"], run.words, run.out)
+    screen = SweepScreen(len(left), str(left[0].out.parents[2]))
+    failures = sweep.run(screen)
+    if failures:
+        raise ConfigError(f"{len(failures)} of {len(left)} runs failed; the first: {failures[0][0]}: {failures[0][1]}")
+
+
+def describe(spec: TableSpec, tuning: Sequence[PlannedRun], budget: str) -> str:
+    """What a table consists of, and how many of its trials are missing."""
+    grid = ", ".join(f"{key} in {list(values)}" for key, values in spec.grid.items()) or "nothing is tuned"
+    return "\n".join(
+        [
+            f"{spec.title} (budget {budget})",
+            f"rows    {', '.join(spec.rows)}",
+            f"tuning  {len(tuning)} trials on validation data, equally many for every row that can be tuned: {grid}",
+            f"runs    {len(spec.rows)} rows x {len(spec.orders)} orders x {len(spec.seeds)} seeds",
+            f"missing {len(missing(tuning))} of {len(tuning)} trials",
+        ]
+    )

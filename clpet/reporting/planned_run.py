@@ -1,0 +1,31 @@
+"""A run of a table of results, finished or not. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.records import Results
+from clpet.runtime.untrusted_json import read_results
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """The run of a row with one seed, one order of the tasks and one choice of the values in the grid."""
+
+    row: str
+    words: list[str]  # its overrides
+    out: Path  # its directory
+    seed: int
+    order: int  # number of the order
+    trial: list[str]  # the values of the grid
+
+    @property
+    def results(self) -> Results | None:
+        """Its results, None before it has finished. Raises DataError for a damaged file."""
+        file = self.out / "results.json"
+        return read_results(file) if file.is_file() else None
+
+    @property
+    def average(self) -> float | None:
+        """Its final average; None if it has not finished, or a task was not measured."""
+        return TransferMatrix.from_json(results).average() if (results := self.results) else None

@@ -1,0 +1,133 @@
+"""`clpet reproduce`: equal tuning, all seeds and orders, and the same table after kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clpet.cli.reproduce import best_trial
+from clpet.config.table_spec import TableSpec, read_table, table_files
+from clpet.reporting.planned_run import PlannedRun
+from clpet.reporting.result_table import ResultTable, TableRow, paired_t_test
+from clpet.reporting.run_metrics import t_probability
+from tests.conftest import tiny_args
+from tests.runs.conftest import refused
+
+TABLE = """title: Words
+words: {words}
+grid: {{train.lr: [1e-3, 1e-2]}}
+seeds: [0, 1]
+rows:
+  sequential: {{words: [method=sequential], published: {{average: 12.5, source: "Someone, table 3"}}}}
+  ncm: {{words: [method=ncm], tuned: false}}
+budgets:
+  smoke: {{seeds: [0]}}
+"""
+
+
+def table_file(words: Path, folder: Path) -> Path:
+    file = folder / "mine.yaml"
+    file.write_text(TABLE.format(words=json.dumps(tiny_args(words))))
+    return file
+
+
+def test_probabilities_of_student_s_t() -> None:
+    assert t_probability(2.228139, 10) == pytest.approx(0.05, abs=1e-6)
+    assert t_probability(0, 3) == 1
+    # Differences 1, 2, 3: mean 2, deviation 1, t = 2 sqrt(3) with 2 degrees of freedom, p = 0.0742.
+    pairs = {(0, 0): (1.0, 0.0), (0, 1): (3.0, 1.0), (0, 2): (4.0, 1.0)}
+    a, b = ({key: pair[side] for key, pair in pairs.items()} for side in (0, 1))
+    assert paired_t_test(a, b) == pytest.approx(0.074180, abs=1e-6)
+    assert paired_t_test(a, {(0, 0): 0.0}) is None
+    assert paired_t_test(a, a) == 1
+
+
+def test_the_table_by_hand() -> None:
+    def row(name: str, averages: list[float]) -> TableRow:
+        values = {(0, seed): dict.fromkeys(("task_average", "bwt", "forgetting", "seconds", "flops", "stored_bytes", "replay_bytes"), 1.0) | {"average": value}
+                  for seed, value in enumerate(averages)}  # fmt: skip
+        return TableRow(name, ["train.lr=0.1"], [], values)
+
+    spec = TableSpec("T", [], {"a": None, "b": None}, {}, [0, 1, 2], [""])  # type: ignore[dict-item]
+    table = ResultTable(spec.title, "cpu", {}, [row("a", [3.0, 4.0, 5.0]), row("b", [2.0, 2.0, 2.0])])
+    lines = table.text("text").splitlines()
+    assert lines[0] == "T (budget cpu)"
+    # a: mean 4, deviation 1, half width 4.302653 / sqrt(3) = 2.484138; the differences are 1, 2, 3 as above.
+    assert lines[3].split()[:8] == ["a", "train.lr=0.1", "4.00", "±", "1.00", "1.52", "to", "6.48"]
+    assert "0.074" in lines[4].split()
+
+
+def test_the_best_trial_is_chosen_on_validation(tmp_path: Path) -> None:
+    trials = [PlannedRun("a", [], tmp_path / str(lr), 0, 0, [f"train.lr={lr}"]) for lr in (1, 2, 3)]
+    assert best_trial([]) == []
+    matrix = {"tasks": ["x"], "correct": [[0], [1]], "total": [[1], [1]]}
+
+    class Finished:
+        def __init__(self, trial: list[str], score: float, direction: str) -> None:
+            self.row, self.out, self.trial = "a", tmp_path, trial
+            self.results = {**matrix, "scores": [[0.0], [score]], "direction": direction}
+
+    for direction, chosen in (("higher", 2), ("lower", 1)):
+        runs = [Finished(run.trial, score, direction) for run, score in zip(trials, (5.0, 7.0, 7.0), strict=True)]
+        assert best_trial(runs) == [f"train.lr={chosen}"]  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_shipped_tables_compose(clpet) -> None:
+    from clpet.cli.reproduce import plan
+
+    for name in table_files():
+        spec = read_table(name)
+        for row in spec.rows:
+            plan(spec, row, next(iter(spec.trials(row)), []), spec.seeds[-1], len(spec.orders) - 1, Path("outputs"))
+    assert "python_stdlib" in clpet("reproduce").out
+
+
+def test_a_table_is_listed_and_printed_as_commands(words: Path, tmp_path: Path, clpet) -> None:
+    file = table_file(words, tmp_path)
+    text = clpet("reproduce", str(file), "--budget", "smoke", "--list").out
+    assert "missing 2 of 2 trials" in text
+    assert "runs    2 rows x 1 orders x 1 seeds" in text
+    commands = clpet("reproduce", str(file), "--budget", "smoke", "--commands").out.splitlines()
+    assert len(commands) == 2
+    assert all(line.startswith("clpet train ") and "evaluation.split=validation" in line for line in commands)
+    for wrong in (("nowhere",), (str(file), "--budget", "cpu"), (str(file), "--budget", "smoke", "--only", "kif"),
+                  (str(file), "--budget", "smoke", "--parallel", "0")):  # fmt: skip
+        assert refused(clpet("reproduce", *wrong)), wrong
+    file.write_text(file.read_text() + "colour: red\n")
+    assert refused(clpet("reproduce", str(file), "--budget", "smoke"))
+
+
+@pytest.mark.slow
+def test_kill_9_and_a_second_start_end_with_the_same_table(words: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "clpet", "reproduce", str(table_file(words, tmp_path)), "--budget", "smoke"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (tmp_path / "whole").mkdir()
+    whole = subprocess.run(command, cwd=tmp_path / "whole", env=environment, capture_output=True, text=True, check=True)
+    assert "12.5 (Someone, table 3)" in whole.stdout
+    (tmp_path / "cut").mkdir()
+    process = subprocess.Popen(command, cwd=tmp_path / "cut", env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut").glob("outputs/*/*/s*/results.json")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)  # into the next run, which notices nothing of the kill
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "results").exists()
+    again = subprocess.run(command, cwd=tmp_path / "cut", env=environment, capture_output=True, text=True, check=True)
+    assert "trials on validation data: 0 of 2 finished" not in again.stdout
+    rows = [
+        json.loads((tmp_path / name / "results/mine/smoke/sequential.json").read_text()) for name in ("whole", "cut")
+    ]
+    for row in rows:
+        for run in row["runs"]:
+            run.pop("seconds")
+    assert rows[0] == rows[1]
+    assert len(rows[0]["trials"]) == 2
+    tables = [(tmp_path / name / "results/mine/smoke/table.md").read_text().splitlines() for name in ("whole", "cut")]
+    assert [line.split(" | ")[:8] for line in tables[0]] == [line.split(" | ")[:8] for line in tables[1]]
