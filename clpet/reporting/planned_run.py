@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import Results
 from clpet.runtime.untrusted_json import read_results
 
@@ -28,4 +27,6 @@ class PlannedRun:
     @property
     def average(self) -> float | None:
         """Its final average; None if it has not finished, or a task was not measured."""
+        from clpet.metrics.transfer_matrix import TransferMatrix  # keeps numpy out of `clpet --help`
+
         return TransferMatrix.from_json(results).average() if (results := self.results) else None

@@ -167,7 +167,7 @@ def paired_t_test(a: Mapping[tuple[int, int], float], b: Mapping[tuple[int, int]
     differences = np.array([a[key] - b[key] for key in common])
     if len(differences) < 2:
         return None
-    deviation = float(differences.std(ddof=1))
-    if deviation == 0:
+    std = float(differences.std(ddof=1))
+    if std == 0:
         return 1.0 if differences.mean() == 0 else 0.0
-    return t_probability(float(differences.mean()) / deviation * math.sqrt(len(differences)), len(differences) - 1)
+    return t_probability(float(differences.mean()) / std * math.sqrt(len(differences)), len(differences) - 1)
