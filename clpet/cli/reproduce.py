@@ -12,7 +12,6 @@ from clpet.config.table_spec import TableSpec, read_table, table_files
 from clpet.errors import ConfigError, DataError
 from clpet.escape import printable
 from clpet.reporting.planned_run import PlannedRun
-from clpet.runtime.atomic_io import is_locked, wait_for_lock
 
 
 def reproduce(argv: list[str]) -> int:
@@ -121,6 +120,7 @@ def carry_out(runs: Sequence[PlannedRun], parallel: int, what: str) -> None:
     from clpet.cli.parallel_runs import Job, ParallelSweep, environments
     from clpet.cli.sweep_screen import SweepScreen
     from clpet.config.compose import compose_config
+    from clpet.runtime.atomic_io import is_locked, wait_for_lock
 
     if parallel < 1:
         raise ConfigError(f"--parallel must be at least 1, not {parallel}")

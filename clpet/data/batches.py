@@ -87,7 +87,7 @@ class AnswerBatch(Batch):
     def tokens(self) -> int:
         return self.input_ids.numel() + self.targets.numel()
 
-    def places(self) -> Tensor:
+    def target_indices(self) -> Tensor:
         """[answer tokens]: their indices in the flattened `targets`; reading them off a GPU would wait for it."""
         assert self.pool is not None
         assert self.pool.answer is not None

@@ -150,7 +150,7 @@ class TextToText(Objective):
             elif isinstance(batch, ChatBatch):
                 logits = self.conversation_logits(batch)
             else:
-                logits = self.answer_logits(batch, batch.targets).flatten(0, 1)[batch.places()].float()
+                logits = self.answer_logits(batch, batch.targets).flatten(0, 1)[batch.target_indices()].float()
         self.count(batch)
         return logits
 
@@ -173,7 +173,7 @@ class TextToText(Objective):
         assert isinstance(batch, AnswerBatch)
         if isinstance(batch, ChatBatch):
             return batch.next_tokens()[batch.next_tokens() != IGNORED]
-        return batch.targets.flatten()[batch.places()]
+        return batch.targets.flatten()[batch.target_indices()]
 
     def answer_logits(self, batch: Batch, targets: Tensor) -> Tensor:
         """[batch, answer length, vocabulary]: scores for `targets`, each given the prompt and the answer before it."""

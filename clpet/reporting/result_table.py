@@ -151,10 +151,10 @@ class ResultTable:
 
 def measured(results: Results) -> dict[str, float | None]:
     """The figures of a run that a table keeps."""
-    matrix, own = TransferMatrix.from_json(results), TransferMatrix.from_json(results, results["task_scores"])
+    matrix, task_matrix = TransferMatrix.from_json(results), TransferMatrix.from_json(results, results["task_scores"])
     figures: dict[str, float | None] = {
         "average": matrix.average(),
-        "task_average": own.average(),
+        "task_average": task_matrix.average(),
         "bwt": matrix.backward_transfer(),
         "forgetting": matrix.forgetting(),
     }
