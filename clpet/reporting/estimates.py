@@ -120,7 +120,7 @@ def _sum(estimates: Sequence[Estimate], key: str) -> float | None:
 
 def _cells(estimate: Estimate | None) -> list[str]:
     if estimate is None:
-        return ["failed", *[""] * 5]
+        return ["no estimate", *[""] * 5]
     numbers = (estimate["seconds"], estimate["device_hours"], estimate["flops"], estimate["peak_memory_mb"])
     return _numbers(*numbers, estimate["stored_bytes"], estimate["replay_bytes"])
 

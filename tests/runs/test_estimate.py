@@ -144,7 +144,7 @@ RECORD = {"device": "cpu", "devices": 2, "tasks": 5, "rehearsed": 3, "steps": 40
 
 
 def test_a_sweep_is_summed() -> None:
-    """Times, operations and bytes are added, of the memory the largest counts; a run that failed leaves no sum."""
+    """Times, operations and bytes are added, of the memory the largest counts; a run without an estimate leaves no sum."""
     other = {**RECORD, "seconds": 1800.0, "device_hours": 1.0, "flops": 5e11, "peak_memory_mb": 900.0}
     runs = [(["method=ewc", "seed=0"], RECORD), (["method=kif", "seed=0"], other)]
     last = sweep_table(runs).splitlines()[-1].split()
