@@ -1,10 +1,10 @@
 """AdamW with moments in bf16: 4 bytes per trained scalar instead of 8."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import StateDict
 
 
 class AdamWBf16(torch.optim.Optimizer):
@@ -28,7 +28,7 @@ class AdamWBf16(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, group, index)
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], index: int) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: StateDict, index: int) -> None:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         if not state:
             state["step"] = torch.zeros(())
@@ -45,7 +45,7 @@ class AdamWBf16(torch.optim.Optimizer):
         state["exp_avg"].copy_(stochastic_bf16(first, generator))
         state["exp_avg_sq"].copy_(stochastic_bf16(second, generator))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """As in torch, which casts moments to the dtype of the weights; no bit is lost in casting them back."""
         super().load_state_dict(state_dict)
         for state in self.state.values():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from clpet.methods import lwf
+from clpet.methods.components.second_weights import SecondWeights
 from clpet.methods.ewc import Merge, merged
 from clpet.methods.replay import Static
 from clpet.training.step import StepContext
@@ -89,7 +90,7 @@ def test_lwf_of_answers_is_a_divergence_over_their_tokens(make) -> None:
     method, rows = run.method, run.data.train.rows_of(1)
     run.learn(0)
     trained = method.named_parameters()
-    method.teacher_tensors = {name: value.detach().clone() for name, value in trained.items()}
+    method.teacher_weights = SecondWeights(method, trained)
     batch = run.data.train.batch(rows)
     ce = method.objective.loss(batch)
     assert method.loss(StepContext.of(batch)).item() == pytest.approx(ce.item(), rel=1e-6)  # student = teacher
@@ -115,7 +116,7 @@ def test_lwf_of_answers_is_a_divergence_over_their_tokens(make) -> None:
     )
     assert summed.item() == pytest.approx(loss.item(), rel=1e-5)
     run.learn(1)
-    assert all(torch.equal(value, now[name]) for name, value in method.teacher_tensors.items())
+    assert all(torch.equal(value, now[name]) for name, value in method.teacher_weights.tensors.items())
     assert method.stored_parameters() == 2 * method.trainable_parameters()
 
 

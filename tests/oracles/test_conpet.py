@@ -143,7 +143,12 @@ def test_fisher_information() -> None:
     pool = SimpleNamespace(rows_of=lambda index: None, shuffled=lambda *_: batches, batch=lambda x, device: x)
     method.data = SimpleNamespace(train=pool)
     method.replay = SimpleNamespace(batch_size=2, rng=lambda *_: None)
-    method.objective = SimpleNamespace(device="cpu", meter=SimpleNamespace(cost=SimpleNamespace(backward_examples=0)))
+    method.objective = SimpleNamespace(
+        device="cpu",
+        work=lambda batch: None,
+        flops=SimpleNamespace(network=SimpleNamespace(backward=lambda work: 0)),
+        meter=SimpleNamespace(count_backward=lambda batch, flops, times: None),
+    )
     fisher = method.information(0)
     assert fisher["weight"].flatten().tolist() == pytest.approx(
         [0.25255681, 0.13609458, 0.24251952, 0.17595474, 0.20989133, 0.06151066], abs=1e-8
