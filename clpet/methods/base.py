@@ -55,7 +55,7 @@ class Method(Generic[ObjectiveType]):
     mergeable: ClassVar[bool] = True  # one set of weights for all inputs, so that adapters can be merged
     uses_validation: ClassVar[bool] = True  # validates after every epoch with train.select=best
     rounds_with_unseen_labels: ClassVar[bool] = False  # logits of a task change in the last bit with labels to come
-    # Attributes that are saved, restored and counted, see saved_state.py; a subclass adds its own to those of its bases.
+    # Attributes that are saved, restored and counted (saved_state.py); a subclass adds its own to those of its bases.
     saved: ClassVar[tuple[str, ...]] = ()  # what later tasks need
     saved_uncounted: ClassVar[tuple[str, ...]] = ()  # records, which are not counted as stored parameters
     saved_in_task: ClassVar[tuple[str, ...]] = ()  # what the hooks of a fit gather, to resume inside a task
