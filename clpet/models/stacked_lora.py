@@ -131,9 +131,15 @@ class StackedLora:
             self.enabled = before
 
     def spectra(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The singular values of the sum of all branches of every layer, and the layer's weight; nothing if off."""
+        """The singular values of the sum of all branches of every layer, and the layer's weight; nothing if off.
+
+        Branches are weighted as in forward passes; weights by example have no such sum.
+        """
+        assert self.weights is None or self.weights.dim() == 1
         for layer in self.layers.values() if self.enabled else ():
-            yield low_rank_singular_values(*layer.all(), self.scale), cast(Tensor, layer.module.weight)
+            A, B = layer.all()
+            values = low_rank_singular_values(A, B if self.weights is None else B * self.weights, self.scale)
+            yield values, cast(Tensor, layer.module.weight)
 
     def count(self) -> int:
         """Number of scalars in all branches."""

@@ -36,6 +36,7 @@ def probes(row: dict[str, float]) -> dict[str, float]:
         ("tiny_llama", "lora", "sequential", ALL),
         pytest.param("tiny_llama", "none", "sequential", ALL, marks=pytest.mark.slow),
         pytest.param("tiny_gpt2", "lora", "inc_lora", ALL, marks=pytest.mark.slow),
+        pytest.param("tiny_llama", "lora", "sd_lora", ALL, marks=pytest.mark.slow),
         pytest.param("tiny_llama", "osf", "osf", "evaluation.probes=[kl,nll,representation]", marks=pytest.mark.slow),
         pytest.param("tiny_t5", "lora", "ewc", "evaluation.probes=[kl,representation,weights]", marks=pytest.mark.slow),
     ],
