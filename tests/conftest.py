@@ -3,10 +3,12 @@
 import copy
 import inspect
 import json
+import multiprocessing
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,6 +101,23 @@ def run_cli(*words: object) -> int:
             return main.main_with_errors(sys.argv[1:])
         finally:
             GlobalHydra.instance().clear()
+
+
+def killed_run(patch: Callable[[], None], cwd: Path, *words: object) -> None:
+    """Runs `clpet ...` in a fork of this process, which spares the imports; `patch` makes it kill itself there."""
+
+    def child() -> None:
+        os.chdir(cwd)
+        with (cwd / "killed.log").open("w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        patch()
+        os._exit(run_cli(*words))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (cwd / "killed.log").read_text()[-2000:]
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 import json
 import math
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from clpet.data.benchmark import Benchmark
 from clpet.replay.fixed_fraction import FixedFractionReplay
 from clpet.reporting.progress import Display
 from clpet.runtime.hardware import Hardware
-from tests.conftest import domain_args, methods_of
-from tests.methods.test_all_methods import KILL
+from tests.conftest import domain_args, killed_run, methods_of
+from tests.methods.test_all_methods import kill_after
 from tests.objectives.test_language_modeling import domains, make_objective
 
 METHODS = sorted(set(methods_of("language_modeling")) - {"zero_shot"})
@@ -187,20 +186,19 @@ def test_replay_visits_every_old_window_before_repeating_one() -> None:
     assert counts[data.train.rows_of(0)].min() >= 1
 
 
-KILL_INSIDE_TASK = """
-import os, signal, sys
-from clpet.training import fit_checkpoint
-from clpet.cli.main import main
-save, saves = fit_checkpoint.FitCheckpointer.save, []
-def save_and_die(self, *args):
-    save(self, *args)
-    saves.append(args)
-    if len(saves) == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-fit_checkpoint.FitCheckpointer.save = save_and_die
-sys.argv[0] = "clpet"
-main()
-"""
+def kill_at_the_seventh_save() -> None:
+    """From now on this process is killed once it has saved seven times inside tasks."""
+    from clpet.training import fit_checkpoint
+
+    save, saves = fit_checkpoint.FitCheckpointer.save, []
+
+    def save_and_die(self, *args) -> None:
+        save(self, *args)
+        saves.append(args)
+        if len(saves) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fit_checkpoint.FitCheckpointer.save = save_and_die
 
 
 @pytest.mark.slow
@@ -209,9 +207,7 @@ def test_run_killed_inside_a_domain_resumes_bit_for_bit(more: list[str], prose: 
     method = [] if "method=kif" in more else ["method=sequential"]
     args = ["train", *domain_args(prose, "train.global_batch_size=4", *method, *more)]
     assert clpet(*args, "output_dir=uninterrupted").code == 0
-    command = [sys.executable, "-c", KILL_INSIDE_TASK, *args, "output_dir=killed", "train.save_minutes=1e-9"]
-    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    killed_run(kill_at_the_seventh_save, tmp_path, *args, "output_dir=killed", "train.save_minutes=1e-9")
     resumed = clpet(*args, "output_dir=killed")
     assert resumed.code == 0
     assert "inside task" in resumed.out
@@ -237,9 +233,7 @@ def test_run_killed_inside_a_domain_resumes_bit_for_bit(more: list[str], prose: 
 def test_run_killed_after_a_domain_resumes_bit_for_bit(variant: list[str], prose: Path, clpet, tmp_path: Path) -> None:
     args = ["train", *domain_args(prose, *[f"method={variant[0]}", *variant[1:]])]
     assert clpet(*args, "output_dir=uninterrupted").code == 0
-    command = [sys.executable, "-c", KILL.format(after=2), *args, "output_dir=killed"]
-    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    killed_run(lambda: kill_after(2), tmp_path, *args, "output_dir=killed")
     resumed = clpet(*args, "output_dir=killed")
     assert resumed.code == 0
     assert "resuming after 2 of 3" in resumed.out

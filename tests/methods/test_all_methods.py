@@ -1,9 +1,8 @@
 """Every method on a tiny model: it learns, and a killed and resumed run ends like an uninterrupted one."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet
@@ -11,22 +10,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import methods_of, tiny_args
+from tests.conftest import killed_run, methods_of, tiny_args
 
 METHODS = methods_of("classification")
-KILL = """
-import os, signal, sys
-from clpet.runtime import run_checkpoint
-from clpet.cli.main import main
-save = run_checkpoint.RunState.save
-def save_and_die(self, folder, method_state, identity):
-    save(self, folder, method_state, identity)
-    if self.done == {after}:
-        os.kill(os.getpid(), signal.SIGKILL)
-run_checkpoint.RunState.save = save_and_die
-sys.argv[0] = "clpet"
-main()
-"""
+
+
+def kill_after(tasks: int) -> None:
+    """From now on this process is killed once the state after a number of tasks is saved."""
+    from clpet.runtime import run_checkpoint
+
+    save = run_checkpoint.RunState.save
+
+    def save_and_die(self, folder, method_state, identity) -> None:
+        save(self, folder, method_state, identity)
+        if self.done == tasks:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run_checkpoint.RunState.save = save_and_die
 
 
 def results(folder: Path) -> dict:
@@ -78,13 +78,7 @@ def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
     args = ["train", f"method={method}", *four_tasks(words), *more]
     assert clpet(*args, "output_dir=whole").code == 0
     after = 1 if method == "joint" else 3
-    killed = subprocess.run(
-        [sys.executable, "-c", KILL.format(after=after), *args, "output_dir=cut"],
-        cwd=tmp_path,
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    killed_run(lambda: kill_after(after), tmp_path, *args, "output_dir=cut")
     assert not list((tmp_path / "cut").glob("*/*/s*/results.json"))
     again = clpet(*args, "output_dir=cut")
     assert again.code == 0
