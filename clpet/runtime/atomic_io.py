@@ -43,7 +43,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically and durably. Raises HostError when the disk refuses."""
-    with _as_host_error(path), atomic_file(path) as temporary:
+    with as_host_error(path), atomic_file(path) as temporary:
         write_synced(temporary, text)
 
 
@@ -58,7 +58,7 @@ def write_synced(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder to fill; it replaces `folder` when the block ends. Raises HostError when the disk refuses."""
-    with _as_host_error(folder), _new_folder(folder) as temporary:
+    with as_host_error(folder), _new_folder(folder) as temporary:
         yield temporary
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -199,7 +199,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _as_host_error(path: Path) -> Iterator[None]:
+def as_host_error(path: Path) -> Iterator[None]:
+    """Raises HostError where the block cannot write `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:

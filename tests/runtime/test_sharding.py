@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from clpet.cli.launch import start_ranks
+from clpet.errors import HostError
 from clpet.evaluation.evaluator import Evaluator
 from clpet.models.backbone import byte_tokenizer
 from clpet.runtime.distributed import full_tensor, get_world, init_distributed, is_sharded
 from clpet.runtime.run_checkpoint import read_tree, write_tree
-from clpet.runtime.sharding.files import read_shards
+from clpet.runtime.sharding.files import read_shards, write_shards
 from clpet.runtime.sharding.gradients import total_norm
 from clpet.runtime.sharding.tensors import aligned, from_rows, local, own_rows, pack, row_counts, smallest, sums, unpack
 from clpet.training.fit_checkpoint import FitCheckpointer
@@ -269,13 +270,43 @@ def test_rows_are_divided_as_by_chunk_and_joined_from_any_number_of_files(tmp_pa
     values = torch.arange(10.0).view(5, 2)
     checksums = {}
     for number, rows in enumerate(values.chunk(2)):
-        path = tmp_path / f"shard-{number}.safetensors"
+        path = tmp_path / f"shard-{number:05d}.safetensors"
         save_file({"/a": rows.contiguous()}, path)
         checksums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     assert read_shards(tmp_path, checksums)["/a"].tolist() == values.tolist()
     mesh = SimpleNamespace(ndim=1, size=lambda dim: 4, get_local_rank=lambda dim: 2)
     assert row_counts(5, mesh) == [2, 2, 1, 0] == [*map(len, values.chunk(4)), 0]
     assert own_rows(5, mesh) == (4, 5)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../shard-00000.safetensors", "shard-0.safetensors", "x"])
+def test_only_names_of_shards_are_read(name: str, tmp_path: Path) -> None:
+    """A checkpoint of somebody else cannot make a run read other files."""
+    with pytest.raises(ValueError, match="is not the name of a shard"):
+        read_shards(tmp_path / "state", {name: "0"})
+
+
+def test_shards_are_regular_files_with_rows_of_one_shape(tmp_path: Path) -> None:
+    (tmp_path / "shard-00000.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="checksum"):
+        read_shards(tmp_path, {"shard-00000.safetensors": "0"})
+    (tmp_path / "shard-00000.safetensors").unlink()
+    checksums = {}
+    for number in range(2):
+        path = tmp_path / f"shard-{number:05d}.safetensors"
+        save_file({"/a": torch.zeros(2, 2 + number)}, path)
+        checksums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match="differ in shape"):
+        read_shards(tmp_path, checksums)
+
+
+def test_a_shard_that_cannot_be_written_is_an_error_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with one_rank(monkeypatch) as ranks:
+        ranks.mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+        with pytest.raises(HostError, match="cannot be written"):
+            write_shards(tmp_path / "missing", {"a": from_rows(torch.zeros(2, 2), 2)})
 
 
 def test_without_sharding_functions_return_what_they_get() -> None:

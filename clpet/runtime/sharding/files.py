@@ -8,6 +8,7 @@ ranks can read them. The names of the files and their checksums are in the JSON 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clpet.errors import HostError
+from clpet.runtime.atomic_io import as_host_error
 from clpet.runtime.distributed import get_world
 from clpet.runtime.sharding.tensors import from_rows, in_first_replica, is_dtensor, own_rows, shard_number
 
@@ -52,20 +53,21 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     mesh = next(iter(sharded.values())).device_mesh
     if in_first_replica(mesh):
         path = folder / f"shard-{shard_number(mesh):05d}.safetensors"
-        try:
+        with as_host_error(path):
             rows = {name: tensor.to_local().to("cpu", copy=True).contiguous() for name, tensor in sharded.items()}
             save_file(rows, path)
             written = (path.name, _sha256(path))
-        except OSError as error:
-            raise HostError(f"{path} cannot be written: {error.strerror or error}") from error
     return dict(sorted(pair for pair in get_world().gather(written) if pair))
 
 
 def read_shards(folder: Path, checksums: Mapping[str, str]) -> dict[str, Tensor]:
     """Reads sharded tensors: whole, or of a network with sharded weights this rank's rows.
 
-    Raises ValueError if they are damaged. Each rank of such a network examines some of the files, and all agree.
+    Raises ValueError if they are damaged or have names that `write_shards` does not give: a checkpoint may come from
+    somebody else. Each rank of such a network examines some of the files, and all agree.
     """
+    if foreign := [name for name in checksums if not re.fullmatch(r"shard-\d{5}\.safetensors", name)]:
+        raise ValueError(f"{foreign[0]!r} is not the name of a shard")
     world = get_world()
     sharded = world.mesh is not None
     mine = sorted(checksums)[world.index :: world.size] if sharded else sorted(checksums)
@@ -137,6 +139,8 @@ def _write_index(files: Sequence[Sequence[str]], folder: Path) -> None:
 def _read(slices: Sequence[Slice]) -> Tensor:
     """One tensor from its rows in all files."""
     counts = [one.get_shape()[0] for one in slices]
+    if any(one.get_shape()[1:] != slices[0].get_shape()[1:] for one in slices):
+        raise ValueError("the rows of a tensor differ in shape between shards")
     mesh = get_world().mesh
     start, stop = (0, sum(counts)) if mesh is None else own_rows(sum(counts), mesh)
     rows = torch.cat(list(_between(slices, counts, start, stop)))
@@ -156,7 +160,7 @@ def _between(slices: Sequence[Slice], counts: Sequence[int], start: int, stop: i
 
 def _intact(path: Path, checksum: str) -> bool:
     try:
-        return _sha256(path) == checksum
+        return path.is_file() and _sha256(path) == checksum  # a device has no end
     except OSError:
         return False
 
