@@ -33,6 +33,23 @@ def is_flash(model: nn.Module) -> bool:
     return "flash" in str(config_of(model)._attn_implementation)
 
 
+def check_window(model: nn.Module, name: str, option: str, longest: int) -> None:
+    """Raises ModelError where layers read a window of fewer than `longest` tokens.
+
+    transformers takes a mask [batch, 1, query, key] for all layers as it is, so such layers would read whole documents.
+    """
+    config = config_of(model)
+    kinds = getattr(config, "layer_types", None)
+    windowed = kinds is None or any(kind.startswith(("sliding", "chunked")) for kind in kinds)
+    sizes = [getattr(config, size, None) for size in ("sliding_window", "attention_chunk_size", "local_attention")]
+    shortest = min((size for size in sizes if isinstance(size, int)), default=longest)
+    if windowed and shortest < longest and not is_flash(model):
+        raise ModelError(
+            f"{option}=true, but layers of model {name} attend to windows of {shortest} tokens, which texts of up to "
+            f"{longest} tokens exceed: set it to false, or lower benchmark.max_length"
+        )
+
+
 @torch.no_grad()
 def check_separation(model: nn.Module, name: str, dtype: torch.dtype) -> None:
     """Raises ModelError for a decoder that does not keep documents of a row apart exactly.

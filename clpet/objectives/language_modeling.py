@@ -29,7 +29,7 @@ from clpet.models.peft_options import FullFineTuning
 from clpet.models.protocols import Tokenizer, config_of, network_of
 from clpet.objectives import chunked_cross_entropy
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions, TaskScore
-from clpet.objectives.document_attention import document_mask, document_positions
+from clpet.objectives.document_attention import check_window, document_mask, document_positions
 from clpet.objectives.key_term_rank import prompt_windows, rank_statistics, ranks
 from clpet.runtime.distributed import get_world
 from clpet.runtime.sharding.network import gathered
@@ -63,6 +63,8 @@ class LanguageModeling(Objective):
                 f"evaluation.stride={stride} would skip text: it must be at most benchmark.max_length={length}"
             )
         self._check_begin_tokens()
+        if benchmark.document_mask:
+            check_window(self.adapters.model, backbone.name, "benchmark.document_mask", length)
         if benchmark.document_mask and getattr(self.adapters.config, "num_virtual_tokens", None):
             raise ConfigError("benchmark.document_mask does not support virtual tokens: set peft=lora or peft=none")
 

@@ -34,7 +34,7 @@ from clpet.objectives.answer_encoding import (
     until,
 )
 from clpet.objectives.base import AnswerSpace, Columns, Encode, Objective, Predictions
-from clpet.objectives.document_attention import check_separation
+from clpet.objectives.document_attention import check_separation, check_window
 from clpet.objectives.generation import continuous_answers, greedy, padded_answers, without_padding
 from clpet.objectives.output_layer import selecting
 from clpet.objectives.padding_free import packed_logits, packed_work
@@ -59,8 +59,10 @@ class TextToText(Objective):
         self.start = None if self.causal else config_of(self.adapters.model).decoder_start_token_id
         encode = chat.answers if chat else partial(encode_answers, self.tokenizer)
         if self.padding_free:
+            model, longest = self.adapters.model, self.benchmark.max_length + self.benchmark.max_target
+            check_window(model, self.backbone.name, "hardware.padding_free", longest)
             with self.autocast:
-                check_separation(self.adapters.model, self.backbone.name, self.dtype)
+                check_separation(model, self.backbone.name, self.dtype)
         self.label_tokens = Ragged(encode(self.benchmark.labels, self.benchmark.max_target).rows)
 
     def check_benchmark(self, benchmark: Benchmark, evaluation: EvaluationOptions) -> None:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from clpet.data.batches import EncodedDataset
 from clpet.data.packed_rows import MOST_PLACES, fill, pack_rows
 from clpet.errors import ModelError
-from clpet.objectives.document_attention import check_separation, document_mask, document_positions
+from clpet.objectives.document_attention import check_separation, check_window, document_mask, document_positions
 
 CPU = torch.device("cpu")
 OPTIONS = ["method=sequential", "model=tiny_llama", "objective=text_to_text"]
@@ -71,6 +71,19 @@ def test_models_are_probed() -> None:
     for kind, sizes in (("bloom", {"n_layer": 1, "n_head": 2}), ("mamba", {"num_hidden_layers": 1})):
         with pytest.raises(ModelError, match=f"model {kind} does not keep texts in a row apart: set it to false"):
             check_separation(decoder(kind, hidden_size=16, **sizes), kind, torch.float32)
+
+
+def test_windows_of_attention_are_refused() -> None:
+    """Mistral reads 6 tokens back, and Gemma 3 in some layers; a Qwen 2 with the same number does not use it."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6}
+    mistral, gemma = decoder("mistral", **sizes), decoder("gemma3_text", **sizes)
+    for model in (mistral, gemma):
+        with pytest.raises(ModelError, match="padding_free=true, but layers of model m attend to windows of 6 tokens"):
+            check_window(model, "m", "hardware.padding_free", 7)
+    check_window(mistral, "m", "hardware.padding_free", 6)
+    check_window(decoder("qwen2", **sizes), "m", "hardware.padding_free", 7)
+    check_separation(mistral, "m", torch.float32)
 
 
 @pytest.mark.parametrize(
