@@ -106,6 +106,11 @@ class Components:
                 f"{option} cannot be used with method={self.method.name}, whose branches are mixed differently for "
                 "every example: set it to false"
             )
+        if self.method.reads_activations:
+            raise ConfigError(
+                f"{option} cannot be used with method={self.method.name}, which reads what layers compute for every "
+                "example: set it to false"
+            )
 
     def _check_generation(self) -> None:
         """Raises ConfigError where examples that share a pass would not be answered as each by itself."""

@@ -51,6 +51,7 @@ class Method(Generic[ObjectiveType]):
     supported_pefts: ClassVar[tuple[str, ...]] = ()  # values of peft= it accepts; empty: all that train something
     unshardable: ClassVar[str] = ""  # why it cannot train weights that are divided over ranks; empty: it can
     supports_recompute: ClassVar[bool] = True  # a block can be run again in backward (gradient checkpointing)
+    reads_activations: ClassVar[bool] = False  # finds the tokens of every example in what layers compute
     task_id_at_test = False  # True: results are task-incremental; a subclass may make it an option
     mergeable: ClassVar[bool] = True  # one set of weights for all inputs, so that adapters can be merged
     uses_validation: ClassVar[bool] = True  # validates after every epoch with train.select=best
@@ -282,8 +283,7 @@ class Method(Generic[ObjectiveType]):
         pool = self.data.train
         order = np.argsort(-pool.lengths[rows], kind="stable")  # longest first: batches with little padding
         size = self.objective.eval_batch_size
-        batches = [order[start : start + size] for start in range(0, len(rows), size)]
-        device = self.objective.device
+        batches, device = [order[start : start + size] for start in range(0, len(rows), size)], self.objective.device
         computed = get_world().map(lambda positions: vector(pool.batch(rows[positions], device)).float(), batches)
         vectors = torch.cat(computed).to(device)
         return vectors[torch.from_numpy(np.argsort(np.concatenate(batches))).to(vectors.device)]  # back to given order
@@ -298,8 +298,7 @@ class Method(Generic[ObjectiveType]):
 
     def stored_parameters(self) -> int:
         """Number of scalars this method must store in addition to the frozen backbone."""
-        adapters = self.objective.adapters
-        stored = sum(adapters.count(name) for name in adapters.names)
+        stored = sum(map(self.objective.adapters.count, self.objective.adapters.names))
         stored += sum(parameter.numel() for parameter in self.objective.parameters().values())
         return stored + saved_state.count_saved(self)
 

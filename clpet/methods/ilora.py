@@ -62,6 +62,7 @@ class ILoRA(SecondAdapter):
     answer: Answer = Answer.slow
 
     uses_replay: ClassVar[bool] = True
+    reads_activations: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
     saved: ClassVar[tuple[str, ...]] = ("learned",)
     saved_in_task: ClassVar[tuple[str, ...]] = ("second", "steps")

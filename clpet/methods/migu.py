@@ -34,6 +34,7 @@ class MIGU(Static):
     faithful_padding: bool = False
 
     uses_replay: ClassVar[bool] = True
+    reads_activations: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(0 <= self.quantile < 1, "method.quantile", self.quantile, "in [0, 1)")

@@ -92,6 +92,8 @@ def test_windows_of_attention_are_refused() -> None:
         (["method=sequential"], "is for decoders with objective=text_to_text"),
         ([*OPTIONS, "peft=prefix"], "does not support vectors in front of a text, as of peft=prefix"),
         ([*OPTIONS, "method=o_lora"], "cannot be used with method=o_lora"),
+        ([*OPTIONS, "method=migu"], "cannot be used with method=migu, which reads what layers compute"),
+        ([*OPTIONS, "method=ilora", "replay=reservoir"], "cannot be used with method=ilora"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(options: list[str], line: str, make) -> None:
