@@ -230,11 +230,12 @@ class Adapters:
 
         All ranks must make this call if the weights are sharded; the main rank writes them.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         if self.config is None and get_world().mesh is not None:
-            (folder / "model").mkdir(exist_ok=True)
+            if get_world().is_main:  # the main rank may write to a temporary folder that the others do not know
+                (folder / "model").mkdir(parents=True, exist_ok=True)
             write_model(self.model, folder / "model")
             return
+        folder.mkdir(parents=True, exist_ok=True)
         if self.config is None:
             self.model.save_pretrained(folder / "model")  # type: ignore[operator]
             return

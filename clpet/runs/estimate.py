@@ -205,8 +205,13 @@ def _evaluate(session: Session, memory: PeakMemory, learned: int) -> Evaluated:
         start = time.perf_counter()
         evaluator(method, learned, tasks)
         seconds = time.perf_counter() - start
-    sharing = min(get_world().size, len(chosen))  # batches are divided among the ranks
+    sharing = min(evaluating_ranks(), len(chosen))
     return Evaluated(sum(map(pool.padded_tokens, chosen)) / sharing, seconds, memory.peak)
+
+
+def evaluating_ranks() -> int:
+    """Among how many ranks the batches of an evaluation are divided; a sharded backbone computes all on every rank."""
+    return 1 if get_world().sharded else get_world().size
 
 
 def _extrapolated(session: Session, work: Work, tasks: list[Rehearsed], evaluated: Evaluated) -> Estimate:
@@ -217,11 +222,12 @@ def _extrapolated(session: Session, work: Work, tasks: list[Rehearsed], evaluate
     growth = max(0, newest.in_use - before.in_use) * later
     peak = max(task.peak for task in tasks)
     if later:
-        heavier = max(work.heaviest, default=1) / max(1, *work.heaviest[: len(tasks)])
+        heavier = max(work.heaviest, default=1) / max([1, *work.heaviest[: len(tasks)]])
         peak = max(peak, newest.at_step + growth + round(max(task.activations for task in tasks) * heavier))
     stored = newest.stored + (newest.stored - before.stored) * later + work.replay_state
     training, flops, other = _training(trainer, work, tasks)
-    evaluation = (work.evaluation + work.validation) / world.size * evaluated.seconds / max(1.0, evaluated.tokens)
+    tokens = (work.evaluation + work.validation) / evaluating_ranks()
+    evaluation = tokens * evaluated.seconds / max(1.0, evaluated.tokens)
     training, other, evaluation, *peaks = world.all_reduce_max(
         training, other, evaluation, peak / MB, (evaluated.peak + growth) / MB
     )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clpet.runtime.sharding.tensors import is_dtensor
+
 
 class TensorsAlive(TorchDispatchMode):
     """Follows the storages of all tensors that operations read or write inside the block, until they are freed.
@@ -38,6 +40,9 @@ class TensorsAlive(TorchDispatchMode):
     def _add_storage(self, tensor: Tensor) -> None:
         if tensor.layout is not torch.strided:
             return
+        if is_dtensor(tensor):  # its own storage has a size as if it held all rows, but memory has those of this rank
+            with torch.no_grad():
+                tensor = tensor.to_local()
         storage = tensor.untyped_storage()
         number = id(storage)  # torch gives a storage one Python object for as long as it exists
         if number in self.references:

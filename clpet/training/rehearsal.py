@@ -71,8 +71,13 @@ class Rehearsal(Trainer):
         self.memory.start()
 
     def shortened(self, plan: BatchPlan) -> BatchPlan:
-        """The plan with one epoch: the heaviest batch, repeated, and batches of every size."""
+        """The plan with one epoch: the heaviest batch, repeated, and batches of every size.
+
+        A plan without batches remains as it is.
+        """
         batches = plan.epoch(0)
+        if not batches:
+            return plan
         tokens = [heaviest_tokens(self.objective, plan.pool, rows) for rows in batches]
         order = np.argsort(tokens, kind="stable")
         positions = np.linspace(0, len(batches) - 1, TIMED_STEPS + 2)[1:-1].round().astype(int)

@@ -1,5 +1,6 @@
 """dry_run=true prints what a run would do, and makes a few steps of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,12 @@ def test_the_heaviest_batch_comes_first_and_twice(make) -> None:
     every = sorted(heaviest_tokens(run.method.objective, plan.pool, rows) for rows in plan.epoch(0))
     assert few.steps == 5
     assert tokens == [every[5], every[5], every[1], every[2], every[4]]
+
+
+def test_a_plan_without_batches_is_not_shortened(make) -> None:
+    run = make("method=sequential", "dry_run=true")
+    plan = replace(run.method.plan(0), steps=0, epoch=lambda _: [])
+    assert run.trainer.shortened(plan) is plan
 
 
 @pytest.mark.parametrize(

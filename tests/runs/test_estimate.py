@@ -4,6 +4,7 @@ import gc
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from clpet.evaluation.evaluator import Evaluator
 from clpet.reporting.estimates import lines, read, sweep_table
 from clpet.runs import estimate as estimating
 from clpet.runs.dry_run import step_memory
-from clpet.runs.estimate import estimate
+from clpet.runs.estimate import estimate, evaluating_ranks
 from clpet.runs.planning import measured_tasks
 from clpet.runs.run_dir import task_cost
+from clpet.runtime.distributed import get_world
 from clpet.runtime.tensor_memory import PeakMemory, TensorsAlive
 from clpet.runtime.tree_size import tree_bytes
 from tests.conftest import set_up, tiny_args
@@ -118,6 +120,31 @@ def test_tasks_that_were_not_rehearsed_are_extrapolated(
     monkeypatch.setattr(estimating, "BUDGET", -1.0)
     six = ["benchmark.task=null", "benchmark.classes_per_task=2"]
     check([*tiny_args(words, "cache_dir=null", "train.epochs=1"), f"method={method}", *six], flops=0.2)
+
+
+def test_a_method_whose_steps_cannot_be_planned_has_an_estimate_without_times(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of six tasks are rehearsed, and the memory of the others is that of the newest."""
+    monkeypatch.setattr(estimating, "BUDGET", -1.0)
+    run = make("method=sequential", "train.epochs=1", "benchmark.task=null", "benchmark.classes_per_task=2",
+               "dry_run=true")  # fmt: skip
+
+    def stages(index: int) -> Any:
+        raise RuntimeError("depends on what was learned")
+
+    run.method.stages = stages
+    predicted = estimate(run.session)
+    assert (predicted["tasks"], predicted["rehearsed"]) == (6, 3)
+    assert predicted["seconds"] is predicted["flops"] is None
+    assert predicted["training_memory_mb"] > 0
+
+
+def test_a_sharded_backbone_evaluates_every_batch_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_world(), "size", 2, raising=False)
+    assert evaluating_ranks() == 2
+    monkeypatch.setattr(get_world(), "sharded", True, raising=False)
+    assert evaluating_ranks() == 1
 
 
 def test_memory_of_tensors_by_hand() -> None:

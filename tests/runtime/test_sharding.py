@@ -22,6 +22,7 @@ from clpet.runtime.run_checkpoint import read_tree, write_tree
 from clpet.runtime.sharding.files import read_shards, write_shards
 from clpet.runtime.sharding.gradients import total_norm
 from clpet.runtime.sharding.tensors import aligned, from_rows, local, own_rows, pack, row_counts, smallest, sums, unpack
+from clpet.runtime.tensor_memory import TensorsAlive
 from clpet.training.fit_checkpoint import FitCheckpointer
 from tests.conftest import domain_args, set_up, tiny_args
 from tests.runtime.test_multi_process import Losses
@@ -307,6 +308,31 @@ def test_a_shard_that_cannot_be_written_is_an_error_of_the_machine(
         ranks.mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
         with pytest.raises(HostError, match="cannot be written"):
             write_shards(tmp_path / "missing", {"a": from_rows(torch.zeros(2, 2), 2)})
+
+
+def test_the_memory_of_a_sharded_tensor_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four rows with three scalars, before and after an operation: 24 bytes each, with gradients or without."""
+    with one_rank(monkeypatch) as ranks:
+        ranks.mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+        weight = torch.nn.Parameter(from_rows(torch.zeros(2, 3), 4))
+        with TensorsAlive() as alive:
+            alive.add([weight])
+            assert alive.bytes == 24
+            total = weight + weight.detach()
+            assert alive.bytes == 48
+        del total
+
+
+def test_only_the_main_rank_writes_a_sharded_network(make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The others leave no folder, where the main rank has a temporary one until it is complete."""
+    method = make("method=sequential", "peft=none").method
+    monkeypatch.setattr(get_world(), "mesh", SimpleNamespace(), raising=False)
+    monkeypatch.setattr(get_world(), "index", 1, raising=False)
+    method.save(tmp_path / "after-001")
+    assert not (tmp_path / "after-001").exists()
+    monkeypatch.setattr(get_world(), "index", 0)
+    method.save(tmp_path / "after-001")
+    assert (tmp_path / "after-001" / "model" / "model.safetensors").is_file()
 
 
 def test_without_sharding_functions_return_what_they_get() -> None:
