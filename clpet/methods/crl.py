@@ -161,7 +161,8 @@ class CRL(Method[Classification]):
         """L_CL, a mean over the batch, plus in stage 2 L_KD, a mean over the examples of old classes."""
         batch = context.batch
         z, entries = self.project(self.objective.features(batch)), self.entries
-        self.computed.append((batch.rows, z.detach()))
+        if context.counts:
+            self.computed.append((batch.rows, z.detach()))
         loss = contrastive(z, batch.labels, self.bank.z[entries], self.bank.labels[entries], self.tau, self.eps)
         if self.distil and self.old_fraction:
             old = self.old_labels

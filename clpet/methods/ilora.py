@@ -24,6 +24,7 @@ from clpet.methods.components.subspace import mask_of
 from clpet.methods.second_adapter import SecondAdapter
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
+from clpet.runtime.distributed import get_world
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
@@ -119,12 +120,14 @@ class ILoRA(SecondAdapter):
         super().learn(task, index, trainer)
 
     def before_step(self, context: StepContext) -> None:
-        self.old_count = max(1, int((self.data.train.tasks[context.rows] != context.task).sum()))
+        self.old_count = int((self.data.train.tasks[context.rows] != context.task).sum())
 
     def loss(self, context: StepContext) -> Tensor:
         batch = context.batch
         old = batch.tasks != context.task
-        if not self.learned or not self.weight or not bool(old.any()):
+        # The ranks of a sharded backbone run the slow adapter together, also those that have no old example.
+        compared = self.old_count > 0 if get_world().sharded else bool(old.any())
+        if not (self.learned and self.weight and compared):
             return super().loss(context)
         with self.recorded() as fast:
             loss = super().loss(context)

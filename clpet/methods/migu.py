@@ -74,7 +74,7 @@ class MIGU(Static):
         return add
 
     def loss(self, context: StepContext) -> Tensor:
-        self.masks = self.objective.masks(context.batch)
+        self.masks = self.objective.masks(context.batch) if context.counts else None
         try:
             return super().loss(context)
         finally:

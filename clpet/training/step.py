@@ -24,6 +24,7 @@ class StepContext:
     rows: np.ndarray
     pool: EncodedDataset | None
     micro_batch: Batch | None = None  # set while `loss` runs
+    counts: bool = True  # False: it repeats a row, so that sharded ranks run equally many passes; its loss is dropped
 
     @property
     def batch(self) -> Batch:

@@ -270,13 +270,13 @@ class Trainer:
             for micro_rows, counts in get_world().micro_batches(rows, divide):
                 share = float(plan.pool.weights[micro_rows].sum() / total_weight)
                 batch = dataclasses.replace(plan.pool.batch(micro_rows, self.hardware.torch_device), share=share)
-                context.micro_batch = batch
+                context.micro_batch, context.counts = batch, counts
                 with tf32(self.hardware.torch_device, self.hardware.torch_dtype):
                     with self._saving():
                         value = hooks.loss(context) * (batch.share if counts else 0.0)
                     value.backward()
                 mean += value.detach()
-            context.micro_batch = None
+            context.micro_batch, context.counts = None, True
             if get_world().mesh is None:
                 self._add_step_loss(context, hooks, mean)
         get_world().sum_gradients(parameters, mean, self.checkpointer.requests())

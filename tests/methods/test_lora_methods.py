@@ -1,5 +1,6 @@
 """N-LoRA, MIGU, SLAO, SD-LoRA, LoRI, MoE-LoRA and I-LoRA: numbers by hand, and what must not change."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,8 @@ from clpet.methods import ilora, migu, moe_lora, n_lora, slao
 from clpet.methods.components.second_weights import SecondWeights
 from clpet.methods.lori import largest_entries
 from clpet.models.stacked_lora import low_rank_product
+from clpet.runtime.distributed import get_world
+from clpet.training.step import StepContext
 from tests.conftest import double, scores
 
 A, B = double([[1, -2, 0], [0.5, 0, 3]]), double([[2, 0], [-1, 1], [0, 0.5]])
@@ -62,6 +65,20 @@ def test_migu_changes_only_rows_of_large_outputs(size: str, make) -> None:
         changed = (module.weight != before[name]).any(1)
         assert torch.equal(changed, method.rows[name])
         assert 0 < changed.sum() < len(changed)
+
+
+def test_migu_does_not_add_repeated_rows(make) -> None:
+    """A sharded rank without rows left repeats one, for the pass alone."""
+    run = make("method=migu")
+    run.method.grow_head(0)
+    context = StepContext.of(run.data.train.batch(run.data.train.rows_of(0)[:3]))
+    found = []
+    for context.counts in (False, True):
+        run.method.before_step(context)
+        run.method.loss(context)
+        found.append([bool(total.any()) for total in run.method.sums.values()])
+    assert not any(found[0])
+    assert any(found[1])
 
 
 @pytest.mark.slow
@@ -224,6 +241,28 @@ def test_ilora_without_the_distance_and_with_the_fast_adapter_is_replay(make) ->
         run.learn(1)
         weights.append(torch.cat([value.detach().flatten() for value in run.method.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_ilora_runs_equally_many_passes_on_the_ranks_of_a_sharded_backbone(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without old examples of its own runs the slow adapter as well, and its loss stays the same."""
+    run = make("method=ilora")
+    pool, method = run.data.train, run.method
+    method.grow_head(0)
+    method.grow_head(1)
+    method.learned, passes = 1, []
+    method.objective.adapters.model.register_forward_hook(lambda *_: passes.append(1))
+    new, old = pool.rows_of(1)[:2], pool.rows_of(0)[:1]
+    losses = []
+    for sharded, rows in ((False, [*new, *old]), (True, new), (True, [*new, *old])):
+        monkeypatch.setattr(get_world(), "sharded", sharded)
+        context = StepContext(1, "", 0, 0, np.array(rows), pool, pool.batch(new))
+        method.before_step(context)
+        losses.append(method.loss(context).item())
+        passes.append(0)
+    assert passes == [1, 0, 1, 0, 1, 1, 0]
+    assert losses == [losses[0]] * 3
 
 
 @pytest.mark.slow

@@ -122,6 +122,9 @@ def on_files(words: Path, prose: Path, folder: Path) -> dict[str, list[str]]:
         cases[f"{name} frozen"] = [*tiny_args(words), *FULL, *model, *adapter]
         plain = [*domain_args(prose, "benchmark.max_train=20", "evaluation.max_tokens=500"), *FULL[1:], *model]
         cases[f"{name} plain text"] = [*plain, "train.epochs=2", "peft=none"]
+    uneven = [*adapter, "train.global_batch_size=3", "hardware.micro_batch_size=1"]  # a rank repeats a row
+    for method in (["method=ilora", "replay=reservoir"], ["method=migu"]):
+        cases[f"{method[0]} frozen"] = [*tiny_args(words), *FULL, *model, *uneven, *method]
     cases["blocks"] = [*tiny_args(words), *FULL, "model=tiny_llama", "peft=blocks", "peft.every=1", "method=ewc"]
     return cases
 
