@@ -17,8 +17,13 @@ from clpet.reporting.tables import say
 from clpet.runs.estimate import estimate
 from clpet.runs.planning import planned_stages
 from clpet.runtime.distributed import get_world
+from clpet.runtime.hardware import Hardware
 from clpet.runtime.tensor_memory import TensorsAlive
+from clpet.training.optimizers import OPTIMIZERS, size
 from clpet.wiring import Components, Session
+
+# Options of `hardware` that change the memory which shapes predict.
+NOT_CONSIDERED = ("shard", "offload", "gradient_checkpointing", "quantization", "compile", "kernels")
 
 
 def dry_run(console: Console, session: Session, out: Path) -> None:
@@ -35,6 +40,9 @@ def dry_run(console: Console, session: Session, out: Path) -> None:
     say(console, _ratio(method.trainable_parameters(), objective.adapters.base_parameters))
     for line in estimates.lines(estimated):
         say(console, line)
+    absent = [f"evaluation.{option}" for option in ("probes", "downstream") if getattr(config.evaluation, option)]
+    if absent:
+        say(console, f"without  {', '.join(absent)}: their time and memory are not estimated")
     if get_world().is_main:
         estimates.write(out, estimated)
 
@@ -74,22 +82,30 @@ def count_parameters(console: Console, components: Components, benchmark: Benchm
 
 
 def _memory_line(adapters: Adapters, components: Components, benchmark: Benchmark, generates: bool) -> str:
-    """The memory of a training step with texts of the largest length, from shapes alone."""
-    trained = adapters.tensors("default").values()
-    weights, states = (sum(value.numel() * value.element_size() for value in values)
-                       for values in (adapters.model.parameters(), trained))  # fmt: skip
-    size = components.config.train.global_batch_size
-    rows = min(size, components.hardware.micro_batch_size or size)
+    """The memory of a rank's training step with texts of the largest length, from shapes alone."""
+    train, hardware = components.config.train, components.hardware
+    weights = size(dict(adapters.model.named_parameters()))
+    moments = OPTIMIZERS[train.optimizer].moment_bytes(adapters.tensors("default"), train)
     answer = benchmark.max_target if components.objective.traits.in_words else 0
+    length = benchmark.max_length + answer
+    rows = rows_of_step(train.global_batch_size, length, hardware)
     added = step_memory(adapters.model, generates, rows, benchmark.max_length, answer)
-    fixed = f"weights {weights / MB:,.0f} MB, optimiser {2 * states / MB:,.0f} MB (two moments)"
+    fixed = f"weights {weights / MB:,.0f} MB, optimiser {moments / MB:,.0f} MB ({train.optimizer})"
+    ignored = [option for option in NOT_CONSIDERED if getattr(hardware, option) != getattr(Hardware, option)]
+    note = f"; not considered: {', '.join(f'hardware.{option}' for option in ignored)}" if ignored else ""
     if added is None:
-        return f"memory   {fixed}; gradients and activations are not known for this model"
-    total = weights + 2 * states + added
+        return f"memory   {fixed}; gradients and activations are not known for this model{note}"
     return (
-        f"memory   about {total / MB:,.0f} MB for {rows} texts of {benchmark.max_length + answer} tokens: {fixed}, "
-        f"gradients and activations {added / MB:,.0f} MB"
+        f"memory   about {(weights + moments + added) / MB:,.0f} MB for {rows} texts of {length} tokens: {fixed}, "
+        f"gradients and activations {added / MB:,.0f} MB{note}"
     )
+
+
+def rows_of_step(batch_size: int, length: int, hardware: Hardware) -> int:
+    """How many texts of `length` tokens a rank computes at once."""
+    rows = -(-batch_size // get_world().size)
+    rows = min(rows, hardware.micro_batch_size or rows)
+    return min(rows, max(1, hardware.max_tokens // length)) if hardware.max_tokens else rows
 
 
 def step_memory(model: nn.Module, generates: bool, rows: int, length: int, answer: int = 0) -> int | None:

@@ -85,6 +85,11 @@ def same_shape(parameter: Tensor, moments: Mapping[str, Tree]) -> Mapping[str, T
     return moments if parameter.shape in shapes else {}
 
 
+def size(named: Named) -> int:
+    """Bytes of all tensors."""
+    return sum(value.numel() * value.element_size() for value in named.values())
+
+
 @dataclass(frozen=True)
 class Kind:
     """One value of train.optimizer: how it is made, the optional settings it uses, and what it needs of the machine."""
@@ -93,6 +98,7 @@ class Kind:
     uses: tuple[str, ...]  # of OPTIONAL
     require: Callable[[torch.device], None] = lambda device: None  # raises HostError
     by_element: bool = True  # a scalar's step depends on its own gradients only, so that rows can be divided over ranks
+    moment_bytes: Callable[[Named, Training], int] = lambda named, settings: 2 * size(named)  # of all tensors
 
 
 def _adamw(named: Named, settings: Training) -> list[torch.optim.Optimizer]:
@@ -145,6 +151,21 @@ def is_block_matrix(name: str, value: Tensor) -> bool:
     return is_matrix and bool(in_block)
 
 
+def _moments_of_8_bits(named: Named, settings: Training) -> int:
+    """Two moments of a byte, and of four bytes in small tensors, which bitsandbytes does not quantize."""
+    counts = [value.numel() for value in named.values()]
+    return sum(2 * count * (1 if count >= 4096 else 4) for count in counts)
+
+
+def _moments_of_bf16(named: Named, settings: Training) -> int:
+    return 2 * 2 * sum(value.numel() for value in named.values())
+
+
+def _moments_of_muon(named: Named, settings: Training) -> int:
+    """One moment of the matrices of blocks, and two of the rest."""
+    return 2 * size(named) - size({name: value for name, value in named.items() if is_block_matrix(name, value)})
+
+
 def _require_muon(device: torch.device) -> None:
     if not hasattr(torch.optim, "Muon"):
         raise HostError(f"train.optimizer=muon needs torch 2.9 or newer, not {torch.__version__}: pip install -U torch")
@@ -157,10 +178,10 @@ def _require_bitsandbytes(device: torch.device) -> None:
 
 OPTIMIZERS = {
     "adamw": Kind(_adamw, ("betas", "eps")),
-    "adamw8bit": Kind(_adamw8bit, ("betas", "eps"), _require_bitsandbytes, by_element=False),
-    "adamw_bf16": Kind(_adamw_bf16, ("betas", "eps")),
-    "muon": Kind(_muon, ("betas", "eps", "momentum"), _require_muon, by_element=False),
-    "sgd": Kind(_sgd, ("momentum",)),
+    "adamw8bit": Kind(_adamw8bit, ("betas", "eps"), _require_bitsandbytes, False, _moments_of_8_bits),
+    "adamw_bf16": Kind(_adamw_bf16, ("betas", "eps"), moment_bytes=_moments_of_bf16),
+    "muon": Kind(_muon, ("betas", "eps", "momentum"), _require_muon, False, _moments_of_muon),
+    "sgd": Kind(_sgd, ("momentum",), moment_bytes=lambda named, settings: size(named) if settings.momentum else 0),
 }
 OPTIONAL = ("betas", "eps", "momentum")  # settings of `train` that not every optimiser uses
 

@@ -135,6 +135,7 @@ def test_parameters_of_a_model_without_local_weights(clpet) -> None:
     assert result.code == 0, result.err
     assert "trainable parameters 2,097,152 of 6,738,415,616: 0.031 %, 3213.1 times fewer" in result.out
     assert f"{2_097_152 + 20 * 4097:,}" in result.out
+    assert "optimiser 16 MB (adamw)" in result.out
     fewrel = ["benchmark=fewrel", f"data_dir={shared('data')}"]
     assert "2778.8 times fewer" in clpet("train", "model=llama_7b", "peft.r=4", "dry_run=true", *fewrel).out
 

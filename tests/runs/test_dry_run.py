@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from clpet.replay.exemplar_selection import random_features
+from clpet.runs.dry_run import rows_of_step
+from clpet.runtime.distributed import get_world
+from clpet.runtime.hardware import Hardware
 from clpet.runtime.tensor_memory import PeakMemory
 from clpet.training.rehearsal import heaviest_tokens
 from tests.conftest import tiny_args
@@ -72,6 +75,27 @@ def test_a_plan_without_batches_is_not_shortened(make) -> None:
     run = make("method=sequential", "dry_run=true")
     plan = replace(run.method.plan(0), steps=0, epoch=lambda _: [])
     assert run.trainer.shortened(plan) is plan
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 16), ({"micro_batch_size": 4}, 4), ({"max_tokens": 100}, 3), ({"max_tokens": 10}, 1),
+     ({"max_tokens": 100, "micro_batch_size": 2}, 2)],
+)  # fmt: skip
+def test_texts_of_32_tokens_that_are_computed_at_once(options: dict[str, int], expected: int) -> None:
+    assert rows_of_step(16, 32, Hardware(**options)) == expected
+
+
+def test_ranks_divide_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_world(), "size", 3, raising=False)
+    assert rows_of_step(16, 32, Hardware()) == 6
+
+
+def test_a_dry_run_names_what_is_not_estimated(words: Path, clpet) -> None:
+    answer = clpet("train", "method=sequential", *tiny_args(words), "train.epochs=1", "dry_run=true",
+                   "evaluation.probes=[weights]")  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert "without  evaluation.probes: their time and memory are not estimated" in answer.out
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,30 @@ def test_moments_are_restored(name: str) -> None:
     assert same_shape(torch.zeros(5, 3), moments) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [("adamw", {}, 8 * 20), ("adamw_bf16", {}, 4 * 20), ("muon", {}, 4 * 12 + 8 * 8), ("sgd", {}, 0),
+     ("sgd", {"momentum": 0.9}, 4 * 20)],
+)  # fmt: skip
+def test_bytes_of_moments_are_those_after_a_step(name: str, options: dict[str, float], expected: int) -> None:
+    """A matrix of 12 scalars in a block and a vector of 8, in fp32; counters of steps do not count."""
+    settings = Training(optimizer=name, **options)
+    named = {"layer.0.weight": nn.Parameter(torch.ones(4, 3)), "bias": nn.Parameter(torch.ones(8))}
+    optimizer = Optimizer(named, settings)
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(LR)
+    tensors = [value for state in optimizer.moments() for value in state.values() if isinstance(value, torch.Tensor)]
+    assert sum(value.nbytes for value in tensors if value.dim()) == expected
+    assert OPTIMIZERS[name].moment_bytes(named, settings) == expected
+
+
+def test_bytes_of_moments_of_eight_bits() -> None:
+    """One byte a scalar and moment, four in tensors of less than 4,096 scalars."""
+    named = {"large": nn.Parameter(torch.ones(64, 64)), "small": nn.Parameter(torch.ones(10))}
+    assert OPTIMIZERS["adamw8bit"].moment_bytes(named, Training(optimizer="adamw8bit")) == 2 * 4096 + 2 * 4 * 10
+
+
 def test_eight_bits_need_cuda_and_a_package() -> None:
     expected = "train.optimizer=adamw8bit needs a CUDA device, and `pip install bitsandbytes`"
     with pytest.raises(HostError, match=expected):
