@@ -2,7 +2,7 @@
 
 Training is that of WA, without some examples of every label. After a task t >= 2, on these held-out ones, with as many
 of every new label as of an old one,
-    z_new <- a z_new + b,   (a, b) = argmin CE   subject to a >= 0.001
+    z_new <- a z_new + b,   (a, b) = argmin CE + 0.01 ((a - 1)^2 + b^2)   subject to a >= 0.001
 The correction is then part of the head: the rows of the new labels become a w and a bias + b.
 """
 
@@ -18,7 +18,7 @@ from clpet.config.seeding import derive
 from clpet.data.batches import Encoded
 from clpet.data.benchmark import Benchmark, Task
 from clpet.errors import ConfigError
-from clpet.methods.wa import WA
+from clpet.methods.wa import CorrectedReplay
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.objectives.classification import Classification
@@ -27,10 +27,11 @@ from clpet.replay.exemplar import FixedReplay
 from clpet.training.trainer import Trainer
 
 SMALLEST = 1e-3  # of a
+RIDGE = 0.01  # weight of (a - 1)^2 + b^2: on few held-out examples that are all right, a would grow without a limit
 
 
 @dataclass
-class BiC(WA):
+class BiC(CorrectedReplay):
     """The held-out examples of old labels are those that replay=fixed stores for validation."""
 
     def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
@@ -71,21 +72,25 @@ class BiC(WA):
         logits, head = self.embed(rows, self.logits), self.objective.head
         targets = head.columns(torch.from_numpy(self.data.train.labels[rows]).to(logits.device))
         with torch.enable_grad():
-            a, b = fit_correction(logits, targets, self.old)
+            a, b = fit_correction(logits, targets, self.old, RIDGE)
         head.weight[self.old :] *= a
         head.bias[self.old :] = a * head.bias[self.old :] + b
         return {"correction_a": a, "correction_b": b}
 
 
-def fit_correction(logits: Tensor, targets: Tensor, old: int, smallest: float = SMALLEST) -> tuple[float, float]:
+def fit_correction(
+    logits: Tensor, targets: Tensor, old: int, ridge: float = 0.0, smallest: float = SMALLEST
+) -> tuple[float, float]:
     """(a, b) that minimise the cross-entropy with a z + b for the columns from `old` on, subject to a >= `smallest`.
 
+    `ridge` (a - 1)^2 + `ridge` b^2 is added, which is not in the paper.
     The problem is convex, so where its solution violates the bound, that with a at the bound is the constrained one.
     """
     values, targets = logits.detach().double().cpu(), targets.cpu()
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
-        return F.cross_entropy(torch.cat([values[:, :old], a * values[:, old:] + b], 1), targets)
+        corrected = torch.cat([values[:, :old], a * values[:, old:] + b], 1)
+        return F.cross_entropy(corrected, targets) + ridge * ((a - 1).square() + b.square())
 
     one, bound = torch.ones((), dtype=torch.float64), torch.tensor(smallest, dtype=torch.float64)
     a, b = minimum(lambda free: loss(free[0], free[1]), torch.stack([one, 0 * one])).tolist()

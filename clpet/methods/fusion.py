@@ -1,7 +1,7 @@
 """Fusion: LoRAs that are trained alone, one per task, and weighted together (Pfeiffer et al., 2021, arXiv 2005.00247).
 
     h = W x + sum_i w_i z_i,   z_i = s B_i A_i x
-After the LoRA of a task is trained and frozen, w is, by `mode`,
+The LoRA of a task is trained with a softmax over its labels, and frozen. Then w is, by `mode`,
     uniform    1 / n
     scalar     softmax(c) with a number c_i per task, the same in all layers
     attention  softmax_i((Q x + q) . (K z_i)) with Q, q and K of every layer, for every token
@@ -28,6 +28,7 @@ from clpet.methods.inc_lora import IncLoRA
 from clpet.models.peft_options import FullFineTuning
 from clpet.models.stacked_lora import StackedLoraLayer, kaiming
 from clpet.objectives.base import Objective
+from clpet.objectives.classification import Classification
 from clpet.records import State
 from clpet.replay.batch_plan import BatchPlan
 from clpet.training.step import StepContext
@@ -74,6 +75,8 @@ class Fusion(IncLoRA):
 
     def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
         super().check(objective, replay, peft)
+        if replay != "none" and self.mode is Mode.uniform:
+            raise ConfigError(f"method={self.name} replays nothing with method.mode=uniform: set replay=none")
         if replay == "none" and self.mode is not Mode.uniform:
             raise ConfigError(
                 f"method.mode={self.mode.value} would learn to choose the newest task: set replay=reservoir, or "
@@ -137,6 +140,10 @@ class Fusion(IncLoRA):
         return self.logits_of_tasks.softmax(0)
 
     def loss(self, context: StepContext) -> Tensor:
+        """While a LoRA is trained alone, the labels of its task compete: old rows would be pushed down under it."""
+        if isinstance(self.objective, Classification) and not self.fused:
+            with self.objective.softmax_of_task():
+                return self.routed_loss(context.batch, None)
         return self.routed_loss(context.batch, self.route(context.batch))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

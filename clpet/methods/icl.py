@@ -5,9 +5,11 @@ The examples are drawn from the memory (`replay`) of all tasks learned so far, i
 or with task_id_at_test=true from the prompt's own task. Nothing is trained.
 """
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from clpet.config.schema import require
 from clpet.config.seeding import derive
@@ -18,6 +20,9 @@ from clpet.errors import ConfigError
 from clpet.methods.zero_shot import ZeroShot
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import AnswerSpace, Objective, Predictions
+from clpet.runtime.distributed import get_world
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,6 +35,7 @@ class ICL(ZeroShot):
     task_id_at_test: bool = False
 
     uses_replay = True
+    mergeable = False  # the model without its demonstrations is another method: zero_shot
 
     @classmethod
     def unmet(cls, traits: Traits) -> str:
@@ -49,6 +55,7 @@ class ICL(ZeroShot):
 
     def init_adapters(self) -> None:
         self.examples = [example for task in self.benchmark.tasks for example in task.train]
+        self.answered = torch.zeros(2, dtype=torch.long)  # demonstrations that were shown, and prompts, per evaluation
 
     def draw(self, text: str, task: int) -> list[int]:
         """Train rows of the demonstrations of one prompt."""
@@ -69,18 +76,32 @@ class ICL(ZeroShot):
         shown = [f"{self.examples[row].text} {self.examples[row].target}" for row in rows]
         return Example("\n\n".join([*shown, text]))
 
-    def prompts(self, texts: list[str], tasks: list[int]) -> EncodedDataset:
-        """The prompts with as many demonstrations as fit."""
+    def prompts(self, texts: list[str], tasks: list[int]) -> tuple[EncodedDataset, int]:
+        """The prompts with as many demonstrations as fit, and the number of these."""
         rows = [self.draw(text, task) for text, task in zip(texts, tasks, strict=True)]
         limit = self.objective.benchmark.max_length
         while True:
             pool = self.objective.prompts([self.prompt(*pair) for pair in zip(texts, rows, strict=True)], tasks)
             too_long = [i for i in range(len(texts)) if pool.full_lengths[i] > limit and rows[i]]
             if not too_long:
-                return pool
+                return pool, sum(map(len, rows))
             for i in too_long:
                 rows[i] = rows[i][1:]
 
     def predict(self, batch: Batch, choices: AnswerSpace) -> Predictions:
-        pool = self.prompts(batch.sources, batch.tasks.tolist())
+        pool, shown = self.prompts(batch.sources, batch.tasks.tolist())
+        self.answered += torch.tensor([shown, len(batch)])
         return super().predict(pool.batch(np.arange(len(batch)), self.objective.device), choices)
+
+    def before_evaluation(self, pool: EncodedDataset, rows: np.ndarray) -> None:
+        self.answered.zero_()
+
+    def after_evaluation(self) -> None:
+        get_world().sum([self.answered])
+        if self.replay.memory and not self.answered[0]:
+            log.warning("no demonstration fits benchmark.max_length=%d: raise it", self.objective.benchmark.max_length)
+
+    def diagnostics(self) -> dict[str, float]:
+        """The mean number of demonstrations in a prompt of the last evaluation."""
+        shown, prompts = self.answered.tolist()
+        return {"demonstrations": shown / prompts} if prompts else {}

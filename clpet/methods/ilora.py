@@ -9,7 +9,7 @@ The slow adapter starts as a copy of the fast one after task 1, and answers (ans
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ from clpet.methods.second_adapter import SecondAdapter
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.runtime.distributed import get_world
-from clpet.training.step import StepContext
+from clpet.training.step import StepContext, StepHooks
 from clpet.training.trainer import Trainer
 
 LAST = 3  # blocks of layers=last3
@@ -65,6 +65,7 @@ class ILoRA(SecondAdapter):
     uses_replay: ClassVar[bool] = True
     reads_activations: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
+    uses_validation: ClassVar[bool] = False  # the best epoch of the trained adapter is not that of the slow one
     saved: ClassVar[tuple[str, ...]] = ("learned",)
     saved_in_task: ClassVar[tuple[str, ...]] = ("second", "steps")
 
@@ -114,6 +115,9 @@ class ILoRA(SecondAdapter):
     @property
     def answers_with_second(self) -> bool:
         return self.answer is Answer.slow and self.learned > 0
+
+    def hooks(self, index: int) -> StepHooks:
+        return replace(super().hooks(index), validate=None)
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.learned, self.steps = index, 0

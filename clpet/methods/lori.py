@@ -121,4 +121,4 @@ def largest_entries(
             "set method.disjoint=false"
         )
     threshold = values.kthvalue(len(values) - count + 1).values
-    return {name: size >= threshold for name, size in sizes.items()}
+    return {name: (size >= threshold) & (size > 0) for name, size in sizes.items()}

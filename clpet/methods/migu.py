@@ -18,6 +18,7 @@ from clpet.errors import ConfigError, ModelError
 from clpet.methods.components.subspace import mask_of
 from clpet.methods.replay import Static
 from clpet.models.peft_options import FullFineTuning
+from clpet.models.protocols import network_of
 from clpet.objectives.base import Objective
 from clpet.runtime.distributed import get_world
 from clpet.runtime.sharding.gradients import local_gradient
@@ -35,6 +36,7 @@ class MIGU(Static):
 
     uses_replay: ClassVar[bool] = True
     reads_activations: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True  # one pass per example, whose outputs are counted
 
     def __post_init__(self) -> None:
         require(0 <= self.quantile < 1, "method.quantile", self.quantile, "in [0, 1)")
@@ -48,14 +50,19 @@ class MIGU(Static):
 
     def init_adapters(self) -> None:
         super().init_adapters()
+        model = self.objective.adapters.model
+        embedding = network_of(model).get_input_embeddings().weight  # never masked, also where it is the output layer
         trained = {id(value): name for name, value in self.objective.adapters.tensors("default").items()}
+        trained.pop(id(embedding), None)
         self.maps: dict[str, nn.Linear] = {}  # by the name of the weight
-        for layer, module in self.objective.adapters.model.named_modules():
+        for layer, module in model.named_modules():
             if isinstance(module, nn.Linear) and id(module.weight) in trained:
                 self.maps[trained[id(module.weight)]] = module
                 module.register_forward_hook(self.adding(trained[id(module.weight)], layer))
         if not self.maps:
-            raise ModelError(f"method={self.name} finds no trained linear layer in this model")
+            raise ModelError(
+                f"method={self.name} finds no trained linear layer in this model (GPT-2 has none): use peft=lora"
+            )
         self.sums: dict[str, Tensor] = {}  # n of this step
         self.masks: list[Tensor] | None = None  # of the batch whose outputs are added; None: none are
         self.before: dict[str, Tensor] = {}  # weights before this step

@@ -4,7 +4,8 @@ From task 2 on, with the share k of old labels among all, the logits z' from bef
     L = (1 - k) CE + k KD,   KD = mean over the batch of CE(softmax(z' / T), softmax(z / T)) over the old labels
 on new examples and a memory. After the task, with the lengths of the head's weight rows (equation 6),
     w_new <- w_new mean |w_old| / mean |w_new|
-The biases stay as they are.
+The biases stay as they are. The factor is at most 1 (shrink_only, not in the paper): with AdamW rows grow with the time
+that they are trained, so old rows are the longer ones, and the paper's factor would strengthen new labels.
 """
 
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ from clpet.training.trainer import Trainer
 
 
 @dataclass
-class WA(Replay[Classification]):
-    """The teacher's logits of all examples of a task are computed once, before it is trained."""
+class CorrectedReplay(Replay[Classification]):
+    """Replay with distillation, and a correction of the head after every task, which a subclass defines.
+
+    The teacher's logits of all examples of a task are computed once, before it is trained.
+    """
 
     temperature: float = 2.0
     distil: bool = True
@@ -46,7 +50,7 @@ class WA(Replay[Classification]):
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
         self.old = len(self.objective.head.labels) if index else 0
-        self.teacher = None
+        self.teacher, self.corrections = None, {}
         if self.old and self.distil:
             rows = trainer.rows(self.plan(index))
             self.teacher = RowTable(rows, self.embed(rows, self.logits)[:, : self.old], len(self.data.train))
@@ -72,14 +76,24 @@ class WA(Replay[Classification]):
 
     def correct(self) -> dict[str, float]:
         """Changes the head's rows of the new labels, those from `old` on; returns figures to record."""
-        weight, bias = self.objective.head.weight, self.objective.head.bias
-        ratio = length_ratio(weight, self.old)
-        weight[self.old :] *= ratio
-        biases = {"old_bias": float(bias[: self.old].mean()), "new_bias": float(bias[self.old :].mean())}
-        return {"length_ratio": float(ratio), **biases}
+        raise NotImplementedError
 
     def diagnostics(self) -> dict[str, float]:
         return self.corrections
+
+
+@dataclass
+class WA(CorrectedReplay):
+    """Scales the head's rows of new labels."""
+
+    shrink_only: bool = True
+
+    def correct(self) -> dict[str, float]:
+        weight, bias = self.objective.head.weight, self.objective.head.bias
+        ratio = length_ratio(weight, self.old)
+        weight[self.old :] *= ratio.clamp(max=1.0) if self.shrink_only else ratio
+        biases = {"old_bias": float(bias[: self.old].mean()), "new_bias": float(bias[self.old :].mean())}
+        return {"length_ratio": float(ratio), **biases}
 
 
 def length_ratio(weight: Tensor, old: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Classification: a linear head on a representation of the text, with a row for each label seen so far."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -100,6 +101,7 @@ class Classification(Objective):
 
     def finish_setup(self) -> None:
         benchmark = self.benchmark
+        self.per_task_softmax = benchmark.per_task_softmax
         self.representation = representation(self.backbone, benchmark.template)
         self.pooler = self.load_pooler() if self.representation is Representation.pooled else None
         self.head = self.new_head(self.seed)
@@ -171,9 +173,18 @@ class Classification(Objective):
 
     def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy over the labels seen so far; with benchmark.softmax=task over those of each example's task."""
-        if self.benchmark.per_task_softmax:
+        if self.per_task_softmax:
             logits = logits + self.task_label_mask[batch.tasks][:, self.head.ids]
         return self.mean_cross_entropy(logits, self.targets(batch), batch)
+
+    @contextlib.contextmanager
+    def softmax_of_task(self) -> Iterator[None]:
+        """Losses inside are over the labels of each example's task."""
+        self.per_task_softmax, before = True, self.per_task_softmax
+        try:
+            yield
+        finally:
+            self.per_task_softmax = before
 
     def mean_cross_entropy(self, logits: Tensor, columns: Tensor, batch: Batch) -> Tensor:
         """Mean over the batch of the cross-entropy of [batch, columns] logits, each example times its label's weight.

@@ -55,7 +55,8 @@ def test_attention_by_hand() -> None:
 )
 def test_fusion_leaves_old_loras_as_they_are(mode: str, make) -> None:
     """And a LoRA is trained as if it were the only one: that of the second task begins and learns like a first one's."""
-    run = make("method=fusion", f"method.mode={mode}", "train.epochs=1")
+    words = ["method=fusion", f"method.mode={mode}", "train.epochs=1", *(["replay=none"] if mode == "uniform" else [])]
+    run = make(*words)
     run.learn(0)
     method = run.method
     old = {name: layer.all() for name, layer in method.stack.layers.items()}
@@ -67,7 +68,7 @@ def test_fusion_leaves_old_loras_as_they_are(mode: str, make) -> None:
         bare = method.objective.predict(run.data.test.batch(run.data.test.rows_of(0)), None).scores
     assert torch.equal(single, bare)
     assert not torch.equal(single, before)
-    fresh = make("method=fusion", f"method.mode={mode}", "train.epochs=1")
+    fresh = make(*words)
     fresh.learn(0)
     fresh.learn(1)
     for name, layer in fresh.method.stack.layers.items():
@@ -84,6 +85,19 @@ def test_learned_fusion_needs_a_memory(make) -> None:
     make("method=fusion", "replay=none", "method.mode=uniform")
     with pytest.raises(ConfigError, match="would learn to choose the newest task"):
         make("method=fusion", "replay=none")
+    with pytest.raises(ConfigError, match=r"replays nothing with method.mode=uniform"):
+        make("method=fusion", "method.mode=uniform")
+
+
+def test_a_lora_of_fusion_is_trained_among_the_labels_of_its_task(make) -> None:
+    """Else it would push down the head's rows of old labels, none of whose examples it sees."""
+    run = make("method=fusion", "method.mode=uniform", "replay=none", "train.epochs=1", "train.weight_decay=0")
+    run.learn(0)
+    head = run.method.objective.head
+    before = head.weight[:4].detach().clone(), head.bias[:4].detach().clone()
+    run.learn(1)
+    assert torch.equal(head.weight[:4], before[0])
+    assert torch.equal(head.bias[:4], before[1])
 
 
 WORDS_OUT = ["objective=text_to_text", "model=tiny_llama", "benchmark.max_target=8"]
@@ -110,7 +124,8 @@ def test_demonstrations_are_of_all_tasks_in_their_order(make) -> None:
 def test_demonstrations_are_left_out_where_they_do_not_fit(make) -> None:
     run = make("method=icl", *WORDS_OUT, "benchmark.max_length=40")
     run.learn(0)
-    pool = run.method.prompts(["pear n9", "pear " * 30], [0, 0])
+    pool, shown = run.method.prompts(["pear n9", "pear " * 30], [0, 0])
+    assert 1 <= shown < 6
     few = run.data.train.full_lengths.max()
     assert few < pool.lengths[0] <= 40
     assert pool.full_lengths[0] <= 40 < pool.full_lengths[1]  # the second prompt is too long by itself

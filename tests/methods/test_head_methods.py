@@ -52,7 +52,7 @@ def test_cosine_logits_by_hand() -> None:
 
 
 def test_wa_scales_the_rows_of_new_labels_alone(make) -> None:
-    run = make("method=wa", "train.epochs=1")
+    run = make("method=wa", "train.epochs=1", "method.shrink_only=false")
     run.learn(0)
     method, head = run.method, run.method.objective.head
     assert method.diagnostics() == {}
@@ -63,6 +63,28 @@ def test_wa_scales_the_rows_of_new_labels_alone(make) -> None:
     assert torch.equal(head.weight[:4], before[0][:4])
     assert torch.allclose(head.weight[4:], ratio * before[0][4:])
     assert length_ratio(head.weight, 4).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_wa_lengthens_no_rows_unless_it_may(make) -> None:
+    run = make("method=wa", "train.epochs=1")
+    method, head = run.method, run.method.objective.head
+    run.learn(0)
+    run.learn(1)
+    for length, factor in ((0.5, 1.0), (2.0, None)):  # of the new rows, in those of the old ones
+        with torch.no_grad():
+            head.weight[4:] *= length * head.weight[:4].norm(dim=1).mean() / head.weight[4:].norm(dim=1).mean()
+            before = head.weight[4:].clone()
+            figures = method.correct()
+        assert figures["length_ratio"] == pytest.approx(1 / length, rel=1e-5)
+        assert torch.allclose(head.weight[4:], before * (factor or 0.5), rtol=1e-5)
+
+
+def test_the_correction_of_bic_is_bounded_where_all_is_right() -> None:
+    """Four old and four new labels that are separated: without the ridge a grows to 10 and more."""
+    logits = torch.eye(8, dtype=torch.float64).repeat(4, 1) * 8 + torch.linspace(0, 1, 8, dtype=torch.float64)
+    targets = torch.arange(8).repeat(4)
+    assert fit_correction(logits, targets, 4, ridge=0.01)[0] < 2
+    assert fit_correction(logits, targets, 4)[0] > 4
 
 
 def test_bic_learns_without_the_examples_that_correct_it(make) -> None:

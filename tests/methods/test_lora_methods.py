@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from clpet.errors import ConfigError
+from clpet.errors import ConfigError, ModelError
 from clpet.methods import ilora, migu, moe_lora, n_lora, slao
 from clpet.methods.components.second_weights import SecondWeights
 from clpet.methods.lori import largest_entries
@@ -174,6 +174,21 @@ def test_the_masks_of_lori_by_hand() -> None:
     assert not any((masks[name] & other[name]).any() for name in masks)
     with pytest.raises(ConfigError, match=r"needs 12 of the 10 entries"):
         largest_entries(FACTORS, 0.4, masks)
+
+
+def test_entries_that_have_not_changed_are_in_no_mask_of_lori() -> None:
+    masks = largest_entries({"one": double([0, 0, 0, 0, 0, 0, 0, 0, 0, 2])}, 0.5)
+    assert masks["one"].int().tolist() == [0] * 9 + [1]
+
+
+def test_migu_never_masks_tied_embeddings(make) -> None:
+    words = ["objective=text_to_text", "benchmark.max_target=8", "peft=none", "method=migu"]
+    with pytest.raises(ModelError, match="finds no trained linear layer"):  # GPT-2 has no other nn.Linear
+        make("model=tiny_gpt2", *words)
+    method = make("model=tiny_t5", *words).method
+    assert method.maps
+    embedding = method.objective.adapters.model.get_input_embeddings().weight
+    assert all(module.weight is not embedding for module in method.maps.values())
 
 
 def test_lori_changes_only_the_entries_in_the_mask(make) -> None:
