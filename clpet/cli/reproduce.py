@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clpet.config.table_spec import TableSpec, read_table, table_files
 from clpet.errors import ConfigError, DataError
-from clpet.escape import printable
+from clpet.escape import inline, printable
 from clpet.reporting.planned_run import PlannedRun
 
 
@@ -39,11 +39,12 @@ def reproduce(argv: list[str]) -> int:
     carry_out(runs, arguments.parallel, "runs")
     from clpet.reporting.result_table import ResultTable
 
+    check_inputs([*tuning, *runs])
     folder = arguments.results / Path(arguments.table).stem / arguments.budget
     table = ResultTable.of(spec, arguments.budget, tuning, runs)
-    table.write(folder)
+    table.write(folder, with_table=not only)
     print(printable(table.text("text")))
-    print(f"\nwritten to {folder}")
+    print(f"\nwritten to {folder}{' (the files of these rows; the table needs all rows)' if only else ''}")
     return 0
 
 
@@ -140,6 +141,34 @@ def carry_out(runs: Sequence[PlannedRun], parallel: int, what: str) -> None:
     failures = sweep.run(screen)
     if failures:
         raise ConfigError(f"{len(failures)} of {len(left)} runs failed; the first: {failures[0][0]}: {failures[0][1]}")
+
+
+def check_inputs(runs: Sequence[PlannedRun]) -> None:
+    """Raises ConfigError if runs were measured on different data, or if data, weights or code have changed since.
+
+    The latter is checked for one run of every row, since it reads the data.
+    """
+    from clpet.config.build import parse_config
+    from clpet.config.compose import compose_config
+    from clpet.runs import provenance
+
+    tests: dict[str, tuple[str, Path]] = {}
+    checked: set[str] = set()
+    for run in {run.out: run for run in runs}.values():
+        results = run.results
+        if results is None:
+            continue
+        if run.row not in checked:
+            checked.add(run.row)
+            provenance.check_finished(run.out, results, parse_config(compose_config(run.words)))
+        for task, fingerprint in (results.get("test_sets") or {}).items():
+            name = f"{results.get('split')} {run.order} {task}"
+            first, where = tests.setdefault(name, (fingerprint, run.out))
+            if first != fingerprint:
+                raise ConfigError(
+                    f"{run.out} and {where} were measured on different examples of task {inline(task)}: give the runs "
+                    "of one table one folder and one version of the data (--output)"
+                )
 
 
 def describe(spec: TableSpec, tuning: Sequence[PlannedRun], budget: str) -> str:

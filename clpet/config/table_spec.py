@@ -91,9 +91,14 @@ class TableSpec:
         )
 
     def trials(self, row: str) -> Iterator[list[str]]:
-        """The words of every combination of the values in the grid; none for a row that is not tuned."""
-        for values in product(*self.grid.values()) if self.grid and self.rows[row].tuned else ():
-            yield [f"{key}={_spell(value)}" for key, value in zip(self.grid, values, strict=True)]
+        """The words of every combination of the values in the grid; none for a row that is not tuned.
+
+        An option that the row sets itself is not tuned.
+        """
+        fixed = {word.partition("=")[0].lstrip("+") for word in self.rows[row].words}
+        grid = {key: values for key, values in self.grid.items() if key not in fixed}
+        for values in product(*grid.values()) if grid and self.rows[row].tuned else ():
+            yield [f"{key}={_spell(value)}" for key, value in zip(grid, values, strict=True)]
 
     def run_words(self, row: str, trial: list[str], seed: int, order: str) -> list[str]:
         """The overrides of one run; those of a row come after those of a trial, so that it can fix a value."""

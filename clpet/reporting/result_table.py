@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from clpet import __version__
 from clpet.config.table_spec import Published, TableSpec
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import Json, Results
@@ -35,6 +35,7 @@ class TableRow:
     values: dict[tuple[int, int], dict[str, float | None]] = field(default_factory=dict)
     signatures: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
+    versions: Json = None  # of the packages in its first run
 
     def mean(self, name: str) -> MeanStd | None:
         """Mean and standard deviation of a value over seeds and orders."""
@@ -51,7 +52,7 @@ class TableRow:
         ]
         trials: list[Json] = [{"words": list(words), "validation": score} for words, score in self.trials]
         return {
-            "row": self.name, "clpet": __version__, "words": list(self.words), "chosen": list(self.chosen),
+            "row": self.name, "versions": self.versions, "words": list(self.words), "chosen": list(self.chosen),
             "trials": trials, "runs": runs, "signatures": list(self.signatures),
         }  # fmt: skip
 
@@ -82,6 +83,7 @@ class ResultTable:
                     lower = results["direction"] == "lower"
                     row.values[run.order, run.seed] = measured(results)
                     row.signatures.append(str(results["signature"]))
+                    row.versions = row.versions or cast(dict[str, Json], results).get("versions")
             rows.append(row)
         sign = 1 if lower else -1
         rows.sort(key=lambda row: sign * (mean.mean if (mean := row.mean("average")) else math.inf * sign))
@@ -137,15 +139,15 @@ class ResultTable:
         return (
             f"Mean ± standard deviation over {count} runs (seeds and orders); Student's t interval of the mean; paired "
             "t-tests against the first row, corrected after Holm. Options were chosen on validation data, with equally "
-            "many trials for every row."
+            "many trials for every row that trains something and leaves them open."
         )
 
-    def write(self, folder: Path) -> None:
-        """Writes ROW.json for every row, and the table as table.txt, .md, .tex and .csv."""
+    def write(self, folder: Path, with_table: bool = True) -> None:
+        """Writes ROW.json for every row, and `with_table` the table as table.txt, .md, .tex and .csv."""
         folder.mkdir(parents=True, exist_ok=True)
         for row in self.rows:
             write_text(folder / f"{row.name}.json", json.dumps(row.to_json(), indent=1) + "\n")
-        for form, ending in FORMS.items():
+        for form, ending in FORMS.items() if with_table else ():
             write_text(folder / f"table.{ending}", self.text(form) + "\n")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from clpet.config.schema import EvaluationOptions
+from clpet.config.schema import EvaluationOptions, Matrix
 from clpet.errors import ConfigError, enough_memory
 from clpet.methods.base import Method
 from clpet.runs import lm_eval
@@ -20,13 +20,17 @@ def check_downstream(components: Components) -> None:
     if not options.downstream:
         return
     lm_eval.check(components.objective, components.backbone, components.method, "evaluation.downstream")
+    if components.config.evaluation.matrix is Matrix.last and options.downstream_every != 1:
+        raise ConfigError(
+            "evaluation.downstream_every has no effect with evaluation.matrix=last, which measures the last row alone"
+        )
     if components.hardware.shard:
         raise ConfigError("evaluation.downstream cannot be used with hardware.shard: one rank reads the whole model")
 
 
 @dataclass
 class Downstream:
-    """Measures the tasks in every evaluation.downstream_every-th row, and in the first and the last one."""
+    """Measures the tasks in every evaluation.downstream_every-th measured row, and in the first and the last one."""
 
     options: EvaluationOptions
     method: Method

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from clpet.cli.reproduce import best_trial
-from clpet.config.table_spec import TableSpec, read_table, table_files
+from clpet.cli.reproduce import best_trial, check_inputs
+from clpet.config.table_spec import Row, TableSpec, read_table, table_files
+from clpet.errors import ConfigError
 from clpet.reporting.planned_run import PlannedRun
 from clpet.reporting.result_table import ResultTable, TableRow, paired_t_test
 from clpet.reporting.run_metrics import t_probability
@@ -101,6 +102,28 @@ def test_a_table_is_listed_and_printed_as_commands(words: Path, tmp_path: Path, 
         assert refused(clpet("reproduce", *wrong)), wrong
     file.write_text(file.read_text() + "colour: red\n")
     assert refused(clpet("reproduce", str(file), "--budget", "smoke"))
+
+
+def test_runs_on_different_data_make_no_table(tmp_path: Path) -> None:
+    class Finished:
+        row, words, order = "a", [], 0
+
+        def __init__(self, name: str, fingerprint: str) -> None:
+            self.out = tmp_path / name
+            self.results = {"split": "test", "test_sets": {"x": fingerprint}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clpet.runs.provenance.check_finished", lambda *_: None)
+        check_inputs([Finished("1", "f"), Finished("2", "f")])  # type: ignore[list-item]
+        with pytest.raises(ConfigError, match="different examples of task x"):
+            check_inputs([Finished("1", "f"), Finished("2", "g")])  # type: ignore[list-item]
+
+
+def test_options_that_a_row_fixes_are_not_tuned() -> None:
+    rows = {"a": Row(["method=ewc", "train.lr=1"]), "b": Row(["method=ewc"]), "c": Row(tuned=False)}
+    spec = TableSpec("T", [], rows, {"train.lr": [1, 2], "peft.r": [4]})
+    trials = {name: list(spec.trials(name)) for name in rows}
+    assert trials == {"a": [["peft.r=4"]], "b": [["train.lr=1", "peft.r=4"], ["train.lr=2", "peft.r=4"]], "c": []}
 
 
 @pytest.mark.slow
