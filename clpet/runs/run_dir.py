@@ -35,6 +35,7 @@ from clpet.records import (
 from clpet.runs.provenance import git_revision, hub_data, versions
 from clpet.runtime.atomic_io import replace_folder, write_text
 from clpet.runtime.distributed import get_world
+from clpet.runtime.hardware import NOT_RECORDED
 from clpet.runtime.run_checkpoint import RunState, write_tree
 from clpet.runtime.untrusted_json import read_json, read_results
 
@@ -123,10 +124,11 @@ def _warn_of_rounding(out: Path, host: dict[str, str | int]) -> None:
         before = read_json(out / "run.json").get("host")
     except DataError:
         return
-    if isinstance(before, dict) and (
-        other := [key for key in host if key != "name" and before.get(key, host[key]) != host[key]]
-    ):
-        changes = ", ".join(f"{key} {before[key]}, now {host[key]}" for key in other)
+    if not isinstance(before, dict):
+        return
+    before, now = {**NOT_RECORDED, **before}, {**NOT_RECORDED, **host}
+    if other := [key for key in now if key != "name" and before.get(key, now[key]) != now[key]]:
+        changes = ", ".join(f"{key} {before[key]}, now {now[key]}" for key in other)
         log.warning("the run began with %s: it ends equal to rounding, not bit for bit", inline(changes))
 
 

@@ -90,6 +90,11 @@ class Generation(Enum):
     continuous = "continuous"
 
 
+# Options that change the rounding, as `Hardware.record` names them, and the values that it leaves out.
+NOT_RECORDED = {"generation": "padded", "compiled": "false", "fused": "none", "padding_free": "false",
+                "max_tokens": "unlimited"}  # fmt: skip
+
+
 @dataclass
 class Hardware:
     """A hardware group option: it changes how a run is carried out, not what it computes (nf4 alone rounds weights)."""
@@ -222,16 +227,21 @@ class Hardware:
     def record(self) -> dict[str, str | int]:
         """This machine: its name, and what the rounding of sums depends on (other values give other last bits)."""
         cuda = self.torch_device.type == "cuda"
+        options: dict[str, str | int] = {
+            "generation": self.generation.value,
+            "compiled": str(self.compile).lower(),
+            "fused": self.kernels.value,
+            "padding_free": str(self.padding_free).lower(),
+            "max_tokens": self.max_tokens or "unlimited",
+        }
         return {
             "device": self.torch_device.type,
             **({"gpu": torch.cuda.get_device_name(self.torch_device)} if cuda else {}),
             "dtype": str(self.torch_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "ranks": get_world().size,
-            **({"generation": "continuous"} if self.generation is Generation.continuous else {}),
             "kernels": torch.backends.cpu.get_cpu_capability(),
-            **({"compiled": "true"} if self.compile else {}),
-            **({"fused": self.kernels.value} if self.kernels is not Kernels.none else {}),
+            **{name: value for name, value in options.items() if value != NOT_RECORDED[name]},
             "name": platform.node(),
         }
 

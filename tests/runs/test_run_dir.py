@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from clpet.runs.run_dir import _warn_of_rounding
+from clpet.runtime.hardware import Device, Hardware
 from tests.conftest import run_cli, tiny_args
 from tests.wandb_reader import read_wandb
 
@@ -30,6 +32,19 @@ def test_the_run_directory_contains_all_files(finished: Path) -> None:
                  "transfer.png", "accuracy.png", "loss.png", "steps.jsonl", "adapters", "heads", "predictions", "state", "wandb"):  # fmt: skip
         assert (finished / name).exists(), name
     assert (finished / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_names_options_that_round_differently(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In both directions: an option that is off is not recorded."""
+    one, other = Hardware(device=Device.cpu), Hardware(device=Device.cpu, padding_free=True, max_tokens=64)
+    for before, now in ((one, other), (other, one), (other, other)):
+        (tmp_path / "run.json").write_text(json.dumps({"host": before.record()}))
+        _warn_of_rounding(tmp_path, now.record())
+    changes = ["padding_free false, now true, max_tokens unlimited, now 64",
+               "padding_free true, now false, max_tokens 64, now unlimited"]  # fmt: skip
+    assert caplog.messages == [
+        f"the run began with {change}: it ends equal to rounding, not bit for bit" for change in changes
+    ]
 
 
 def test_results_json_has_the_documented_keys(finished: Path) -> None:
