@@ -5,19 +5,21 @@ import json
 import logging
 import logging.config
 import os
+import platform
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from clpet.cli.error_messages import format_error
 from clpet.config.build import build, parse_config
-from clpet.errors import ClpetError, ConfigError
+from clpet.errors import ClpetError, ConfigError, HostError
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import Json
 from clpet.run import run
@@ -79,10 +81,23 @@ def run_rank(
             logging.disable()
         if len(set(world.gather(run_dir_and_mode(config, out)))) > 1:
             raise ConfigError("the ranks were started with different options: give all of them the same command")
+        if hardware.torch_device.type == "cuda":
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            check_gpus(world.gather((platform.node(), str(properties.uuid))))
         matrix = run(OmegaConf.create(config), out, overrides, quiet)
         world.barrier()  # what follows on any rank may read the results, which the main rank writes last
         logging.disable(logging.NOTSET)  # for the script that has called clpet.train
         return matrix
+
+
+def check_gpus(gpus: Sequence[tuple[str, str]]) -> None:
+    """Raises HostError if two ranks have the same GPU, given (machine, GPU) of every rank; NCCL cannot connect them."""
+    machine, count = max(((gpu[0], gpus.count(gpu)) for gpu in gpus), key=lambda shared: shared[1])
+    if count > 1:
+        raise HostError(
+            f"{count} of the {len(gpus)} ranks would share a GPU of {machine}: start one process for each GPU, or set "
+            "hardware=cpu"
+        )
 
 
 def run_dir_and_mode(config: dict[str, Json], out: Path) -> str:

@@ -105,8 +105,12 @@ class Probes:
 
     def measure(self, row: int) -> dict[str, float]:
         """The values after `row` tasks; empty without probes, and on all ranks but the main one."""
-        if not self.options.probes or not get_world().is_main:
+        if not self.options.probes:
             return {}
+        with get_world().wait_for_main():
+            return self._measure(row) if get_world().is_main else {}
+
+    def _measure(self, row: int) -> dict[str, float]:
         objective, values = self.method.objective, dict[str, float]()
         objective.adapters.train_mode(False)
         counted, model = objective.meter.counting("evaluated"), self.method.answering()

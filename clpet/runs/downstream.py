@@ -54,8 +54,12 @@ class Downstream:
     def measure(self, row: int) -> dict[str, float]:
         """{downstream/TASK/METRIC: value} after `row` tasks, in the harness's units; empty in other rows."""
         due = row % self.options.downstream_every == 0 or row == self.num_tasks
-        if not (self.options.downstream and due and get_world().is_main):
+        if not (self.options.downstream and due):
             return {}
+        with get_world().wait_for_main():
+            return self._measure() if get_world().is_main else {}
+
+    def _measure(self) -> dict[str, float]:
         objective = self.method.objective
         state = random_state(objective.device)  # the harness draws random numbers
         try:

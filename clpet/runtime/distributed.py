@@ -9,6 +9,8 @@ import contextlib
 import datetime
 import itertools
 import os
+import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clpet.errors import HostError
+from clpet.runtime.late_flags import LateFlags
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +28,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Divide = Callable[[np.ndarray], list[np.ndarray]]  # rows -> micro-batches
 BUCKET_NUMEL = 2**26  # gradient scalars per all-reduce
-TIMEOUT = datetime.timedelta(hours=2)  # long enough for the main rank to read or write alone while the others wait
+TIMEOUT = datetime.timedelta(hours=2)  # of a collective; `wait_for_main` has no limit
+POLL = 0.1  # seconds between two questions whether the main rank is ready
+UNREACHABLE = re.compile("clos|reset|refused|broken pipe|time.?out|timed out|0 bytes|exited|network|abort", re.I)
 
 _run_numbers = itertools.count()  # of the process groups of this process
 
@@ -106,34 +111,17 @@ class World:
         """Waits until all ranks have reached this call."""
 
     @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Runs the block on the main rank first, then on the others, which find its results in the caches."""
+    def wait_for_main(self) -> Iterator[None]:
+        """At its end the other ranks wait for the main one, which works alone in the block for as long as it takes."""
         yield
 
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Runs the block on the main rank first, then on the others, which find its results in the caches.
 
-class LateFlags:
-    """Flags that are computed on a device: read at once on a CPU, and on a GPU when the next ones are put.
-
-    By then they have long been copied, so that the CPU never waits for work that it has just given to the GPU.
-    """
-
-    def __init__(self) -> None:
-        self.values: Sequence[bool] = ()
-        self.copied: tuple[Tensor, torch.cuda.Event] | None = None
-
-    def put(self, flags: Tensor) -> None:
-        """Gives the newest flags; `values` are these, or those before them."""
-        if flags.device.type != "cuda":
-            self.values = [bool(flag) for flag in flags.tolist()]
-            return
-        if self.copied:
-            host, event = self.copied
-            event.synchronize()
-            self.values = [bool(flag) for flag in host.tolist()]
-        host, event = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True), torch.cuda.Event()
-        host.copy_(flags, non_blocking=True)
-        event.record()
-        self.copied = (host, event)
+        They also run it after an error of the main rank, which might be theirs as well.
+        """
+        yield
 
 
 class DistributedWorld(World):
@@ -158,6 +146,7 @@ class DistributedWorld(World):
         self.size, self.index, self.dist = dist.get_world_size(), dist.get_rank(), dist
         self.threads = max(1, (os.cpu_count() or 1) // local_size)
         self.is_local = False  # inside `local_only`
+        self.waits = itertools.count()
         self.requests = LateFlags()
 
     def close(self) -> None:
@@ -241,12 +230,24 @@ class DistributedWorld(World):
         self.all_reduce_max(0)  # of a CPU tensor, so over gloo also between GPUs
 
     @contextlib.contextmanager
+    def wait_for_main(self) -> Iterator[None]:
+        key = f"main/{next(self.waits)}"
+        try:
+            yield
+        finally:
+            with raise_on_lost_rank():
+                if self.is_main:
+                    self.store.set(key, "ready")
+                while not self.store.check([key]):
+                    time.sleep(POLL)
+
+    @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
+        with self.wait_for_main():
+            if self.is_main:
+                yield
         if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+            yield
 
 
 _world = World()
@@ -287,10 +288,12 @@ def without_gradients() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raise_on_lost_rank() -> Iterator[None]:
-    """Raises LostRank where the other ranks cannot be reached."""
+    """Raises LostRank where the other ranks cannot be reached, in the words of gloo, NCCL and the store."""
     try:
         yield
     except RuntimeError as error:
+        if not UNREACHABLE.search(str(error)):
+            raise
         raise LostRank(f"another rank of this run has ended ({str(error).splitlines()[0]})") from error
 
 

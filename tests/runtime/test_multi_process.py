@@ -193,6 +193,13 @@ def test_a_sharded_run_saves_adapters_that_load_on_one_rank(words: Path, clpet, 
 
 
 @pytest.mark.slow
+def test_a_dry_run_of_two_ranks_needs_no_weights(clpet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = clpet("train", "model=llama_7b", "peft.r=4", "dry_run=true", "hardware=cpu", *TWO)
+    assert (result.code, result.err) == (0, "")
+
+
+@pytest.mark.slow
 def test_an_error_on_a_rank_ends_the_run_with_one_line(words: Path, clpet, tmp_path: Path) -> None:
     result = clpet("train", "method=sequential", *tiny_args(words), *TWO, "train.lr=1e30")
     assert (result.code, result.err.count("\n")) == (1, 1)
