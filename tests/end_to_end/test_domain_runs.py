@@ -23,6 +23,7 @@ from clpet.runtime.hardware import Hardware
 from tests.conftest import domain_args, killed_run, methods_of
 from tests.methods.test_all_methods import kill_after
 from tests.objectives.test_language_modeling import domains, make_objective
+from tests.runs.test_stored_bytes import check_stored_bytes
 
 METHODS = sorted(set(methods_of("language_modeling")) - {"zero_shot"})
 QUICK = {"sequential", "dapt", "kif"}  # the others are marked slow
@@ -44,6 +45,8 @@ def test_every_method_lowers_the_perplexity_of_its_training_domain(method: str, 
     assert result.code == 0, result.err
     scores, last = load_results(Path("outputs"))["scores"], -1 if method == "joint" else 1
     assert scores[last][0] < 0.99 * scores[0][0]
+    (run,) = Path("outputs").glob("*/*/s*")
+    check_stored_bytes(run, method)
 
 
 @pytest.mark.slow

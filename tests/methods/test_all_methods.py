@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import killed_run, methods_of, tiny_args
+from tests.runs.test_stored_bytes import check_stored_bytes
 
 METHODS = methods_of("classification")
 
@@ -87,6 +88,8 @@ def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
     for key in ("scores", "correct", "task_scores", "backward", "forward", "diagnostics"):
         assert uninterrupted[key] == cut[key], key
     (one,), (two,) = ((tmp_path / name).glob("*/*/s*") for name in ("whole", "cut"))
+    if not more:
+        check_stored_bytes(one, method)
     for file in one.glob("adapters/*/adapter_model.safetensors"):
         a, b = load_file(file), load_file(two / file.relative_to(one))
         assert all(torch.equal(a[key], b[key]) for key in a)
