@@ -58,8 +58,8 @@ class DERPP(Replay):
     new examples. draws=1: both terms are of the same examples, in one forward pass; 2: each has its own (published).
     """
 
-    alpha: float = 0.5
-    beta: float = 0.5
+    alpha: float = 0.1
+    beta: float = 1.0
     draws: int = 1
     memory_batch: int | None = None
     logits_from: Source = Source.auto

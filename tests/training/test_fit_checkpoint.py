@@ -115,6 +115,14 @@ VARIANTS = {
     "gain_lora": ["method=gain_lora", "peft.dropout=0.3"],
     "progressive_prompts": ["method=progressive_prompts"],
     "osf": ["method=osf"],
+    "derpp": ["method=derpp"],
+    "ilora": ["method=ilora", "replay=all"],
+    "lori": ["method=lori"],
+    "fusion": ["method=fusion", "replay=all"],
+    "bic": ["method=bic", "replay.per_class=6", "replay.train_share=0.5"],
+    "slao": ["method=slao"],
+    "sd_lora": ["method=sd_lora", "train.select=best"],
+    "merge": ["method=merge", "method.rule=opcm"],
 }
 
 
