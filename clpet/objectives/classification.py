@@ -101,7 +101,7 @@ class Classification(Objective):
 
     def finish_setup(self) -> None:
         benchmark = self.benchmark
-        self.per_task_softmax = benchmark.per_task_softmax
+        self.in_task_softmax = False  # inside `softmax_of_task`
         self.representation = representation(self.backbone, benchmark.template)
         self.pooler = self.load_pooler() if self.representation is Representation.pooled else None
         self.head = self.new_head(self.seed)
@@ -173,18 +173,18 @@ class Classification(Objective):
 
     def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy over the labels seen so far; with benchmark.softmax=task over those of each example's task."""
-        if self.per_task_softmax:
+        if self.benchmark.per_task_softmax or self.in_task_softmax:
             logits = logits + self.task_label_mask[batch.tasks][:, self.head.ids]
         return self.mean_cross_entropy(logits, self.targets(batch), batch)
 
     @contextlib.contextmanager
     def softmax_of_task(self) -> Iterator[None]:
         """Losses inside are over the labels of each example's task."""
-        self.per_task_softmax, before = True, self.per_task_softmax
+        self.in_task_softmax = True
         try:
             yield
         finally:
-            self.per_task_softmax = before
+            self.in_task_softmax = False
 
     def mean_cross_entropy(self, logits: Tensor, columns: Tensor, batch: Batch) -> Tensor:
         """Mean over the batch of the cross-entropy of [batch, columns] logits, each example times its label's weight.

@@ -80,7 +80,9 @@ def step_loss(method: CRL, micro_batches: list[list[int]]) -> float:
     method.before_step(SimpleNamespace(rows=rows))
     labels = torch.from_numpy(method.data.train.labels)
     losses = [
-        method.loss(SimpleNamespace(batch=SimpleNamespace(rows=np.array(chunk), labels=labels[chunk]))) * len(chunk) / 3
+        method.loss(SimpleNamespace(counts=True, batch=SimpleNamespace(rows=np.array(chunk), labels=labels[chunk])))
+        * len(chunk)
+        / 3
         for chunk in micro_batches
     ]
     return sum(losses).item()
