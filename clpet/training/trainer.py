@@ -62,6 +62,7 @@ class Trainer:
         self.task, self.last = index, last
         torch.manual_seed(derive(self.seed, "task", self.objective.benchmark.seed_key(index)))
         self.objective.meter.restart()
+        self.objective.flops.renew()  # a task after a loaded state counts the same operations as one after another
 
     @property
     def epochs(self) -> int:

@@ -119,6 +119,7 @@ def same(one: Any, two: Any, tolerance: float = 0.0) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("two_ranks")  # one worker: the two ranks run all cases once
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_learn_the_same_as_one_process(name: str, words: Path, prose: Path, by_rank: list) -> None:
     """Equal losses at every step and equal predictions; the state of the method is bit-identical on both ranks."""

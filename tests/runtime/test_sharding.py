@@ -150,6 +150,7 @@ def by_rank(words: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("sharded")  # one worker: the two ranks run all cases once
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_with_half_of_the_weights_learn_as_one_process(name: str, words: Path, by_rank: list) -> None:
     first, second = (found[name] for found in by_rank)
