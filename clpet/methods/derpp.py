@@ -4,7 +4,7 @@ With z' the logits that the model gave for an old example x' before (equations 5
     L = CE(f(x), y) + alpha mean (f(x') - z')^2 + beta CE(f(x'), y'),   DER: beta = 0
 The mean is over the columns that z' has. z' are, by `logits_from`,
     stored   those at the moment when x' entered the reservoir, which is filled at every step (published)
-    teacher  those of the model from before the task; the memory changes after a task, and there is no term in the first
+    teacher  those of the model from before the task (none in the first one); the memory changes after a task
 """
 
 from collections.abc import Callable

@@ -48,7 +48,22 @@ def linear_layers(model: nn.Module) -> set[str]:
     return {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
 
 
-class StackedLora:
+class Switchable:
+    """Something that forward passes add to layers while it is enabled."""
+
+    enabled: bool
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Forward passes inside ignore it."""
+        self.enabled, before = False, self.enabled
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+
+class StackedLora(Switchable):
     """The branches of all adapted layers: those that the targets of peft=lora, or of `config`, name.
 
     Raises ModelError if no layer matches, or if a target of `config` matches none.
@@ -120,15 +135,6 @@ class StackedLora:
         finally:
             for layer in self.layers.values():
                 layer.selected = None
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Forward passes inside ignore all branches."""
-        self.enabled, before = False, self.enabled
-        try:
-            yield
-        finally:
-            self.enabled = before
 
     def spectra(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The singular values of the sum of all branches of every layer, and the layer's weight; nothing if off.

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from clpet.config.schema import EvaluationOptions, Matrix
@@ -35,21 +34,17 @@ class Downstream:
     options: EvaluationOptions
     method: Method
     num_tasks: int
+    tasks: lm_eval.Harness  # the tasks of the harness, with their data; empty on all ranks but the main one
 
     @classmethod
     def of(cls, session: Session) -> "Downstream":
-        """That of a session. Raises ConfigError and DataError for tasks that cannot be loaded."""
-        downstream = cls(session.config.evaluation, session.method, len(session.benchmark))
-        if downstream.options.downstream and get_world().is_main and not session.config.dry_run:
-            downstream.tasks  # noqa: B018  (wrong names are refused before training)
-        return downstream
-
-    @cached_property
-    def tasks(self) -> lm_eval.Harness:
-        """The tasks of the harness, with their data."""
-        folder = self.options.downstream_dir
-        lm_eval.silence_logs()
-        return lm_eval.load_tasks(self.options.downstream, Path(folder).expanduser() if folder else None)
+        """That of a session. Raises ConfigError and DataError for tasks that cannot be loaded, before training."""
+        options, tasks = session.config.evaluation, lm_eval.Harness()
+        if options.downstream and get_world().is_main:
+            lm_eval.silence_logs()
+            folder = Path(options.downstream_dir).expanduser() if options.downstream_dir else None
+            tasks = lm_eval.load_tasks(options.downstream, folder)
+        return cls(options, session.method, len(session.benchmark), tasks)
 
     def measure(self, row: int) -> dict[str, float]:
         """{downstream/TASK/METRIC: value} after `row` tasks, in the harness's units; empty in other rows."""

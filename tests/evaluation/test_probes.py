@@ -114,7 +114,7 @@ def test_values_are_those_of_direct_computation(words: Path) -> None:
 
 
 def test_merged_models_are_compared_as_they_answer(words: Path) -> None:
-    """Training goes on with one LoRA; what answers has the merged change of all tasks."""
+    """One LoRA is trained, but the model that answers has the merged change of all tasks."""
     run = set_up(tiny_args(words, "cache_dir=null", *ANSWERS, "model=tiny_llama", "method=merge", ALL,
                            "evaluation.probe_tokens=128"))  # fmt: skip
     for index in range(2):

@@ -213,7 +213,7 @@ def parts(folders: dict[str, list[str]], steps: int) -> None:
 
 @pytest.mark.slow
 def test_a_run_resumes_on_one_rank_and_again_on_two(words: Path, tmp_path: Path) -> None:
-    """The state of the task, optimiser and method is divided anew; the trained model is that of one process."""
+    """The state of the task, optimiser and method is divided over the new number of ranks; the trained model is that of one process."""
     args = [*tiny_args(words), *FULL, "model=tiny_llama", "train.optimizer_state=carry"]
     methods = {"kif": METHODS["kif"], "ewc": METHODS["ewc"], "recurrent": ["method=recurrent_kif", "replay=share",
                "method.inner_steps=2", "method.outer_steps=1"]}  # fmt: skip

@@ -3,13 +3,14 @@
 A vector is a dict of matrices by layer. Quantities called global are over all matrices together, as one flat vector.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from clpet.models.stacked_lora import Switchable
 
 Vector = Mapping[str, Tensor]
 
@@ -119,7 +120,7 @@ def opcm(
     return {name: value * (mean / size) for name, value in total.items()}, size / mean
 
 
-class DenseIncrements:
+class DenseIncrements(Switchable):
     """Changes of layers' weights that forward passes add while they are on: h = W x + D x. W itself never changes."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -128,15 +129,6 @@ class DenseIncrements:
         self.enabled = False
         for name, module in layers.items():
             module.register_forward_hook(self.hook(name))
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Forward passes inside ignore them."""
-        self.enabled, before = False, self.enabled
-        try:
-            yield
-        finally:
-            self.enabled = before
 
     def matrices(self) -> tuple[str, int, int]:
         """The name of the first layer, and the scalars that forward passes read now; none of them is trained."""
