@@ -28,11 +28,13 @@ class Published:
 class Row:
     """A row of a table: the words of its method, and what was published.
 
-    Without `tuned` the values of the grid have no effect, as on a method that trains nothing: no trials are run.
+    Without `tuned` the values of the grid have no effect, as on a method that trains nothing: no trials are run. `grid`
+    replaces values of the table's grid by equally many others, as for prompts, which need higher learning rates.
     """
 
     words: list[str] = field(default_factory=list)
     tuned: bool = True
+    grid: dict[str, list[Scalar]] = field(default_factory=dict)
     published: Published | None = None
 
 
@@ -71,6 +73,10 @@ class TableSpec:
         for key, values in self.grid.items():
             if not values:
                 raise ConfigError(f"{where}: grid.{key} has no values")
+        for name, row in self.rows.items():
+            for key, values in row.grid.items():
+                if len(values) != len(self.grid.get(key, [])):
+                    raise ConfigError(f"{where}: rows.{name}.grid.{key} needs as many values as grid.{key}")
 
     def with_budget(self, name: str, only: list[str]) -> "TableSpec":
         """This table with what a budget replaces, and only the rows `only` if there are any. Raises ConfigError."""
@@ -96,7 +102,7 @@ class TableSpec:
         An option that the row sets itself is not tuned.
         """
         fixed = {word.partition("=")[0].lstrip("+") for word in self.rows[row].words}
-        grid = {key: values for key, values in self.grid.items() if key not in fixed}
+        grid = {key: values for key, values in {**self.grid, **self.rows[row].grid}.items() if key not in fixed}
         for values in product(*grid.values()) if grid and self.rows[row].tuned else ():
             yield [f"{key}={_spell(value)}" for key, value in zip(grid, values, strict=True)]
 
