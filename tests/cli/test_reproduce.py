@@ -63,6 +63,17 @@ def test_the_table_by_hand() -> None:
     assert "0.074" in lines[4].split()
 
 
+def test_a_row_may_replace_values_of_the_grid_by_equally_many() -> None:
+    rows = {"plain": Row(["method=a"]), "prompts": Row(["method=b"], grid={"train.lr": [0.1, 0.3]})}
+    spec = TableSpec("T", [], {**rows, "fixed": Row(["method=c", "train.lr=1"])}, {"train.lr": [1, 2]})
+    assert list(spec.trials("plain")) == [["train.lr=1"], ["train.lr=2"]]
+    assert list(spec.trials("prompts")) == [["train.lr=0.1"], ["train.lr=0.3"]]
+    assert list(spec.trials("fixed")) == []
+    rows["prompts"].grid["train.lr"] = [0.1]
+    with pytest.raises(ConfigError, match=r"mine: rows\.prompts\.grid\.train\.lr needs as many values as grid\.train\.lr"):
+        spec.check("mine")
+
+
 def test_the_best_trial_is_chosen_on_validation(tmp_path: Path) -> None:
     trials = [PlannedRun("a", [], tmp_path / str(lr), 0, 0, [f"train.lr={lr}"]) for lr in (1, 2, 3)]
     assert best_trial([]) == []
