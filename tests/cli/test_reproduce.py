@@ -70,7 +70,9 @@ def test_a_row_may_replace_values_of_the_grid_by_equally_many() -> None:
     assert list(spec.trials("prompts")) == [["train.lr=0.1"], ["train.lr=0.3"]]
     assert list(spec.trials("fixed")) == []
     rows["prompts"].grid["train.lr"] = [0.1]
-    with pytest.raises(ConfigError, match=r"mine: rows\.prompts\.grid\.train\.lr needs as many values as grid\.train\.lr"):
+    with pytest.raises(
+        ConfigError, match=r"mine: rows\.prompts\.grid\.train\.lr needs as many values as grid\.train\.lr"
+    ):
         spec.check("mine")
 
 
