@@ -71,11 +71,11 @@ class MoELoRA(IncLoRA):
         layers = list(self.stack.layers.values())
         seed, device = derive(self.seed, "routers"), self.objective.device
         self.routers = Routers([layer.d_in for layer in layers], self.experts, seed, device)
-        for layer, weight in zip(layers, self.routers.weights, strict=True):
-            layer.router = self.routing(weight)
+        for number, (name, layer) in enumerate(self.stack.layers.items()):
+            layer.router = self.routing(number, name, self.routers.weights[number])
 
-    def routing(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """The experts' weights [..., experts] of inputs [..., d_in], in fp32."""
+    def routing(self, number: int, name: str, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """The experts' weights [..., experts] of a layer's inputs [..., d_in], in fp32."""
         return lambda x: expert_weights(x, weight, self.top_k)
 
     def add_branch(self, index: int) -> None:

@@ -245,15 +245,18 @@ class StackedLoraLayer:
         return (output + total * owner.scale).to(output.dtype)
 
     def rank_weights(self, x: Tensor) -> Tensor | None:
-        """The weight of every row of A, broadcastable over the positions of `x`.
-
-        If each example became several consecutive rows of `x` (candidate answers), its weights are repeated.
-        """
+        """The weight of every row of A, broadcastable over the positions of `x`."""
         weights = self.owner.weights
-        if weights is None or weights.dim() == 1:
-            return weights
-        weights = weights.repeat_interleave(len(x) // len(weights), 0)
-        return weights.view(len(weights), *[1] * (x.dim() - 2), -1)
+        return weights if weights is None or weights.dim() == 1 else weights_of_rows(weights, x)
+
+
+def weights_of_rows(weights: Tensor, x: Tensor) -> Tensor:
+    """The weights [batch, n] of examples, broadcastable over the positions of `x` [rows, ..., d].
+
+    If each example became several consecutive rows of `x` (candidate answers), its weights are repeated.
+    """
+    weights = weights.repeat_interleave(len(x) // len(weights), 0)
+    return weights.view(len(weights), *[1] * (x.dim() - 2), -1)
 
 
 @torch.no_grad()

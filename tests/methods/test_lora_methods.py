@@ -1,4 +1,4 @@
-"""N-LoRA, MIGU, SLAO, SD-LoRA, LoRI, MoE-LoRA and I-LoRA: numbers by hand, and what must not change."""
+"""N-LoRA, MIGU, SLAO, SD-LoRA, LoRI, MoE-LoRA, CL-MoE and I-LoRA: numbers by hand, and what must not change."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from clpet.errors import ConfigError, ModelError
-from clpet.methods import ilora, migu, moe_lora, n_lora, slao
+from clpet.methods import cl_moe, ilora, migu, moe_lora, n_lora, slao
 from clpet.methods.components.second_weights import SecondWeights
 from clpet.methods.lori import largest_entries
 from clpet.models.stacked_lora import low_rank_product
@@ -225,6 +225,66 @@ def test_one_expert_is_a_lora(make) -> None:
     assert torch.allclose(scores(run, rows), answers, atol=1e-6)
     with pytest.raises(ConfigError, match="cannot be divided"):
         make("method=moe_lora", "method.experts=3")
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"), [("comment", [0.7, 1.7, 3.1, 4.5]), ("published", [0.3, 1.3, 1.9, 2.5])]
+)
+def test_the_averages_of_cl_moe_by_hand(roles: str, expected: list[float]) -> None:
+    """Four experts, of which the earlier task has used the first two and this one the second and third."""
+    before, now = torch.tensor([True, True, False, False]), torch.tensor([False, True, True, False])
+    share = cl_moe.earlier_shares(before, now, 0.7, cl_moe.Roles(roles)).double()
+    assert cl_moe.averaged(double([1, 1, 1, 1]), double([0, 2, 4, 6]), share).tolist() == pytest.approx(expected)
+
+
+def test_the_experts_of_a_token_by_hand() -> None:
+    """Of equal weights the lower index counts; padding does not."""
+    weights = double([[[0.5, 0.2, 0.3], [0.4, 0.4, 0.2], [0.1, 0.1, 0.8]]])
+    assert cl_moe.tokens_of_experts(weights, torch.tensor([[1, 1, 0]]), 2).tolist() == [[2, 1, 1]]
+    assert cl_moe.tokens_of_experts(weights, None, 1).tolist() == [[2, 0, 1]]
+
+
+def test_the_task_weights_of_cl_moe_by_hand(make) -> None:
+    """Half the router's weights, half the shares of the task's experts; a task to come has the router's alone."""
+    run = make("method=cl_moe", "method.experts=4", "method.task_id_at_test=true")
+    method, layer = run.method, next(iter(run.method.stack.layers.values()))
+    x = torch.zeros(2, 3, layer.d_in)  # the router weights all experts equally
+    method.usage = [torch.tensor([[6.0, 6, 0, 0]]).expand(len(method.stack.layers), 4)]
+    method.task_weights = method.task_shares(torch.tensor([0, 1]))
+    weights = layer.router(x)
+    assert weights[0, 0].tolist() == [0.375, 0.375, 0.125, 0.125]
+    assert weights[1, 2].tolist() == [0.25] * 4
+    router = double([[0.354770, 0.354770, 0.290461]])
+    mixed = cl_moe.with_task(router, double([[0.25, 0.25, 0]]))
+    stacked_A, stacked_B = double([[1, 0], [0, 1], [1, -1]]), double([[1, 2, 0], [1, -1, 0.5]])
+    branch = 2 * low_rank_product(double([[1, 2]]), stacked_A, stacked_B, mixed)
+    assert branch[0].tolist() == pytest.approx([4.273848, -1], abs=1e-5)
+
+
+def test_cl_moe_averages_the_experts_and_not_the_routers(make) -> None:
+    run = make("method=cl_moe", "train.epochs=1")
+    run.learn(0)
+    method = run.method
+    rows = run.data.train.rows_of(0)
+    tokens = int(run.data.train.lengths[rows].sum())
+    assert all(usage.sum() == 2 * tokens for usage in method.usage[0])
+    before = {name: value.detach().clone() for name, value in method.named_parameters().items()}
+    trained = {}
+    average = method.average
+    method.average = lambda: (
+        trained.update({name: value.detach().clone() for name, value in method.named_parameters().items()}),
+        average(),
+    )
+    run.learn(1)
+    after = method.named_parameters()
+    chosen = cl_moe.largest(torch.stack(method.usage), 2)
+    for number, name in enumerate(method.stack.layers):
+        preserved = chosen[0, number] & ~chosen[1, number]
+        share = torch.where(preserved, 0.7, 0.3).repeat_interleave(2)
+        one, two = f"4.{name}.A", f"4.{name}.B"
+        assert torch.allclose(after[one], share[:, None] * before[one] + (1 - share[:, None]) * trained[one])
+        assert torch.allclose(after[two], share * before[two] + (1 - share) * trained[two])
+        assert torch.equal(after[f"{name}.router"], trained[f"{name}.router"])
 
 
 def test_the_slow_adapter_by_hand() -> None:

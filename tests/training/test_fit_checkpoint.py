@@ -118,6 +118,7 @@ VARIANTS = {
     "derpp": ["method=derpp"],
     "ilora": ["method=ilora", "replay=all"],
     "lori": ["method=lori"],
+    "cl_moe": ["method=cl_moe"],
     "fusion": ["method=fusion", "replay=all"],
     "bic": ["method=bic", "replay.per_class=6", "replay.train_share=0.5"],
     "slao": ["method=slao"],
