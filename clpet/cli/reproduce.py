@@ -6,22 +6,30 @@ A run that has finished is not run again and a stopped one resumes, so the same 
 import argparse
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clpet.config.table_spec import TableSpec, read_table, table_files
 from clpet.errors import ConfigError, DataError
 from clpet.escape import inline, printable
 from clpet.reporting.planned_run import PlannedRun
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+OF_TABLE = {"seed", "output_dir", "fresh", "dry_run", "extend"}  # set by a table, or not for it
+
 
 def reproduce(argv: list[str]) -> int:
     """`clpet reproduce`: the exit code is 0 when the table is complete."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     if not arguments.table:
         print("\n".join(["tables: " + ", ".join(table_files()), "describe one: clpet reproduce TABLE --list"]))
         return 0
     only = [name.strip() for name in (arguments.only or "").split(",") if name.strip()]
-    spec = read_table(arguments.table).with_budget(arguments.budget, only)
+    spec = replace(read_table(arguments.table).with_budget(arguments.budget, only), local=arguments.words)
+    check_local(spec)
     tuning = [
         plan(spec, row, trial, spec.seeds[0], 0, arguments.output, on_validation=True)
         for row in spec.rows
@@ -56,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("table", nargs="?", help="a table of conf/table, or a YAML file of your own")
     parser.add_argument(
+        "words", nargs="*", metavar="KEY=VALUE", help="options of this machine for all runs, such as data_dir=FOLDER"
+    )
+    parser.add_argument(
         "--budget", default="cpu", help="a budget of the table, such as smoke, cpu or gpu (default: cpu)"
     )
     parser.add_argument("--only", metavar="ROW,ROW", help="only these rows")
@@ -71,16 +82,42 @@ def plan(
     spec: TableSpec, row: str, trial: list[str], seed: int, order: int, output: Path, on_validation: bool = False
 ) -> PlannedRun:
     """A run of a row, with its directory. Raises ConfigError for words that do not compose."""
-    from clpet.config.build import parse_config
-    from clpet.config.compose import compose_config
-    from clpet.config.identity import run_name
+    from clpet.config.identity import portable_signature, run_name
 
     words = [*spec.run_words(row, trial, seed, spec.orders[order]), f"output_dir={output}"]
     if on_validation:
         words.append("evaluation.split=validation")
-    cfg = compose_config(words)
-    parse_config(cfg)
-    return PlannedRun(row, words, output / run_name(cfg), seed, order, trial)
+    cfg = compose(row, words)
+    return PlannedRun(row, words, output / run_name(cfg), seed, order, trial, portable_signature(cfg))
+
+
+def compose(row: str, words: Sequence[str]) -> "DictConfig":
+    """The checked configuration of a run. Raises ConfigError with the name of its row."""
+    from clpet.cli.error_messages import format_error
+    from clpet.config.build import parse_config
+    from clpet.config.compose import compose_config
+
+    try:
+        cfg = compose_config([*words])
+        parse_config(cfg)
+    except Exception as error:  # of Hydra, OmegaConf or clpet
+        raise ConfigError(f"row {row}: {format_error(error)[0]}") from error
+    return cfg
+
+
+def check_local(spec: TableSpec) -> None:
+    """Raises ConfigError if words of the command line change what the table measures."""
+    if not spec.local:
+        return
+    row = next(iter(spec.rows))
+    trial = next(spec.trials(row), [])
+    given, own = (plan(table, row, trial, spec.seeds[0], 0, Path()) for table in (spec, replace(spec, local=[])))
+    of_table = {word.partition("=")[0].lstrip("+") for word in spec.local} & OF_TABLE
+    if given.signature != own.signature or of_table:
+        raise ConfigError(
+            f"{' '.join(spec.local)} would change the runs of the table: give only places and hardware here, such as "
+            "data_dir=FOLDER, and other options in the words of a YAML of your own"
+        )
 
 
 def final(spec: TableSpec, tuning: Sequence[PlannedRun], output: Path) -> list[PlannedRun]:

@@ -103,6 +103,19 @@ def signature(cfg: DictConfig) -> str:
     return digest(_identity(cfg, NOT_IDENTITY))
 
 
+def portable_signature(cfg: DictConfig) -> str:
+    """The signature without the places of data and weights: of the same run on another machine.
+
+    A model without a name of its own, in a local folder, goes by the name of the folder.
+    """
+    identity = cast(dict[str, dict[str, Json]], _identity(cfg, NOT_IDENTITY))
+    identity["data_dir"] = cast(dict[str, Json], None)
+    model = identity.get("model") or {}
+    if path := model.get("path"):
+        model["path"] = None if model.get("hub") else os.path.basename(str(path))
+    return digest(identity)
+
+
 def setting(cfg: DictConfig) -> str:
     """Hash of the conditions under which methods are compared: the signature without method and replay."""
     return digest(_identity(cfg, (*NOT_IDENTITY, "method", "replay")))

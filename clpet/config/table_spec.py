@@ -54,7 +54,8 @@ class TableSpec:
     """A table: the runs of each row are the same but for its method and the values chosen for it on validation data.
 
     `words` are the overrides of all runs. `grid` holds the values that are tried, the same for every row, with the
-    first seed and order: every combination is a trial. `orders` are the words of each order of the tasks.
+    first seed and order: every combination is a trial. `orders` are the words of each order of the tasks. `local` are
+    overrides that hold on one machine, such as data_dir: they change no figure and are not recorded.
     """
 
     title: str = ""
@@ -64,6 +65,7 @@ class TableSpec:
     seeds: list[int] = field(default_factory=lambda: [0])
     orders: list[str] = field(default_factory=lambda: [""])
     budgets: dict[str, Budget] = field(default_factory=dict)
+    local: list[str] = field(default_factory=list)
 
     def check(self, where: str) -> None:
         """Raises ConfigError for a table without rows or values."""
@@ -109,7 +111,7 @@ class TableSpec:
 
     def run_words(self, row: str, trial: list[str], seed: int, order: str) -> list[str]:
         """The overrides of one run; those of a row come after those of a trial, so that it can fix a value."""
-        return [*self.words, *order.split(), *trial, *self.rows[row].words, f"seed={seed}"]
+        return [*self.words, *order.split(), *trial, *self.rows[row].words, f"seed={seed}", *self.local]
 
 
 def _spell(value: Scalar) -> str:

@@ -17,6 +17,7 @@ class PlannedRun:
     seed: int
     order: int  # number of the order
     trial: list[str]  # the values of the grid
+    signature: str = ""  # of its configuration, wherever data and weights are (`portable_signature`)
 
     @property
     def results(self) -> Results | None:

@@ -110,8 +110,13 @@ def test_a_table_is_listed_and_printed_as_commands(words: Path, tmp_path: Path, 
     commands = clpet("reproduce", str(file), "--budget", "smoke", "--commands").out.splitlines()
     assert len(commands) == 2
     assert all(line.startswith("clpet train ") and "evaluation.split=validation" in line for line in commands)
+    elsewhere = clpet(
+        "reproduce", str(file), "--budget", "smoke", f"data_dir={tmp_path}", "--commands"
+    ).out.splitlines()
+    assert all(f" data_dir={tmp_path} " in line for line in elsewhere)
     for wrong in (("nowhere",), (str(file), "--budget", "cpu"), (str(file), "--budget", "smoke", "--only", "kif"),
-                  (str(file), "--budget", "smoke", "--parallel", "0")):  # fmt: skip
+                  (str(file), "--budget", "smoke", "--parallel", "0"), (str(file), "--budget", "smoke", "seed=1"),
+                  (str(file), "--budget", "smoke", "train.epochs=1")):  # fmt: skip
         assert refused(clpet("reproduce", *wrong)), wrong
     file.write_text(file.read_text() + "colour: red\n")
     assert refused(clpet("reproduce", str(file), "--budget", "smoke"))

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from clpet.config.compose import compose_config
-from clpet.config.identity import _identity, register_resolvers, setting, signature
+from clpet.config.identity import _identity, portable_signature, register_resolvers, setting, signature
 
 
 def with_targets(**targets: str) -> Any:
@@ -57,3 +57,15 @@ def test_the_chat_settings_of_a_model_count_for_conversations_only() -> None:
     assert signature(compose_config([*plain, other])) == signature(compose_config(plain))
     assert signature(compose_config([*chat, other])) != signature(compose_config(chat))
     assert signature(compose_config([*plain, "benchmark.chat=last"])) != signature(compose_config(plain))
+
+
+def test_the_portable_signature_leaves_out_where_data_and_weights_are() -> None:
+    def portable(data: str | None, path: str | None, hub: str | None = None, lr: float = 0.1) -> str:
+        model = {"hub": hub, "path": path}
+        return portable_signature(OmegaConf.create({"data_dir": data, "model": model, "train": {"lr": lr}}))
+
+    plain = OmegaConf.create({"data_dir": None, "model": {"hub": None, "path": None}, "train": {"lr": 0.1}})
+    assert portable(None, None) == signature(plain)
+    assert portable("/a", "/a/one") == portable("/b", "/b/one") != portable("/b", "/b/two")
+    assert portable(None, "/a/x", "org/x") == portable(None, None, "org/x")
+    assert portable(None, None, lr=1) != portable(None, None)
