@@ -1,6 +1,6 @@
 """CL-MoE: MoE-LoRA whose experts are averaged with their earlier values after every task (arXiv 2503.00413).
 
-After task t, the experts P_t are, in every layer (counts=layer) or in all together (global), the `task_experts` that
+After task t, the experts P_t are, in every layer (counts=layer) or in all together (all), the `task_experts` that
 are most often among the `task_experts` of largest weight for a token of the task's training examples. Then, from the
 second task on, with phi_t the values after its training, every expert becomes
     theta_t = g theta_{t-1} + (1 - g) phi_t
@@ -40,7 +40,7 @@ class Counts(Enum):
     """Whether a task's experts are chosen for every layer by itself, or for all layers together."""
 
     layer = "layer"
-    all_layers = "global"
+    all = "all"
 
 
 @dataclass
@@ -105,9 +105,9 @@ class CLMoE(MoELoRA):
         return torch.cat([self.counted.get(number, none) for number in range(len(self.stack.layers))], 1)
 
     def usage_of_tasks(self) -> Tensor:
-        """[tasks, layers, experts]: `usage`, the same in all layers with counts=global."""
+        """[tasks, layers, experts]: `usage`, the same in all layers with counts=all."""
         usage = torch.stack(self.usage)
-        return usage.sum(1, keepdim=True).expand_as(usage) if self.counts is Counts.all_layers else usage
+        return usage.sum(1, keepdim=True).expand_as(usage) if self.counts is Counts.all else usage
 
     @torch.no_grad()
     def average(self) -> None:

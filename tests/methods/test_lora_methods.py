@@ -285,6 +285,8 @@ def test_cl_moe_averages_the_experts_and_not_the_routers(make) -> None:
         assert torch.allclose(after[one], share[:, None] * before[one] + (1 - share[:, None]) * trained[one])
         assert torch.allclose(after[two], share * before[two] + (1 - share) * trained[two])
         assert torch.equal(after[f"{name}.router"], trained[f"{name}.router"])
+    method.counts = cl_moe.Counts("all")
+    assert torch.equal(method.usage_of_tasks()[:, 1], torch.stack(method.usage).sum(1))
 
 
 def test_the_slow_adapter_by_hand() -> None:
