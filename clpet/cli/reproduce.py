@@ -39,17 +39,19 @@ def reproduce(argv: list[str]) -> int:
         print(printable(describe(spec, tuning, arguments.budget)))
         return 0
     if arguments.commands:
-        for run in missing(tuning) or missing(final(spec, tuning, arguments.output)):
+        output = arguments.output
+        for run in missing(tuning) or missing([*final(spec, tuning, output), *untuned(spec, output)]):
             print(f"clpet train {shlex.join(run.words)}")
         return 0
     carry_out(tuning, arguments.parallel, "trials on validation data")
     runs = final(spec, tuning, arguments.output)
-    carry_out(runs, arguments.parallel, "runs")
+    defaults = untuned(spec, arguments.output)
+    carry_out([*runs, *defaults], arguments.parallel, "runs with the chosen values, and with the defaults")
     from clpet.reporting.result_table import ResultTable
 
-    check_inputs([*tuning, *runs])
+    check_inputs([*tuning, *runs, *defaults])
     folder = arguments.results / Path(arguments.table).stem / arguments.budget
-    table = ResultTable.of(spec, arguments.budget, tuning, runs)
+    table = ResultTable.of(spec, arguments.budget, tuning, runs, defaults)
     table.write(folder, with_table=not only)
     print(printable(table.text("text")))
     print(f"\nwritten to {folder}{' (the files of these rows; the table needs all rows)' if only else ''}")
@@ -129,6 +131,11 @@ def final(spec: TableSpec, tuning: Sequence[PlannedRun], output: Path) -> list[P
         for order in range(len(spec.orders))
         for seed in spec.seeds
     ]
+
+
+def untuned(spec: TableSpec, output: Path) -> list[PlannedRun]:
+    """The runs on test data without the values of a trial, of every row that has trials: all seeds, the first order."""
+    return [plan(spec, row, [], seed, 0, output) for row in spec.rows if any(spec.trials(row)) for seed in spec.seeds]
 
 
 def best_trial(trials: Sequence[PlannedRun]) -> list[str]:
@@ -216,7 +223,8 @@ def describe(spec: TableSpec, tuning: Sequence[PlannedRun], budget: str) -> str:
             f"{spec.title} (budget {budget})",
             f"rows    {', '.join(spec.rows)}",
             f"tuning  {len(tuning)} trials on validation data, equally many for every row that can be tuned: {grid}",
-            f"runs    {len(spec.rows)} rows x {len(spec.orders)} orders x {len(spec.seeds)} seeds",
+            f"runs    {len(spec.rows)} rows x {len(spec.orders)} orders x {len(spec.seeds)} seeds; "
+            f"and {len(spec.seeds)} with the defaults for every row that is tuned",
             f"missing {len(missing(tuning))} of {len(tuning)} trials",
         ]
     )

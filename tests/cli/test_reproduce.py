@@ -14,8 +14,10 @@ from clpet.cli.reproduce import best_trial, check_inputs
 from clpet.config.table_spec import Row, TableSpec, read_table, table_files
 from clpet.errors import ConfigError
 from clpet.reporting.planned_run import PlannedRun
-from clpet.reporting.result_table import ResultTable, TableRow, paired_t_test
+from clpet.reporting.result_table import ResultTable
 from clpet.reporting.run_metrics import t_probability
+from clpet.reporting.table_row import TableRow
+from clpet.reporting.table_statistics import Paired, Variances, paired_difference, rank_correlation, variances
 from tests.conftest import tiny_args
 from tests.runs.conftest import refused
 
@@ -43,24 +45,62 @@ def test_probabilities_of_student_s_t() -> None:
     # Differences 1, 2, 3: mean 2, deviation 1, t = 2 sqrt(3) with 2 degrees of freedom, p = 0.0742.
     pairs = {(0, 0): (1.0, 0.0), (0, 1): (3.0, 1.0), (0, 2): (4.0, 1.0)}
     a, b = ({key: pair[side] for key, pair in pairs.items()} for side in (0, 1))
-    assert paired_t_test(a, b) == pytest.approx(0.074180, abs=1e-6)
-    assert paired_t_test(a, {(0, 0): 0.0}) is None
-    assert paired_t_test(a, a) == 1
+    # Interval: 2 ± t(2) / sqrt(3) with t(2) = 4.302653.
+    assert paired_difference(a, b) == pytest.approx((2, -0.484138, 4.484138, 0.074180, 3), abs=1e-6)
+    assert paired_difference(a, {(0, 0): 0.5}) == Paired(0.5, None, None, None, 1)
+    assert paired_difference(a, {(1, 0): 0.0}) is None
+    assert paired_difference(a, a) == Paired(0, 0, 0, 1, 3)
 
 
-def test_the_table_by_hand() -> None:
-    def row(name: str, averages: list[float]) -> TableRow:
-        values = {(0, seed): dict.fromkeys(("task_average", "bwt", "forgetting", "seconds", "flops", "stored_bytes", "replay_bytes"), 1.0) | {"average": value}
-                  for seed, value in enumerate(averages)}  # fmt: skip
-        return TableRow(name, ["train.lr=0.1"], [], values)
+def test_what_orders_and_seeds_contribute() -> None:
+    # Variances within the orders 2 and 8, mean 5; means of the orders 2 and 7, variance 12.5; 12.5 - 5 / 2 = 10.
+    scores = {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 5.0, (1, 1): 9.0}
+    assert variances(scores) == Variances(10, 5)
+    assert variances({key: value for key, value in scores.items() if key[0] == 0}) is None
+    assert variances({**scores, (2, 0): 1.0}) is None
+    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5).
+    assert rank_correlation([1, 5, 5, 9], [0, 1, 2, 3]) == pytest.approx(0.948683, abs=1e-6)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1], [1, 2]) is None
 
-    spec = TableSpec("T", [], {"a": None, "b": None}, {}, [0, 1, 2], [""])  # type: ignore[dict-item]
-    table = ResultTable(spec.title, "cpu", {}, [row("a", [3.0, 4.0, 5.0]), row("b", [2.0, 2.0, 2.0])])
+
+def row(name: str, averages: dict[tuple[int, int], float], **more: object) -> TableRow:
+    return TableRow(name, ["train.lr=0.1"], [], {key: {"average": value} for key, value in averages.items()}, **more)
+
+
+def test_the_table_by_hand(tmp_path: Path) -> None:
+    rows = [
+        row("b", {(0, seed): 2.0 for seed in range(3)}),
+        row(
+            "a",
+            {(0, seed): 3.0 + seed for seed in range(3)},
+            defaults={(0, seed): {"average": 2.0} for seed in range(3)},
+        ),
+    ]
+    table = ResultTable("T", "cpu", {}, rows)
     lines = table.text("text").splitlines()
     assert lines[0] == "T (budget cpu)"
     # a: mean 4, deviation 1, half width 4.302653 / sqrt(3) = 2.484138; the differences are 1, 2, 3 as above.
     assert lines[3].split()[:8] == ["a", "train.lr=0.1", "4.00", "±", "1.00", "1.52", "to", "6.48"]
+    assert lines[3].split()[12:16] == ["2.00", "+2.00", "[-0.48,", "+4.48]"]
     assert "0.074" in lines[4].split()
+    assert table.order_lines() == []
+    table.write(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} >= {"a.json", "table.md", "tuning.svg", "tuning.png"}
+    spec = TableSpec("T", [], {"a": Row(), "b": Row()}, {}, [0, 1, 2], [""])
+    again = ResultTable.read(spec, "cpu", tmp_path)
+    assert again.rows == table.rows
+    assert again.text("md") == table.text("md")
+
+
+def test_the_order_s_lines_of_a_table() -> None:
+    rows = [
+        row("a", {(0, 0): 1, (0, 1): 3, (1, 0): 5, (1, 1): 9}),  # variances 10 and 5, as above
+        row("b", {(0, 0): 4, (0, 1): 6, (1, 0): 1, (1, 1): 3}),  # (5 - 2)² / 2 - 2 / 2 = 3.5 and 2
+    ]
+    (line,) = ResultTable("T", "cpu", {}, rows).order_lines()
+    assert "between orders 2.60, between seeds 1.87" in line  # sqrt(13.5 / 2), sqrt(7 / 2)
+    assert line.endswith("rank correlation of the rows between orders -1.00.")  # a is behind in one, ahead in the other
 
 
 def test_a_row_may_replace_values_of_the_grid_by_equally_many() -> None:
@@ -166,9 +206,11 @@ def test_kill_9_and_a_second_start_end_with_the_same_table(words: Path, tmp_path
         json.loads((tmp_path / name / "results/mine/smoke/sequential.json").read_text()) for name in ("whole", "cut")
     ]
     for row in rows:
-        for run in row["runs"]:
-            run.pop("seconds")
+        for run in (*row["runs"], *row["default_runs"]):
+            del run["seconds"], run["evaluation_seconds"]
+        del row["total_seconds"]
     assert rows[0] == rows[1]
     assert len(rows[0]["trials"]) == 2
+    assert len(rows[0]["default_runs"]) == 1
     tables = [(tmp_path / name / "results/mine/smoke/table.md").read_text().splitlines() for name in ("whole", "cut")]
     assert [line.split(" | ")[:8] for line in tables[0]] == [line.split(" | ")[:8] for line in tables[1]]

@@ -70,7 +70,8 @@ def frame(x: float, y: float, colour: str = "crimson", width: float = 2) -> "Rec
 
 def save(figure: "Figure", path: Path) -> Path:
     """Writes the figure in the format of the path's ending and returns the path."""
-    figure.savefig(path, dpi=110, bbox_inches="tight")  # "tight": a title may be wider than the axes
+    # "tight": a title may be wider than the axes. Without a date, equal figures are equal files.
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
 

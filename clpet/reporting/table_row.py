@@ -1,0 +1,178 @@
+"""A row of a table of results: the figures of its runs, and the JSON file that is committed of them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict, cast
+
+from clpet.config.table_spec import TableSpec
+from clpet.metrics.transfer_matrix import TransferMatrix
+from clpet.records import Json, Metrics, Results
+from clpet.reporting.planned_run import PlannedRun
+from clpet.reporting.run_costs import COSTS
+from clpet.reporting.run_metrics import MeanStd, mean_and_std
+from clpet.reporting.table_statistics import Paired, Variances, paired_difference, variances
+from clpet.runtime.untrusted_json import as_data_error
+
+COST_COLUMNS = (
+    "seconds", "evaluation_seconds", "forward_examples", "flops", "trained_parameters", "stored_bytes", "replay_bytes"
+)  # fmt: skip
+
+
+class TrialRecord(TypedDict):
+    """A trial in a row's file: its words and its final average on validation data."""
+
+    words: list[str]
+    validation: float | None
+
+
+class RowRecord(TypedDict):
+    """What is committed of a row."""
+
+    row: str
+    words: list[str]
+    chosen: list[str]
+    lower_is_better: bool
+    task_given: bool  # the task of a test example is given
+    all_at_once: bool  # all tasks are learned together
+    num_runs: int  # trials and runs with default values included
+    total_seconds: float  # of training and evaluation in all these runs
+    trials: list[TrialRecord]
+    runs: list[Metrics]
+    signatures: list[str]
+    default_runs: list[Metrics]
+    default_signatures: list[str]
+    versions: Json
+
+
+@dataclass
+class TableRow:
+    """A row: the figures of all its runs by (order, seed), and the trials that its options were chosen by.
+
+    `defaults` has those of the runs without tuning, in the first order.
+    """
+
+    name: str
+    chosen: list[str]
+    trials: list[tuple[list[str], float | None]]
+    values: dict[tuple[int, int], Metrics] = field(default_factory=dict)
+    signatures: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    versions: Json = None  # of the packages in its first run
+    defaults: dict[tuple[int, int], Metrics] = field(default_factory=dict)
+    default_signatures: list[str] = field(default_factory=list)
+    lower: bool = False
+    task_given: bool = False
+    all_at_once: bool = False
+    num_runs: int = 0
+    total_seconds: float = 0
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        spec: TableSpec,
+        tuning: Sequence[PlannedRun],
+        runs: Sequence[PlannedRun],
+        defaults: Sequence[PlannedRun],
+    ) -> "TableRow":
+        """The row of finished runs: its trials, its runs with the chosen values, and those without any."""
+        trials = [(run.trial, run.average) for run in tuning]
+        row = cls(name, runs[0].trial, trials, words=[*spec.words, *spec.rows[name].words])
+        for run in runs:
+            if results := run.results:
+                row.lower = results["direction"] == "lower"
+                row.task_given = results["task_id_at_test"]
+                row.all_at_once = len(results["cost"]) < len(results["tasks"])
+                row.values[run.order, run.seed] = measured(results)
+                row.signatures.append(str(results["signature"]))
+                row.versions = row.versions or cast(Json, results.get("versions"))
+        for run in defaults:
+            if results := run.results:
+                row.defaults[run.order, run.seed] = measured(results)
+                row.default_signatures.append(str(results["signature"]))
+        every = {run.out: run.results for run in (*tuning, *runs, *defaults)}
+        finished = [measured(results) for results in every.values() if results]
+        row.num_runs = len(finished)
+        row.total_seconds = sum((run["seconds"] or 0) + (run["evaluation_seconds"] or 0) for run in finished)
+        return row
+
+    @classmethod
+    def read(cls, file: Path) -> "TableRow":
+        """The row of a file that `write` made. Raises DataError."""
+        with as_data_error(f"{file} cannot be read"):
+            record = cast(RowRecord, json.loads(file.read_text()))
+            trials = [(trial["words"], trial["validation"]) for trial in record["trials"]]
+            return cls(
+                record["row"], record["chosen"], trials, _by_run(record["runs"]), record["signatures"],
+                record["words"], record["versions"], _by_run(record["default_runs"]), record["default_signatures"],
+                record["lower_is_better"], record["task_given"], record["all_at_once"], record["num_runs"],
+                record["total_seconds"],
+            )  # fmt: skip
+
+    def to_json(self) -> RowRecord:
+        """What is committed of the row."""
+        return {
+            "row": self.name, "words": self.words, "chosen": self.chosen, "lower_is_better": self.lower,
+            "task_given": self.task_given, "all_at_once": self.all_at_once, "num_runs": self.num_runs,
+            "total_seconds": round(self.total_seconds, 1),
+            "trials": [{"words": words, "validation": score} for words, score in self.trials],
+            "runs": _as_list(self.values), "signatures": self.signatures,
+            "default_runs": _as_list(self.defaults), "default_signatures": self.default_signatures,
+            "versions": self.versions,
+        }  # fmt: skip
+
+    def mean(self, name: str) -> MeanStd | None:
+        """Mean and standard deviation of a figure over seeds and orders."""
+        return mean_and_std([values.get(name) for values in self.values.values()])
+
+    def default_mean(self) -> MeanStd | None:
+        """Mean final average without tuning, in the first order."""
+        return mean_and_std([values["average"] for values in self.defaults.values()])
+
+    def tuned_mean(self) -> MeanStd | None:
+        """Mean final average of the runs with the chosen values that `default_mean` has without tuning."""
+        return mean_and_std([self.values[key]["average"] for key in self.defaults if key in self.values])
+
+    def scores(self, name: str = "average") -> dict[tuple[int, int], float]:
+        """A figure of every run that has it."""
+        return _scores(self.values, name)
+
+    def gain(self) -> Paired | None:
+        """How much better the chosen values are than the defaults, over the runs that both have."""
+        tuned, default = self.scores(), _scores(self.defaults, "average")
+        return paired_difference(default, tuned) if self.lower else paired_difference(tuned, default)
+
+    def variances(self) -> Variances | None:
+        """What orders and seeds contribute to the variance of the final average."""
+        return variances(self.scores())
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it learns or answers under easier conditions than the others."""
+        return self.task_given or self.all_at_once
+
+
+def _scores(values: dict[tuple[int, int], Metrics], name: str) -> dict[tuple[int, int], float]:
+    return {key: value for key, figures in values.items() if (value := figures.get(name)) is not None}
+
+
+def _as_list(values: dict[tuple[int, int], Metrics]) -> list[Metrics]:
+    return [{"order": order, "seed": seed, **figures} for (order, seed), figures in sorted(values.items())]
+
+
+def _by_run(runs: list[Metrics]) -> dict[tuple[int, int], Metrics]:
+    return {(int(run.pop("order") or 0), int(run.pop("seed") or 0)): run for run in runs}
+
+
+def measured(results: Results) -> Metrics:
+    """The figures of a run that a table keeps."""
+    matrix, task_matrix = TransferMatrix.from_json(results), TransferMatrix.from_json(results, results["task_scores"])
+    figures: Metrics = {
+        "average": matrix.average(),
+        "task_average": task_matrix.average(),
+        "bwt": matrix.backward_transfer(),
+        "forgetting": matrix.forgetting(),
+    }
+    return figures | {name: COSTS[name].value(results) for name in COST_COLUMNS}
