@@ -32,6 +32,7 @@ VARIANTS = [
     "method=kif train.schedule=linear",
     "method=kif replay=share replay.share=0.5 method.replay_phase=after",
     "method=recurrent_kif replay=all",
+    "method=aim_merging replay=all method.interval=2 method.longest=2 method.alarm=0.01",
     "method=slm",
     "method=crl",
     "method=crl replay=dynamic",

@@ -13,28 +13,23 @@ steps of an incomplete round at the end of a task are not fused.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clpet.config.schema import require
-from clpet.errors import ConfigError
-from clpet.methods.base import Method
-from clpet.methods.components.importance import Importance, above_quantile, flat, gradients, unflat
-from clpet.models.peft_options import FullFineTuning
-from clpet.objectives.base import Objective
-from clpet.records import State
+from clpet.methods.components.importance import Importance, above_quantile, flat, gradients
+from clpet.methods.rounds import Rounds
 from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.sharding.gradients import local_gradients
-from clpet.runtime.sharding.tensors import local, pack, unpack
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
 
 @dataclass
-class RecurrentKIF(Method):
+class RecurrentKIF(Rounds):
     """Fuses the adapter's weights individually; heads are trained by all steps and not fused."""
 
     inner_steps: int = 8
@@ -46,10 +41,7 @@ class RecurrentKIF(Method):
     beta2: float = 0.85
     clear_outer: bool = False
 
-    uses_replay: ClassVar[bool] = True
-    saved_in_task: ClassVar[tuple[str, ...]] = (
-        "inner", "outer", "steps", "fusions", "skipped=left_out", "start", "middle"
-    )  # fmt: skip
+    saved_in_task: ClassVar[tuple[str, ...]] = ("inner", "outer")
 
     def __post_init__(self) -> None:
         require(self.inner_steps >= 1, "method.inner_steps", self.inner_steps, "at least 1")
@@ -60,31 +52,19 @@ class RecurrentKIF(Method):
         for option in ("beta1", "beta2"):
             require(0 <= getattr(self, option) < 1, f"method.{option}", getattr(self, option), "in [0, 1)")
 
-    def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
-        super().check(objective, replay, peft)
-        if replay == "none":
-            raise ConfigError(f"method={self.name} needs a memory: set replay=share, fixed, dynamic, reservoir or all")
-
-    def init_adapters(self) -> None:
-        super().init_adapters()
-        self.statistics: dict[str, float] = {}
-
     def plan(self, index: int) -> BatchPlan:
         new = self.replay.new_only_plan(index)
         if not self.replay.memory:
             return new
         return alternate(new, self.replay.memory_only_plan(index), self.inner_steps, self.outer_steps)
 
-    def fit(self, trainer: Trainer, index: int) -> None:
-        self.live: dict[str, Tensor] = dict(self.objective.adapters.tensors("default"))
+    def start_rounds(self, index: int) -> None:
+        super().start_rounds(index)
         self.inner, self.outer = self.scores(), self.scores()
-        self.start = self.middle = flat(self.live.values())  # W_0 and W_Q
-        self.steps = self.fusions = 0
-        self.step_done, self.skipped = False, [0, 0]  # whether this step was done; skipped inner and outer steps
+
+    def fit(self, trainer: Trainer, index: int) -> None:
         super().fit(trainer, index)
-        skipped = sum(self.skipped) + int(self.inner.skipped + self.outer.skipped)
-        statistics = {"fusions": self.fusions, "skipped_steps": skipped, "skipped_outer_steps": self.skipped[1]}
-        self.statistics = {name: float(value) for name, value in statistics.items()}
+        self.statistics["skipped_steps"] += int(self.inner.skipped + self.outer.skipped)
 
     def scores(self) -> Importance:
         """New first-order importance scores of every weight, from 0."""
@@ -97,52 +77,33 @@ class RecurrentKIF(Method):
         """Number of the current step in its round, 0 to Q - 1 inner, Q to Q + M - 1 outer; 0 without a memory."""
         return self.steps % (self.inner_steps + self.outer_steps) if self.replay.memory else 0
 
+    @property
+    def in_outer_loop(self) -> bool:
+        return self.step_in_round >= self.inner_steps
+
+    def loop_is_over(self, context: StepContext) -> bool:
+        return self.step_in_round in (self.inner_steps - 1, self.inner_steps + self.outer_steps - 1)
+
     def adjust_gradients(self, context: StepContext) -> None:
         """Multiplies the gradient of a memory batch by outer_weight, before it is clipped."""
-        if self.step_in_round >= self.inner_steps and self.outer_weight != 1:
+        if self.in_outer_loop and self.outer_weight != 1:
             torch._foreach_mul_(local_gradients(self.parameters()), self.outer_weight)
 
     def after_step(self, context: StepContext) -> None:
-        self.step_done = True
+        super().after_step(context)
         if self.replay.memory:
-            importance = self.inner if self.step_in_round < self.inner_steps else self.outer
+            importance = self.outer if self.in_outer_loop else self.inner
             importance.update(list(self.live.values()), gradients(self.live))
 
-    def end_step(self, context: StepContext) -> None:
-        """Ends the inner steps of a round, or the round, even if its last step was skipped."""
-        step = self.step_in_round
-        self.skipped[step >= self.inner_steps] += not self.step_done
-        self.step_done, self.steps = False, self.steps + 1
-        if self.replay.memory and step == self.inner_steps - 1:
-            self.middle = flat(self.live.values())  # W_Q
-        elif step == self.inner_steps + self.outer_steps - 1:
-            self.fuse_steps()
-
-    @torch.no_grad()
-    def fuse_steps(self) -> None:
-        """Ends a round: W = W_0 + the fused steps, and importance starts again."""
-        inner, outer = self.middle - self.start, flat(self.live.values()) - self.middle  # t_in, t_out
+    def fused(self, inner: Tensor, outer: Tensor) -> Tensor:
+        """The fused steps; importance starts again."""
         masks = [
             above_quantile(scores.elements(), self.quantile, scores.tensors) for scores in (self.inner, self.outer)
         ]
-        self.start = self.start + fused_step(inner, outer, masks[0], masks[1], self.fuse)
-        for value, fused in zip(self.live.values(), unflat(self.start, self.live).values(), strict=True):
-            local(value.detach()).copy_(fused)
         self.inner.clear()
         if self.clear_outer:
             self.outer.clear()
-        self.fusions += 1
-
-    def task_state(self) -> State:
-        tensors = list(self.live.values())
-        return {**super().task_state(), "start": pack(self.start, tensors), "middle": pack(self.middle, tensors)}
-
-    def load_task_state(self, state: State) -> None:
-        vectors = {name: unpack(cast(Tensor, state[name]), list(self.live.values())) for name in ("start", "middle")}
-        super().load_task_state({**state, **vectors})
-
-    def diagnostics(self) -> dict[str, float]:
-        return self.statistics
+        return fused_step(inner, outer, masks[0], masks[1], self.fuse)
 
 
 def fused_step(inner: Tensor, outer: Tensor, in_mask: Tensor, out_mask: Tensor, how: str) -> Tensor:

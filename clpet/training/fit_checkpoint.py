@@ -75,8 +75,9 @@ class BestWeights:
 class FitState:
     """Progress of one fit: the trained tensors, their optimizer, and the position in the batch plan.
 
-    `epoch` counts finished epochs; `step` and `seen` count steps and examples of the current epoch. `total` is the sum
-    of its losses, and `finite` the number of steps before the first NaN or infinite loss.
+    `epoch` counts finished epochs; `step` and `seen` count steps of the plan and examples of the current epoch. `total`
+    is the sum of its losses, and `finite` the number of steps before the first NaN or infinite loss. `inserted` counts
+    the steps of the fit that are not in the plan.
     """
 
     def __init__(
@@ -91,7 +92,13 @@ class FitState:
         self.parameters = list(named.values())
         # Tensors on the device: reading the loss as a number at every step would make the CPU wait for the GPU.
         self.total, self.finite = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.epoch = self.step = self.seen = 0
+        self.epoch = self.step = self.seen = self.inserted = 0
+
+    def count(self, examples: int, planned: bool) -> None:
+        """Counts a step, of the plan or an inserted one."""
+        self.step += planned
+        self.inserted += not planned
+        self.seen += examples
 
     def next_epoch(self) -> None:
         """Starts the next epoch with all counts of an epoch at zero."""
@@ -106,7 +113,7 @@ class FitState:
 
     def state(self) -> ProgressRecord:
         """Returns the progress without the trained tensors."""
-        return {
+        state: ProgressRecord = {
             "epoch": self.epoch,
             "step": self.step,
             "seen": self.seen,
@@ -115,10 +122,12 @@ class FitState:
             "best": {"score": self.best.score, "copy": self.best.copy} if self.best else None,
             "optimizer": self.optimizer.moments(),
         }
+        return {**state, "inserted": self.inserted} if self.inserted else state
 
     def load(self, state: ProgressRecord) -> None:
         """Restores what `state` returned."""
         self.epoch, self.step, self.seen = state["epoch"], state["step"], state["seen"]
+        self.inserted = state.get("inserted", 0)
         self.total.copy_(state["total"])
         self.finite.copy_(state["finite"])
         if self.best and state["best"]:

@@ -25,6 +25,7 @@ class StageHistory(TypedDict):
 
     steps: int
     warmup: int
+    inserted: NotRequired[int]  # steps of the last fit that were not in its plan
     moments: NotRequired[dict[str, Moments]]
 
 
@@ -58,6 +59,7 @@ class ProgressRecord(TypedDict):
     epoch: int
     step: int
     seen: int
+    inserted: NotRequired[int]
     total: Tensor
     finite: Tensor
     best: BestState | None

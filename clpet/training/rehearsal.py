@@ -84,14 +84,16 @@ class Rehearsal(Trainer):
         chosen = [batches[order[-1]]] * MEASURED_STEPS + [batches[order[position]] for position in positions]
         return replace(plan, steps=len(chosen), epoch=lambda _: chosen)
 
-    def _step(self, plan: BatchPlan, hooks: StepHooks, clip: float, fit: FitState, rows: Rows, lr: float) -> None:
+    def _step(
+        self, plan: BatchPlan, hooks: StepHooks, clip: float, fit: FitState, rows: Rows, lr: float, planned: bool
+    ) -> None:
         meter, timed = self.objective.meter, fit.step >= MEASURED_STEPS
         flops = meter.cost.forward_flops + meter.cost.backward_flops
         if timed:
             self.memory.stop()
         self._synchronize()
         before, start = self.memory.now, time.perf_counter()
-        super()._step(plan, hooks, clip, fit, rows, lr)
+        super()._step(plan, hooks, clip, fit, rows, lr, planned)
         self._synchronize()
         seconds = time.perf_counter() - start
         performed = meter.cost.forward_flops + meter.cost.backward_flops - flops

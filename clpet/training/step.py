@@ -1,7 +1,8 @@
 """What a method's code is given inside a training step, and the hooks in which that code runs."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from torch import Tensor
@@ -51,6 +52,8 @@ class StepHooks:
     after_step        after every update that is not skipped; gradients are still available
     end_step          at the end of every step, also of a skipped one; gradients are already cleared
     validate          after every epoch with train.select=best: a score, higher is better
+    insert            between two batches of the plan, and after its last: the rows of a batch to be trained on first,
+                      asked for until it is None; such a step does not count in the plan or the learning-rate schedule
     """
 
     loss: Callable[[StepContext], Tensor]
@@ -60,3 +63,15 @@ class StepHooks:
     after_step: Callable[[StepContext], None] | None = None
     end_step: Callable[[StepContext], None] | None = None
     validate: Callable[[], float] | None = None
+    insert: Callable[[], np.ndarray | None] | None = None
+
+    def interleaved(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, bool]]:
+        """The batches of a plan and those inserted between them, each with whether it is of the plan.
+
+        `insert` is called when the step before is over; what it returns first is what a stopped fit had ahead.
+        """
+        for planned in itertools.chain(batches, [None]):
+            while self.insert is not None and (rows := self.insert()) is not None:
+                yield rows, False
+            if planned is not None:
+                yield planned, True

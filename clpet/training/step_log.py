@@ -43,6 +43,10 @@ class StepLog:
         self.stage, self.done, self.last = stage, done, done + remaining
         self._start_window()
 
+    def expect_another(self) -> None:
+        """The fit has one more step than was said at its start."""
+        self.last += 1
+
     def _start_window(self) -> None:
         self.examples = self.tokens = 0
         self.since = time.perf_counter()

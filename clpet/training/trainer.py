@@ -108,11 +108,16 @@ class Trainer:
         with self.checkpointer.shutdown.deferred(), enough_memory(self._memory_hint):
             fit = self._begin(plan, parameters, stage, hooks.validate)
             if fit is not None:
-                self._train(plan, fit, partial(self._step, plan, hooks, clip, fit))
+                self._train(plan, fit, hooks, partial(self._step, plan, hooks, clip, fit))
                 self._end(plan, fit)
 
-    def _train(self, plan: BatchPlan, fit: FitState, step: Callable[[np.ndarray, float], None]) -> None:
-        """Runs the remaining steps of a fit; `step` gets the rows of a batch and the learning rate."""
+    def _train(
+        self, plan: BatchPlan, fit: FitState, hooks: StepHooks, step: Callable[[np.ndarray, float, bool], None]
+    ) -> None:
+        """Runs the remaining steps of a fit.
+
+        `step` gets the rows of a batch, the learning rate, and whether the batch is one of the plan.
+        """
         position = self._position(plan, fit.stage)
         warn_of_warmup(self.settings, position, fit.stage)
         rate = schedule(self.settings, self.settings.lr_of(self.task), position)
@@ -120,13 +125,14 @@ class Trainer:
         self.step_log.start_fit(fit.stage, self.objective.meter.cost.steps, remaining)
         for epoch in range(fit.epoch, self.epochs):
             self.objective.adapters.train_mode(True)
-            for rows in plan.epoch(epoch)[fit.step :]:
-                step(rows, rate(plan.clock(epoch * plan.steps + fit.step)))
-                self.progress.step(epoch, fit.step, fit.seen, fit.total / fit.step)
+            for rows, planned in hooks.interleaved(plan.epoch(epoch)[fit.step :]):
+                step(rows, rate(plan.clock(epoch * plan.steps + fit.step)), planned)
+                if planned:
+                    self.progress.step(epoch, fit.step, fit.seen, fit.total / fit.finite.clamp(min=1))
                 if self.checkpointer.should_save():
                     self._raise_if_not_finite(fit)  # a checkpoint must never contain broken weights
                     self.step_log.flush()  # a resumed run takes the steps before the checkpoint as recorded
-                    self.checkpointer.save(fit, epoch * plan.steps + fit.step)
+                    self.checkpointer.save(fit, epoch * plan.steps + fit.step + fit.inserted)
                     self.checkpointer.shutdown.exit_if_requested()
             self.objective.adapters.train_mode(False)
             self._raise_if_not_finite(fit)
@@ -136,7 +142,11 @@ class Trainer:
                 self.step_log.validated(epoch + 1, score)
             fit.next_epoch()
 
-    def _step(self, plan: BatchPlan, hooks: StepHooks, clip: float, fit: FitState, rows: np.ndarray, lr: float) -> None:
+    def _step(
+        self, plan: BatchPlan, hooks: StepHooks, clip: float, fit: FitState, rows: np.ndarray, lr: float, planned: bool
+    ) -> None:
+        if not planned:
+            self.step_log.expect_another()
         context = StepContext(self.task, fit.stage, fit.epoch, fit.step, rows, plan.pool)
         if hooks.before_step:
             hooks.before_step(context)
@@ -151,7 +161,7 @@ class Trainer:
         fit.optimizer.zero_grad()
         if hooks.end_step:
             hooks.end_step(context)
-        fit.step, fit.seen = fit.step + 1, fit.seen + len(rows)
+        fit.count(len(rows), planned)
         self.objective.meter.cost.steps += 1
 
     def _memory_hint(self) -> str:
@@ -178,7 +188,7 @@ class Trainer:
         saved = self.checkpointer.resume(parameters)
         if saved and "over" in saved:
             self.stage_history[stage] = saved["over"]
-            self.checkpointer.record_finished(saved, plan.steps * self.epochs)
+            self.checkpointer.record_finished(saved, plan.steps * self.epochs + saved["over"].get("inserted", 0))
             return None
         best = BestWeights(parameters, validate) if validate and self.settings.select is Select.best else None
         fit = FitState(stage, named, Optimizer(named, self.settings), best, self.hardware.torch_device)
@@ -214,10 +224,12 @@ class Trainer:
             "steps": position.done + position.steps,
             "warmup": position.warmed + warmup(self.settings, position),
         }
+        if fit.inserted:
+            history["inserted"] = fit.inserted
         if self.settings.optimizer_state is OptimizerState.carry:
             history["moments"] = dict(zip(fit.named, fit.optimizer.moments(), strict=True))
         self.stage_history[fit.stage] = history
-        self.checkpointer.finish(fit.parameters, plan.steps * self.epochs, history)
+        self.checkpointer.finish(fit.parameters, plan.steps * self.epochs + fit.inserted, history)
 
     def _clip_and_check(self, fit: FitState, mean: Tensor, clip: float) -> bool:
         """Clips the gradients, adds the loss to the epoch's total, and returns whether to update the parameters.

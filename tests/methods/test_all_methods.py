@@ -100,7 +100,7 @@ def test_killed_after_a_task_ends_bit_for_bit_like_uninterrupted(
 
 
 # Fast tests of their own, or of a method that shares their code, train these as well.
-ALIKE = {"der", "bic", "slao", "sd_lora", "lori", "knn", "cl_moe"}
+ALIKE = {"der", "bic", "slao", "sd_lora", "lori", "knn", "cl_moe", "aim_merging"}
 EACH = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else []) for name in METHODS]
 
 

@@ -24,6 +24,7 @@ EXAMPLES = {  # methods that store examples
     "gem",
     "er_ace",
     "recurrent_kif",
+    "aim_merging",
     "sapt",
     "der",
     "derpp",

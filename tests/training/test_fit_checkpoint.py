@@ -108,6 +108,7 @@ VARIANTS = {
         "method.outer_weight=0.25",
         "train.schedule=linear",
     ],
+    "aim_merging": ["method=aim_merging", "replay=all", "method.interval=2", "method.longest=2", "method.alarm=0.01"],
     "lwf": ["method=lwf"],
     "ewc": ["method=ewc"],
     "mocl": ["method=mocl"],

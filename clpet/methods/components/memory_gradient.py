@@ -43,6 +43,21 @@ def mean_gradient(
     return total
 
 
+@torch.no_grad()
+def memory_loss(method: Method, rows: np.ndarray) -> float:
+    """The objective's mean loss of train rows at the present weights, without dropout. Waits for the device."""
+    pool, objective, world = method.data.train, method.objective, get_world()
+    weights, total = pool.weights[rows], torch.zeros((), device=objective.device)
+    objective.adapters.train_mode(False)
+    with world.local_only():
+        for micro_batch, counts in world.micro_batches(rows, lambda mine: objective.micro_batches.divide(pool, mine)):
+            share = float(pool.weights[micro_batch].sum() / weights.sum()) if counts else 0.0
+            total += objective.loss(pool.batch(micro_batch, objective.device)) * share
+    objective.adapters.train_mode(True)
+    world.sum([total])
+    return total.item()
+
+
 def dot(one: Sequence[Tensor], two: Sequence[Tensor], parameters: Sequence[Tensor] = ()) -> Tensor:
     """The product of two gradients, each as one flat vector; of this rank's rows if `parameters` are sharded."""
     products = [(a * b).sum() for a, b in zip(one, two, strict=True)]
