@@ -31,6 +31,7 @@ CASES: dict[str, list[str]] = {
     "muon": ["method=sequential", "train.optimizer=muon"],
     "sgd": ["method=sequential", "train.optimizer=sgd", "train.momentum=0.9", "train.lr=0.1"],
     "lwf": ["method=lwf", "train.eps=1e-3"],  # a full step of AdamW on a gradient of rounding alone would differ
+    "aim_merging": ["method=aim_merging", "replay=all", "method.interval=2", "method.longest=2", "method.alarm=0.01"],
     "dynamic_conpet_k2": ["method=dynamic_conpet", "method.top_k=2", "hardware.micro_batch_size=2"],
     "kif": ["method=kif", "train.select=best", "train.clip=1"],
     "text_to_text": ["method=kif", "model=tiny_llama", "objective=text_to_text", "benchmark.max_target=8"],
