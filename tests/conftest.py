@@ -147,6 +147,14 @@ def methods_of(objective: str) -> list[str]:
     return sorted(name for name, cls in classes.items() if not cls.unmet(traits))
 
 
+QUICKER = {"mbpa": ["method.steps=1", "method.neighbours=4"]}  # options of methods whose defaults take long
+
+
+def words_of(method: str) -> list[str]:
+    """The overrides of a method in tests that run all of them."""
+    return [f"method={method}", *QUICKER.get(method, [])]
+
+
 PROSE = {
     "birds": ["the wren sings at dawn in the hedge", "an owl hunts by night over the field", "a heron waits in the reeds"],
     "metals": ["iron rusts in wet air", "gold does not rust, however old it is", "tin is a soft and silvery metal"],

@@ -52,6 +52,7 @@ class Method(Generic[ObjectiveType]):
     unshardable: ClassVar[str] = ""  # why it cannot train weights that are divided over ranks; empty: it can
     supports_recompute: ClassVar[bool] = True  # a block can be run again in backward (gradient checkpointing)
     reads_activations: ClassVar[bool] = False  # finds the tokens of every example in what layers compute
+    reads_examples: ClassVar[bool] = False  # answers by its stored examples, so a loaded run needs its data
     task_id_at_test = False  # True: results are task-incremental; a subclass may make it an option
     mergeable: ClassVar[bool] = True  # one set of weights for all inputs, so that adapters can be merged
     uses_validation: ClassVar[bool] = True  # validates after every epoch with train.select=best
@@ -92,9 +93,7 @@ class Method(Generic[ObjectiveType]):
         if self.needs_adapter and not peft.traits.several:
             raise ConfigError(f"method={self.name} needs an adapter per task and cannot run with peft={peft.name}")
         if self.supported_pefts and peft.name not in self.supported_pefts:
-            raise ConfigError(
-                f"method={self.name} needs peft={' or '.join(self.supported_pefts)}, not peft={peft.name}"
-            )
+            raise ConfigError(f"method={self.name} needs peft={' or '.join(self.supported_pefts)}, not {peft.name}")
         if not (peft.traits.trains or self.supported_pefts):
             raise ConfigError(f"method={self.name} trains the model, but peft={peft.name} leaves nothing to train")
 

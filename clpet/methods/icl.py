@@ -35,6 +35,7 @@ class ICL(ZeroShot):
     task_id_at_test: bool = False
 
     uses_replay = True
+    reads_examples = True
     mergeable = False  # the model without its demonstrations is another method: zero_shot
 
     @classmethod

@@ -124,10 +124,10 @@ def load_run(record: RunRecord, after: int | None = None, needs_data: bool = Tru
     """Loads the data, the backbone and the weights after `after` tasks (None: the newest). Raises DataError.
 
     Without `needs_data` the model is for new texts: where the run's data are gone or changed, what was recorded of
-    their tasks and labels will do, with a warning.
+    their tasks and labels will do, with a warning, unless the method answers by its examples.
     """
     config, components, method = record.config, record.components, record.method
-    benchmark = load_data(record, needs_data)
+    benchmark = load_data(record, needs_data or method.reads_examples)
     with as_data_error(f"{record.out} cannot be loaded"), enough_memory(lambda: "the model of this run"):
         benchmark = components.settle(benchmark)
         if benchmark.base is not None:

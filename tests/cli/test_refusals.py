@@ -69,7 +69,7 @@ BAD = [
     ("method without memory", ["train", "method=dynamic_conpet", "replay=none"], "replay=dynamic"),
     ("replay for nothing", ["train", "method=sequential", "replay=fixed"], "does not replay"),
     ("adapter per task without adapters", ["train", "method=independent", "peft=none"], "peft=none"),
-    ("increments without LoRA", ["train", "method=o_lora", "peft=ia3"], "method=o_lora needs peft=lora, not peft=ia3"),
+    ("increments without LoRA", ["train", "method=o_lora", "peft=ia3"], "method=o_lora needs peft=lora, not ia3"),
     ("prompts and an adapter", ["train", "method=l2p", "peft=lora"], "method=l2p needs peft=frozen"),
     ("osf without its adapter", ["train", "method=osf", "peft=lora"], "method=osf needs peft=osf"),
     ("nothing to train", ["train", "method=sequential", "peft=frozen"], "leaves nothing to train"),

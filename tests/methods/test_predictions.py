@@ -10,12 +10,15 @@ import pytest
 
 from clpet.api.model import load
 from clpet.api.run import train
+from clpet.errors import DataError
 from clpet.evaluation.evaluator import Evaluation, Evaluator
 from clpet.evaluation.text_prediction import Answers, answer_texts
-from tests.conftest import PROSE, domain_args, methods_of, set_up, tiny_args
+from clpet.runs.load_run import read_record
+from tests.conftest import PROSE, domain_args, methods_of, set_up, tiny_args, words_of
 
 ADAPTERS = {"l2p": "frozen", "progressive_prompts": "frozen", "osf": "osf", "zero_shot": "frozen"}
 NEEDS = {"emr": ["replay=dynamic"]}  # its own memory is per label
+METHODS = [" ".join(words_of(name)) for name in methods_of("classification")]
 WORDS_OUT = ["objective=text_to_text", "benchmark.max_target=8", "model=tiny_llama"]
 
 
@@ -45,10 +48,10 @@ def names(ids: np.ndarray, words: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [*methods_of("classification"), "slm method.head=per_task"])
+@pytest.mark.parametrize("method", [*METHODS, "method=slm method.head=per_task"])
 def test_labels_and_probabilities_are_those_of_the_evaluation_bit_for_bit(method: str, words: Path) -> None:
     """Among all labels as `prediction` and `probability`; with every text's task as `own_prediction`."""
-    run = learned(*tiny_args(words), *f"method={method}".split())
+    run = learned(*tiny_args(words), *method.split())
     rows, labels = evaluated(run).rows, run.benchmark.labels
     assert answered(run, with_tasks=True)["prediction"] == names(rows["own_prediction"], labels)
     if not run.method.task_id_at_test:
@@ -63,7 +66,7 @@ def test_labels_and_probabilities_are_those_of_the_evaluation_bit_for_bit(method
 @pytest.mark.slow
 @pytest.mark.parametrize("method", methods_of("text_to_text"))
 def test_written_answers_are_those_of_the_evaluation(method: str, words: Path) -> None:
-    run = learned(*tiny_args(words), f"method={method}", *WORDS_OUT, *NEEDS.get(method, []))
+    run = learned(*tiny_args(words), *words_of(method), *WORDS_OUT, *NEEDS.get(method, []))
     expected = evaluated(run).rows["prediction"].tolist()
     assert answered(run, with_tasks=run.method.task_id_at_test)["prediction"] == expected
 
@@ -97,8 +100,8 @@ def test_perplexities_are_those_of_the_evaluation(method: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "words_of_run",
-    [pytest.param(f"method={name}", marks=[] if name in ("kif", "dynamic_conpet") else pytest.mark.slow)
-     for name in methods_of("classification")]
+    [pytest.param(words, marks=[] if words in ("method=kif", "method=dynamic_conpet") else pytest.mark.slow)
+     for words in METHODS]
     + [pytest.param(f"method={name} objective=text_to_text benchmark.max_target=8 model=tiny_llama", marks=pytest.mark.slow)
        for name in ("sequential", "kif", "sapt", "slm")],
 )  # fmt: skip
@@ -112,6 +115,10 @@ def test_a_run_answers_without_its_data(words_of_run: str, words: Path, tmp_path
     needs_task = load(run).method.task_id_at_test
     before = load(run).predict_table(texts, task=tasks if needs_task else None)
     shutil.rmtree(data)
+    if read_record(run.path).method.reads_examples:
+        with pytest.raises(DataError, match="say where they are"):
+            load(run)
+        return
     model = load(run)
     assert "tasks and labels are those of its record" in caplog.text
     assert model.tasks == tasks

@@ -83,4 +83,4 @@ def test_a_label_without_examples_is_not_predicted(make) -> None:
 def test_another_adapter_is_refused(clpet) -> None:
     result = clpet("train", "method=slda", "peft=lora", "model=tiny")
     assert result.code == 2
-    assert "method=slda needs peft=frozen, not peft=lora" in result.err
+    assert "method=slda needs peft=frozen, not lora" in result.err

@@ -142,7 +142,7 @@ def test_a_refused_method_is_named_with_its_reason(clpet) -> None:
     ("arguments", "message"),
     [
         (["method=independent", "peft=pissa"], "needs an adapter per task and cannot run with peft=pissa"),
-        (["method=o_lora", "peft=dora"], "method=o_lora needs peft=lora, not peft=dora"),
+        (["method=o_lora", "peft=dora"], "method=o_lora needs peft=lora, not dora"),
         (["method=o_lora", "+peft.use_rslora=true"], "computes its LoRA itself"),
         (["method=kif", "peft=dora"], "needs peft=lora; with peft=dora use method.unit=matrix"),
         (["method=l2p", "peft=vera"], "needs peft=frozen"),

@@ -23,7 +23,7 @@ from clpet.runs.extension import kept_states
 from clpet.runs.extension_words import with_settings_of_run
 from clpet.training.trainer import Trainer
 from clpet.wiring import Components
-from tests.conftest import domain_args, methods_of, run_cli, tiny_args, write_words
+from tests.conftest import domain_args, methods_of, run_cli, tiny_args, words_of, write_words
 
 TWO, THREE = "tasks=[fruit,metal]", "tasks=[fruit,metal,river]"
 TIMES = (
@@ -246,7 +246,7 @@ SLOW = {
 }
 TEXT = ["objective=text_to_text", "benchmark.max_target=8", "train.epochs=1"]
 VARIANTS = {
-    **{name: [f"method={name}", *SLOW.get(name, [])] for name in methods_of("classification") if name != "joint"},
+    **{name: [*words_of(name), *SLOW.get(name, [])] for name in methods_of("classification") if name != "joint"},
     "best epoch": ["method=replay", "replay=reservoir", "train.select=best"],
     "carried moments": ["method=sequential", "train.optimizer_state=carry", "train.schedule=ar"],
     "whole model": ["method=sequential", "peft=none", "train.lr=1e-4"],

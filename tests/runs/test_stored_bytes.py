@@ -32,6 +32,7 @@ EXAMPLES = {  # methods that store examples
     "bic",
     "ilora",
     "fusion",
+    "mbpa",
 }
 
 

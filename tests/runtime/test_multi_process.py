@@ -22,10 +22,10 @@ from clpet.evaluation.evaluator import Evaluator
 from clpet.runtime.distributed import init_distributed, to_cpu
 from clpet.runtime.signals import EXIT_TEMPFAIL
 from clpet.training.progress import NoProgress
-from tests.conftest import domain_args, methods_of, set_up, tiny_args
+from tests.conftest import domain_args, methods_of, set_up, tiny_args, words_of
 
 CASES: dict[str, list[str]] = {
-    **{name: [f"method={name}"] for name in methods_of("classification")},
+    **{name: words_of(name) for name in methods_of("classification")},
     "sequential": ["method=sequential", "train.global_batch_size=23"],  # 24 examples: the last batch has one
     "replay": ["method=replay", "replay=fixed", "train.select=best"],
     "muon": ["method=sequential", "train.optimizer=muon"],

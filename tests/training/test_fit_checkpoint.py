@@ -120,6 +120,7 @@ VARIANTS = {
     "ilora": ["method=ilora", "replay=all"],
     "lori": ["method=lori"],
     "cl_moe": ["method=cl_moe"],
+    "mbpa": ["method=mbpa", "method.replay_rate=0.5"],
     "fusion": ["method=fusion", "replay=all"],
     "bic": ["method=bic", "replay.per_class=6", "replay.train_share=0.5"],
     "slao": ["method=slao"],

@@ -4,6 +4,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from clpet.data.batches import Batch, Encoded, EncodedDataset, position_ids
@@ -29,7 +30,7 @@ def token_embeddings(model: nn.Module, batch: Batch) -> Tensor:
 @torch.no_grad()
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """[batch, length, dim] fp32: the last hidden states; those of the encoder if the model has one."""
-    network = network_of(model)
+    network = network_of(model.get_base_model() if isinstance(model, PeftModel) else model)
     trunk = network.get_encoder() if network.config.is_encoder_decoder else network.base_model
     # With left padding the first token is not at position 0 unless the positions are passed explicitly.
     extra = {"position_ids": position_ids(batch.attention_mask)} if batch.left else {}
