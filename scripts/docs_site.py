@@ -23,6 +23,7 @@ from clpet.errors import ConfigError
 from clpet.methods.base import Method
 from clpet.methods.hook_check import STEP_HOOKS
 from clpet.models.peft_options import FullFineTuning
+from scripts.conclusions import committed, grid, name_cell, with_interval
 from scripts.option_pages import GROUPS, cell, code, configuration, entries, group_page, option_table, table
 
 ROOT = Path(__file__).parents[1]
@@ -147,14 +148,24 @@ def method_part(name: str) -> str:
 
 
 def figures(name: str) -> str:
-    """The rows of the method in the table of python_stdlib in docs/results.md."""
-    section = (ROOT / "docs" / "results.md").read_text().split("\n## python_stdlib", 1)[1].split("\n## ", 1)[0]
-    lines = next(part for part in section.split("\n\n") if part.startswith("| method | average |")).splitlines()
-    rows = [line for line in lines[2:] if re.match(rf"\| {name}\b", line)]
+    """The rows of the method in the committed tables of results/."""
+    rows = [
+        [
+            item.title,
+            name_cell(row),
+            with_interval(row.mean("average")),
+            *(str(row.mean(key) or "-") for key in ("task_average", "forgetting")),
+        ]
+        for item in committed()
+        for row in item.table.rows
+        if f"method={name}" in row.words
+    ]
     if not rows:
-        return "Not measured on python_stdlib. [Results](../results.md) has what was measured."
-    where = "Benchmark python_stdlib, accuracy in % after the last task, two seeds, all defaults; the command is in"
-    return "\n".join([f"{where} [Results](../results.md).", "", *lines[:2], *rows])
+        return "In no committed table. [Results](../results.md) has what was measured."
+    header = ("table", "row (values chosen for it)", "average", "own labels", "forgetting")
+    return "Mean [95 % interval] of the final average; the commands are in [Results](../results.md).\n\n" + grid(
+        header, rows, words=2
+    )
 
 
 def declarations() -> str:
@@ -203,13 +214,16 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, source, content=text))
     for name, make in WHOLE_PAGES.items():
         files.append(File.generated(config, name, content=make()))
+    for path in sorted((ROOT / "results").glob("*/*/*.*")):  # figures and tables that pages show and link to
+        if path.suffix in (".svg", ".csv"):
+            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fills in what is made, and points links to files outside docs/ to their pages."""
     stem = Path(page.file.src_uri).stem
-    text = MARK.sub(lambda match: PARTS[match[1]](stem), markdown)
+    text = MARK.sub(lambda match: PARTS[match[1]](stem), markdown).replace("](../results/", "](results/")
     up = "../" * page.file.src_uri.count("/")
     return re.sub(
         r"\]\((?:\.\./)*(\w+\.md)(#[\w-]*)?\)",

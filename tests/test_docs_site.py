@@ -10,8 +10,13 @@ from omegaconf import OmegaConf
 
 from clpet.cli.options import options
 from clpet.config.compose import CONFIG_GROUPS, compose_config, conf_dir
+from clpet.config.table_spec import TableSpec
 from clpet.methods.base import Method
 from clpet.methods.hook_check import STEP_HOOKS
+from clpet.records import Metrics
+from clpet.reporting.result_table import ResultTable
+from clpet.reporting.table_row import TableRow
+from scripts.conclusions import Committed
 from scripts.docs_site import MARK, PARTS, ROOT_PAGES, WHOLE_PAGES, declarations, figures, other_hooks, some_of
 from scripts.option_pages import cell, configuration, entries, group_page, merged
 
@@ -111,10 +116,17 @@ def test_a_long_value_is_one_cell_and_other_groups_are_named() -> None:
     assert (shown["objective"], rows("benchmark", "m2d2")["train.lr"]) == ("text_to_text", "5e-5")
 
 
-def test_a_method_shows_its_rows_of_the_measured_table() -> None:
-    assert "| ewc | 44.78 ± 1.22 |" in figures("ewc")
-    assert "Not measured on python_stdlib" in figures("mocl")
-    assert len(re.findall(r"^\| dynamic_conpet", figures("dynamic_conpet"), re.M)) == 2  # and with prototypes
+def test_a_method_shows_its_rows_of_the_committed_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    values: dict[tuple[int, int], Metrics] = {(0, 0): {"average": 44.0, "task_average": 60.0}}
+    rows = [TableRow(name, ["train.lr=1"], [], values, words=[f"method={name}"]) for name in ("ewc", "kif")]
+    item = Committed("t", "cpu", TableSpec(), ResultTable("T", "cpu", {}, rows))
+    monkeypatch.setattr("scripts.docs_site.committed", lambda: [item])
+    assert figures("ewc").splitlines()[2:] == [
+        "| table | row (values chosen for it) | average | own labels |",
+        "| --- | --- | ---: | ---: |",
+        "| t, budget cpu | ewc (train.lr=1) | 44.00 | 60.00 |",
+    ]
+    assert "In no committed table" in figures("mocl")
 
 
 def test_cells_have_code_and_no_other_markup() -> None:

@@ -55,6 +55,8 @@ def reproduce(argv: list[str]) -> int:
     table.write(folder, with_table=not only)
     print(printable(table.text("text")))
     print(f"\nwritten to {folder}{' (the files of these rows; the table needs all rows)' if only else ''}")
+    if not only:
+        write_report(spec, runs, folder)
     return 0
 
 
@@ -113,9 +115,9 @@ def check_local(spec: TableSpec) -> None:
         return
     row = next(iter(spec.rows))
     trial = next(spec.trials(row), [])
-    given, own = (plan(table, row, trial, spec.seeds[0], 0, Path()) for table in (spec, replace(spec, local=[])))
+    given, unchanged = (plan(table, row, trial, spec.seeds[0], 0, Path()) for table in (spec, replace(spec, local=[])))
     of_table = {word.partition("=")[0].lstrip("+") for word in spec.local} & OF_TABLE
-    if given.signature != own.signature or of_table:
+    if given.signature != unchanged.signature or of_table:
         raise ConfigError(
             f"{' '.join(spec.local)} would change the runs of the table: give only places and hardware here, such as "
             "data_dir=FOLDER, and other options in the words of a YAML of your own"
@@ -213,6 +215,22 @@ def check_inputs(runs: Sequence[PlannedRun]) -> None:
                     f"{run.out} and {where} were measured on different examples of task {inline(task)}: give the runs "
                     "of one table one folder and one version of the data (--output)"
                 )
+
+
+def write_report(spec: TableSpec, runs: Sequence[PlannedRun], folder: Path) -> None:
+    """Writes the HTML report of a table's runs, without test texts, compared by the options that the rows set."""
+    from clpet.cli.report import REPORT, write
+    from clpet.errors import need_package
+
+    try:
+        need_package("vl_convert", "report", "an HTML report")
+    except ConfigError as error:  # after hours of runs not a failure
+        print(f"not written: {error}")
+        return
+    words = [word for row in spec.rows.values() for word in row.words]
+    keys = list(dict.fromkeys(word.partition("=")[0].lstrip("+") for word in words))
+    finished = [(run.out, results) for run in {run.out: run for run in runs}.values() if (results := run.results)]
+    write(folder / REPORT, spec.title, finished, keys or ["method"], [], with_texts=False)
 
 
 def describe(spec: TableSpec, tuning: Sequence[PlannedRun], budget: str) -> str:

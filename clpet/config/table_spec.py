@@ -104,8 +104,8 @@ class TableSpec:
         An option that the row sets itself is not tuned.
         """
         fixed = {word.partition("=")[0].lstrip("+") for word in self.rows[row].words}
-        own = self.rows[row].grid
-        grid = {key: own.get(key, values) for key, values in self.grid.items() if key not in fixed}
+        replaced = self.rows[row].grid
+        grid = {key: replaced.get(key, values) for key, values in self.grid.items() if key not in fixed}
         for values in product(*grid.values()) if grid and self.rows[row].tuned else ():
             yield [f"{key}={_spell(value)}" for key, value in zip(grid, values, strict=True)]
 

@@ -86,12 +86,12 @@ class TableRow:
                 row.task_given = results["task_id_at_test"]
                 row.all_at_once = len(results["cost"]) < len(results["tasks"])
                 row.values[run.order, run.seed] = measured(results)
-                row.signatures.append(str(results["signature"]))
+                row.signatures.append(run.signature)
                 row.versions = row.versions or cast(Json, results.get("versions"))
         for run in defaults:
             if results := run.results:
                 row.defaults[run.order, run.seed] = measured(results)
-                row.default_signatures.append(str(results["signature"]))
+                row.default_signatures.append(run.signature)
         every = {run.out: run.results for run in (*tuning, *runs, *defaults)}
         finished = [measured(results) for results in every.values() if results]
         row.num_runs = len(finished)
