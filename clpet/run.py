@@ -16,6 +16,7 @@ from clpet.errors import ConfigError, ModelError, enough_memory
 from clpet.evaluation.data_inspection import cut_line
 from clpet.evaluation.evaluator import Evaluator
 from clpet.methods.base import Method
+from clpet.methods.unused_options import unused_options
 from clpet.metrics.transfer_matrix import TransferMatrix, on_split
 from clpet.records import ExtendedFrom, Json, Results, State
 from clpet.reporting import run_summary
@@ -97,7 +98,7 @@ def announce(display: Display, session: Session) -> None:
     display.print(run_summary.heading(method.name, name, len(benchmark), num_labels, softmax, resolved))
     for line in filter(None, (cut_line(session.data_record), session.probes.describe())):
         display.print(line)
-    for warning in session.data_record["warnings"]:
+    for warning in [*unused_options(method), *session.data_record["warnings"]]:
         log.warning(warning)
     display.tasks = len(method.curriculum())
 

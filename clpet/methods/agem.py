@@ -12,26 +12,19 @@ import torch
 from clpet.config.schema import require
 from clpet.config.seeding import derive
 from clpet.methods.components.memory_gradient import conflict, memory_gradient
-from clpet.methods.replay import Replay
-from clpet.replay.batch_plan import BatchPlan
+from clpet.methods.replay import DrawnReplay
 from clpet.runtime.sharding.gradients import local_gradients
 from clpet.training.step import StepContext
 
 
 @dataclass
-class AGEM(Replay):
+class AGEM(DrawnReplay):
     """Trains on new examples alone; the memory only restricts the direction. The first task is plain training."""
 
     memory_batch: int = 64
 
     def __post_init__(self) -> None:
         require(self.memory_batch >= 1, "method.memory_batch", self.memory_batch, "at least 1")
-
-    def mixes_tasks(self, replay: str) -> bool:
-        return True  # the loss of the memory's batch is over all seen labels
-
-    def plan(self, index: int) -> BatchPlan:
-        return self.replay.new_only_plan(index)
 
     def adjust_gradients(self, context: StepContext) -> None:
         if not self.replay.memory:

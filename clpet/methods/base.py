@@ -84,10 +84,8 @@ class Method(Generic[ObjectiveType]):
     def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
         """Raises ConfigError for an unsupported combination, before anything is loaded."""
         if unmet := self.unmet(objective.traits):
-            raise ConfigError(
-                f"method={self.name} does not support objective={objective.name}: {unmet}; "
-                "method=sequential supports all"
-            )
+            reason = f"{unmet}; method=sequential supports all"
+            raise ConfigError(f"method={self.name} does not support objective={objective.name}: {reason}")
         if replay != "none" and not self.uses_replay:
             raise ConfigError(f"method={self.name} does not replay: remove replay={replay}, or use method=replay")
         if self.needs_adapter and not peft.traits.several:
@@ -121,6 +119,10 @@ class Method(Generic[ObjectiveType]):
     def init_adapters(self) -> None:
         """Attaches the adapter that a new run evaluates and trains first, and sets the method's initial state."""
         self.objective.adapters.add("default", derive(self.seed, "adapter", "default"))
+
+    def ineffective(self) -> dict[str, str]:
+        """Options without effect in this configuration, such as method.keep or replay.ratio, each with the reason."""
+        return {}
 
     def resolved(self, benchmark: Benchmark) -> dict[str, Json]:
         """Options left at null and the values chosen for them from the data, for the header and results.json."""
@@ -297,9 +299,8 @@ class Method(Generic[ObjectiveType]):
 
     def stored_parameters(self) -> int:
         """Number of scalars this method must store in addition to the frozen backbone."""
-        stored = sum(map(self.objective.adapters.count, self.objective.adapters.names))
-        stored += sum(parameter.numel() for parameter in self.objective.parameters().values())
-        return stored + saved_state.count_saved(self)
+        stored = sum(map(self.objective.adapters.count, self.objective.adapters.names)) + saved_state.count_saved(self)
+        return stored + sum(parameter.numel() for parameter in self.objective.parameters().values())
 
     def stored_rows(self) -> np.ndarray:
         """Rows of the training pool that are stored as old examples."""

@@ -64,6 +64,9 @@ class CLMoE(MoELoRA):
         require(0 <= self.momentum <= 1, "method.momentum", self.momentum, "in [0, 1]")
         require(0 <= self.share <= 1, "method.share", self.share, "in [0, 1]")
 
+    def ineffective(self) -> dict[str, str]:
+        return {} if self.task_id_at_test else {"method.share": "it is for method.task_id_at_test=true"}
+
     def init_adapters(self) -> None:
         self.usage: list[Tensor] = []  # [layers, experts] of every task: how often an expert was among the largest
         self.batch: Batch | None = None  # whose tokens are counted; None: they are not

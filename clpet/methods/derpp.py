@@ -24,11 +24,10 @@ from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.components.memory_gradient import mean_gradient
 from clpet.methods.components.second_weights import SecondWeights
-from clpet.methods.replay import Replay
+from clpet.methods.replay import DrawnReplay
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
 from clpet.objectives.classification import Classification
-from clpet.replay.batch_plan import BatchPlan
 from clpet.replay.sampled import ReservoirReplay
 from clpet.runtime.sharding.gradients import local_gradients
 from clpet.training.step import StepContext
@@ -51,7 +50,7 @@ class OfferEpochs(Enum):
 
 
 @dataclass
-class DERPP(Replay):
+class DERPP(DrawnReplay):
     """Draws old examples itself at every step, so a batch of the plan has new ones alone.
 
     The terms of old examples are added as gradients, in micro-batches of their own; the recorded loss is that of the
@@ -96,11 +95,13 @@ class DERPP(Replay):
                 "method.logits_from=teacher"
             )
 
-    def mixes_tasks(self, replay: str) -> bool:
-        return True  # logits are compared over all seen labels
-
-    def plan(self, index: int) -> BatchPlan:
-        return self.replay.new_only_plan(index)
+    def ineffective(self) -> dict[str, str]:
+        unused = super().ineffective()
+        if not self.stores(self.objective):
+            unused["method.offer_epochs"] = "a teacher computes the logits, and the memory changes after a task"
+        if not self.beta:
+            unused["method.draws"] = "with method.beta=0 there is one term of old examples"
+        return unused
 
     def init_adapters(self) -> None:
         super().init_adapters()

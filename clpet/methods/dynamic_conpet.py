@@ -83,6 +83,10 @@ class DynamicConPET(Modular):
                 "or method.selector=prototypes"
             )
 
+    def ineffective(self) -> dict[str, str]:
+        options = ("clip", "epochs", "lr", "ratio") if self.selector is Routing.prototypes else ()
+        return {f"method.selector_{option}": "method.selector=prototypes trains nothing" for option in options}
+
     def check_benchmark(self, benchmark: Benchmark) -> None:
         trained = self.selector is Routing.trained
         if self.warm_start is WarmStart.selector and (self.top_k >= len(benchmark) or not trained):

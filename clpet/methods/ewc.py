@@ -79,6 +79,9 @@ class EWC(Static):
                 " (usually method.fisher=batch method.merge=average method.strength=5000)"
             )
 
+    def ineffective(self) -> dict[str, str]:
+        return {} if self.merge is Merge.decay else {"method.decay": "it is for method.merge=decay"}
+
     def init_adapters(self) -> None:
         super().init_adapters()
         self.quadratic: dict[str, Triple] = {}  # name -> S, M, Q in fp64

@@ -83,6 +83,10 @@ class Fusion(IncLoRA):
                 "method.mode=uniform"
             )
 
+    def ineffective(self) -> dict[str, str]:
+        attends = self.mode is Mode.attention
+        return {} if attends else {"method.size": f"method.mode={self.mode.value} has no queries and keys"}
+
     def init_adapters(self) -> None:
         super().init_adapters()
         layers, device = list(self.stack.layers.values()), self.objective.device

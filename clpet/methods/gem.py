@@ -15,10 +15,9 @@ import torch
 from clpet.config.schema import require
 from clpet.errors import need_package
 from clpet.methods.components.memory_gradient import dot, dual_weights, memory_gradient
-from clpet.methods.replay import Replay
+from clpet.methods.replay import DrawnReplay
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
-from clpet.replay.batch_plan import BatchPlan
 from clpet.runtime.sharding.gradients import local_gradients
 from clpet.training.step import StepContext
 
@@ -31,7 +30,7 @@ class RidgeScale(Enum):
 
 
 @dataclass
-class GEM(Replay):
+class GEM(DrawnReplay):
     """Every step computes the gradients of all memories: its cost grows with the number of old tasks.
 
     The quadratic problem is solved on the CPU, so every step waits for the device.
@@ -48,12 +47,6 @@ class GEM(Replay):
     def check(self, objective: Objective, replay: str, peft: FullFineTuning) -> None:
         super().check(objective, replay, peft)
         need_package("scipy", "sklearn", f"method={self.name}")
-
-    def mixes_tasks(self, replay: str) -> bool:
-        return True  # the losses of the memories are over all seen labels
-
-    def plan(self, index: int) -> BatchPlan:
-        return self.replay.new_only_plan(index)
 
     def adjust_gradients(self, context: StepContext) -> None:
         if not self.replay.memory:

@@ -109,6 +109,13 @@ class KIF(Method):
         if self.replay_phase == "after" and replay == "none":
             raise ConfigError("method.replay_phase=after needs a memory: set replay=share, for example")
 
+    def ineffective(self) -> dict[str, str]:
+        ranks = self.unit == "lora_rank"
+        used = {"tau": self.fusion == "adaptive", "gamma": self.fusion == "static", "unit_score": ranks,
+                "orth_strength": ranks, "orth_squared": ranks and self.orth_strength > 0}  # fmt: skip
+        reason = f"it is not for method.unit={self.unit} with method.fusion={self.fusion}"
+        return {f"method.{name}": reason for name, on in used.items() if not on}
+
     def init_adapters(self) -> None:
         super().init_adapters()
         self.accumulated: dict[str, Tensor] = {}  # J: group -> [units of the group], fp64

@@ -24,7 +24,7 @@ from clpet.data.benchmark import Task
 from clpet.errors import ConfigError
 from clpet.methods.components.features import hidden_states, mean_pool
 from clpet.methods.knn import squared_distances
-from clpet.methods.replay import Replay
+from clpet.methods.replay import DrawnReplay
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import AnswerSpace, Objective, Predictions
 from clpet.objectives.classification import Classification
@@ -32,7 +32,7 @@ from clpet.replay.batch_plan import BatchPlan, Rows
 
 
 @dataclass
-class MbPA(Replay):
+class MbPA(DrawnReplay):
     """Every test example costs `steps` forward and backward passes of its neighbours, with an optimiser of its own.
 
     The key of a labelled text is the vector that its head reads, that of a prompt the mean of its last hidden states.
@@ -65,9 +65,6 @@ class MbPA(Replay):
                 f"method={self.name} finds neighbours by a frozen backbone, which peft={peft.name} trains: use lora"
             )
 
-    def mixes_tasks(self, replay: str) -> bool:
-        return True  # neighbours may be of any task
-
     def init_adapters(self) -> None:
         super().init_adapters()
         self.keys = torch.zeros(0, self.objective.dim, device=self.objective.device)  # [stored, dim], as memory_rows
@@ -96,7 +93,7 @@ class MbPA(Replay):
         self.keys = keys[[positions[row] for row in rows.tolist()]]
 
     def plan(self, index: int) -> BatchPlan:
-        plan, rows = self.replay.new_only_plan(index), self.stored()
+        plan, rows = super().plan(index), self.stored()
         count = math.ceil(self.replay_rate * plan.steps) if len(rows) else 0
         size = min(len(rows), self.replay.batch_size)
 

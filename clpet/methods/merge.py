@@ -96,6 +96,12 @@ class Merge(IncLoRA):
         require(0 <= self.drop < 1, "method.drop", self.drop, "in [0, 1)")
         require(0 < self.alpha < 1, "method.alpha", self.alpha, "between 0 and 1")
 
+    def ineffective(self) -> dict[str, str]:
+        ties = self.rule is Rule.ties or (self.rule is Rule.dare and self.then is Then.ties)
+        used = {"keep": ties, "aggregate": ties, "trim": ties, "drop": self.rule is Rule.dare,
+                "then": self.rule is Rule.dare, "alpha": self.rule is Rule.opcm}  # fmt: skip
+        return {f"method.{name}": f"it is not for method.rule={self.rule.value}" for name, on in used.items() if not on}
+
     @property
     def factor(self) -> float:
         """`scale`, or the published one of the rule."""

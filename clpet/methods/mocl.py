@@ -48,6 +48,10 @@ class MoCL(IncLoRA):
         require(self.scale > 0, "method.scale", self.scale, "more than 0")
         require(self.matching >= 0, "method.matching", self.matching, "0 (off) or more")
 
+    def ineffective(self) -> dict[str, str]:
+        softmax = self.compose is Compose.softmax
+        return {} if softmax else {"method.scale": "it is for method.compose=softmax"}
+
     def init_adapters(self) -> None:
         super().init_adapters()
         self.keys = nn.ParameterList()  # v_1 .. v_t; only the last one is trained

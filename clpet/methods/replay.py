@@ -11,6 +11,9 @@ from clpet.errors import ConfigError
 from clpet.methods.base import Method, ObjectiveType
 from clpet.models.peft_options import FullFineTuning
 from clpet.objectives.base import Objective
+from clpet.replay.batch_plan import BatchPlan
+
+MIXING = ("ratio", "limit", "copies", "max_copies", "rate")  # options of memories about batches with old examples
 
 
 @dataclass
@@ -42,3 +45,18 @@ class Replay(Static[ObjectiveType]):
         super().check(objective, replay, peft)
         if replay == "none":
             raise ConfigError(f"method={self.name} needs a memory: set replay=dynamic, fixed, share, reservoir or all")
+
+
+@dataclass
+class DrawnReplay(Replay[ObjectiveType]):
+    """Base of methods that draw old examples themselves: a batch of the plan has new examples alone."""
+
+    def mixes_tasks(self, replay: str) -> bool:
+        return True  # what is computed from old examples is over all seen labels
+
+    def plan(self, index: int) -> BatchPlan:
+        return self.replay.new_only_plan(index)
+
+    def ineffective(self) -> dict[str, str]:
+        reason = f"method={self.name} draws old examples itself"
+        return {**super().ineffective(), **{f"replay.{option}": reason for option in MIXING}}

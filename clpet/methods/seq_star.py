@@ -50,6 +50,9 @@ class SeqStar(Static[Classification]):
     def mixes_tasks(self, replay: str) -> bool:
         return True  # old rows stay in the softmax
 
+    def ineffective(self) -> dict[str, str]:
+        return {} if self.cosine else {"method.scale": "it is the factor of cosines, and the head is linear"}
+
     @property
     def cosine(self) -> bool:
         """Whether logits are cosines."""

@@ -42,6 +42,9 @@ class CorrectedReplay(Replay[Classification]):
             not self.future_labels, "method.future_labels", self.future_labels, "false: rows of new labels are scaled"
         )
 
+    def ineffective(self) -> dict[str, str]:
+        return {} if self.distil else {"method.temperature": "it is that of the distillation, and method.distil=false"}
+
     def init_adapters(self) -> None:
         super().init_adapters()
         self.old = 0  # number of head rows before the task

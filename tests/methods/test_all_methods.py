@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clpet.methods.unused_options import unused_options
 from tests.conftest import QUICKER, killed_run, methods_of, tiny_args, words_of
 from tests.runs.test_stored_bytes import check_stored_bytes
 
@@ -108,6 +109,7 @@ EACH = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else []) for 
 def test_a_method_learns_the_words(method: str, make) -> None:
     """After training, accuracy among the four labels of the task is above chance."""
     run = make(*words_of(method), "train.lr=2e-2", "train.epochs=6")
+    assert unused_options(run.method) == []
     from clpet.evaluation.evaluator import Evaluator
 
     index, task = run.method.curriculum()[0]
