@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from clpet.config.table_spec import TableSpec, read_table, table_files
@@ -43,6 +44,7 @@ class Committed:
         return next((row for row in self.table.rows if row.name == name), None)
 
 
+@cache
 def committed(results: Path = RESULTS) -> list[Committed]:
     """The tables with results, in the order of conf/table and of their budgets; smoke budgets are left out."""
     tables = []

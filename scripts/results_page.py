@@ -27,9 +27,7 @@ from scripts.conclusions import (
 )
 
 TEXT = RESULTS / "text"
-WRITTEN = (
-    "*Written by `python -m scripts.results_page` from [the committed results](../results) and hand-written texts.*"
-)
+WRITTEN = "*Written by `python -m scripts.results_page` from `results/`: committed figures and hand-written texts.*"
 NEAR = 2.0  # points above sequential fine-tuning from which on a method counts as working
 FAR = 5.0  # points below the published figure
 
