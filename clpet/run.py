@@ -25,12 +25,12 @@ from clpet.reporting.plots import method_figures, run_figures
 from clpet.reporting.progress import Display
 from clpet.runs import provenance, run_dir
 from clpet.runs.carry_over import CarryOver
-from clpet.runs.downstream import Downstream, check_downstream
 from clpet.runs.dry_run import count_parameters, dry_run
 from clpet.runs.existing_run import show_existing
 from clpet.runs.extension import Extension, find_extension
 from clpet.runs.planning import measured_tasks, plan_work
 from clpet.runs.prediction_files import write_predictions
+from clpet.runs.row_measures import RowMeasures, check_measures
 from clpet.runs.tracking import Tracker
 from clpet.runs.tracking_options import Tracking
 from clpet.runtime.atomic_io import RunLock
@@ -57,7 +57,7 @@ def run(cfg: DictConfig, out: Path, overrides: list[str], quiet: bool = False) -
         return show_existing(console, config, out, results)
     components = Components.build(config)
     cast(Tracking, components.tracking).check()
-    check_downstream(components)
+    check_measures(components)
     with GracefulShutdown() as shutdown, RunLock(out), quiet_libraries():
         benchmark = load_benchmark(components, overrides)
         display = Display(console, len(benchmark))
@@ -115,13 +115,13 @@ class Experiment:
     extension: Extension | None = None  # tasks that another run has learned
     identity: dict[str, str] = field(init=False)
     tracker: Tracker = field(init=False)
-    downstream: Downstream = field(init=False)
+    measures: RowMeasures = field(init=False)
 
     def __post_init__(self) -> None:
         self.identity = self.identify()
         config = cast(dict[str, Json], OmegaConf.to_container(self.cfg, resolve=True))
         tracking = cast(Tracking, self.session.components.tracking)
-        self.downstream = Downstream.of(self.session)
+        self.measures = RowMeasures.of(self.session)
         self.tracker = Tracker(tracking, self.out, self.display, config, self.identity)
 
     def run(self, console: Console) -> TransferMatrix:
@@ -292,9 +292,9 @@ class Experiment:
             if row == len(self.benchmark):
                 # Before the last row: methods keep the statistics of their latest evaluation, which must be this row's.
                 state.validation = self.validate(tasks)
+            further = self.measures.measure(row, state.diagnostics)  # also before it
             evaluation = Evaluator(self.benchmark, self.session.data, self.session.split)(self.method, row, list(tasks))
-        evaluation.diagnostics = {**(recorded or {}), **evaluation.diagnostics, **self.method.diagnostics()}
-        evaluation.diagnostics |= self.session.probes.measure(row) | self.downstream.measure(row)
+        evaluation.diagnostics = {**(recorded or {}), **evaluation.diagnostics, **self.method.diagnostics(), **further}
         for matrix, scores in ((state.matrix, evaluation.seen), (state.task_matrix, evaluation.per_task)):
             for index in tasks:
                 matrix.record(row, index, scores[index].value, scores[index].correct, scores[index].total)

@@ -9,6 +9,7 @@ from clpet.errors import ConfigError, DataError
 from clpet.escape import printable
 
 if TYPE_CHECKING:
+    from clpet.reporting.comparison import Comparison
     from clpet.reporting.run_groups import Runs
     from clpet.runs.load_run import RunRecord
 
@@ -20,7 +21,7 @@ def runs(argv: list[str]) -> int:
     from clpet.reporting.show import list_runs
     from clpet.runtime.untrusted_json import find_runs
 
-    for name in ("metrics", "view", "by", "against", "picture", "costs", "budget", "sort"):
+    for name in ("metrics", "view", "by", "against", "picture", "costs", "budget", "sort", "correlate"):
         if getattr(arguments, name) != parser.get_default(name) and not arguments.compare:
             raise ConfigError(f"--{name} needs --compare KEY, such as --compare method")
     folder, benchmark = Path(arguments.folder), arguments.benchmark
@@ -53,8 +54,13 @@ def _runs_parser() -> argparse.ArgumentParser:
     parser.add_argument("--by", choices=("validation",), help="keep each row's best setting by its validation score")
     parser.add_argument("--against", metavar="NAME", help="row that the others are tested against (default: the best)")
     parser.add_argument(
-        "--picture", metavar="FILE", help="also draw the rows next to each other, into a .png, .pdf or .svg"
-    )
+        "--correlate", nargs=2, metavar=("X", "Y"),
+        help="rank correlation of two metrics, costs or probes over the rows: forgetting kl_forward/neutral",
+    )  # fmt: skip
+    parser.add_argument(
+        "--picture", metavar="FILE",
+        help="also draw the rows next to each other, with --correlate as points, into a .png, .pdf or .svg",
+    )  # fmt: skip
     parser.add_argument("--benchmark", help="only runs of this benchmark")
     parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text")
     return parser
@@ -78,10 +84,22 @@ def _compare(arguments: argparse.Namespace, runs: "Runs") -> str:
         budget=parse_budget(arguments.budget or ""),
         sort=arguments.sort,
     )
+    if arguments.correlate:
+        return _correlated(comparison, arguments, runs)
     text = comparison.report(runs)
     if arguments.picture:
         comparison.draw(runs, Path(arguments.picture))
     return text
+
+
+def _correlated(comparison: "Comparison", arguments: argparse.Namespace, runs: "Runs") -> str:
+    """The comparison, followed by the correlation of two figures; with --picture also writes its points."""
+    from clpet.reporting.correlation import correlations, draw, report
+
+    results = correlations(comparison, runs, tuple(arguments.correlate))
+    if arguments.picture:
+        draw(results, Path(arguments.picture))
+    return f"{comparison.report(runs)}\n\n{report(results, arguments.format)}"
 
 
 def _split_list(text: str | None) -> list[str]:

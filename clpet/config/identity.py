@@ -27,6 +27,8 @@ ADDED_OPTIONS: dict[str, dict[str, Json]] = {
         "probes": [],
         "probe_tokens": None,
         "probe_text": None,
+        "probe_task": None,
+        "probe_examples": 200,
         "downstream": [],
         "downstream_every": 1,
         "downstream_limit": None,

@@ -185,12 +185,13 @@ class CapUnit(Enum):
 
 
 class Probe(Enum):
-    """What is compared with the pretrained model after every task."""
+    """What is compared with the pretrained model after every task, and how well another task is learned then."""
 
     kl = "kl"
     nll = "nll"
     representation = "representation"
     weights = "weights"
+    plasticity = "plasticity"
 
 
 @dataclass
@@ -214,6 +215,8 @@ class EvaluationOptions:
     probes: list[Probe] = field(default_factory=list)
     probe_tokens: int | None = None
     probe_text: str | None = None
+    probe_task: str | None = None
+    probe_examples: int | None = 200
     downstream: list[str] = field(default_factory=list)
     downstream_every: int = 1
     downstream_limit: int | None = None
@@ -226,7 +229,14 @@ class EvaluationOptions:
         text_kept = self.predictions or not self.keep_text
         require(text_kept, "evaluation.keep_text", "true", "false with evaluation.predictions=false")
         require(self.rank_prompts >= 0, "evaluation.rank_prompts", self.rank_prompts, "0 (off) or more")
-        at_least_1 = ("max_new_tokens", "stride", "probe_tokens", "downstream_limit")
+        needs_task, has_task = Probe.plasticity in self.probes, self.probe_task is not None
+        require(
+            has_task or not needs_task, "evaluation.probe_task", "null", "benchmark/NAME:TASK, for probes=[plasticity]"
+        )
+        require(
+            needs_task or not has_task, "evaluation.probe_task", self.probe_task, "null without probes=[plasticity]"
+        )
+        at_least_1 = ("max_new_tokens", "stride", "probe_tokens", "probe_examples", "downstream_limit")
         for key, minimum in (*((key, 1) for key in at_least_1), ("max_tokens", 2)):
             value = getattr(self, key)
             require(value is None or value >= minimum, f"evaluation.{key}", value, f"at least {minimum}, or null")

@@ -309,4 +309,4 @@ def encode_benchmark(
         pairs = [(index, example) for index, task in enumerate(benchmark.tasks) for example in task.split(split)]
         labels = [benchmark.label_ids.get(str(example.target), -1) for _, example in pairs]
         pools[split] = encode([example for _, example in pairs], labels, [index for index, _ in pairs])
-    return Encoded(pools["train"], pools["validation"], pools["test"])
+    return Encoded(pools["train"], pools["validation"], pools["test"], benchmark.seed_key)

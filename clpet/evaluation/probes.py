@@ -28,6 +28,7 @@ from clpet.metrics.drift import (
     linear_cka,
     low_rank_singular_values,
     mean,
+    nll_and_drift,
     stable_rank,
 )
 from clpet.models.adapters import Adapters
@@ -51,16 +52,14 @@ def check_probes(
     sharded: bool,
 ) -> None:
     """Raises ConfigError for probes that a run cannot measure, before anything is loaded."""
-    probes = evaluation.probes
-    if not probes:
-        return
-    if not method.mergeable:
+    probes = drift_probes(evaluation)
+    if evaluation.probes and sharded:
+        raise ConfigError("evaluation.probes cannot be used with hardware.shard: one rank reads the whole model")
+    if probes and not method.mergeable:
         raise ConfigError(
             f"evaluation.probes compares one model with the pretrained one; method={method.name} chooses parameters "
             "for each text"
         )
-    if sharded:
-        raise ConfigError("evaluation.probes cannot be used with hardware.shard: one rank reads the whole model")
     for probe in (Probe.kl, Probe.nll):
         if probe in probes and not objective.traits.needs_output_layer:
             raise ConfigError(
@@ -77,6 +76,11 @@ def check_probes(
     all_trained = peft.traits.saves_model and not peft.traits.adds_blocks
     if Probe.weights in probes and not (peft.traits.lora_factors or all_trained):
         raise ConfigError(f"evaluation.probes=weights needs peft=lora or none, not peft={peft.name}")
+
+
+def drift_probes(evaluation: EvaluationOptions) -> list[Probe]:
+    """The probes that compare the present model with the pretrained one."""
+    return [probe for probe in evaluation.probes if probe is not Probe.plasticity]
 
 
 def neutral_text(path: str | None) -> str:
@@ -105,7 +109,7 @@ class Probes:
 
     def measure(self, row: int) -> dict[str, float]:
         """The values after `row` tasks; empty without probes, and on all ranks but the main one."""
-        if not self.options.probes:
+        if not drift_probes(self.options):
             return {}
         with get_world().wait_for_main():
             return self._measure(row) if get_world().is_main else {}
@@ -124,10 +128,10 @@ class Probes:
 
     def describe(self) -> str:
         """The line about the probes in the header of a run; '' without any."""
-        if not self.options.probes:
+        if not drift_probes(self.options):
             return ""
         tokens, dim = self.windows.numel(), self.method.objective.dim
-        names = ", ".join(probe.value for probe in self.options.probes)
+        names = ", ".join(probe.value for probe in drift_probes(self.options))
         few = Probe.representation in self.options.probes and tokens < 4 * dim
         bias = f"; fewer than 4 tokens for each of {dim} dimensions bias CKA towards 1" if few else ""
         return f"probes {names} on {tokens:,} tokens of neutral text{bias}"
@@ -196,8 +200,7 @@ class Probes:
             if Probe.kl in self.options.probes:
                 totals.add("kl_forward/neutral", "kl_reverse/neutral", kl_divergences(before, now))
             if Probe.nll in self.options.probes:
-                losses = [nn.functional.cross_entropy(x.float(), targets, reduction="none") for x in (before, now)]
-                totals.add("nll/neutral", "nll_drift/neutral", (losses[1], losses[1] - losses[0]))
+                totals.add("nll/neutral", "nll_drift/neutral", nll_and_drift(before, now, targets))
         return {**totals.means(), **(_representation(states) if states else {})}
 
     @property

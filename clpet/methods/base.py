@@ -46,6 +46,7 @@ class Method(Generic[ObjectiveType]):
     needs_logits: ClassVar[bool] = False  # works with the logits of a cross-entropy loss
     has_cross_entropy: ClassVar[bool] = True  # labels are learned by a cross-entropy, which class weights may weight
     changes_backbone: ClassVar[bool] = False  # merges what it has learned into the backbone
+    trains: ClassVar[bool] = True  # by gradient; False: it counts, or learns nothing
     uses_replay: ClassVar[bool] = False  # reads a memory of old examples, so replay= may be set
     needs_adapter: ClassVar[bool] = False  # has an adapter per task, so peft=none is refused
     supported_pefts: ClassVar[tuple[str, ...]] = ()  # values of peft= it accepts; empty: all that train something

@@ -29,6 +29,7 @@ class FeatureStatistics(Method[Classification]):
 
     needs_labels: ClassVar[bool] = True
     has_cross_entropy: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
     uses_validation: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     rounds_with_unseen_labels: ClassVar[bool] = True  # all labels are scored by one matrix product

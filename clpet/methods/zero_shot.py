@@ -18,6 +18,7 @@ class ZeroShot(Method):
     """All rows of the matrix are that before the first task."""
 
     has_cross_entropy: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
     uses_validation: ClassVar[bool] = False
     supported_pefts: ClassVar[tuple[str, ...]] = ("frozen",)
 

@@ -14,6 +14,12 @@ def kl_divergences(base: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
     return (log_base.exp() * difference).sum(-1), -(log_now.exp() * difference).sum(-1)
 
 
+def nll_and_drift(base: Tensor, now: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """([n] -log p of the targets [n] now, [n] how much more that is than before), from logits [n, vocabulary]."""
+    before, after = (F.cross_entropy(logits.float(), targets, reduction="none") for logits in (base, now))
+    return after, after - before
+
+
 def linear_cka(base: Tensor, now: Tensor) -> float:
     """Linear CKA of two representations [n, dim] of the same n tokens (Kornblith et al., 2019), 1 if they are equal.
 

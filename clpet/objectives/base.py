@@ -141,7 +141,7 @@ class Objective:
         self.flops = FlopsOfPasses(adapters)
         self.prompt: Callable[[Batch], Tensor] | None = None  # [batch, p, dim] in front of the text's embeddings
         self.new_tasks = range(0)  # the tasks that are being learned for the first time
-        self.benchmark = self._fit_length(benchmark)
+        self.benchmark = self.fit_length(benchmark)
         self.encode_split = self.encoder(self.benchmark, backbone, tokenizer)
         self.finish_setup()
         return self
@@ -168,7 +168,7 @@ class Objective:
         """Whether the backbone is a decoder, which reads from left to right."""
         return self.backbone.architecture is Architecture.decoder
 
-    def _fit_length(self, benchmark: Benchmark) -> Benchmark:
+    def fit_length(self, benchmark: Benchmark) -> Benchmark:
         """The benchmark with max_length lowered to what the model can read.
 
         Raises ModelError if the user has set it, or if no position is left for a text.

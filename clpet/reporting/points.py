@@ -2,6 +2,7 @@
 
 from clpet.records import Json
 from clpet.reporting.plots.perplexity import by_distance
+from clpet.reporting.row_diagnostics import series
 from clpet.reporting.run_costs import mean_costs
 from clpet.reporting.run_groups import Row, Section
 from clpet.reporting.run_metrics import MeanStd, matrix_of, mean_and_std, pretraining_metrics
@@ -29,6 +30,20 @@ def seen_averages(section: Section) -> list[Point]:
         for learned in range(1, min(map(len, matrices), default=0) + 1):
             value = mean_and_std([matrix.average(learned, learned) for matrix in matrices])
             names = {matrix.tasks[learned - 1] for matrix in matrices}
+            if value:
+                points.append(_mean_point(row, learned, value, after=names.pop() if len(names) == 1 else "-"))
+    return points
+
+
+def measured_points(section: Section, prefix: str, name: str) -> list[Point]:
+    """Per row and number of learned tasks: a value measured along with the matrix, mean and deviation over seeds."""
+    points = []
+    for row in section.rows:
+        by_seed = [series(run["diagnostics"], prefix).get(name, {}) for _, run in row.runs]
+        tasks = [run["tasks"] for _, run in row.runs]
+        for learned in sorted(set().union(*by_seed)):
+            value = mean_and_std([values.get(learned) for values in by_seed])
+            names = {order[learned - 1] if learned else "(before)" for order in tasks}
             if value:
                 points.append(_mean_point(row, learned, value, after=names.pop() if len(names) == 1 else "-"))
     return points

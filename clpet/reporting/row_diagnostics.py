@@ -1,6 +1,6 @@
-"""Values measured along with the rows of the matrix, as series: drift from the pretrained model, downstream tasks."""
+"""Values measured along with the rows of the matrix, as series: probes, and tasks that are not learned."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from clpet.records import Metrics
 from clpet.reporting.tables import table
@@ -11,9 +11,15 @@ PANELS = {
     "change of NLL, nats": ("nll_drift/neutral",),
     "CKA with the pretrained model": ("cka",),
     "norm of the change / pretrained": ("weight_norm_relative",),
+    "plasticity: score of the probe task": ("plasticity",),
+    "plasticity: mean loss of the probe task": ("plasticity_loss",),
 }
 PROBES, DOWNSTREAM = "probe/", "downstream/"  # prefixes of their names in the diagnostics of a row
-TITLES = {PROBES: "drift from the pretrained model", DOWNSTREAM: "downstream tasks (lm-evaluation-harness)"}
+TITLES = {PROBES: "probes", DOWNSTREAM: "downstream tasks, not learned"}
+MEANINGS = {
+    "neutral": "neutral text",
+    "task": "test texts of the task",
+}  # of the second part of a probe's name
 
 
 def series(diagnostics: Sequence[Metrics], prefix: str) -> dict[str, dict[int, float]]:
@@ -25,6 +31,14 @@ def series(diagnostics: Sequence[Metrics], prefix: str) -> dict[str, dict[int, f
             if name != key and value is not None and "/block" not in name:
                 values.setdefault(name, {})[int(row["row"] or 0)] = float(value)
     return values
+
+
+def last_values(diagnostics: Sequence[Metrics]) -> dict[str, float]:
+    """{name: value in the last row of the matrix} of all probes, and of downstream tasks with their prefix."""
+    last = diagnostics[-1:]
+    downstream = {f"{DOWNSTREAM}{name}": by_row for name, by_row in series(last, DOWNSTREAM).items()}
+    values: Mapping[str, Mapping[int, float]] = {**series(last, PROBES), **downstream}
+    return {name: value for name, by_row in values.items() for value in by_row.values()}
 
 
 def tables(diagnostics: Sequence[Metrics], tasks: Sequence[str]) -> list[str]:

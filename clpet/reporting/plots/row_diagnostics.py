@@ -5,9 +5,7 @@ from pathlib import Path
 
 from clpet.records import Metrics
 from clpet.reporting.plots.canvas import new_panels, save, short
-from clpet.reporting.row_diagnostics import DOWNSTREAM, PANELS, PROBES, series
-
-LABELS = {"neutral": "neutral text", "task": "test texts of the task"}
+from clpet.reporting.row_diagnostics import DOWNSTREAM, MEANINGS, PANELS, PROBES, series
 
 
 def draw(diagnostics: Sequence[Metrics], tasks: Sequence[str], folder: Path, title: str) -> list[Path]:
@@ -17,7 +15,7 @@ def draw(diagnostics: Sequence[Metrics], tasks: Sequence[str], folder: Path, tit
     panels = {name: [key for key in keys if key in values] for name, keys in PANELS.items()}
     if any(panels.values()):
         curves = {name: {_label(key): values[key] for key in keys} for name, keys in panels.items() if keys}
-        paths.append(_panels(curves, tasks, folder / "drift.png", f"{title}: drift from the pretrained model"))
+        paths.append(_panels(curves, tasks, folder / "drift.png", f"{title}: probes"))
     by_task: dict[str, dict[str, dict[int, float]]] = {}
     for name, by_row in series(diagnostics, DOWNSTREAM).items():
         task, _, metric = name.rpartition("/")
@@ -28,7 +26,7 @@ def draw(diagnostics: Sequence[Metrics], tasks: Sequence[str], folder: Path, tit
 
 
 def _label(key: str) -> str:
-    return LABELS.get(key.rpartition("/")[2], key)
+    return MEANINGS.get(key.rpartition("/")[2], key)
 
 
 def _panels(

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from clpet.records import Json
-from clpet.reporting.points import Point, cost_points, loss_points, metric_points, seen_averages, transfer_points
+from clpet.reporting.points import (
+    Point,
+    cost_points,
+    loss_points,
+    measured_points,
+    metric_points,
+    seen_averages,
+    transfer_points,
+)
+from clpet.reporting.row_diagnostics import DOWNSTREAM, MEANINGS, PANELS, PROBES, series
 from clpet.reporting.run_costs import COSTS
 from clpet.reporting.run_groups import Section
 
@@ -57,6 +66,28 @@ def charts(section: Section) -> list[Chart]:
     caption = "One line per seed, averaged over neighbouring steps."
     result.append(Chart("Training loss", caption, losses, loss_lines(losses, names)))
     return [chart for chart in result if chart.points]
+
+
+def measured_charts(section: Section) -> list[Chart]:
+    """A chart of every probe of the pictures, and of every downstream task and its metrics."""
+    names, result = [row.name for row in section.rows], []
+    caption = "Measured along with the matrix, and no part of its averages; the band is the deviation over seeds."
+    for title, prefix, name in [*_probes(), *_downstream(section)]:
+        points = measured_points(section, prefix, name)
+        if points:
+            result.append(Chart(title, caption, points, lines(points, "tasks learned", name, names)))
+    return result
+
+
+def _probes() -> list[tuple[str, str, str]]:
+    """(title, prefix, name) of the probes that are drawn."""
+    kinds = [(title, name, MEANINGS.get(name.rpartition("/")[2])) for title, names in PANELS.items() for name in names]
+    return [(f"{title}, {text}" if text else title, PROBES, name) for title, name, text in kinds]
+
+
+def _downstream(section: Section) -> list[tuple[str, str, str]]:
+    names = [name for row in section.rows for _, run in row.runs for name in series(run["diagnostics"], DOWNSTREAM)]
+    return [(name, DOWNSTREAM, name) for name in dict.fromkeys(names)]
 
 
 def lines(points: Sequence[Point], x: str, y: str, names: Sequence[str]) -> Spec:

@@ -6,11 +6,12 @@ from clpet.records import Json, Results, Rows
 from clpet.reporting.answers import AnswerData, ReadTexts
 from clpet.reporting.comparison import Comparison
 from clpet.reporting.recorded_objective import has_labels
-from clpet.reporting.report.charts import Chart, charts
+from clpet.reporting.report.charts import Chart, charts, measured_charts
 from clpet.reporting.report.tables import (
     HtmlTable,
     cost_table,
     data_table,
+    measured_table,
     options_table,
     results_table,
 )
@@ -27,6 +28,8 @@ class SectionPart:
     warnings: list[str]
     results: HtmlTable
     charts: list[Chart]
+    measured: HtmlTable | None  # probes and downstream tasks
+    measured_charts: list[Chart]
     costs: HtmlTable
     options: HtmlTable | None
     data: HtmlTable | None
@@ -53,6 +56,8 @@ def section_part(comparison: Comparison, section: Section, sections: list[Sectio
         ],
         results=results_table(comparison, section),
         charts=charts(section),
+        measured=measured_table(section),
+        measured_charts=measured_charts(section),
         costs=cost_table(section),
         options=options_table(section),
         data=data_table(first),

@@ -8,6 +8,7 @@ from clpet.metrics import perplexity_transfer
 from clpet.metrics.transfer_matrix import CONVENTIONS
 from clpet.records import Json, Results
 from clpet.reporting.comparison import Comparison
+from clpet.reporting.row_diagnostics import last_values
 from clpet.reporting.run_costs import COSTS
 from clpet.reporting.run_groups import Row, Section, value_of
 from clpet.reporting.run_metrics import MeanStd, mean_and_std, run_metrics
@@ -108,6 +109,17 @@ def cost_table(section: Section) -> HtmlTable:
         rows.append(cells)
     titles = {name: column.explanation for name, column in COSTS.items()}
     return HtmlTable(["row", *COSTS], rows, 1, titles)
+
+
+def measured_table(section: Section) -> HtmlTable | None:
+    """A line per row with the last values of probes and downstream tasks, mean over seeds; None without any."""
+    by_row = [[last_values(run["diagnostics"]) for _, run in row.runs] for row in section.rows]
+    names = list(dict.fromkeys(name for seeds in by_row for values in seeds for name in values))
+    rows = []
+    for row, seeds in zip(section.rows, by_row, strict=True):
+        means = [mean_and_std([values.get(name) for values in seeds]) for name in names]
+        rows.append([Cell(row.name), *(_number(mean.mean, "{:.4g}") if mean else Cell("-") for mean in means)])
+    return HtmlTable(["row", *names], rows, 1, {}) if names else None
 
 
 def options_table(section: Section) -> HtmlTable | None:
