@@ -134,11 +134,8 @@ class DERPP(DrawnReplay):
         slots = self.replay.offer(rows, rng)
         if not (slots >= 0).any():
             return
-        adapters = self.objective.adapters
-        training = adapters.training
-        adapters.train_mode(False)
-        logits = self.embed(rows[slots >= 0], self.logits)
-        adapters.train_mode(training)
+        with self.objective.adapters.evaluating():
+            logits = self.embed(rows[slots >= 0], self.logits)
         more = len(self.replay.memory[0]) - len(self.stored_logits), logits.shape[1] - self.stored_logits.shape[1]
         self.stored_logits = F.pad(self.stored_logits, (0, max(0, more[1]), 0, more[0]), value=float("inf"))
         for slot, values in zip(slots[slots >= 0].tolist(), logits, strict=True):  # a slot may be entered twice

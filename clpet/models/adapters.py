@@ -158,6 +158,18 @@ class Adapters:
         finally:
             self.model = model
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes inside are without dropout."""
+        training = self.training
+        if training:
+            self.train_mode(False)
+        try:
+            yield
+        finally:
+            if training:
+                self.train_mode(True)
+
     def train_mode(self, on: bool) -> None:
         """Switches the dropout of the adapters, and that of the backbone's layers if model.dropout enables it."""
         self.training = on

@@ -68,3 +68,8 @@ def check_cut_labels(encode: Callable[[list[str], int], Tokenised], benchmark: B
 def until(rows: list[list[int]], ends: Sequence[int]) -> list[list[int]]:
     """Each row up to the first of its `ends`, without it."""
     return [row[: next((index for index, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+
+def through(rows: list[list[int]], ends: Sequence[int]) -> list[list[int]]:
+    """Each row up to the first of its `ends`, with it."""
+    return [row[: len(answer) + 1] for row, answer in zip(rows, until(rows, ends), strict=True)]

@@ -1,4 +1,4 @@
-"""Greedy answers: in padded batches, or with continuous batching on a GPU.
+"""Greedy and sampled answers: in padded batches, or greedy ones with continuous batching on a GPU.
 
 In a padded batch every row takes as many steps as the longest answer. Continuous batching (`generate_batch` of
 transformers) computes prompts and answers without padding, and a row that has ended makes room for another one.
@@ -7,11 +7,13 @@ transformers) computes prompts and answers without padding, and a row that has e
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from clpet.data.batches import Batch
 from clpet.errors import HostError
 from clpet.models.protocols import Network
+from clpet.runtime.distributed import get_world
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -48,11 +50,45 @@ def greedy(new_tokens: int, ends: Sequence[int], pad: int, start: int | None) ->
     )  # fmt: skip
 
 
+class InverseTransform:
+    """Turns the logits of a step into a choice of one token per row, for greedy decoding of a random answer.
+
+    `uniform` [rows, tokens] in [0, 1) decides: the token is the first whose cumulated probability exceeds it. An answer
+    thus depends on its own numbers alone, and not on the other rows of its batch.
+    """
+
+    def __init__(self, uniform: Tensor, temperature: float) -> None:
+        self.uniform, self.temperature, self.step = uniform, temperature, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[rows, vocabulary]: 0 for the drawn token, minus infinity for all others."""
+        cumulated = (scores.double() / self.temperature).softmax(1).cumsum(1)
+        thresholds = self.uniform[:, self.step, None] * cumulated[:, -1:]
+        token = (cumulated <= thresholds).sum(1, keepdim=True).clamp(max=scores.shape[1] - 1)
+        self.step += 1
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
 def padded_answers(
-    model: Network, inputs: Mapping[str, Tensor], settings: "GenerationConfig", causal: bool
+    model: Network,
+    inputs: Mapping[str, Tensor],
+    settings: "GenerationConfig",
+    causal: bool,
+    draw: InverseTransform | None = None,
 ) -> list[list[int]]:
-    """The answer tokens of every row of a batch, padded behind the end token, with a key-value cache."""
-    output = model.generate(generation_config=settings, **inputs)
+    """The answer tokens of every row of a batch, padded behind the end token, with a key-value cache.
+
+    With `draw` the tokens are drawn. The ranks of a sharded network then have different batches, and take equally many
+    steps.
+    """
+    if draw is None:
+        output = model.generate(generation_config=settings, **inputs)
+    else:
+        from transformers import LogitsProcessorList
+
+        processors = LogitsProcessorList([draw])
+        sharded = get_world().sharded
+        output = model.generate(generation_config=settings, logits_processor=processors, synced_gpus=sharded, **inputs)
     # A decoder's output begins with the prompt, unless that was given as embeddings; others' with the start token.
     prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     answers: list[list[int]] = output[:, prompt if causal else 1 :].tolist()

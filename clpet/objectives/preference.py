@@ -165,14 +165,12 @@ class Preference(TextToText):
     @contextmanager
     def reference_policy(self) -> Iterator[None]:
         """Passes inside go through the backbone alone: no adapter, no prompt in front, no dropout; none is counted."""
-        adapters, training, prompt, cost = self.adapters, self.adapters.training, self.prompt, self.meter.cost
+        prompt, cost = self.prompt, self.meter.cost
         self.prompt, self.meter.cost = None, dataclasses.replace(cost)
-        adapters.train_mode(False)
         try:
-            with adapters.off():
+            with self.adapters.evaluating(), self.adapters.off():
                 yield
         finally:
-            adapters.train_mode(training)
             self.prompt, self.meter.cost = prompt, cost
 
     # Prediction and scores

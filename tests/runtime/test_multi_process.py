@@ -35,6 +35,15 @@ CASES: dict[str, list[str]] = {
     "dynamic_conpet_k2": ["method=dynamic_conpet", "method.top_k=2", "hardware.micro_batch_size=2"],
     "kif": ["method=kif", "train.select=best", "train.clip=1"],
     "text_to_text": ["method=kif", "model=tiny_llama", "objective=text_to_text", "benchmark.max_target=8"],
+    "sdft": [
+        "method=sdft",
+        "model=tiny_llama",
+        "objective=text_to_text",
+        "benchmark.max_target=8",
+        "replay=share",
+        "hardware.micro_batch_size=2",
+        "train.eps=1e-3",
+    ],
     "preference": [
         "method=kif",
         "model=tiny_llama",

@@ -126,6 +126,14 @@ VARIANTS = {
     "slao": ["method=slao"],
     "sd_lora": ["method=sd_lora", "train.select=best"],
     "merge": ["method=merge", "method.rule=opcm"],
+    "sdft": [
+        "method=sdft",
+        "model=tiny_llama",
+        "objective=text_to_text",
+        "benchmark.max_target=8",
+        "replay=all",
+        "method.rate=0.2",
+    ],
 }
 
 

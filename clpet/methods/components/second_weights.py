@@ -27,15 +27,8 @@ class SecondWeights:
         looked up in its parameters, and the copy has the size that the tensor had.
         """
         adapters, named = self.method.objective.adapters, {**self.trained, **self.method.named_parameters()}
-        training = adapters.training
-        with swapped({name: named[name] for name in self.tensors}, self.tensors):
-            try:
-                if training:
-                    adapters.train_mode(False)
-                yield
-            finally:
-                if training:
-                    adapters.train_mode(True)
+        with swapped({name: named[name] for name in self.tensors}, self.tensors), adapters.evaluating():
+            yield
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
