@@ -38,6 +38,11 @@ def reproduce(argv: list[str]) -> int:
     if arguments.list:
         print(printable(describe(spec, tuning, arguments.budget)))
         return 0
+    if arguments.dry_run:
+        from clpet.cli.table_dry_run import dry_run
+
+        dry_run(spec, arguments.output)
+        return 0
     if arguments.commands:
         output = arguments.output
         for run in missing(tuning) or missing([*final(spec, tuning, output), *untuned(spec, output)]):
@@ -78,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the table (default: results)")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
     parser.add_argument("--list", action="store_true", help="describe the table and what is missing; run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check every run and predict its cost; run nothing")
     parser.add_argument("--commands", action="store_true", help="print the commands of the next missing runs")
     return parser
 

@@ -1,6 +1,7 @@
 """dry_run=true: prints what a run would do, makes a few steps of its first tasks, and predicts what it will need."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,42 +64,70 @@ def _print_example(console: Console, method: Method) -> None:
     say(console, objective.describe(pool, row))
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """What shapes alone tell of a training step with texts of the largest length, in parameters and bytes."""
+
+    adapters: Adapters  # on the meta device
+    trained: int  # parameters of one adapter, without a head; 0 where the method alone trains something
+    rows: int  # texts in a forward pass of a rank
+    length: int  # tokens of a text, its answer included
+    weights: int
+    moments: int  # of the optimiser
+    added: int | None  # by gradients and activations; None where the model cannot run without values
+
+    @classmethod
+    def of(cls, components: Components, max_length: int, max_target: int) -> "Shapes":
+        """The shapes of a configuration, with texts of `max_length` and answers of `max_target` tokens.
+
+        Raises ModelError for a model without a config in its YAML.
+        """
+        backbone, generates = components.backbone, components.objective.traits.needs_output_layer
+        train, hardware, trains = components.config.train, components.hardware, components.peft.traits.trains
+        dtype = torch.float32 if components.peft.traits.full else hardware.torch_dtype
+        with torch.device("meta"):  # shapes without memory: a model of any size fits
+            adapters = Adapters(backbone.skeleton(generates).to(dtype), backbone, components.peft, generates)
+            if trains:
+                adapters.add("default", 0)
+        answer = max_target if components.objective.traits.in_words else 0
+        weights = size(dict(adapters.model.named_parameters()))
+        trained = adapters.tensors("default") if trains else {}
+        moments = OPTIMIZERS[train.optimizer].moment_bytes(trained, train)
+        rows = rows_of_step(train.global_batch_size, max_length + answer, hardware)
+        added = step_memory(adapters.model, generates, rows, max_length, answer) if trains else None
+        count = sum(tensor.numel() for tensor in trained.values())
+        return cls(adapters, count, rows, max_length + answer, weights, moments, added)
+
+    @property
+    def memory(self) -> int | None:
+        """The memory of a rank's training step in bytes, if it is known."""
+        return None if self.added is None else self.weights + self.moments + self.added
+
+    def line(self, components: Components) -> str:
+        """The memory of a rank's training step, in words."""
+        hardware, optimizer = components.hardware, components.config.train.optimizer
+        fixed = f"weights {self.weights / MB:,.0f} MB, optimiser {self.moments / MB:,.0f} MB ({optimizer})"
+        ignored = [option for option in NOT_CONSIDERED if getattr(hardware, option) != getattr(Hardware, option)]
+        note = f"; not considered: {', '.join(f'hardware.{option}' for option in ignored)}" if ignored else ""
+        if self.added is None or self.memory is None:
+            return f"memory   {fixed}; gradients and activations are not known{note}"
+        return (
+            f"memory   about {self.memory / MB:,.0f} MB for {self.rows} texts of {self.length} tokens: {fixed}, "
+            f"gradients and activations {self.added / MB:,.0f} MB{note}"
+        )
+
+
 def count_parameters(console: Console, components: Components, benchmark: Benchmark, reason: str) -> None:
     """Prints `reason`, why the weights cannot be loaded, and parameter counts from the model's config alone."""
-    backbone, generates = components.backbone, components.objective.traits.needs_output_layer
-    dtype = torch.float32 if components.peft.traits.full else components.hardware.torch_dtype
-    with torch.device("meta"):  # shapes without memory: a model of any size fits
-        adapters = Adapters(backbone.skeleton(generates).to(dtype), backbone, components.peft, generates)
-        adapters.add("default", 0)
-    num_labels, base_parameters = len(benchmark.labels), adapters.base_parameters
-    adapter_parameters = adapters.count("default")
-    lines = [reason, f"adapter: {_ratio(adapter_parameters, base_parameters)}"]
-    if not generates:
-        head = (config_of(adapters.model).hidden_size + 1) * num_labels  # a linear layer with bias
-        lines.append(f"adapter and a head of {num_labels} labels: {_ratio(adapter_parameters + head, base_parameters)}")
-    lines.append(_memory_line(adapters, components, benchmark, generates))
+    shapes = Shapes.of(components, benchmark.max_length, benchmark.max_target)
+    num_labels, total = len(benchmark.labels), shapes.adapters.base_parameters
+    lines = [reason, f"adapter: {_ratio(shapes.trained, total)}" if shapes.trained else f"parameters {total:,}"]
+    if shapes.trained and not components.objective.traits.needs_output_layer:
+        head = (config_of(shapes.adapters.model).hidden_size + 1) * num_labels  # a linear layer with bias
+        lines.append(f"adapter and a head of {num_labels} labels: {_ratio(shapes.trained + head, total)}")
+    lines.append(shapes.line(components))
     for line in lines:
         say(console, line)
-
-
-def _memory_line(adapters: Adapters, components: Components, benchmark: Benchmark, generates: bool) -> str:
-    """The memory of a rank's training step with texts of the largest length, from shapes alone."""
-    train, hardware = components.config.train, components.hardware
-    weights = size(dict(adapters.model.named_parameters()))
-    moments = OPTIMIZERS[train.optimizer].moment_bytes(adapters.tensors("default"), train)
-    answer = benchmark.max_target if components.objective.traits.in_words else 0
-    length = benchmark.max_length + answer
-    rows = rows_of_step(train.global_batch_size, length, hardware)
-    added = step_memory(adapters.model, generates, rows, benchmark.max_length, answer)
-    fixed = f"weights {weights / MB:,.0f} MB, optimiser {moments / MB:,.0f} MB ({train.optimizer})"
-    ignored = [option for option in NOT_CONSIDERED if getattr(hardware, option) != getattr(Hardware, option)]
-    note = f"; not considered: {', '.join(f'hardware.{option}' for option in ignored)}" if ignored else ""
-    if added is None:
-        return f"memory   {fixed}; gradients and activations are not known for this model{note}"
-    return (
-        f"memory   about {(weights + moments + added) / MB:,.0f} MB for {rows} texts of {length} tokens: {fixed}, "
-        f"gradients and activations {added / MB:,.0f} MB{note}"
-    )
 
 
 def rows_of_step(batch_size: int, length: int, hardware: Hardware) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from clpet.cli.reproduce import best_trial, check_inputs
+from clpet.cli.reproduce import best_trial, check_inputs, compose
+from clpet.config.build import parse_config
 from clpet.config.table_spec import Row, TableSpec, read_table, table_files
 from clpet.errors import ConfigError
 from clpet.reporting.planned_run import PlannedRun
@@ -18,6 +19,7 @@ from clpet.reporting.result_table import ResultTable
 from clpet.reporting.run_metrics import t_probability
 from clpet.reporting.table_row import TableRow
 from clpet.reporting.table_statistics import Paired, Variances, paired_difference, rank_correlation, variances
+from clpet.wiring import Components
 from tests.conftest import tiny_args
 from tests.runs.conftest import refused
 
@@ -132,14 +134,37 @@ def test_the_best_trial_is_chosen_on_validation(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_shipped_tables_compose(clpet) -> None:
-    from clpet.cli.reproduce import plan
+@pytest.mark.parametrize("name", table_files())
+def test_shipped_tables_compose(name: str) -> None:
+    """With their parts checked against each other, as far as they can be without data and weights."""
+    spec = read_table(name)
+    for row in spec.rows:
+        trial, order = next(iter(spec.trials(row)), []), spec.orders[-1]
+        Components.build(parse_config(compose(row, [*spec.run_words(row, trial, spec.seeds[-1], order), "data_dir=x"])))
+    for budget in spec.budgets:
+        assert spec.with_budget(budget, []).rows
 
-    for name in table_files():
-        spec = read_table(name)
-        for row in spec.rows:
-            plan(spec, row, next(iter(spec.trials(row)), []), spec.seeds[-1], len(spec.orders) - 1, Path("outputs"))
-    assert "python_stdlib" in clpet("reproduce").out
+
+def test_a_dry_run_checks_every_row(words: Path, tmp_path: Path, clpet) -> None:
+    file = table_file(words, tmp_path)
+    done = clpet("reproduce", str(file), "--budget", "smoke", "--dry-run")
+    assert done.code == 0
+    rows = [line.split() for line in done.out.splitlines()]
+    assert [row[:4] for row in rows[:2]] == [
+        ["sequential", "4", "runs", "composes,"],
+        ["ncm", "1", "runs", "composes,"],
+    ]
+    assert "2,444 trained parameters" in done.out
+    assert done.out.splitlines()[2].startswith("2 rows, 0:00:")
+    assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs").glob("*/*/s*"))
+    file.write_text(file.read_text().replace("method=ncm", "method=ewc, objective=language_modeling"))
+    wrong = clpet("reproduce", str(file), "--budget", "smoke", "--dry-run", "--only", "ncm")
+    assert refused(wrong)
+    assert "row ncm: " in wrong.err
+    file.write_text(file.read_text().replace("method=ewc, objective=language_modeling", "method=nothing"))
+    wrong = clpet("reproduce", str(file), "--budget", "smoke", "--dry-run", "--only", "ncm")
+    assert refused(wrong)
+    assert "row ncm: " in wrong.err
 
 
 def test_a_table_is_listed_and_printed_as_commands(words: Path, tmp_path: Path, clpet) -> None:
