@@ -113,8 +113,7 @@ class Method(Generic[ObjectiveType]):
 
     def setup(self, objective: ObjectiveType, benchmark: Benchmark, data: Encoded, replay: NoReplay, seed: int) -> None:
         """Attaches the first adapter; called once, before the first evaluation."""
-        self.objective, self.benchmark, self.data = objective, benchmark, data
-        self.replay, self.seed = replay, seed
+        self.objective, self.benchmark, self.data, self.replay, self.seed = objective, benchmark, data, replay, seed
         self.init_adapters()
 
     def init_adapters(self) -> None:

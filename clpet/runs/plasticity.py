@@ -50,8 +50,11 @@ def probe_source(components: Components) -> OutsideTasks:
 class LossCurve(NoProgress):
     """Collects the losses of the last fit."""
 
-    def fit(self, stage: str, epochs: int, steps: int) -> None:
+    def __init__(self) -> None:
         self.epochs: dict[int, tuple[int, Tensor]] = {}  # steps of an epoch, and the mean of their losses
+
+    def fit(self, stage: str, epochs: int, steps: int) -> None:
+        self.epochs = {}
 
     def step(self, epoch: int, step: int, examples: int, loss: Tensor) -> None:
         self.epochs[epoch] = step, loss
@@ -140,6 +143,9 @@ class Plasticity:
         session = self._second_session(row, curve)
         session.method.load_state_dict(self.session.method.state_dict())
         session.learn(row)
+        if not curve.epochs:
+            name = session.method.name
+            raise ConfigError(f"evaluation.probes=plasticity: method={name} makes no fit whose loss is measured")
         evaluation = Evaluator(session.benchmark, session.data, session.split)(session.method, row + 1, [row])
         return {SCORE: evaluation.per_task[row].value, LOSS: curve.area()}
 
