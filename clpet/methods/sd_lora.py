@@ -1,7 +1,8 @@
 """SD-LoRA: learned directions are frozen, and their lengths are trained further (Wu et al., 2025, arXiv 2501.13198).
 
     h = W x + s (sum_{i < t} a_i D_i x + a_t B_t A_t x),   D_i = B_i A_i / n_i
-where A_t, B_t and all a are trained, and a is the same number in all layers. When a task is over, by `restart`,
+where A_t, B_t and all a are trained; a, without weight decay, is the same number in all layers. When a task is over,
+by `restart`,
     false  a_i <- a_i n_i with n_i the root mean square over the layers of |B_i| |A_i|: the function does not change
     true   n_i = |B_i| |A_i| in every layer, and every a starts again, as in the published code
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from clpet.config.schema import require
 from clpet.data.batches import Batch
 from clpet.methods.inc_lora import IncLoRA
+from clpet.training.optimizers import Undecayed
 
 
 @dataclass
@@ -34,7 +36,7 @@ class SDLoRA(IncLoRA):
 
     def init_adapters(self) -> None:
         super().init_adapters()
-        self.lengths = nn.Parameter(torch.empty(0, device=self.objective.device))  # a [branches]
+        self.lengths: nn.Parameter = Undecayed(torch.empty(0, device=self.objective.device))  # a [branches]
 
     def add_branch(self, index: int) -> None:
         if self.stack.branches:
@@ -42,7 +44,7 @@ class SDLoRA(IncLoRA):
         super().add_branch(index)
         old = self.lengths.detach()
         new = torch.full((len(old) + 1 if self.restart else 1,), self.start, device=old.device)
-        self.lengths = nn.Parameter(new if self.restart else torch.cat([old, new]))
+        self.lengths = Undecayed(new if self.restart else torch.cat([old, new]))
 
     @torch.no_grad()
     def freeze_direction(self) -> None:

@@ -19,6 +19,10 @@ Named = Mapping[str, nn.Parameter]
 Moments = dict[str, Tree]  # what an optimiser keeps for one tensor; empty before its first step
 
 
+class Undecayed(nn.Parameter):
+    """A trained tensor that weight decay leaves as it is, such as numbers that multiply a method's branches."""
+
+
 class Optimizer:
     """Updates the trained tensors of a fit, with one optimiser of torch or with several that divide the tensors."""
 
@@ -26,6 +30,8 @@ class Optimizer:
         self.parameters = list(named.values())
         self.rows = [trainable_rows(parameter) for parameter in self.parameters]
         self.parts = OPTIMIZERS[settings.optimizer].create(dict(zip(named, self.rows, strict=True)), settings)
+        pairs = zip(self.parameters, self.rows, strict=True)
+        _exempt(self.parts, {id(rows) for parameter, rows in pairs if isinstance(parameter, Undecayed)})
 
     def step(self, lr: float) -> None:
         """Updates all tensors that have a gradient."""
@@ -57,6 +63,16 @@ class Optimizer:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             copies = {i: _copy(saved[id(value)]) for i, value in enumerate(parameters) if id(value) in saved}
             optimizer.load_state_dict({"state": copies, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _exempt(parts: Sequence[torch.optim.Optimizer], ids: set[int]) -> None:
+    """Moves the tensors with these ids to groups of their own, without weight decay."""
+    for optimizer in parts if ids else ():
+        for group in [*optimizer.param_groups]:
+            moved = [value for value in group["params"] if id(value) in ids]
+            if moved:
+                group["params"] = [value for value in group["params"] if id(value) not in ids]
+                optimizer.add_param_group({**group, "params": moved, "weight_decay": 0.0})
 
 
 def wrap_all(moments: Mapping[str, Tree], rows: Tensor, parameter: Tensor) -> Moments:

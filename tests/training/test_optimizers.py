@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clpet.config.schema import Training
 from clpet.errors import HostError
 from clpet.evaluation.evaluator import Evaluator
-from clpet.training.optimizers import OPTIMIZERS, Optimizer, check_optimizer, is_block_matrix, same_shape
+from clpet.training.optimizers import OPTIMIZERS, Optimizer, Undecayed, check_optimizer, is_block_matrix, same_shape
 from tests.conftest import double
 
 LR = 0.1
@@ -122,6 +122,20 @@ def test_moments_are_restored(name: str) -> None:
     moments = first.moments()[0]
     assert same_shape(one["layer.0.weight"], moments) == moments
     assert same_shape(torch.zeros(5, 3), moments) == {}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "muon", "sgd"])
+def test_weight_decay_leaves_some_tensors_as_they_are(name: str) -> None:
+    """With a gradient of 0 the others shrink; moments are those of their tensor, also when they are loaded."""
+    named = {"a": nn.Parameter(torch.ones(3)), "b": Undecayed(torch.ones(2)), "c": nn.Parameter(torch.ones(4))}
+    optimizers = [Optimizer(named, Training(optimizer=name, weight_decay=0.1)) for _ in range(2)]
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers[0].step(0.5)
+    assert [round(value[0].item(), 6) for value in named.values()] == [0.95, 1.0, 0.95]
+    optimizers[1].load_moments(optimizers[0].moments())
+    shapes = [[value.shape for value in state.values() if value.dim()] for state in optimizers[1].moments()]
+    assert shapes == ([[(3,)] * 2, [(2,)] * 2, [(4,)] * 2] if name != "sgd" else [[], [], []])
 
 
 @pytest.mark.parametrize(
