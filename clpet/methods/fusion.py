@@ -153,11 +153,18 @@ class Fusion(IncLoRA):
     def named_parameters(self) -> dict[str, nn.Parameter]:
         if not self.fused or not self.stack.branches:
             return super().named_parameters()
+        return {**self.fusion_weights(), **self.objective.parameters()}
+
+    def fusion_weights(self) -> dict[str, nn.Parameter]:
+        """What weights the LoRAs, as far as it is trained."""
         if self.attention is not None:
-            weights = {f"fusion.{name}": value for name, value in self.attention.named_parameters()}
-        else:
-            weights = {f"logits{self.stack.branches}": self.logits_of_tasks} if self.mode is Mode.scalar else {}
-        return {**weights, **self.objective.parameters()}
+            return {f"fusion.{name}": value for name, value in self.attention.named_parameters()}
+        return {f"logits{self.stack.branches}": self.logits_of_tasks} if self.mode is Mode.scalar else {}
+
+    def trainable_parameters(self) -> int:
+        """Those of both stages: the newest LoRA, the head, and from the second task on what weights the LoRAs."""
+        weights = self.fusion_weights() if self.stack.branches > 1 else {}
+        return sum(value.numel() for value in {**super().named_parameters(), **weights}.values())
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clpet.config.schema import require
 from clpet.data.batches import Batch
-from clpet.methods.statistics import FeatureStatistics
+from clpet.methods.statistics import FrozenFeatures
 from clpet.objectives.base import AnswerSpace, Predictions
 
 
@@ -30,7 +30,7 @@ class Scale(Enum):
 
 
 @dataclass
-class KNN(FeatureStatistics):
+class KNN(FrozenFeatures):
     """Keeps the feature of every training example. Of equal distances the earlier example counts."""
 
     neighbours: int = 16

@@ -40,7 +40,7 @@ class LoRI(Static):
 
     uses_replay: ClassVar[bool] = True
     supported_pefts: ClassVar[tuple[str, ...]] = ("lora",)
-    saved: ClassVar[tuple[str, ...]] = ("used",)
+    saved_uncounted: ClassVar[tuple[str, ...]] = ("used",)  # bits, which are no parameters
 
     def __post_init__(self) -> None:
         require(0 <= self.sparsity < 1, "method.sparsity", self.sparsity, "in [0, 1)")
@@ -66,6 +66,7 @@ class LoRI(Static):
         for name, value in self.objective.adapters.tensors("default").items():
             value.requires_grad_(".lora_A." not in name)
         self.start = {name: value.detach().clone() for name, value in self.named_parameters().items()}
+        self.used = {name: mask.to(self.objective.device) for name, mask in self.used.items()}
         self.mask, plans = {}, self.stages(index)
         with torch.no_grad():
             for value in self.factors().values() if self.first_fit is FirstFit.fresh else ():

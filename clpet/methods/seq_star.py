@@ -19,7 +19,7 @@ from clpet.data.batches import Batch
 from clpet.data.benchmark import Task
 from clpet.methods.replay import Static
 from clpet.objectives.base import AnswerSpace, Predictions
-from clpet.objectives.classification import Classification
+from clpet.objectives.classification import Classification, Head
 from clpet.training.step import StepContext
 from clpet.training.trainer import Trainer
 
@@ -58,11 +58,16 @@ class SeqStar(Static[Classification]):
         """Whether logits are cosines."""
         return self.head is HeadKind.cosine or (self.head is HeadKind.auto and self.replay.name == "none")
 
+    def init_adapters(self) -> None:
+        super().init_adapters()
+        self.index: int | None = None  # task that this process has learned last
+
     def frozen(self, context: StepContext) -> bool:
         """Whether only the head is trained."""
         return context.task > 0 or context.epoch >= self.warmup
 
     def learn(self, task: Task, index: int, trainer: Trainer) -> None:
+        self.index = index
         self.grow_head(index)
         head = self.objective.head
         self.start = [value.detach().clone() for value in (head.weight, head.bias)]
@@ -71,6 +76,13 @@ class SeqStar(Static[Classification]):
         self.others[columns] = False
         self.others = self.others.to(head.weight.device)
         self.fit(trainer, index)
+
+    def trainable_parameters(self) -> int:
+        """Of the task learned last: the head's rows of its labels, and in the first one with a warm-up the adapter."""
+        index = len(self.benchmark) - 1 if self.index is None else self.index
+        rows = len(self.benchmark.task_labels(index)) * (self.objective.dim + 1)
+        adapter = self.objective.adapters.count("default") if index == 0 and self.warmup else 0
+        return rows + adapter
 
     def logits(self, batch: Batch) -> Tensor:
         return self.of_features(self.objective.features(batch), self.objective.head.weight, self.objective.head.bias)
@@ -104,6 +116,19 @@ class SeqStar(Static[Classification]):
         if head.labels:
             scores[:, head.labels] = cosine_logits(h, head.weight, self.scale)
         return Predictions(scores)
+
+    def heads(self) -> dict[str, Head]:
+        """With cosines a head whose products with a feature are |h| times the logits: rows `scale` w / |w|, no bias."""
+        if not self.cosine:
+            return super().heads()
+        head = self.objective.new_head(self.objective.seed)
+        trained = self.objective.head
+        head.load({
+            "labels": trained.labels,
+            "weight": self.scale * F.normalize(trained.weight.detach(), dim=1),
+            "bias": torch.zeros_like(trained.bias),
+        })  # fmt: skip
+        return {"default": head}
 
 
 def cosine_logits(h: Tensor, weight: Tensor, scale: float) -> Tensor:

@@ -20,11 +20,11 @@ from clpet.training.trainer import Trainer
 
 
 @dataclass
-class FeatureStatistics(Method[Classification]):
-    """Subclasses add the features of a task's training examples to sums, and score test features against them.
+class FrozenFeatures(Method[Classification]):
+    """Subclasses keep something of the features of a task's training examples, and answer with it.
 
-    One pass over every training example, without a gradient; the order of the tasks does not matter. Sums are in fp64.
-    A label without examples is never predicted.
+    One pass over every training example, without a gradient; the order of the tasks does not matter. A label without
+    examples is never predicted.
     """
 
     needs_labels: ClassVar[bool] = True
@@ -34,12 +34,11 @@ class FeatureStatistics(Method[Classification]):
     mergeable: ClassVar[bool] = False
     rounds_with_unseen_labels: ClassVar[bool] = True  # all labels are scored by one matrix product
     supported_pefts: ClassVar[tuple[str, ...]] = ("frozen",)
-    saved: ClassVar[tuple[str, ...]] = ("sums", "counts")
+    saved: ClassVar[tuple[str, ...]] = ("counts",)
 
     def init_adapters(self) -> None:
-        labels, device = len(self.benchmark.labels), self.objective.device
-        self.sums = torch.zeros(labels, self.objective.dim, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(labels, dtype=torch.float64, device=device)
+        device = self.objective.device
+        self.counts = torch.zeros(len(self.benchmark.labels), dtype=torch.float64, device=device)  # examples per label
 
     def feature(self, batch: Batch) -> Tensor:
         """[batch, dim]: the vector of a text whose statistics are kept."""
@@ -52,8 +51,46 @@ class FeatureStatistics(Method[Classification]):
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Adds training features [n, dim] in fp64 with their labels [n]."""
-        self.sums.index_add_(0, labels, features)
         self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+
+    def stages(self, index: int) -> dict[str, BatchPlan]:
+        return {}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {}
+
+    def stored_parameters(self) -> int:
+        """Number of scalars, without those of labels that have no examples."""
+        return super().stored_parameters() - int((self.counts == 0).sum())
+
+    def num_labels(self) -> int:
+        """Number of rows that are saved: up to the last label that has examples."""
+        return int(self.counts.nonzero().max()) + 1 if bool(self.counts.any()) else 0
+
+    def state_dict(self) -> State:
+        """Without the rows of labels that are still to come: what is stored does not depend on later tasks."""
+        return {**super().state_dict(), "counts": self.counts[: self.num_labels()].clone()}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        missing = len(self.benchmark.labels) - len(self.counts)  # a run with fewer tasks had fewer labels
+        self.counts = F.pad(self.counts, (0, missing))
+
+
+@dataclass
+class FeatureStatistics(FrozenFeatures):
+    """Subclasses score test features against the sums of each label's training features, which are in fp64."""
+
+    saved: ClassVar[tuple[str, ...]] = ("sums",)
+
+    def init_adapters(self) -> None:
+        super().init_adapters()
+        size = len(self.benchmark.labels), self.objective.dim
+        self.sums = torch.zeros(size, dtype=torch.float64, device=self.objective.device)
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        super().add(features, labels)
+        self.sums.index_add_(0, labels, features)
 
     def means(self) -> Tensor:
         """[labels, dim] fp64: the mean feature of every label, 0 for a label without examples."""
@@ -67,25 +104,15 @@ class FeatureStatistics(Method[Classification]):
         scores = self.scores(self.feature(batch).double())
         return Predictions(scores.masked_fill(self.counts == 0, float("-inf")).float())
 
-    def stages(self, index: int) -> dict[str, BatchPlan]:
-        return {}
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {}
-
     def stored_parameters(self) -> int:
-        """Number of scalars, with the sums of labels that have examples only."""
-        return super().stored_parameters() - int((self.counts == 0).sum()) * (self.objective.dim + 1)
+        return super().stored_parameters() - int((self.counts == 0).sum()) * self.objective.dim
 
     def state_dict(self) -> State:
-        """Without the rows of labels that are still to come: what is stored does not depend on later tasks."""
-        seen = int(self.counts.nonzero().max()) + 1 if bool(self.counts.any()) else 0
-        return {**super().state_dict(), "sums": self.sums[:seen].clone(), "counts": self.counts[:seen].clone()}
+        return {**super().state_dict(), "sums": self.sums[: self.num_labels()].clone()}
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
-        missing = len(self.benchmark.labels) - len(self.counts)  # a run with fewer tasks had fewer labels
-        self.sums, self.counts = F.pad(self.sums, (0, 0, 0, missing)), F.pad(self.counts, (0, missing))
+        self.sums = F.pad(self.sums, (0, 0, 0, len(self.benchmark.labels) - len(self.sums)))
 
     def save(self, folder: Path) -> None:
         """Writes sums and counts as safetensors."""

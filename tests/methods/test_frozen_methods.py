@@ -39,6 +39,9 @@ def test_a_training_example_is_its_own_nearest_neighbour(make) -> None:
         answers = run.method.predict(run.data.train.batch(rows), None).scores
     assert answers.argmax(1).tolist() == run.data.train.labels[rows].tolist()
     assert scores(run, run.data.test.rows_of(0))[:, 8:].isinf().all()  # labels that were not learned
+    dim = run.method.objective.dim
+    assert run.method.stored_parameters() == 48 * (dim + 1) + 8  # features with their labels, and counts of labels
+    assert "sums" not in run.method.state_dict()
 
 
 def test_attention_by_hand() -> None:
@@ -75,6 +78,11 @@ def test_fusion_leaves_old_loras_as_they_are(mode: str, make) -> None:
         A, B = layer.all()
         assert torch.equal(A[: len(old[name][0])], old[name][0])
         assert torch.equal(B[:, : len(old[name][0])], old[name][1])
+    newest = sum(value.numel() for value in fresh.method.stack.current().values())
+    weights = sum(value.numel() for value in fresh.method.fusion_weights().values())
+    head = 8 * (fresh.method.objective.dim + 1)
+    assert fresh.method.trainable_parameters() == newest + weights + head
+    assert (weights > 0) == (mode != "uniform")
     if mode == "scalar":
         assert fresh.method.logits_of_tasks.detach().abs().sum() > 0
     if mode == "attention":

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 
 from clpet.errors import ConfigError
 from clpet.methods.bic import fit_correction
-from clpet.methods.lwf import distillation
+from clpet.methods.components.row_table import RowTable
 from clpet.methods.seq_star import cosine_logits
 from clpet.methods.wa import length_ratio
-from tests.conftest import double
+from clpet.training.step import StepContext
+from tests.conftest import double, scores
 
 
 def test_weight_alignment_by_hand() -> None:
@@ -21,13 +22,18 @@ def test_weight_alignment_by_hand() -> None:
     assert length_ratio(torch.cat([weight[:2], ratio * weight[2:]]), 2).item() == pytest.approx(1)
 
 
-def test_the_loss_of_wa_by_hand() -> None:
+def test_the_loss_of_wa_by_hand(make) -> None:
     """Two old labels and one new: the teacher's logits weigh two thirds."""
-    old, now = double([[1, 0.5]]), double([[0.8, 0.2, 1.5]])
-    distilled = distillation(old, now[:, :2], 2.0).item() / 4
-    assert distilled == pytest.approx(0.685702, abs=1e-6)
-    loss = F.cross_entropy(now, torch.tensor([2])).item() / 3 + 2 / 3 * distilled
-    assert loss == pytest.approx(0.647295, abs=1e-6)
+    run = make("method=wa")
+    method, pool = run.method, run.data.train
+    rows = pool.rows_of(0)[pool.labels[pool.rows_of(0)] == 2][:1]
+    method.objective.add_labels([0, 1, 2])
+    method.logits = lambda batch: double([[0.8, 0.2, 1.5]])
+    method.old, method.teacher = 2, RowTable(rows, double([[1, 0.5]]), len(pool))
+    assert method.loss(StepContext.of(pool.batch(rows))).item() == pytest.approx(0.647295, abs=1e-6)
+    method.teacher = None
+    cross_entropy = method.loss(StepContext.of(pool.batch(rows))).item()
+    assert pytest.approx(cross_entropy / 3 + 2 / 3 * 0.685702, abs=1e-6) == 0.647295
 
 
 @pytest.mark.parametrize(
@@ -87,6 +93,26 @@ def test_the_correction_of_bic_is_bounded_where_all_is_right() -> None:
     assert fit_correction(logits, targets, 4)[0] > 4
 
 
+def test_bic_folds_its_correction_into_the_head(make) -> None:
+    """Afterwards logits of new labels are a z + b, those of old ones what they were."""
+    run = make("method=bic", "train.epochs=1", "replay.per_class=6", "replay.train_share=0.5")
+    run.learn(0)
+    method, seen = run.method, []
+    correct = method.correct
+
+    def spy() -> dict[str, float]:
+        seen.append(method.embed(run.data.train.rows_of(1), method.logits))
+        return correct()
+
+    method.correct = spy
+    run.learn(1)
+    a, b = (method.diagnostics()[f"correction_{name}"] for name in "ab")
+    corrected = method.embed(run.data.train.rows_of(1), method.logits)
+    assert (a, b) != (1, 0)
+    assert torch.equal(corrected[:, :4], seen[0][:, :4])
+    assert torch.allclose(corrected[:, 4:], a * seen[0][:, 4:] + b, atol=1e-5)
+
+
 def test_bic_learns_without_the_examples_that_correct_it(make) -> None:
     run = make("method=bic", "train.epochs=1", "replay.per_class=6", "replay.train_share=0.5")
     run.learn(0)
@@ -128,3 +154,12 @@ def test_seq_star_freezes_the_backbone_and_old_rows(head: str, make) -> None:
     assert torch.equal(method.objective.head.weight[:4], weight)
     assert torch.equal(method.objective.head.bias[:4], bias)
     assert not torch.equal(method.objective.head.weight[4:], method.objective.head.start[4:8, :-1])
+    dim = method.objective.dim
+    assert method.trainable_parameters() == 4 * (dim + 1)  # rows of the second task alone
+    rows = run.data.test.rows_of(1)
+    with torch.no_grad():
+        h = method.objective.features(run.data.test.batch(rows))
+    products = method.heads()["default"].scatter(h)[:, :8].detach()
+    if head == "cosine":
+        products = products / h.norm(dim=1, keepdim=True)
+    assert torch.allclose(products, scores(run, rows)[:, :8], atol=1e-5)

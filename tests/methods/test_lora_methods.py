@@ -11,6 +11,7 @@ from clpet.methods.components.second_weights import SecondWeights
 from clpet.methods.lori import largest_entries
 from clpet.models.stacked_lora import low_rank_product
 from clpet.runtime.distributed import get_world
+from clpet.training.optimizers import Undecayed
 from clpet.training.step import StepContext
 from tests.conftest import double, scores
 
@@ -119,16 +120,25 @@ def test_slao_answers_with_the_merged_lora(make) -> None:
     assert torch.equal(scores(run, run.data.test.rows_of(0)), answers)
 
 
-def test_the_branches_of_sd_lora_by_hand() -> None:
-    x, lengths = double([[1, 2, 3]]), double([0.8, 0.8])
-    A1, B1 = double([[1, 0, 1]]), double([[2], [0], [1]])
-    size = A1.norm() * B1.norm()
-    assert size.item() == pytest.approx(3.162278, abs=1e-6)
-    assert (0.8 * size).item() == pytest.approx(2.529822, abs=1e-6)
-    stacked_A, stacked_B = torch.cat([A1, double([[0, 1, 1]])]), torch.cat([B1 / size, double([[1], [-1], [0]])], 1)
-    assert low_rank_product(x, stacked_A, stacked_B, lengths)[0].tolist() == pytest.approx(
-        [6.023858, -4, 1.011929], abs=1e-6
-    )
+@pytest.mark.parametrize(("restart", "first"), [(True, 0.8), (False, 2.529822)])
+def test_the_branches_of_sd_lora_by_hand(restart: bool, first: float, make) -> None:
+    """A1 = [1, 0, 1], B1 = [2, 0, 1] in all layers, then A2 = [0, 1, 1], B2 = [1, -1, 0]; all else is 0."""
+    method = make("method=sd_lora", f"method.restart={str(restart).lower()}", "peft.r=1", "peft.alpha=1").method
+    for index, (A, B) in enumerate((([1, 0, 1], [2, 0, 1]), ([0, 1, 1], [1, -1, 0]))):
+        method.add_branch(index)
+        for layer in method.stack.layers.values():
+            with torch.no_grad():
+                layer.A.zero_()[0, :3] = torch.tensor(A)
+                layer.B.zero_()[:3, 0] = torch.tensor(B)
+    assert method.lengths.tolist() == pytest.approx([first, 0.8], abs=1e-6)
+    assert isinstance(method.lengths, Undecayed)
+    layer = next(iter(method.stack.layers.values()))
+    x, nothing = torch.zeros(1, 1, layer.d_in), torch.zeros(1, 1, layer.d_out)
+    x[..., :3] = torch.tensor([1, 2, 3])
+    with method.answering():
+        increment = layer.forward(layer.module, (x,), nothing)[0, 0, :3].tolist()
+    expected = [first / 0.8 * 2.023858 + 4, -4, first / 0.8 * 1.011929]  # 6.023858, -4 and 1.011929 with lengths of 0.8
+    assert increment == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("restart", ["false", "true"])
@@ -203,6 +213,8 @@ def test_lori_changes_only_the_entries_in_the_mask(make) -> None:
         assert not changed[~method.mask[name]].any() if name in method.mask else not changed.any()
         assert name not in used or not (used[name] & method.mask[name]).any()
     assert any((tensors[name] != before[name]).any() for name in method.mask)
+    head = sum(value.numel() for value in method.objective.parameters().values())
+    assert method.stored_parameters() == head + sum(value.numel() for value in tensors.values())  # masks are none
 
 
 def test_the_experts_of_moe_lora_by_hand() -> None:
@@ -300,6 +312,34 @@ def test_the_slow_adapter_by_hand() -> None:
                 fast["a"].copy_(double(values))
             slow.average(ilora.share_kept(step, keep))
         assert expected is None or slow.tensors["a"].tolist() == pytest.approx(expected)
+
+
+def test_the_distance_in_the_loss_of_ilora_is_that_of_its_blocks(make) -> None:
+    """weight times the mean over blocks, old examples, tokens and units of relu(h_S - h_F)^2."""
+    run = make("method=ilora", "method.weight=3")
+    method, pool = run.method, run.data.train
+    method.grow_head(0)
+    method.grow_head(1)
+    method.learned = 1
+    for value in method.second.tensors.values():
+        value.add_(0.05)
+    rows = np.concatenate([pool.rows_of(1)[:2], pool.rows_of(0)[:3]])  # the last three are old
+    context = StepContext(1, "", 0, 0, rows, pool, pool.batch(rows))
+    method.before_step(context)
+    loss = method.loss(context).item()
+    with torch.no_grad():
+        with method.recorded() as fast:
+            cross_entropy = method.objective.loss(context.batch).item()
+        with method.second.active(), method.recorded() as slow:
+            method.objective.loss(context.batch)
+    distances = []
+    for name, block in fast.items():
+        for example in (2, 3, 4):
+            tokens = context.batch.attention_mask[example].bool()
+            gap = slow[name][example][tokens] - block[example][tokens]
+            distances.append(gap.clamp(min=0).square().mean().item())
+    assert loss - cross_entropy == pytest.approx(3 * np.mean(distances), rel=1e-4)
+    assert np.mean(distances) > 1e-4
 
 
 def test_the_distance_of_hidden_states_by_hand() -> None:
