@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from clpet.reporting.table_statistics import Paired, paired_difference
+from clpet.reporting.table_statistics import Paired
 from scripts.conclusions import LEVEL, RESULTS, Committed, corrected, shown_p
 
 FILE = RESULTS / "claims.yaml"
@@ -65,7 +65,7 @@ def measured_test(text: str, metric: str, item: Committed | None) -> Test:
     rows = [item.row(name) if item else None for name in (left, right)]
     pair = None
     if rows[0] is not None and rows[1] is not None:
-        pair = paired_difference(rows[0].scores(metric), rows[1].scores(metric))
+        pair = rows[0].minus(rows[1], metric)
     return Test(text, sign, float(margin or 0), pair)
 
 

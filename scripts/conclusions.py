@@ -46,7 +46,7 @@ class Committed:
 
 @cache
 def committed(results: Path = RESULTS) -> list[Committed]:
-    """The tables with results, in the order of conf/table and of their budgets; smoke budgets are left out."""
+    """The tables with results, those with the most runs first; smoke budgets are left out."""
     tables = []
     for name in table_files():
         spec = read_table(name)
@@ -55,7 +55,7 @@ def committed(results: Path = RESULTS) -> list[Committed]:
             if budget != "smoke" and any(folder.glob("*.json")):
                 table = ResultTable.read(spec.with_budget(budget, []), budget, folder)
                 tables.append(Committed(name, budget, spec.with_budget(budget, []), table))
-    return tables
+    return sorted(tables, key=lambda item: -sum(len(row.values) for row in item.table.rows))
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
@@ -66,12 +66,12 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, sides, *rows))
 
 
-def with_interval(mean: MeanStd | None) -> str:
-    """A mean with its 95 % interval."""
-    if mean is None:
+def with_interval(row: TableRow) -> str:
+    """The mean final average of a row with its 95 % interval."""
+    value = row.interval()
+    if value is None:
         return "-"
-    interval = mean.interval()
-    return f"{mean.mean:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    return f"{value.mean:.2f}" + ("" if value.low is None else f" [{value.low:.2f}, {value.high:.2f}]")
 
 
 def shown_p(p: float | None) -> str:
@@ -89,7 +89,7 @@ def corrected(pairs: Sequence[Paired | None]) -> list[float | None]:
 
 def better(a: TableRow, b: TableRow) -> Paired | None:
     """By how much a is better than b in final average."""
-    return paired_difference(b.scores(), a.scores()) if a.lower else paired_difference(a.scores(), b.scores())
+    return b.minus(a) if a.lower else a.minus(b)
 
 
 def kilobytes(row: TableRow) -> float | None:
@@ -125,7 +125,7 @@ def memory(tables: Sequence[Committed]) -> str:
                 examples = row.mean("replay_bytes")
                 lines.append(
                     [item.title, labels_per(item.spec), f"{size:,.0f} kB", f"{(examples.mean if examples else 0) / 1000:,.0f} kB",
-                     f"`{row.name}`", with_interval(row.mean("average"))]
+                     f"`{row.name}`", with_interval(row)]
                 )  # fmt: skip
     header = ("table", "labels", "kept in all", "of it old examples", "row", "average")
     return grid(header, lines, words=2)
@@ -142,9 +142,7 @@ def headline(item: Committed) -> Iterator[str]:
     if not item.rows:
         return
     best = item.rows[0]
-    text = (
-        f"**{item.title}** ({labels_per(item.spec)}): `{best.name}` is best with {with_interval(best.mean('average'))}"
-    )
+    text = f"**{item.title}** ({labels_per(item.spec)}): `{best.name}` is best with {with_interval(best)}"
     trained = next((row for row in item.rows if trains(row)), None)
     if trained is not None and trained is not best:
         text += (
@@ -153,7 +151,7 @@ def headline(item: Committed) -> Iterator[str]:
     named = (("sequential", "sequential fine-tuning reaches"), ("joint", "joint training on all tasks together"),
              ("independent", "a model per task, chosen by the given task,"))  # fmt: skip
     parts = [
-        f"{words} {with_interval(row.mean('average'))}"
+        f"{words} {with_interval(row)}"
         for name, words in named
         if (row := item.row(name)) is not None and row is not best
     ]
@@ -181,6 +179,13 @@ def winner(item: Committed) -> list[list[str]]:
     ]
 
 
+def widest(tables: Sequence[Committed]) -> list[Committed]:
+    """Of every table the budget with the most rows, of equal ones that with the most runs."""
+    ranked = sorted(tables, key=lambda item: (len(item.table.rows), sum(len(row.values) for row in item.table.rows)))
+    best = {item.name: item for item in ranked}
+    return [item for item in tables if item is best[item.name]]
+
+
 def replay_or_not(item: Committed) -> Iterator[str]:
     """The best row with old examples against the best one without."""
     groups = [[row for row in item.rows if keeps_examples(row) is kept] for kept in (True, False)]
@@ -189,11 +194,22 @@ def replay_or_not(item: Committed) -> Iterator[str]:
     with_old, without = (group[0] for group in groups)
     means = [mean_and_std([mean.mean for row in group if (mean := row.mean("average"))]) for group in groups]
     yield (
-        f"{item.title}: the best row with old examples is `{with_old.name}` ({with_interval(with_old.mean('average'))}), "
-        f"the best one without `{without.name}` ({with_interval(without.mean('average'))}): a difference of "
+        f"{item.title}: the best row with old examples is `{with_old.name}` ({with_interval(with_old)}), "
+        f"the best one without `{without.name}` ({with_interval(without)}): a difference of "
         f"{better(with_old, without)}. The mean of the {len(groups[0])} rows with old examples is "
         f"{_mean(means[0])}, that of the {len(groups[1])} without {_mean(means[1])}."
     )
+    plain = [
+        (row.mean("replay_bytes").mean / 1000, row)
+        for row in item.rows
+        if "method=replay" in row.words and keeps_examples(row)
+    ]
+    if len(plain) > 1:
+        steps = [
+            f"`{row.name}` ({size:,.0f} kB) {with_interval(row)}"
+            for size, row in sorted(plain, key=lambda pair: pair[0])
+        ]
+        yield f"{item.title}: plain replay by what it keeps: {', '.join(steps)}."
     for name in ("ncm", "slda"):
         if (row := item.row(name)) is not None:
             above, below = apart(row, item.rows)
@@ -289,11 +305,11 @@ def order(item: Committed) -> Iterator[str]:
     yield f"{text}.{ranks}"
 
 
-QUESTIONS = (
-    ("Replay or not", replay_or_not),
-    ("What the task id is worth", task_id),
-    ("What tuning is worth", tuning),
-    ("What the order of the tasks is worth", order),
+QUESTIONS = (  # title, answer, whether every budget of a table answers it
+    ("Replay or not", replay_or_not, False),
+    ("What the task id is worth", task_id, False),
+    ("What tuning is worth", tuning, True),
+    ("What the order of the tasks is worth", order, True),
 )
 
 
@@ -301,21 +317,22 @@ def conclusions(tables: Sequence[Committed]) -> str:
     """The section of the page; a sentence without figures while nothing is committed."""
     if not tables:
         return "No table is committed yet: `clpet reproduce TABLE` makes one."
-    rows = [line for item in tables for line in winner(item)]
+    main = widest(tables)
+    rows = [line for item in main for line in winner(item)]
     parts = [
-        "\n".join(f"- {line}" for item in tables for line in headline(item)),
+        "\n".join(f"- {line}" for item in main for line in headline(item)),
         "### Which method at which memory and label budget",
         "From the smallest memory to the largest, every row that is better than all that keep less. What is kept: weights and\n"
         "statistics in addition to the frozen backbone, and old examples as token ids.",
-        memory(tables),
+        memory(main),
         "### The winner against rows that need no training, and against replay",
-        "The best row, and the best one that trains something. Difference in final average with its 95 % interval (paired over seeds and orders), and p of the paired t-test after\n"
-        "Holm. The winner was chosen by the same runs, so that its lead is an upper estimate. `joint` learns all tasks together,\n"
+        "The best row, and the best one that trains something. Difference in final average with its 95 % interval,\n"
+        "and p of the paired test after Holm. The winner was chosen by the same runs, so that its lead is an upper estimate. `joint` learns all tasks together,\n"
         "`independent` is given the task.",
         grid(("table", "best row", "other", "difference", "p (Holm)"), rows, words=3),
     ]
-    for title, question in QUESTIONS:
-        lines = [f"- {line}" for item in tables for line in question(item)]
+    for title, question, every in QUESTIONS:
+        lines = [f"- {line}" for item in (tables if every else main) for line in question(item)]
         parts += [f"### {title}", "\n".join(lines)] if lines else []
     return "\n\n".join(parts)
 

@@ -153,7 +153,7 @@ def figures(name: str) -> str:
         [
             item.title,
             name_cell(row),
-            with_interval(row.mean("average")),
+            with_interval(row),
             *(str(row.mean(key) or "-") for key in ("task_average", "forgetting")),
         ]
         for item in committed()

@@ -44,7 +44,7 @@ def scores(item: Committed) -> str:
     rows = []
     for row in item.table.rows:
         means = [str(row.mean(name) or "-") for name in ("task_average", "forgetting")]
-        rows.append([name_cell(row), with_interval(row.mean("average")), shown_p(tests.get(row.name)), *means])
+        rows.append([name_cell(row), with_interval(row), shown_p(tests.get(row.name)), *means])
     return grid(("row (values chosen for it)", "average", "p (Holm)", "own labels", "forgetting"), rows)
 
 
@@ -95,13 +95,13 @@ def table_section(item: Committed) -> str:
         f"{item.table.title}. {labels_sentence(item)} {seeds} seed{'s' * (seeds > 1)} in {orders} "
         f"order{'s' * (orders > 1)} of the tasks, {trials}{f' ({grids})' if tuned else ''}; {runs} runs with "
         f"{item.table.hours():.1f} hours of training and evaluation in all. Mean [95 % interval] of the final average; p: "
-        f"paired t-test against the first row after Holm. [All figures]({folder}/table.csv).",
+        f"paired test against the first row after Holm. [All figures]({folder}/table.csv).",
         scores(item),
     ]
     if item.table.tuning():
         parts.append(f"![Default against tuned for every row]({folder}/{FIGURE}.svg)")
     parts += [
-        "Gain of tuning: tuned minus default with its interval over seeds, first order. Standard deviations of an average "
+        "Gain of tuning: tuned minus default, first order. Standard deviations of an average "
         "between\norders of the tasks and between seeds. Costs are means over runs.",
         costs(item),
         *item.table.order_lines(),
@@ -144,7 +144,7 @@ def not_above_sequential(item: Committed) -> str:
         return ""
     others = [row for row in item.table.rows if row is not sequential]
     lines = [
-        [f"`{row.name}`", with_interval(row.mean("average")), str(pair), tried(row)]
+        [f"`{row.name}`", with_interval(row), str(pair), tried(row)]
         for row in others
         if (pair := better(row, sequential)) is not None and pair.mean < NEAR
     ]
@@ -189,7 +189,7 @@ def failures_page(tables: Sequence[Committed]) -> str:
 def sequential_average(item: Committed) -> str:
     """The average of sequential fine-tuning with its interval."""
     row = item.row("sequential")
-    return with_interval(row.mean("average")) if row else "not measured"
+    return with_interval(row) if row else "not measured"
 
 
 def pages() -> dict[str, str]:

@@ -16,7 +16,7 @@ from clpet.reporting.run_costs import COSTS
 from clpet.reporting.run_metrics import MeanStd
 from clpet.reporting.significance import holm
 from clpet.reporting.table_row import TableRow
-from clpet.reporting.table_statistics import Variances, paired_difference, rank_correlation, root
+from clpet.reporting.table_statistics import Variances, rank_correlation, root
 from clpet.reporting.tables import format_table
 from clpet.runtime.atomic_io import write_text
 
@@ -71,9 +71,8 @@ class ResultTable:
         return any(row.lower for row in self.rows)
 
     def tests(self) -> dict[str, float]:
-        """{row: p-value of its difference from the best row}: paired t-tests over seeds and orders, after Holm."""
-        best = self.rows[0].scores()
-        values = {row.name: paired_difference(best, row.scores()) for row in self.rows[1:]}
+        """{row: p-value of its difference from the best row}, after Holm."""
+        values = {row.name: self.rows[0].minus(row) for row in self.rows[1:]}
         tested = {name: value.p for name, value in values.items() if value is not None and value.p is not None}
         return dict(zip(tested, holm(list(tested.values())), strict=True))
 
@@ -89,11 +88,10 @@ class ResultTable:
         return "\n\n".join([f"{self.title} (budget {self.budget})", table, *self.order_lines(), self.legend()])
 
     def _cells(self, row: TableRow, tests: Mapping[str, float]) -> list[str]:
-        mean, variances, gain = row.mean("average"), row.variances(), row.gain()
-        interval = mean.interval() if mean else None
+        mean, variances, gain, interval = row.mean("average"), row.variances(), row.gain(), row.interval()
         return [
             row.name, " ".join(row.chosen) or "-", str(mean or "-"),
-            f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "-",
+            f"{interval.low:.2f} to {interval.high:.2f}" if interval and interval.low is not None else "-",
             f"{tests[row.name]:.3f}" if row.name in tests else "-",
             *(str(row.mean(name) or "-") for name in METRICS),
             f"{default.mean:.2f}" if (default := row.default_mean()) else "-",
@@ -140,12 +138,17 @@ class ResultTable:
         """How the figures were computed."""
         count = max((len(row.values) for row in self.rows), default=0)
         return (
-            f"Mean ± standard deviation over {count} runs (seeds and orders); Student's t interval of the mean; paired "
-            "t-tests against the first row, corrected after Holm. Options were chosen on validation data, with equally "
-            "many trials for every row that trains something and leaves them open. default: mean without tuning, first "
-            "order; gain: how much better the tuned runs of this order are, with the interval over seeds. "
+            f"Mean ± standard deviation over {count} runs (seeds and orders); 95 % interval of the mean and paired "
+            f"test against the first row (p after Holm), {self.error_source()}. Options were chosen on validation "
+            "data, with equally many trials for every row that trains something and leaves them open. default: mean "
+            "without tuning, first order; gain: how much better the tuned runs of this order are, with its interval. "
             f"{self.hours():.1f} hours of training and evaluation in {sum(row.num_runs for row in self.rows)} runs."
         )
+
+    def error_source(self) -> str:
+        """What intervals and tests count as chance."""
+        answers = all(len(row.answers) == len(row.values) for row in self.rows)
+        return f"Student's t over {'test examples and runs' if answers else 'runs'}"
 
     def hours(self) -> float:
         """Of training and evaluation in all runs, trials included."""

@@ -6,13 +6,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict, cast
 
+import numpy as np
+
 from clpet.config.table_spec import TableSpec
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import Json, Metrics, Results
 from clpet.reporting.planned_run import PlannedRun
 from clpet.reporting.run_costs import COSTS
 from clpet.reporting.run_metrics import MeanStd, mean_and_std
-from clpet.reporting.table_statistics import Paired, Variances, paired_difference, variances
+from clpet.reporting.significance import row_scores
+from clpet.reporting.table_statistics import (
+    Answers,
+    Paired,
+    Variances,
+    one_sample,
+    over_examples,
+    paired_difference,
+    variances,
+)
 from clpet.runtime.untrusted_json import as_data_error
 
 COST_COLUMNS = (
@@ -25,6 +36,14 @@ class TrialRecord(TypedDict):
 
     words: list[str]
     validation: float | None
+
+
+class AnswerRecord(TypedDict):
+    """Which test examples of every task a run answers right at the end: their number and a bit for each, as hex."""
+
+    order: int
+    seed: int
+    tasks: dict[str, str]
 
 
 class RowRecord(TypedDict):
@@ -43,6 +62,8 @@ class RowRecord(TypedDict):
     signatures: list[str]
     default_runs: list[Metrics]
     default_signatures: list[str]
+    answers: list[AnswerRecord]
+    default_answers: list[AnswerRecord]
     versions: Json
 
 
@@ -67,6 +88,8 @@ class TableRow:
     all_at_once: bool = False
     num_runs: int = 0
     total_seconds: float = 0
+    answers: dict[tuple[int, int], dict[str, np.ndarray]] = field(default_factory=dict)
+    default_answers: dict[tuple[int, int], dict[str, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -87,11 +110,13 @@ class TableRow:
                 row.all_at_once = len(results["cost"]) < len(results["tasks"])
                 row.values[run.order, run.seed] = measured(results)
                 row.signatures.append(run.signature)
+                row.answers |= right_answers(run, results)
                 row.versions = row.versions or cast(Json, results.get("versions"))
         for run in defaults:
             if results := run.results:
                 row.defaults[run.order, run.seed] = measured(results)
                 row.default_signatures.append(run.signature)
+                row.default_answers |= right_answers(run, results)
         every = {run.out: run.results for run in (*tuning, *runs, *defaults)}
         finished = [measured(results) for results in every.values() if results]
         row.num_runs = len(finished)
@@ -108,7 +133,7 @@ class TableRow:
                 record["row"], record["chosen"], trials, _by_run(record["runs"]), record["signatures"],
                 record["words"], record["versions"], _by_run(record["default_runs"]), record["default_signatures"],
                 record["lower_is_better"], record["task_given"], record["all_at_once"], record["num_runs"],
-                record["total_seconds"],
+                record["total_seconds"], _unpacked(record["answers"]), _unpacked(record["default_answers"]),
             )  # fmt: skip
 
     def to_json(self) -> RowRecord:
@@ -120,6 +145,7 @@ class TableRow:
             "trials": [{"words": words, "validation": score} for words, score in self.trials],
             "runs": _as_list(self.values), "signatures": self.signatures,
             "default_runs": _as_list(self.defaults), "default_signatures": self.default_signatures,
+            "answers": _packed(self.answers), "default_answers": _packed(self.default_answers),
             "versions": self.versions,
         }  # fmt: skip
 
@@ -141,8 +167,23 @@ class TableRow:
 
     def gain(self) -> Paired | None:
         """How much better the chosen values are than the defaults, over the runs that both have."""
+        if gain := over_examples(self.answers, self.default_answers):
+            return gain
         tuned, default = self.scores(), _scores(self.defaults, "average")
         return paired_difference(default, tuned) if self.lower else paired_difference(tuned, default)
+
+    def interval(self) -> Paired | None:
+        """The final average with its interval, over test examples and runs where answers are known, else over runs."""
+        scores = self.scores()
+        if len(scores) < len(self.values) or not scores:
+            return None
+        return over_examples(self.answers) or one_sample(list(scores.values()))
+
+    def minus(self, other: "TableRow", metric: str = "average") -> Paired | None:
+        """The difference to another row; in the final average over test examples too, if answers are known."""
+        if metric == "average" and (difference := over_examples(self.answers, other.answers)):
+            return difference
+        return paired_difference(self.scores(metric), other.scores(metric))
 
     def variances(self) -> Variances | None:
         """What orders and seeds contribute to the variance of the final average."""
@@ -156,6 +197,40 @@ class TableRow:
 
 def _scores(values: dict[tuple[int, int], Metrics], name: str) -> dict[tuple[int, int], float]:
     return {key: value for key, figures in values.items() if (value := figures.get(name)) is not None}
+
+
+def right_answers(run: PlannedRun, results: Results) -> dict[tuple[int, int], dict[str, np.ndarray]]:
+    """{(order, seed): {task: [test examples] 0 or 1}} after the last task; {} if they were not saved or are shares."""
+    scores = row_scores(run.out, len(results["tasks"]), results["tasks"])
+    if not scores or any(not np.isin(values, (0, 1)).all() or not values.size for values in scores.values()):
+        return {}
+    return {(run.order, run.seed): scores}
+
+
+def _packed(answers: Answers) -> list[AnswerRecord]:
+    return [
+        {
+            "order": order,
+            "seed": seed,
+            "tasks": {
+                task: f"{len(values)}:{np.packbits(values.astype(bool)).tobytes().hex()}"
+                for task, values in tasks.items()
+            },
+        }
+        for (order, seed), tasks in sorted(answers.items())
+    ]
+
+
+def _unpacked(records: list[AnswerRecord]) -> dict[tuple[int, int], dict[str, np.ndarray]]:
+    return {
+        (record["order"], record["seed"]): {task: _bits(text) for task, text in record["tasks"].items()}
+        for record in records
+    }
+
+
+def _bits(text: str) -> np.ndarray:
+    count, _, digits = text.partition(":")
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=int(count)).astype(float)
 
 
 def _as_list(values: dict[tuple[int, int], Metrics]) -> list[Metrics]:

@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clpet.reporting.run_metrics import MeanStd, t_probability
+from clpet.reporting.run_metrics import MeanStd, t_probability, t_quantile
 
 Scores = Mapping[tuple[int, int], float]  # {(order, seed): value}
+Answers = Mapping[tuple[int, int], Mapping[str, np.ndarray]]  # {(order, seed): {task: [test examples] in [0, 1]}}
 
 
 class Paired(NamedTuple):
-    """The mean of n differences with its 95 % interval (Student's t) and the p-value of the paired t-test.
+    """A mean or mean difference over n runs with its 95 % interval (Student's t) and the p-value of the test against 0.
 
-    With a single pair there is neither an interval nor a test.
+    Without an estimate of its error there is neither an interval nor a test.
     """
 
     mean: float
@@ -44,6 +45,41 @@ def one_sample(values: Sequence[float]) -> Paired:
         return Paired(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
     low, high = MeanStd(mean, std, n).interval() or (mean, mean)
     return Paired(mean, low, high, t_probability(mean / std * math.sqrt(n), n - 1), n)
+
+
+MOST_DEGREES = 200  # more change no digit that is shown
+
+
+def over_examples(a: Answers, b: Answers | None = None) -> Paired | None:
+    """The final average, or that of a minus that of b, in percent, with an error from test examples and from runs.
+
+    Runs and test examples are crossed random effects. With g_rji the (difference of the) score of run r of R on
+    example i of task j of T, g_ji its mean over r, and d_r the average of a run: variance =
+    sum_j var_i(g_ji) / n_j / T² + var_r(d_r) / R, the second term only for several runs; degrees of freedom after
+    Satterthwaite, rounded down. The interaction is in both terms, so the interval is rather too wide. None without
+    common runs on the same tests.
+    """
+    b = {run: {task: np.zeros_like(values) for task, values in a[run].items()} for run in a} if b is None else b
+    runs = sorted(a.keys() & b.keys())
+    sizes = {
+        tuple(sorted((task, len(values)) for task, values in side[run].items())) for side in (a, b) for run in runs
+    }
+    if len(sizes) != 1:
+        return None
+    gaps = [np.stack([100 * (a[run][task] - b[run][task]) for run in runs]) for task in a[runs[0]]]
+    by_run = np.mean([gap.mean(1) for gap in gaps], axis=0)
+    mean, tasks, n = float(by_run.mean()), len(gaps), len(runs)
+    terms = [sum(float(gap.mean(0).var(ddof=1)) / gap.shape[1] for gap in gaps if gap.shape[1] > 1) / tasks**2]
+    terms += [float(by_run.var(ddof=1)) / n] if n > 1 else []
+    degrees = [sum(gap.shape[1] for gap in gaps) - tasks, n - 1]
+    variance = sum(terms)
+    if variance < 1e-18:
+        return Paired(mean, mean, mean, 1.0 if abs(mean) < 1e-9 else 0.0, n)
+    freedom = variance**2 / sum(term**2 / max(1, most) for term, most in zip(terms, degrees, strict=False))
+    freedom = max(1, min(MOST_DEGREES, math.floor(freedom + 1e-9)))
+    error = math.sqrt(variance)
+    half = t_quantile(freedom, 0.975) * error
+    return Paired(mean, mean - half, mean + half, t_probability(mean / error, freedom), n)
 
 
 class Variances(NamedTuple):

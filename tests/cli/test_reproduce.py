@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clpet.cli.reproduce import best_trial, check_inputs, compose
@@ -18,7 +19,14 @@ from clpet.reporting.planned_run import PlannedRun
 from clpet.reporting.result_table import ResultTable
 from clpet.reporting.run_metrics import t_probability
 from clpet.reporting.table_row import TableRow
-from clpet.reporting.table_statistics import Paired, Variances, paired_difference, rank_correlation, variances
+from clpet.reporting.table_statistics import (
+    Paired,
+    Variances,
+    over_examples,
+    paired_difference,
+    rank_correlation,
+    variances,
+)
 from clpet.wiring import Components
 from tests.conftest import tiny_args
 from tests.runs.conftest import refused
@@ -54,6 +62,22 @@ def test_probabilities_of_student_s_t() -> None:
     assert paired_difference(a, a) == Paired(0, 0, 0, 1, 3)
 
 
+def test_the_error_over_examples_and_runs_by_hand() -> None:
+    # Two runs, tasks of 3 and 2 examples. Averages of the runs: (2/3 + 1/2) / 2 and (1 + 0) / 2: 58.3333 and 50.
+    a = {(0, 0): {"x": np.array([1.0, 1, 0]), "y": np.array([1.0, 0])}, (0, 1): {"x": np.ones(3), "y": np.zeros(2)}}
+    # Means over runs 100, 100, 50: variance 833.3333 / 3; 50, 0: variance 1250 / 2; over T² = 4: 225.6944 with 3 degrees.
+    # Of the runs: variance 34.7222 / 2 = 17.3611 with 1. Freedom: 243.0556² / (225.6944² / 3 + 17.3611²) = 3.417.
+    value = over_examples(a)
+    assert value == pytest.approx((54.166667, 54.166667 - 3.182446 * 15.590239, 103.781, 0.0402, 2), abs=1e-3)
+    # With one run the examples alone: variances 3333.333 / 3 and 5000 / 2, over 4: 902.7778.
+    assert over_examples(a, {(0, 0): {"x": np.zeros(3), "y": np.zeros(2)}}) == pytest.approx(
+        (58.333333, 58.333333 - 3.182446 * 30.046261, 153.954, 0.1476, 1), abs=1e-3
+    )
+    assert over_examples(a, a) == Paired(0, 0, 0, 1, 2)
+    assert over_examples(a, {(1, 0): a[0, 0]}) is None
+    assert over_examples(a, {(0, 0): {"x": np.ones(3)}}) is None
+
+
 def test_what_orders_and_seeds_contribute() -> None:
     # Variances within the orders 2 and 8, mean 5; means of the orders 2 and 7, variance 12.5; 12.5 - 5 / 2 = 10.
     scores = {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 5.0, (1, 1): 9.0}
@@ -79,7 +103,8 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
             defaults={(0, seed): {"average": 2.0} for seed in range(3)},
         ),
     ]
-    table = ResultTable("T", "cpu", {}, rows)
+    answers = {(0, 0): {"x": np.array([1.0, 0, 1, 0, 0, 0, 1, 0, 1])}}
+    table = ResultTable("T", "cpu", {}, [*rows, row("c", {(0, 0): 1.0}, answers=answers)])
     lines = table.text("text").splitlines()
     assert lines[0] == "T (budget cpu)"
     # a: mean 4, deviation 1, half width 4.302653 / sqrt(3) = 2.484138; the differences are 1, 2, 3 as above.
@@ -91,7 +116,9 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} >= {"a.json", "table.md", "tuning.svg", "tuning.png"}
     spec = TableSpec("T", [], {"a": Row(), "b": Row()}, {}, [0, 1, 2], [""])
     again = ResultTable.read(spec, "cpu", tmp_path)
-    assert again.rows == table.rows
+    assert again.rows[:2] == table.rows[:2]
+    assert again.rows[2].answers[0, 0]["x"].tolist() == answers[0, 0]["x"].tolist()
+    assert '"x": "9:a280"' in (tmp_path / "c.json").read_text()  # 1010 0010 1
     assert again.text("md") == table.text("md")
 
 
