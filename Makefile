@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Behind a slow or closed network, PIP_FLAGS="--no-index --find-links DIR" installs from local files.
 PIP_FLAGS ?=
 
+# Python keeps the modules that it has compiled: the processes of the tests would compile them all again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test bits check docs slow clean
 
 demo: $(VENV)/.installed

@@ -1,6 +1,8 @@
 """Shared fixtures: small benchmarks, a method set up on the tiny model, and the command line in this process."""
 
+import contextlib
 import copy
+import gc
 import inspect
 import json
 import multiprocessing
@@ -9,6 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +32,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items if "bits" in config.option.markexpr else ():
         if isinstance(item, pytest.Function) and BITS.search(inspect.getsource(item.function)):
             item.add_marker("bits")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Looks for no garbage while tests are imported, and later not among the million objects that imports create."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def shared(*parts: str) -> Path:
@@ -88,6 +102,48 @@ def shipped_yamls_are_parsed_once() -> Iterator[None]:
         yield
 
 
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
+)  # a PNG of one pixel
+_rendered: list[bool] = []  # not empty: inside `rendering`
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_of_one_pixel() -> Iterator[None]:
+    """Runs lay out their pictures and write one pixel instead: matplotlib would take half of the time of a tiny run."""
+    from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
+
+    def save(self: Figure, path: Path, **options: object) -> None:
+        if _rendered:
+            savefig(self, path, **options)
+        else:
+            path.write_bytes(PIXEL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save)
+        yield
+
+
+@contextlib.contextmanager
+def rendering() -> Iterator[None]:
+    """Pictures are rendered in the block, for tests of the pictures themselves."""
+    _rendered.append(True)
+    try:
+        yield
+    finally:
+        _rendered.pop()
+
+
+@pytest.fixture
+def rendered() -> Iterator[None]:
+    """Pictures are rendered in the test."""
+    with rendering():
+        yield
+
+
 def run_cli(*words: object) -> int:
     """Runs `clpet ...` in this process; returns the exit code."""
     from hydra.core.global_hydra import GlobalHydra
@@ -135,16 +191,21 @@ def clpet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
     os.environ.pop("CLPET_CONFIG_DIR", None)
 
 
-def methods_of(objective: str) -> list[str]:
-    """The methods that support an objective."""
+@cache
+def classes_of(group: str) -> dict[str, type]:
+    """{option: class} of a group of options."""
     from omegaconf import OmegaConf
 
     from clpet.cli.options import options
     from clpet.config.build import find_class
 
-    classes = {name: find_class(OmegaConf.load(path)["_target_"], "method") for name, path in options("method").items()}
-    traits = find_class(OmegaConf.load(options("objective")[objective])["_target_"], "objective").traits
-    return sorted(name for name, cls in classes.items() if not cls.unmet(traits))
+    return {name: find_class(OmegaConf.load(path)["_target_"], group) for name, path in options(group).items()}
+
+
+def methods_of(objective: str) -> list[str]:
+    """The methods that support an objective."""
+    traits = classes_of("objective")[objective].traits
+    return sorted(name for name, cls in classes_of("method").items() if not cls.unmet(traits))
 
 
 QUICKER = {"mbpa": ["method.steps=1", "method.neighbours=4"]}  # options of methods whose defaults take long

@@ -62,6 +62,7 @@ def test_tables_of_runs_hold_one_cell_per_name() -> None:
     assert list(csv.reader(io.StringIO(format_table(["key", "n"], [[name, "-1"]], "csv"))))[1] == [r"'=a|b\x1b_&", "-1"]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_files_and_pictures_of_a_run(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     matrix = TransferMatrix(["=1+1", r"$\frac{$", "\x1b[2J"])
     matrix.record(0, 0, 50.0, 1, 2)

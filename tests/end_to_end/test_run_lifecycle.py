@@ -76,6 +76,7 @@ def test_evaluation_matrix_selects_the_evaluated_entries(matrix: str, words: Pat
     assert measured == expected[matrix]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_files_missing_after_a_kill_are_written_on_resume(words: Path, clpet, tmp_path: Path, monkeypatch) -> None:
     """results.json is written after the figures, and a truncated line of metrics.jsonl does not matter."""
     from clpet.reporting.plots import run_figures

@@ -291,6 +291,7 @@ def test_trained_parameters_of_published_models(model, targets, r, expected, mat
         assert sum(value.numel() for value in network.parameters()) == total
 
 
+@pytest.mark.usefixtures("rendered")
 def test_diagnostics_and_figures_of_a_run(words: Path, clpet, tmp_path: Path) -> None:
     result = clpet("train", "method=kif", *tiny_args(words))
     assert result.code == 0, result.err
@@ -306,6 +307,7 @@ def test_diagnostics_and_figures_of_a_run(words: Path, clpet, tmp_path: Path) ->
         assert (path.parent / name).stat().st_size > 5000
 
 
+@pytest.mark.usefixtures("rendered")
 def test_figures_are_drawn_from_a_loaded_state(make, tmp_path: Path) -> None:
     run, again = make("method=kif"), make("method=kif")
     run.learn(0)

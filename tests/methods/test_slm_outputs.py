@@ -147,6 +147,7 @@ def test_a_training_step_costs_no_more_memory_with_twenty_tasks(slm) -> None:
     assert method.stack.count() == 20 * 4 * 4 * (32 + 32) * 2
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_run_keeps_and_shows_what_was_retrieved(words: Path, encoder: Path, clpet, tmp_path: Path) -> None:
     """Retrieval is in results.json, the parquet and the figure; a second run reads cached embeddings and is equal."""
     from tests.conftest import tiny_args

@@ -13,6 +13,7 @@ from clpet.reporting.run_groups import make_sections
 from clpet.runtime.untrusted_json import find_runs
 from tests.reporting.test_comparison import write_run
 
+pytestmark = pytest.mark.usefixtures("rendered")
 FULL = {"scores": [[None, None], [75.0, None], [25.0, 75.0]]}  # forgetting 50
 
 

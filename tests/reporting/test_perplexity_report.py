@@ -16,6 +16,7 @@ from clpet.reporting.plots.run_figures import draw
 from clpet.reporting.run_summary import show_finished
 from clpet.reporting.tables import matrix_table, perplexity, summary_line
 
+pytestmark = pytest.mark.usefixtures("rendered")
 NAN = float("nan")
 P = [[40, 30, 20, 50], [20, 32, 22, 60], [24, 18, 21, 55], [30, 24, 10, 52], [28, 27, 15, 25]]
 ALONE = [[40, 30, 20, 50], [21, NAN, NAN, NAN], [NAN, 19, NAN, NAN], [NAN, NAN, 12, NAN], [NAN, NAN, NAN, 24]]

@@ -85,6 +85,7 @@ def fill(disk: Path, room: int) -> Path:
 @pytest.mark.parametrize(
     ("room", "tasks"), [(0, 0), (8, 0), (30, 0), (60, 0), (100, 1), (150, 1), (200, 2), (240, 3), (300, 3)]
 )
+@pytest.mark.usefixtures("rendered")
 def test_a_full_disk_ends_a_run_with_one_line_and_loses_nothing(
     room: int, tasks: int, disk: Path, undisturbed: dict, words: Path, clpet
 ) -> None:

@@ -111,6 +111,7 @@ def test_an_encoder_decoder_is_evaluated(clpet, words: Path, tasks: Path) -> Non
 
 
 @needs_harness
+@pytest.mark.usefixtures("rendered")
 def test_downstream_tasks_are_measured_with_the_matrix(clpet, prose: Path, tasks: Path) -> None:
     """The values of a run are those of `clpet eval`, and the run is otherwise the same."""
     args = domain_args(prose, "method=sequential", "train.snapshot_every=1", "train.epochs=1")

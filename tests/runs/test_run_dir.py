@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from clpet.runs.run_dir import _warn_of_rounding
 from clpet.runtime.hardware import Device, Hardware
-from tests.conftest import run_cli, tiny_args
+from tests.conftest import rendering, run_cli, tiny_args
 from tests.wandb_reader import read_wandb
 
 
@@ -22,7 +22,8 @@ from tests.wandb_reader import read_wandb
 def finished(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished dynamic_conpet run with offline wandb; read only."""
     out = tmp_path_factory.mktemp("finished")
-    assert run_cli("train", *tiny_args(words), "tracking=offline", f"output_dir={out}") == 0
+    with rendering():
+        assert run_cli("train", *tiny_args(words), "tracking=offline", f"output_dir={out}") == 0
     (folder,) = out.glob("*/*/s*")
     return folder
 

@@ -129,6 +129,7 @@ def test_a_resumed_run_has_every_step_once(
     assert [line["step"] for line in whole if line.get("validation") is not None][:3] == [6, 12, 24]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_picture_has_a_curve_per_stage_and_validation_points(tmp_path: Path) -> None:
     place = {"task": 1, "task_name": "$a", "epoch": 1}
     lines = [
