@@ -21,7 +21,6 @@ from clpet.replay.fixed_fraction import FixedFractionReplay
 from clpet.reporting.progress import Display
 from clpet.runtime.hardware import Hardware
 from tests.conftest import domain_args, killed_run, methods_of
-from tests.methods.test_all_methods import kill_after
 from tests.objectives.test_language_modeling import domains, make_objective
 from tests.runs.test_stored_bytes import check_stored_bytes
 
@@ -187,6 +186,20 @@ def test_replay_visits_every_old_window_before_repeating_one() -> None:
         counts += np.bincount(np.concatenate(plan.epoch(epoch)), minlength=len(counts))
         assert np.ptp(counts[data.train.rows_of(0)]) <= 1
     assert counts[data.train.rows_of(0)].min() >= 1
+
+
+def kill_after(tasks: int) -> None:
+    """From now on this process is killed once the state after a number of tasks is saved."""
+    from clpet.runtime import run_checkpoint
+
+    save = run_checkpoint.RunState.save
+
+    def save_and_die(self, folder, method_state, identity) -> None:
+        save(self, folder, method_state, identity)
+        if self.done == tasks:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run_checkpoint.RunState.save = save_and_die
 
 
 def kill_at_the_seventh_save() -> None:

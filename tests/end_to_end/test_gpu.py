@@ -19,7 +19,7 @@ from tests.conftest import domain_args, methods_of, set_up, tiny_args
 from tests.methods.test_all_methods import WORDS_OUT, results
 from tests.objectives.test_preference import words as preference_words
 from tests.objectives.test_preference import write_pairs
-from tests.training.test_fit_checkpoint import killed_and_resumed, learn_and_save
+from tests.training.test_fit_checkpoint import learned_with_checkpoints, resumed_from
 
 NEEDS_AN_ENCODER = {"slm"}
 PLAIN_TEXT = {"dapt"}
@@ -233,10 +233,8 @@ def test_a_fit_resumes_inside_a_task(more: list[str], words: Path, tmp_path: Pat
         return on("cuda", [*tiny_args(words), *overrides])
 
     overrides = [*more, "train.global_batch_size=4", "train.lr=1e-3"]
-    uninterrupted = make(*overrides)
-    uninterrupted.learn(0)
-    learn_and_save(uninterrupted, 1, lambda *_: None)
-    resumed, _ = killed_and_resumed(make, overrides, tmp_path, writes=4)
+    uninterrupted, _ = learned_with_checkpoints(make, overrides, tmp_path, (4,))
+    resumed = resumed_from(make, overrides, tmp_path, 4)
     assert_close(learned(uninterrupted, 0), learned(resumed, 0))
 
 

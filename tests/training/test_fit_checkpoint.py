@@ -19,10 +19,6 @@ from clpet.training.trainer import Trainer
 SMALL = "train.global_batch_size=4"  # 6 steps an epoch
 
 
-class Killed(Exception):
-    """Simulates the end of a process."""
-
-
 def same(one: Any, two: Any) -> bool:
     """Whether two trees are equal bit for bit."""
     if isinstance(one, Tensor):
@@ -51,30 +47,30 @@ def learning_cost(run: SimpleNamespace) -> dict:
     return {key: value for key, value in cost.items() if key not in ("seconds", "peak_memory_mb")}
 
 
-def killed_and_resumed(
-    make, overrides: list[str], folder: Path, writes: int, before: int = 1
-) -> tuple[SimpleNamespace, int]:
-    """Kills a run in task `before` at its checkpoint number `writes`; returns a resumed run, and the checkpoint's step."""
-    run = make(*overrides)
-    for index in range(before):
-        run.learn(index)
+def learned_with_checkpoints(
+    make, overrides: list[str], folder: Path, kept: tuple[int, ...]
+) -> tuple[SimpleNamespace, list[int]]:
+    """A run of two tasks, and the numbers of the checkpoints in the second; the state before it and those `kept` are saved."""
+    run, numbers = make(*overrides), []
+    run.learn(0)
     write_tree(folder / "before", {"method": run.method.state_dict(), "trainer": run.trainer.state()})
-    numbers = []
 
     def write(number: int, record: dict) -> None:
-        write_tree(folder / "inside", record)
         numbers.append(number)
-        if len(numbers) == writes:
-            raise Killed
+        if number in kept:
+            write_tree(folder / str(number), record)
 
-    with pytest.raises(Killed):
-        learn_and_save(run, before, write)
-    assert numbers == sorted(set(numbers))
+    learn_and_save(run, 1, write)
+    return run, numbers
+
+
+def resumed_from(make, overrides: list[str], folder: Path, number: int) -> SimpleNamespace:
+    """A run resumed in its second task, from the files that one killed after this checkpoint leaves behind."""
     resumed, saved = make(*overrides), read_tree(folder / "before")
     resumed.method.load_state_dict(saved["method"])
     resumed.trainer.load(saved["trainer"])
-    learn_and_save(resumed, before, lambda *_: None, read_tree(folder / "inside"))
-    return resumed, numbers[-1]
+    learn_and_save(resumed, 1, lambda *_: None, read_tree(folder / str(number)))
+    return resumed
 
 
 VARIANTS = {
@@ -144,15 +140,16 @@ QUICK = ("plain", "best", "kif")  # the other variants are slow tests
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 )
 def test_a_task_killed_inside_a_fit_ends_bit_for_bit_like_uninterrupted(name: str, make, tmp_path: Path) -> None:
-    """Killed in the middle of the first epoch, and at step 13: in a later epoch, at the end of a fit, or in the next fit."""
+    """Killed in the middle of the first epoch, and at step 13: in a later epoch, at the end of a fit, or in the next fit.
+
+    What a killed process leaves behind are the files of its newest checkpoint, which the uninterrupted run writes too.
+    """
     overrides = [*VARIANTS[name], SMALL]
-    uninterrupted = make(*overrides)
-    uninterrupted.learn(0)
-    learn_and_save(uninterrupted, 1, lambda *_: None)
+    uninterrupted, numbers = learned_with_checkpoints(make, overrides, tmp_path, (4, 13))
     state, cost = uninterrupted.method.state_dict(), learning_cost(uninterrupted)
-    for writes in (4, 13):
-        resumed, number = killed_and_resumed(make, overrides, tmp_path, writes)
-        assert number == writes
+    assert numbers[:13] == list(range(1, 14))
+    for number in (4, 13):
+        resumed = resumed_from(make, overrides, tmp_path, number)
         assert same(state, resumed.method.state_dict())
         assert same(uninterrupted.trainer.state(), resumed.trainer.state())
         assert cost == learning_cost(resumed)
