@@ -12,11 +12,11 @@ from pathlib import Path
 import yaml
 
 from clpet.reporting.table_statistics import Paired
-from scripts.conclusions import LEVEL, RESULTS, Committed, corrected, shown_p
+from scripts.conclusions import LEVEL, RESULTS, Committed, corrected, shown_p, widest
 
 FILE = RESULTS / "claims.yaml"
 TEST = re.compile(r"(\w+) ([<>~]) (\w+)(?: (\d+(?:\.\d+)?))?")
-HOLDS, REFUTED, OPEN = "holds", "does not hold", "undecided at this size"
+HOLDS, REFUTED, OPEN, UNMEASURED = "holds", "does not hold", "undecided at this size", "not measured here"
 METRICS = {
     "average": "final average", "task_average": "average among own labels", "forgetting": "forgetting", "bwt": "bwt",
     "seconds": "seconds of training", "forward_examples": "examples passed forwards", "flops": "FLOPs",
@@ -36,7 +36,10 @@ class Test:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim with its source. `verdict` and `note` are written by hand where no committed table can tell."""
+    """A claim with its source, and tests on a table (TABLE, or TABLE/BUDGET).
+
+    `verdict` and `note` are written by hand; a verdict counts only as long as none of the tests has been measured.
+    """
 
     paper: str
     claim: str
@@ -92,19 +95,19 @@ def verdict(outcomes: Sequence[str]) -> str:
 
 def section(tables: Sequence[Committed], claims: Sequence[Claim]) -> str:
     """All claims by paper, each with its verdict, figures and tests."""
-    largest = {
-        item.name: item for item in sorted(tables, key=lambda item: sum(len(row.values) for row in item.table.rows))
-    }
-    tests = [[measured_test(text, claim.metric, largest.get(claim.table)) for text in claim.tests] for claim in claims]
+    by_name = {f"{item.name}/{item.budget}": item for item in tables} | {item.name: item for item in widest(tables)}
+    tests = [[measured_test(text, claim.metric, by_name.get(claim.table)) for text in claim.tests] for claim in claims]
     flat = [test for group in tests for test in group]
     values = iter(corrected([test.pair if test.sign != "~" else None for test in flat]))
     papers: dict[str, list[str]] = {}
     verdicts = []
     for claim, group in zip(claims, tests, strict=True):
         found = [(test, p := next(values), outcome(test, p)) for test in group]
-        verdicts.append(claim.verdict or verdict([result for _, _, result in found]))
-        papers.setdefault(claim.paper, []).append(_entry(claim, verdicts[-1], found, largest.get(claim.table)))
-    count = ", ".join(f"{verdicts.count(name)} {name}" for name in (HOLDS, REFUTED, OPEN))
+        unmeasured = all(test.pair is None for test in group)
+        verdicts.append(claim.verdict or UNMEASURED if unmeasured else verdict([result for _, _, result in found]))
+        result = verdicts[-1] + (", without a test" if unmeasured and verdicts[-1] in (HOLDS, REFUTED) else "")
+        papers.setdefault(claim.paper, []).append(_entry(claim, result, found, by_name.get(claim.table)))
+    count = ", ".join(f"{verdicts.count(name)} {name}" for name in (HOLDS, REFUTED, OPEN, UNMEASURED))
     parts = [f"Of {len(claims)} claims: {count.replace('holds', 'hold', 1).replace('does not', 'do not')}."]
     for paper, entries in papers.items():
         parts += [f"### {paper}", "\n".join(entries)]
@@ -112,8 +115,7 @@ def section(tables: Sequence[Committed], claims: Sequence[Claim]) -> str:
 
 
 def _entry(claim: Claim, result: str, found: Sequence[tuple[Test, float | None, str]], item: Committed | None) -> str:
-    by_hand = ", without a test" if claim.verdict and claim.verdict != OPEN else ""
-    text = f"- {claim.claim} ({claim.source}) **{result[0].upper()}{result[1:]}{by_hand}.**"
+    text = f"- {claim.claim} ({claim.source}) **{result[0].upper()}{result[1:]}.**"
     cells = [
         f"`{test.text}`: {test.pair}" + ("" if test.sign == "~" else f", p {shown_p(p)}")
         for test, p, _ in found

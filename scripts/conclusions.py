@@ -20,7 +20,7 @@ REFERENCES = ("ncm", "slda", "knn", "replay", "joint", "independent")  # rows th
 LEVEL = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Committed:
     """A table with committed results."""
 
@@ -33,6 +33,11 @@ class Committed:
     def title(self) -> str:
         """Its name and budget, as in a heading."""
         return f"{self.name}, budget {self.budget}"
+
+    @property
+    def model(self) -> str:
+        """The words that choose the model."""
+        return " ".join(word for word in self.spec.words if word.startswith("model"))
 
     @property
     def rows(self) -> list[TableRow]:
@@ -180,10 +185,10 @@ def winner(item: Committed) -> list[list[str]]:
 
 
 def widest(tables: Sequence[Committed]) -> list[Committed]:
-    """Of every table the budget with the most rows, of equal ones that with the most runs."""
+    """Of every table and model the budget with the most rows, of equal ones that with the most runs."""
     ranked = sorted(tables, key=lambda item: (len(item.table.rows), sum(len(row.values) for row in item.table.rows)))
-    best = {item.name: item for item in ranked}
-    return [item for item in tables if item is best[item.name]]
+    best = {(item.name, item.model): item for item in ranked}
+    return [item for item in tables if item in best.values()]
 
 
 def replay_or_not(item: Committed) -> Iterator[str]:

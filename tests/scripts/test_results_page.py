@@ -85,12 +85,26 @@ def test_conclusions_by_hand(item: Committed) -> None:
         (["ewc ~ sequential 3"], claims.HOLDS),  # 0.5 ± 2.05
         (["ewc ~ sequential 2"], claims.OPEN),
         (["replay ~ sequential 2"], claims.REFUTED),
-        (["replay > kif"], claims.OPEN),  # not measured
+        (["replay > kif"], claims.UNMEASURED),
+        (["replay > kif", "replay > ncm"], claims.OPEN),
+        (["replay > kif", "ncm > replay"], claims.REFUTED),
     ],
 )  # fmt: skip
 def test_verdicts_of_claims(item: Committed, tests: list[str], result: str) -> None:
     text = claims.section([item], [claims.Claim("P", "C.", "table 1", "python_stdlib", tests=tests)])
     assert f"**{result[0].upper()}{result[1:]}.**" in text
+
+
+def test_a_verdict_by_hand_counts_until_a_test_is_measured(item: Committed) -> None:
+    def text(test: str, table: str) -> str:
+        return claims.section([item], [claims.Claim("P", "C.", "s", table, tests=[test], verdict=claims.HOLDS)])
+
+    assert "Of 1 claims: 1 hold, 0 do not hold, 0 undecided at this size, 0 not measured here." in text(
+        "replay > kif", "python_stdlib"
+    )
+    assert "**Holds, without a test.** Not measured: `replay > kif`." in text("replay > kif", "python_stdlib")
+    assert "**Does not hold.** python_stdlib, budget cpu" in text("sequential > replay", "python_stdlib/cpu")
+    assert "**Holds, without a test.**" in text("sequential > replay", "python_stdlib/orders")
 
 
 def test_the_p_values_of_claims_are_corrected_over_all_of_them(item: Committed) -> None:
