@@ -40,7 +40,7 @@ class LoRI(Static):
 
     uses_replay: ClassVar[bool] = True
     supported_pefts: ClassVar[tuple[str, ...]] = ("lora",)
-    saved_uncounted: ClassVar[tuple[str, ...]] = ("used",)  # bits, which are no parameters
+    saved_uncounted: ClassVar[tuple[str, ...]] = ("used",)  # bits, which are not parameters
 
     def __post_init__(self) -> None:
         require(0 <= self.sparsity < 1, "method.sparsity", self.sparsity, "in [0, 1)")
