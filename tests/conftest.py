@@ -116,11 +116,11 @@ def pictures_of_one_pixel() -> Iterator[None]:
 
     savefig = Figure.savefig
 
-    def save(self: Figure, path: Path, **options: object) -> None:
+    def save(self: Figure, path: Path | str, **options: object) -> None:
         if _rendered:
             savefig(self, path, **options)
         else:
-            path.write_bytes(PIXEL)
+            Path(path).write_bytes(PIXEL)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", save)
@@ -174,6 +174,17 @@ def killed_run(patch: Callable[[], None], cwd: Path, *words: object) -> None:
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL, (cwd / "killed.log").read_text()[-2000:]
+
+
+@pytest.fixture(scope="module")
+def forked_ranks() -> Iterator[None]:
+    """Ranks are forks of a process that imports clpet once; spawned ones import it for five seconds each."""
+    from clpet.cli import launch
+
+    multiprocessing.set_forkserver_preload(["clpet.cli.launch", "transformers.models.llama.modeling_llama"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "START_METHOD", "forkserver")
+        yield
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from clpet.wiring import Components
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+START_METHOD = "spawn"  # of ranks: a fork could not use a GPU that its parent has used
 SHUTDOWN_TIMEOUT = 90  # seconds that ranks have to save after a signal, before they are killed
 
 
@@ -159,7 +160,7 @@ def _elastic_launch(count: int, folder: str, work: Callable[..., object], argume
             logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised here instead, in one line
     config = LaunchConfig(1, 1, count, logs_specs=DefaultLogsSpecs(folder), run_id=Path(folder).name,
                           rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
-                          max_restarts=0)  # fmt: skip
+                          max_restarts=0, start_method=START_METHOD)  # fmt: skip
     elastic_launch(config, _rank)(folder, work, arguments)
 
 

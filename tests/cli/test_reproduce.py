@@ -94,6 +94,7 @@ def row(name: str, averages: dict[tuple[int, int], float], **more: object) -> Ta
     return TableRow(name, ["train.lr=0.1"], [], {key: {"average": value} for key, value in averages.items()}, **more)
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_table_by_hand(tmp_path: Path) -> None:
     rows = [
         row("b", {(0, seed): 2.0 for seed in range(3)}),

@@ -24,6 +24,7 @@ def test_the_interval_of_a_perfect_order_is_one_point_and_covers_chance_otherwis
     assert -1 <= low < spearman(x, np.array([3.0, 1, 4, 1, 5, 9, 2, 6])) < high <= 1
 
 
+@pytest.mark.usefixtures("rendered")
 def test_rows_are_correlated_over_the_means_of_their_seeds(clpet) -> None:
     """Drift rises with the average in three of four steps: ranks 1 2 3 5 4 against 1 2 3 4 5 give 1 - 6 * 2 / 120."""
     for index, drift in enumerate((0.1, 0.2, 0.3, 0.9, 0.4)):

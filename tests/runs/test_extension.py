@@ -1,10 +1,7 @@
 """A finished run learns one more task: it ends bit for bit like a run that learns all tasks itself."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -308,12 +305,10 @@ def test_a_shorter_common_prefix_continues_from_a_snapshot(words: Path, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_ranks_extend_a_run(base: Path, finished: Path) -> None:
     """A run of one process is extended by one of two: up to rounding it ends like a run of one process."""
-    command = [sys.executable, "-m", "clpet", "train", f"extend={base}", THREE, "hardware.ranks=2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(api.__file__).parents[1])}
-    done = subprocess.run(command, cwd=base, env=environment, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert run_cli("train", f"extend={base}", THREE, "hardware.ranks=2") == 0
     (extended,) = (path.parent for path in base.parent.glob("*/results.json") if path.parent != base)
     assert read(extended)["extended_from"]["tasks"] == ["fruit", "metal"]
     one, two = (load_file(run / "heads" / "default.safetensors") for run in (finished, extended))

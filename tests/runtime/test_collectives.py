@@ -76,6 +76,7 @@ def exchange(folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_ranks_sum_gradients_and_agree_on_signals(tmp_path: Path) -> None:
     start_ranks(2, exchange, str(tmp_path))
     gradients = [[1.0, 1.0], [11.0 + 12.0] * 2, [22.0, 22.0], None]

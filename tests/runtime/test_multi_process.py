@@ -2,9 +2,9 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,8 +22,9 @@ from clpet.evaluation.evaluator import Evaluator
 from clpet.runtime.distributed import init_distributed, to_cpu
 from clpet.runtime.signals import EXIT_TEMPFAIL
 from clpet.training.progress import NoProgress
-from tests.conftest import domain_args, methods_of, set_up, tiny_args, words_of
+from tests.conftest import domain_args, methods_of, run_cli, set_up, tiny_args, words_of
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")  # tests of the Python API and of launchers spawn theirs
 CASES: dict[str, list[str]] = {
     **{name: words_of(name) for name in methods_of("classification")},
     "sequential": ["method=sequential", "train.global_batch_size=23"],  # 24 examples: the last batch has one
@@ -107,7 +108,9 @@ def trace(folder: str, cases: dict[str, list[str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def by_rank(words: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def by_rank(
+    forked_ranks: None, words: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """The results of every case, on each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     start_ranks(2, trace, str(folder), {name: overrides_of(name, words, prose) for name in CASES})
@@ -236,17 +239,26 @@ def test_a_killed_rank_ends_the_other_one() -> None:
 def test_tasks_of_a_slurm_step_are_ranks(words: Path, clpet, tmp_path: Path) -> None:
     """Two processes with the environment variables that srun would set."""
     args = ["train", "method=sequential", *tiny_args(words), "cache_dir=null", "train.epochs=1"]
-    command = [sys.executable, "-m", "clpet", *args, "hardware.ranks=auto", "output_dir=two"]
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0"}
-    tasks = [
-        subprocess.Popen(command, env={**os.environ, **slurm, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in "01"
-    ]  # fmt: skip
-    (first, error), (second, _) = (task.communicate(timeout=300) for task in tasks)
-    assert [task.returncode for task in tasks] == [0, 0], error
-    assert "learning_accuracy" in first
-    assert second == ""
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0"}
+    printed = [tmp_path / "0.txt", tmp_path / "1.txt"]
+
+    def task(rank: int) -> None:
+        os.environ.update(step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
+        with printed[rank].open("w") as sys.stdout:
+            sys.stderr = sys.stdout
+            os.dup2(sys.stdout.fileno(), 1)
+            os.dup2(sys.stdout.fileno(), 2)
+            code = run_cli(*args, "hardware.ranks=auto", "output_dir=two")
+        os._exit(code)
+
+    tasks = [multiprocessing.get_context("fork").Process(target=task, args=[rank]) for rank in (0, 1)]
+    for process in tasks:
+        process.start()
+    for process in tasks:
+        process.join(timeout=300)
+    assert [process.exitcode for process in tasks] == [0, 0], printed[0].read_text()
+    assert "learning_accuracy" in printed[0].read_text()
+    assert printed[1].read_text() == ""
     assert clpet(*args, "output_dir=one").code == 0
     assert results(tmp_path / "one")["scores"] == results(tmp_path / "two")["scores"]
 

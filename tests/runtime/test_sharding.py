@@ -27,6 +27,7 @@ from clpet.training.fit_checkpoint import FitCheckpointer
 from tests.conftest import domain_args, set_up, tiny_args
 from tests.runtime.test_multi_process import Losses
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 MODELS = {
     "llama": ["model=tiny_llama"],
     "bert": ["model=tiny"],
@@ -143,7 +144,7 @@ def test_weights_from_files_frozen_ones_blocks_and_plain_text(words: Path, prose
 
 
 @pytest.fixture(scope="module")
-def by_rank(words: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def by_rank(forked_ranks: None, words: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Every case on two ranks, one after the other in the same two processes."""
     folder = tmp_path_factory.mktemp("sharded")
     return on_ranks(2, folder, {name: [*tiny_args(words), *FULL, *args] for name, args in CASES.items()})
