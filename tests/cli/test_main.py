@@ -1,5 +1,6 @@
 """The command line: help, lists, errors, sweeps, plugins."""
 
+import gc
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from clpet.cli.train import garbage_ignored
 from clpet.config.compose import conf_dir
 from tests.conftest import shared, tiny_args, write_words
 
@@ -310,3 +312,9 @@ def test_show_prints_the_finished_tasks_of_an_unfinished_run(clpet, words: Path,
     finished = clpet("train", "method=sequential", *tiny_args(words))
     assert "already finished; showing its results (fresh=true runs it again)" in finished.out
     assert "already finished" not in again.out
+
+
+def test_no_garbage_is_collected_during_imports() -> None:
+    with garbage_ignored():
+        assert not gc.isenabled()
+    assert gc.isenabled()
