@@ -54,14 +54,17 @@ class InverseTransform:
     """Turns the logits of a step into a choice of one token per row, for greedy decoding of a random answer.
 
     `uniform` [rows, tokens] in [0, 1) decides: the token is the first whose cumulated probability exceeds it. An answer
-    thus depends on its own numbers alone, and not on the other rows of its batch.
+    thus depends on its own numbers alone, and not on the other rows of its batch. With `top_k` only that many most
+    likely tokens can be drawn.
     """
 
-    def __init__(self, uniform: Tensor, temperature: float) -> None:
-        self.uniform, self.temperature, self.step = uniform, temperature, 0
+    def __init__(self, uniform: Tensor, temperature: float, top_k: int | None = None) -> None:
+        self.uniform, self.temperature, self.top_k, self.step = uniform, temperature, top_k, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[rows, vocabulary]: 0 for the drawn token, minus infinity for all others."""
+        if self.top_k is not None and self.top_k < scores.shape[1]:
+            scores = scores.masked_fill(scores < scores.topk(self.top_k).values[:, -1:], float("-inf"))
         cumulated = (scores.double() / self.temperature).softmax(1).cumsum(1)
         thresholds = self.uniform[:, self.step, None] * cumulated[:, -1:]
         token = (cumulated <= thresholds).sum(1, keepdim=True).clamp(max=scores.shape[1] - 1)

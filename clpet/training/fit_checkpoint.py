@@ -189,6 +189,10 @@ class FitCheckpointer:
                 self.shutdown.pending_signal = int(number)
         return any(requests)
 
+    def method_state_ahead(self) -> State | None:
+        """What a stopped run saved of the method in the next fit of the task; None if the fit is new."""
+        return self.loaded_fits[0]["method"] if self.loaded_fits else None
+
     def resume(self, parameters: list[nn.Parameter]) -> FitRecord | None:
         """Restores tensors, method, random state and costs of the next fit and returns its state; None if it is new."""
         if not self.loaded_fits:

@@ -122,6 +122,8 @@ BAD = [
     ("decay of 1", ["train", "method=kif", "method.beta1=1"], "method.beta1 must be in [0, 1)"),
     ("rounds without memory", ["train", "method=recurrent_kif", "replay=none"], "needs a memory"),
     ("no inner steps", ["train", "method=recurrent_kif", "method.inner_steps=0"], "method.inner_steps must be at least 1"),
+    ("questions of labels", ["train", "method=lamol"], "method=lamol does not support objective=classification: it writes questions and their answers"),
+    ("new tokens and virtual ones", ["train", "method=lamol", "objective=text_to_text", "model=tiny_llama", "peft=prefix"], "which peft=prefix does not support"),
     ("interval beyond the longest", ["train", "method=aim_merging", "method.interval=200"], "method.interval must be from method.shortest=2 to method.longest=128"),
     ("share above 1", ["train", "method=kif", "replay=share", "replay.share=2"], "replay.share must be in [0, 1]"),
     ("labels of free text", ["train", "method=crl", "benchmark=superni"], "method=crl does not support objective=text_to_text: it needs labels"),

@@ -70,6 +70,7 @@ VARIANTS = [
     ["progressive_prompts", "method.mlp=16", "method.task_id_at_test=true"],
     ["kif", *WORDS_OUT, "model=tiny_llama"],
     ["sapt", *WORDS_OUT, "model=tiny_t5", "evaluation.decode=rank"],
+    ["lamol", *WORDS_OUT, "model=tiny_llama", "peft=none", "train.epochs=12"],
     ["independent", *WORDS_OUT, "model=tiny_llama", "evaluation.decode=rank"],
 ]
 

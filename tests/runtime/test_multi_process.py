@@ -45,6 +45,7 @@ CASES: dict[str, list[str]] = {
         "hardware.micro_batch_size=2",
         "train.eps=1e-3",
     ],
+    "lamol": ["method=lamol", "model=tiny_llama", "objective=text_to_text", "benchmark.max_target=8"],
     "preference": [
         "method=kif",
         "model=tiny_llama",
