@@ -9,7 +9,7 @@ two stages; formulas of both losses are in components/contrastive.py:
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -205,6 +205,11 @@ class CRL(Method[Classification]):
         self.labels = sorted({*self.labels, *present})
         for label in present:
             self.prototypes[label] = h[labels == label].mean(0)
+
+    def state_dict(self) -> State:
+        """Without the prototypes of labels that are still to come: what is stored does not depend on later tasks."""
+        state, seen = super().state_dict(), max(self.labels, default=-1) + 1
+        return {**state, "crl": {**cast(State, state["crl"]), "prototypes": self.prototypes[:seen].clone()}}
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)

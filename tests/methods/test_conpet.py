@@ -218,6 +218,7 @@ def test_crl_answers_the_nearest_class_mean(make) -> None:
     with torch.inference_mode():
         h = method.objective.features(batch)
         answers = AnswerSpace(range(4)).mask(method.predict(batch, AnswerSpace(range(4))).scores).argmax(1)
+    assert method.state_dict()["crl"]["prototypes"].shape == (4, method.objective.dim)  # none of labels to come
     nearest = torch.cdist(h, method.prototypes[:4]).argmin(1)
     assert torch.equal(answers, nearest)
 
