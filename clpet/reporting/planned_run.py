@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from clpet.records import Results
-from clpet.runtime.untrusted_json import read_results
+from clpet.records import Json, Results
+from clpet.runtime.untrusted_json import read_json, read_results
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,13 @@ class PlannedRun:
         """Its results, None before it has finished. Raises DataError for a damaged file."""
         file = self.out / "results.json"
         return read_results(file) if file.is_file() else None
+
+    @property
+    def host(self) -> dict[str, Json]:
+        """What the rounding of its figures depends on, without the name of the machine; {} where it is not recorded."""
+        file = self.out / "run.json"
+        host = read_json(file).get("host") if file.is_file() else None
+        return {name: value for name, value in host.items() if name != "name"} if isinstance(host, dict) else {}
 
     @property
     def average(self) -> float | None:

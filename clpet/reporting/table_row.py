@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -65,6 +65,8 @@ class RowRecord(TypedDict):
     answers: list[AnswerRecord]
     default_answers: list[AnswerRecord]
     versions: Json
+    host: NotRequired[dict[str, Json]]  # what rounding depends on, of its first run
+    inputs: NotRequired[dict[str, str]]  # fingerprints of weights and data, of its first run
 
 
 @dataclass
@@ -81,6 +83,8 @@ class TableRow:
     signatures: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     versions: Json = None  # of the packages in its first run
+    host: dict[str, Json] = field(default_factory=dict)  # of its first run
+    inputs: dict[str, str] = field(default_factory=dict)  # of its first run
     defaults: dict[tuple[int, int], Metrics] = field(default_factory=dict)
     default_signatures: list[str] = field(default_factory=list)
     lower: bool = False
@@ -112,6 +116,8 @@ class TableRow:
                 row.signatures.append(run.signature)
                 row.answers |= right_answers(run, results)
                 row.versions = row.versions or cast(Json, results.get("versions"))
+                row.host = row.host or run.host
+                row.inputs = row.inputs or results.get("inputs", {})
         for run in defaults:
             if results := run.results:
                 row.defaults[run.order, run.seed] = measured(results)
@@ -131,7 +137,8 @@ class TableRow:
             trials = [(trial["words"], trial["validation"]) for trial in record["trials"]]
             return cls(
                 record["row"], record["chosen"], trials, _by_run(record["runs"]), record["signatures"],
-                record["words"], record["versions"], _by_run(record["default_runs"]), record["default_signatures"],
+                record["words"], record["versions"], record.get("host", {}), record.get("inputs", {}),
+                _by_run(record["default_runs"]), record["default_signatures"],
                 record["lower_is_better"], record["task_given"], record["all_at_once"], record["num_runs"],
                 record["total_seconds"], _unpacked(record["answers"]), _unpacked(record["default_answers"]),
             )  # fmt: skip
@@ -146,7 +153,7 @@ class TableRow:
             "runs": _as_list(self.values), "signatures": self.signatures,
             "default_runs": _as_list(self.defaults), "default_signatures": self.default_signatures,
             "answers": _packed(self.answers), "default_answers": _packed(self.default_answers),
-            "versions": self.versions,
+            "versions": self.versions, "host": self.host, "inputs": self.inputs,
         }  # fmt: skip
 
     def mean(self, name: str) -> MeanStd | None:

@@ -1,11 +1,14 @@
 """Hardware options of a run: device, precision, number of ranks, and how a large backbone is made to fit in memory."""
 
+import contextlib
 import importlib.util
 import os
 import platform
 import shutil
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
+from pathlib import Path
 from typing import ClassVar, Protocol, cast
 
 import torch
@@ -241,9 +244,23 @@ class Hardware:
             "threads": torch.get_num_threads(),
             "ranks": get_world().size,
             "kernels": torch.backends.cpu.get_cpu_capability(),
+            **({} if cuda else {"processor": processor()}),
             **{name: value for name, value in options.items() if value != NOT_RECORDED[name]},
             "name": platform.node(),
         }
+
+
+@cache
+def processor() -> str:
+    """The model of the CPU: libraries choose their kernels by it, beyond the capability that torch names."""
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    if name := fields.get("model name"):
+        return f"{name}, family {fields.get('cpu family', '-')}, model {fields.get('model', '-')}"
+    return platform.processor() or platform.machine()
 
 
 def _cpu_has_bf16() -> bool:
