@@ -55,7 +55,9 @@ class TableSpec:
 
     `words` are the overrides of all runs. `grid` holds the values that are tried, the same for every row, with the
     first seed and order: every combination is a trial. `orders` are the words of each order of the tasks. `local` are
-    overrides that hold on one machine, such as data_dir: they change no figure and are not recorded.
+    overrides that hold on one machine, such as data_dir: they change no figure and are not recorded. `tolerance` is how
+    much the average of a row may differ, in points, between machines with equal versions: other kernels, threads and
+    precisions round differently.
     """
 
     title: str = ""
@@ -65,6 +67,7 @@ class TableSpec:
     seeds: list[int] = field(default_factory=lambda: [0])
     orders: list[str] = field(default_factory=lambda: [""])
     budgets: dict[str, Budget] = field(default_factory=dict)
+    tolerance: float | None = None
     local: list[str] = field(default_factory=list)
 
     def check(self, where: str) -> None:

@@ -138,6 +138,7 @@ class ResultTable:
         """How the figures were computed."""
         count = max((len(row.values) for row in self.rows), default=0)
         return (
+            f"{'Perplexity: lower is better. ' if self.lower else ''}"
             f"Mean ± standard deviation over {count} runs (seeds and orders); 95 % interval of the mean and paired "
             f"test against the first row (p after Holm), {self.error_source()}. Options were chosen on validation "
             "data, with equally many trials for every row that trains something and leaves them open. default: mean "

@@ -13,7 +13,7 @@ import pytest
 
 from clpet.cli.reproduce import best_trial, check_inputs, compose
 from clpet.config.build import parse_config
-from clpet.config.table_spec import Row, TableSpec, read_table, table_files
+from clpet.config.table_spec import Published, Row, TableSpec, read_table, table_files
 from clpet.errors import ConfigError
 from clpet.reporting.planned_run import PlannedRun
 from clpet.reporting.result_table import ResultTable
@@ -144,6 +144,22 @@ def test_a_row_may_replace_values_of_the_grid_by_equally_many() -> None:
         ConfigError, match=r"mine: rows\.prompts\.grid\.train\.lr needs as many values as grid\.train\.lr"
     ):
         spec.check("mine")
+
+
+def test_where_lower_is_better_the_lowest_row_comes_first() -> None:
+    """Perplexities: the gain of tuning is what it lowers the average by, the gap ours minus the published one."""
+    defaults = {(0, seed): {"average": 25.0 + seed} for seed in range(2)}
+    rows = [
+        row("a", {(0, 0): 30, (0, 1): 32}, lower=True),
+        row("b", {(0, 0): 20, (0, 1): 21}, lower=True, defaults=defaults),
+    ]
+    table = ResultTable("T", "cpu", {"b": Published(18, "Someone")}, rows)
+    assert [each.name for each in table.rows] == ["b", "a"]
+    gain = table.rows[0].gain()
+    assert gain is not None
+    assert gain.mean == 5
+    assert "+2.50" in table.text("text").splitlines()[3]
+    assert "lower is better" in table.legend()
 
 
 def test_the_best_trial_is_chosen_on_validation(tmp_path: Path) -> None:
