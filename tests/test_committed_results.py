@@ -31,7 +31,7 @@ def table(name: str) -> TableSpec:
 def committed(file: Path) -> SimpleNamespace:
     """A committed row: its table as it is now, and the record."""
     spec = table(file.parents[1].name).with_budget(file.parent.name, [file.stem])
-    return SimpleNamespace(spec=spec, row=file.stem, **json.loads(file.read_text()) | {"row": file.stem})
+    return SimpleNamespace(spec=spec, **json.loads(file.read_text()))
 
 
 def name(file: Path) -> str:

@@ -115,7 +115,7 @@ class TableRow:
                 row.values[run.order, run.seed] = measured(results)
                 row.signatures.append(run.signature)
                 row.answers |= right_answers(run, results)
-                row.versions = row.versions or cast(Json, results.get("versions"))
+                row.versions = row.versions or _without(cast(dict[str, Json], results.get("versions", {})), "platform")
                 row.host = row.host or run.host
                 row.inputs = row.inputs or results.get("inputs", {})
         for run in defaults:
@@ -200,6 +200,10 @@ class TableRow:
     def is_bound(self) -> bool:
         """Whether it learns or answers under easier conditions than the others."""
         return self.task_given or self.all_at_once
+
+
+def _without(record: dict[str, Json], name: str) -> dict[str, Json]:
+    return {key: value for key, value in record.items() if key != name}
 
 
 def _scores(values: dict[tuple[int, int], Metrics], name: str) -> dict[tuple[int, int], float]:
