@@ -43,9 +43,9 @@ def dry_run(spec: TableSpec, output: Path) -> None:
         print(printable(f"{row:{width}}  {runs:3} runs  {line}"), flush=True)
     for note in dict.fromkeys(checks.missing.values()):
         print(printable(f"not here: {note}"))
-    known = [value for value in seconds if value is not None]
-    if known and len(known) == len(seconds):
-        print(f"{len(spec.rows)} rows, {duration(sum(known))} in all, one run at a time on this machine")
+    measured = [value for value in seconds if value is not None]
+    if measured and len(measured) == len(seconds):
+        print(f"{len(spec.rows)} rows, {duration(sum(measured))} in all, one run at a time on this machine")
     if failed:
         raise ConfigError(f"{len(failed)} of {len(spec.rows)} rows cannot run: {'; '.join(failed.values())}")
 
@@ -65,8 +65,8 @@ class Need:
             "{:,.0f} MB": None if self.memory is None else self.memory / MB,
             "{:,.0f} s each": self.seconds,
         }
-        known = [form.format(value) for form, value in parts.items() if value is not None]
-        return ", ".join(["composes", *known])
+        figures = [form.format(value) for form, value in parts.items() if value is not None]
+        return ", ".join(["composes", *figures])
 
 
 @dataclass
