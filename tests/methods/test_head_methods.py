@@ -93,6 +93,7 @@ def test_the_correction_of_bic_is_bounded_where_all_is_right() -> None:
     assert fit_correction(logits, targets, 4)[0] > 4
 
 
+@pytest.mark.slow
 def test_bic_folds_its_correction_into_the_head(make) -> None:
     """Afterwards logits of new labels are a z + b, those of old ones what they were."""
     run = make("method=bic", "train.epochs=1", "replay.per_class=6", "replay.train_share=0.5")

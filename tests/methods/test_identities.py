@@ -24,6 +24,7 @@ def test_n_lora_without_a_penalty_is_inc_lora(make) -> None:
     assert torch.equal(weights(make, "method=n_lora", "method.strength=0"), weights(make, "method=inc_lora"))
 
 
+@pytest.mark.slow
 def test_slao_is_sequential_in_its_first_task(make) -> None:
     runs = [make(f"method={name}", "train.epochs=1") for name in ("slao", "sequential")]
     for run in runs:

@@ -34,7 +34,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "options", [pytest.param(options, marks=pytest.mark.slow if i > 4 else []) for i, options in enumerate(CASES)]
+    "options", [pytest.param(options, marks=pytest.mark.slow if i > 1 else []) for i, options in enumerate(CASES)]
 )
 def test_an_option_without_effect_is_named_unless_it_has_its_default(options: str, make) -> None:
     assert unused_options(make(*options.split()).method) == CASES[options]
