@@ -1,7 +1,7 @@
 """Writes docs/results.md and docs/failures.md from the committed tables: `python -m scripts.results_page`.
 
 Figures come from results/TABLE/BUDGET/*.json, claims from results/claims.yaml, and everything written by hand from
-results/text/: introduction.md, tables/TABLE.md (below a table), earlier/*.md (older measurements) and failures.md. A test
+results/text/: introduction.md, tables/TABLE.md (below a table), earlier/*.md (older measurements), drift.md, failures.md. A test
 compares the committed pages with this script's output.
 """
 
@@ -133,6 +133,7 @@ def results_page(tables: Sequence[Committed]) -> str:
         section(tables, read_claims()),
         "## Earlier measurements",
         *earlier,
+        text("drift.md"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -122,5 +122,5 @@ def draw(results: Sequence[Correlation], path: Path) -> Path:
         )
     (result,) = results
     return scatter(
-        result.points, result.names, f"{result.title.partition(',')[0]}: {result.text().splitlines()[0]}", path
+        result.points, result.names, f"{result.title.partition(':')[0]}: {result.text().splitlines()[0]}", path
     )
