@@ -142,6 +142,10 @@ class SDFT(Method[TextToText]):
                 "have: set method.teacher=start or ema, or use peft=lora"
             )
 
+    def ineffective(self) -> dict[str, str]:
+        averages = self.teacher is Teacher.ema
+        return {} if averages else {"method.rate": f"method.teacher={self.teacher.value} is not an average"}
+
     def init_adapters(self) -> None:
         super().init_adapters()
         self.second: SecondWeights | None = None
