@@ -13,6 +13,7 @@ from clpet.reporting.row_diagnostics import last_values
 from clpet.reporting.run_groups import Row, Runs, Section
 from clpet.reporting.run_metrics import mean_and_std
 from clpet.reporting.significance import NUM_DRAWS
+from clpet.reporting.table_statistics import rank_correlation
 
 MIN_ROWS = 4  # with fewer, most bootstrap draws repeat a row until there is no order left
 
@@ -70,7 +71,10 @@ def correlate(comparison: Comparison, section: Section, names: tuple[str, str], 
     if len(points) < MIN_ROWS:
         raise DataError(f"--correlate needs {MIN_ROWS} rows with {names[0]} and {names[1]}, there are {len(points)}")
     across, up = np.array(list(points.values())).T
-    return Correlation(title, names, points, left_out, spearman(across, up), *interval(across, up))
+    rho = rank_correlation(across, up)
+    if rho is None:
+        raise DataError(f"--correlate: {names[0]} or {names[1]} is the same in all rows")
+    return Correlation(title, names, points, left_out, rho, *interval(across, up))
 
 
 def figures_of(comparison: Comparison, row: Row, section: Section) -> dict[str, float]:
@@ -81,25 +85,12 @@ def figures_of(comparison: Comparison, row: Row, section: Section) -> dict[str, 
     return {name: mean.mean for name, mean in means.items() if mean is not None}
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation of the ranks of [n] and [n], NaN if one is constant; equal values share their mean rank."""
-    across, up = (rank - rank.mean() for rank in (ranks(x), ranks(y)))
-    scale = float(np.sqrt((across @ across) * (up @ up)))
-    return float(across @ up) / scale if scale else float("nan")
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """[n]: 1 for the smallest; equal values have the mean of their ranks."""
-    ordered = np.sort(values)
-    first, last = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-    return (first + last + 1) / 2
-
-
 def interval(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """The 2.5th and 97.5th percentile of rho over draws of n rows with replacement; constant draws do not count."""
     rng = np.random.default_rng(0)
     draws = (rng.integers(len(x), size=len(x)) for _ in range(NUM_DRAWS))
-    low, high = np.nanquantile([spearman(x[rows], y[rows]) for rows in draws], [0.025, 0.975])
+    values = [value for rows in draws if (value := rank_correlation(x[rows], y[rows])) is not None]
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

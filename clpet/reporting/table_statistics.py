@@ -9,6 +9,7 @@ import numpy as np
 from clpet.reporting.run_metrics import MeanStd, t_probability, t_quantile
 
 Scores = Mapping[tuple[int, int], float]  # {(order, seed): value}
+Values = Sequence[float] | np.ndarray
 Answers = Mapping[tuple[int, int], Mapping[str, np.ndarray]]  # {(order, seed): {task: [test examples] in [0, 1]}}
 
 
@@ -110,9 +111,15 @@ def root(variance: float) -> float:
     return math.sqrt(max(0.0, variance))
 
 
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's correlation: that of the ranks, where equal values share the mean of theirs; None if all are equal."""
-    ranks = [np.array([(np.sum(np.less(x, y)) + np.sum(np.less_equal(x, y)) + 1) / 2 for y in x]) for x in (a, b)]
-    if any(np.ptp(rank) == 0 for rank in ranks) or len(a) < 2:
-        return None
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+def rank_correlation(a: Values, b: Values) -> float | None:
+    """Spearman's correlation, which is Pearson's of the ranks; None if all values of a or of b are equal."""
+    across, up = (rank - rank.mean() for rank in (ranks(a), ranks(b)))
+    scale = math.sqrt((across @ across) * (up @ up))
+    return float(across @ up) / scale if scale else None
+
+
+def ranks(values: Values) -> np.ndarray:
+    """[n]: 1 for the smallest; equal values have the mean of their ranks."""
+    ordered = np.sort(values)
+    first, last = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+    return (first + last + 1) / 2
