@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from clpet.reporting.run_costs import COSTS
 from clpet.reporting.table_statistics import Paired
 from scripts.conclusions import LEVEL, RESULTS, Committed, corrected, shown_p, widest
 
@@ -114,10 +115,17 @@ def section(tables: Sequence[Committed], claims: Sequence[Claim]) -> str:
     return "\n\n".join(parts)
 
 
+def _shown(pair: Paired, metric: str) -> str:
+    """A difference with its interval; costs, which have many digits, with three."""
+    if metric not in COSTS or pair.low is None or pair.high is None:
+        return str(pair)
+    return f"{pair.mean:+.3g} [{pair.low:+.3g}, {pair.high:+.3g}]"
+
+
 def _entry(claim: Claim, result: str, found: Sequence[tuple[Test, float | None, str]], item: Committed | None) -> str:
     text = f"- {claim.claim} ({claim.source}) **{result[0].upper()}{result[1:]}.**"
     cells = [
-        f"`{test.text}`: {test.pair}" + ("" if test.sign == "~" else f", p {shown_p(p)}")
+        f"`{test.text}`: {_shown(test.pair, claim.metric)}" + ("" if test.sign == "~" else f", p {shown_p(p)}")
         for test, p, _ in found
         if test.pair is not None
     ]
