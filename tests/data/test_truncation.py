@@ -143,7 +143,7 @@ def test_the_default_length_is_lowered_to_the_maximum_of_the_model(make, caplog:
     assert "lowered from 600 to 512: this model reads at most 512 tokens" in caplog.text
     benchmark = replace(run.benchmark, max_length=600, length_set=True)
     with pytest.raises(ModelError, match=r"max_length=600, but this model reads at most 512 tokens"):
-        run.method.objective._fit_length(benchmark)
+        run.method.objective.fit_length(benchmark)
 
 
 def test_a_tokenizer_without_special_tokens_works(clpet, words: Path, tmp_path: Path) -> None:

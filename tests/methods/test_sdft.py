@@ -99,6 +99,7 @@ def context_of(run, rows: list[int], task: int = 0) -> StepContext:
     return context
 
 
+@pytest.mark.slow
 def test_what_the_teacher_reads(make) -> None:
     """The prompt of the student with the answer; only its text is cut where the model cannot read more."""
     run = make(*SHORT)
@@ -152,6 +153,7 @@ def test_micro_batches_weigh_by_their_examples(make) -> None:
     assert one == pytest.approx(np.mean(alone), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "teacher", ["ema", "base", *[pytest.param(name, marks=pytest.mark.slow) for name in ("start", "live")]]
 )
