@@ -154,9 +154,7 @@ def test_micro_batches_weigh_by_their_examples(make) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "teacher", ["ema", "base", *[pytest.param(name, marks=pytest.mark.slow) for name in ("start", "live")]]
-)
+@pytest.mark.parametrize("teacher", ["ema", "base", "start", "live"])
 def test_the_weights_of_the_teacher(teacher: str, make) -> None:
     """After two steps at a rate of 1/4: with updates D_1 and D_2, the average has moved by D_1 7/16 + D_2 / 4."""
     run = make(*SHORT, f"method.teacher={teacher}", "method.rate=0.25", "train.lr=1e-2")
