@@ -27,7 +27,7 @@ def hydra_message(error: BaseException) -> str | None:
 
     chain: list[BaseException] = []
     link: BaseException | None = error
-    while link is not None:
+    while link is not None and link not in chain:  # causes and contexts can form a circle
         chain.append(link)
         link = link.__cause__ or link.__context__
     for link in chain:  # an error of clpet, raised in a resolver for example, says more than Hydra's wrapper
