@@ -278,7 +278,7 @@ class Experiment:
         adapters, hardware = self.method.objective.adapters, self.session.components.hardware
         trained = sum(value.numel() for value in adapters.model.parameters() if value.requires_grad)
         sizes = run_summary.sizes(self.session.data_record)
-        model = run_summary.model_line(self.cfg.model.name, adapters.base_parameters, trained, hardware.record())
+        model = run_summary.model_line(str(self.cfg.model.name), adapters.base_parameters, trained, hardware.record())
         work = run_summary.work_line(steps, train.global_batch_size)
         for line in (sizes, model, work, f"run    {self.out}"):
             self.display.print(line)

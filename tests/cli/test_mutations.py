@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
@@ -18,7 +18,9 @@ from tests.conftest import tiny_args, write_words
 from tests.runtime.test_untrusted_json import mutated
 
 pytestmark = pytest.mark.slow
-MANY = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+MANY = settings(
+    max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, phases=[Phase.generate]
+)  # a failing example is reported as it is: to shrink it takes hours
 VALUES = ["null", "-1", "0", "1", "2", "3", "0.5", "-0.5", "1e-9", "nan", "inf", "-inf", "true", "false", "''", "x", "[]",
           "[a,b]", "[1]", "{}", "{a: 1}", "../../x", "/dev/null", "'${oc.env:HOME}'", "'${x}'", "'{text}'", "a=b", "[", "é",
           "'\\x00'", "9" * 30, "first", "all"]  # fmt: skip
