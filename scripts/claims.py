@@ -59,7 +59,7 @@ def read_claims(file: Path = FILE) -> list[Claim]:
         if claim.metric not in METRICS or claim.verdict not in ("", HOLDS, REFUTED, OPEN):
             raise ValueError(f"{file}: {claim.claim}: metric {claim.metric}, verdict {claim.verdict}")
         if bad := [test for test in claim.tests if not TEST.fullmatch(test)]:
-            raise ValueError(f"{file}: {claim.claim}: {bad[0]} is no test such as replay > ewc")
+            raise ValueError(f"{file}: {claim.claim}: {bad[0]} is not a test; write one as in replay > ewc")
     return claims
 
 

@@ -85,7 +85,7 @@ def shown_p(p: float | None) -> str:
 
 
 def corrected(pairs: Sequence[Paired | None]) -> list[float | None]:
-    """The p-values after Holm; None where there is no test."""
+    """The p-values after Holm's correction; None for comparisons that have no test."""
     tested = [index for index, pair in enumerate(pairs) if pair is not None and pair.p is not None]
     values = holm([pairs[index].p for index in tested])
     by_index = dict(zip(tested, values, strict=True))

@@ -15,7 +15,7 @@ from clpet.reporting.run_metrics import mean_and_std
 from clpet.reporting.significance import NUM_DRAWS
 from clpet.reporting.table_statistics import rank_correlation
 
-MIN_ROWS = 4  # with fewer, most bootstrap draws repeat a row until there is no order left
+MIN_ROWS = 4  # of three rows, one bootstrap draw in nine repeats a single row, which has no order
 
 
 @dataclass(frozen=True)

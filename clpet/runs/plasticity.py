@@ -32,7 +32,7 @@ SCORE, RELATIVE, LOSS = "probe/plasticity", "probe/plasticity_relative", "probe/
 
 
 def check_plasticity(components: Components) -> None:
-    """Raises ConfigError where there is no probe task or nothing is trained, before anything is loaded."""
+    """Raises ConfigError for an unknown probe task, and for a method that trains nothing. Loads nothing."""
     if Probe.plasticity not in components.config.evaluation.probes:
         return
     if not components.method.trains:
