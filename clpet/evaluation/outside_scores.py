@@ -87,7 +87,8 @@ class OutsideScore:
     def _answering_for(self, method: Method) -> Iterator[None]:
         """Inside, the method answers with the objective of this task, and passes are not counted as its cost."""
         run_objective, meter = method.objective, method.objective.meter
-        method.objective, run_objective.meter, self.objective.meter = self.objective, Meter(), Meter()
+        method.objective = self.objective
+        run_objective.meter, self.objective.meter = Meter(run_objective.device), Meter(run_objective.device)
         try:
             yield
         finally:

@@ -137,7 +137,7 @@ class Objective:
         self.micro_batches = MicroBatchLimits(hardware.micro_batch_size, hardware.max_tokens)
         self.device, self.dtype = hardware.torch_device, hardware.torch_dtype
         self.dim = int(config_of(adapters.model).hidden_size)
-        self.meter = Meter()
+        self.meter = Meter(self.device)
         self.flops = FlopsOfPasses(adapters)
         self.prompt: Callable[[Batch], Tensor] | None = None  # [batch, p, dim] in front of the text's embeddings
         self.new_tasks = range(0)  # the tasks that are being learned for the first time

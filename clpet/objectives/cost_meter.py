@@ -58,9 +58,10 @@ Purpose = Literal["learned", "validated", "evaluated"]  # of passes through the 
 
 
 class Meter:
-    """Counts the passes through the network since the last `take_learning` or `take_evaluation`."""
+    """Counts the passes through the network on a device since the last `take_learning` or `take_evaluation`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.restart()
 
     def restart(self) -> None:
@@ -68,8 +69,8 @@ class Meter:
         self.kind: Purpose = "learned"
         self.cost = Cost()
         self._since = time.perf_counter()
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     @contextlib.contextmanager
     def counting(self, kind: Purpose) -> Iterator[None]:
@@ -103,7 +104,7 @@ class Meter:
 
     def state(self) -> dict[str, float]:
         """The counters of training so far, over all ranks."""
-        peak = max(self.cost.peak_memory_mb, peak_memory_mb())
+        peak = max(self.cost.peak_memory_mb, peak_memory_mb(self.device))
         local = {**asdict(self.cost), "seconds": time.perf_counter() - self._since, "peak_memory_mb": peak}
         ranks = get_world().gather(local)
         return {name: (max if name in MAX_OVER_RANKS else sum)(rank[name] for rank in ranks) for name in local}
@@ -125,7 +126,7 @@ class Meter:
         taken: EvaluationCost = {
             "evaluation_seconds": time.perf_counter() - self._since,
             "evaluated_examples": sum(get_world().gather(self.cost.evaluated_examples)),
-            "evaluation_memory_mb": max(get_world().gather(peak_memory_mb())),
+            "evaluation_memory_mb": max(get_world().gather(peak_memory_mb(self.device))),
         }
         self.restart()
         return taken
@@ -152,8 +153,8 @@ class FlopsOfPasses:
         return self.counted[1]
 
 
-def peak_memory_mb() -> float:
-    """Peak device memory since the last task on a GPU; the process's peak resident memory on a CPU."""
-    if torch.cuda.is_initialized():  # a run on the CPU of a machine that has a GPU does not touch that
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of a GPU since the last task; of a CPU the process's peak resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -65,7 +65,7 @@ class StepLog:
         line = self._line(context.epoch + 1)
         line |= {"loss": None, "lr": float(lr), "grad_norm": None}  # loss and norm are filled in by `flush`
         line |= {"examples_per_s": round(self.examples / seconds, 2), "tokens_per_s": round(self.tokens / seconds, 1)}
-        line["memory_gb"] = round(peak_memory_mb() / 1024, 3)
+        line["memory_gb"] = round(peak_memory_mb(loss.device) / 1024, 3)
         self.pending.append(line)
         self.values.append(torch.stack([loss.detach().float(), _gradient_norm(parameters).to(loss.device)]))
         if now - self.flushed_at >= FLUSH_SECONDS:
