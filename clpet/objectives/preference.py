@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clpet.config.schema import EvaluationOptions, require
-from clpet.data.batches import IGNORED, AnswerBatch, Batch, EncodedDataset, Ragged
+from clpet.data.batches import IGNORED, AnswerBatch, Batch, EncodedDataset, Ragged, to_device
 from clpet.data.benchmark import SPLITS, Benchmark, Example
 from clpet.data.template import Tokenised
 from clpet.data.traits import Traits
@@ -58,7 +58,7 @@ class Pairs(EncodedDataset):
     def with_rejected(self, batch: AnswerBatch) -> AnswerBatch:
         """The batch with the rejected answers as its targets."""
         targets = torch.from_numpy(self.rejected.padded(batch.rows, IGNORED)[0])
-        return dataclasses.replace(batch, targets=targets.to(batch.input_ids.device))
+        return dataclasses.replace(batch, targets=to_device(targets, batch.input_ids.device))
 
 
 @dataclass
