@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 2**24  # logits that exist at a time: 64 MiB in fp32
+# Logits that exist at a time: 64 MiB in fp32, on a GPU 512 MiB. There every chunk reads and writes the gradient of a
+# trained head once: with 64 MiB that is a fifth of the time of full fine-tuning (1.7B parameters, 152k tokens).
+CHUNK = {"cpu": 2**24, "cuda": 2**27}
 
 
 def mean_nll(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
@@ -22,16 +24,17 @@ def mean_nll(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
 @torch.no_grad()
 def token_nll(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     """[n] fp32: -log softmax(head(states))[targets], without gradients."""
-    chunks = [_nll(head(s), t) for s, t in _chunks(states, targets, _chunk_size(head))]
+    chunks = [_nll(head(s), t) for s, t in _chunks(states, targets, head)]
     return torch.cat(chunks) if chunks else targets.new_zeros(0, dtype=torch.float32)
 
 
-def _chunk_size(head: nn.Module) -> int:
-    """Number of states per chunk."""
-    return max(1, CHUNK // len(cast(Tensor, head.weight)))
+def chunk_size(vocabulary: int, device: torch.device) -> int:
+    """Number of tokens per chunk."""
+    return max(1, CHUNK.get(device.type, CHUNK["cpu"]) // vocabulary)
 
 
-def _chunks(states: Tensor, targets: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+def _chunks(states: Tensor, targets: Tensor, head: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    size = chunk_size(len(cast(Tensor, head.weight)), states.device)
     return list(zip(states.split(size), targets.split(size), strict=True)) if len(targets) else []
 
 
@@ -46,9 +49,7 @@ def _checkpointed(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     def chunk_nll(s: Tensor, t: Tensor) -> Tensor:
         return _nll(head(s), t)
 
-    return torch.cat(
-        [checkpoint(chunk_nll, s, t, use_reentrant=False) for s, t in _chunks(states, targets, _chunk_size(head))]
-    )
+    return torch.cat([checkpoint(chunk_nll, s, t, use_reentrant=False) for s, t in _chunks(states, targets, head)])
 
 
 class _SumNll(torch.autograd.Function):
@@ -65,7 +66,7 @@ class _SumNll(torch.autograd.Function):
         )
         total = torch.zeros((), device=states.device, dtype=torch.float32)
         w = weight.to(states.dtype)
-        size = max(1, CHUNK // len(weight))
+        size = chunk_size(len(weight), states.device)
         for start in range(0, len(targets), size):
             chunk = slice(start, start + size)
             # Operands have the dtype of `states`; an enclosing autocast must not change it.

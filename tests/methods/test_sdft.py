@@ -6,9 +6,9 @@ import torch
 
 from clpet.data.batches import EncodedDataset
 from clpet.errors import ConfigError
-from clpet.methods.components import token_divergence
 from clpet.methods.components.token_divergence import divergence, in_chunks, mean_behind, on_support, token_losses
 from clpet.methods.sdft import SDFT
+from clpet.objectives.chunked_cross_entropy import CHUNK
 from clpet.objectives.generation import InverseTransform
 from clpet.training.step import StepContext
 from tests.conftest import double
@@ -46,8 +46,8 @@ def test_losses_of_tokens_by_hand(options: dict, expected: list[float]) -> None:
 def test_the_gradient_of_the_forward_divergence_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the vocabulary is so large that every token is a chunk."""
     gradients = []
-    for chunk in (token_divergence.CHUNK, 1):
-        monkeypatch.setattr(token_divergence, "CHUNK", chunk)
+    for chunk in (CHUNK["cpu"], 1):
+        monkeypatch.setitem(CHUNK, "cpu", chunk)
         student = S.clone().requires_grad_()
         losses, _ = in_chunks(SDFT().compare, student, T, Y)
         losses[0].backward()

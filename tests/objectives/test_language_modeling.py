@@ -278,15 +278,10 @@ def test_training_draws_new_masks_for_every_batch() -> None:
 def test_chunked_loss_and_gradients_equal_the_unchunked(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     states, targets = torch.randn(23, 8, requires_grad=True), torch.randint(50, (23,))
-    for head in (
-        torch.nn.Linear(8, 50),
-        torch.nn.Linear(8, 50, bias=False),
-        torch.nn.Sequential(torch.nn.Linear(8, 50)),
-    ):
-        linear = head[0] if isinstance(head, torch.nn.Sequential) else head
-        monkeypatch.setattr(chunked_cross_entropy, "_chunk_size", lambda _: 5)
-        monkeypatch.setattr(chunked_cross_entropy, "CHUNK", 5 * 50)
-        leaves = [states, *linear.parameters()]
+    monkeypatch.setitem(chunked_cross_entropy.CHUNK, "cpu", 5 * 50)
+    not_plain = type("OtherLinear", (torch.nn.Linear,), {})(8, 50)
+    for head in (torch.nn.Linear(8, 50), torch.nn.Linear(8, 50, bias=False), not_plain):
+        leaves = [states, *head.parameters()]
         reference = F.cross_entropy(head(states), targets)
         expected = torch.autograd.grad(reference, leaves)
         loss = chunked_cross_entropy.mean_nll(states, targets, head)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from clpet.objectives.chunked_cross_entropy import CHUNK
+from clpet.objectives.chunked_cross_entropy import chunk_size
 
 Pair = tuple[Tensor, Tensor]
 Compare = Callable[[Tensor, Tensor, Tensor], Pair]
@@ -21,7 +21,7 @@ Compare = Callable[[Tensor, Tensor, Tensor], Pair]
 
 def in_chunks(compare: Compare, student: Tensor, teacher: Tensor, tokens: Tensor) -> Pair:
     """Two values per token, from logits [tokens, vocabulary]. The backward pass computes each chunk's softmax again."""
-    size = max(1, CHUNK // student.shape[1])
+    size = chunk_size(student.shape[1], student.device)
     if len(tokens) <= size:
         return compare(student, teacher, tokens)
     chunks = zip(student.split(size), teacher.split(size), tokens.split(size), strict=True)
