@@ -39,7 +39,7 @@ from pathlib import Path
 TOTAL = 570  # seconds for all parts
 SECONDS = {"lora": 170, "full": 100, "methods": 110, "generate": 100, "tests": TOTAL}  # the tests get what is left
 NEEDED = ("torch", "transformers", "peft", "hydra", "hydra_plugins", "omegaconf", "numpy", "pyarrow", "safetensors",
-          "rich", "jinja2", "mpmath", "psutil")  # fmt: skip
+          "rich", "jinja2", "mpmath", "psutil", "clpet")  # fmt: skip
 FOR_TESTS = ("pytest", "hypothesis", "matplotlib")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,11 +87,11 @@ def measurements() -> dict[str, Callable]:
 def run_part(name: str, tiny: bool, seconds: float, folder: Path) -> Outcome:
     """A part in a process of its own, which is killed when its time is over.
 
-    A new process: one that is forked cannot use CUDA if its parent has touched it. Only tiny parts are forks, since the
-    imports would take longer than they do.
+    A new process: one that is forked cannot use CUDA if its parent has touched it. Only tiny parts on a CPU are forks,
+    since the imports would take longer than they do.
     """
     start, out = time.time(), folder / f"{name}.jsonl"
-    context = multiprocessing.get_context("fork" if tiny else "spawn")
+    context = multiprocessing.get_context("fork" if tiny and not has_gpu() else "spawn")
     process = context.Process(target=work, args=(name, tiny, start + seconds, out))
     process.start()
     process.join(seconds)
@@ -116,6 +116,14 @@ def run_part(name: str, tiny: bool, seconds: float, folder: Path) -> Outcome:
     return outcome
 
 
+def has_gpu() -> bool:
+    """Whether this machine has a CUDA device; does not start CUDA, which a forked process could not use then."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def falls(first: float, last: float) -> bool:
     """Whether a mean loss has fallen; False for NaN."""
     return last < first
@@ -126,7 +134,7 @@ def run_tests(tiny: bool, seconds: float) -> Outcome:
     if absent := not_installed(FOR_TESTS):
         return Outcome("failed", 0.0, absent)
     files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
-    workers = ["-n", "4"] if importlib.util.find_spec("xdist") and not tiny else []
+    workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") and not tiny else []
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *workers, *files]
     start = time.time()
     try:
@@ -155,12 +163,9 @@ def missing(tiny: bool) -> str:
     """What this machine lacks, in one line; '' if it lacks nothing."""
     if absent := not_installed(NEEDED):
         return absent
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
-        "1"  # the check must not start CUDA, which a forked process cannot use
-    )
-    import torch
+    if not tiny and not has_gpu():
+        import torch
 
-    if not tiny and not torch.cuda.is_available():
         built = f"torch {torch.__version__} " + ("sees none" if torch.version.cuda else "is built without CUDA")
         return f"a CUDA device is needed, and {built}: --tiny runs on a CPU"
     return ""
@@ -251,7 +256,8 @@ def main(words: list[str]) -> int:
         return 1
     if arguments.tiny:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling for a CPU takes half a minute
-        measurements()  # imports, once for all forks
+        if not has_gpu():
+            measurements()  # imports, once for all forks
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # models of several sizes, one by one
     names, end = [arguments.only] if arguments.only else list(SECONDS), time.time() + TOTAL
     outcomes: dict[str, Outcome] = {}
