@@ -95,7 +95,7 @@ def table_section(item: Committed) -> str:
         f"{item.table.title}. {labels_sentence(item)} {seeds} seed{'s' * (seeds > 1)} in {orders} "
         f"order{'s' * (orders > 1)} of the tasks, {trials}{f' ({grids})' if tuned else ''}; {runs} runs with "
         f"{item.table.hours():.1f} hours of training and evaluation in all. Mean [95 % interval] of the final average; p: "
-        f"paired test against the first row after Holm. [All figures]({folder}/table.csv).",
+        f"paired test against `{item.table.reference.name}` after Holm. [All figures]({folder}/table.csv).",
         scores(item),
     ]
     if item.table.tuning():

@@ -70,9 +70,15 @@ class ResultTable:
         """Whether a lower average is better."""
         return any(row.lower for row in self.rows)
 
+    @property
+    def reference(self) -> TableRow:
+        """The row that others are tested against: the best of those that learn and answer under the same conditions."""
+        return next((row for row in self.rows if not row.is_bound), self.rows[0])
+
     def tests(self) -> dict[str, float]:
-        """{row: p-value of its difference from the best row}, after Holm."""
-        values = {row.name: self.rows[0].minus(row) for row in self.rows[1:]}
+        """{row: p-value of its difference from the reference}, after Holm."""
+        best = self.reference
+        values = {row.name: best.minus(row) for row in self.rows if row is not best}
         tested = {name: value.p for name, value in values.items() if value is not None and value.p is not None}
         return dict(zip(tested, holm(list(tested.values())), strict=True))
 
@@ -140,8 +146,9 @@ class ResultTable:
         return (
             f"{'Perplexity: lower is better. ' if self.lower else ''}"
             f"Mean ± standard deviation over {count} runs (seeds and orders); 95 % interval of the mean and paired "
-            f"test against the first row (p after Holm), {self.error_source()}. Options were chosen on validation "
-            "data, with equally many trials for every row that trains something and leaves them open. default: mean "
+            f"test against {self.reference.name}, the best row that is neither given the task nor learns all tasks "
+            f"at once (p after Holm), {self.error_source()}. Options were chosen on validation data, with equally many "
+            "trials for every row that trains something and leaves them open. default: mean "
             "without tuning, first order; gain: how much better the tuned runs of this order are, with its interval. "
             f"{self.hours():.1f} hours of training and evaluation in {sum(row.num_runs for row in self.rows)} runs."
         )

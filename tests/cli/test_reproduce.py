@@ -291,3 +291,16 @@ def test_kill_9_and_a_second_start_end_with_the_same_table(words: Path, tmp_path
     assert len(rows[0]["default_runs"]) == 1
     tables = [(tmp_path / name / "results/mine/smoke/table.md").read_text().splitlines() for name in ("whole", "cut")]
     assert [line.split(" | ")[:8] for line in tables[0]] == [line.split(" | ")[:8] for line in tables[1]]
+
+
+def test_rows_are_tested_against_the_best_one_under_their_own_conditions() -> None:
+    rows = [
+        row("joint", {(0, seed): 9.0 + seed for seed in range(3)}, all_at_once=True),
+        row("a", {(0, seed): 3.0 + seed for seed in range(3)}),
+        row("b", {(0, seed): 2.0 for seed in range(3)}),
+    ]
+    table = ResultTable("T", "cpu", {}, rows)
+    assert table.reference.name == "a"
+    # a - b is 1, 2, 3, as above: p 0.074. joint - a is 6 three times: p 0.
+    assert table.tests() == pytest.approx({"joint": 0, "b": 0.074}, abs=1e-3)
+    assert ResultTable("T", "cpu", {}, rows[:1]).reference.name == "joint"
