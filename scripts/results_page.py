@@ -1,7 +1,7 @@
 """Writes docs/results.md and docs/failures.md from the committed tables: `python -m scripts.results_page`.
 
 Figures come from results/TABLE/BUDGET/*.json, claims from results/claims.yaml, and everything written by hand from
-results/text/: introduction.md, tables/TABLE.md (below a table), earlier/*.md (older measurements), drift.md, failures.md. A test
+results/text/: introduction.md, tables/TABLE_BUDGET.md (below a table), earlier/*.md (older measurements), drift.md, failures.md. A test
 compares the committed pages with this script's output.
 """
 
@@ -106,7 +106,7 @@ def table_section(item: Committed) -> str:
         costs(item),
         *item.table.order_lines(),
         published(item),
-        text(f"tables/{item.name}.md"),
+        text(f"tables/{item.name}_{item.budget}.md"),
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -143,13 +143,17 @@ class ResultTable:
     def legend(self) -> str:
         """How the figures were computed."""
         count = max((len(row.values) for row in self.rows), default=0)
+        tuning = (
+            "Options were chosen on validation data, with equally many trials for every row that trains something and "
+            "leaves them open. default: mean without tuning, first order; gain: how much better the tuned runs of this "
+            "order are, with its interval."
+        )
         return (
             f"{'Perplexity: lower is better. ' if self.lower else ''}"
             f"Mean ± standard deviation over {count} runs (seeds and orders); 95 % interval of the mean and paired "
             f"test against {self.reference.name}, the best row that is neither given the task nor learns all tasks "
-            f"at once (p after Holm), {self.error_source()}. Options were chosen on validation data, with equally many "
-            "trials for every row that trains something and leaves them open. default: mean "
-            "without tuning, first order; gain: how much better the tuned runs of this order are, with its interval. "
+            f"at once (p after Holm), {self.error_source()}. "
+            f"{tuning if any(row.trials for row in self.rows) else 'Nothing was tuned.'} "
             f"{self.hours():.1f} hours of training and evaluation in {sum(row.num_runs for row in self.rows)} runs."
         )
 
