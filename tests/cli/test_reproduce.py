@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from clpet.cli.reproduce import best_trial, check_inputs, compose
+from clpet.cli.reproduce import best_trial, check_inputs, check_local, compose
 from clpet.config.build import parse_config
 from clpet.config.table_spec import Published, Row, TableSpec, read_table, table_files
 from clpet.errors import ConfigError
@@ -304,3 +305,12 @@ def test_rows_are_tested_against_the_best_one_under_their_own_conditions() -> No
     # a - b is 1, 2, 3, as above: p 0.074. joint - a is 6 three times: p 0.
     assert table.tests() == pytest.approx({"joint": 0, "b": 0.074}, abs=1e-3)
     assert ResultTable("T", "cpu", {}, rows[:1]).reference.name == "joint"
+
+
+def test_places_may_be_given_after_the_name_of_a_table() -> None:
+    spec = read_table("domains").with_budget("smoke", [])
+    check_local(replace(spec, local=["data_dir=DIR", "hardware.threads=1"]))
+    with pytest.raises(ConfigError, match=r"needs data_dir=FOLDER"):
+        check_local(replace(spec, local=["hardware.threads=1"]))
+    with pytest.raises(ConfigError, match=r"would change the runs"):
+        check_local(replace(spec, local=["data_dir=DIR", "train.epochs=2"]))
