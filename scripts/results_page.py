@@ -1,8 +1,8 @@
 """Writes docs/results.md and docs/failures.md from the committed tables: `python -m scripts.results_page`.
 
 Figures come from results/TABLE/BUDGET/*.json, claims from results/claims.yaml, and everything written by hand from
-results/text/: introduction.md, tables/TABLE_BUDGET.md (below a table), earlier/*.md (older measurements), drift.md, failures.md. A test
-compares the committed pages with this script's output.
+results/text/: introduction.md, tables/TABLE_BUDGET.md (below a table), earlier/*.md (older measurements), drift.md,
+failures.md. A test compares the committed pages with this script's output.
 """
 
 from collections.abc import Sequence

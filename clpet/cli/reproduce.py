@@ -121,9 +121,7 @@ def check_local(spec: TableSpec) -> None:
         return
     row = next(iter(spec.rows))
     trial = next(spec.trials(row), [])
-    # Where data are does not count, but a table may need to be given some place: model.path=${data_dir}/NAME.
-    elsewhere = replace(spec, local=["data_dir=."])
-    given, unchanged = (plan(table, row, trial, spec.seeds[0], 0, Path()) for table in (spec, elsewhere))
+    given, unchanged = (plan(table, row, trial, spec.seeds[0], 0, Path()) for table in (spec, replace(spec, local=[])))
     of_table = {word.partition("=")[0].lstrip("+") for word in spec.local} & OF_TABLE
     if given.signature != unchanged.signature or of_table:
         raise ConfigError(

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -70,25 +70,9 @@ WRONG_TYPES = {
 
 
 def parse_config(cfg: DictConfig) -> Config:
-    """The composed config with all top-level options checked.
-
-    Raises ConfigError for an unknown key, a wrong type, or a path below a `data_dir` that is not given.
-    """
+    """The composed config with all top-level options checked. Raises ConfigError for an unknown key or wrong type."""
     plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    if plain.get("data_dir") is None:
-        for key, value in _leaves(OmegaConf.to_container(plain, resolve=False)):
-            if isinstance(value, str) and "${data_dir}/" in value:
-                raise ConfigError(f"{key}={value} needs data_dir=FOLDER")
     return _merge(Config, OmegaConf.to_container(plain, resolve=True), "")
-
-
-def _leaves(node: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted key, value) of everything in nested mappings."""
-    if not isinstance(node, dict):
-        yield key, node
-        return
-    for name, value in node.items():
-        yield from _leaves(value, f"{key}.{name}" if key else str(name))
 
 
 def build(node: Mapping[str, Json], where: str, **runtime: object) -> Any:

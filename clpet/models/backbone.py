@@ -246,7 +246,7 @@ class Backbone:
         if self.path:
             folder = Path(self.path).expanduser()
             if not (folder / "config.json").is_file():
-                raise ModelError(f"model.path={self.path} has no config.json: give a folder in the hub's layout")
+                raise ModelError(no_config(self.path))
             return folder
         if self.package and (spec := importlib.util.find_spec(self.package)) and spec.submodule_search_locations:
             folder = Path(next(iter(spec.submodule_search_locations))) / "model"
@@ -279,13 +279,20 @@ class Backbone:
         return f", or `pip install {self.package.replace('_', '-')}`" if self.package in PACKAGES else ""
 
 
+def no_config(folder: str) -> str:
+    """The message about a model's folder without a config.json."""
+    below = folder.startswith("None/")  # model.path=${data_dir}/NAME, as in the tables
+    what = "give data_dir, below which it lies" if below else "give a folder in the hub's layout"
+    return f"model.path={folder} has no config.json: {what}"
+
+
 def architecture(path: Path) -> Architecture:
     """The kind of the model that a config.json describes. Raises ModelError if the file cannot be read."""
     try:
         config = json.loads(path.read_text())
         names = [str(name) for name in config.get("architectures") or []]
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"model.path={path.parent} has no config.json: give a folder in the hub's layout") from error
+        raise ModelError(no_config(str(path.parent))) from error
     if config.get("is_encoder_decoder"):
         return Architecture.encoder_decoder
     if any("CausalLM" in name or "LMHead" in name for name in names):

@@ -39,10 +39,3 @@ def test_a_value_of_a_wrong_type_is_one_line_in_plain_words(word: str, message: 
     with pytest.raises(ConfigError) as error:
         parse_config(compose_config([word]))
     assert str(error.value) == message
-
-
-def test_a_path_below_a_data_dir_that_is_not_given_is_refused() -> None:
-    words = ["model=local", "model.path=${data_dir}/small"]
-    with pytest.raises(ConfigError, match=r"^model\.path=\$\{data_dir\}/small needs data_dir=FOLDER$"):
-        parse_config(compose_config(words))
-    assert parse_config(compose_config([*words, "data_dir=d"])).model["path"] == "d/small"

@@ -52,14 +52,19 @@ def no_waiting(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterato
             handle.remove()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "kif", "o_lora", "er_ace", "dynamic_conpet"])
-def test_a_step_on_labels_never_waits_for_the_device(method: str, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = on("cuda", [*tiny_args(words), f"method={method}", "train.global_batch_size=4", "train.clip=1"])
+def learn_without_waiting(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learns two tasks, the second without waiting for the device."""
     run.learn(0)
     with no_waiting(run, monkeypatch) as steps:
         run.learn(1)
     assert len(steps) > 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "kif", "o_lora", "er_ace", "dynamic_conpet"])
+def test_a_step_on_labels_never_waits_for_the_device(method: str, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = on("cuda", [*tiny_args(words), f"method={method}", "train.global_batch_size=4", "train.clip=1"])
+    learn_without_waiting(run, monkeypatch)
 
 
 @pytest.mark.gpu
@@ -68,10 +73,7 @@ def test_a_step_on_plain_text_never_waits_for_the_device(
     more: list[str], prose: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = on("cuda", [*domain_args(prose), "method=sequential", *more, "train.global_batch_size=4", "train.epochs=2"])
-    run.learn(0)
-    with no_waiting(run, monkeypatch) as steps:
-        run.learn(1)
-    assert len(steps) > 6
+    learn_without_waiting(run, monkeypatch)
 
 
 @pytest.mark.gpu
@@ -81,17 +83,11 @@ def test_a_step_on_answers_never_waits_for_the_device(
 ) -> None:
     args = [*tiny_args(words), *WORDS_OUT, "method=sequential", *more, "train.global_batch_size=4"]
     run = on("cuda", args)
-    run.learn(0)
-    with no_waiting(run, monkeypatch) as steps:
-        run.learn(1)
-    assert len(steps) > 6
+    learn_without_waiting(run, monkeypatch)
 
 
 @pytest.mark.gpu
 def test_a_step_on_preferences_never_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_pairs(tmp_path / "pairs")
     run = on("cuda", preference_words(folder, "method=sequential", "train.global_batch_size=8", "train.epochs=2"))
-    run.learn(0)
-    with no_waiting(run, monkeypatch) as steps:
-        run.learn(1)
-    assert len(steps) > 6
+    learn_without_waiting(run, monkeypatch)
