@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import clpet
-from clpet.cli.reproduce import plan
+from clpet.cli.table_plan import TablePlan
 from clpet.config.table_spec import TableSpec, read_table, table_files
 from clpet.reporting.table_row import RowRecord, TableRow
 from clpet.runtime.hardware import Device, Hardware
@@ -42,7 +42,7 @@ def composed(file: Path) -> list[str]:
     """The signatures of a row's runs, one composition for each order: seeds are no part of them."""
     row = committed(file)
     by_order = {
-        order: plan(row.spec, row.row, row.chosen, row.spec.seeds[0], order, Path()).signature
+        order: TablePlan(row.spec, Path()).run(row.row, row.chosen, row.spec.seeds[0], order).signature
         for order in range(len(row.spec.orders))
     }
     return [by_order[run["order"]] for run in row.runs]
@@ -72,7 +72,7 @@ def computed(file: Path, out: Path, *hardware: str, count: int = 1) -> RowRecord
     """The record of the first runs of a committed row, computed here. Skips the test if the inputs differ here."""
     row = committed(file)
     spec = replace(row.spec, local=list(hardware))
-    runs = [plan(spec, row.row, row.chosen, run["seed"], run["order"], out) for run in row.runs[:count]]
+    runs = [TablePlan(spec, out).run(row.row, row.chosen, run["seed"], run["order"]) for run in row.runs[:count]]
     for run in runs:
         clpet.train(*run.words, quiet=True)
     record = TableRow.of(row.row, row.spec, [], runs, []).to_json()

@@ -8,15 +8,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from clpet.cli.table_plan import TablePlan, missing
 from clpet.config.table_spec import TableSpec, read_table, table_files
-from clpet.errors import ConfigError, DataError
+from clpet.errors import ConfigError
 from clpet.escape import inline, printable
 from clpet.reporting.planned_run import PlannedRun
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 OF_TABLE = {"seed", "output_dir", "fresh", "dry_run", "extend"}  # set by a table, or not for it
 
@@ -30,37 +27,35 @@ def reproduce(argv: list[str]) -> int:
     only = [name.strip() for name in (arguments.only or "").split(",") if name.strip()]
     spec = replace(read_table(arguments.table).with_budget(arguments.budget, only), local=arguments.words)
     check_local(spec)
-    tuning = [
-        plan(spec, row, trial, spec.seeds[0], 0, arguments.output, on_validation=True)
-        for row in spec.rows
-        for trial in spec.trials(row)
-    ]
-    if arguments.list:
-        print(printable(describe(spec, tuning, arguments.budget)))
-        return 0
     if arguments.dry_run:
         from clpet.cli.table_dry_run import dry_run
 
         dry_run(spec, arguments.output)
         return 0
+    folder = arguments.results / Path(arguments.table).stem / arguments.budget
+    plan = TablePlan(spec, arguments.output)
+    plan = plan.keeping(folder) if arguments.keep else plan
+    tuning = plan.tuning()
+    if arguments.list:
+        print(printable(describe(plan, tuning, arguments.budget)))
+        return 0
     if arguments.commands:
-        output = arguments.output
-        for run in missing(tuning) or missing([*final(spec, tuning, output), *untuned(spec, output)]):
+        for run in missing(tuning) or missing([*plan.final(tuning), *plan.untuned()]):
             print(f"clpet train {shlex.join(run.words)}")
         return 0
     carry_out(tuning, arguments.parallel, "trials on validation data")
-    runs = final(spec, tuning, arguments.output)
-    defaults = untuned(spec, arguments.output)
+    runs, defaults = plan.final(tuning), plan.untuned()
     carry_out([*runs, *defaults], arguments.parallel, "runs with the chosen values, and with the defaults")
     from clpet.reporting.result_table import ResultTable
 
     check_inputs([*tuning, *runs, *defaults])
-    folder = arguments.results / Path(arguments.table).stem / arguments.budget
-    table = ResultTable.of(spec, arguments.budget, tuning, runs, defaults)
+    table = ResultTable.of(spec, arguments.budget, tuning, runs, defaults, plan.kept)
     table.write(folder, with_table=not only)
     print(printable(table.text("text")))
     print(f"\nwritten to {folder}{' (the files of these rows; the table needs all rows)' if only else ''}")
-    if not only:
+    if plan.kept:
+        print("no report: it needs the directories of all runs, and kept figures have none here")
+    elif not only:
         write_report(spec, runs, folder)
     return 0
 
@@ -81,38 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="ROW,ROW", help="only these rows")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the runs (default: outputs)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the table (default: results)")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="take over the figures in --results: run only what they lack, such as a new row, more seeds or orders",
+    )
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
     parser.add_argument("--list", action="store_true", help="describe the table and what is missing; run nothing")
     parser.add_argument("--dry-run", action="store_true", help="check every run and predict its cost; run nothing")
     parser.add_argument("--commands", action="store_true", help="print the commands of the next missing runs")
     return parser
-
-
-def plan(
-    spec: TableSpec, row: str, trial: list[str], seed: int, order: int, output: Path, on_validation: bool = False
-) -> PlannedRun:
-    """A run of a row, with its directory. Raises ConfigError for words that do not compose."""
-    from clpet.config.identity import portable_signature, run_name
-
-    words = [*spec.run_words(row, trial, seed, spec.orders[order]), f"output_dir={output}"]
-    if on_validation:
-        words.append("evaluation.split=validation")
-    cfg = compose(row, words)
-    return PlannedRun(row, words, output / run_name(cfg), seed, order, trial, portable_signature(cfg))
-
-
-def compose(row: str, words: Sequence[str]) -> "DictConfig":
-    """The checked configuration of a run. Raises ConfigError with the name of its row."""
-    from clpet.cli.error_messages import format_error
-    from clpet.config.build import parse_config
-    from clpet.config.compose import compose_config
-
-    try:
-        cfg = compose_config([*words])
-        parse_config(cfg)
-    except Exception as error:  # of Hydra, OmegaConf or clpet
-        raise ConfigError(f"row {row}: {format_error(error)[0]}") from error
-    return cfg
 
 
 def check_local(spec: TableSpec) -> None:
@@ -121,51 +94,14 @@ def check_local(spec: TableSpec) -> None:
         return
     row = next(iter(spec.rows))
     trial = next(spec.trials(row), [])
-    given, unchanged = (plan(table, row, trial, spec.seeds[0], 0, Path()) for table in (spec, replace(spec, local=[])))
+    tables = (spec, replace(spec, local=[]))
+    given, unchanged = (TablePlan(table, Path()).run(row, trial, spec.seeds[0]) for table in tables)
     of_table = {word.partition("=")[0].lstrip("+") for word in spec.local} & OF_TABLE
     if given.signature != unchanged.signature or of_table:
         raise ConfigError(
             f"{' '.join(spec.local)} would change the runs of the table: give only places and hardware here, such as "
             "data_dir=FOLDER, and other options in the words of a YAML of your own"
         )
-
-
-def final(spec: TableSpec, tuning: Sequence[PlannedRun], output: Path) -> list[PlannedRun]:
-    """The runs on test data: every seed in every order, with the values that were best on validation data."""
-    best = {row: best_trial([run for run in tuning if run.row == row]) for row in spec.rows}
-    return [
-        plan(spec, row, best[row], seed, order, output)
-        for row in spec.rows
-        for order in range(len(spec.orders))
-        for seed in spec.seeds
-    ]
-
-
-def untuned(spec: TableSpec, output: Path) -> list[PlannedRun]:
-    """The runs on test data without the values of a trial, of every row that has trials: all seeds, the first order."""
-    return [plan(spec, row, [], seed, 0, output) for row in spec.rows if any(spec.trials(row)) for seed in spec.seeds]
-
-
-def best_trial(trials: Sequence[PlannedRun]) -> list[str]:
-    """The values with the highest average on validation data, the first of equals; [] without trials."""
-    from clpet.metrics.transfer_matrix import TransferMatrix
-
-    if not trials:
-        return []
-    scores = []
-    for run in trials:
-        results = run.results
-        if results is None:
-            raise DataError(f"a trial of {run.row} has not finished: {run.out}")
-        average = TransferMatrix.from_json(results).average()
-        sign = 1 if results["direction"] == "higher" else -1
-        scores.append(float("-inf") if average is None else sign * average)
-    return trials[scores.index(max(scores))].trial
-
-
-def missing(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """The runs that have not finished, each once."""
-    return list({run.out: run for run in runs if run.results is None}.values())
 
 
 def carry_out(runs: Sequence[PlannedRun], parallel: int, what: str) -> None:
@@ -239,8 +175,9 @@ def write_report(spec: TableSpec, runs: Sequence[PlannedRun], folder: Path) -> N
     write(folder / REPORT, spec.title, finished, keys or ["method"], [], with_texts=False)
 
 
-def describe(spec: TableSpec, tuning: Sequence[PlannedRun], budget: str) -> str:
+def describe(plan: TablePlan, tuning: Sequence[PlannedRun], budget: str) -> str:
     """What a table consists of, and how many of its trials are missing."""
+    spec = plan.spec
     grid = ", ".join(f"{key} in {list(values)}" for key, values in spec.grid.items()) or "nothing is tuned"
     return "\n".join(
         [

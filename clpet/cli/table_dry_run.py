@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clpet.cli.reproduce import compose
+from clpet.cli.table_plan import compose
 from clpet.config.build import parse_config
 from clpet.config.identity import digest
 from clpet.config.schema import Config

@@ -107,6 +107,15 @@ class TransferMatrix:
         """mean_j R[j,j]."""
         return _mean(self._diagonal())
 
+    @property
+    def separate(self) -> bool:
+        """Whether every task has a model of its own (method=dapt): nothing but the diagonal is measured."""
+        return len(self) > 1 and bool((np.isfinite(self.total[1:]) == np.eye(len(self), dtype=bool)).all())
+
+    def final(self) -> float | None:
+        """What a run is compared by: its average after the last task; of separate models the mean of the diagonal."""
+        return self.learning_accuracy() if self.separate else self.average()
+
     def metrics(self, independent: "TransferMatrix | None" = None, joint: "TransferMatrix | None" = None) -> Metrics:
         """Every metric of CONVENTIONS by name; the two that need a reference run are None without it."""
         backward = self.backward[-1, :-1]

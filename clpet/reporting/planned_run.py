@@ -37,4 +37,4 @@ class PlannedRun:
         """Its final average; None if it has not finished, or a task was not measured."""
         from clpet.metrics.transfer_matrix import TransferMatrix  # keeps numpy out of `clpet --help`
 
-        return TransferMatrix.from_json(results).average() if (results := self.results) else None
+        return TransferMatrix.from_json(results).final() if (results := self.results) else None

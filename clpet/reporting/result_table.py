@@ -51,12 +51,17 @@ class ResultTable:
         tuning: Sequence[PlannedRun],
         runs: Sequence[PlannedRun],
         defaults: Sequence[PlannedRun] = (),
+        kept: Mapping[str, TableRow] | None = None,
     ) -> "ResultTable":
-        """The table of finished runs."""
-        rows = [
-            TableRow.of(name, spec, *([run for run in some if run.row == name] for some in (tuning, runs, defaults)))
-            for name in spec.rows
-        ]
+        """The table of finished runs, and of the rows whose figures are kept."""
+        kept, rows = kept or {}, []
+        for name in spec.rows:
+            own = [[run for run in some if run.row == name] for some in (tuning, runs, defaults)]
+            if name in kept and not any(own):
+                rows.append(kept[name])
+            else:
+                row = TableRow.of(name, spec, *own)
+                rows.append(kept[name].extended(row) if name in kept else row)
         return cls(spec.title, budget, {name: row.published for name, row in spec.rows.items()}, rows)
 
     @classmethod

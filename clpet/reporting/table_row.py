@@ -1,14 +1,15 @@
 """A row of a table of results: the figures of its runs, and the JSON file that is committed of them."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
 from clpet.config.table_spec import TableSpec
+from clpet.errors import ConfigError
 from clpet.metrics.transfer_matrix import TransferMatrix
 from clpet.records import Json, Metrics, Results
 from clpet.reporting.planned_run import PlannedRun
@@ -64,7 +65,7 @@ class RowRecord(TypedDict):
     default_signatures: list[str]
     answers: list[AnswerRecord]
     default_answers: list[AnswerRecord]
-    versions: Json
+    versions: dict[str, Json]
     host: NotRequired[dict[str, Json]]  # what rounding depends on, of its first run
     inputs: NotRequired[dict[str, str]]  # fingerprints of weights and data, of its first run
 
@@ -80,13 +81,13 @@ class TableRow:
     chosen: list[str]
     trials: list[tuple[list[str], float | None]]
     values: dict[tuple[int, int], Metrics] = field(default_factory=dict)
-    signatures: list[str] = field(default_factory=list)
+    signatures: dict[tuple[int, int], str] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
-    versions: Json = None  # of the packages in its first run
+    versions: dict[str, Json] = field(default_factory=dict)  # of the packages in its first run
     host: dict[str, Json] = field(default_factory=dict)  # of its first run
     inputs: dict[str, str] = field(default_factory=dict)  # of its first run
     defaults: dict[tuple[int, int], Metrics] = field(default_factory=dict)
-    default_signatures: list[str] = field(default_factory=list)
+    default_signatures: dict[tuple[int, int], str] = field(default_factory=dict)
     lower: bool = False
     task_given: bool = False
     all_at_once: bool = False
@@ -106,14 +107,15 @@ class TableRow:
     ) -> "TableRow":
         """The row of finished runs: its trials, its runs with the chosen values, and those without any."""
         trials = [(run.trial, run.average) for run in tuning]
-        row = cls(name, runs[0].trial, trials, words=[*spec.words, *spec.rows[name].words])
+        chosen = runs[0].trial if runs else []
+        row = cls(name, chosen, trials, words=[*spec.words, *spec.rows[name].words])
         for run in runs:
             if results := run.results:
                 row.lower = results["direction"] == "lower"
-                row.task_given = results["task_id_at_test"]
+                row.task_given = results["task_id_at_test"] or TransferMatrix.from_json(results).separate
                 row.all_at_once = len(results["cost"]) < len(results["tasks"])
                 row.values[run.order, run.seed] = measured(results)
-                row.signatures.append(run.signature)
+                row.signatures[run.order, run.seed] = run.signature
                 row.answers |= right_answers(run, results)
                 row.versions = row.versions or _without(cast(dict[str, Json], results.get("versions", {})), "platform")
                 row.host = row.host or run.host
@@ -121,7 +123,7 @@ class TableRow:
         for run in defaults:
             if results := run.results:
                 row.defaults[run.order, run.seed] = measured(results)
-                row.default_signatures.append(run.signature)
+                row.default_signatures[run.order, run.seed] = run.signature
                 row.default_answers |= right_answers(run, results)
         every = {run.out: run.results for run in (*tuning, *runs, *defaults)}
         finished = [measured(results) for results in every.values() if results]
@@ -135,10 +137,12 @@ class TableRow:
         with as_data_error(f"{file} cannot be read"):
             record = cast(RowRecord, json.loads(file.read_text()))
             trials = [(trial["words"], trial["validation"]) for trial in record["trials"]]
+            runs, defaults = _by_run(record["runs"]), _by_run(record["default_runs"])
+            signatures = dict(zip(runs, record["signatures"], strict=True))
+            default_signatures = dict(zip(defaults, record["default_signatures"], strict=True))
             return cls(
-                record["row"], record["chosen"], trials, _by_run(record["runs"]), record["signatures"],
-                record["words"], record["versions"], record.get("host", {}), record.get("inputs", {}),
-                _by_run(record["default_runs"]), record["default_signatures"],
+                record["row"], record["chosen"], trials, runs, signatures, record["words"], record["versions"],
+                record.get("host", {}), record.get("inputs", {}), defaults, default_signatures,
                 record["lower_is_better"], record["task_given"], record["all_at_once"], record["num_runs"],
                 record["total_seconds"], _unpacked(record["answers"]), _unpacked(record["default_answers"]),
             )  # fmt: skip
@@ -150,11 +154,37 @@ class TableRow:
             "task_given": self.task_given, "all_at_once": self.all_at_once, "num_runs": self.num_runs,
             "total_seconds": round(self.total_seconds, 1),
             "trials": [{"words": words, "validation": score} for words, score in self.trials],
-            "runs": _as_list(self.values), "signatures": self.signatures,
-            "default_runs": _as_list(self.defaults), "default_signatures": self.default_signatures,
+            "runs": _as_list(self.values), "signatures": _sorted(self.signatures),
+            "default_runs": _as_list(self.defaults), "default_signatures": _sorted(self.default_signatures),
             "answers": _packed(self.answers), "default_answers": _packed(self.default_answers),
             "versions": self.versions, "host": self.host, "inputs": self.inputs,
         }  # fmt: skip
+
+    def check_alike(self, other: Mapping[str, Json]) -> None:
+        """Raises ConfigError if the versions, machine or data of `other` runs are not those of this row."""
+        own = {**self.versions, **self.host, **self.inputs}
+        shared = sorted(own.keys() & other.keys())
+        if different := [f"{key} ({own[key]}, now {other[key]})" for key in shared if own[key] != other[key]]:
+            raise ConfigError(
+                f"row {self.name}: its further runs would differ from those in its file in {', '.join(different)}: all "
+                "runs of a row are made alike; without --keep all are made again"
+            )
+
+    def extended(self, more: "TableRow") -> "TableRow":
+        """This row with further runs, of other seeds or orders. Raises ConfigError if they were made differently."""
+        self.check_alike({**more.versions, **more.host, **more.inputs})
+        return replace(
+            self,
+            values=self.values | more.values,
+            signatures=self.signatures | more.signatures,
+            words=more.words,
+            defaults=self.defaults | more.defaults,
+            default_signatures=self.default_signatures | more.default_signatures,
+            num_runs=self.num_runs + more.num_runs,
+            total_seconds=self.total_seconds + more.total_seconds,
+            answers=self.answers | more.answers,
+            default_answers=self.default_answers | more.default_answers,
+        )
 
     def mean(self, name: str) -> MeanStd | None:
         """Mean and standard deviation of a figure over seeds and orders."""
@@ -248,6 +278,10 @@ def _as_list(values: dict[tuple[int, int], Metrics]) -> list[Metrics]:
     return [{"order": order, "seed": seed, **figures} for (order, seed), figures in sorted(values.items())]
 
 
+def _sorted(signatures: dict[tuple[int, int], str]) -> list[str]:
+    return [signature for _, signature in sorted(signatures.items())]
+
+
 def _by_run(runs: list[Metrics]) -> dict[tuple[int, int], Metrics]:
     return {(int(run.pop("order") or 0), int(run.pop("seed") or 0)): run for run in runs}
 
@@ -256,8 +290,8 @@ def measured(results: Results) -> Metrics:
     """The figures of a run that a table keeps."""
     matrix, task_matrix = TransferMatrix.from_json(results), TransferMatrix.from_json(results, results["task_scores"])
     figures: Metrics = {
-        "average": matrix.average(),
-        "task_average": task_matrix.average(),
+        "average": matrix.final(),
+        "task_average": task_matrix.final(),
         "bwt": matrix.backward_transfer(),
         "forgetting": matrix.forgetting(),
     }

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clpet.cli.reproduce import best_trial, check_inputs, check_local, compose
+from clpet.cli.reproduce import check_inputs, check_local
+from clpet.cli.table_plan import best_trial, compose
 from clpet.config.build import parse_config
 from clpet.config.table_spec import Published, Row, TableSpec, read_table, table_files
 from clpet.errors import ConfigError
@@ -92,7 +93,8 @@ def test_what_orders_and_seeds_contribute() -> None:
 
 
 def row(name: str, averages: dict[tuple[int, int], float], **more: object) -> TableRow:
-    return TableRow(name, ["train.lr=0.1"], [], {key: {"average": value} for key, value in averages.items()}, **more)
+    values, signatures = {key: {"average": value} for key, value in averages.items()}, dict.fromkeys(averages, "s")
+    return TableRow(name, ["train.lr=0.1"], [], values, signatures, **more)
 
 
 @pytest.mark.usefixtures("rendered")
@@ -103,6 +105,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
             "a",
             {(0, seed): 3.0 + seed for seed in range(3)},
             defaults={(0, seed): {"average": 2.0} for seed in range(3)},
+            default_signatures={(0, seed): "d" for seed in range(3)},
         ),
     ]
     answers = {(0, 0): {"x": np.array([1.0, 0, 1, 0, 0, 0, 1, 0, 1])}}
