@@ -15,6 +15,7 @@ import torch
 
 from clpet.config.schema import WordOrNumber, require
 from clpet.errors import ConfigError, HostError
+from clpet.runtime.allocator import keep_freed_memory
 from clpet.runtime.distributed import get_world
 
 
@@ -146,6 +147,8 @@ class Hardware:
             require(not self.shard, "hardware.shard", "true", "false with hardware.quantization=nf4")
         if self.threads:
             torch.set_num_threads(self.threads)
+        if self.torch_device.type == "cpu":
+            keep_freed_memory()
         self._check_kernels()
 
     def _check_kernels(self) -> None:
