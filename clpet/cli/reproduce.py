@@ -176,16 +176,19 @@ def write_report(spec: TableSpec, runs: Sequence[PlannedRun], folder: Path) -> N
 
 
 def describe(plan: TablePlan, tuning: Sequence[PlannedRun], budget: str) -> str:
-    """What a table consists of, and how many of its trials are missing."""
-    spec = plan.spec
+    """What a table consists of, and what of it is missing: its trials, and the further runs of rows that are kept."""
+    spec, trials = plan.spec, sum(len(list(plan.spec.trials(row))) for row in plan.spec.rows)
+    kept = replace(plan, spec=replace(spec, rows={row: spec.rows[row] for row in plan.kept}))
+    further = len(missing([*kept.final([]), *kept.untuned()]))
     grid = ", ".join(f"{key} in {list(values)}" for key, values in spec.grid.items()) or "nothing is tuned"
     return "\n".join(
         [
             f"{spec.title} (budget {budget})",
             f"rows    {', '.join(spec.rows)}",
-            f"tuning  {len(tuning)} trials on validation data, equally many for every row that can be tuned: {grid}",
+            f"tuning  {trials} trials on validation data, equally many for every row that can be tuned: {grid}",
             f"runs    {len(spec.rows)} rows x {len(spec.orders)} orders x {len(spec.seeds)} seeds; "
             f"and {len(spec.seeds)} with the defaults for every row that is tuned",
-            f"missing {len(missing(tuning))} of {len(tuning)} trials",
+            f"missing {len(missing(tuning))} of {trials} trials"
+            f"{f', {further} runs of {len(plan.kept)} rows that are kept' if plan.kept else ''}",
         ]
     )
