@@ -126,18 +126,14 @@ def compose(row: str, words: Sequence[str]) -> "DictConfig":
 
 def best_trial(trials: Sequence[PlannedRun]) -> list[str]:
     """The values with the highest average on validation data, the first of equals; [] without trials."""
-    from clpet.metrics.transfer_matrix import TransferMatrix
-
     if not trials:
         return []
     scores = []
     for run in trials:
-        results = run.results
-        if results is None:
+        if run.results is None:
             raise DataError(f"a trial of {run.row} has not finished: {run.out}")
-        average = TransferMatrix.from_json(results).average()
-        sign = 1 if results["direction"] == "higher" else -1
-        scores.append(float("-inf") if average is None else sign * average)
+        sign = 1 if run.results["direction"] == "higher" else -1
+        scores.append(float("-inf") if run.average is None else sign * run.average)
     return trials[scores.index(max(scores))].trial
 
 

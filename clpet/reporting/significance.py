@@ -50,7 +50,7 @@ def difference(a: Runs, b: Runs, task_incremental: bool = False) -> Difference |
         return str(error)
     seeds = [seed for seed in comparable if seed in first and seed in second and _same_shape(first[seed], second[seed])]
     if not seeds:
-        return "their predictions were not saved (evaluation.predictions)"
+        return "no scores of test examples were saved (evaluation.predictions; perplexities have none)"
     return paired_bootstrap({seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds})
 
 
@@ -65,7 +65,7 @@ def final_scores(runs: Runs, task_incremental: bool = False) -> Scores:
 
 
 def row_scores(run: Path, row: int, tasks: Sequence[str], task_incremental: bool = False) -> dict[str, np.ndarray]:
-    """{task: [test examples] scores in [0, 1]} after `row` tasks; empty for a run without these predictions.
+    """{task: [test examples] scores in [0, 1]} after `row` tasks; empty without them, as for perplexities.
 
     `task_incremental` reads the answers among each task's own labels. Raises DataError for a damaged file.
     """
@@ -76,6 +76,8 @@ def row_scores(run: Path, row: int, tasks: Sequence[str], task_incremental: bool
         return {}
     with as_data_error(f"{file} cannot be read"):
         table = pyarrow.parquet.read_table(file)
+        if "score" not in table.column_names:
+            return {}
         task, score = np.array(table["task"].to_pylist()), _scores(table, task_incremental)
         return {name: score[task == name] for name in tasks}
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -167,18 +167,30 @@ def test_where_lower_is_better_the_lowest_row_comes_first() -> None:
 
 
 def test_the_best_trial_is_chosen_on_validation(tmp_path: Path) -> None:
-    trials = [PlannedRun("a", [], tmp_path / str(lr), 0, 0, [f"train.lr={lr}"]) for lr in (1, 2, 3)]
+    def trials(tasks: list[str], direction: str, *scores: list[list[float | None]]) -> list[PlannedRun]:
+        return [
+            Finished("a", [], tmp_path, 0, 0, [f"train.lr={lr}"], record={"tasks": tasks, "direction": direction}
+                     | dict.fromkeys(("scores", "correct", "total"), rows))
+            for lr, rows in enumerate(scores, 1)
+        ]  # fmt: skip
+
     assert best_trial([]) == []
-    matrix = {"tasks": ["x"], "correct": [[0], [1]], "total": [[1], [1]]}
-
-    class Finished:
-        def __init__(self, trial: list[str], score: float, direction: str) -> None:
-            self.row, self.out, self.trial = "a", tmp_path, trial
-            self.results = {**matrix, "scores": [[0.0], [score]], "direction": direction}
-
     for direction, chosen in (("higher", 2), ("lower", 1)):
-        runs = [Finished(run.trial, score, direction) for run, score in zip(trials, (5.0, 7.0, 7.0), strict=True)]
-        assert best_trial(runs) == [f"train.lr={chosen}"]  # type: ignore[arg-type]
+        assert best_trial(trials(["x"], direction, *([[0.0], [score]] for score in (5.0, 7.0, 7.0)))) == [
+            f"train.lr={chosen}"
+        ]
+    # A model for each task (dapt): means of the diagonals 5, 4 and 6.
+    diagonals = [[[9.0, 9.0], [score, None], [None, 4.0]] for score in (6.0, 4.0, 8.0)]
+    assert best_trial(trials(["x", "y"], "lower", *diagonals)) == ["train.lr=2"]
+
+
+@dataclass(frozen=True)
+class Finished(PlannedRun):
+    record: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def results(self) -> dict[str, object]:  # type: ignore[override]
+        return self.record
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from clpet.config.table_spec import Row, TableSpec
 from clpet.errors import ConfigError
 from clpet.reporting.table_row import TableRow
 from clpet.runs.provenance import versions
-from tests.conftest import tiny_args
+from tests.conftest import domain_args, tiny_args
 
 LR = ["train.lr=0.1"]
 
@@ -137,3 +137,25 @@ def test_a_table_that_was_extended_equals_one_made_at_once(words: Path, tmp_path
                 del run["seconds"], run["evaluation_seconds"]
             del row["total_seconds"]
         assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_a_table_of_perplexities(prose: Path, tmp_path: Path) -> None:
+    """Lower is better; dapt, with a model for each domain, is measured by the mean of the diagonal, and is a bound."""
+    file = tmp_path / "mine.yaml"
+    words = json.dumps([word for word in domain_args(prose) if not word.startswith("train.lr")])
+    text = TABLE.format(words=words).replace("[1e-3, 1e-2]", "[1e-5, 1e-2]").replace("seeds: [0, 1]", "seeds: [0]")
+    file.write_text(text.replace("  ncm: {words: [method=ncm], tuned: false}", "  dapt: {words: [method=dapt]}"))
+    command = [sys.executable, "-m", "clpet", "reproduce", str(file)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Perplexity: lower is better." in done.stdout
+    rows = {name: TableRow.read(tmp_path / f"results/mine/cpu/{name}.json") for name in ("sequential", "dapt")}
+    assert [row.chosen for row in rows.values()] == [["train.lr=0.01"]] * 2
+    assert [row.is_bound for row in rows.values()] == [False, True]
+    means = []
+    for path in tmp_path.glob("outputs/*/dapt/*/results.json"):
+        run = json.loads(path.read_text())
+        if run["split"] == "test":
+            means.append(sum(run["scores"][index + 1][index] for index in range(3)) / 3)
+    assert len(means) == 2  # with the chosen rate, and with the default
+    assert rows["dapt"].scores() == {(0, 0): min(means)}

@@ -257,7 +257,7 @@ def test_damaged_predictions_cost_one_test_and_are_named(clpet) -> None:
     assert f"not tested: ewc against lwf: {file} cannot be read" in printed
     assert lines(printed, "kif")[1][1] == "+50.00"
     file.unlink()
-    assert "their predictions were not saved" in clpet("runs", "--compare", "method").out
+    assert "no scores of test examples were saved" in clpet("runs", "--compare", "method").out
 
 
 def test_an_unknown_option_is_refused(clpet) -> None:
