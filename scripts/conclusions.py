@@ -154,7 +154,7 @@ def headline(item: Committed) -> Iterator[str]:
             f"; it trains nothing, and the best row that does, `{trained.name}`, is behind by {better(best, trained)}"
         )
     named = (("sequential", "sequential fine-tuning reaches"), ("joint", "joint training on all tasks together"),
-             ("independent", "a model per task, chosen by the given task,"))  # fmt: skip
+             ("independent", "a model per task, chosen by the given task,"), ("dapt", "a model for each domain"))  # fmt: skip
     parts = [
         f"{words} {with_interval(row)}"
         for name, words in named

@@ -151,7 +151,7 @@ def not_above_sequential(item: Committed) -> str:
     ]
     if not lines:
         return f"Every row is at least {NEAR:g} points above sequential fine-tuning."
-    return grid(("row", "average", "minus sequential", "tried: average on validation data"), lines)
+    return grid(("row", "average", "better than sequential by", "tried: average on validation data"), lines)
 
 
 def tried(row: TableRow) -> str:

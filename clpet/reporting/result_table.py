@@ -184,8 +184,9 @@ class ResultTable:
         for form, ending in FORMS.items():
             write_text(folder / f"table.{ending}", self.text(form) + "\n")
         if dumbbells := self.tuning():
+            score = f"final average{' perplexity, lower is better' if self.lower else ''}"
             for ending in ("svg", "png"):
-                tuning_figure(dumbbells, folder / f"{FIGURE}.{ending}", self.title)
+                tuning_figure(dumbbells, folder / f"{FIGURE}.{ending}", self.title, score)
 
     def tuning(self) -> list[tuple[str, MeanStd, MeanStd]]:
         """(row, default, tuned) of every tuned row, both in the first order."""

@@ -154,8 +154,9 @@ class TableRow:
             "task_given": self.task_given, "all_at_once": self.all_at_once, "num_runs": self.num_runs,
             "total_seconds": round(self.total_seconds, 1),
             "trials": [{"words": words, "validation": score} for words, score in self.trials],
-            "runs": _as_list(self.values), "signatures": _sorted(self.signatures),
-            "default_runs": _as_list(self.defaults), "default_signatures": _sorted(self.default_signatures),
+            "runs": _as_list(self.values), "signatures": _in_order(self.signatures, self.values),
+            "default_runs": _as_list(self.defaults),
+            "default_signatures": _in_order(self.default_signatures, self.defaults),
             "answers": _packed(self.answers), "default_answers": _packed(self.default_answers),
             "versions": self.versions, "host": self.host, "inputs": self.inputs,
         }  # fmt: skip
@@ -278,8 +279,8 @@ def _as_list(values: dict[tuple[int, int], Metrics]) -> list[Metrics]:
     return [{"order": order, "seed": seed, **figures} for (order, seed), figures in sorted(values.items())]
 
 
-def _sorted(signatures: dict[tuple[int, int], str]) -> list[str]:
-    return [signature for _, signature in sorted(signatures.items())]
+def _in_order(signatures: dict[tuple[int, int], str], runs: dict[tuple[int, int], Metrics]) -> list[str]:
+    return [signatures.get(run, "") for run in sorted(runs)]
 
 
 def _by_run(runs: list[Metrics]) -> dict[tuple[int, int], Metrics]:
@@ -291,7 +292,7 @@ def measured(results: Results) -> Metrics:
     matrix, task_matrix = TransferMatrix.from_json(results), TransferMatrix.from_json(results, results["task_scores"])
     figures: Metrics = {
         "average": matrix.final(),
-        "task_average": task_matrix.final(),
+        "task_average": None if matrix.direction == "lower" else task_matrix.final(),
         "bwt": matrix.backward_transfer(),
         "forgetting": matrix.forgetting(),
     }

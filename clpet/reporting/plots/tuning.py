@@ -7,7 +7,9 @@ from clpet.reporting.plots.canvas import new_figure, save, short
 from clpet.reporting.run_metrics import MeanStd
 
 
-def tuning_figure(rows: Sequence[tuple[str, MeanStd, MeanStd]], path: Path, title: str) -> Path:
+def tuning_figure(
+    rows: Sequence[tuple[str, MeanStd, MeanStd]], path: Path, title: str, score: str = "final average"
+) -> Path:
     """Draws (row, default, tuned) with the first row at the top; thin bars are standard deviations over seeds.
 
     The format is the one that the path's ending names. Equal rows give equal files.
@@ -32,8 +34,8 @@ def tuning_figure(rows: Sequence[tuple[str, MeanStd, MeanStd]], path: Path, titl
         )  # fmt: skip
     axes.set_yticks(heights, [short(row[0], 40) for row in rows], fontsize=8)
     axes.set_ylim(0.3, len(rows) + 0.7)
-    axes.set_xlabel("final average, first order of the tasks")
+    axes.set_xlabel(f"{score}, first order of the tasks")
     axes.set_title(title, fontsize=10)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return save(figure, path)
