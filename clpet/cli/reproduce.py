@@ -5,6 +5,7 @@ A run that has finished is not run again and a stopped one resumes, so the same 
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,36 +29,46 @@ def reproduce(argv: list[str]) -> int:
     spec = replace(read_table(arguments.table).with_budget(arguments.budget, only), local=arguments.words)
     check_local(spec)
     if arguments.dry_run:
+        if arguments.keep:
+            raise ConfigError("--dry-run checks and predicts all runs of a table: leave out --keep")
         from clpet.cli.table_dry_run import dry_run
 
         dry_run(spec, arguments.output)
         return 0
     folder = arguments.results / Path(arguments.table).stem / arguments.budget
     plan = TablePlan(spec, arguments.output)
-    plan = plan.keeping(folder) if arguments.keep else plan
+    if arguments.keep:
+        from clpet.cli.kept_rows import keep
+
+        plan, lines = keep(plan, folder, arguments.parallel)
+        print(printable("\n".join(lines)), file=sys.stderr if arguments.commands else sys.stdout, flush=True)
     tuning = plan.tuning()
     if arguments.list:
         print(printable(describe(plan, tuning, arguments.budget)))
-        return 0
-    if arguments.commands:
+    elif arguments.commands:
         for run in missing(tuning) or missing([*plan.final(tuning), *plan.untuned()]):
             print(f"clpet train {shlex.join(run.words)}")
-        return 0
-    carry_out(tuning, arguments.parallel, "trials on validation data")
+    else:
+        make_table(plan, tuning, folder, arguments.parallel, whole=not only)
+    return 0
+
+
+def make_table(plan: TablePlan, tuning: Sequence[PlannedRun], folder: Path, parallel: int, whole: bool) -> None:
+    """Carries out the missing runs of a plan, and writes the table, or without `whole` only the files of its rows."""
+    carry_out(tuning, parallel, "trials on validation data")
     runs, defaults = plan.final(tuning), plan.untuned()
-    carry_out([*runs, *defaults], arguments.parallel, "runs with the chosen values, and with the defaults")
+    carry_out([*runs, *defaults], parallel, "runs with the chosen values, and with the defaults")
     from clpet.reporting.result_table import ResultTable
 
     check_inputs([*tuning, *runs, *defaults])
-    table = ResultTable.of(spec, arguments.budget, tuning, runs, defaults, plan.kept)
-    table.write(folder, with_table=not only)
+    table = ResultTable.of(plan.spec, folder.name, tuning, runs, defaults, plan.kept)
+    table.write(folder, with_table=whole)
     print(printable(table.text("text")))
-    print(f"\nwritten to {folder}{' (the files of these rows; the table needs all rows)' if only else ''}")
-    if plan.kept:
-        print("no report: it needs the directories of all runs, and kept figures have none here")
-    elif not only:
-        write_report(spec, runs, folder)
-    return 0
+    print(f"\nwritten to {folder}{'' if whole else ' (the files of these rows; the table needs all rows)'}")
+    if whole and plan.kept:
+        print("no report: it is made of the directories of all runs, those of kept figures included")
+    elif whole:
+        write_report(plan.spec, runs, folder)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,8 +189,7 @@ def write_report(spec: TableSpec, runs: Sequence[PlannedRun], folder: Path) -> N
 def describe(plan: TablePlan, tuning: Sequence[PlannedRun], budget: str) -> str:
     """What a table consists of, and what of it is missing: its trials, and the further runs of rows that are kept."""
     spec, trials = plan.spec, sum(len(list(plan.spec.trials(row))) for row in plan.spec.rows)
-    kept = replace(plan, spec=replace(spec, rows={row: spec.rows[row] for row in plan.kept}))
-    further = len(missing([*kept.final([]), *kept.untuned()]))
+    further = len(missing([run for row in plan.kept for run in plan.further(row)]))
     grid = ", ".join(f"{key} in {list(values)}" for key, values in spec.grid.items()) or "nothing is tuned"
     return "\n".join(
         [

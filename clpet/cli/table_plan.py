@@ -66,48 +66,10 @@ class TablePlan:
             if row not in self.kept or (0, seed) not in self.kept[row].defaults
         ]
 
-    def keeping(self, folder: Path) -> "TablePlan":
-        """This plan without the runs whose figures are in the files of its rows in a folder.
-
-        The file of a row is kept as a whole or not at all: its trials, orders, seeds and signatures must be those of
-        this table. Raises ConfigError if a kept row needs further runs, and was made with other versions of packages.
-        """
-        from clpet.reporting.table_row import TableRow
-        from clpet.runs.provenance import versions
-
-        kept, reasons = dict[str, TableRow](), dict[str, str]()
-        for name in self.spec.rows:
-            if (file := folder / f"{name}.json").is_file():
-                row = TableRow.read(file)
-                if reason := self._mismatch(row):
-                    reasons[name] = reason
-                else:
-                    kept[name] = row
-                    if not self._complete(row):
-                        row.check_alike({key: value for key, value in versions().items() if key != "platform"})
-        runs = sum(row.num_runs for row in kept.values())
-        print(f"kept: {runs} runs of {len(kept)} of {len(self.spec.rows)} rows in {folder}", flush=True)
-        for name, reason in reasons.items():
-            print(f"not kept: {folder / name}.json, {reason}", flush=True)
-        return replace(self, kept=kept)
-
-    def _mismatch(self, row: "TableRow") -> str:
-        """Why the figures of a row are not of this table; "" if they are. Seeds are no part of a signature."""
-        if [words for words, _ in row.trials] != list(self.spec.trials(row.name)):
-            return "which has other trials"
-        runs = (*row.values, *row.defaults)
-        if any(order >= len(self.spec.orders) or seed not in self.spec.seeds for order, seed in runs):
-            return "which has other seeds or orders"
-        for trial, signatures in ((row.chosen, row.signatures), ([], row.default_signatures)):
-            recorded = {(order, signature) for (order, _), signature in signatures.items()}
-            if any(self.run(row.name, trial, self.spec.seeds[0], order).signature != own for order, own in recorded):
-                return "whose runs have another configuration"
-        return ""
-
-    def _complete(self, row: "TableRow") -> bool:
-        """Whether a kept row needs no further run."""
-        defaults = len(self.spec.seeds) if row.trials else 0
-        return len(row.values) == len(self.spec.orders) * len(self.spec.seeds) and len(row.defaults) == defaults
+    def further(self, row: str) -> list[PlannedRun]:
+        """The runs that the figures of a kept row lack."""
+        alone = replace(self, spec=replace(self.spec, rows={row: self.spec.rows[row]}))
+        return [*alone.final([]), *alone.untuned()]
 
 
 def compose(row: str, words: Sequence[str]) -> "DictConfig":
@@ -126,14 +88,18 @@ def compose(row: str, words: Sequence[str]) -> "DictConfig":
 
 def best_trial(trials: Sequence[PlannedRun]) -> list[str]:
     """The values with the highest average on validation data, the first of equals; [] without trials."""
+    from clpet.metrics.transfer_matrix import TransferMatrix
+
     if not trials:
         return []
     scores = []
     for run in trials:
-        if run.results is None:
+        results = run.results
+        if results is None:
             raise DataError(f"a trial of {run.row} has not finished: {run.out}")
-        sign = 1 if run.results["direction"] == "higher" else -1
-        scores.append(float("-inf") if run.average is None else sign * run.average)
+        average = TransferMatrix.from_json(results).final()
+        sign = 1 if results["direction"] == "higher" else -1
+        scores.append(float("-inf") if average is None else sign * average)
     return trials[scores.index(max(scores))].trial
 
 

@@ -57,11 +57,11 @@ class ResultTable:
         kept, rows = kept or {}, []
         for name in spec.rows:
             own = [[run for run in some if run.row == name] for some in (tuning, runs, defaults)]
-            if name in kept and not any(own):
-                rows.append(kept[name])
-            else:
+            if any(own) or name not in kept:
                 row = TableRow.of(name, spec, *own)
                 rows.append(kept[name].extended(row) if name in kept else row)
+            else:
+                rows.append(kept[name])
         return cls(spec.title, budget, {name: row.published for name, row in spec.rows.items()}, rows)
 
     @classmethod

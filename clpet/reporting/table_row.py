@@ -25,6 +25,7 @@ from clpet.reporting.table_statistics import (
     paired_difference,
     variances,
 )
+from clpet.runtime.hardware import NOT_RECORDED
 from clpet.runtime.untrusted_json import as_data_error
 
 COST_COLUMNS = (
@@ -117,19 +118,26 @@ class TableRow:
                 row.values[run.order, run.seed] = measured(results)
                 row.signatures[run.order, run.seed] = run.signature
                 row.answers |= right_answers(run, results)
-                row.versions = row.versions or _without(cast(dict[str, Json], results.get("versions", {})), "platform")
-                row.host = row.host or run.host
-                row.inputs = row.inputs or results.get("inputs", {})
         for run in defaults:
             if results := run.results:
                 row.defaults[run.order, run.seed] = measured(results)
                 row.default_signatures[run.order, run.seed] = run.signature
                 row.default_answers |= right_answers(run, results)
+        row._describe([*runs, *defaults])
         every = {run.out: run.results for run in (*tuning, *runs, *defaults)}
         finished = [measured(results) for results in every.values() if results]
         row.num_runs = len(finished)
         row.total_seconds = sum((run["seconds"] or 0) + (run["evaluation_seconds"] or 0) for run in finished)
         return row
+
+    def _describe(self, runs: Sequence[PlannedRun]) -> None:
+        """Records versions, host and inputs of the first finished run; its data have the order of the first order."""
+        first = next(((run, results) for run in runs if (results := run.results)), None)
+        if first is not None:
+            run, results = first
+            self.versions = _without(cast(dict[str, Json], results.get("versions", {})), "platform")
+            self.host, inputs = run.host, results.get("inputs", {})
+            self.inputs = {name: value for name, value in inputs.items() if name != "data" or run.order == 0}
 
     @classmethod
     def read(cls, file: Path) -> "TableRow":
@@ -163,17 +171,18 @@ class TableRow:
 
     def check_alike(self, other: Mapping[str, Json]) -> None:
         """Raises ConfigError if the versions, machine or data of `other` runs are not those of this row."""
-        own = {**self.versions, **self.host, **self.inputs}
-        shared = sorted(own.keys() & other.keys())
+        own = {**self.versions, **(NOT_RECORDED if self.host else {}), **self.host, **self.inputs}
+        other = {**(NOT_RECORDED if "device" in other else {}), **other}
+        shared = [key for key in sorted(own.keys() & other.keys()) if key != "name"]
         if different := [f"{key} ({own[key]}, now {other[key]})" for key in shared if own[key] != other[key]]:
             raise ConfigError(
-                f"row {self.name}: its further runs would differ from those in its file in {', '.join(different)}: all "
-                "runs of a row are made alike; without --keep all are made again"
+                f"row {self.name}: runs in its file and further ones differ in {', '.join(different)}: make them all "
+                f"again with --only {self.name}, without --keep"
             )
 
     def extended(self, more: "TableRow") -> "TableRow":
         """This row with further runs, of other seeds or orders. Raises ConfigError if they were made differently."""
-        self.check_alike({**more.versions, **more.host, **more.inputs})
+        self.check_alike(more.versions | more.host | more.inputs)
         return replace(
             self,
             values=self.values | more.values,

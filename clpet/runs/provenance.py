@@ -61,7 +61,7 @@ def check_finished(out: Path, results: Results, config: Config) -> None:
     try:
         method = build(config.method, "method", cache_dir=config.cache_dir)
         now = inputs(config, build(config.model, "model"), method)
-        now["data"] = _data_now(config, recorded["data"])
+        now["data"] = data_now(config, recorded["data"])
     except ClpetError as error:
         log.warning("%s: cannot check whether its inputs have changed since: %s", out, error)
         return
@@ -74,7 +74,7 @@ def check_finished(out: Path, results: Results, config: Config) -> None:
             )
 
 
-def _data_now(config: Config, recorded: str) -> str:
+def data_now(config: Config, recorded: str) -> str:
     """The current fingerprint of the data; data from the hub are assumed to be unchanged, without loading them."""
     _, source = load(config, config.cache_dir)
     if config.data_dir is None and (getattr(source, "hub", None) or getattr(source, "hub_tasks", None)):

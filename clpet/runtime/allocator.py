@@ -5,7 +5,7 @@ import os
 import sys
 from functools import cache
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # numbers of options of mallopt in glibc's malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # numbers of options of mallopt in glibc's malloc.h
 LARGEST = 2**30  # bytes; larger blocks are still given back to the system when they are freed
 
 
@@ -21,4 +21,7 @@ def keep_freed_memory() -> bool:
     if set_by_user or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return bool(mallopt and mallopt(MMAP_THRESHOLD, LARGEST) and mallopt(TRIM_THRESHOLD, -1))
+    if mallopt is None:
+        return False
+    # glibc before 2.35 refuses a threshold above 32 MiB: there blocks of every size are kept.
+    return bool((mallopt(MMAP_THRESHOLD, LARGEST) or mallopt(MMAP_MAX, 0)) and mallopt(TRIM_THRESHOLD, -1))

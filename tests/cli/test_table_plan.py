@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from clpet.cli.kept_rows import keep
 from clpet.cli.table_plan import TablePlan
 from clpet.config.table_spec import Row, TableSpec
 from clpet.errors import ConfigError
 from clpet.reporting.table_row import TableRow
-from clpet.runs.provenance import versions
 from tests.conftest import domain_args, tiny_args
+from tests.runs.conftest import refused
 
 LR = ["train.lr=0.1"]
 
@@ -52,11 +53,11 @@ def planned(plan: TablePlan) -> list[tuple[str, int, int, str]]:
     return [*tuning, *final, *((run.row, run.order, run.seed, "default") for run in plan.untuned())]
 
 
-def test_only_what_a_kept_row_lacks_is_planned(spec, write, capsys) -> None:
+def test_only_what_a_kept_row_lacks_is_planned(spec, write) -> None:
     plan = TablePlan(spec, Path("outputs"))
     write(file_of(plan, "sequential"))
-    kept = plan.keeping(write(file_of(plan, "ncm")))
-    assert capsys.readouterr().out.startswith("kept: 2 runs of 2 of 2 rows in ")
+    kept, lines = keep(plan, write(file_of(plan, "ncm")))
+    assert lines[0].startswith("kept: 2 runs of 2 of 2 rows in ")
     later = [(0, 1), (1, 0), (1, 1)]
     assert planned(kept) == [
         *(("sequential", order, seed, "train.lr=0.1") for order, seed in later),
@@ -73,36 +74,75 @@ def test_only_what_a_kept_row_lacks_is_planned(spec, write, capsys) -> None:
         ({"default_signatures": {(0, 0): "0"}}, "another configuration"),
         ({"values": {(0, 7): {"average": 9.0}}, "signatures": {(0, 7): "0"}}, "other seeds or orders"),
         ({"values": {(2, 0): {"average": 9.0}}, "signatures": {(2, 0): "0"}}, "other seeds or orders"),
+        ({"values": {(0, 1): {"average": 9.0}}, "signatures": {(0, 1): "0"}}, "trials had another seed"),
     ],
 )
-def test_the_file_of_other_runs_is_not_kept(spec, write, capsys, change, reason) -> None:
+def test_the_file_of_other_runs_is_not_kept(spec, write, change, reason) -> None:
     plan = TablePlan(replace(spec, rows={"sequential": spec.rows["sequential"]}), Path("outputs"))
-    kept = plan.keeping(write(file_of(plan, "sequential", **change)))
+    folder = write(file_of(plan, "sequential", **change))
+    kept, lines = keep(plan, folder)
     assert not kept.kept
-    assert reason in capsys.readouterr().out
+    assert lines[0].startswith("kept: 0 runs of 0 of 1 rows")
+    assert lines[1].startswith(f"not kept: {folder / 'sequential.json'}, ")
+    assert reason in lines[1]
     assert len(kept.tuning()) == 2
 
 
-def test_further_runs_of_a_kept_row_must_be_made_alike(spec, write) -> None:
+def test_the_file_of_another_row_is_not_kept(spec, write) -> None:
     plan = TablePlan(spec, Path("outputs"))
-    with pytest.raises(ConfigError, match=r"row ncm: .* torch \(1\.0, now .*without --keep all are made again"):
-        plan.keeping(write(file_of(plan, "ncm", versions={**versions(), "torch": "1.0"})))
-    # A row that needs no further run may have been made elsewhere.
+    folder = write(file_of(plan, "ncm"))
+    (folder / "ncm.json").rename(folder / "sequential.json")
+    assert "of a row ncm" in keep(plan, folder)[1][1]
+
+
+@pytest.mark.parametrize(
+    ("record", "difference"),
+    [
+        ({"versions": {"torch": "1.0"}}, r"torch \(1\.0, now 2"),
+        ({"host": {"device": "cpu", "threads": 7}}, r"threads \(7, now 1\)"),
+        ({"host": {"device": "cpu", "compiled": "true"}}, r"compiled \(true, now false\)"),
+        ({"inputs": {"data": "a"}}, r"data \(a, now "),
+    ],
+)
+def test_further_runs_are_made_as_those_of_the_file(spec, write, monkeypatch, record, difference) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plan = TablePlan(spec, Path("outputs"))
+    with pytest.raises(ConfigError, match=rf"row ncm: .* differ in {difference}.*--only ncm, without --keep"):
+        keep(plan, write(file_of(plan, "ncm", **record)))
+    # A row that needs no further run may come from another machine, but not from other data.
     one = TablePlan(replace(spec, seeds=[0], orders=[""]), Path("outputs"))
-    assert one.keeping(write(file_of(one, "ncm", versions={"torch": "1.0"}))).kept
-    row = file_of(plan, "ncm", host={"threads": 1}, inputs={"data": "a"})
-    more = TableRow("ncm", [], [], {(0, 1): {"average": 7.0}}, {(0, 1): "s"}, num_runs=1, host={"threads": 1})
+    folder = write(file_of(one, "ncm", **record))
+    if "inputs" in record:
+        with pytest.raises(ConfigError, match=difference):
+            keep(one, folder)
+    else:
+        assert keep(one, folder)[0].kept
+
+
+def test_a_row_is_extended_by_runs_that_were_made_alike(spec) -> None:
+    row = file_of(TablePlan(spec, Path("outputs")), "ncm", host={"threads": 1}, inputs={"data": "a"})
+    more = TableRow("ncm", [], [], {(1, 0): {"average": 7.0}}, {(1, 0): "s"}, num_runs=1, host={"threads": 1})
     both = row.extended(more)
-    assert (both.scores(), both.num_runs) == ({(0, 0): 9.0, (0, 1): 7.0}, 2)
+    assert (both.scores(), both.num_runs) == ({(0, 0): 9.0, (1, 0): 7.0}, 2)
     for other in ({"host": {"threads": 2}}, {"inputs": {"data": "b"}}):
         with pytest.raises(ConfigError, match=r"(threads \(1, now 2|data \(a, now b)\)"):
             row.extended(replace(more, **other))
+
+
+def test_what_keep_does_not_go_with(words: Path, tmp_path: Path, clpet) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(TABLE.format(words=json.dumps(tiny_args(words))))
+    assert refused(clpet("reproduce", str(file), "--keep", "--dry-run"))
+    commands = clpet("reproduce", str(file), "--keep", "--commands")
+    assert all(line.startswith("clpet train ") for line in commands.out.splitlines())
+    assert commands.err.startswith("kept: 0 runs of 0 of 2 rows")
 
 
 TABLE = """title: Words
 words: {words}
 grid: {{train.lr: [1e-3, 1e-2]}}
 seeds: [0, 1]
+orders: ["", benchmark.order=random]
 rows:
   sequential: {{words: [method=sequential]}}
   ncm: {{words: [method=ncm], tuned: false}}
@@ -120,13 +160,16 @@ def test_a_table_that_was_extended_equals_one_made_at_once(words: Path, tmp_path
         command = [sys.executable, "-m", "clpet", "reproduce", str(file), *more]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
-    file.write_text(text.replace("seeds: [0, 1]", "seeds: [0]").replace("  ncm: {", "  # ncm: {"))
+    smaller = text.replace("seeds: [0, 1]", "seeds: [0]").replace("  ncm: {", "  # ncm: {")
+    file.write_text(smaller.replace(", benchmark.order=random]", "]"))
     reproduce()
     shutil.rmtree(tmp_path / "outputs")
-    file.write_text(text)
-    assert "kept: 4 runs of 1 of 2 rows" in reproduce("--keep")
-    runs = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/*/s*/results.json")]
-    assert len([run for run in runs if run["method"] == "sequential"]) == 2  # of seed 1, chosen and default
+    file.write_text(smaller)  # with a second order
+    assert "kept: 4 runs of 1 of 1 rows" in reproduce("--keep")
+    assert len(list(tmp_path.glob("outputs/*/sequential/s*/results.json"))) == 1
+    file.write_text(text)  # with a second seed and row
+    assert "kept: 5 runs of 1 of 2 rows" in reproduce("--keep")
+    assert len(list(tmp_path.glob("outputs/*/sequential/s*/results.json"))) == 4  # two orders and the default more
     reproduce("--results", "whole")
     for name in ("sequential", "ncm"):
         rows = [
@@ -144,7 +187,8 @@ def test_a_table_of_perplexities(prose: Path, tmp_path: Path) -> None:
     """Lower is better; dapt, with a model for each domain, is measured by the mean of the diagonal, and is a bound."""
     file = tmp_path / "mine.yaml"
     words = json.dumps([word for word in domain_args(prose) if not word.startswith("train.lr")])
-    text = TABLE.format(words=words).replace("[1e-3, 1e-2]", "[1e-5, 1e-2]").replace("seeds: [0, 1]", "seeds: [0]")
+    text = TABLE.format(words=words).replace("[1e-3, 1e-2]", "[1e-5, 1e-2]")
+    text = text.replace("seeds: [0, 1]", "seeds: [0]").replace(", benchmark.order=random]", "]")
     file.write_text(text.replace("  ncm: {words: [method=ncm], tuned: false}", "  dapt: {words: [method=dapt]}"))
     command = [sys.executable, "-m", "clpet", "reproduce", str(file)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

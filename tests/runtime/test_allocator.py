@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PAGES_OF_TEN_BLOCKS = """
 import resource, sys
 
@@ -25,11 +27,12 @@ def page_faults(*arguments: str, **environment: str) -> list[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is a function of glibc")
 def test_freed_memory_is_kept_unless_the_user_sets_the_allocator() -> None:
     paths = {"PYTHONPATH": ":".join(sys.path)}
     (default,) = page_faults(**paths)
-    assert int(default) > 100_000  # 10 x 64 MiB in pages of 4 KiB: 163,840
+    assert int(default) > 100  # 10 x 64 MiB in pages of 4 KiB: 163,840; in huge ones of 2 MiB: 320
     kept, done = page_faults("keep", **paths)
-    assert (int(kept) < 1000, done) == (True, "True")
+    assert (int(kept) < int(default) / 10, done) == (True, "True")
     by_user, done = page_faults("keep", **paths, MALLOC_TOP_PAD_="0")
-    assert (int(by_user) > 100_000, done) == (True, "False")
+    assert (int(by_user) > int(default) / 2, done) == (True, "False")
