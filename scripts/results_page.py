@@ -100,9 +100,13 @@ def table_section(item: Committed) -> str:
     ]
     if item.table.tuning():
         parts.append(f"![Default against tuned for every row]({folder}/{FIGURE}.svg)")
+    explained = {
+        "Gain of tuning: how much better than the default, first order.": item.table.tuning(),
+        "Standard deviations of an average between orders of the tasks and between seeds.": item.table.variances(),
+        "Costs are means over runs.": True,
+    }
     parts += [
-        "Gain of tuning: tuned minus default, first order. Standard deviations of an average "
-        "between\norders of the tasks and between seeds. Costs are means over runs.",
+        " ".join(sentence for sentence, shown in explained.items() if shown),
         costs(item),
         *item.table.order_lines(),
         published(item),
