@@ -29,18 +29,18 @@ def reproduce(argv: list[str]) -> int:
     spec = replace(read_table(arguments.table).with_budget(arguments.budget, only), local=arguments.words)
     check_local(spec)
     if arguments.dry_run:
-        if arguments.keep:
-            raise ConfigError("--dry-run checks and predicts all runs of a table: leave out --keep")
+        if arguments.reuse:
+            raise ConfigError("--dry-run checks and predicts all runs of a table: leave out --reuse")
         from clpet.cli.table_dry_run import dry_run
 
         dry_run(spec, arguments.output)
         return 0
     folder = arguments.results / Path(arguments.table).stem / arguments.budget
     plan = TablePlan(spec, arguments.output)
-    if arguments.keep:
-        from clpet.cli.kept_rows import keep
+    if arguments.reuse:
+        from clpet.cli.reused_rows import reuse
 
-        plan, lines = keep(plan, folder, arguments.parallel)
+        plan, lines = reuse(plan, folder, arguments.parallel)
         print(printable("\n".join(lines)), file=sys.stderr if arguments.commands else sys.stdout, flush=True)
     tuning = plan.tuning()
     if arguments.list:
@@ -49,25 +49,25 @@ def reproduce(argv: list[str]) -> int:
         for run in missing(tuning) or missing([*plan.final(tuning), *plan.untuned()]):
             print(f"clpet train {shlex.join(run.words)}")
     else:
-        make_table(plan, tuning, folder, arguments.parallel, whole=not only)
+        make_table(plan, tuning, folder, arguments.parallel, with_table=not only)
     return 0
 
 
-def make_table(plan: TablePlan, tuning: Sequence[PlannedRun], folder: Path, parallel: int, whole: bool) -> None:
-    """Carries out the missing runs of a plan, and writes the table, or without `whole` only the files of its rows."""
+def make_table(plan: TablePlan, tuning: Sequence[PlannedRun], folder: Path, parallel: int, with_table: bool) -> None:
+    """Carries out the missing runs of a plan, and writes the files of its rows, and `with_table` the table."""
     carry_out(tuning, parallel, "trials on validation data")
     runs, defaults = plan.final(tuning), plan.untuned()
     carry_out([*runs, *defaults], parallel, "runs with the chosen values, and with the defaults")
     from clpet.reporting.result_table import ResultTable
 
     check_inputs([*tuning, *runs, *defaults])
-    table = ResultTable.of(plan.spec, folder.name, tuning, runs, defaults, plan.kept)
-    table.write(folder, with_table=whole)
+    table = ResultTable.of(plan.spec, folder.name, tuning, runs, defaults, plan.reused)
+    table.write(folder, with_table=with_table)
     print(printable(table.text("text")))
-    print(f"\nwritten to {folder}{'' if whole else ' (the files of these rows; the table needs all rows)'}")
-    if whole and plan.kept:
-        print("no report: it is made of the directories of all runs, those of kept figures included")
-    elif whole:
+    print(f"\nwritten to {folder}{'' if with_table else ' (the files of these rows; the table needs all rows)'}")
+    if with_table and plan.reused:
+        print("no report: it is made of the directories of all runs, those of reused figures included")
+    elif with_table:
         write_report(plan.spec, runs, folder)
 
 
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the runs (default: outputs)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the table (default: results)")
     parser.add_argument(
-        "--keep",
+        "--reuse",
         action="store_true",
         help="take over the figures in --results: run only what they lack, such as a new row, more seeds or orders",
     )
@@ -187,9 +187,9 @@ def write_report(spec: TableSpec, runs: Sequence[PlannedRun], folder: Path) -> N
 
 
 def describe(plan: TablePlan, tuning: Sequence[PlannedRun], budget: str) -> str:
-    """What a table consists of, and what of it is missing: its trials, and the further runs of rows that are kept."""
+    """What a table consists of, and what of it is missing: its trials, and the further runs of rows that are reused."""
     spec, trials = plan.spec, sum(len(list(plan.spec.trials(row))) for row in plan.spec.rows)
-    further = len(missing([run for row in plan.kept for run in plan.further(row)]))
+    further = len(missing([run for row in plan.reused for run in plan.further(row)]))
     grid = ", ".join(f"{key} in {list(values)}" for key, values in spec.grid.items()) or "nothing is tuned"
     return "\n".join(
         [
@@ -199,6 +199,6 @@ def describe(plan: TablePlan, tuning: Sequence[PlannedRun], budget: str) -> str:
             f"runs    {len(spec.rows)} rows x {len(spec.orders)} orders x {len(spec.seeds)} seeds; "
             f"and {len(spec.seeds)} with the defaults for every row that is tuned",
             f"missing {len(missing(tuning))} of {trials} trials"
-            f"{f', {further} runs of {len(plan.kept)} rows that are kept' if plan.kept else ''}",
+            f"{f', {further} runs of {len(plan.reused)} rows that are reused' if plan.reused else ''}",
         ]
     )

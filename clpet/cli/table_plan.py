@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TablePlan:
-    """The runs of a table, with their directories in a folder; of the rows in `kept`, only those that these lack."""
+    """The runs of a table, with their directories in a folder; of the rows in `reused`, only those that these lack."""
 
     spec: TableSpec
     output: Path
-    kept: Mapping[str, "TableRow"] = field(default_factory=dict)
+    reused: Mapping[str, "TableRow"] = field(default_factory=dict)
 
     def run(self, row: str, trial: list[str], seed: int, order: int = 0, on_validation: bool = False) -> PlannedRun:
         """A run of a row. Raises ConfigError for words that do not compose."""
@@ -38,14 +38,16 @@ class TablePlan:
         return [
             self.run(row, trial, self.spec.seeds[0], on_validation=True)
             for row in self.spec.rows
-            if row not in self.kept
+            if row not in self.reused
             for trial in self.spec.trials(row)
         ]
 
     def final(self, tuning: Sequence[PlannedRun]) -> list[PlannedRun]:
         """The runs on test data: every seed in every order, with the values that were best on validation data."""
         chosen = {
-            row: self.kept[row].chosen if row in self.kept else best_trial([run for run in tuning if run.row == row])
+            row: self.reused[row].chosen
+            if row in self.reused
+            else best_trial([run for run in tuning if run.row == row])
             for row in self.spec.rows
         }
         return [
@@ -53,7 +55,7 @@ class TablePlan:
             for row in self.spec.rows
             for order in range(len(self.spec.orders))
             for seed in self.spec.seeds
-            if row not in self.kept or (order, seed) not in self.kept[row].values
+            if row not in self.reused or (order, seed) not in self.reused[row].values
         ]
 
     def untuned(self) -> list[PlannedRun]:
@@ -63,13 +65,13 @@ class TablePlan:
             for row in self.spec.rows
             if any(self.spec.trials(row))
             for seed in self.spec.seeds
-            if row not in self.kept or (0, seed) not in self.kept[row].defaults
+            if row not in self.reused or (0, seed) not in self.reused[row].defaults
         ]
 
     def further(self, row: str) -> list[PlannedRun]:
-        """The runs that the figures of a kept row lack."""
-        alone = replace(self, spec=replace(self.spec, rows={row: self.spec.rows[row]}))
-        return [*alone.final([]), *alone.untuned()]
+        """The runs that the figures of a reused row lack."""
+        one_row = replace(self, spec=replace(self.spec, rows={row: self.spec.rows[row]}))
+        return [*one_row.final([]), *one_row.untuned()]
 
 
 def compose(row: str, words: Sequence[str]) -> "DictConfig":

@@ -51,17 +51,17 @@ class ResultTable:
         tuning: Sequence[PlannedRun],
         runs: Sequence[PlannedRun],
         defaults: Sequence[PlannedRun] = (),
-        kept: Mapping[str, TableRow] | None = None,
+        reused: Mapping[str, TableRow] | None = None,
     ) -> "ResultTable":
-        """The table of finished runs, and of the rows whose figures are kept."""
-        kept, rows = kept or {}, []
+        """The table of finished runs, and of the rows whose figures are reused."""
+        reused, rows = reused or {}, []
         for name in spec.rows:
-            own = [[run for run in some if run.row == name] for some in (tuning, runs, defaults)]
-            if any(own) or name not in kept:
-                row = TableRow.of(name, spec, *own)
-                rows.append(kept[name].extended(row) if name in kept else row)
+            planned = [[run for run in some if run.row == name] for some in (tuning, runs, defaults)]
+            if any(planned) or name not in reused:
+                row = TableRow.of(name, spec, *planned)
+                rows.append(reused[name].combined(row) if name in reused else row)
             else:
-                rows.append(kept[name])
+                rows.append(reused[name])
         return cls(spec.title, budget, {name: row.published for name, row in spec.rows.items()}, rows)
 
     @classmethod

@@ -171,16 +171,16 @@ class TableRow:
 
     def check_alike(self, other: Mapping[str, Json]) -> None:
         """Raises ConfigError if the versions, machine or data of `other` runs are not those of this row."""
-        own = {**self.versions, **(NOT_RECORDED if self.host else {}), **self.host, **self.inputs}
+        recorded = {**self.versions, **(NOT_RECORDED if self.host else {}), **self.host, **self.inputs}
         other = {**(NOT_RECORDED if "device" in other else {}), **other}
-        shared = [key for key in sorted(own.keys() & other.keys()) if key != "name"]
-        if different := [f"{key} ({own[key]}, now {other[key]})" for key in shared if own[key] != other[key]]:
+        shared = [key for key in sorted(recorded.keys() & other.keys()) if key != "name"]
+        if different := [f"{key} ({recorded[key]}, now {other[key]})" for key in shared if recorded[key] != other[key]]:
             raise ConfigError(
                 f"row {self.name}: runs in its file and further ones differ in {', '.join(different)}: make them all "
-                f"again with --only {self.name}, without --keep"
+                f"again with --only {self.name}, without --reuse"
             )
 
-    def extended(self, more: "TableRow") -> "TableRow":
+    def combined(self, more: "TableRow") -> "TableRow":
         """This row with further runs, of other seeds or orders. Raises ConfigError if they were made differently."""
         self.check_alike(more.versions | more.host | more.inputs)
         return replace(

@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Makes malloc keep freed memory for the next step instead of giving it back to the system; whether it does.
 
     Activations are freed and allocated again in every step. By default glibc returns blocks of more than 32 MiB at
-    once, and the kernel clears every page of the next block anew. Nothing changes with another C library, or where
+    once, and the kernel clears every page of the next block again. Nothing changes with another C library, or where
     the environment already sets the allocator (MALLOC_..., GLIBC_TUNABLES).
     """
     set_by_user = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)

@@ -1,4 +1,4 @@
-"""`clpet reproduce --keep`: figures in the files of a table's rows are taken over, and only what they lack is run."""
+"""`clpet reproduce --reuse`: figures in the files of a table's rows are taken over, and only what they lack is run."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clpet.cli.kept_rows import keep
+from clpet.cli.reused_rows import reuse
 from clpet.cli.table_plan import TablePlan
 from clpet.config.table_spec import Row, TableSpec
 from clpet.errors import ConfigError
@@ -56,10 +56,10 @@ def planned(plan: TablePlan) -> list[tuple[str, int, int, str]]:
 def test_only_what_a_kept_row_lacks_is_planned(spec, write) -> None:
     plan = TablePlan(spec, Path("outputs"))
     write(file_of(plan, "sequential"))
-    kept, lines = keep(plan, write(file_of(plan, "ncm")))
-    assert lines[0].startswith("kept: 2 runs of 2 of 2 rows in ")
+    reused, lines = reuse(plan, write(file_of(plan, "ncm")))
+    assert lines[0].startswith("reused: 2 runs of 2 of 2 rows in ")
     later = [(0, 1), (1, 0), (1, 1)]
-    assert planned(kept) == [
+    assert planned(reused) == [
         *(("sequential", order, seed, "train.lr=0.1") for order, seed in later),
         *(("ncm", order, seed, "") for order, seed in later),
         ("sequential", 0, 1, "default"),
@@ -80,19 +80,19 @@ def test_only_what_a_kept_row_lacks_is_planned(spec, write) -> None:
 def test_the_file_of_other_runs_is_not_kept(spec, write, change, reason) -> None:
     plan = TablePlan(replace(spec, rows={"sequential": spec.rows["sequential"]}), Path("outputs"))
     folder = write(file_of(plan, "sequential", **change))
-    kept, lines = keep(plan, folder)
-    assert not kept.kept
-    assert lines[0].startswith("kept: 0 runs of 0 of 1 rows")
-    assert lines[1].startswith(f"not kept: {folder / 'sequential.json'}, ")
+    reused, lines = reuse(plan, folder)
+    assert not reused.reused
+    assert lines[0].startswith("reused: 0 runs of 0 of 1 rows")
+    assert lines[1].startswith(f"not reused: {folder / 'sequential.json'}, ")
     assert reason in lines[1]
-    assert len(kept.tuning()) == 2
+    assert len(reused.tuning()) == 2
 
 
 def test_the_file_of_another_row_is_not_kept(spec, write) -> None:
     plan = TablePlan(spec, Path("outputs"))
     folder = write(file_of(plan, "ncm"))
     (folder / "ncm.json").rename(folder / "sequential.json")
-    assert "of a row ncm" in keep(plan, folder)[1][1]
+    assert "of a row ncm" in reuse(plan, folder)[1][1]
 
 
 @pytest.mark.parametrize(
@@ -107,35 +107,35 @@ def test_the_file_of_another_row_is_not_kept(spec, write) -> None:
 def test_further_runs_are_made_as_those_of_the_file(spec, write, monkeypatch, record, difference) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plan = TablePlan(spec, Path("outputs"))
-    with pytest.raises(ConfigError, match=rf"row ncm: .* differ in {difference}.*--only ncm, without --keep"):
-        keep(plan, write(file_of(plan, "ncm", **record)))
+    with pytest.raises(ConfigError, match=rf"row ncm: .* differ in {difference}.*--only ncm, without --reuse"):
+        reuse(plan, write(file_of(plan, "ncm", **record)))
     # A row that needs no further run may come from another machine, but not from other data.
     one = TablePlan(replace(spec, seeds=[0], orders=[""]), Path("outputs"))
     folder = write(file_of(one, "ncm", **record))
     if "inputs" in record:
         with pytest.raises(ConfigError, match=difference):
-            keep(one, folder)
+            reuse(one, folder)
     else:
-        assert keep(one, folder)[0].kept
+        assert reuse(one, folder)[0].reused
 
 
 def test_a_row_is_extended_by_runs_that_were_made_alike(spec) -> None:
     row = file_of(TablePlan(spec, Path("outputs")), "ncm", host={"threads": 1}, inputs={"data": "a"})
     more = TableRow("ncm", [], [], {(1, 0): {"average": 7.0}}, {(1, 0): "s"}, num_runs=1, host={"threads": 1})
-    both = row.extended(more)
+    both = row.combined(more)
     assert (both.scores(), both.num_runs) == ({(0, 0): 9.0, (1, 0): 7.0}, 2)
     for other in ({"host": {"threads": 2}}, {"inputs": {"data": "b"}}):
         with pytest.raises(ConfigError, match=r"(threads \(1, now 2|data \(a, now b)\)"):
-            row.extended(replace(more, **other))
+            row.combined(replace(more, **other))
 
 
 def test_what_keep_does_not_go_with(words: Path, tmp_path: Path, clpet) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(TABLE.format(words=json.dumps(tiny_args(words))))
-    assert refused(clpet("reproduce", str(file), "--keep", "--dry-run"))
-    commands = clpet("reproduce", str(file), "--keep", "--commands")
+    assert refused(clpet("reproduce", str(file), "--reuse", "--dry-run"))
+    commands = clpet("reproduce", str(file), "--reuse", "--commands")
     assert all(line.startswith("clpet train ") for line in commands.out.splitlines())
-    assert commands.err.startswith("kept: 0 runs of 0 of 2 rows")
+    assert commands.err.startswith("reused: 0 runs of 0 of 2 rows")
 
 
 TABLE = """title: Words
@@ -165,10 +165,10 @@ def test_a_table_that_was_extended_equals_one_made_at_once(words: Path, tmp_path
     reproduce()
     shutil.rmtree(tmp_path / "outputs")
     file.write_text(smaller)  # with a second order
-    assert "kept: 4 runs of 1 of 1 rows" in reproduce("--keep")
+    assert "reused: 4 runs of 1 of 1 rows" in reproduce("--reuse")
     assert len(list(tmp_path.glob("outputs/*/sequential/s*/results.json"))) == 1
     file.write_text(text)  # with a second seed and row
-    assert "kept: 5 runs of 1 of 2 rows" in reproduce("--keep")
+    assert "reused: 5 runs of 1 of 2 rows" in reproduce("--reuse")
     assert len(list(tmp_path.glob("outputs/*/sequential/s*/results.json"))) == 4  # two orders and the default more
     reproduce("--results", "whole")
     for name in ("sequential", "ncm"):

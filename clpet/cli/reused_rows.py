@@ -1,4 +1,4 @@
-"""`clpet reproduce --keep`: the rows of a table whose files have figures that need not be computed again."""
+"""`clpet reproduce --reuse`: the rows of a table whose files have figures that need not be computed again."""
 
 import logging
 import os
@@ -18,25 +18,25 @@ from clpet.wiring import Components
 log = logging.getLogger(__name__)
 
 
-def keep(plan: TablePlan, folder: Path, parallel: int = 1) -> tuple[TablePlan, list[str]]:
-    """(the plan without the runs whose figures are in the files of its rows in a folder, lines on what is kept).
+def reuse(plan: TablePlan, folder: Path, parallel: int = 1) -> tuple[TablePlan, list[str]]:
+    """(the plan without the runs whose figures are in the files of its rows in a folder, lines on what is reused).
 
-    The file of a row is kept as a whole or not at all: its trials, seeds, orders and signatures must be those of the
-    plan. Raises ConfigError if a kept row was measured on other data, or needs further runs, which would have other
+    The file of a row is reused as a whole or not at all: its trials, seeds, orders and signatures must be those of the
+    plan. Raises ConfigError if a reused row was measured on other data, or needs further runs, which would have other
     versions or hardware here with `parallel` runs at the same time.
     """
-    kept, lines = dict[str, TableRow](), []
+    reused, lines = dict[str, TableRow](), []
     for name in plan.spec.rows:
         if (file := folder / f"{name}.json").is_file():
             row = TableRow.read(file)
             if reason := mismatch(plan, name, row):
-                lines.append(f"not kept: {file}, {reason}")
+                lines.append(f"not reused: {file}, {reason}")
             else:
-                kept[name] = row
-    runs = sum(row.num_runs for row in kept.values())
-    lines.insert(0, f"kept: {runs} runs of {len(kept)} of {len(plan.spec.rows)} rows in {folder}")
-    plan = replace(plan, kept=kept)
-    for row in kept.values():
+                reused[name] = row
+    runs = sum(row.num_runs for row in reused.values())
+    lines.insert(0, f"reused: {runs} runs of {len(reused)} of {len(plan.spec.rows)} rows in {folder}")
+    plan = replace(plan, reused=reused)
+    for row in reused.values():
         check_conditions(plan, row, parallel)
     return plan, lines
 
@@ -53,14 +53,14 @@ def mismatch(plan: TablePlan, name: str, row: TableRow) -> str:
     if row.trials and (0, plan.spec.seeds[0]) not in row.values:  # trials have the first seed and order
         return "whose trials had another seed"
     for trial, signatures in ((row.chosen, row.signatures), ([], row.default_signatures)):
-        recorded = {(order, signature) for (order, _), signature in signatures.items()}  # seeds are no part of it
-        if any(plan.run(name, trial, plan.spec.seeds[0], order).signature != own for order, own in recorded):
+        recorded = {(order, signature) for (order, _), signature in signatures.items()}  # without the seed
+        if any(plan.run(name, trial, plan.spec.seeds[0], order).signature != other for order, other in recorded):
             return "whose runs have another configuration"
     return ""
 
 
 def check_conditions(plan: TablePlan, row: TableRow, parallel: int) -> None:
-    """Raises ConfigError if a kept row has other data than here, or further runs would be made in another way."""
+    """Raises ConfigError if a reused row has other data than here, or further runs would be made in another way."""
     words: Sequence[str] = plan.run(row.name, row.chosen, plan.spec.seeds[0]).words
     cfg = compose(row.name, words)
     try:
@@ -74,5 +74,8 @@ def check_conditions(plan: TablePlan, row: TableRow, parallel: int) -> None:
     row.check_alike(inputs)
     if plan.further(row.name):
         threads = environments(cfg, parallel)[0].get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS"))
-        host: dict[str, Json] = {**components.host(), **({"threads": int(threads)} if threads else {})}
+        host: dict[str, Json] = {
+            **components.host(),
+            **({"threads": int(threads.partition(",")[0])} if threads else {}),
+        }
         row.check_alike({**provenance.versions(), **host})
