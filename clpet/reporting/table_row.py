@@ -149,8 +149,8 @@ class TableRow:
             signatures = dict(zip(runs, record["signatures"], strict=True))
             default_signatures = dict(zip(defaults, record["default_signatures"], strict=True))
             return cls(
-                record["row"], record["chosen"], trials, runs, signatures, record["words"], record["versions"],
-                record.get("host", {}), record.get("inputs", {}), defaults, default_signatures,
+                record["row"], record["chosen"], trials, runs, signatures, record["words"], dict(record["versions"]),
+                dict(record.get("host", {})), dict(record.get("inputs", {})), defaults, default_signatures,
                 record["lower_is_better"], record["task_given"], record["all_at_once"], record["num_runs"],
                 record["total_seconds"], _unpacked(record["answers"]), _unpacked(record["default_answers"]),
             )  # fmt: skip
