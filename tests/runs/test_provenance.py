@@ -259,12 +259,12 @@ def test_the_cached_fingerprint_of_a_benchmark_is_used_only_for_unchanged_files(
     monkeypatch.setattr(provenance, "load", lambda *_: (None, source))
     provenance.load_benchmark(config, source)
     for _ in range(2):
-        assert provenance._data_now(config, "f") == "f"
+        assert provenance.data_now(config, "f") == "f"
     (tmp_path / "d" / ".hidden").write_text("b")
-    assert provenance._data_now(config, "f") == "f"
+    assert provenance.data_now(config, "f") == "f"
     assert len(loads) == 1
     (tmp_path / "d" / "inner" / "train.csv").write_text("b")
-    assert provenance._data_now(config, "f") == "f"
+    assert provenance.data_now(config, "f") == "f"
     config.benchmark = {"name": "other"}
-    provenance._data_now(config, "f")
+    provenance.data_now(config, "f")
     assert len(loads) == 3
