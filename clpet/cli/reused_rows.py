@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,8 +60,7 @@ def mismatch(plan: TablePlan, name: str, row: TableRow) -> str:
 
 def check_conditions(plan: TablePlan, row: TableRow, parallel: int) -> None:
     """Raises ConfigError if a reused row has other data than here, or further runs would be made in another way."""
-    words: Sequence[str] = plan.run(row.name, row.chosen, plan.spec.seeds[0]).words
-    cfg = compose(row.name, words)
+    cfg = compose(row.name, plan.run(row.name, row.chosen, plan.spec.seeds[0]).words)
     try:
         components = Components.build(parse_config(cfg))
         config = components.config
